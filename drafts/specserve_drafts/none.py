@@ -1,0 +1,36 @@
+"""No speculation: the root alone. The yardstick every drafter is compared with."""
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from specserve.cache.storage import KVSpec
+from specserve.drafting.base import DraftContext, DraftOptions, Feedback
+from specserve.sequence import Sequence
+from specserve.tree import DraftTree, root_tree
+
+
+class NoDrafter:
+    Options: ClassVar[type[DraftOptions]] = DraftOptions
+    needs_taps: tuple[int, ...] = ()
+    needs_topk = 0
+
+    def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
+        pass
+
+    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
+        return None
+
+    def bind(self, context: DraftContext) -> None:
+        pass
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        return [root_tree(seq.tokens[-1]) for seq in seqs]
+
+    def observe(self, feedback: Feedback) -> None:
+        pass
+
+    def forget(self, seq_id: str) -> None:
+        pass

@@ -1,0 +1,18 @@
+"""The plain torch twin: the definition of every kernel, and the CPU path of this release."""
+
+from specserve_kernels.torch_ref import attention, kv, sampler, tiles
+
+
+class TorchKernels:
+    """Implements `Kernels` on any device torch knows; exact on CPU."""
+
+    name: str = "torch"
+    exact: bool = True
+
+    plan_attention = staticmethod(tiles.AttentionPlan)
+    paged_tree_attention = staticmethod(attention.paged_tree_attention)
+    kv_write = staticmethod(kv.kv_write)
+    kv_commit = staticmethod(kv.kv_commit)
+    gumbel_noise = staticmethod(sampler.gumbel_noise)
+    gumbel_argmax = staticmethod(sampler.gumbel_argmax)
+    apply_penalties = staticmethod(sampler.apply_penalties)

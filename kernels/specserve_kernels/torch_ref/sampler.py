@@ -1,0 +1,90 @@
+"""Position-keyed Gumbel noise and penalties. Knows rows of logits, nothing of requests.
+
+The noise of a token is the same bits whether it is asked for alone or with the whole vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_ROWS_AT_ONCE = 8  # bounds the float64 and int64 temporaries to a few rows of the vocabulary
+
+
+def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC'11) in two lanes: words (0, 2) and words (1, 3).
+
+    All [2, ...] int64 in [0, 2**32), of shapes that broadcast; `key` holds its words 0 and 1.
+    """
+    lanes = (2, *(1 for _ in range(even.dim() - 1)))
+    multipliers = torch.tensor(_MULTIPLIERS, device=even.device).view(lanes)
+    weyl = torch.tensor(_WEYL, device=even.device).view(lanes)
+    for _ in range(_ROUNDS):
+        # The products wrap to negative int64: masking after the shift makes it a logical one.
+        crossed = (even * multipliers).flip(0)
+        even = ((crossed >> 32) & _MASK).bitwise_xor_(odd).bitwise_xor_(key)
+        odd = crossed.bitwise_and_(_MASK)
+        key = (key + weyl).bitwise_and_(_MASK)
+    return even, odd
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
+    """Noise of chosen tokens, float32 [num_rows, num_tokens]; see `Kernels.gumbel_noise`."""
+    words = torch.stack(_words(seeds, positions, token_ids >> 2), dim=-1)
+    chosen = words.gather(-1, (token_ids & 3).unsqueeze(-1)).squeeze(-1)
+    return _gumbel(chosen.to(torch.float64))
+
+
+def gumbel_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, noisy: Tensor) -> Tensor:
+    """argmax(logits + noise), int64 [num_rows]; see `Kernels.gumbel_argmax`."""
+    best = logits.argmax(dim=-1)
+    noisy_rows = noisy.nonzero().flatten()
+    for start in range(0, len(noisy_rows), _ROWS_AT_ONCE):
+        rows = noisy_rows[start : start + _ROWS_AT_ONCE]
+        noise = _vocabulary_noise(seeds[rows], positions[rows], logits.shape[1])
+        best[rows] = noise.add_(logits[rows]).argmax(dim=-1)
+    return best
+
+
+def apply_penalties(
+    logits: Tensor,
+    prompt_mask: Tensor,
+    counts: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> Tensor:
+    """A new tensor of penalised logits; see `Kernels.apply_penalties`."""
+    factor = repetition[:, None]
+    emitted = counts > 0
+    repeated = torch.where(logits > 0, logits / factor, logits * factor)
+    penalised = torch.where(prompt_mask | emitted, repeated, logits)
+    return penalised - frequency[:, None] * counts - presence[:, None] * emitted
+
+
+def _words(seeds: Tensor, positions: Tensor, counters: Tensor) -> tuple[Tensor, ...]:
+    """The four Philox words of each counter, [num_rows, n]; `counters` is [num_rows, n]."""
+    seeds, positions = seeds[:, None], positions[:, None]
+    low, high = positions & _MASK, (positions >> 32) & _MASK
+    even = torch.stack((counters, high.expand_as(counters)))
+    odd = torch.stack((low, torch.zeros_like(low)))
+    even, odd = philox(even, odd, torch.stack((seeds & _MASK, (seeds >> 32) & _MASK)))
+    return even[0], odd[0], even[1], odd[1]
+
+
+def _vocabulary_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """float32 [num_rows, vocab_size]; each counter is computed once and all its words used."""
+    num_counters = (vocab_size + 3) // 4
+    counters = torch.arange(num_counters, device=seeds.device).expand(len(seeds), -1)
+    uniform = torch.empty((len(seeds), num_counters, 4), dtype=torch.float64, device=seeds.device)
+    for word, values in enumerate(_words(seeds, positions, counters)):
+        uniform[..., word] = values
+    return _gumbel(uniform.flatten(1))[:, :vocab_size]
+
+
+def _gumbel(words: Tensor) -> Tensor:
+    """In place on float64 words of 32 bits; returns float32."""
+    uniform = words.add_(0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_().to(torch.float32)

@@ -1,0 +1,135 @@
+"""KV accounting for all sequences: admission through the prefix cache, growth, commit, release.
+
+Host only: it says which slots move, somebody else moves the tensors.
+"""
+
+import enum
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from specserve.cache.pool import BlockPool
+from specserve.cache.prefix import PrefixCache, chain_hash, root_hash
+from specserve.cache.table import BlockTable
+
+
+class Denied(enum.Enum):
+    """Why a sequence is not admitted now."""
+
+    NO_ROOM = enum.auto()
+    IN_FLIGHT = enum.auto()
+
+
+class KVCacheManager:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.prefix = PrefixCache()
+        self.pool = BlockPool(num_blocks, on_evict=self.prefix.evict)
+        self._promised: set[bytes] = set()  # by running sequences; each hash by one of them
+
+    @property
+    def num_slots(self) -> int:
+        return self.pool.num_blocks * self.block_size
+
+    def admit(
+        self, num_tokens: int, hashes: Sequence[bytes], *, spare_blocks: int
+    ) -> BlockTable | Denied:
+        """A table with room for `num_tokens`, its cached prefix already committed.
+
+        `hashes` are the prompt's `prefix_hashes`. Denied NO_ROOM if fewer than `spare_blocks`
+        would be left to the sequences that run; Denied IN_FLIGHT if a running sequence is about to
+        publish the next block: waiting for it saves computing and storing that block twice.
+        """
+        if not self.prefix_caching:
+            hashes = ()
+        shared: list[int] = []
+        for block_hash in hashes:
+            block_id = self.prefix.lookup(block_hash)
+            if block_id is None:
+                break
+            shared.append(block_id)
+        missing = hashes[len(shared) :]
+        if missing and missing[0] in self._promised:
+            return Denied.IN_FLIGHT
+        num_cached = len(shared) * self.block_size
+        table = BlockTable(self.block_size, list(shared), list(hashes[: len(shared)]), num_cached)
+        idle = sum(self.pool.is_idle(block_id) for block_id in shared)
+        if self.pool.num_available - idle - table.blocks_for(num_tokens) < spare_blocks:
+            return Denied.NO_ROOM
+        for block_id in shared:
+            self.pool.share(block_id)
+        reserved = table.reserve(num_tokens - table.num_committed, self.pool)
+        assert reserved, "admission counted the blocks wrongly"
+        table.promised.update(set(missing) - self._promised)
+        self._promised |= table.promised
+        return table
+
+    def reserve(self, table: BlockTable, num_slots: int) -> bool:
+        """Room for `num_slots` tokens past the commit point; False if the pool is exhausted."""
+        return table.reserve(num_slots, self.pool)
+
+    def commit(
+        self, table: BlockTable, num_chain: int, path: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Commit `num_chain` rows and then the tree nodes on `path` (ascending, the root first).
+
+        Rolls the rest back. Returns the slot moves (src, dst), in ascending order, that close the
+        path up; node i was written to slot num_committed + num_chain + i.
+        """
+        first = table.num_committed + num_chain
+        nodes = np.array(path, np.int64)
+        moved = np.flatnonzero(nodes != np.arange(len(nodes)))
+        span = int(nodes[-1]) + 1 if len(nodes) else 0
+        slots = table.slots(first, span)
+        moves = (slots[nodes[moved]], slots[moved])
+        table.commit(num_chain + len(nodes))
+        if len(nodes):  # an unfinished prompt keeps the room it was admitted with
+            table.rollback(self.pool)
+        return moves
+
+    def publish(self, table: BlockTable, tokens: Sequence[int], salt: str) -> None:
+        """Hash the blocks that have become full, so that others can share them."""
+        if not self.prefix_caching:
+            return
+        size = self.block_size
+        while (start := len(table.hashes) * size) + size <= table.num_committed:
+            parent = table.hashes[-1] if table.hashes else root_hash(salt)
+            block_hash = chain_hash(parent, tokens[start : start + size])
+            self.prefix.insert(block_hash, table.block_ids[len(table.hashes)])
+            table.hashes.append(block_hash)
+            self._keep_promise(table, {block_hash})
+
+    def release(self, table: BlockTable) -> None:
+        """Give every block back; published ones stay findable until the room is needed.
+
+        Last block first, so that eviction takes the end of a prefix before its beginning.
+        """
+        self._keep_promise(table, set(table.promised))
+        for block_id in reversed(table.block_ids):
+            self.pool.release(block_id, keep=block_id in self.prefix)
+        table.block_ids.clear()
+        table.hashes.clear()
+        table.num_committed = 0
+
+    def _keep_promise(self, table: BlockTable, hashes: set[bytes]) -> None:
+        kept = table.promised & hashes
+        table.promised -= kept
+        self._promised -= kept
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Assert that pool, prefix cache and tables agree."""
+        users: dict[int, int] = {}
+        promised: list[bytes] = []
+        for table in tables:
+            assert table.num_committed <= table.capacity
+            assert len(table.hashes) * self.block_size <= table.num_committed
+            assert len(set(table.block_ids)) == len(table.block_ids), "a table holds a block twice"
+            for block_id in table.block_ids:
+                users[block_id] = users.get(block_id, 0) + 1
+            promised.extend(table.promised)
+        assert len(promised) == len(self._promised), "a promised hash is lost or doubled"
+        assert set(promised) == self._promised, "a promise has no table"
+        self.pool.check_integrity(users)
+        self.prefix.check_integrity()

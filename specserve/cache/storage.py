@@ -1,0 +1,42 @@
+"""The KV tensors. Owns device memory; knows nothing of sequences or block tables.
+
+Target and draft models have a storage of their own, indexed by the same block tables.
+"""
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+
+class KVSpec(Struct, frozen=True):
+    """The KV shape of one model: what a token costs in every layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_slot(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVStorage:
+    """One allocation for all layers, so that a commit is one launch.
+
+    Slot s of block b is row `b * block_size + s`.
+    """
+
+    def __init__(self, spec: KVSpec, num_slots: int, device: torch.device) -> None:
+        self.spec = spec
+        # [num_layers, 2, num_slots, num_kv_heads, head_dim]. Zeroed: attention multiplies slots
+        # that are masked out by zero, and 0 * NaN would not be zero.
+        self.data = torch.zeros(
+            (spec.num_layers, 2, num_slots, spec.num_kv_heads, spec.head_dim),
+            dtype=spec.dtype,
+            device=device,
+        )
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer, each [num_slots, num_kv_heads, head_dim]."""
+        return self.data[index, 0], self.data[index, 1]

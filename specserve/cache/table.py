@@ -1,0 +1,59 @@
+"""The block table of one sequence: reserve, commit, rollback.
+
+Indexes target and draft storage alike. Slots [0, num_committed) hold valid KV; slots up to the
+capacity are reserved and may hold anything; only full committed blocks carry a hash.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from specserve.cache.pool import BlockPool
+
+
+@dataclass(slots=True)
+class BlockTable:
+    block_size: int
+    block_ids: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)  # of the leading full committed blocks
+    num_committed: int = 0  # tokens whose KV is valid
+    promised: set[bytes] = field(default_factory=set)  # hashes this table will publish
+
+    @property
+    def capacity(self) -> int:
+        """Slots the table owns."""
+        return len(self.block_ids) * self.block_size
+
+    def blocks_for(self, num_slots: int) -> int:
+        """How many blocks are missing to hold `num_slots` slots in all."""
+        return max(0, -(-num_slots // self.block_size) - len(self.block_ids))
+
+    def reserve(self, num_slots: int, pool: BlockPool) -> bool:
+        """Own at least `num_committed + num_slots` slots; False, and no change, if short."""
+        missing = self.blocks_for(self.num_committed + num_slots)
+        if missing > pool.num_available:
+            return False
+        self.block_ids.extend(pool.take() for _ in range(missing))
+        return True
+
+    def commit(self, num_tokens: int) -> None:
+        """The next `num_tokens` reserved slots hold valid KV."""
+        self.num_committed += num_tokens
+        assert self.num_committed <= self.capacity, "committed past the reserved slots"
+
+    def rollback(self, pool: BlockPool) -> None:
+        """Give back the blocks wholly past the commit point."""
+        needed = -(-self.num_committed // self.block_size)
+        for block_id in self.block_ids[needed:]:
+            pool.release(block_id, keep=False)
+        del self.block_ids[needed:]
+
+    def slots(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """[count] storage slots of positions start, start + 1, ..."""
+        positions = np.arange(start, start + count)
+        blocks = np.array(self.block_ids, np.int64)
+        slots: npt.NDArray[np.int64] = (
+            blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        )
+        return slots

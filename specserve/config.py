@@ -1,0 +1,127 @@
+"""EngineConfig: small frozen Structs from a TOML file, flags or keyword arguments.
+
+An unknown key is an error that names it; every field is in force somewhere. Field names are unique
+over all sections, so flags and keyword arguments need no section.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, its value and the fix."""
+
+
+class TargetConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    target: str = "smollm2-135m"  # alias, directory, .gguf file or hub id
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+    max_model_len: int | None = None  # tokens of prompt and output together; None: the model's
+    exactness: Literal["auto", "exact", "fast"] = "auto"
+    threads: int | None = None  # CPU threads; None: torch's choice
+
+
+class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    block_size: int = 16  # tokens per KV block
+    kv_memory: str | None = None  # such as "2GiB"; None: measured
+    prefix_caching: bool = True
+
+
+class DraftConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    draft: tuple[str, ...] = ("ngram",)  # drafter names and checkpoints, merged into one tree
+    max_nodes: int = 8  # tree budget per sequence, root included
+    options: dict[str, dict[str, Any]] = {}  # per drafter name
+
+
+class ScheduleConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    max_num_seqs: int = 32  # sequences that run together
+    max_batch_rows: int = 256  # rows of one pass: tree nodes and prompt tokens together
+
+
+class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    target: TargetConfig = TargetConfig()
+    cache: CacheConfig = CacheConfig()
+    draft: DraftConfig = DraftConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self) -> None:
+        _in_range("threads", self.target.threads, 1, 1024)
+        _in_range("max_model_len", self.target.max_model_len, 2, 2**24)
+        if self.cache.block_size not in (8, 16, 32, 64, 128):
+            raise ConfigError(
+                f"block_size: {self.cache.block_size} is not supported; use 8, 16, 32, 64 or 128"
+            )
+        _in_range("max_nodes", self.draft.max_nodes, 1, 64)
+        if not self.draft.draft:
+            raise ConfigError("draft: no drafter given; use 'none' to decode plainly")
+        if "none" in self.draft.draft and len(self.draft.draft) > 1:
+            raise ConfigError(
+                f"draft: 'none' cannot be combined with others, got {list(self.draft.draft)}"
+            )
+        _in_range("max_num_seqs", self.schedule.max_num_seqs, 1, 4096)
+        _in_range("max_batch_rows", self.schedule.max_batch_rows, self.schedule.max_num_seqs, 65536)
+        if self.cache.kv_memory is not None:
+            parse_bytes("kv_memory", self.cache.kv_memory)
+
+
+def load_config(settings: Mapping[str, Any], file: Path | None = None) -> EngineConfig:
+    """The configuration of a TOML `file` (sections), overridden by flat `settings`.
+
+    Raises ConfigError on an unknown key, a wrong type or a value out of range.
+    """
+    merged: dict[str, dict[str, Any]] = {} if file is None else _read_toml(file)
+    section_of = {
+        name: section.name
+        for section in msgspec.structs.fields(EngineConfig)
+        for name in section.type.__struct_fields__
+    }
+    for name, value in settings.items():
+        if name not in section_of:
+            close = get_close_matches(name, section_of, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(section_of)}"
+            raise ConfigError(f"{name}: unknown setting; {hint}")
+        merged.setdefault(section_of[name], {})[name] = value
+    try:
+        return msgspec.convert(merged, EngineConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{'' if file is None else f'{file}: '}{error}") from error
+
+
+def show_config(config: EngineConfig) -> str:
+    """The configuration in force, as JSON."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """'512MiB', '2GB', '1.5G' or plain bytes. Units are powers of 1024."""
+    cleaned = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = cleaned[-1:] if cleaned[-1:] in "KMGT" else ""
+    try:
+        size = int(float(cleaned.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = -1
+    if size <= 0:
+        raise ConfigError(f"{name}: {text!r} is not a size; write it like '2GiB' or '512MiB'")
+    return size
+
+
+def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"config: {file} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config: {file} is not valid TOML: {error}") from error
+
+
+def _in_range(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"{name}: {value} is out of range; expected {low} to {high}")

@@ -1,0 +1,79 @@
+"""Several drafters, one tree: every proposal merged, the best nodes kept whoever proposed them.
+
+A drafter that raises is left out of that step, and out of the run after `MAX_FAILURES` in a row:
+a broken draft costs speed, never a request.
+"""
+
+import logging
+from collections.abc import Sequence as Seq
+from typing import Final
+
+from specserve.drafting.base import Drafter, Feedback
+from specserve.sequence import Sequence
+from specserve.tree import DraftTree, merge, root_tree
+
+MAX_FAILURES: Final = 3
+logger = logging.getLogger(__name__)
+
+
+class ComposedDrafter:
+    """Not a drafter itself: the engine's one way to talk to all of them."""
+
+    def __init__(self, drafters: dict[str, Drafter], vocab_size: int) -> None:
+        self.names = tuple(drafters)
+        self._drafters = drafters
+        self._vocab_size = vocab_size
+        self._failures = dict.fromkeys(drafters, 0)
+
+    @property
+    def active(self) -> list[str]:
+        return [name for name in self.names if self._failures[name] < MAX_FAILURES]
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        """One merged tree per sequence, within its budget. Budget 1 asks nobody."""
+        trees = [[root_tree(seq.tokens[-1])] for seq in seqs]
+        asked = [index for index, budget in enumerate(budgets) if budget > 1]
+        if asked:
+            chosen = [seqs[index] for index in asked]
+            limits = [budgets[index] for index in asked]
+            for name in self.active:
+                for index, tree in zip(asked, self._ask(name, chosen, limits), strict=False):
+                    trees[index].append(tree)
+        return [merge(proposals, budget) for proposals, budget in zip(trees, budgets, strict=True)]
+
+    def observe(self, feedback: Feedback) -> None:
+        for name in self.active:
+            try:
+                self._drafters[name].observe(feedback)
+            except Exception:
+                self._failed(name, "observe")
+
+    def forget(self, seq_id: str) -> None:
+        for drafter in self._drafters.values():
+            drafter.forget(seq_id)
+
+    def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
+        """The drafter's trees, checked; none at all if it fails."""
+        try:
+            trees = self._drafters[name].propose(seqs, budgets)
+            if len(trees) != len(seqs):
+                raise ValueError(f"{len(trees)} trees for {len(seqs)} sequences")
+            for seq, tree, budget in zip(seqs, trees, budgets, strict=True):
+                tree.validate(self._vocab_size, budget)
+                if tree.tokens[0] != seq.tokens[-1]:
+                    raise ValueError("the root is not the sequence's last token")
+        except Exception:
+            self._failed(name, "propose")
+            return []
+        self._failures[name] = 0
+        return trees
+
+    def _failed(self, name: str, method: str) -> None:
+        self._failures[name] += 1
+        dropped = self._failures[name] >= MAX_FAILURES
+        logger.exception(
+            "drafter %r failed in %s (%s)",
+            name,
+            method,
+            "switched off" if dropped else "skipped in this step",
+        )

@@ -1,0 +1,90 @@
+"""Drafter names and where their code lives; nothing is imported until it is asked for.
+
+Other distributions add drafters through the entry-point group `specserve.drafters`.
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from specserve.drafting.base import Drafter, DraftError, DraftOptions
+
+BUILTIN = {
+    "none": "specserve_drafts.none:NoDrafter",
+    "ngram": "specserve_drafts.ngram:NgramDrafter",
+    "draft_lm": "specserve_drafts.draft_lm:DraftLM",
+}
+ENTRY_POINT_GROUP = "specserve.drafters"
+
+
+def drafter_names() -> list[str]:
+    """Every registered name, built in or installed."""
+    return sorted({*BUILTIN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def load_drafter(name: str) -> type[Drafter]:
+    """The class registered under `name`. Raises DraftError if there is none."""
+    if name in BUILTIN:
+        module, _, attribute = BUILTIN[name].partition(":")
+        return cast(type[Drafter], getattr(importlib.import_module(module), attribute))
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        return cast(type[Drafter], point.load())
+    close = get_close_matches(name, drafter_names(), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise DraftError(
+        f"draft: {name!r} is neither a drafter ({', '.join(drafter_names())}) "
+        f"nor a checkpoint directory{hint}"
+    )
+
+
+def create_drafter(
+    spec: str,
+    options: dict[str, dict[str, Any]],
+    target: Path,
+    resolve: Callable[[str], Path],
+) -> Drafter:
+    """A drafter from its registered name, or from a checkpoint, which names its own method.
+
+    `options` maps a drafter name to its options. `resolve` finds a checkpoint's directory.
+    Raises DraftError, naming the option at fault.
+    """
+    path: Path | None = None
+    name = spec
+    if spec not in drafter_names():
+        try:
+            path = resolve(spec)
+        except ValueError as error:
+            load_drafter(spec)  # says what would have been possible, if it is not a path
+            raise DraftError(f"draft: {error}") from error
+        name = checkpoint_method(path)
+    drafter = load_drafter(name)
+    try:
+        decoded = msgspec.convert(options.get(name, {}), drafter.Options)
+    except msgspec.ValidationError as error:
+        fields = ", ".join(drafter.Options.__struct_fields__) or "none"
+        raise DraftError(f"draft.options.{name}: {error} (options: {fields})") from error
+    return drafter(decoded, path, target)
+
+
+def checkpoint_method(path: Path) -> str:
+    """Which drafter a checkpoint directory is for, from its config.json."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DraftError(f"draft: {path}/config.json cannot be read: {error}") from error
+    architectures = config.get("architectures") or ["(none)"]
+    if str(architectures[0]).endswith("ForCausalLM"):
+        return "draft_lm"
+    raise DraftError(
+        f"draft: {path}/config.json has architectures {architectures}; "
+        "expected a causal language model (…ForCausalLM)"
+    )
+
+
+__all__ = ["DraftOptions", "checkpoint_method", "create_drafter", "drafter_names", "load_drafter"]

@@ -1,0 +1,153 @@
+"""Reading a GGUF file: metadata and where each tensor's bytes lie.
+
+Owns the file layout (GGUF versions 2 and 3, little-endian). Knows nothing of models. Invariant:
+every length and offset was checked against the file before it was used.
+"""
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from msgspec import Struct
+
+from specserve.hub.errors import HubError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_DEFAULT_ALIGNMENT = 32
+_MAX_DIMS = 4
+_CHUNK_VALUES = 2**22  # float32 values in memory at a time, and some copies of them
+
+
+class GgufTensor(Struct, frozen=True):
+    """One tensor in the file. `shape` is row-major: [out_features, in_features]."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    offset: int  # from the start of the file
+    num_bytes: int
+
+
+class GgufFile:
+    """One mapped file. Raises `HubError` for anything that is cut short, damaged or unknown."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as stream:
+            if path.stat().st_size < 24:
+                self._fail(f"{path.stat().st_size} bytes are too few")
+            self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._at = 0
+        if self._data[:4] != b"GGUF":
+            self._fail("it does not start with GGUF")
+        self._at = 4
+        version, num_tensors, num_values = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
+        if version not in (2, 3):
+            self._fail(f"GGUF version {version} is not supported (2 and 3 are, little-endian)")
+        self.metadata = {self._string(): self._value(self._scalar("I")) for _ in self._count(num_values)}
+        infos = [self._tensor_info() for _ in self._count(num_tensors)]
+        self.tensors = self._place(infos)
+
+    def float_rows(
+        self, tensor: GgufTensor, order: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[npt.NDArray[np.float32]]:
+        """The tensor as float32 matrices of a few rows each [n, shape[-1]], rows in `order`.
+
+        Raises `HubError` for a quantisation that cannot be undone here.
+        """
+        raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+        raw = raw.reshape(math.prod(tensor.shape[:-1]), -1)
+        indices = np.arange(len(raw)) if order is None else order
+        step = max(1, _CHUNK_VALUES // tensor.shape[-1])
+        for first in range(0, len(raw), step):
+            try:
+                yield dequantize(raw[indices[first : first + step]], tensor.kind)
+            except NotImplementedError:
+                raise HubError(
+                    f"{self.path}: {tensor.name} is quantised as {tensor.kind.name}, which cannot "
+                    f"be read; use a file of another quantisation, such as Q8_0 or Q4_K"
+                ) from None
+
+    def _fail(self, reason: str) -> NoReturn:
+        raise HubError(f"{self.path}: not a usable GGUF file: {reason}; fetch it again")
+
+    def _count(self, count: int) -> range:
+        if count > len(self._data):  # every item takes a byte at least
+            self._fail(f"it claims {count} items in {len(self._data)} bytes")
+        return range(count)
+
+    def _take(self, num_bytes: int) -> int:
+        """Move past `num_bytes`; where they start."""
+        start = self._at
+        if num_bytes > len(self._data) - start:
+            self._fail(f"{num_bytes} bytes at {start} end past its {len(self._data)} bytes")
+        self._at += num_bytes
+        return start
+
+    def _scalar(self, code: str) -> Any:
+        return self._scalars(code, 1)[0]
+
+    def _scalars(self, code: str, count: int) -> tuple[Any, ...]:
+        start = self._take(count * struct.calcsize(f"<{code}"))
+        return struct.unpack_from(f"<{count}{code}", self._data, start)
+
+    def _string(self) -> str:
+        length = self._scalar("Q")
+        start = self._take(length)
+        try:
+            return self._data[start : start + length].decode()
+        except UnicodeDecodeError:
+            self._fail(f"the text at byte {start} is not UTF-8")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._scalar(self._code(kind))
+        item, count = self._scalar("I"), self._scalar("Q")
+        if item == _STRING:
+            return [self._string() for _ in self._count(count)]
+        return list(self._scalars(self._code(item), count))
+
+    def _code(self, kind: int) -> str:
+        if kind not in _SCALARS:
+            self._fail(f"value type {kind} is unknown")
+        return _SCALARS[kind]
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, num_dims = self._string(), self._scalar("I")
+        if not 1 <= num_dims <= _MAX_DIMS:
+            self._fail(f"{name} has {num_dims} dimensions")
+        return name, self._scalars("Q", num_dims)[::-1], self._scalar("I"), self._scalar("Q")
+
+    def _place(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, GgufTensor]:
+        alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            self._fail(f"general.alignment = {alignment!r}")
+        start = -(-self._at // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        for name, shape, kind, offset in infos:
+            if name in tensors:
+                self._fail(f"{name} is there twice")
+            if kind not in GGML_QUANT_SIZES:
+                self._fail(f"{name} has the unknown type {kind}")
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            if 0 in shape:
+                self._fail(f"{name} is empty: {list(shape)}")
+            if shape[-1] % block:
+                self._fail(f"{name} has rows of {shape[-1]} values in blocks of {block}")
+            num_bytes = math.prod(shape) // block * block_bytes
+            first, last = start + offset, start + offset + num_bytes
+            if last > len(self._data):
+                self._fail(f"{name} ends at byte {last} of {len(self._data)}")
+            tensors[name] = GgufTensor(name, shape, GGMLQuantizationType(kind), first, num_bytes)
+        return tensors
+

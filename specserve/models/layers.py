@@ -1,0 +1,111 @@
+"""The parts a transformer layer is made of: linear maps, norms, rotation, SwiGLU.
+
+Each maps rows to rows, one row at a time: nothing here mixes rows. Knows nothing of attention,
+caches or checkpoints.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specserve.models.rope import RopeShape, rotary_table
+from specserve.models.row_tiles import BASE_ROWS, RowTiles, probe_row_tiles
+
+
+class Linear:
+    """x W^T + b. With `tiles` set, exact: see `row_tiles`."""
+
+    def __init__(
+        self,
+        weight: Tensor,  # [out_features, in_features]
+        bias: Tensor | None = None,  # [out_features]
+        tiles: RowTiles | None = None,
+    ) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.tiles = tiles
+
+    def __call__(self, x: Tensor) -> Tensor:  # [num_rows, in] -> [num_rows, out]
+        if self.tiles is None:
+            return F.linear(x, self.weight, self.bias)
+        return self.tiles.linear(x, self.weight, self.bias)
+
+
+class RMSNorm:
+    """Zhang and Sennrich 2019, computed in float32 whatever the dtype of the rows."""
+
+    def __init__(self, size: int, eps: float, device: torch.device) -> None:
+        self.weight = torch.ones(size, dtype=torch.float32, device=device)
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:  # [..., size], same shape and dtype back
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self._eps).to(x.dtype)
+
+
+class Rotary:
+    """Rotates queries and keys by their position."""
+
+    def __init__(
+        self, rope: RopeShape, head_dim: int, num_positions: int, device: torch.device
+    ) -> None:
+        cos, sin = rotary_table(rope, head_dim, num_positions)
+        self._cos, self._sin = cos.to(device), sin.to(device)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for `positions` [num_rows], each [num_rows, 1, head_dim / 2] float32."""
+        return self._cos[positions, None], self._sin[positions, None]
+
+
+def rotate(
+    x: Tensor,  # [num_rows, num_heads, head_dim]
+    angles: tuple[Tensor, Tensor],
+) -> Tensor:  # same shape and dtype, computed in float32
+    cos, sin = angles
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:  # [num_rows, 2 * size] -> [num_rows, size]
+    """silu(gate) * up (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_exact(gate_up: Tensor) -> Tensor:  # [num_rows, 2 * size] -> [num_rows, size]
+    """`swiglu` with the same bits wherever a value lies in memory.
+
+    On a CPU `F.silu` computes the elements left over after whole vectors by another formula, and
+    which elements those are depends on the shape and the threads; `exp` has one formula.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate / gate.neg().exp_().add_(1.0)).mul_(up).to(gate_up.dtype)
+
+
+def probe_linears(linears: list[Linear]) -> None:
+    """Give every linear the tiles proven for its shape, in place. One probe per distinct shape."""
+    known: dict[tuple[torch.Size, torch.dtype, bool], RowTiles] = {}
+    for linear in linears:
+        key = (linear.weight.shape, linear.weight.dtype, linear.bias is not None)
+        if key not in known:
+            known[key] = probe_row_tiles(linear.weight, linear.bias)
+        linear.tiles = known[key]
+
+
+def pad_rows(x: Tensor, multiple: int) -> Tensor:  # [num_rows, ...] -> [padded_rows, ...]
+    """Zero rows appended up to a multiple of `multiple`."""
+    missing = -x.shape[0] % multiple
+    return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
+
+
+__all__ = [
+    "BASE_ROWS",
+    "Linear",
+    "RMSNorm",
+    "Rotary",
+    "pad_rows",
+    "probe_linears",
+    "rotate",
+    "swiglu",
+    "swiglu_exact",
+]

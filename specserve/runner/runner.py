@@ -1,0 +1,27 @@
+"""One target pass: entries and trees in, logits out. The only place that runs the target model."""
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from specserve.batch import ModelOutput, build_batch, plan_segments
+from specserve.cache.storage import KVStorage
+from specserve.models.llama import LlamaModel
+from specserve.step import Entry
+from specserve.tree import DraftTree
+
+
+class Runner:
+    def __init__(
+        self, model: LlamaModel, storage: KVStorage, block_size: int, device: torch.device
+    ) -> None:
+        self._model = model
+        self._storage = storage
+        self._block_size = block_size
+        self._device = device
+
+    def forward(self, entries: Seq[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
+        """Prompt chunks and all trees together. One logits row per tree node, in entry order."""
+        rows = list(plan_segments(entries, trees))
+        batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
+        return self._model(batch, self._storage)

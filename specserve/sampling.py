@@ -1,0 +1,217 @@
+"""The one sampler that target and drafts share.
+
+A row is one token to be drawn: its logits, the request's parameters, its absolute position and
+the tokens before it. What is drawn depends on those alone, never on the other rows: that is what
+makes speculation exact. Order: logit_bias, min_tokens mask, penalties, temperature, top-k, top-p,
+min-p, then argmax(logits + Gumbel noise keyed by (seed, position, token)).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specserve.types import Request, SamplingParams, TokenLogprobs
+from specserve_kernels.ops import Kernels
+
+_NUCLEUS_GUESS = 1024  # candidates looked at before sorting the whole vocabulary
+
+
+class SamplingState:
+    """What the sampler keeps per request: constant tensors and, for penalties, token counts."""
+
+    def __init__(
+        self, request: Request, eos_ids: Sequence[int], vocab_size: int, device: torch.device
+    ) -> None:
+        params = request.sampling
+        assert params.seed is not None, "a seed is drawn before the engine sees the request"
+        self.params: SamplingParams = params
+        self.seed: int = params.seed
+        self.num_prompt = len(request.prompt_ids)
+        self._bias: tuple[Tensor, Tensor] | None = None
+        if params.logit_bias:
+            self._bias = (
+                torch.tensor(list(params.logit_bias), device=device),
+                torch.tensor(list(params.logit_bias.values()), device=device, dtype=torch.float32),
+            )
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+        self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+        self._counts: Tensor | None = None
+        self._num_counted = self.num_prompt
+        if params.penalised:
+            self._prompt_mask = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._prompt_mask[torch.tensor(request.prompt_ids, device=device)] = True
+            self._counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
+
+    @property
+    def processed(self) -> bool:
+        """Whether anything but the noise stands between the logits and the draw."""
+        params = self.params
+        if params.logit_bias or params.min_tokens or params.penalised:
+            return True
+        filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        return not params.greedy and (params.temperature != 1.0 or filtered)
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Count the tokens emitted since the last call; `tokens` is prompt and output."""
+        if self._counts is not None and len(tokens) > self._num_counted:
+            self._counts = self._counted(tokens[self._num_counted :])
+        self._num_counted = len(tokens)
+
+    def _counted(self, tokens: Sequence[int]) -> Tensor:
+        """[vocab_size] int32 counts with `tokens` added, the state unchanged."""
+        assert self._counts is not None
+        ids = torch.tensor(tokens, dtype=torch.long, device=self._counts.device)
+        return self._counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+    def mask(self, logits: Tensor, position: int) -> None:
+        """Bias and min_tokens on one row, in place. logits: [vocab_size] float32."""
+        if self._bias is not None:
+            ids, values = self._bias
+            logits[ids] += values
+        if position - self.num_prompt < self.params.min_tokens:
+            logits[self._ends] = -torch.inf
+
+    def penalties(self, path: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Prompt mask [vocab_size] bool and output counts [vocab_size] int32, `path` included."""
+        assert self._counts is not None
+        return self._prompt_mask, self._counted(path) if path else self._counts
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One token to draw."""
+
+    state: SamplingState
+    position: int  # absolute position of the token to draw
+    path: tuple[int, ...] = ()  # tree tokens before it that are not counted in the state
+
+
+class Sampler:
+    """Stateless but for its kernels: every method is a function of logits and rows."""
+
+    def __init__(self, kernels: Kernels, device: torch.device) -> None:
+        self._kernels = kernels
+        self.device = device
+
+    def process(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+        """Everything before the noise. logits: [num_rows, vocab_size] float32, unchanged.
+
+        Returns the same shape; tokens that may not be drawn are -inf.
+        """
+        if not any(row.state.processed for row in rows):
+            return logits
+        logits = logits.clone()
+        for index, row in enumerate(rows):
+            row.state.mask(logits[index], row.position)
+        self._penalise(logits, rows)
+        temperatures = [row.state.params.temperature or 1.0 for row in rows]
+        if any(t != 1.0 for t in temperatures):
+            logits /= torch.tensor(temperatures, device=self.device)[:, None]
+        self._filter(logits, rows)
+        return logits
+
+    def draw(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
+        """[num_rows] int64: argmax of processed logits, plus noise where temperature > 0."""
+        noisy = [not row.state.params.greedy for row in rows]
+        if not any(noisy):
+            return processed.argmax(dim=-1)
+        seeds, positions = self._keys(rows)
+        return self._kernels.gumbel_argmax(
+            processed, seeds, positions, torch.tensor(noisy, device=self.device)
+        )
+
+    def perturb(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
+        """processed + the noise `draw` uses. [num_rows, vocab_size] float32.
+
+        This is how a draft ranks candidates with the target's own noise.
+        """
+        if all(row.state.params.greedy for row in rows):
+            return processed
+        seeds, positions = self._keys(rows)
+        ids = torch.arange(processed.shape[1], device=self.device).expand(len(rows), -1)
+        noise = self._kernels.gumbel_noise(seeds, positions, ids)
+        noisy = torch.tensor([not row.state.params.greedy for row in rows], device=self.device)
+        return processed + noise * noisy[:, None]
+
+    def _keys(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        seeds = torch.tensor([row.state.seed for row in rows], device=self.device)
+        positions = torch.tensor([row.position for row in rows], device=self.device)
+        return seeds, positions
+
+    def _penalise(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        chosen = [index for index, row in enumerate(rows) if row.state.params.penalised]
+        if not chosen:
+            return
+        masks, counts = zip(*(rows[i].state.penalties(rows[i].path) for i in chosen), strict=True)
+        params = [rows[i].state.params for i in chosen]
+        repetition = [p.repetition_penalty for p in params]
+        frequency = [p.frequency_penalty for p in params]
+        presence = [p.presence_penalty for p in params]
+        logits[chosen] = self._kernels.apply_penalties(
+            logits[chosen],
+            torch.stack(masks),
+            torch.stack(counts),
+            torch.tensor(repetition, dtype=torch.float32, device=self.device),
+            torch.tensor(frequency, dtype=torch.float32, device=self.device),
+            torch.tensor(presence, dtype=torch.float32, device=self.device),
+        )
+
+    def _filter(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        """top-k, top-p and min-p of noisy rows, in place. Greedy rows need none: the best token
+        survives every filter."""
+        for index, row in enumerate(rows):
+            params = row.state.params
+            if params.greedy:
+                continue
+            threshold = filter_threshold(logits[index], params.top_k, params.top_p, params.min_p)
+            if threshold is not None:
+                logits[index].masked_fill_(logits[index] < threshold, -torch.inf)
+
+
+def filter_threshold(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor | None:
+    """The lowest logit that survives top-k, then top-p among those, then min-p; None: all do.
+
+    logits: [vocab_size] float32, scaled by the temperature. A threshold rather than a set of
+    indices, so that tokens of equal logit share their fate and the order of a sort never matters.
+    """
+    best = logits.max()
+    thresholds: list[Tensor] = []
+    if min_p > 0.0:  # relative to the best token, so normalisation cancels out
+        thresholds.append(best + torch.log(torch.tensor(min_p, device=logits.device)))
+    if top_k > 0 or top_p < 1.0:
+        thresholds.append(_nucleus(logits, top_k, top_p))
+    return torch.stack(thresholds).max() if thresholds else None
+
+
+def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Smallest logit of the smallest set of top tokens whose mass reaches top_p.
+
+    Holtzman et al. 2020 (nucleus sampling), section 3.1, over the top_k tokens renormalised.
+    """
+    vocab_size = logits.shape[0]
+    limit = min(top_k or vocab_size, vocab_size)
+    if top_p >= 1.0:
+        return logits.topk(limit).values[-1]
+    count = min(limit, _NUCLEUS_GUESS)
+    while True:
+        ranked = logits.topk(count).values
+        total = ranked.logsumexp(0) if count == limit < vocab_size else logits.logsumexp(0)
+        if top_k and count < limit:
+            total = logits.topk(limit).values.logsumexp(0)
+        mass = (ranked - total).exp().cumsum(0)
+        inside = int((mass < top_p).sum())  # tokens before the one that reaches top_p
+        if inside < count or count == limit:
+            return ranked[min(inside, count - 1)]
+        count = limit
+
+
+def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    """The model's own log-probabilities at one row. logits: [vocab_size] float32, unprocessed."""
+    logprobs = logits.log_softmax(0)
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        values, ids = logprobs.topk(num_top)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token_id, float(logprobs[token_id]), top)

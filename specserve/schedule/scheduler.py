@@ -1,0 +1,191 @@
+"""Queues, chunked prefill, plan and commit. Host only: it never sees a tensor.
+
+Speculation gives way first: short of rows or blocks, trees shrink to their root, then nobody is
+admitted, then the youngest sequence is preempted. A preempted sequence keeps its tokens and is
+computed again, to the same bits.
+"""
+
+import bisect
+from collections.abc import Callable
+
+from specserve.cache.manager import Denied, KVCacheManager
+from specserve.cache.prefix import prefix_hashes
+from specserve.cache.table import BlockTable
+from specserve.config import ScheduleConfig
+from specserve.schedule.policy import Policy
+from specserve.sequence import Sequence, Status
+from specserve.step import Ending, Entry, StepPlan, Verdict
+from specserve.tree import DraftTree
+from specserve.types import Request, StepOutput
+
+
+class Scheduler:
+    """`on_leave(seq_id)` is called whenever a sequence loses its KV: finished or preempted."""
+
+    def __init__(
+        self,
+        kv: KVCacheManager,
+        policy: Policy,
+        config: ScheduleConfig,
+        on_leave: Callable[[str], None],
+    ) -> None:
+        self.running: list[Sequence] = []  # by priority, then age
+        self.waiting: list[Sequence] = []  # likewise
+        self.num_preemptions = 0
+        self._kv = kv
+        self._policy = policy
+        self._config = config
+        self._on_leave = on_leave
+        self._seqs: dict[str, Sequence] = {}
+        self._order: dict[str, tuple[int, int]] = {}  # id -> (-priority, arrival)
+        self._num_arrived = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._seqs)
+
+    def __contains__(self, seq_id: str) -> bool:
+        return seq_id in self._seqs
+
+    def add(self, request: Request) -> None:
+        table = BlockTable(self._kv.block_size)
+        seq = Sequence(request, list(request.prompt_ids), table)
+        self._seqs[seq.id] = seq
+        self._order[seq.id] = (-request.priority, self._num_arrived)
+        self._num_arrived += 1
+        self._enqueue(self.waiting, seq)
+
+    def finish(self, seq_id: str, ending: Ending, error: str | None = None) -> StepOutput:
+        """Take a request out, wherever it is, and give its blocks back."""
+        seq = self._seqs.pop(seq_id)
+        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
+        del self._order[seq_id]
+        seq.status = Status.FINISHED
+        self._kv.release(seq.table)
+        self._on_leave(seq_id)
+        return StepOutput(
+            id=seq_id,
+            finish=ending.finish,
+            stop_reason=ending.stop_reason,
+            error=error,
+            num_cached_tokens=seq.num_cached,
+            stats=seq.counts.freeze(),
+        )
+
+    def expire(self, now: float) -> list[StepOutput]:
+        """End the requests whose deadline has passed."""
+        late = [
+            seq.id
+            for seq in self._seqs.values()
+            if seq.request.deadline is not None and seq.request.deadline < now
+        ]
+        return [
+            self.finish(seq_id, Ending("abort"), "deadline: the request ran out of time")
+            for seq_id in late
+        ]
+
+    def plan(self) -> StepPlan:
+        """Who runs in the next pass. Reserves every slot the pass will write."""
+        self._reserve_roots()
+        decoding = [seq for seq in self.running if seq.num_pending == 1]
+        chunks = self._plan_chunks(self._config.max_batch_rows - len(decoding))
+        spare_rows = self._config.max_batch_rows - len(decoding) - sum(chunks.values())
+        with_tree = decoding + [seq for seq, rows in chunks.items() if rows == seq.num_pending]
+        budgets = self._policy.budgets(with_tree, spare_rows)
+        entries = []
+        for seq, nodes in zip(with_tree, budgets, strict=True):
+            if nodes > 1 and not self._kv.reserve(seq.table, seq.num_pending + nodes - 1):
+                nodes = 1
+            entries.append(Entry(seq, seq.num_pending - 1, nodes))
+        entries += [Entry(seq, rows, 0) for seq, rows in chunks.items() if rows < seq.num_pending]
+        return StepPlan(tuple(entries))
+
+    def commit(
+        self, plan: StepPlan, trees: dict[str, DraftTree], verdicts: dict[str, Verdict]
+    ) -> list[StepOutput]:
+        """Append what was emitted, share full blocks, finish who is done."""
+        outputs = []
+        for entry in plan.entries:
+            seq, verdict = entry.seq, verdicts.get(entry.seq.id)
+            if verdict is not None:
+                seq.tokens.extend(verdict.emitted)
+                tree = trees[seq.id]
+                depth = int(tree.depths.max())
+                seq.counts.record(len(tree) - 1, depth, verdict.num_accepted, len(verdict.emitted))
+            self._kv.publish(seq.table, seq.tokens, seq.request.cache_salt)
+            if verdict is not None:
+                outputs.append(self._output(seq, verdict))
+        return outputs
+
+    def _output(self, seq: Sequence, verdict: Verdict) -> StepOutput:
+        ending = Ending("error") if verdict.error is not None else verdict.ending
+        last = None if ending is None else self.finish(seq.id, ending, verdict.error)
+        return StepOutput(
+            id=seq.id,
+            new_ids=verdict.emitted,
+            sources=verdict.sources,
+            logprobs=verdict.logprobs,
+            finish=None if last is None else last.finish,
+            stop_reason=None if last is None else last.stop_reason,
+            error=verdict.error,
+            num_cached_tokens=seq.num_cached,
+            stats=None if last is None else last.stats,
+        )
+
+    def _reserve_roots(self) -> None:
+        """A slot for the root of everyone who decodes, at the cost of the youngest if need be."""
+        for seq in list(self.running):
+            while seq.status is Status.RUNNING and seq.num_pending == 1:
+                if self._kv.reserve(seq.table, 1):
+                    break
+                self._preempt(self.running[-1])
+
+    def _plan_chunks(self, rows: int) -> dict[Sequence, int]:
+        """Prompt tokens per sequence: those that run first, then those admitted now."""
+        chunks: dict[Sequence, int] = {}
+        for seq in [seq for seq in self.running if seq.num_pending > 1]:
+            if rows > 0:
+                chunks[seq] = min(seq.num_pending, rows)
+                rows -= chunks[seq]
+        for seq in list(self.waiting):
+            if rows <= 0 or len(self.running) >= self._config.max_num_seqs:
+                break
+            denied = self._admit(seq)
+            if denied is Denied.NO_ROOM:
+                break
+            if denied is None:
+                chunks[seq] = min(seq.num_pending, rows)
+                rows -= chunks[seq]
+        return chunks
+
+    def _admit(self, seq: Sequence) -> Denied | None:
+        if not seq.prefix_hashes:
+            seq.prefix_hashes = prefix_hashes(
+                seq.tokens, self._kv.block_size, seq.request.cache_salt
+            )
+        # One block for each running sequence, so that admission is not undone by preemption.
+        admitted = self._kv.admit(
+            len(seq.tokens), seq.prefix_hashes, spare_blocks=len(self.running)
+        )
+        if isinstance(admitted, Denied):
+            return admitted
+        seq.table = admitted
+        seq.status = Status.RUNNING
+        if not seq.num_preemptions:
+            seq.num_cached = seq.num_committed
+        self.waiting.remove(seq)
+        self._enqueue(self.running, seq)
+        return None
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._kv.release(seq.table)
+        seq.status = Status.WAITING
+        seq.prefix_hashes = []  # it has grown since
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self._on_leave(seq.id)
+        self._enqueue(self.waiting, seq)
+
+    def _enqueue(self, queue: list[Sequence], seq: Sequence) -> None:
+        bisect.insort(queue, seq, key=lambda queued: self._order[queued.id])

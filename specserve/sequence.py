@@ -1,0 +1,94 @@
+"""One request on its way through the engine: the only mutable per-request object.
+
+The algebra of lengths, defined once:
+
+    tokens [0, num_prompt)               the prompt
+    tokens [num_prompt, num_tokens)      emitted
+    tokens [0, num_committed)            their target KV is valid
+    tokens [num_committed, num_tokens)   pending; the last of them is the root of the next tree
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from specserve.cache.table import BlockTable
+from specserve.types import Request, SpecStats
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True)
+class SpecCounts:
+    """Running totals behind `SpecStats`."""
+
+    num_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_emitted: int = 0
+    histogram: list[int] = field(default_factory=list)
+    drafted_by_depth: list[int] = field(default_factory=list)
+
+    def record(self, drafted: int, draft_depth: int, accepted: int, emitted: int) -> None:
+        """One verification pass over `drafted` nodes that reach down to `draft_depth`."""
+        self.num_steps += 1
+        self.num_drafted += drafted
+        self.num_accepted += accepted
+        self.num_emitted += emitted
+        self.histogram.extend([0] * (accepted + 1 - len(self.histogram)))
+        self.histogram[accepted] += 1
+        self.drafted_by_depth.extend([0] * (draft_depth - len(self.drafted_by_depth)))
+        for depth in range(draft_depth):
+            self.drafted_by_depth[depth] += 1
+
+    def freeze(self) -> SpecStats:
+        at_least = [sum(self.histogram[depth:]) for depth in range(1, len(self.histogram))]
+        return SpecStats(
+            num_spec_steps=self.num_steps,
+            num_draft_tokens=self.num_drafted,
+            num_accepted_draft_tokens=self.num_accepted,
+            num_emitted_tokens=self.num_emitted,
+            acceptance_histogram=tuple(self.histogram),
+            drafted_by_depth=tuple(self.drafted_by_depth),
+            accepted_by_depth=tuple(at_least),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: Request
+    tokens: list[int]
+    table: BlockTable
+    status: Status = Status.WAITING
+    num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
+    num_preemptions: int = 0
+    prefix_hashes: list[bytes] = field(default_factory=list)
+    counts: SpecCounts = field(default_factory=SpecCounts)
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def num_committed(self) -> int:
+        return self.table.num_committed
+
+    @property
+    def num_pending(self) -> int:
+        """1 while decoding: the root."""
+        return len(self.tokens) - self.table.num_committed

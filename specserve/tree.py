@@ -1,0 +1,173 @@
+"""The draft tree: what every drafter proposes and the verifier walks. Numpy only.
+
+Node 0 is the root, the last emitted token, whose KV is not computed yet. Parents come before their
+children, ancestry is one 64-bit word per node, and nodes are laid out with the most likely chain
+first, so that the usual accepted path already lies where its KV belongs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_NODES: Final = 64
+WORD: Final = np.uint64  # ancestor word: bit j of node i is set iff j is i or an ancestor of i
+
+TARGET_SOURCE: Final = 0  # `source` of the root, and of tokens the target drew itself
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """At most 64 nodes. `scores[i]` estimates P(the path to i is accepted); the root has 1."""
+
+    tokens: npt.NDArray[np.int32]  # [n]
+    parents: npt.NDArray[np.int16]  # [n], parents[0] = -1, parents[i] < i
+    scores: npt.NDArray[np.float32]  # [n], never above the parent's
+    source: npt.NDArray[np.uint8]  # [n], 0 target, else 1 + index of the drafter
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def depths(self) -> npt.NDArray[np.int32]:
+        """[n] distance from the root."""
+        depths = np.zeros(len(self), np.int32)
+        for node in range(1, len(self)):
+            depths[node] = depths[self.parents[node]] + 1
+        return depths
+
+    @cached_property
+    def ancestors(self) -> npt.NDArray[np.uint64]:
+        """[n] ancestor words."""
+        words = [1] * len(self)
+        for node in range(1, len(self)):
+            words[node] = words[self.parents[node]] | (1 << node)
+        return np.array(words, WORD)
+
+    @cached_property
+    def children(self) -> list[dict[int, int]]:
+        """Per node: token -> child node."""
+        children: list[dict[int, int]] = [{} for _ in range(len(self))]
+        for node in range(1, len(self)):
+            children[self.parents[node]][int(self.tokens[node])] = node
+        return children
+
+    def validate(self, vocab_size: int, max_nodes: int = MAX_NODES) -> None:
+        """Raise ValueError unless this is a tree that the verifier may walk."""
+        n = len(self)
+        if not 1 <= n <= min(max_nodes, MAX_NODES):
+            raise ValueError(f"tree has {n} nodes; expected 1 to {min(max_nodes, MAX_NODES)}")
+        if not len(self.parents) == len(self.scores) == len(self.source) == n:
+            raise ValueError("tree arrays differ in length")
+        if self.parents[0] != -1:
+            raise ValueError(f"parents[0] is {self.parents[0]}; the root's parent is -1")
+        if np.any(self.parents[1:] < 0) or np.any(self.parents[1:] >= np.arange(1, n)):
+            raise ValueError("a node's parent must come before it")
+        if np.any(self.tokens < 0) or np.any(self.tokens >= vocab_size):
+            raise ValueError(f"a tree token is outside the vocabulary of {vocab_size}")
+        pairs = set(zip(self.parents[1:].tolist(), self.tokens[1:].tolist(), strict=True))
+        if len(pairs) != n - 1:
+            raise ValueError("two children of one node carry the same token")
+        if np.any(self.scores[1:] > self.scores[self.parents[1:]]) or np.any(self.scores < 0):
+            raise ValueError("a path score must be in [0, its parent's score]")
+
+
+def root_tree(token: int) -> DraftTree:
+    """No draft: the root alone."""
+    return _freeze([token], [-1], [1.0], [TARGET_SOURCE])
+
+
+def build_tree(
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    scores: Sequence[float],
+    source: int | Sequence[int],
+) -> DraftTree:
+    """Lay nodes out chain-first (depth first, children by descending score).
+
+    Node 0 is the root; every node comes after its parent. Scores are capped by the parent's, so
+    that the best nodes of a tree always form a tree. `source` applies to all but the root.
+    """
+    n = len(tokens)
+    sources = [source] * n if isinstance(source, int) else list(source)
+    capped = [1.0] * n
+    children: list[list[int]] = [[] for _ in range(n)]
+    for node in range(1, n):
+        capped[node] = min(float(scores[node]), capped[parents[node]])
+        children[parents[node]].append(node)
+    order: list[int] = []
+    stack = [0]
+    while stack:
+        node = stack.pop()
+        order.append(node)
+        stack.extend(sorted(children[node], key=lambda child: (capped[child], -child)))
+    new_index = {node: index for index, node in enumerate(order)}
+    return _freeze(
+        [tokens[node] for node in order],
+        [-1] + [new_index[parents[node]] for node in order[1:]],
+        [capped[node] for node in order],
+        [TARGET_SOURCE] + [sources[node] for node in order[1:]],
+    )
+
+
+def chain_tree(root: int, tokens: Sequence[int], scores: Sequence[float], source: int) -> DraftTree:
+    """One path: `scores[i]` is the path score of `tokens[i]`."""
+    n = len(tokens)
+    return build_tree([root, *tokens], list(range(-1, n)), [1.0, *scores], source)
+
+
+def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
+    """Keep the `max_nodes` best nodes by path score, root included; they form a tree."""
+    if len(tree) <= max_nodes:
+        return tree
+    # Stable on (score, index): a child never ranks before its parent.
+    keep = np.sort(np.argsort(-tree.scores, kind="stable")[:max_nodes])
+    new_index = {int(node): index for index, node in enumerate(keep)}
+    return build_tree(
+        tree.tokens[keep].tolist(),
+        [-1] + [new_index[int(parent)] for parent in tree.parents[keep[1:]]],
+        tree.scores[keep].tolist(),
+        tree.source[keep].tolist(),
+    )
+
+
+def merge(trees: Sequence[DraftTree], max_nodes: int) -> DraftTree:
+    """One tree from several with the same root: nodes unite by (parent, token).
+
+    A united node takes the best score among its proposers and the source that gave it.
+    """
+    if len(trees) == 1:
+        return prune(trees[0], max_nodes)
+    tokens, parents = [int(trees[0].tokens[0])], [-1]
+    scores, sources = [1.0], [TARGET_SOURCE]
+    index_of: dict[tuple[int, int], int] = {}
+    for tree in trees:
+        merged = [0] * len(tree)
+        for node in range(1, len(tree)):
+            key = (merged[tree.parents[node]], int(tree.tokens[node]))
+            score = float(tree.scores[node])
+            if key not in index_of:
+                index_of[key] = len(tokens)
+                tokens.append(key[1])
+                parents.append(key[0])
+                scores.append(score)
+                sources.append(int(tree.source[node]))
+            elif score > scores[index_of[key]]:
+                scores[index_of[key]] = score
+                sources[index_of[key]] = int(tree.source[node])
+            merged[node] = index_of[key]
+    return prune(build_tree(tokens, parents, scores, sources), max_nodes)
+
+
+def _freeze(
+    tokens: Sequence[int], parents: Sequence[int], scores: Sequence[float], source: Sequence[int]
+) -> DraftTree:
+    return DraftTree(
+        np.array(tokens, np.int32),
+        np.array(parents, np.int16),
+        np.array(scores, np.float32),
+        np.array(source, np.uint8),
+    )

@@ -1,0 +1,91 @@
+"""Verification of all trees of a pass together, depth by depth.
+
+Each round draws one token for every walk that is not over. A row that cannot be drawn fails its
+own request and no other.
+"""
+
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from specserve.sampling import Row, Sampler, SamplingState, token_logprobs
+from specserve.sequence import Sequence
+from specserve.step import Entry, Verdict
+from specserve.text import Tokenizer
+from specserve.tree import DraftTree
+from specserve.verify.stopping import StopRule
+from specserve.verify.walk import Walk
+
+
+class Verifier:
+    """Owns the sampling state and the stop rule of every running request."""
+
+    def __init__(
+        self, sampler: Sampler, eos_ids: Seq[int], vocab_size: int, tokenizer: Tokenizer | None
+    ) -> None:
+        self._sampler = sampler
+        self._eos_ids = tuple(eos_ids)
+        self._vocab_size = vocab_size
+        self._tokenizer = tokenizer
+        self._states: dict[str, SamplingState] = {}
+        self._stops: dict[str, StopRule] = {}
+
+    def state(self, seq: Sequence) -> SamplingState:
+        """The request's sampling state, with every emitted token counted."""
+        if seq.id not in self._states:
+            self._states[seq.id] = SamplingState(
+                seq.request, self._eos_ids, self._vocab_size, self._sampler.device
+            )
+            self._stops[seq.id] = StopRule(seq.request, self._eos_ids, self._tokenizer)
+        self._states[seq.id].advance(seq.tokens)
+        return self._states[seq.id]
+
+    def forget(self, seq_id: str) -> None:
+        self._states.pop(seq_id, None)
+        self._stops.pop(seq_id, None)
+
+    def __call__(self, entries: Seq[Entry], trees: Seq[DraftTree], logits: Tensor) -> list[Verdict]:
+        """One verdict per entry. logits: [sum of tree sizes, vocab_size] float32, in order."""
+        states = [self.state(entry.seq) for entry in entries]
+        walks = [Walk(tree) for tree in trees]
+        first_rows = [0] * len(trees)
+        for index in range(1, len(trees)):
+            first_rows[index] = first_rows[index - 1] + len(trees[index - 1])
+        while live := [index for index, walk in enumerate(walks) if walk.node is not None]:
+            rows, picked = [], []
+            for index in live:
+                walk, seq = walks[index], entries[index].seq
+                assert walk.node is not None
+                path = tuple(walk.emitted)
+                rows.append(Row(states[index], seq.num_tokens + len(path), path))
+                picked.append(first_rows[index] + walk.node)
+            at_nodes = logits[picked]
+            for index, drawn, row_logits in zip(
+                live, self._draw(at_nodes, rows), at_nodes, strict=True
+            ):
+                self._emit(walks[index], entries[index].seq, drawn, row_logits)
+        return [walk.verdict() for walk in walks]
+
+    def _draw(self, logits: Tensor, rows: Seq[Row]) -> list[int | str]:
+        """Per row the token drawn, or what went wrong."""
+        try:
+            finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+            tokens = self._sampler.draw(self._sampler.process(logits, rows), rows).tolist()
+        except Exception as error:
+            if len(rows) == 1:
+                return [f"sampling failed: {type(error).__name__}: {error}"]
+            return [self._draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
+        return [
+            token if ok else "the model produced logits that are not numbers"
+            for token, ok in zip(tokens, finite, strict=True)
+        ]
+
+    def _emit(self, walk: Walk, seq: Sequence, drawn: int | str, logits: Tensor) -> None:
+        if isinstance(drawn, str):
+            walk.fail(drawn)
+            return
+        num_top = seq.request.sampling.logprobs
+        if num_top is not None:
+            walk.logprobs.append(token_logprobs(logits, drawn, num_top))
+        walk.emit(drawn, self._stops[seq.id].feed(drawn))

@@ -1,0 +1,136 @@
+"""Invariants of draft trees: whatever is built, pruned or merged stays a tree in good order."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specserve.tree import (
+    MAX_NODES,
+    DraftTree,
+    build_tree,
+    chain_tree,
+    merge,
+    prune,
+    root_tree,
+)
+
+VOCAB = 12
+
+
+@st.composite
+def trees(draw: st.DrawFn, root: int = 3, max_nodes: int = 24) -> DraftTree:
+    count = draw(st.integers(0, max_nodes - 1))
+    tokens, parents, scores = [root], [-1], [1.0]
+    taken: set[tuple[int, int]] = set()
+    for node in range(1, count + 1):
+        parent = draw(st.integers(0, len(tokens) - 1))
+        token = draw(st.integers(0, VOCAB - 1))
+        if (parent, token) in taken:
+            continue
+        taken.add((parent, token))
+        tokens.append(token)
+        parents.append(parent)
+        scores.append(draw(st.floats(0.0, 1.0, width=32)))
+        assert node
+    return build_tree(tokens, parents, scores, source=draw(st.integers(1, 3)))
+
+
+def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
+    """Every node as the tokens on its path, with its score."""
+    found: dict[tuple[int, ...], float] = {}
+    by_node: list[tuple[int, ...]] = []
+    for node in range(len(tree)):
+        above = () if node == 0 else by_node[tree.parents[node]]
+        by_node.append((*above, int(tree.tokens[node])))
+        found[by_node[-1]] = float(tree.scores[node])
+    return found
+
+
+@given(trees())
+def test_built_trees_are_valid_and_chain_first(tree: DraftTree) -> None:
+    tree.validate(VOCAB)
+    node, expected = 0, 0
+    while tree.children[node]:  # the best child of each node follows it directly
+        children = list(tree.children[node].values())
+        best = max(float(tree.scores[child]) for child in children)
+        node, expected = node + 1, expected + 1
+        assert node in children
+        assert tree.scores[node] == best
+    assert tree.depths[node] == expected
+
+
+@given(trees())
+def test_ancestor_words_follow_the_parents(tree: DraftTree) -> None:
+    for node in range(len(tree)):
+        word, above = 0, node
+        while above >= 0:
+            word |= 1 << above
+            above = int(tree.parents[above])
+        assert int(tree.ancestors[node]) == word
+        assert tree.depths[node] == word.bit_count() - 1
+
+
+@given(trees(), st.integers(1, 24))
+def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
+    pruned = prune(tree, max_nodes)
+    pruned.validate(VOCAB, max_nodes)
+    assert len(pruned) == min(len(tree), max_nodes)
+    before, after = paths(tree), paths(pruned)
+    assert after.items() <= before.items()
+    dropped = [score for path, score in before.items() if path not in after]
+    assert not dropped or max(dropped) <= min(after.values())
+
+
+@given(st.lists(trees(), min_size=1, max_size=4))
+def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
+    merged = merge(proposals, MAX_NODES)
+    merged.validate(VOCAB)
+    everything: dict[tuple[int, ...], float] = {}
+    for tree in proposals:
+        for path, score in paths(tree).items():
+            everything[path] = max(score, everything.get(path, 0.0))
+    united = paths(merged)
+    assert united.items() <= everything.items()
+    if len(everything) <= MAX_NODES:
+        assert united == everything
+
+
+def test_a_merged_node_names_the_source_that_scored_it_best() -> None:
+    sure, unsure = chain_tree(3, [5, 6], [0.9, 0.8], 1), chain_tree(3, [5, 7], [0.5, 0.4], 2)
+    merged = merge([unsure, sure], MAX_NODES)
+    assert merged.tokens.tolist() == [3, 5, 6, 7]
+    assert merged.source.tolist() == [0, 1, 1, 2]
+
+
+def test_scores_never_exceed_the_parent() -> None:
+    tree = chain_tree(0, [1, 2], [0.3, 0.9], 1)
+    assert tree.scores.tolist() == [1.0, np.float32(0.3), np.float32(0.3)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": np.array([0, VOCAB, 2], np.int32)}, "outside the vocabulary"),
+        ({"parents": np.array([-1, 1, 0], np.int16)}, "parent must come before"),
+        ({"parents": np.array([0, 0, 0], np.int16)}, "parents\\[0\\]"),
+        ({"tokens": np.array([0, 2, 2], np.int32)}, "same token"),
+        ({"scores": np.array([1, 0.5, 1.5], np.float32)}, "path score"),
+        ({"source": np.array([0], np.uint8)}, "differ in length"),
+    ],
+)
+def test_validate_names_what_is_wrong(change: dict[str, object], message: str) -> None:
+    fields: dict[str, object] = {
+        "tokens": np.array([0, 1, 2], np.int32),
+        "parents": np.array([-1, 0, 0], np.int16),
+        "scores": np.array([1, 0.5, 0.4], np.float32),
+        "source": np.array([0, 1, 1], np.uint8),
+    }
+    with pytest.raises(ValueError, match=message):
+        DraftTree(**(fields | change)).validate(VOCAB)  # type: ignore[arg-type]
+
+
+def test_a_tree_over_its_budget_is_refused() -> None:
+    root_tree(1).validate(VOCAB, 1)
+    with pytest.raises(ValueError, match="2 nodes; expected 1 to 1"):
+        chain_tree(1, [2], [0.5], 1).validate(VOCAB, 1)
