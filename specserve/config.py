@@ -5,7 +5,7 @@ over all sections, so flags and keyword arguments need no section.
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -85,9 +85,7 @@ def load_config(settings: Mapping[str, Any], file: Path | None = None) -> Engine
     }
     for name, value in settings.items():
         if name not in section_of:
-            close = get_close_matches(name, section_of, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(section_of)}"
-            raise ConfigError(f"{name}: unknown setting; {hint}")
+            raise _unknown(name, name, section_of)
         merged.setdefault(section_of[name], {})[name] = value
     try:
         return msgspec.convert(merged, EngineConfig)
@@ -115,11 +113,27 @@ def parse_bytes(name: str, text: str) -> int:
 
 def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        return tomllib.loads(file.read_text())
+        sections = tomllib.loads(file.read_text())
     except OSError as error:
         raise ConfigError(f"config: {file} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {file} is not valid TOML: {error}") from error
+    types = {section.name: section.type for section in msgspec.structs.fields(EngineConfig)}
+    for name, values in sections.items():
+        if name not in types:
+            raise _unknown(f"{file}: {name}", name, types)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: {name}: is a section; write [{name}] and its keys below")
+        for key in values:
+            if key not in types[name].__struct_fields__:
+                raise _unknown(f"{file}: {name}.{key}", key, types[name].__struct_fields__)
+    return sections
+
+
+def _unknown(path: str, name: str, known: Iterable[str]) -> ConfigError:
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return ConfigError(f"{path}: unknown setting; {hint}")
 
 
 def _in_range(name: str, value: int | None, low: int, high: int) -> None:

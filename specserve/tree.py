@@ -62,17 +62,22 @@ class DraftTree:
             raise ValueError(f"tree has {n} nodes; expected 1 to {min(max_nodes, MAX_NODES)}")
         if not len(self.parents) == len(self.scores) == len(self.source) == n:
             raise ValueError("tree arrays differ in length")
-        if self.parents[0] != -1:
-            raise ValueError(f"parents[0] is {self.parents[0]}; the root's parent is -1")
-        if np.any(self.parents[1:] < 0) or np.any(self.parents[1:] >= np.arange(1, n)):
-            raise ValueError("a node's parent must come before it")
-        if np.any(self.tokens < 0) or np.any(self.tokens >= vocab_size):
+        tokens, parents, scores = (
+            self.tokens.tolist(),
+            self.parents.tolist(),
+            self.scores.tolist(),
+        )
+        if parents[0] != -1:
+            raise ValueError(f"parents[0] is {parents[0]}; the root's parent is -1")
+        if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise ValueError(f"a tree token is outside the vocabulary of {vocab_size}")
-        pairs = set(zip(self.parents[1:].tolist(), self.tokens[1:].tolist(), strict=True))
-        if len(pairs) != n - 1:
+        if len(set(zip(parents, tokens, strict=True))) != n:
             raise ValueError("two children of one node carry the same token")
-        if np.any(self.scores[1:] > self.scores[self.parents[1:]]) or np.any(self.scores < 0):
-            raise ValueError("a path score must be in [0, its parent's score]")
+        for node in range(1, n):
+            if not 0 <= parents[node] < node:
+                raise ValueError("a node's parent must come before it")
+            if not 0.0 <= scores[node] <= scores[parents[node]]:
+                raise ValueError("a path score must be in [0, its parent's score]")
 
 
 def root_tree(token: int) -> DraftTree:

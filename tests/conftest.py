@@ -1,90 +1,13 @@
-"""Tiny random models on disk and an engine over them: everything real but the size."""
+"""Tiny random models and engines over them: everything real but the size."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import models as hf_models
-from tokenizers import pre_tokenizers
+from tiny import EngineFactory, write_tiny_llama
 
 from specserve.config import load_config
 from specserve.engine.engine import Engine
-from specserve.types import Request, SamplingParams, SpeculationParams, StepOutput
-
-TINY_VOCAB = 97
-TINY_EOS = 96
-
-
-def write_tiny_llama(
-    directory: Path,
-    *,
-    seed: int,
-    vocab_size: int = TINY_VOCAB,
-    num_layers: int = 2,
-    context: int = 512,
-    sharpness: float = 6.0,
-) -> Path:
-    """A random Llama with GQA 2. `sharpness` scales the head: how far from uniform it is."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, inner, heads, kv_heads, head_dim = 32, 64, 4, 2, 8
-
-    def weights(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-
-    tensors = {
-        "model.embed_tokens.weight": weights(vocab_size, hidden) * hidden**0.5,
-        "model.norm.weight": torch.ones(hidden),
-        "lm_head.weight": weights(vocab_size, hidden) * sharpness,
-    }
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}."
-        tensors |= {
-            prefix + "input_layernorm.weight": torch.ones(hidden),
-            prefix + "post_attention_layernorm.weight": torch.ones(hidden),
-            prefix + "self_attn.q_proj.weight": weights(heads * head_dim, hidden) * 2,
-            prefix + "self_attn.k_proj.weight": weights(kv_heads * head_dim, hidden) * 2,
-            prefix + "self_attn.v_proj.weight": weights(kv_heads * head_dim, hidden),
-            prefix + "self_attn.o_proj.weight": weights(hidden, heads * head_dim),
-            prefix + "mlp.gate_proj.weight": weights(inner, hidden),
-            prefix + "mlp.up_proj.weight": weights(inner, hidden),
-            prefix + "mlp.down_proj.weight": weights(hidden, inner),
-        }
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": context,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "bos_token_id": 0,
-        "eos_token_id": vocab_size - 1,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    write_tiny_tokenizer(directory, [f"w{i}" for i in range(vocab_size)])
-    return directory
-
-
-def write_tiny_tokenizer(directory: Path, words: list[str]) -> None:
-    tokenizer = HfTokenizer(
-        hf_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
@@ -98,12 +21,18 @@ def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("draft"), seed=2, num_layers=1)
 
 
-EngineFactory = Callable[..., Engine]
-
-
 @pytest.fixture
 def make_engine(tiny_model: Path) -> EngineFactory:
-    def make(draft: str | list[str] = "none", *, target: Path | None = None, **more: Any) -> Engine:
+    def make(
+        draft: str | list[str] = "none",
+        *,
+        target: Path | None = None,
+        kv_slots: int | None = None,
+        **more: Any,
+    ) -> Engine:
+        if kv_slots is not None:
+            per_slot = sum(s.spec.bytes_per_slot for s in make(draft, target=target)._storages)
+            more["kv_memory"] = str(kv_slots * per_slot)
         drafts = [draft] if isinstance(draft, str) else draft
         settings = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB", **more}
         directory = target or tiny_model
@@ -111,28 +40,3 @@ def make_engine(tiny_model: Path) -> EngineFactory:
         return Engine(config, directory, None)
 
     return make
-
-
-def run(
-    engine: Engine,
-    prompts: list[tuple[int, ...]],
-    sampling: SamplingParams | list[SamplingParams],
-    *,
-    check: bool = True,
-    speculation: SpeculationParams | None = None,
-) -> list[list[StepOutput]]:
-    """All outputs per prompt, with `check_integrity` after every step."""
-    params = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
-    for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-        engine.submit(Request(f"q{index}", prompt, param, speculation or SpeculationParams()))
-    outputs: dict[str, list[StepOutput]] = {f"q{index}": [] for index in range(len(prompts))}
-    while engine.has_work:
-        for output in engine.step():
-            outputs[output.id].append(output)
-        if check:
-            engine.check_integrity()
-    return list(outputs.values())
-
-
-def ids(outputs: list[StepOutput]) -> tuple[int, ...]:
-    return tuple(token for output in outputs for token in output.new_ids)

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import (
     Bundle,
+    MultipleResults,
     RuleBasedStateMachine,
     consumes,
     initialize,
@@ -35,6 +36,9 @@ class Owner:
         return len(self.tokens) - self.table.num_committed
 
 
+Owners = Owner | MultipleResults[Owner]
+
+
 class KVMachine(RuleBasedStateMachine):
     owners: Bundle[Owner] = Bundle("owners")
     waiting: Bundle[Owner] = Bundle("waiting")
@@ -58,16 +62,16 @@ class KVMachine(RuleBasedStateMachine):
         salt=st.sampled_from(SALTS),
         spare=st.integers(0, 1),
     )
-    def admit(self, shared: int, tail: list[int], salt: str, spare: int) -> object:
+    def admit(self, shared: int, tail: list[int], salt: str, spare: int) -> Owners:
         """Few distinct prompts, so that prefixes really are shared."""
         tokens = [7] * (shared * BLOCK) + tail
         return self.admitted(Owner(tokens, salt, BlockTable(BLOCK)), spare)
 
     @rule(target=owners, owner=consumes(waiting))
-    def resume(self, owner: Owner) -> object:
+    def resume(self, owner: Owner) -> Owners:
         return self.admitted(owner, 0)
 
-    def admitted(self, owner: Owner, spare: int) -> object:
+    def admitted(self, owner: Owner, spare: int) -> Owners:
         available = self.kv.pool.num_available
         hashes = prefix_hashes(owner.tokens, BLOCK, owner.salt)
         table = self.kv.admit(len(owner.tokens), hashes, spare_blocks=spare)
@@ -132,7 +136,7 @@ class KVMachine(RuleBasedStateMachine):
             self.leave(owner)
 
     @rule(target=waiting, owner=consumes(owners))
-    def preempt(self, owner: Owner) -> object:
+    def preempt(self, owner: Owner) -> Owners:
         if owner not in self.live:
             return multiple()
         self.leave(owner)

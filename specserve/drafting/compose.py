@@ -31,15 +31,18 @@ class ComposedDrafter:
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
         """One merged tree per sequence, within its budget. Budget 1 asks nobody."""
-        trees = [[root_tree(seq.tokens[-1])] for seq in seqs]
+        proposals: list[list[DraftTree]] = [[] for _ in seqs]
         asked = [index for index, budget in enumerate(budgets) if budget > 1]
         if asked:
             chosen = [seqs[index] for index in asked]
             limits = [budgets[index] for index in asked]
             for name in self.active:
                 for index, tree in zip(asked, self._ask(name, chosen, limits), strict=False):
-                    trees[index].append(tree)
-        return [merge(proposals, budget) for proposals, budget in zip(trees, budgets, strict=True)]
+                    proposals[index].append(tree)
+        return [
+            merge(trees, budget) if trees else root_tree(seq.tokens[-1])
+            for seq, trees, budget in zip(seqs, proposals, budgets, strict=True)
+        ]
 
     def observe(self, feedback: Feedback) -> None:
         for name in self.active:

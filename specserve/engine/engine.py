@@ -94,11 +94,15 @@ class Engine:
         )
         self._tokenizer = tokenizer
         self._inbox: deque[Request | Abort] = deque()
+        self._ids: set[str] = set()  # submitted and not finished
         self._times = StepTimes()
 
     def submit(self, request: Request) -> None:
         """Queue a request for the next step. Raises RequestError if it can never be served."""
         self.check(request)
+        if request.id in self._ids:
+            raise RequestError("id", f"{request.id!r} is already running; use a fresh one")
+        self._ids.add(request.id)
         self._inbox.append(request)
 
     def abort(self, request_id: str) -> None:
@@ -123,6 +127,7 @@ class Engine:
         for output in outputs:
             if output.finish is not None:
                 self.verifier.forget(output.id)
+                self._ids.discard(output.id)
         if not self.scheduler.has_work:
             self.check_integrity()
         return outputs

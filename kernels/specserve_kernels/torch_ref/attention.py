@@ -29,7 +29,7 @@ def paged_tree_attention(
     """[num_rows, num_heads, head_dim] in q's dtype; see `Kernels.paged_tree_attention`."""
     assert isinstance(plan, AttentionPlan), "a plan belongs to the backend that made it"
     head_dim = q.shape[2]
-    queries = (q.float() * (scale * LOG2_E)).view(-1, head_dim)
+    queries = (q.float() * (scale * LOG2_E)).reshape(-1, head_dim)
     keys, values = k_cache.view(-1, head_dim), v_cache.view(-1, head_dim)
     out = torch.zeros_like(queries)
     sums = torch.ones_like(queries[:, 0])  # padding rows: 0 / 1

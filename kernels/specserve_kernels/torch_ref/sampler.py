@@ -10,7 +10,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_ROWS_AT_ONCE = 8  # bounds the float64 and int64 temporaries to a few rows of the vocabulary
+_ROWS_AT_ONCE = 4  # keeps the int64 and float64 temporaries in cache
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     """Noise of chosen tokens, float32 [num_rows, num_tokens]; see `Kernels.gumbel_noise`."""
     words = torch.stack(_words(seeds, positions, token_ids >> 2), dim=-1)
     chosen = words.gather(-1, (token_ids & 3).unsqueeze(-1)).squeeze(-1)
-    return _gumbel(chosen.to(torch.float64))
+    return gumbel_of_words(chosen.to(torch.float64))
 
 
 def gumbel_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, noisy: Tensor) -> Tensor:
@@ -81,10 +81,10 @@ def _vocabulary_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tens
     uniform = torch.empty((len(seeds), num_counters, 4), dtype=torch.float64, device=seeds.device)
     for word, values in enumerate(_words(seeds, positions, counters)):
         uniform[..., word] = values
-    return _gumbel(uniform.flatten(1))[:, :vocab_size]
+    return gumbel_of_words(uniform.flatten(1))[:, :vocab_size]
 
 
-def _gumbel(words: Tensor) -> Tensor:
-    """In place on float64 words of 32 bits; returns float32."""
+def gumbel_of_words(words: Tensor) -> Tensor:
+    """In place on float64 [...] of 32-bit words; returns float32 noise, see the contract."""
     uniform = words.add_(0.5).mul_(2.0**-32)
     return uniform.log_().neg_().log_().neg_().to(torch.float32)

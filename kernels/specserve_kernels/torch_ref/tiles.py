@@ -215,10 +215,12 @@ class AttentionPlan:
         place = np.maximum(np.where(position < context, position, context + above), 0)
         block_size = self._segments.block_size
         block = self._tables[groups.segment[:, None], place // block_size]
-        return block * block_size + place % block_size
+        slots: Ints = block * block_size + place % block_size
+        return slots
 
 
 def _bucket(num_rows: Ints) -> Ints:
     """A multiple of 8 (below it a matmul's bits depend on the row count), few of them."""
     step = np.maximum(8, np.exp2(np.ceil(np.log2(num_rows)) - 2).astype(np.int64))
-    return -(-num_rows // step) * step
+    padded: Ints = -(-num_rows // step) * step
+    return padded

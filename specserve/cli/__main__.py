@@ -1,0 +1,7 @@
+"""`python -m specserve.cli`."""
+
+import sys
+
+from specserve.cli.main import main
+
+sys.exit(main())

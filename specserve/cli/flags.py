@@ -1,0 +1,116 @@
+"""Flags from the fields of a settings Struct, so that none can be forgotten.
+
+Owns how each field type reads on a command line. Only flags that were given reach the namespace:
+what was not said keeps the default of the Struct or of the configuration file.
+"""
+
+import argparse
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import FieldInfo
+
+
+@dataclass(frozen=True, slots=True)
+class FlagType:
+    """How one type is read: arguments for argparse, and what to make of what it gathered."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    collect: Callable[[Any], Any] = lambda value: value
+
+
+def add_flags(
+    group: argparse._ArgumentGroup,
+    struct: type[Struct],
+    help_texts: Mapping[str, str],
+    *,
+    skip: frozenset[str] = frozenset(),
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    """One flag per field of `struct`. `aliases` gives a field a second flag."""
+    hints = get_type_hints(struct)
+    for info in msgspec.structs.fields(struct):
+        if info.name in skip:
+            continue
+        names = [f"--{info.name.replace('_', '-')}"]
+        if aliases and info.name in aliases:
+            names.append(aliases[info.name])
+        group.add_argument(
+            *names,
+            dest=info.name,
+            default=argparse.SUPPRESS,
+            help=help_texts[info.name] + _default(info),
+            **flag_type(hints[info.name]).arguments,
+        )
+
+
+def given(args: argparse.Namespace, struct: type[Struct]) -> dict[str, Any]:
+    """The fields of `struct` that the command line sets."""
+    hints = get_type_hints(struct)
+    return {
+        name: flag_type(hints[name]).collect(getattr(args, name))
+        for name in struct.__struct_fields__
+        if hasattr(args, name)
+    }
+
+
+def flag_type(hint: Any) -> FlagType:
+    """How a field of type `hint` reads. Raises TypeError for a type without a rule."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return flag_type(hint)
+    if hint is bool:
+        return FlagType({"action": argparse.BooleanOptionalAction})
+    if hint in (int, float):
+        return FlagType({"type": hint, "metavar": "N" if hint is int else "X"})
+    if hint is str:
+        return FlagType({"metavar": "TEXT"})
+    if origin is Literal:
+        return FlagType({"choices": arguments})
+    if origin is tuple:
+        metavar = "ID" if arguments[0] is int else "TEXT"
+        return FlagType({"action": "append", "type": arguments[0], "metavar": metavar}, tuple)
+    if hint == dict[int, float]:
+        return FlagType({"action": "append", "type": _bias, "metavar": "ID=BIAS"}, dict)
+    if hint == dict[str, dict[str, Any]]:
+        return FlagType({"action": "append", "type": _option, "metavar": "DRAFTER.KEY=X"}, _nest)
+    raise TypeError(f"no flag can be made of the type {hint}")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
+
+
+def _option(text: str) -> tuple[str, str, Any]:
+    """'ngram.max_match=3' -> ('ngram', 'max_match', 3). The value is JSON, or else a string."""
+    path, equals, value = text.partition("=")
+    drafter, dot, key = path.rpartition(".")
+    if not (equals and dot and drafter and key):
+        raise ValueError(text)
+    try:
+        return drafter, key, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return drafter, key, value
+
+
+def _nest(options: list[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for drafter, key, value in options:
+        nested.setdefault(drafter, {})[key] = value
+    return nested
+
+
+def _default(info: FieldInfo) -> str:
+    """What the help says of a default; switches and "not given" speak for themselves."""
+    default = info.default
+    if isinstance(default, tuple):
+        default = ", ".join(map(str, default))
+    if isinstance(default, bool) or not isinstance(default, int | float | str) or default == "":
+        return ""
+    return f" (default: {default})"

@@ -1,0 +1,136 @@
+"""The machine without torch: versions, processor, compilers, the cache folder."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+from specserve import __version__
+from specserve.cli.check import Check
+from specserve.hub.cache import default_cache_dir
+
+REQUIRED: Final = ("torch", "numpy", "msgspec", "safetensors", "tokenizers", "huggingface-hub")
+REQUIRED_TOO: Final = ("gguf", "jinja2", "rich")
+OPTIONAL: Final = {
+    "triton": "GPU kernels",
+    "transformers": "the parity tests",
+}
+# What the torch and native kernels make use of, by the flags that say it is there.
+CPU_FEATURES: Final = {
+    "AVX2": ("avx2",),
+    "AVX512": ("avx512f",),
+    "VNNI": ("avx512_vnni", "avx_vnni"),
+    "BF16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "AMX": ("amx_tile",),
+}
+CPUINFO: Final = Path("/proc/cpuinfo")
+_TIMEOUT_S: Final = 20
+
+
+def versions() -> list[Check]:
+    checks = [
+        Check("versions", "python", platform.python_version()),
+        Check("versions", "specserve", __version__),
+    ]
+    for name in REQUIRED + REQUIRED_TOO:
+        found = _version(name)
+        if found is None:
+            checks.append(Check("versions", name, "not installed", "broken", f"pip install {name}"))
+        else:
+            checks.append(Check("versions", name, found))
+    for name, purpose in OPTIONAL.items():
+        found = _version(name)
+        if found is None:
+            checks.append(
+                Check("versions", name, f"not installed; only needed for {purpose}", "note")
+            )
+        else:
+            checks.append(Check("versions", name, found))
+    return checks
+
+
+def processor(cpuinfo: Path = CPUINFO) -> list[Check]:
+    fields = _cpu_fields(cpuinfo)
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    has = [name for name, marks in CPU_FEATURES.items() if flags.intersection(marks)]
+    lacks = [name for name in CPU_FEATURES if name not in has]
+    features = f"{' '.join(has) or 'none'} (not there: {' '.join(lacks) or 'none'})"
+    return [
+        Check("processor", "model", model),
+        Check("processor", "cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
+        Check("processor", "instructions", features),
+    ]
+
+
+def compilers() -> list[Check]:
+    return [
+        _compiler("C", os.environ.get("CC"), ("cc", "gcc", "clang")),
+        _compiler("C++", os.environ.get("CXX"), ("c++", "g++", "clang++")),
+    ]
+
+
+def cache_folder(folder: Path | None = None) -> list[Check]:
+    """Where fetched models are kept, how much is there, and whether more can be."""
+    folder = folder or default_cache_dir()
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fix = "make it writable, or set XDG_CACHE_HOME to a folder that is"
+        return [Check("cache", "folder", f"{folder}: cannot be written", "broken", fix)]
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(parent).free
+    return [
+        Check("cache", "folder", str(folder)),
+        Check("cache", "in use", f"{gib(size)}, {gib(free)} free"),
+    ]
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def first_line(command: Sequence[str]) -> str | None:
+    """The first line a command prints; None if it is not there or fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), None)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_fields(cpuinfo: Path) -> dict[str, str]:
+    """The first processor's entry."""
+    try:
+        entry = cpuinfo.read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in entry.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _compiler(language: str, chosen: str | None, usual: Sequence[str]) -> Check:
+    candidates = (chosen,) if chosen else usual
+    for candidate in candidates:
+        words = candidate.split()  # CC may carry flags
+        if shutil.which(words[0]):
+            return Check("compilers", language, first_line([*words, "--version"]) or candidate)
+    return Check(
+        "compilers",
+        language,
+        f"none found (looked for {', '.join(candidates)})",
+        "note",
+        "install gcc or clang; Triton compiles its launchers with it",
+    )

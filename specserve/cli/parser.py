@@ -1,0 +1,132 @@
+"""What can be typed: the commands, their flags and what each says about itself."""
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from specserve import __version__
+from specserve.cli.flags import add_flags, given
+from specserve.config import EngineConfig, load_config
+from specserve.types import SamplingParams
+
+TARGET_HELP: Final = "alias, model directory, .gguf file or hub id"
+
+SAMPLING_HELP: Final = {
+    "temperature": "0 is greedy",
+    "top_k": "sample among the K best tokens; 0: all",
+    "top_p": "sample among the best tokens that hold this much probability",
+    "min_p": "leave out tokens below this share of the best one's probability",
+    "presence_penalty": "subtracted once from the logit of every token already there",
+    "frequency_penalty": "subtracted per occurrence",
+    "repetition_penalty": "divides the logits of tokens in prompt and output; above 1 discourages",
+    "logit_bias": "add BIAS to a token's logit; repeatable",
+    "max_tokens": "tokens to generate at most",
+    "min_tokens": "no end token before this many",
+    "stop": "end before this text; repeatable",
+    "stop_token_ids": "end at this token; repeatable",
+    "ignore_eos": "go on after the model's end token",
+    "seed": "makes sampling repeatable; drawn afresh if not given",
+    "logprobs": "alternatives per token for which log-probabilities are kept",
+    "n": "completions per prompt",
+}
+
+ENGINE_HELP: Final = {
+    "dtype": "of weights and KV; auto: what the device is fast at",
+    "device": "auto, cpu, cuda or cuda:N",
+    "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
+    "exactness": "exact: a result never depends on what else is in the batch",
+    "threads": "CPU threads",
+    "block_size": "tokens per KV block",
+    "kv_memory": "KV memory, such as 2GiB; not given: measured",
+    "prefix_caching": "share the KV of equal prompt beginnings",
+    "draft": "none, ngram, another drafter or a draft model; repeatable, merged into one tree",
+    "max_nodes": "tree nodes per sequence and pass",
+    "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
+    "max_num_seqs": "sequences that run together",
+    "max_batch_rows": "tokens of one pass: tree nodes and prompt tokens together",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specserve", description="Serve language models with speculative decoding."
+    )
+    parser.add_argument("--version", action="version", version=f"specserve {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_pull(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The configuration file under the flags. Raises ConfigError."""
+    settings = {
+        name: value
+        for section in msgspec.structs.fields(EngineConfig)
+        for name, value in given(args, section.type).items()
+    }
+    return load_config(settings, args.config)
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("generate", help="generate text from prompts", allow_abbrev=False)
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
+    prompts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='one JSON value per line: "text", {"prompt": ...}, {"messages": [...]} or '
+        '{"turns": [...]}, of which the first is used',
+    )
+    form = prompts.add_mutually_exclusive_group()
+    form.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is a user's message (default if the model has a chat template)",
+    )
+    form.add_argument("--raw", action="store_true", help="each prompt is text to go on with")
+    prompts.add_argument(
+        "--prediction", metavar="TEXT", help="text expected in the answers; only makes it faster"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    add_flags(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
+    _add_engine_flags(parser)
+
+
+def _add_pull(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("pull", help="fetch a model and print its directory")
+    parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="look at this machine and say what will be used, and why",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    _add_engine_flags(parser)
+
+
+def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "target", nargs="?", default=argparse.SUPPRESS, metavar="TARGET", help=TARGET_HELP
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--config", type=Path, metavar="FILE.toml", help="flags override it")
+    engine.add_argument(
+        "--print-config", action="store_true", help="print the settings in force and exit"
+    )
+    for section in msgspec.structs.fields(EngineConfig):
+        add_flags(
+            engine,
+            section.type,
+            ENGINE_HELP,
+            skip=frozenset({"target"}),
+            aliases={"max_num_seqs": "--batch"},
+        )

@@ -1,0 +1,68 @@
+"""Prompts from the command line and from JSONL files. Knows no model and no template."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from specserve.config import ConfigError
+
+Messages = list[dict[str, str]]
+EXPECTED = 'a JSON string, {"prompt": ...}, {"messages": [...]} or {"turns": [...]}'
+
+
+def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages]:
+    """The prompts of the flags, then those of the file. Raises ConfigError."""
+    prompts: list[str | Messages] = list(texts)
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ConfigError(f"prompts: {file} cannot be read: {reason}") from error
+        prompts += [
+            _read_row(line, f"{file}:{number}")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
+    if not prompts:
+        raise ConfigError("prompt: there is none; give --prompt TEXT or --prompts FILE.jsonl")
+    return prompts
+
+
+def as_chat(prompt: str | Messages) -> Messages:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_text(prompt: str | Messages) -> str:
+    """Raises ConfigError for chat messages: only a template makes text of them."""
+    if not isinstance(prompt, str):
+        raise ConfigError("raw: a prompt made of messages needs a chat template; leave out --raw")
+    return prompt
+
+
+def _read_row(line: str, place: str) -> str | Messages:
+    try:
+        row = msgspec.json.decode(line)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"prompts: {place} is not JSON ({error}); expected {EXPECTED}") from error
+    prompt = _prompt_of(row)
+    if prompt is None:
+        raise ConfigError(f"prompts: {place} is no prompt; expected {EXPECTED}")
+    return prompt
+
+
+def _prompt_of(row: Any) -> str | Messages | None:
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        return None
+    try:
+        if "messages" in row:
+            return msgspec.convert(row["messages"], Messages)
+        if "turns" in row:
+            return next(iter(msgspec.convert(row["turns"], list[str])), None)
+        return msgspec.convert(row.get("prompt"), str)
+    except msgspec.ValidationError:
+        return None

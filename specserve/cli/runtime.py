@@ -1,0 +1,156 @@
+"""The machine as torch and the engine see it: devices, drivers, memory, what will be used."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from specserve.cache.storage import KVSpec
+from specserve.cli.check import Check
+from specserve.cli.machine import first_line, gib
+from specserve.config import ConfigError, EngineConfig
+from specserve.drafting.registry import drafter_names
+from specserve.engine.device import Platform, choose_platform
+from specserve.engine.memory import count_blocks, free_memory
+from specserve.hub import ALIASES
+from specserve.hub.cache import default_cache_dir
+from specserve.models.fields import ModelError
+from specserve.models.shape import ModelShape
+
+
+def look(config: EngineConfig) -> list[Check]:
+    checks = [*gpus(), *driver()]
+    try:
+        platform = choose_platform(config.target)
+    except (ValueError, ImportError) as error:
+        return [*checks, Check("use", "settings", str(error), "broken")]
+    return [*checks, *_use(platform), *_target(config, platform)]
+
+
+def gpus() -> list[Check]:
+    if not torch.cuda.is_available():
+        return [Check("GPU", "devices", "torch finds none")]
+    supported = torch.cuda.get_arch_list()
+    checks = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        major, minor = properties.major, properties.minor
+        value = f"{properties.name}, capability {major}.{minor}, {gib(properties.total_memory)}"
+        # A build runs on the later minor versions of the architectures it has.
+        if any(arch.startswith(f"sm_{major}") for arch in supported):
+            checks.append(Check("GPU", f"cuda:{index}", value))
+        else:
+            fix = f"install a torch built for it (this one has {' '.join(supported)})"
+            checks.append(Check("GPU", f"cuda:{index}", value, "broken", fix))
+    return checks
+
+
+def driver() -> list[Check]:
+    """The NVIDIA driver, and whether it can run the CUDA version that torch was built with."""
+    found = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return fit_driver(found, driver_cuda(), torch.version.cuda, torch.__version__)
+
+
+def fit_driver(
+    found: str | None,
+    known: tuple[int, int] | None,
+    built: str | None,
+    torch_version: str,
+) -> list[Check]:
+    """`found`: version of the driver, `known`: newest CUDA it knows, `built`: CUDA of torch."""
+    if known is None:
+        value = "no NVIDIA driver" if found is None else f"{found}, but libcuda.so.1 does not load"
+        if built is None or found is None:
+            return [Check("GPU", "driver", value)]
+        return [Check("GPU", "driver", value, "broken", "install the driver's CUDA library")]
+    value = f"{found or 'version unknown'}, for CUDA up to {known[0]}.{known[1]}"
+    if built is None:
+        fix = "install a CUDA build of torch to use the GPU"
+        return [Check("GPU", "driver", f"{value}; torch {torch_version} has no CUDA", "note", fix)]
+    value += f"; torch {torch_version} was built with CUDA {built}"
+    # Within a major version a newer CUDA runs on an older driver.
+    if int(built.partition(".")[0]) > known[0]:
+        fix = f"update the driver, or install a torch built with CUDA {known[0]}"
+        return [Check("GPU", "driver", value, "broken", fix)]
+    return [Check("GPU", "driver", value)]
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA version the installed driver knows."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def _use(platform: Platform) -> list[Check]:
+    chosen = {
+        "device": str(platform.device),
+        "dtype": str(platform.dtype).removeprefix("torch."),
+        "kernels": platform.kernels.name,
+        "exactness": "exact" if platform.exact else "fast",
+    }
+    return [
+        *(
+            Check("use", name, f"{value}: {_reason(platform.reasons[name], value)}")
+            for name, value in chosen.items()
+        ),
+        Check("use", "threads", f"{torch.get_num_threads()} on the CPU"),
+        Check("use", "drafters", ", ".join(drafter_names())),
+    ]
+
+
+def _reason(reason: str, value: str) -> str:
+    """The reason without the value it starts with, where it does."""
+    return reason.removeprefix(value).lstrip(":, ")
+
+
+def _target(config: EngineConfig, platform: Platform) -> list[Check]:
+    free = Check("use", "free memory", f"{gib(free_memory(platform.device))} on {platform.device}")
+    name = config.target.target
+    directory = local_directory(name)
+    if directory is None:
+        known = name in ALIASES or name.endswith(".gguf") or "/" in name
+        missing = f"{name}: not fetched yet" if known else f"{name}: unknown"
+        fix = f"specserve pull {name}" if known else f"aliases: {', '.join(sorted(ALIASES))}"
+        return [free, Check("use", "target", missing, "note" if known else "broken", fix)]
+    try:
+        shape = ModelShape.from_dir(directory)
+        estimate = _kv_estimate(config, platform, shape)
+    except (ModelError, ConfigError) as error:
+        return [free, Check("use", "target", str(error), "broken")]
+    words = f"{shape.architecture}, {shape.num_layers} layers, {directory}"
+    return [free, Check("use", "target", words), Check("use", "KV", estimate)]
+
+
+def local_directory(target: str) -> Path | None:
+    """Where a target lies if nothing has to be fetched or converted for it."""
+    path = Path(target).expanduser()
+    if path.is_dir():
+        return path
+    if target in ALIASES:
+        cached = default_cache_dir() / target
+        return cached if (cached / "config.json").is_file() else None
+    return None
+
+
+def _kv_estimate(config: EngineConfig, platform: Platform, shape: ModelShape) -> str:
+    """The pool for the target alone, before its weights are loaded."""
+    spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, platform.dtype)
+    context = config.target.max_model_len or shape.max_position_embeddings
+    num_blocks = count_blocks(
+        config.cache,
+        spec.bytes_per_slot,
+        context,
+        config.schedule.max_num_seqs,
+        platform.device,
+    )
+    num_slots = num_blocks * config.cache.block_size
+    return (
+        f"{num_slots} tokens in {gib(num_slots * spec.bytes_per_slot)}, "
+        f"{spec.bytes_per_slot} bytes each; a context holds up to {context}"
+    )

@@ -1,0 +1,131 @@
+"""tokenizer.json and tokenizer_config.json out of GGUF metadata.
+
+Byte-level BPE only. Owns the table of how each known tokenizer cuts text before merging; one that
+is not in the table is refused, since a wrong cut gives plausible but wrong tokens.
+"""
+
+from typing import Any, Final
+
+from gguf import TokenType
+from msgspec import Struct
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
+from tokenizers.processors import TemplateProcessing
+
+from specserve.hub.gguf_config import GgufFields
+from specserve.hub.gguf_file import GgufFile
+
+
+class Cut(Struct, frozen=True):
+    """How text is cut into the pieces that BPE merges within."""
+
+    pattern: str | None = None  # None: GPT-2's
+    single_digits: bool = False
+    whole_words: bool = False  # a piece that is a token is taken without merging
+    compose: bool = False  # NFC first
+
+
+def _words(max_digits: str) -> str:
+    """The pattern of GPT-4 and its descendants: contractions, words, numbers, symbols, space."""
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        + max_digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+CUTS: Final = {
+    "gpt-2": Cut(),
+    "default": Cut(),
+    "smollm": Cut(single_digits=True),
+    "llama-bpe": Cut(_words("{1,3}"), whole_words=True),
+    "qwen2": Cut(_words(""), compose=True),
+}
+
+
+def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer, and the content of tokenizer_config.json. Raises `HubError`."""
+    fields = GgufFields(file)
+    model, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre", None)
+    if model != "gpt2" or pre not in CUTS:
+        raise fields.refuse(
+            f"tokenizer {model!r} with pre-tokenizer {pre!r} cannot be converted; supported: "
+            f"'gpt2' with {', '.join(CUTS)}; use a directory with tokenizer.json"
+        )
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    kinds = fields.get("tokenizer.ggml.token_type", list)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens) or len(kinds) != len(tokens):
+        raise fields.refuse(
+            f"{len(tokens)} tokens, {len(vocab)} of them distinct, with {len(kinds)} types"
+        )
+    merges = []
+    for merge in fields.texts("tokenizer.ggml.merges"):
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise fields.refuse(f"the merge {merge!r} does not join two tokens to a third")
+        merges.append((left, right))
+    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=CUTS[pre].whole_words))
+    _set_cut(tokenizer, CUTS[pre])
+    _add_tokens(tokenizer, tokens, kinds)
+    config = _tokenizer_config(fields, tokens)
+    if config["add_bos_token"]:
+        _prepend_bos(tokenizer, config["bos_token"])
+    return tokenizer, config
+
+
+def _set_cut(tokenizer: Tokenizer, cut: Cut) -> None:
+    """In place: how text is cut, and how bytes are put together again."""
+    steps: list[PreTokenizer] = []
+    if cut.single_digits:
+        steps.append(Digits(individual_digits=True))
+    if cut.pattern is not None:
+        steps.append(Split(Regex(cut.pattern), behavior="isolated"))
+    steps.append(ByteLevel(add_prefix_space=False, use_regex=cut.pattern is None))
+    tokenizer.pre_tokenizer = Sequence(steps)
+    tokenizer.decoder = ByteLevelDecoder()
+    if cut.compose:
+        tokenizer.normalizer = NFC()
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
+    """In place: tokens that text spells whole. Their ids stay, they are in the vocabulary."""
+    known = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in known:
+            special = known[TokenType(kind)]
+            added = AddedToken(token, special=special, normalized=False)
+            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+
+
+def _tokenizer_config(fields: GgufFields, tokens: list[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": fields.integer("{arch}.context_length"),
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", bool, False),
+    }
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = fields.integer(f"tokenizer.ggml.{theirs}_token_id", None)
+        if index is None:
+            continue
+        if not 0 <= index < len(tokens):
+            raise fields.refuse(f"tokenizer.ggml.{theirs}_token_id = {index} is no token")
+        config[f"{ours}_token"] = tokens[index]
+    if config["add_bos_token"] and "bos_token" not in config:
+        raise fields.refuse("tokenizer.ggml.add_bos_token is set without a bos_token_id")
+    template = fields.text("tokenizer.chat_template", None)
+    if template is not None:
+        config["chat_template"] = template
+    return config
+
+
+def _prepend_bos(tokenizer: Tokenizer, bos: str) -> None:
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A",
+        pair=f"{bos} $A {bos} $B:1",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
+    )

@@ -1,0 +1,225 @@
+"""What every drafter must do, registered or to come: one file, run over all of them."""
+
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama, write_tiny_tokenizer
+
+from specserve.drafting.base import DraftError
+from specserve.drafting.registry import BUILTIN, create_drafter, load_drafter
+from specserve.engine.engine import Engine
+from specserve.types import Request, SamplingParams, SpeculationParams
+
+PROMPTS = [
+    (1, 2, 3, 4, 1, 2, 3, 4, 1, 2),
+    tuple(range(20, 60)),
+    (7,),
+    tuple((11 * i) % 90 for i in range(150)),
+]
+SETTINGS = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=32, seed=0),
+    "sampled": SamplingParams(temperature=1.0, max_tokens=32, seed=11, ignore_eos=True),
+    "nucleus": SamplingParams(temperature=0.7, top_p=0.9, top_k=20, max_tokens=32, seed=5),
+    "everything": SamplingParams(
+        temperature=0.9,
+        min_p=0.02,
+        presence_penalty=0.4,
+        frequency_penalty=0.3,
+        repetition_penalty=1.2,
+        logit_bias={5: 3.0, 9: -20.0},
+        min_tokens=6,
+        stop_token_ids=(17, 40),
+        max_tokens=32,
+        seed=2**62,
+    ),
+}
+# How to build each registered drafter in a test; a new one fails here until it is added.
+NAMES = sorted(BUILTIN)
+PAIRS = list(combinations([name for name in NAMES if name != "none"], 2))
+
+
+def specs(name: str, tiny_model: Path, tiny_draft: Path) -> list[str]:
+    """`--draft` values that exercise a drafter: good and bad checkpoints where it takes one."""
+    builders = {
+        "none": ["none"],
+        "ngram": ["ngram"],
+        "draft_lm": [str(tiny_draft), str(tiny_model)],
+    }
+    return builders[name]
+
+
+@pytest.fixture(params=NAMES)
+def drafts(request: pytest.FixtureRequest, tiny_model: Path, tiny_draft: Path) -> list[str]:
+    return specs(request.param, tiny_model, tiny_draft)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_output_equals_plain_decoding(
+    drafts: list[str], setting: str, make_engine: EngineFactory
+) -> None:
+    """Whatever the drafter, the budget, the batch and the memory: the same ids."""
+    params = SETTINGS[setting]
+    plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
+    for draft in drafts:
+        for more in (
+            {"max_nodes": 8},
+            {"max_nodes": 3, "max_num_seqs": 1},
+            {"max_nodes": 17, "kv_slots": 192, "max_batch_rows": 48},
+        ):
+            outputs = run(make_engine(draft, **more), PROMPTS, params)
+            assert [ids(each) for each in outputs] == plain, (draft, more)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.parametrize("setting", ["greedy", "everything"])
+def test_output_equals_plain_decoding_composed(
+    pair: tuple[str, str],
+    setting: str,
+    tiny_model: Path,
+    tiny_draft: Path,
+    make_engine: EngineFactory,
+) -> None:
+    params = SETTINGS[setting]
+    plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
+    together = [specs(name, tiny_model, tiny_draft)[0] for name in pair]
+    outputs = run(make_engine(together, max_nodes=12), PROMPTS, params)
+    assert [ids(each) for each in outputs] == plain
+
+
+def proposing(engine: Engine, max_steps: int = 40) -> Iterator[list[tuple[int, int]]]:
+    """Run the prompts; per step (tree size, budget) of every proposal the engine let through."""
+    for index, prompt in enumerate(PROMPTS):
+        params = SamplingParams(temperature=0.8, max_tokens=24, seed=index, ignore_eos=True)
+        engine.submit(Request(f"q{index}", prompt, params))
+    compose = engine.drafter
+    seen: list[tuple[int, int]] = []
+    original = compose.propose
+
+    def spy(seqs, budgets):  # type: ignore[no-untyped-def]
+        trees = original(seqs, budgets)
+        for seq, tree, budget in zip(seqs, trees, budgets, strict=True):
+            tree.validate(TINY_VOCAB, budget)
+            assert tree.tokens[0] == seq.tokens[-1]
+            seen.append((len(tree), budget))
+        return trees
+
+    compose.propose = spy  # type: ignore[method-assign]
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return
+        engine.step()
+        engine.check_integrity()
+        yield seen
+
+
+@pytest.mark.parametrize("max_nodes", [1, 2, 5, 64])
+def test_trees_are_valid_and_within_budget(
+    drafts: list[str], max_nodes: int, make_engine: EngineFactory
+) -> None:
+    for draft in drafts:
+        engine = make_engine(draft, max_nodes=max_nodes)
+        for seen in proposing(engine):
+            assert all(size <= budget <= max_nodes for size, budget in seen)
+        assert engine.drafter.active == [draft], "the drafter raised"
+
+
+def test_forget_frees_everything(drafts: list[str], make_engine: EngineFactory) -> None:
+    """Finished, aborted and preempted requests leave no state behind in the drafter."""
+    for draft in drafts:
+        engine = make_engine(draft, kv_slots=192, max_batch_rows=48)
+        before = _state_size(engine, draft)
+        for index in range(4):
+            prompt = tuple(range(index, index + 40))
+            params = SamplingParams(temperature=1.0, max_tokens=64, seed=index, ignore_eos=True)
+            engine.submit(Request(f"q{index}", prompt, params))
+        for _ in range(6):
+            engine.step()
+        engine.abort("q1")
+        while engine.has_work:
+            engine.step()
+        assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
+        assert _state_size(engine, draft) == before
+        assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
+
+
+def _state_size(engine: Engine, draft: str) -> int:
+    """Entries kept per sequence, in any container of the drafter keyed by sequence id."""
+    drafter = engine.drafter._drafters[draft]
+    return sum(
+        sum(1 for key in value if isinstance(key, str) and re.fullmatch(r"q\d+", key))
+        for value in vars(drafter).values()
+        if isinstance(value, dict)
+    )
+
+
+def test_speculation_can_be_switched_off_per_request(
+    drafts: list[str], make_engine: EngineFactory
+) -> None:
+    params = SETTINGS["greedy"]
+    for draft in drafts:
+        engine = make_engine(draft)
+        for outputs in run(engine, PROMPTS, params, speculation=SpeculationParams(enabled=False)):
+            stats = outputs[-1].stats
+            assert stats is not None
+            assert stats.num_draft_tokens == 0
+
+
+def test_a_model_drafting_for_itself_is_always_right(
+    tiny_model: Path, make_engine: EngineFactory
+) -> None:
+    """Rows are exact and the noise is shared, so no chain token is ever rejected."""
+    chain = {"draft_lm": {"branching": 1, "beam": 1}}
+    for setting in SETTINGS:
+        engine = make_engine(str(tiny_model), options=chain, max_nodes=6)
+        for outputs in run(engine, PROMPTS, SETTINGS[setting]):
+            for output in outputs[:-1]:  # the last pass may be cut by the end of the request
+                assert len(output.new_ids) == 6, setting
+                assert output.sources == (1, 1, 1, 1, 1, 0)
+
+
+def test_ngram_reads_the_prediction(make_engine: EngineFactory) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=40, seed=0)
+    plain = ids(run(make_engine("none"), [PROMPTS[1]], params)[0])
+    told = run(
+        make_engine("ngram", max_nodes=8),
+        [PROMPTS[1]],
+        params,
+        speculation=SpeculationParams(prediction=plain),
+    )[0]
+    assert ids(told) == plain
+    stats = told[-1].stats
+    assert stats is not None
+    assert stats.mean_acceptance_length > 7, stats  # all but the last pass take 8 tokens
+
+
+def test_a_draft_with_another_vocabulary_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    other = write_tiny_llama(tmp_path / "other", seed=3)
+    write_tiny_tokenizer(other, [f"x{i}" for i in range(TINY_VOCAB)])
+    with pytest.raises(DraftError, match="another vocabulary"):
+        create_drafter(str(other), {}, tiny_model, Path)
+
+
+def test_wrong_options_and_names_say_what_is_possible(tiny_model: Path) -> None:
+    with pytest.raises(DraftError, match=r"draft\.options\.ngram.*max_match"):
+        create_drafter("ngram", {"ngram": {"max_mach": 3}}, tiny_model, Path)
+    with pytest.raises(DraftError, match="min_match 5, max_match 2"):
+        create_drafter("ngram", {"ngram": {"min_match": 5, "max_match": 2}}, tiny_model, Path)
+    with pytest.raises(DraftError, match="did you mean 'ngram'"):
+        load_drafter("ngramm")
+
+
+def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFactory) -> None:
+    params = SETTINGS["sampled"]
+    plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
+    engine = make_engine("ngram")
+    drafter = engine.drafter._drafters["ngram"]
+
+    def broken(seqs, budgets):  # type: ignore[no-untyped-def]
+        raise RuntimeError("boom")
+
+    drafter.propose = broken  # type: ignore[method-assign]
+    assert [ids(outputs) for outputs in run(engine, PROMPTS, params)] == plain
+    assert engine.drafter.active == []

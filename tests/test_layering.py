@@ -1,0 +1,258 @@
+"""Imports run downwards only, by the table below; and what nobody may use."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE_ROOTS = (".", "kernels", "drafts", "evals", "benchmarks")
+OURS = (
+    "specserve",
+    "specserve_kernels",
+    "specserve_drafts",
+    "specserve_evals",
+    "specserve_benchmarks",
+)
+
+# A unit is a module or a package; it may import itself and every unit of a lower level.
+LEVELS: list[list[str]] = [
+    ["specserve_kernels"],
+    [
+        "specserve.types",
+        "specserve.config",
+        "specserve.tree",
+        "specserve.cache.pool",
+        "specserve.cache.table",
+        "specserve.cache.prefix",
+        "specserve.text",
+        "specserve.hub",
+    ],
+    [
+        "specserve.sequence",
+        "specserve.step",
+        "specserve.cache.manager",
+        "specserve.cache.storage",
+        "specserve.sampling",
+    ],
+    ["specserve.drafting.base", "specserve.batch", "specserve.models"],
+    [
+        "specserve.schedule",
+        "specserve.verify",
+        "specserve.runner",
+        "specserve.drafting.registry",
+        "specserve.drafting.compose",
+        "specserve_drafts",
+    ],
+    ["specserve.engine"],
+    [],  # the engine's process
+    [
+        "specserve",
+        "specserve.llm",
+        "specserve.cli",
+        "specserve_evals",
+        "specserve_benchmarks",
+    ],
+]
+WITHIN_A_LEVEL = {
+    ("specserve.cache.table", "specserve.cache.pool"),
+    ("specserve.text", "specserve.types"),
+    ("specserve.step", "specserve.sequence"),
+    ("specserve.drafting.base", "specserve.batch"),
+    ("specserve.models", "specserve.batch"),
+    ("specserve", "specserve.llm"),
+    ("specserve.cli", "specserve"),
+    ("specserve.cli", "specserve.llm"),
+    ("specserve_evals", "specserve"),
+    ("specserve_evals", "specserve.llm"),
+    ("specserve_benchmarks", "specserve"),
+    ("specserve_benchmarks", "specserve.llm"),
+    ("specserve_benchmarks", "specserve.cli"),
+    ("specserve_benchmarks", "specserve_evals"),
+}
+DRAFTS_MAY_USE = {
+    "specserve_kernels",
+    "specserve.types",
+    "specserve.tree",
+    "specserve.cache.table",
+    "specserve.cache.storage",
+    "specserve.text",
+    "specserve.hub",
+    "specserve.sequence",
+    "specserve.step",
+    "specserve.sampling",
+    "specserve.drafting.base",
+    "specserve.batch",
+    "specserve.models",
+}
+DRAFTS_ARE_USED_BY = {"specserve_evals", "specserve_benchmarks"}
+WITHOUT_TORCH = {
+    "specserve",
+    "specserve.types",
+    "specserve.config",
+    "specserve.tree",
+    "specserve.sequence",
+    "specserve.step",
+    "specserve.cache.pool",
+    "specserve.cache.table",
+    "specserve.cache.prefix",
+    "specserve.cache.manager",
+    "specserve.schedule",
+    "specserve.text",
+    "specserve.hub",
+    "specserve.verify.walk",
+    "specserve.verify.stopping",
+}
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {"torch.load", "eval", "exec", "os.system"}
+VAGUE_NAMES = {"utils.py", "helpers.py", "util.py", "helper.py", "common.py", "misc.py"}
+
+LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
+
+
+def unit_of(module: str) -> str | None:
+    """The unit a module of ours belongs to: the longest entry of the table that contains it.
+
+    The roots `specserve` and `specserve.cache` contain nothing: a new module needs a place.
+    """
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in LEVEL_OF and (name != "specserve" or module == name):
+            return name
+    return None
+
+
+def imported_modules(tree: ast.AST, known: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, at any depth, TYPE_CHECKING included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield node.lineno, full if full in known else base
+
+
+def import_violations(module: str, source: str, known: set[str]) -> list[str]:
+    """What is wrong with the imports of one module."""
+    unit = unit_of(module)
+    if unit is None:
+        return [f"{module}: has no level; give it one in the table"]
+    found = []
+    for line, target in imported_modules(ast.parse(source), known):
+        reason = import_error(module, unit, target)
+        if reason is not None:
+            found.append(f"{module}:{line}: imports {target}: {reason}")
+    return found
+
+
+def import_error(module: str, unit: str, target: str) -> str | None:
+    if target.startswith("."):
+        return "relative imports are not used"
+    top = target.partition(".")[0]
+    if top in UNSAFE_MODULES:
+        return "it can run code that comes with data"
+    if top == "torch" and (unit in WITHOUT_TORCH or module in WITHOUT_TORCH):
+        return "this module knows no tensors"
+    if top not in OURS:
+        return None
+    other = unit_of(target)
+    if other is None:
+        return "it has no level; give it one in the table"
+    if other == unit:
+        return None
+    if unit == "specserve_drafts":
+        return None if other in DRAFTS_MAY_USE else "a drafter knows nothing of the engine"
+    if other == "specserve_drafts" and unit not in DRAFTS_ARE_USED_BY:
+        return "drafters are loaded by name"
+    if LEVEL_OF[other] < LEVEL_OF[unit] or (unit, other) in WITHIN_A_LEVEL:
+        return None
+    return f"level {LEVEL_OF[unit]} may not look at level {LEVEL_OF[other]}"
+
+
+def unsafe_calls(module: str, source: str) -> list[str]:
+    return [
+        f"{module}:{node.lineno}: calls {ast.unparse(node.func)}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE_CALLS
+    ]
+
+
+def our_modules() -> dict[str, Path]:
+    """Module name -> file, for every package of the distribution."""
+    modules = {}
+    for root, package in zip(PACKAGE_ROOTS, OURS, strict=True):
+        for file in (ROOT / root / package).rglob("*.py"):
+            relative = file.relative_to(ROOT / root).with_suffix("")
+            modules[".".join(relative.parts).removesuffix(".__init__")] = file
+    return modules
+
+
+MODULES = our_modules()
+
+
+def test_every_package_is_seen() -> None:
+    assert {name.partition(".")[0] for name in MODULES} == set(OURS)
+    assert len(MODULES) > 40
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"specserve.cache", "specserve.drafting"}))
+def test_imports(module: str) -> None:
+    source = MODULES[module].read_text()
+    assert import_violations(module, source, set(MODULES)) == []
+    assert unsafe_calls(module, source) == []
+
+
+@pytest.mark.parametrize("package", ["specserve.cache", "specserve.drafting"])
+def test_packages_of_several_levels_export_nothing(package: str) -> None:
+    assert not list(imported_modules(ast.parse(MODULES[package].read_text()), set(MODULES)))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "reason"),
+    [
+        ("specserve.tree", "import torch", "no tensors"),
+        ("specserve.schedule.cost", "def f():\n    from torch import nn", "no tensors"),
+        ("specserve.verify.walk", "import torch.nn", "no tensors"),
+        ("specserve.sampling", "from specserve.batch import ForwardBatch", "level 2"),
+        ("specserve.batch", "import specserve.engine.engine", "level 3"),
+        (
+            "specserve.types",
+            "from typing import TYPE_CHECKING\n"
+            "if TYPE_CHECKING:\n    from specserve.sequence import Sequence",
+            "level 1",
+        ),
+        ("specserve.hub.resolve", "from specserve import llm", "level 1"),
+        ("specserve.models.llama", "from specserve.drafting import base", "level 3"),
+        ("specserve_drafts.ngram", "from specserve.schedule.policy import Policy", "engine"),
+        ("specserve_drafts.ngram", "from specserve.config import EngineConfig", "engine"),
+        ("specserve.engine.engine", "import specserve_drafts.ngram", "by name"),
+        ("specserve_kernels.ops", "from specserve.tree import WORD", "level 0"),
+        ("specserve.verify.walk", "from .stopping import StopRule", "relative"),
+        ("specserve.models.loader", "import pickle", "run code"),
+        ("specserve.newcomer", "", "no level"),
+        ("specserve.llm", "import specserve.newcomer", "no level"),
+    ],
+)
+def test_a_violation_is_reported(module: str, source: str, reason: str) -> None:
+    (violation,) = import_violations(module, source, set(MODULES))
+    assert violation.startswith(module)
+    assert reason in violation
+
+
+@pytest.mark.parametrize("source", ["import torch\ntorch.load('x')", "def f():\n    eval('1')"])
+def test_an_unsafe_call_is_reported(source: str) -> None:
+    (violation,) = unsafe_calls("specserve.models.loader", source)
+    assert violation.startswith("specserve.models.loader:2")
+
+
+def test_files_are_named_for_what_they_hold() -> None:
+    files = [file for root in (*PACKAGE_ROOTS[1:], "specserve", "tests") for file in python(root)]
+    assert [file for file in files if file.name in VAGUE_NAMES] == []
+
+
+def python(folder: str) -> list[Path]:
+    return list((ROOT / folder).rglob("*.py"))
