@@ -244,6 +244,7 @@ def _chain(model: LlamaModel, tokens: list[int], start: int) -> ForwardBatch:
         segments=Segments(
             cu_rows=np.array([0, count], np.int32),
             context_lens=np.array([start], np.int32),
+            first_nodes=np.zeros(1, np.int32),
             ancestors=np.array([(2 << i) - 1 for i in range(count)], np.uint64),
             block_tables=np.arange(16, dtype=np.int32)[None],
             num_rows=count + padding,

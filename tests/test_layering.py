@@ -66,6 +66,7 @@ WITHIN_A_LEVEL = {
     ("specserve.cli", "specserve.llm"),
     ("specserve_evals", "specserve"),
     ("specserve_evals", "specserve.llm"),
+    ("specserve_evals", "specserve.cli"),
     ("specserve_benchmarks", "specserve"),
     ("specserve_benchmarks", "specserve.llm"),
     ("specserve_benchmarks", "specserve.cli"),

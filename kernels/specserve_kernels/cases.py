@@ -81,11 +81,11 @@ class AttentionCase:
         segments = Segments(
             cu_rows,
             contexts,
+            np.array(first_nodes, np.int32),
             np.concatenate(words),
             tables,
             int(cu_rows[-1]) + self.num_padding,
             self.block_size,
-            np.array(first_nodes, np.int32) if any(first_nodes) else None,
         )
         return segments, total * self.block_size
 

@@ -4,11 +4,12 @@ Knows tensors and nothing of sequences, trees or schedulers. The torch twin in `
 definition; `cases.py` holds the shapes on which every backend is compared with it.
 
 Rows. A pass runs `num_rows` tokens, grouped into segments of 1 to 64 rows that follow one another.
-A segment is a token tree hanging from a committed context: its row j is written to position slot
-`context_len + j` of the segment's block table and sees the `context_len` slots before the segment
-plus those rows of its own segment whose bit is set in its ancestor word. A plain decode step is a
-tree of one node, a prefill chunk is one chain per 64 tokens, each seeing the chains before it as
-context. Nothing below this line knows the difference.
+A segment is a token tree hanging from a committed context, or the end of one: its row j is node
+i = first_node + j, is written to position slot `context_len + i` of the segment's block table, and
+sees the `context_len` slots before the tree plus those nodes whose bit is set in its ancestor word;
+nodes before first_node are in the cache already. A plain decode step is a tree of one node, a
+prefill chunk is one chain per 64 tokens, each seeing the chains before it as context. Nothing below
+this line knows the difference.
 """
 
 from dataclasses import dataclass
@@ -30,13 +31,11 @@ class Segments:
 
     cu_rows: npt.NDArray[np.int32]  # [num_segments + 1], first row of each segment
     context_lens: npt.NDArray[np.int32]  # [num_segments], slots before the segment's first row
+    first_nodes: npt.NDArray[np.int32]  # [num_segments], tree node of the segment's first row
     ancestors: npt.NDArray[np.uint64]  # [cu_rows[-1]], bit i: node i of the tree is self or above
     block_tables: npt.NDArray[np.int32]  # [num_segments, max_blocks], padded with 0
     num_rows: int  # rows of the pass, padding included
     block_size: int  # slots per block
-    # [num_segments]: row j of a segment is node first_node + j of its tree, written to position
-    # slot context_len + first_node + j; the nodes before are in the cache already. Default: all 0.
-    first_nodes: npt.NDArray[np.int32] | None = None
 
 
 class Plan(Protocol):

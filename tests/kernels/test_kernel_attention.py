@@ -17,7 +17,7 @@ KERNELS = TorchKernels()
 def visible_slots(segments: Segments, segment: int, row: int, window: int) -> list[int]:
     """The slots one row sees, from the words of the contract alone."""
     context = int(segments.context_lens[segment])
-    first_node = 0 if segments.first_nodes is None else int(segments.first_nodes[segment])
+    first_node = int(segments.first_nodes[segment])
     start = int(segments.cu_rows[segment])
     word = int(segments.ancestors[start + row])
     assert word >> (first_node + row) == 1, "a row is its own last ancestor"
@@ -76,7 +76,7 @@ def test_one_plan_serves_layers_of_different_windows() -> None:
 def test_a_pass_of_padding_only_is_zero() -> None:
     none = np.zeros(0, np.int32)
     tables = np.zeros((0, 1), np.int32)
-    segments = Segments(np.zeros(1, np.int32), none, none.astype(np.uint64), tables, 4, 16)
+    segments = Segments(np.zeros(1, np.int32), none, none, none.astype(np.uint64), tables, 4, 16)
     plan = KERNELS.plan_attention(segments, 1, 2)
     cache = torch.full((16, 1, 8), torch.nan)
     out = KERNELS.paged_tree_attention(torch.ones(4, 2, 8), cache, cache, plan, scale=1.0)

@@ -75,11 +75,11 @@ class Model:
         segments = Segments(
             np.cumsum([0, *map(len, rows)], dtype=np.int32),
             np.array([len(part.context) for part in parts], np.int32),
+            np.array([part.first_node for part in parts], np.int32),
             np.concatenate(words),
             tables,
             sum(map(len, rows)) + 1,
             block_size,
-            np.array([part.first_node for part in parts], np.int32),
         )
         q = self.q[[*itertools.chain.from_iterable(rows), 0]]
         plan = KERNELS.plan_attention(segments, self.k.shape[1], self.group_size)

@@ -115,6 +115,7 @@ def _run_rows(
         segments=Segments(
             cu_rows=np.array(cu_rows, np.int32),
             context_lens=np.array([context_len for _, context_len, *_ in segments], np.int32),
+            first_nodes=np.zeros(len(segments), np.int32),
             ancestors=np.array(ancestors, np.uint64),
             block_tables=tables,
             num_rows=num_used + padding,

@@ -108,8 +108,7 @@ class AttentionPlan:
         self._limit = self._context[row_segment] + depth
         self._max_depth = np.maximum.reduceat(depth, self._cu_rows[:-1]) if len(depth) else depth
         # A node as deep as its index has every earlier node above it.
-        first_nodes = 0 if segments.first_nodes is None else segments.first_nodes
-        self._branching = self._max_depth < first_nodes + self._num_rows - 1
+        self._branching = self._max_depth < segments.first_nodes + self._num_rows - 1
         self.scratch = Scratch()
         self._built: dict[tuple[int, torch.device], tuple[tuple[Tile, ...], ...]] = {}
 

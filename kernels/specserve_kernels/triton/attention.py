@@ -52,10 +52,9 @@ class AttentionPlan:
         self.block_size = segments.block_size
         self.num_used_rows = int(segments.cu_rows[-1])
         num_rows = np.diff(segments.cu_rows)
-        zeros = np.zeros_like(segments.context_lens)
-        first_nodes = zeros if segments.first_nodes is None else segments.first_nodes
-        columns = (segments.cu_rows[:-1], num_rows, segments.context_lens, first_nodes)
-        self._segments = np.stack(columns, axis=1).astype(np.int32)
+        self._segments = np.stack(
+            [segments.cu_rows[:-1], num_rows, segments.context_lens, segments.first_nodes], axis=1
+        ).astype(np.int32)
         self._tables = segments.block_tables.astype(np.int32)
         self._words = segments.ancestors.view(np.int64)
         smallest = max(16, _power_of_2(group_size))
