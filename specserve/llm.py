@@ -229,12 +229,16 @@ class _Track:
         if output.new_ids:
             self._last = time.perf_counter()
             self._first = self._first or (self._last, len(output.new_ids))
-        self._text += self._decoder.feed(list(output.new_ids))
+        self._text += self._decoder.feed(output.new_ids[:-1])
+        num_before = len(self._text)
+        self._text += self._decoder.feed(output.new_ids[-1:])
         self.finish = output.finish
         if self.finish is not None:
             self._text += self._decoder.flush()
-            if isinstance(output.stop_reason, str):
-                self._text = self._text[: self._text.index(output.stop_reason)]
+            stop = output.stop_reason
+            if isinstance(stop, str):  # the last token completed it; min_tokens may spare others
+                start = self._text.index(stop, max(0, num_before - len(stop) + 1))
+                self._text = self._text[:start]
             self._last = time.perf_counter()
         self._show()
         return self.finish is not None

@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -193,7 +193,17 @@ PROMPTS = [
 ]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other crawl on a machine that is busy elsewhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_the_alias_gives_a_model_that_talks_like_the_reference() -> None:
     """Greedy, 24 tokens, ours through the cache and transformers over the same directory."""
     directory = resolve("smollm2-135m")

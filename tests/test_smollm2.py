@@ -7,6 +7,7 @@ import torch
 
 from specserve import LLM, SamplingParams
 from specserve.hub import resolve
+from specserve.llm import Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,14 @@ def test_ngram_writes_what_plain_decoding_writes(setting: str, plain: LLM, ngram
 
 def test_a_bad_request_in_a_batch_ends_alone(plain: LLM, ngram: LLM) -> None:
     good = SETTINGS["greedy"]
-    prompts = [CHATS[0], "", CHATS[1], [1, 10**6], [{"role": "robot"}], "word " * 9000]
+    prompts: list[Prompt] = [
+        CHATS[0],
+        "",
+        CHATS[1],
+        [1, 10**6],
+        [{"role": "robot"}],
+        "word " * 9000,
+    ]
     params = [good, good, SamplingParams(top_p=0.0), good, good, good]
     results = ngram.generate(prompts, params)
     assert results[0].token_ids == plain.generate(CHATS[0], good)[0].token_ids
@@ -142,6 +150,16 @@ def test_a_stop_string_ends_the_text_before_it(plain: LLM, ngram: LLM) -> None:
     assert result.text == full[: full.index(stop)]
     assert "".join(pieces) == result.text, "text behind a stop string was shown"
     assert (result.finish_reason, result.completions[0].stop_reason) == ("stop", stop)
+
+
+def test_min_tokens_spares_an_earlier_stop_string(ngram: LLM) -> None:
+    """The text is cut at the occurrence that ended it, not at the one min_tokens let pass."""
+    params = SamplingParams(temperature=0.0, max_tokens=60, min_tokens=30, stop=("one",))
+    result = ngram.generate(CHATS[14], params)[0]
+    assert result.finish_reason == "stop"
+    assert len(result.token_ids) >= 30
+    assert "one" in result.text
+    assert ngram.tokenizer.decode(list(result.token_ids)).startswith(result.text + "one")
 
 
 def test_a_prediction_is_accepted(plain: LLM, ngram: LLM) -> None:

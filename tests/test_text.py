@@ -1,23 +1,18 @@
-"""Text to ids and back: against transformers, against injection, and however it is cut up."""
+"""Text and chats to ids and back: against transformers, and against forged control tokens."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from specserve.hub import resolve
 from specserve.text import (
-    IncrementalDecoder,
-    StopChecker,
     TextError,
     Tokenizer,
     same_vocabulary,
@@ -85,19 +80,6 @@ def test_round_trips_equal_transformers(smollm: Path, text: str) -> None:
         for prompt in (True, False):
             expected = theirs.apply_chat_template(messages, add_generation_prompt=prompt)
             assert ours.chat(messages, prompt) == expected["input_ids"]
-
-
-@pytest.mark.slow
-def test_streamed_text_equals_the_whole(smollm: Path) -> None:
-    tokenizer = Tokenizer(smollm)
-    chance = random.Random(0)
-    text = "".join(TEXTS) * 3
-    ids = tokenizer.encode(text)
-    for size in (1, 2, 7, 50):
-        assert _stream(tokenizer, ids, size)[0] == text
-    noise = [chance.randrange(tokenizer.vocab_size) for _ in range(500)]
-    for size in (1, 3):
-        assert _stream(tokenizer, noise, size)[0] == tokenizer.decode(noise)
 
 
 def test_a_prompt_begins_as_the_model_expects(make_directory: Make) -> None:
@@ -271,138 +253,3 @@ def test_the_first_difference_between_vocabularies(make_directory: Make) -> None
     assert same_vocabulary(one, Tokenizer(directory)) == (
         "id 259 is no token in one (259 tokens) and 'more' in the other (260 tokens)"
     )
-
-
-def _stream(tokenizer: Tokenizer, ids: list[int], size: int) -> tuple[str, list[str]]:
-    decoder = IncrementalDecoder(tokenizer)
-    pieces = [decoder.feed(ids[i : i + size]) for i in range(0, len(ids), size)]
-    return "".join([*pieces, decoder.flush()]), pieces
-
-
-def _byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """One token per byte; the alphabet of bytes is in the vocabulary as it stands."""
-    vocabulary = tokenizer.vocabulary()
-    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = {byte: 256 + i for i, byte in enumerate(b for b in range(256) if b not in keep)}
-    return [vocabulary[chr(moved.get(byte, byte))] for byte in data]
-
-
-def test_no_half_character_is_ever_shown(make_directory: Make) -> None:
-    tokenizer = Tokenizer(make_directory())
-    ids = _byte_ids(tokenizer, "a€😀b".encode())
-    whole, pieces = _stream(tokenizer, ids, 1)
-    assert whole == "a€😀b"
-    assert pieces == ["a", "", "", "€", "", "", "", "😀", "b"]
-
-
-def test_special_tokens_are_not_shown_and_break_nothing(make_directory: Make) -> None:
-    tokenizer = Tokenizer(make_directory())
-    euro = _byte_ids(tokenizer, "€".encode())
-    assert _stream(tokenizer, [START, *euro[:2], END, euro[2], END], 1)[0] == "€"
-    shown = IncrementalDecoder(tokenizer, skip_special=False)
-    assert shown.feed([START, *euro]) == "<|im_start|>€"
-
-
-def test_what_never_becomes_a_character_comes_at_the_end(make_directory: Make) -> None:
-    tokenizer = Tokenizer(make_directory())
-    decoder = IncrementalDecoder(tokenizer)
-    assert decoder.feed(_byte_ids(tokenizer, b"a\xe2\x82")) == "a"
-    assert decoder.flush() == "\ufffd"
-    assert decoder.flush() == ""
-
-
-def test_any_bytes_in_any_pieces(make_directory: Make) -> None:
-    """However wild the bytes, the pieces add up to what decoding them at once gives."""
-    tokenizer = Tokenizer(make_directory())
-    chance = random.Random(1)
-    alphabet = [*"aé€😀".encode(), 0xFF, 0x80, 0xE2, 0xF0]
-    for _ in range(300):
-        data = bytes(chance.choice(alphabet) for _ in range(chance.randrange(120)))
-        ids = _byte_ids(tokenizer, data)
-        assert _stream(tokenizer, ids, chance.choice([1, 2, 5, 200]))[0] == data.decode(
-            errors="replace"
-        )
-
-
-def test_work_per_token_does_not_grow(
-    make_directory: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = Tokenizer(make_directory())
-    decoded: list[int] = []
-    real = tokenizer.decode
-
-    def counting(ids: list[int], skip_special: bool = True) -> str:
-        decoded.append(len(ids))
-        return real(ids, skip_special)
-
-    monkeypatch.setattr(tokenizer, "decode", counting)
-    for data in (b"x" * 3000, b"\xff" * 3000):
-        _stream(tokenizer, _byte_ids(tokenizer, data), 1)
-    assert max(decoded) < 50
-
-
-def test_leading_spaces_of_words_survive_the_window(tmp_path: Path) -> None:
-    """Decoders of the SentencePiece kind strip a space from the first token they are given."""
-    words = ["▁one", "▁two", "three"]
-    tokenizer = TokenizerFile(models.BPE({w: i for i, w in enumerate(words)}, []))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer(tmp_path)
-    ids = [0, 1, 2, 1, 0] * 30
-    for size in (1, 4, 45):
-        assert _stream(ours, ids, size)[0] == ours.decode(ids)
-
-
-def test_a_stop_string_across_pieces() -> None:
-    checker = StopChecker(("END", "\n\n"))
-    assert [checker.feed(piece) for piece in ("so E", "N", "", "D of")] == [None, None, None, 0]
-    assert checker.feed(" it\n") is None
-    assert checker.feed("\nx") == 1
-
-
-def test_the_string_that_ends_first_wins_then_the_longest() -> None:
-    assert StopChecker(("abcd", "bc")).feed("abcd") == 1
-    assert StopChecker(("c", "abc", "bc")).feed("xabc") == 1
-
-
-def test_overlapping_beginnings() -> None:
-    assert StopChecker(("aab",)).feed("aaab") == 0
-    assert StopChecker(("abab",)).feed("abaab") is None
-    assert StopChecker(()).feed("anything") is None
-
-
-@pytest.mark.parametrize(
-    ("text", "safe"),
-    [("hello", 5), ("hello E", 6), ("hello EN", 6), ("hello ENx", 9), ("aEaEN", 3), ("", 0)],
-)
-def test_how_much_can_be_shown(text: str, safe: int) -> None:
-    assert StopChecker(("END", "NEVER")).safe_length(text) == safe
-
-
-letters = st.text("ab", max_size=12)
-
-
-@given(
-    text=letters, stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), data=st.data()
-)
-def test_stops_do_not_depend_on_the_pieces(
-    text: str, stops: list[str], data: st.DataObject
-) -> None:
-    whole = StopChecker(stops)
-    found = whole.feed(text)
-    assert (found is not None) == any(stop in text for stop in stops)
-    if found is not None:
-        ends = {stop: text.index(stop) + len(stop) for stop in stops if stop in text}
-        assert ends[stops[found]] == min(ends.values())
-    cut = data.draw(st.integers(0, len(text)))
-    parts = StopChecker(stops)
-    first = parts.feed(text[:cut])
-    assert (parts.feed(text[cut:]) if first is None else first) == found
-    held = text[whole.safe_length(text) :]
-    longest = max(
-        (n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0
-    )
-    assert len(held) == longest

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from specserve.text import Tokenizer, same_vocabulary
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,6 +24,7 @@ from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve.sampling import Row, SamplingState
 from specserve.sequence import Sequence
+from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, WORD, DraftTree, build_tree
 
 _MAX_CATCH_UP_ROWS = 256  # rows of one pass over tokens the draft has not seen

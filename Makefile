@@ -1,0 +1,56 @@
+# The one way to build, test and try specserve. `make help` lists the targets.
+# PYTHON makes the virtual environment. PY, if given, is used as it is, without making one:
+#   make test-gpu PY=python3
+
+PYTHON ?= python3
+WORKERS ?= 2
+PACKAGES := specserve kernels drafts evals benchmarks
+VENV := .venv
+
+ifdef PY
+READY :=
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/drafts:$(CURDIR)/evals:$(CURDIR)/benchmarks
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# Threads that spin while they wait starve each other: on a machine that is also busy with something
+# else, two of them are twenty times slower than one. Asleep they are not.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help demo test lint test-gpu bench-gpu clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY) ## generate with and without speculation, side by side
+	$(PY) -m specserve_benchmarks.demo
+
+# One torch thread per worker: as many threads as there are cores, and no more.
+test: $(READY) ## every test that needs no GPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" -n $(WORKERS)
+
+lint: $(READY) ## ruff and mypy
+	$(PY) -m ruff check $(PACKAGES) tests
+	$(PY) -m ruff format --check $(PACKAGES) tests
+	$(PY) -m mypy
+
+test-gpu: $(READY) ## the tests that need a CUDA device
+	$(PY) -m pytest -q -m gpu tests
+
+bench-gpu: $(READY) ## kernels and offline generation on CUDA
+	$(PY) -m specserve_benchmarks.kernels --device cuda
+	$(PY) -m specserve_benchmarks.offline --device cuda
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(PACKAGES) tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch first and by itself: it is most of the download.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

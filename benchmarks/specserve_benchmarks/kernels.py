@@ -1,0 +1,204 @@
+"""How long each kernel and a model step take, by rows and context, for each backend.
+
+python -m specserve_benchmarks.kernels --device cpu
+
+One sequence with a tree of 1 to 64 nodes; shapes and dtype are those of the target.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import msgspec
+import torch
+from msgspec import Struct
+from rich.console import Console
+from rich.table import Table
+
+from specserve.cli.flags import add_flags, given
+from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.progress import show_progress
+from specserve.config import TargetConfig, load_config
+from specserve.engine.device import Platform, choose_platform
+from specserve.hub import resolve
+from specserve.models.loader import load_model
+from specserve.models.shape import ModelShape
+from specserve_benchmarks.kernel_cases import NUM_BY_ROWS_ONLY, Case, kernel_cases, step_cases
+from specserve_evals import provenance
+from specserve_evals.progress import Advance, stdout_console, track
+from specserve_evals.runs import at_least_one
+from specserve_kernels.ops import Kernels
+
+ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
+CONTEXTS: Final = (128, 1024, 4096)
+BACKENDS: Final = ("torch", "triton")
+SECONDS_PER_CASE: Final = 0.3
+NUM_SAMPLES: Final = 7
+SHORTEST_SAMPLE_S: Final = 0.002  # many times what reading the clock and a launch take
+
+
+class Timing(Struct, frozen=True):
+    kernel: str
+    backend: str
+    num_rows: int
+    context: int | None  # None: it does not matter
+    seconds: float  # per call, median of the samples
+    num_bytes: int  # that have to be moved
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.num_bytes / self.seconds / 1e9
+
+
+class Report(Struct, frozen=True):
+    provenance: provenance.Provenance
+    timings: tuple[Timing, ...]
+
+
+def seconds_per_call(call: Callable[[], object], device: torch.device) -> float:
+    """The median of samples that are each long enough to be measured, after warming up."""
+
+    def sample(count: int) -> float:
+        _synchronise(device)
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        _synchronise(device)
+        return (time.perf_counter() - started) / count
+
+    sample(1)  # compiles what is compiled at first use
+    estimate = sample(1)
+    affordable = int(SECONDS_PER_CASE / NUM_SAMPLES / estimate)
+    count = max(1, min(affordable, int(SHORTEST_SAMPLE_S / estimate) + 1))
+    return median(sample(count) for _ in range(NUM_SAMPLES))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def load_backend(name: str) -> Kernels:
+    if name == "torch":
+        from specserve_kernels.torch_ref import TorchKernels
+
+        return TorchKernels()
+    from specserve_kernels.triton import TritonKernels  # triton is an optional dependency
+
+    return TritonKernels()
+
+
+def backends(names: Sequence[str], platform: Platform) -> list[Kernels]:
+    """Those asked for; else the one in use, and on CUDA its torch twin beside it."""
+    chosen = dict.fromkeys(names or ["torch", platform.kernels.name])
+    return [load_backend(name) for name in chosen]
+
+
+def measure(args: argparse.Namespace, platform: Platform) -> tuple[Timing, ...]:
+    """Raises ValueError if a context does not fit the target."""
+    chosen = backends(args.backend, platform)
+    with show_progress() as report:
+        directory = resolve(args.target, progress=report)
+    shape = ModelShape.from_dir(directory)
+    longest = shape.max_position_embeddings - max(args.rows)
+    if max(args.contexts) > longest:
+        raise ValueError(
+            f"contexts: {max(args.contexts)} is too long for {args.target}; "
+            f"use at most {longest} with {max(args.rows)} rows"
+        )
+    per_backend = len(args.rows) * (2 * len(args.contexts) + NUM_BY_ROWS_ONLY)
+    with track(per_backend * len(chosen)) as advance, torch.inference_mode():
+        return tuple(
+            _time(case, kernels.name, platform.device, advance)
+            for kernels in chosen
+            for case in cases(kernels, platform, directory, args)
+        )
+
+
+def cases(
+    kernels: Kernels, platform: Platform, directory: Path, args: argparse.Namespace
+) -> Iterator[Case]:
+    """All calls of one backend, the longest last."""
+    shape, dtype, device = ModelShape.from_dir(directory), platform.dtype, platform.device
+    yield from kernel_cases(kernels, shape, dtype, device, args.rows, args.contexts)
+    exact = platform.exact and kernels.exact
+    model = load_model(directory, kernels=kernels, dtype=dtype, device=device, exact=exact)
+    yield from step_cases(model, args.rows, args.contexts)
+
+
+def _time(case: Case, backend: str, device: torch.device, advance: Advance) -> Timing:
+    seconds = seconds_per_call(case.call, device)
+    advance(1, f"{backend}: {case.kernel}")
+    return Timing(case.kernel, backend, case.num_rows, case.context, seconds, case.num_bytes)
+
+
+def show(timings: Sequence[Timing], console: Console) -> None:
+    """One row per call, one pair of columns per backend."""
+    names = list(dict.fromkeys(timing.backend for timing in timings))
+    table = Table("kernel", "context", "rows")
+    for name in names:
+        table.add_column(f"{name}, us", justify="right")
+        table.add_column("GB/s", justify="right")
+    groups: dict[tuple[str, int | None, int], dict[str, Timing]] = {}
+    for timing in timings:
+        key = (timing.kernel, timing.context, timing.num_rows)
+        groups.setdefault(key, {})[timing.backend] = timing
+    for (kernel, context, num_rows), found in groups.items():
+        cells = [kernel, "-" if context is None else str(context), str(num_rows)]
+        for name in names:
+            timing_of = found[name]
+            cells += [f"{timing_of.seconds * 1e6:.1f}", f"{timing_of.gb_per_s:.1f}"]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: measured; 2: wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(arguments)
+    try:
+        config = load_config(given(args, TargetConfig))
+        platform = choose_platform(config.target)
+        if config.target.threads is not None:
+            torch.set_num_threads(config.target.threads)
+        timings = measure(args, platform)
+    except ValueError as error:
+        print(f"kernels: error: {error}", file=sys.stderr)
+        return 2
+    if args.out is not None:
+        origin = provenance.collect("specserve_benchmarks.kernels", arguments, platform, None)
+        report = msgspec.json.encode(Report(origin, timings))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_bytes(msgspec.json.format(report, indent=2))
+    show(timings, stdout_console())
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m specserve_benchmarks.kernels",
+        description="Time kernels and model steps.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument("--rows", nargs="+", type=at_least_one, default=ROWS, metavar="N")
+    parser.add_argument("--contexts", nargs="+", type=at_least_one, default=CONTEXTS, metavar="N")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        choices=BACKENDS,
+        help="repeatable; default: torch, and triton where it is used",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    skip = frozenset({"target", "max_model_len"})
+    add_flags(parser.add_argument_group("engine"), TargetConfig, ENGINE_HELP, skip=skip)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Acceptance and correctness of drafts on real prompts."""

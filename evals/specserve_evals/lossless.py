@@ -1,0 +1,228 @@
+"""Does speculation change a single token? `none` at batch 1 against every draft and batch size.
+
+python -m specserve_evals.lossless --prompts spec_bench.jsonl --draft ngram
+
+Exit code 1 on any difference, or if a target does not accept what it drafts for itself.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+from rich.console import Console
+from rich.table import Table
+
+from specserve.cli.progress import show_progress
+from specserve.llm import LLM
+from specserve.types import SamplingParams
+from specserve_evals import provenance
+from specserve_evals.audit import AuditedDrafter
+from specserve_evals.identity import Comparison, compare, sampling_settings
+from specserve_evals.progress import Advance, stdout_console, track
+from specserve_evals.prompts import Prompt, load_prompts, select
+from specserve_evals.runs import (
+    PLAIN,
+    SELF,
+    Variant,
+    add_run_flags,
+    at_least_one,
+    fits,
+    generate_in_batches,
+    open_llm,
+    parse_variant,
+    self_draft,
+)
+
+SETTINGS: Final = ("greedy", "temperature-1", "nucleus", "penalties")
+DEFAULT_SETTINGS: Final = ("greedy", "nucleus", "penalties")
+SELF_ACCEPTANCE: Final = 0.999  # least share of its own proposals that a target must accept
+MAX_LISTED: Final = 20  # mismatches printed; the file has them all
+
+
+class Report(Struct, frozen=True):
+    provenance: provenance.Provenance
+    prompts: tuple[str, ...]
+    passed_over: tuple[str, ...]
+    num_compared_tokens: int
+    num_mismatches: int
+    comparisons: tuple[Comparison, ...]
+
+
+class Examination:
+    """Runs the variants one after another; the first, `none` at batch 1, is the reference."""
+
+    def __init__(self, args: argparse.Namespace, variants: Sequence[Variant]) -> None:
+        self._args = args
+        self._variants = variants
+        self._reference: dict[str, list[tuple[int, ...]]] = {}  # setting -> ids per prompt
+        self.comparisons: list[Comparison] = []
+
+    def run(self, llm: LLM, prompts: Sequence[Prompt]) -> None:
+        """`llm` is an engine for `none`; the other variants get one each, in turn."""
+        args = self._args
+        plain_batches = list(dict.fromkeys([1, *args.batch]))
+        runs = len(plain_batches) + len(self._variants) * len(args.batch)
+        with track(runs * len(args.settings) * len(prompts)) as advance:
+            self._run_variant(llm, PLAIN, plain_batches, prompts, advance)
+            for variant in self._variants:
+                del llm  # one engine at a time in memory
+                gc.collect()
+                llm = open_llm(args, variant, lambda stage, _: advance(0, stage))
+                self._run_variant(llm, variant, args.batch, prompts, advance)
+
+    def _run_variant(
+        self,
+        llm: LLM,
+        variant: Variant,
+        batches: Sequence[int],
+        prompts: Sequence[Prompt],
+        advance: Advance,
+    ) -> None:
+        audit = llm.engine.drafter = AuditedDrafter(llm.engine.drafter)
+        settings = sampling_settings(llm.tokenizer, self._args.max_tokens)
+        for setting in self._args.settings:
+            sampling = seeded(settings[setting], self._args.seed, len(prompts))
+            for batch in batches:
+                cell = (variant.name, setting, batch)
+                is_reference = setting not in self._reference
+                completions, seconds = generate_in_batches(
+                    llm, prompts, sampling, batch, advance, f"{variant.name}, {setting}, {batch}"
+                )
+                ids = [completion.token_ids for completion in completions]
+                expected = self._reference.setdefault(setting, ids)
+                row = compare(cell, prompts, expected, completions, seconds, audit.take())
+                self.comparisons.append(replace(row, is_reference=is_reference))
+        failed = set(audit.names).difference(audit.active)
+        if failed:
+            raise ValueError(f"draft: {sorted(failed)} failed and was switched off; see the log")
+
+
+def seeded(params: SamplingParams, seed: int, count: int) -> list[SamplingParams]:
+    """One per prompt, each with a seed of its own."""
+    return [replace(params, seed=seed + index) for index in range(count)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: not one token differs; 1: some do; 2: wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(arguments)
+    try:
+        return run(args, arguments)
+    except ValueError as error:
+        print(f"lossless: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    console = stdout_console()
+    prompts = load_prompts(args.prompts)
+    variants = [parse_variant(text) for text in args.draft]
+    if args.self_draft:
+        variants.append(self_draft(args.target))
+    elif not variants:
+        variants = [parse_variant("ngram")]
+    with show_progress() as report:
+        llm = open_llm(args, PLAIN, report)
+    chosen = select(prompts, limit=args.limit, fits=lambda p: fits(llm, p, args.max_tokens))
+    console.print(chosen.describe())
+    origin = provenance.collect(
+        "specserve_evals.lossless", arguments, llm.engine.platform, args.prompts
+    )
+    examination = Examination(args, variants)
+    examination.run(llm, chosen.prompts)
+    found = Report(
+        provenance=origin,
+        prompts=tuple(prompt.id for prompt in chosen.prompts),
+        passed_over=tuple(prompt.id for prompt in chosen.passed_over),
+        num_compared_tokens=sum(
+            row.num_tokens for row in examination.comparisons if not row.is_reference
+        ),
+        num_mismatches=sum(len(row.mismatches) for row in examination.comparisons),
+        comparisons=tuple(examination.comparisons),
+    )
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2))
+    return show(found, console)
+
+
+def show(report: Report, console: Console) -> int:
+    """Print the table and the verdict; the exit code."""
+    table = Table("draft", "sampling", "batch", "rows", "tokens", "mismatches", "per pass")
+    table.add_column("accepted")
+    table.add_column("tokens/s")
+    for row in report.comparisons:
+        table.add_row(
+            row.draft,
+            row.setting,
+            str(row.batch),
+            str(row.num_prompts),
+            str(row.num_tokens),
+            "reference" if row.is_reference else str(len(row.mismatches)),
+            f"{row.tokens_per_pass:.2f}",
+            "-" if row.acceptance is None else f"{row.acceptance:.2%}",
+            f"{row.tokens_per_s:.1f}",
+        )
+    console.print(table)
+    differing = [(row, mismatch) for row in report.comparisons for mismatch in row.mismatches]
+    for row, mismatch in differing[:MAX_LISTED]:
+        console.print(
+            f"{row.draft}, {row.setting}, batch {row.batch}: prompt {mismatch.prompt} differs at "
+            f"output position {mismatch.position}: {mismatch.found} instead of {mismatch.expected}"
+        )
+    weak = [
+        row
+        for row in report.comparisons
+        if row.draft == SELF and (row.acceptance or 0.0) < SELF_ACCEPTANCE
+    ]
+    for row in weak:
+        console.print(
+            f"self-draft, {row.setting}, batch {row.batch}: {row.acceptance or 0.0:.3%} accepted; "
+            f"expected at least {SELF_ACCEPTANCE:.1%}"
+        )
+    console.print(
+        f"{report.num_mismatches} mismatches; {report.num_compared_tokens} tokens compared"
+    )
+    return 1 if differing or weak else 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m specserve_evals.lossless",
+        description="Compare generated token ids with and without speculation, id by id.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--limit",
+        type=at_least_one,
+        default=24,
+        metavar="N",
+        help="prompts, spread over all categories",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=SETTINGS,
+        default=DEFAULT_SETTINGS,
+        metavar="NAME",
+        help=f"of the sampling: {', '.join(SETTINGS)} (default: {' '.join(DEFAULT_SETTINGS)})",
+    )
+    parser.add_argument(
+        "--self-draft",
+        action="store_true",
+        help="also let the target draft chains for itself, which it must accept",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    add_run_flags(parser, max_tokens=64)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What a long run shows: how far it is, on stderr, and its tables, on stdout."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[[int, str], None]  # (items done since the last call, what comes next)
+LINE_EVERY_S: Final = 30.0
+FILE_WIDTH: Final = 160  # where there is no terminal to fit a table to
+
+
+def stdout_console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=FILE_WIDTH)
+
+
+@contextmanager
+def track(total: int) -> Iterator[Advance]:
+    """Yields the function to call. A bar on a terminal, now and then a line elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bars:
+        task = bars.add_task("", total=total)
+
+        def advance(count: int, label: str) -> None:
+            bars.update(task, advance=count, description=label)
+
+        yield advance
+
+
+class _Lines:
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, count: int, label: str) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY_S and self._done:
+            left = (now - self._started) / self._done * (self._total - self._done)
+            line = f"{self._done} of {self._total}, about {left / 60:.0f} min left: {label}"
+            print(line, file=sys.stderr, flush=True)
+            self._last = now

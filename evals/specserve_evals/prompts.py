@@ -1,0 +1,99 @@
+"""Prompt files with categories, and an even choice among them.
+
+Reads what `specserve generate --prompts` reads; a row may also carry "question_id" and "category",
+as those of Spec-Bench do (Xia et al. 2024). Knows no model. The same file and the same limits
+always give the same prompts in the same order.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from specserve.cli.prompts import Messages, as_chat, read_prompts
+
+UNLABELLED = "all"
+
+
+class Prompt(Struct, frozen=True):
+    id: str  # the row's question_id, or its place in the file
+    category: str
+    messages: Messages
+
+
+class Selection(Struct, frozen=True):
+    """`passed_over` would have been chosen, but did not fit."""
+
+    prompts: tuple[Prompt, ...]
+    passed_over: tuple[Prompt, ...] = ()
+
+    def describe(self) -> str:
+        """One line: how many of which categories, and what was left out."""
+        categories = list(dict.fromkeys(prompt.category for prompt in self.prompts))
+        line = f"{len(self.prompts)} prompts from {len(categories)} categories"
+        if self.passed_over:
+            ids = ", ".join(prompt.id for prompt in self.passed_over)
+            line += f"; too long, replaced by the next of their category: {ids}"
+        return line
+
+
+class _Labels(Struct, frozen=True):
+    question_id: int | str | None = None
+    category: str = UNLABELLED
+
+
+def load_prompts(file: Path) -> list[Prompt]:
+    """Every prompt of a JSONL file. Raises ValueError naming the file and the line."""
+    chats = [as_chat(prompt) for prompt in read_prompts([], file)]
+    rows = [
+        (number, line)
+        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        if line.strip()
+    ]
+    prompts = []
+    for index, ((number, line), chat) in enumerate(zip(rows, chats, strict=True)):
+        labels = _read_labels(line, f"{file}:{number}")
+        name = index if labels.question_id is None else labels.question_id
+        prompts.append(Prompt(str(name), labels.category, chat))
+    return prompts
+
+
+def select(
+    prompts: Sequence[Prompt],
+    *,
+    limit: int | None = None,
+    per_category: int | None = None,
+    fits: Callable[[Prompt], bool] = lambda prompt: True,
+) -> Selection:
+    """One of each category in turn, in the order of the file, until a limit is reached.
+
+    A prompt that does not fit is passed over for the next of its category. Raises ValueError if
+    nothing is left.
+    """
+    queues: dict[str, deque[Prompt]] = {}
+    for prompt in prompts:
+        queues.setdefault(prompt.category, deque()).append(prompt)
+    chosen: list[Prompt] = []
+    passed_over: list[Prompt] = []
+    most = len(prompts) if limit is None else limit
+    for _ in range(len(prompts) if per_category is None else per_category):
+        for queue in queues.values():
+            if len(chosen) == most:
+                break
+            while queue and not fits(queue[0]):
+                passed_over.append(queue.popleft())
+            if queue:
+                chosen.append(queue.popleft())
+    if not chosen:
+        raise ValueError(f"prompts: none of {len(prompts)} fits the limits; allow longer ones")
+    return Selection(tuple(chosen), tuple(passed_over))
+
+
+def _read_labels(line: str, place: str) -> _Labels:
+    try:
+        row = msgspec.json.decode(line, type=_Labels | str)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"prompts: {place}: {error}") from error
+    return _Labels() if isinstance(row, str) else row

@@ -1,0 +1,85 @@
+"""Where a result comes from: what was run, on which data, with which versions, on what machine.
+
+Every result of an eval or a benchmark carries one. Host names and absolute paths stay out of it.
+"""
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from msgspec import Struct
+
+from specserve.cli.machine import first_line, processor, versions
+from specserve.engine.device import Platform
+
+
+class DataFile(Struct, frozen=True):
+    name: str
+    sha256: str
+
+
+class Provenance(Struct, frozen=True):
+    date: str  # UTC, ISO 8601
+    command: str
+    revision: str | None  # of the source, "-dirty" if it was changed since
+    versions: dict[str, str]
+    processor: dict[str, str]
+    gpu: str | None
+    engine: dict[str, str]  # device, dtype, kernels, exactness, threads
+    data: DataFile | None
+
+
+def collect(
+    module: str, arguments: Sequence[str], platform: Platform, data: Path | None
+) -> Provenance:
+    """The provenance of a run of `python -m module arguments`, on `platform`, over `data`."""
+    on_gpu = platform.device.type == "cuda"
+    return Provenance(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=shlex.join(["python", "-m", module, *map(_without_folder, arguments)]),
+        revision=_revision(),
+        versions={check.name: check.value for check in versions() if check.status == "ok"},
+        processor={check.name: check.value for check in processor()},
+        gpu=torch.cuda.get_device_name(platform.device) if on_gpu else None,
+        engine={
+            "device": str(platform.device),
+            "dtype": str(platform.dtype).removeprefix("torch."),
+            "kernels": platform.kernels.name,
+            "exactness": "exact" if platform.exact else "fast",
+            "threads": str(torch.get_num_threads()),
+        },
+        data=None if data is None else DataFile(data.name, _sha256(data)),
+    )
+
+
+def markdown(provenance: Provenance) -> str:
+    """The same as a list, for a table to stand under."""
+    known = provenance.versions
+    lines = [
+        f"command: `{provenance.command}`",
+        f"date: {provenance.date}, revision: {provenance.revision or 'unknown'}",
+        f"machine: {provenance.processor['model']}, {provenance.processor['cores']}"
+        + (f", {provenance.gpu}" if provenance.gpu else ""),
+        "engine: " + ", ".join(f"{name} {value}" for name, value in provenance.engine.items()),
+        "versions: " + ", ".join(f"{name} {version}" for name, version in known.items()),
+    ]
+    if provenance.data is not None:
+        lines.append(f"data: {provenance.data.name}, sha256 {provenance.data.sha256}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _without_folder(argument: str) -> str:
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _revision() -> str | None:
+    folder = str(Path(__file__).parent)
+    return first_line(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"])

@@ -1,0 +1,122 @@
+"""What comparing runs share: their flags, the drafts compared, an engine for each, and prompts
+put through it in batches of a given size."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+
+from specserve.cli.flags import add_flags, given
+from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.progress import Report
+from specserve.config import DraftConfig, ScheduleConfig, TargetConfig
+from specserve.llm import LLM, Completion
+from specserve.types import SamplingParams
+from specserve_evals.progress import Advance
+from specserve_evals.prompts import Prompt
+
+
+class Variant(Struct, frozen=True):
+    """One way of drafting; several drafters merge into one tree."""
+
+    name: str
+    draft: tuple[str, ...]
+    options: dict[str, dict[str, Any]] = {}
+
+
+PLAIN: Final = Variant("none", ("none",))
+SELF: Final = "self"
+
+
+def parse_variant(text: str) -> Variant:
+    """'ngram', or 'ngram,path/to/draft' for both in one tree."""
+    parts = tuple(text.split(","))
+    return Variant(",".join(Path(part).name for part in parts), parts)
+
+
+def self_draft(target: str) -> Variant:
+    """The target proposing to itself, a chain at a time."""
+    return Variant(SELF, (target,), {"draft_lm": {"branching": 1, "beam": 1}})
+
+
+def add_run_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument(
+        "--draft",
+        action="append",
+        default=[],
+        metavar="NAME[,NAME]",
+        help="drafter or draft model, several to merge them; repeatable, each a run of its own",
+    )
+    parser.add_argument("--batch", nargs="+", type=at_least_one, default=[1, 4, 12], metavar="N")
+    parser.add_argument("--max-tokens", type=at_least_one, default=max_tokens, metavar="N")
+    parser.add_argument(
+        "--max-prompt",
+        type=at_least_one,
+        default=1024,
+        metavar="N",
+        help="pass over prompts that take more tokens than this with their answer "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt")
+    engine = parser.add_argument_group("engine")
+    skip = frozenset({"target", "max_model_len", "draft"})
+    for section in (TargetConfig, DraftConfig):
+        add_flags(engine, section, ENGINE_HELP, skip=skip)
+
+
+def open_llm(args: argparse.Namespace, variant: Variant, report: Report, **settings: Any) -> LLM:
+    """An engine with room for the largest batch. Raises ValueError, with the fix."""
+    largest = max(args.batch)
+    chosen = given(args, TargetConfig) | given(args, DraftConfig) | settings
+    chosen |= {
+        "target": args.target,
+        "draft": variant.draft,
+        "options": chosen.get("options", {}) | variant.options,
+        "max_model_len": args.max_prompt,
+        "max_num_seqs": largest,
+        "max_batch_rows": max(largest, ScheduleConfig().max_batch_rows),
+    }
+    return LLM(progress=report, **chosen)
+
+
+def fits(llm: LLM, prompt: Prompt, max_tokens: int) -> bool:
+    """Whether the prompt and an answer of `max_tokens` go into the engine's context."""
+    return len(llm.encode(prompt.messages)) + max_tokens <= llm.engine.max_model_len
+
+
+def generate_in_batches(
+    llm: LLM,
+    prompts: Sequence[Prompt],
+    sampling: Sequence[SamplingParams],
+    batch: int,
+    advance: Advance,
+    label: str,
+) -> tuple[list[Completion], float]:
+    """One completion per prompt, `batch` of them running together; and the seconds it took.
+
+    Raises ValueError, naming the prompt, if one fails.
+    """
+    completions: list[Completion] = []
+    seconds = 0.0
+    for start in range(0, len(prompts), batch):
+        group = prompts[start : start + batch]
+        params = list(sampling[start : start + batch])
+        started = time.perf_counter()
+        generations = llm.generate([prompt.messages for prompt in group], params)
+        seconds += time.perf_counter() - started
+        for prompt, generation in zip(group, generations, strict=True):
+            if generation.error is not None:
+                raise ValueError(f"prompt {prompt.id}: {generation.error}")
+            completions.append(generation.completions[0])
+        advance(len(group), label)
+    return completions, seconds
+
+
+def at_least_one(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is out of range; expected 1 or more")
+    return number

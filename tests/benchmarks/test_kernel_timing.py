@@ -1,0 +1,49 @@
+"""The kernel benchmark: every call runs, every byte is counted once."""
+
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from specserve_benchmarks import kernels
+from specserve_benchmarks.kernels import Report, seconds_per_call
+
+
+def test_a_call_takes_as_long_as_it_takes() -> None:
+    measured = seconds_per_call(lambda: time.sleep(0.02), torch.device("cpu"))
+    assert 0.02 <= measured < 0.2
+
+
+def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    flags = ["--target", str(tiny_model), "--device", "cpu", "--dtype", "float32"]
+    assert kernels.main([*flags, "--rows", "1", "3", "--contexts", "32", "--out", str(out)]) == 0
+    report = msgspec.json.decode(out.read_bytes(), type=Report)
+    found = {(t.kernel, t.context, t.num_rows): t for t in report.timings}
+    assert set(found) == {
+        (kernel, context, num_rows)
+        for kernel, context in (
+            ("paged_tree_attention", 32),
+            ("kv_write", None),
+            ("kv_commit", None),
+            ("gumbel_argmax", None),
+            ("model step", 32),
+        )
+        for num_rows in (1, 3)
+    }
+    assert all(timing.seconds > 0 and timing.backend == "torch" for timing in found.values())
+    slot = 2 * 2 * 8 * 4  # K and V, 2 heads of 8 floats
+    assert found["paged_tree_attention", 32, 3].num_bytes == 35 * slot
+    assert found["kv_commit", None, 3].num_bytes == 2 * 3 * 2 * slot  # read and write, 2 layers
+    step = found["model step", 32, 1].num_bytes, found["model step", 32, 3].num_bytes
+    assert step[1] - step[0] == 2 * 2 * slot  # 2 more rows of KV, 2 layers
+
+
+def test_a_context_the_model_does_not_have(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--target", str(tiny_model), "--device", "cpu", "--contexts", "5000"]
+    assert kernels.main(flags) == 2
+    assert "contexts: 5000" in capsys.readouterr().err
