@@ -154,12 +154,12 @@ def test_a_stop_string_ends_the_text_before_it(plain: LLM, ngram: LLM) -> None:
 
 def test_min_tokens_spares_an_earlier_stop_string(ngram: LLM) -> None:
     """The text is cut at the occurrence that ended it, not at the one min_tokens let pass."""
-    params = SamplingParams(temperature=0.0, max_tokens=60, min_tokens=30, stop=("one",))
-    result = ngram.generate(CHATS[14], params)[0]
+    params = SamplingParams(temperature=0.0, max_tokens=60, min_tokens=12, stop=("three",))
+    result = ngram.generate(CHATS[14], params)[0]  # "One two three, one two three. ... three's"
     assert result.finish_reason == "stop"
-    assert len(result.token_ids) >= 30
-    assert "one" in result.text
-    assert ngram.tokenizer.decode(list(result.token_ids)).startswith(result.text + "one")
+    assert len(result.token_ids) >= 12
+    assert result.text.count("three") == 2
+    assert ngram.tokenizer.decode(list(result.token_ids)).startswith(result.text + "three")
 
 
 def test_a_prediction_is_accepted(plain: LLM, ngram: LLM) -> None:
