@@ -43,10 +43,9 @@ def kernel_cases(
     for context in contexts:
         for num_rows in rows:
             yield attention_case(kernels, shape, dtype, device, num_rows, context)
-    for num_rows in rows:
-        yield write_case(kernels, shape, dtype, device, num_rows)
-        yield commit_case(kernels, shape, dtype, device, num_rows)
-        yield argmax_case(kernels, shape, device, num_rows)
+    yield from (write_case(kernels, shape, dtype, device, num_rows) for num_rows in rows)
+    yield from (commit_case(kernels, shape, dtype, device, num_rows) for num_rows in rows)
+    yield from (argmax_case(kernels, shape, device, num_rows) for num_rows in rows)
 
 
 def attention_case(

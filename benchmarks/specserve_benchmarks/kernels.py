@@ -17,7 +17,6 @@ import msgspec
 import torch
 from msgspec import Struct
 from rich.console import Console
-from rich.table import Table
 
 from specserve.cli.flags import add_flags, given
 from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
@@ -29,7 +28,7 @@ from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve_benchmarks.kernel_cases import NUM_BY_ROWS_ONLY, Case, kernel_cases, step_cases
 from specserve_evals import provenance
-from specserve_evals.progress import Advance, stdout_console, track
+from specserve_evals.progress import Advance, plain_table, stdout_console, track
 from specserve_evals.runs import at_least_one
 from specserve_kernels.ops import Kernels
 
@@ -139,7 +138,7 @@ def _time(case: Case, backend: str, device: torch.device, advance: Advance) -> T
 def show(timings: Sequence[Timing], console: Console) -> None:
     """One row per call, one pair of columns per backend."""
     names = list(dict.fromkeys(timing.backend for timing in timings))
-    table = Table("kernel", "context", "rows")
+    table = plain_table("kernel", "context", "rows")
     for name in names:
         table.add_column(f"{name}, us", justify="right")
         table.add_column("GB/s", justify="right")

@@ -5,9 +5,9 @@ from statistics import median
 
 from msgspec import Struct
 from rich.console import Console
-from rich.table import Table
 
 from specserve_evals import provenance
+from specserve_evals.progress import plain_table
 from specserve_evals.runs import PLAIN
 
 OVERALL = "(all)"
@@ -15,6 +15,7 @@ COLUMNS = (
     *("category", "batch", "draft", "requests", "tokens", "tokens/s", "TTFT", "TPOT"),
     *("per pass", "accepted", "tokens/s against none", "TPOT against none", "same ids"),
 )
+ON_SCREEN = ("category", "batch", "draft", "tokens/s", "TTFT", "TPOT", "per pass", COLUMNS[10])
 
 
 class Sample(Struct, frozen=True):
@@ -150,9 +151,12 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def show(report: Report, console: Console) -> None:
-    table = Table(*COLUMNS)
+    """The columns that fit a terminal; the files have them all."""
+    table = plain_table(*ON_SCREEN)
     for row in report.rows:
-        table.add_row(*_cells(row), style="bold" if row.category == OVERALL else None)
+        cells = dict(zip(COLUMNS, _cells(row), strict=True))
+        style = "bold" if row.category == OVERALL else None
+        table.add_row(*(cells[name] for name in ON_SCREEN), style=style)
     console.print(table)
 
 

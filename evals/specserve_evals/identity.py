@@ -43,7 +43,7 @@ def sampling_settings(tokenizer: Tokenizer, max_tokens: int) -> dict[str, Sampli
     common = dict.fromkeys(tokenizer.encode(" the of to and"), -1.5)
     return {
         "greedy": SamplingParams(temperature=0.0, max_tokens=max_tokens),
-        "temperature-1": SamplingParams(max_tokens=max_tokens),
+        "temp-1": SamplingParams(max_tokens=max_tokens),
         "nucleus": SamplingParams(temperature=0.8, top_p=0.95, max_tokens=max_tokens),
         "penalties": SamplingParams(
             presence_penalty=0.3,

@@ -16,7 +16,6 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 from rich.console import Console
-from rich.table import Table
 
 from specserve.cli.progress import show_progress
 from specserve.llm import LLM
@@ -24,7 +23,7 @@ from specserve.types import SamplingParams
 from specserve_evals import provenance
 from specserve_evals.audit import AuditedDrafter
 from specserve_evals.identity import Comparison, compare, sampling_settings
-from specserve_evals.progress import Advance, stdout_console, track
+from specserve_evals.progress import Advance, plain_table, stdout_console, track
 from specserve_evals.prompts import Prompt, load_prompts, select
 from specserve_evals.runs import (
     PLAIN,
@@ -39,7 +38,7 @@ from specserve_evals.runs import (
     self_draft,
 )
 
-SETTINGS: Final = ("greedy", "temperature-1", "nucleus", "penalties")
+SETTINGS: Final = ("greedy", "temp-1", "nucleus", "penalties")
 DEFAULT_SETTINGS: Final = ("greedy", "nucleus", "penalties")
 SELF_ACCEPTANCE: Final = 0.999  # least share of its own proposals that a target must accept
 MAX_LISTED: Final = 20  # mismatches printed; the file has them all
@@ -154,9 +153,10 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def show(report: Report, console: Console) -> int:
     """Print the table and the verdict; the exit code."""
-    table = Table("draft", "sampling", "batch", "rows", "tokens", "mismatches", "per pass")
-    table.add_column("accepted")
-    table.add_column("tokens/s")
+    table = plain_table(
+        *("draft", "sampling", "batch", "rows", "tokens", "mismatches"),
+        *("per pass", "accepted", "tokens/s"),
+    )
     for row in report.comparisons:
         table.add_row(
             row.draft,

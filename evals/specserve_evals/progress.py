@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 Advance = Callable[[int, str], None]  # (items done since the last call, what comes next)
 LINE_EVERY_S: Final = 30.0
@@ -17,6 +19,11 @@ FILE_WIDTH: Final = 160  # where there is no terminal to fit a table to
 def stdout_console() -> Console:
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=FILE_WIDTH)
+
+
+def plain_table(*columns: str) -> Table:
+    """Narrow: no lines between columns."""
+    return Table(*columns, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
 
 
 @contextmanager

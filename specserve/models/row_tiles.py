@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specserve.models.fields import ModelError
+
 BASE_ROWS = 8
 _LADDER = (16, 24, 32, 40, 48, 56, 64, 128, 256, 512)
 _FREE_ROWS = 64  # always worth probing: the size of a speculative step
@@ -51,7 +53,7 @@ def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
     """Find the tile sizes that are safe for a loaded `weight`.
 
     A tile of any size, filled with the same `BASE_ROWS` rows over and over, must repeat the bits
-    of those rows alone. Holds for this thread count and this library. Raises `RuntimeError` if
+    of those rows alone. Holds for this thread count and this library. Raises `ModelError` if
     even a tile of `BASE_ROWS` gives a row other bits at another place.
     """
     out_features, in_features = weight.shape
@@ -65,7 +67,7 @@ def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
         return torch.equal(tile, base.roll(3, 0).repeat(size // BASE_ROWS, 1))
 
     if not safe(BASE_ROWS):
-        raise RuntimeError(
+        raise ModelError(
             f"exactness 'exact' is not possible: the {out_features} x {in_features} "
             f"{weight.dtype} product of this library depends on a row's place even in a tile of "
             f"{BASE_ROWS}; start with exactness 'fast'"

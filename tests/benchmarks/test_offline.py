@@ -7,6 +7,7 @@ import pytest
 from tiny_chat import write_chat_prompts, write_tiny_chat
 
 from specserve_benchmarks import offline
+from specserve_benchmarks.demo import PROMPTS
 from specserve_benchmarks.offline import plan, variants
 from specserve_benchmarks.offline_report import OVERALL, Ratio, Report, Sample, summarise
 from specserve_evals.prompts import Prompt
@@ -130,5 +131,5 @@ def test_a_run_of_smollm2(tmp_path: Path) -> None:
     report, _ = measure(
         tmp_path, *("--device", "cpu", "--batch", "1", "--max-tokens", "8", "--repeats", "1")
     )
-    assert {row.category for row in report.rows} == {"free text", "repeat", "edit code", OVERALL}
+    assert {row.category for row in report.rows} == {*PROMPTS, OVERALL}
     assert all(row.same_ids for row in report.rows if row.draft == "ngram")

@@ -120,7 +120,7 @@ def test_a_target_accepts_what_it_drafts(
     status, report = examine(
         tmp_path,
         *("--target", str(tiny_chat), "--self-draft", *TINY, "--batch", "4"),
-        *("--settings", "greedy", "temperature-1", "--max-tokens", "20"),
+        *("--settings", "greedy", "temp-1", "--max-tokens", "20"),
     )
     rows = [row for row in report.comparisons if row.draft == "self"]
     assert status == 0

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specserve.models.fields import ModelError
 from specserve.models.layers import pad_rows, swiglu, swiglu_exact
 from specserve.models.row_tiles import RowTiles, probe_row_tiles
 
@@ -57,7 +58,7 @@ def test_a_library_without_exact_products_is_refused(monkeypatch: pytest.MonkeyP
         return out + torch.arange(x.shape[0])[:, None]
 
     monkeypatch.setattr(F, "linear", by_place)
-    with pytest.raises(RuntimeError, match=r"16 x 32.*exactness 'fast'"):
+    with pytest.raises(ModelError, match=r"16 x 32.*exactness 'fast'"):
         probe_row_tiles(torch.ones(16, 32), None)
 
 
