@@ -17,7 +17,6 @@ endif
 
 # Threads that spin while they wait starve each other: on a machine that is also busy with something
 # else, two of them are twenty times slower than one. Asleep they are not.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help demo test lint test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
