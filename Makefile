@@ -15,9 +15,6 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-# Threads that spin while they wait starve each other: on a machine that is also busy with something
-# else, two of them are twenty times slower than one. Asleep they are not.
-
 .PHONY: help demo test lint test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
