@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tiny import write_tiny_llama
 
 from specserve.cli import main
 from specserve.cli.flags import flag_type, given
@@ -349,9 +350,10 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_an_interrupt_is_quiet(tiny_model: Path) -> None:
-    line = ["generate", str(tiny_model), *TINY, "--prompt", "w1", "--draft", "none"]
-    line += ["--max-tokens", "500", "--ignore-eos"]
+def test_an_interrupt_is_quiet(tmp_path: Path) -> None:
+    target = write_tiny_llama(tmp_path, seed=1, context=32768)  # it must not finish before
+    line = ["generate", str(target), *TINY, "--prompt", "w1", "--draft", "none"]
+    line += ["--max-tokens", "30000", "--ignore-eos", "--kv-memory", "16MiB"]
     with subprocess.Popen(
         [sys.executable, "-m", "specserve.cli", *line],
         stdout=subprocess.PIPE,
