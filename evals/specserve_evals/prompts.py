@@ -49,7 +49,7 @@ def load_prompts(file: Path) -> list[Prompt]:
     chats = [as_chat(prompt) for prompt in read_prompts([], file)]
     rows = [
         (number, line)
-        for number, line in enumerate(file.read_text().splitlines(), start=1)
+        for number, line in enumerate(file.read_text().split("\n"), start=1)
         if line.strip()
     ]
     prompts = []

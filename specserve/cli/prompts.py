@@ -17,7 +17,7 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages
     prompts: list[str | Messages] = list(texts)
     if file is not None:
         try:
-            lines = file.read_text().splitlines()
+            lines = file.read_text().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise ConfigError(f"prompts: {file} cannot be read: {reason}") from error
