@@ -82,10 +82,10 @@ class NgramDrafter:
     def _propose(self, seq: Sequence, budget: int) -> DraftTree:
         size, continuation = self._match(seq)
         drafted: list[int] = []
-        for offset in range(budget - 1 if continuation else 0):
+        while continuation and len(drafted) < budget - 1:
             # A match that runs into the end of the text goes on with what it has just drafted.
-            at = offset if offset < len(continuation) else offset - len(continuation)
-            drafted.append(continuation[at] if offset < len(continuation) else drafted[at])
+            beyond = len(drafted) - len(continuation)
+            drafted.append(continuation[len(drafted)] if beyond < 0 else drafted[beyond])
         per_token = 1.0 - 0.5 ** (size + 1)
         scores = [per_token ** (depth + 1) for depth in range(len(drafted))]
         return chain_tree(seq.tokens[-1], drafted, scores, self._source)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import msgspec
 
-from specserve.drafting.base import Drafter, DraftError, DraftOptions
+from specserve.drafting.base import Drafter, DraftError
 
 BUILTIN = {
     "none": "specserve_drafts.none:NoDrafter",
@@ -85,6 +85,3 @@ def checkpoint_method(path: Path) -> str:
         f"draft: {path}/config.json has architectures {architectures}; "
         "expected a causal language model (…ForCausalLM)"
     )
-
-
-__all__ = ["DraftOptions", "checkpoint_method", "create_drafter", "drafter_names", "load_drafter"]
