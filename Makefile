@@ -3,6 +3,7 @@
 #   make test-gpu PY=python3
 
 PYTHON ?= python3
+ARGS ?=
 WORKERS ?= 2
 PACKAGES := specserve kernels drafts evals benchmarks
 VENV := .venv
@@ -15,11 +16,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test lint test-gpu bench-gpu clean
+.PHONY: help serve demo test lint test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+serve: $(READY) ## an OpenAI-compatible server on port 8000 (ARGS="--port 9000 ...")
+	$(PY) -m specserve.cli serve $(ARGS)
 
 demo: $(READY) ## generate with and without speculation, side by side
 	$(PY) -m specserve_benchmarks.demo

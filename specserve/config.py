@@ -5,10 +5,10 @@ over all sections, so flags and keyword arguments need no section.
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -18,6 +18,24 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names it, its value and the fix."""
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """'512MiB', '2GB', '1.5G' or plain bytes. Units are powers of 1024."""
+    cleaned = text.strip().upper().removesuffix("B").removesuffix("I")
+    unit = cleaned[-1:] if cleaned[-1:] in "KMGT" else ""
+    try:
+        size = int(float(cleaned.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = -1
+    if size <= 0:
+        raise ConfigError(f"{name}: {text!r} is not a size; write it like '2GiB' or '512MiB'")
+    return size
+
+
+def _in_range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"{name}: {value} is out of range; expected {low} to {high}")
 
 
 class TargetConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,11 +64,71 @@ class ScheduleConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_batch_rows: int = 256  # rows of one pass: tree nodes and prompt tokens together
 
 
+_SERVER_RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "port": (0, 65535),
+    "body_timeout": (0.1, 3600),
+    "keepalive_timeout": (0.1, 3600),
+    "max_connections": (1, 65536),
+    "max_queued_requests": (1, 100_000),
+    "max_queued_tokens": (1, 10**9),
+    "max_output_tokens": (1, 2**24),
+    "request_timeout": (0.1, 86400),
+    "write_timeout": (0.1, 3600),
+    "drain_timeout": (0, 3600),
+    "heartbeat_timeout": (1, 3600),
+    "template_timeout": (0.1, 60),
+    "stream_interval": (0, 1024),
+    "status_interval": (0, 3600),
+}
+
+
+class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """What only `serve` uses. Times are in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: a free one
+    served_model_name: str | None = None  # None: the target's name
+    api_key_file: str | None = None
+    allow_public: bool = False  # reachable from other machines, without keys
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    max_body_bytes: str = "8MiB"
+    body_timeout: float = 30.0  # for the whole body of a request
+    keepalive_timeout: float = 30.0  # of an idle connection; also for the headers of a request
+    max_connections: int = 1024
+    max_queued_requests: int = 256  # sequences that wait for the engine
+    max_queued_tokens: int = 1_000_000  # prompt tokens of those
+    max_output_tokens: int | None = None  # per sequence; None: until the context is full
+    request_timeout: float = 600.0  # a request's deadline; it may ask for an earlier one
+    write_timeout: float = 30.0  # a client that reads nothing for this long is dropped
+    drain_timeout: float = 30.0  # for open requests, once the server is told to stop
+    heartbeat_timeout: float = 30.0  # an engine silent for this long is restarted
+    template_timeout: float = 5.0  # for one chat template or tokenisation
+    stream_interval: int = 0  # tokens per event of a stream; 0: what one pass yields
+    status_interval: float = 10.0  # between status lines; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("host", "served_model_name", "api_key_file", "ssl_certfile", "ssl_keyfile"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name}: is empty; leave it out for the default")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            missing = "ssl_certfile" if self.ssl_certfile is None else "ssl_keyfile"
+            raise ConfigError(f"{missing}: is missing; TLS needs both ssl_certfile and ssl_keyfile")
+        size = parse_bytes("max_body_bytes", self.max_body_bytes)
+        if not 2**10 <= size <= 2**28:
+            raise ConfigError(
+                f"max_body_bytes: {self.max_body_bytes!r} is out of range; expected 1KiB to 256MiB"
+            )
+        for name, (low, high) in _SERVER_RANGES.items():
+            _in_range(name, getattr(self, name), low, high)
+
+
 class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     target: TargetConfig = TargetConfig()
     cache: CacheConfig = CacheConfig()
     draft: DraftConfig = DraftConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
         _in_range("threads", self.target.threads, 1, 1024)
@@ -72,10 +150,20 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
             parse_bytes("kv_memory", self.cache.kv_memory)
 
 
-def load_config(settings: Mapping[str, Any], file: Path | None = None) -> EngineConfig:
+ALL_SECTIONS: Final = EngineConfig.__struct_fields__
+ENGINE_SECTIONS: Final = tuple(name for name in ALL_SECTIONS if name != "server")
+
+
+def load_config(
+    settings: Mapping[str, Any],
+    file: Path | None = None,
+    *,
+    sections: Collection[str] = ENGINE_SECTIONS,
+) -> EngineConfig:
     """The configuration of a TOML `file` (sections), overridden by flat `settings`.
 
-    Raises ConfigError on an unknown key, a wrong type or a value out of range.
+    `settings` are fields of `sections`; the file may have all sections. Raises ConfigError on an
+    unknown key, a wrong type or a value out of range.
     """
     merged: dict[str, dict[str, Any]] = {} if file is None else _read_toml(file)
     section_of = {
@@ -85,30 +173,23 @@ def load_config(settings: Mapping[str, Any], file: Path | None = None) -> Engine
     }
     for name, value in settings.items():
         if name not in section_of:
-            raise _unknown(name, name, section_of)
+            raise _unknown(name, name, [key for key in section_of if section_of[key] in sections])
+        if section_of[name] not in sections:
+            raise ConfigError(
+                f"{name}: is a setting of the {section_of[name]}, which does not run here; "
+                "leave it out"
+            )
         merged.setdefault(section_of[name], {})[name] = value
     try:
         return msgspec.convert(merged, EngineConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{'' if file is None else f'{file}: '}{error}") from error
+        reason = error.__cause__ or error  # our own words, where it was our check
+        raise ConfigError(f"{'' if file is None else f'{file}: '}{reason}") from error
 
 
 def show_config(config: EngineConfig) -> str:
     """The configuration in force, as JSON."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
-
-
-def parse_bytes(name: str, text: str) -> int:
-    """'512MiB', '2GB', '1.5G' or plain bytes. Units are powers of 1024."""
-    cleaned = text.strip().upper().removesuffix("B").removesuffix("I")
-    unit = cleaned[-1:] if cleaned[-1:] in "KMGT" else ""
-    try:
-        size = int(float(cleaned.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        size = -1
-    if size <= 0:
-        raise ConfigError(f"{name}: {text!r} is not a size; write it like '2GiB' or '512MiB'")
-    return size
 
 
 def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
@@ -134,8 +215,3 @@ def _unknown(path: str, name: str, known: Iterable[str]) -> ConfigError:
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
     return ConfigError(f"{path}: unknown setting; {hint}")
-
-
-def _in_range(name: str, value: int | None, low: int, high: int) -> None:
-    if value is not None and not low <= value <= high:
-        raise ConfigError(f"{name}: {value} is out of range; expected {low} to {high}")

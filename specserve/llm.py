@@ -5,7 +5,6 @@ for result in llm.generate(["Once upon a time"], SamplingParams(temperature=0)):
     print(result.text)
 """
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable
@@ -21,7 +20,8 @@ from msgspec import Struct
 from specserve.config import load_config
 from specserve.engine.engine import Engine
 from specserve.hub import resolve
-from specserve.text import IncrementalDecoder, StopChecker, Tokenizer
+from specserve.text import Tokenizer
+from specserve.text.output import OutputText
 from specserve.types import (
     MAX_SEED,
     FinishReason,
@@ -184,8 +184,7 @@ class LLM:
                 speculation = msgspec.structs.replace(speculation, prediction=expected)
             seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
             tracks = [_Track(self._next_id(), self.tokenizer, params) for _ in range(params.n)]
-            for index, track in enumerate(tracks):
-                own = msgspec.structs.replace(params, seed=sample_seed(seed, index), n=1)
+            for track, own in zip(tracks, params.samples(seed), strict=True):
                 now = time.monotonic()
                 self.engine.submit(Request(track.id, prompt_ids, own, speculation, arrived_at=now))
         except RequestError as error:
@@ -198,14 +197,6 @@ class LLM:
         return f"request-{self._num_requests}"
 
 
-def sample_seed(seed: int, index: int) -> int:
-    """The seed of the index-th of n samples; the first one's is the request's own."""
-    if index == 0:
-        return seed
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) % MAX_SEED
-
-
 class _Track:
     """One sequence on its way: text so far, ids, times."""
 
@@ -214,10 +205,7 @@ class _Track:
         self.finish: FinishReason | None = None
         self.on_text: Callable[[str], None] | None = None
         self._params = params
-        self._decoder = IncrementalDecoder(tokenizer)
-        self._checker = StopChecker(params.stop)
-        self._text = ""
-        self._num_shown = 0
+        self._text = OutputText(tokenizer, params.stop)
         self._outputs: list[StepOutput] = []
         self._started = time.perf_counter()
         self._first: tuple[float, int] | None = None  # when the first tokens came, and how many
@@ -229,18 +217,14 @@ class _Track:
         if output.new_ids:
             self._last = time.perf_counter()
             self._first = self._first or (self._last, len(output.new_ids))
-        self._text += self._decoder.feed(output.new_ids[:-1])
-        num_before = len(self._text)
-        self._text += self._decoder.feed(output.new_ids[-1:])
         self.finish = output.finish
+        piece = self._text.feed(
+            output.new_ids, last=self.finish is not None, stop_reason=output.stop_reason
+        )
         if self.finish is not None:
-            self._text += self._decoder.flush()
-            stop = output.stop_reason
-            if isinstance(stop, str):  # the last token completed it; min_tokens may spare others
-                start = self._text.index(stop, max(0, num_before - len(stop) + 1))
-                self._text = self._text[:start]
             self._last = time.perf_counter()
-        self._show()
+        if piece and self.on_text is not None:
+            self.on_text(piece)
         return self.finish is not None
 
     def fail(self, error: str) -> None:
@@ -253,7 +237,7 @@ class _Track:
         ids = tuple(chain.from_iterable(output.new_ids for output in self._outputs))
         logprobs = tuple(chain.from_iterable(output.logprobs for output in self._outputs))
         return Completion(
-            text=self._text,
+            text=self._text.text,
             token_ids=ids,
             finish_reason=self.finish,
             stats=last.stats or SpecStats(),
@@ -264,17 +248,6 @@ class _Track:
             num_cached_tokens=last.num_cached_tokens,
             error=last.error,
         )
-
-    def _show(self) -> None:
-        """Pass on text that no stop string can take back."""
-        if self.on_text is None:
-            return
-        safe = len(self._text)
-        if self.finish is None and self._params.stop:
-            safe = self._checker.safe_length(self._text)
-        if safe > self._num_shown:
-            self.on_text(self._text[self._num_shown : safe])
-            self._num_shown = safe
 
     def _timing(self, num_tokens: int) -> Timing:
         ttft = tpot = None

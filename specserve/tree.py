@@ -16,6 +16,7 @@ import numpy.typing as npt
 MAX_NODES: Final = 64
 WORD: Final = np.uint64  # ancestor word: bit j of node i is set iff j is i or an ancestor of i
 
+PREDICTION: Final = 255  # `source` of nodes taken from the text the caller predicted
 TARGET_SOURCE: Final = 0  # `source` of the root, and of tokens the target drew itself
 
 

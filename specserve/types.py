@@ -4,6 +4,7 @@ A `Request` or an `Abort` goes in, `StepOutput`s come out. Every range a user ca
 checked here once, by `SamplingParams.validate`, and named in the error.
 """
 
+import hashlib
 import math
 from typing import Any, Literal
 
@@ -69,6 +70,14 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
             or self.repetition_penalty != 1.0
         )
 
+    def samples(self, seed: int) -> list["SamplingParams"]:
+        """One of n = 1 per sample, each with a seed of its own; the first one's is `seed`."""
+        seeds = [seed]
+        for index in range(1, self.n):
+            digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+            seeds.append(int.from_bytes(digest) % MAX_SEED)
+        return [msgspec.structs.replace(self, seed=own, n=1) for own in seeds]
+
     def validate(self, vocab_size: int) -> None:
         """Raise `RequestError` naming the first field that is out of its range."""
         _check_number("temperature", self.temperature, 0.0, 100.0)
@@ -108,12 +117,13 @@ class SpeculationParams(Struct, frozen=True, forbid_unknown_fields=True):
     """What one request may ask of speculation.
 
     `max_nodes` caps the tree, root included. `prediction` is text the caller expects, as token
-    ids; the n-gram drafter also looks there.
+    ids; the n-gram drafter also looks there. `drafters` names those to ask (None: all).
     """
 
     enabled: bool = True
     max_nodes: int | None = None
     prediction: tuple[int, ...] = ()
+    drafters: tuple[str, ...] | None = None
 
 
 class Request(Struct, frozen=True, tag=True):
@@ -171,7 +181,8 @@ class StepOutput(Struct, frozen=True, tag=True):
 
     id: str
     new_ids: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()  # per new id: 0 the target itself, else 1 + index of the drafter
+    # Per new id: 0 the target itself, else 1 + index of the drafter, or tree.PREDICTION.
+    sources: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended it

@@ -13,7 +13,7 @@ import torch
 from specserve.cache.storage import KVSpec
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.sequence import Sequence
-from specserve.tree import DraftTree, chain_tree
+from specserve.tree import PREDICTION, DraftTree, chain_tree
 
 
 class NgramOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -80,7 +80,7 @@ class NgramDrafter:
         self._predicted.pop(seq_id, None)
 
     def _propose(self, seq: Sequence, budget: int) -> DraftTree:
-        size, continuation = self._match(seq)
+        size, continuation, source = self._match(seq)
         drafted: list[int] = []
         while continuation and len(drafted) < budget - 1:
             # A match that runs into the end of the text goes on with what it has just drafted.
@@ -88,15 +88,15 @@ class NgramDrafter:
             drafted.append(continuation[len(drafted)] if beyond < 0 else drafted[beyond])
         per_token = 1.0 - 0.5 ** (size + 1)
         scores = [per_token ** (depth + 1) for depth in range(len(drafted))]
-        return chain_tree(seq.tokens[-1], drafted, scores, self._source)
+        return chain_tree(seq.tokens[-1], drafted, scores, source)
 
-    def _match(self, seq: Sequence) -> tuple[int, Seq[int]]:
-        """Length of the longest match and the text after it; a prediction wins a tie."""
+    def _match(self, seq: Sequence) -> tuple[int, Seq[int], int]:
+        """Length of the longest match, the text after it, its source; a prediction wins a tie."""
         own = self._own.setdefault(seq.id, self._index())
         own.extend(seq.tokens)
-        candidates: list[tuple[int, Seq[int], int]] = []
+        candidates: list[tuple[int, Seq[int], int, int]] = []
         if found := own.find(seq.tokens):
-            candidates.append((found[0], seq.tokens, found[1]))
+            candidates.append((found[0], seq.tokens, found[1], self._source))
         prediction = seq.request.speculation.prediction
         if prediction:
             predicted = self._predicted.get(seq.id)
@@ -104,13 +104,13 @@ class NgramDrafter:
                 predicted = self._predicted[seq.id] = self._index()
                 predicted.extend(prediction)
             if seq.num_output == 0:  # nothing emitted yet: expect the prediction from its start
-                return self._options.max_match, prediction
+                return self._options.max_match, prediction, PREDICTION
             if found := predicted.find(seq.tokens[seq.num_prompt :]):
-                candidates.insert(0, (found[0], prediction, found[1]))
+                candidates.insert(0, (found[0], prediction, found[1], PREDICTION))
         if not candidates:
-            return 0, ()
-        size, text, position = max(candidates, key=lambda candidate: candidate[0])
-        return size, text[position : position + 64]
+            return 0, (), self._source
+        size, text, position, source = max(candidates, key=lambda candidate: candidate[0])
+        return size, text[position : position + 64], source
 
     def _index(self) -> TextIndex:
         return TextIndex(self._options.min_match, self._options.max_match)

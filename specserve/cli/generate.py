@@ -11,7 +11,7 @@ from specserve.cli.parser import engine_config
 from specserve.cli.progress import show_progress
 from specserve.cli.prompts import Messages, as_chat, as_text, read_prompts
 from specserve.cli.results import json_lines, summary
-from specserve.config import EngineConfig
+from specserve.config import ENGINE_SECTIONS, EngineConfig
 from specserve.llm import LLM, Generation
 from specserve.types import SamplingParams
 
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
 def _load(config: EngineConfig) -> LLM:
     settings = {
         name: value
-        for section in msgspec.structs.asdict(config).values()
-        for name, value in msgspec.structs.asdict(section).items()
+        for section in ENGINE_SECTIONS
+        for name, value in msgspec.structs.asdict(getattr(config, section)).items()
     }
     with show_progress() as report:
         return LLM(progress=report, **settings)

@@ -8,7 +8,13 @@ import msgspec
 
 from specserve import __version__
 from specserve.cli.flags import add_flags, given
-from specserve.config import EngineConfig, load_config
+from specserve.config import (
+    ALL_SECTIONS,
+    ENGINE_SECTIONS,
+    EngineConfig,
+    ServerConfig,
+    load_config,
+)
 from specserve.types import SamplingParams
 
 TARGET_HELP: Final = "alias, model directory, .gguf file or hub id"
@@ -48,6 +54,32 @@ ENGINE_HELP: Final = {
     "max_batch_rows": "tokens of one pass: tree nodes and prompt tokens together",
 }
 
+SERVER_HELP: Final = {
+    "host": "address to listen on; one that other machines reach needs API keys",
+    "port": "0: a free one",
+    "served_model_name": "what clients call the model; not given: the target's name",
+    "api_key_file": "one name:scopes:key per line; scopes: inference, metrics, admin. Keys may "
+    "also come in the environment variable SPECSERVE_API_KEYS, separated by spaces",
+    "allow_public": "let other machines in without API keys",
+    "ssl_certfile": "certificate chain (PEM); serves HTTPS",
+    "ssl_keyfile": "the certificate's private key (PEM)",
+    "max_body_bytes": "largest body of a request",
+    "body_timeout": "seconds for a request's body to arrive",
+    "keepalive_timeout": "seconds an idle connection stays open, and for a request's headers",
+    "max_connections": "connections open at once",
+    "max_queued_requests": "sequences that may wait for the engine; more get a 429",
+    "max_queued_tokens": "prompt tokens that may wait for the engine; more get a 429",
+    "max_output_tokens": "most tokens a request can ask for; not given: until the context is full",
+    "request_timeout": "seconds until a request is given up; it can ask for fewer",
+    "write_timeout": "seconds until a client that reads nothing is dropped",
+    "drain_timeout": "seconds open requests have to finish when the server is told to stop",
+    "heartbeat_timeout": "seconds of silence after which the engine is restarted",
+    "template_timeout": "seconds for a chat template or for tokenising a prompt",
+    "stream_interval": "tokens per event of a stream, so that sizes do not tell what was accepted; "
+    "0: what one pass yields",
+    "status_interval": "seconds between status lines; 0: none",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -56,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"specserve {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_serve(commands)
+    _add_chat(commands)
     _add_pull(commands)
     _add_doctor(commands)
     return parser
@@ -68,7 +102,7 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         for section in msgspec.structs.fields(EngineConfig)
         for name, value in given(args, section.type).items()
     }
-    return load_config(settings, args.config)
+    return load_config(settings, args.config, sections=ALL_SECTIONS)
 
 
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -98,6 +132,46 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_engine_flags(parser)
 
 
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "serve", help="serve a model over HTTP, as OpenAI's API", allow_abbrev=False
+    )
+    add_flags(parser.add_argument_group("server"), ServerConfig, SERVER_HELP)
+    _add_engine_flags(parser)
+
+
+def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("chat", help="talk to a running server", allow_abbrev=False)
+    parser.add_argument(
+        "url",
+        nargs="?",
+        default="http://127.0.0.1:8000",
+        metavar="URL",
+        help="of the server (default: %(default)s)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="one of the server's; not given: its own")
+    parser.add_argument("--system", metavar="TEXT", help="instructions that precede everything")
+    parser.add_argument(
+        "--show-speculation", action="store_true", help="colour tokens by who proposed them"
+    )
+    parser.add_argument(
+        "--api-key-env",
+        default="SPECSERVE_API_KEY",
+        metavar="NAME",
+        help="environment variable with the API key (default: %(default)s)",
+    )
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--max-tokens",
+        type=int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="tokens per answer at most; not given: what the context has room for",
+    )
+    not_here = frozenset({"max_tokens", "n", "logprobs"})
+    add_flags(sampling, SamplingParams, SAMPLING_HELP, skip=not_here)
+
+
 def _add_pull(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("pull", help="fetch a model and print its directory")
     parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
@@ -122,10 +196,11 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--print-config", action="store_true", help="print the settings in force and exit"
     )
-    for section in msgspec.structs.fields(EngineConfig):
+    types = {section.name: section.type for section in msgspec.structs.fields(EngineConfig)}
+    for name in ENGINE_SECTIONS:
         add_flags(
             engine,
-            section.type,
+            types[name],
             ENGINE_HELP,
             skip=frozenset({"target"}),
             aliases={"max_num_seqs": "--batch"},

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from typing import Final
 
 from specserve.drafting.base import Drafter, Feedback
+from specserve.drafting.counts import SourceCounts
 from specserve.sequence import Sequence
 from specserve.tree import DraftTree, merge, root_tree
 
@@ -24,6 +25,7 @@ class ComposedDrafter:
         self._drafters = drafters
         self._vocab_size = vocab_size
         self._failures = dict.fromkeys(drafters, 0)
+        self.counts = SourceCounts(len(drafters))
 
     @property
     def active(self) -> list[str]:
@@ -32,12 +34,15 @@ class ComposedDrafter:
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
         """One merged tree per sequence, within its budget. Budget 1 asks nobody."""
         proposals: list[list[DraftTree]] = [[] for _ in seqs]
-        asked = [index for index, budget in enumerate(budgets) if budget > 1]
-        if asked:
-            chosen = [seqs[index] for index in asked]
-            limits = [budgets[index] for index in asked]
-            for name in self.active:
-                for index, tree in zip(asked, self._ask(name, chosen, limits), strict=False):
+        for name in self.active:
+            asked = [
+                index
+                for index, (seq, budget) in enumerate(zip(seqs, budgets, strict=True))
+                if budget > 1 and _wanted(name, seq)
+            ]
+            if asked:
+                trees = self._ask(name, [seqs[i] for i in asked], [budgets[i] for i in asked])
+                for index, tree in zip(asked, trees, strict=False):
                     proposals[index].append(tree)
         return [
             merge(trees, budget) if trees else root_tree(seq.tokens[-1])
@@ -45,6 +50,8 @@ class ComposedDrafter:
         ]
 
     def observe(self, feedback: Feedback) -> None:
+        verified = [feedback.trees[seq_id] for seq_id in feedback.verdicts]
+        self.counts.settle(verified, feedback.verdicts.values())
         for name in self.active:
             try:
                 self._drafters[name].observe(feedback)
@@ -52,8 +59,11 @@ class ComposedDrafter:
                 self._failed(name, "observe")
 
     def forget(self, seq_id: str) -> None:
-        for drafter in self._drafters.values():
-            drafter.forget(seq_id)
+        for name, drafter in self._drafters.items():
+            try:
+                drafter.forget(seq_id)
+            except Exception:
+                self._failed(name, "forget")
 
     def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         """The drafter's trees, checked; none at all if it fails."""
@@ -65,6 +75,7 @@ class ComposedDrafter:
                 tree.validate(self._vocab_size, budget)
                 if tree.tokens[0] != seq.tokens[-1]:
                     raise ValueError("the root is not the sequence's last token")
+            self.counts.propose(trees)
         except Exception:
             self._failed(name, "propose")
             return []
@@ -80,3 +91,8 @@ class ComposedDrafter:
             method,
             "switched off" if dropped else "skipped in this step",
         )
+
+
+def _wanted(name: str, seq: Sequence) -> bool:
+    drafters = seq.request.speculation.drafters
+    return drafters is None or name in drafters

@@ -15,15 +15,19 @@ from specserve.batch import ModelOutput
 from specserve.cache.manager import KVCacheManager
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
-from specserve.drafting.base import DraftContext, Drafter, Feedback
+from specserve.drafting.base import DraftContext, Feedback
 from specserve.drafting.compose import ComposedDrafter
 from specserve.drafting.registry import create_drafter
 from specserve.engine.device import choose_platform
+from specserve.engine.limits import Limits
 from specserve.engine.memory import count_blocks
-from specserve.engine.metrics import EngineStats, StepTimes
+from specserve.engine.metrics import EngineInfo, EngineStats, StepTimes
+from specserve.engine.snapshot import take_snapshot
+from specserve.models.fields import ModelError
 from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve.runner.runner import Runner
+from specserve.runner.warmup import NUM_PASSES, warmup_rounds
 from specserve.sampling import Sampler
 from specserve.schedule.policy import FixedPolicy
 from specserve.schedule.scheduler import Scheduler
@@ -49,15 +53,18 @@ class Engine:
         target: Path,
         tokenizer: Tokenizer | None,
         resolve: Callable[[str], Path] = Path,
+        on_stage: Callable[[str], None] = lambda stage: None,
     ) -> None:
         self.config = config
         self.platform = platform = choose_platform(config.target)
         if config.target.threads is not None:
             torch.set_num_threads(config.target.threads)
-        drafters = {
+        on_stage("preparing the drafters")
+        self._drafters = {
             spec: create_drafter(spec, config.draft.options, target, resolve)
             for spec in config.draft.draft
         }
+        on_stage("loading the weights")
         model = load_model(
             target,
             kernels=platform.kernels,
@@ -65,9 +72,11 @@ class Engine:
             device=platform.device,
             exact=platform.exact,
         )
-        self.shape = model.shape
+        self.shape, self._row_multiple = model.shape, model.row_multiple
         self.max_model_len = _context(config.target.max_model_len, model.shape)
-        draft_specs = {name: drafter.kv_spec(platform.dtype) for name, drafter in drafters.items()}
+        draft_specs = {
+            name: drafter.kv_spec(platform.dtype) for name, drafter in self._drafters.items()
+        }
         specs = [model.kv_spec, *(spec for spec in draft_specs.values() if spec is not None)]
         num_blocks = count_blocks(
             config.cache,
@@ -76,9 +85,8 @@ class Engine:
             config.schedule.max_num_seqs,
             platform.device,
         )
-        self.kv = KVCacheManager(
-            num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching
-        )
+        self._start_over(num_blocks)
+        on_stage(f"making room for {self.kv.num_slots} tokens")
         self._storages: list[KVStorage] = []
         self.runner = Runner(
             model, self._storage(model.kv_spec), config.cache.block_size, platform.device
@@ -87,19 +95,52 @@ class Engine:
         self.verifier = Verifier(
             sampler, self.shape.eos_token_ids, self.shape.vocab_size, tokenizer
         )
-        self._bind(drafters, draft_specs, sampler)
-        self.drafter = ComposedDrafter(drafters, self.shape.vocab_size)
-        self.scheduler = Scheduler(
-            self.kv, FixedPolicy(config.draft.max_nodes), config.schedule, self.drafter.forget
+        on_stage("loading the drafters")
+        self._bind(draft_specs, sampler)
+        self.limits = Limits(
+            vocab_size=self.shape.vocab_size,
+            max_model_len=self.max_model_len,
+            max_position_embeddings=self.shape.max_position_embeddings,
+            num_kv_slots=self.kv.num_slots,
+            stop_strings=tokenizer is not None,
         )
-        self._tokenizer = tokenizer
         self._inbox: deque[Request | Abort] = deque()
         self._ids: set[str] = set()  # submitted and not finished
-        self._times = StepTimes()
+
+    def warm_up(self, on_stage: Callable[[str], None] = lambda stage: None) -> None:
+        """Run every kind of pass once, on an engine that has done nothing yet; nothing of it stays.
+
+        Raises ModelError if the model cannot run the largest passes.
+        """
+        schedule = self.config.schedule
+        rounds = list(
+            warmup_rounds(
+                row_multiple=self._row_multiple,
+                max_rows=schedule.max_batch_rows,
+                max_seqs=schedule.max_num_seqs,
+                max_nodes=self.config.draft.max_nodes,
+                max_tokens=min(self.max_model_len, self.kv.num_slots),
+            )
+        )
+        for index, requests in enumerate(rounds, start=1):
+            on_stage(f"warming up ({index} of {len(rounds)})")
+            for request in requests:
+                self.submit(request)
+            outputs = [output for _ in range(NUM_PASSES) for output in self.step()]
+            for request in requests:
+                self.abort(request.id)
+            outputs += self.step()
+            errors = [output.error for output in outputs if output.finish == "error"]
+            if errors:
+                raise ModelError(
+                    f"warm-up: {errors[0]}; if memory is short, lower kv_memory or max_batch_rows "
+                    f"({schedule.max_batch_rows})"
+                )
+        self._start_over(self.kv.pool.num_blocks)
 
     def submit(self, request: Request) -> None:
         """Queue a request for the next step. Raises RequestError if it can never be served."""
-        self.check(request)
+        self.limits.check(request)
         if request.id in self._ids:
             raise RequestError("id", f"{request.id!r} is already running; use a fresh one")
         self._ids.add(request.id)
@@ -118,12 +159,20 @@ class Engine:
         outputs = self._drain_inbox()
         plan = self.scheduler.plan()
         if plan.entries:
-            trees = self._propose(plan)
-            plan, out = self._forward(plan, trees, outputs)
-            verdicts = self._verify(plan, trees, out)
-            self._commit_kv(plan, verdicts)
-            self.drafter.observe(Feedback(plan.entries, trees, verdicts, out))
-            outputs += self.scheduler.commit(plan, trees, verdicts)
+            times = self._times
+            with times.draft:
+                trees = self._propose(plan)
+            with times.forward:
+                plan, out = self._forward(plan, trees, outputs)
+            with times.sample:
+                verdicts = self._verify(plan, trees, out)
+            with times.commit:
+                self._commit_kv(plan, verdicts)
+            with times.draft:
+                self.drafter.observe(Feedback(plan.entries, trees, verdicts, out))
+            with times.commit:
+                outputs += self.scheduler.commit(plan, trees, verdicts)
+            times.num_steps += 1
         for output in outputs:
             if output.finish is not None:
                 self.verifier.forget(output.id)
@@ -132,61 +181,20 @@ class Engine:
             self.check_integrity()
         return outputs
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError unless this engine can serve the request to its end."""
-        request.sampling.validate(self.shape.vocab_size)
-        prompt, max_tokens = request.prompt_ids, request.sampling.max_tokens
-        if not prompt:
-            raise RequestError("prompt", "it is empty; give at least one token")
-        bad = [token for token in prompt if not 0 <= token < self.shape.vocab_size]
-        if bad:
-            raise RequestError(
-                "prompt",
-                f"token id {bad[0]} is not in the vocabulary; "
-                f"expected 0 to {self.shape.vocab_size - 1}",
-            )
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                "prompt",
-                f"{len(prompt)} tokens leave no room in the context of {self.max_model_len}; "
-                "shorten it" + self._room_hint(),
-            )
-        if len(prompt) + max_tokens > self.max_model_len:
-            raise RequestError(
-                "max_tokens",
-                f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the context of "
-                f"{self.max_model_len}; ask for at most {self.max_model_len - len(prompt)}",
-            )
-        if len(prompt) + max_tokens > self.kv.num_slots:
-            field = "prompt" if len(prompt) >= self.kv.num_slots else "max_tokens"
-            raise RequestError(
-                field,
-                f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the KV pool of "
-                f"{self.kv.num_slots} tokens; shorten the request or raise kv_memory",
-            )
-        if request.sampling.stop and self._tokenizer is None:
-            raise RequestError("stop", "stop strings need a tokenizer; use stop_token_ids")
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            limits=self.limits,
+            block_size=self.kv.block_size,
+            max_num_seqs=self.config.schedule.max_num_seqs,
+            max_nodes=self.config.draft.max_nodes,
+            drafters=self.drafter.names,
+            device=str(self.platform.device),
+            dtype=str(self.platform.dtype).removeprefix("torch."),
+            exact=self.platform.exact,
+        )
 
     def stats(self) -> EngineStats:
-        running = self.scheduler.running
-        held: dict[int, int] = {}  # block -> valid slots
-        size = self.kv.block_size
-        for seq in running:
-            for index, block_id in enumerate(seq.table.block_ids):
-                held[block_id] = min(size, max(0, seq.num_committed - index * size))
-        return EngineStats(
-            num_steps=self._times.num_steps,
-            num_running=len(running),
-            num_waiting=len(self.scheduler.waiting),
-            num_preemptions=self.scheduler.num_preemptions,
-            kv_slots_total=self.kv.num_slots,
-            kv_slots_allocated=len(held) * size,
-            kv_slots_used=sum(held.values()),
-            kv_blocks_idle=self.kv.pool.num_idle,
-            draft_seconds=self._times.draft,
-            forward_seconds=self._times.forward,
-            verify_seconds=self._times.verify,
-        )
+        return take_snapshot(self.scheduler, self.kv, self.drafter, self._times)
 
     def check_integrity(self) -> None:
         """Assert that block tables, pool and prefix cache agree."""
@@ -203,19 +211,16 @@ class Engine:
         return outputs + self.scheduler.expire(time.monotonic())
 
     def _propose(self, plan: StepPlan) -> dict[str, DraftTree]:
-        started = time.perf_counter()
         entries = plan.decoding
         trees = self.drafter.propose(
             [entry.seq for entry in entries], [entry.num_nodes for entry in entries]
         )
-        self._times.draft += time.perf_counter() - started
         return {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
 
     def _forward(
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
     ) -> tuple[StepPlan, ModelOutput]:
         """One pass; if it fails, one pass per request, and those that fail again are ended."""
-        started = time.perf_counter()
         try:
             out = self.runner.forward(plan.entries, trees)
         except Exception:
@@ -229,17 +234,13 @@ class Engine:
                     reason = f"the model failed on this request: {type(error).__name__}: {error}"
                     outputs.append(self.scheduler.finish(entry.seq.id, Ending("error"), reason))
             plan, out = StepPlan(tuple(survivors)), ModelOutput(torch.cat(logits))
-        self._times.forward += time.perf_counter() - started
-        self._times.num_steps += 1
         return plan, out
 
     def _verify(
         self, plan: StepPlan, trees: dict[str, DraftTree], out: ModelOutput
     ) -> dict[str, Verdict]:
-        started = time.perf_counter()
         entries = plan.decoding
         verdicts = self.verifier(entries, [trees[entry.seq.id] for entry in entries], out.logits)
-        self._times.verify += time.perf_counter() - started
         return {entry.seq.id: verdict for entry, verdict in zip(entries, verdicts, strict=True)}
 
     def _commit_kv(self, plan: StepPlan, verdicts: dict[str, Verdict]) -> None:
@@ -265,13 +266,20 @@ class Engine:
         self._storages.append(KVStorage(spec, self.kv.num_slots, self.platform.device))
         return self._storages[-1]
 
-    def _bind(
-        self,
-        drafters: dict[str, Drafter],
-        specs: dict[str, KVSpec | None],
-        sampler: Sampler,
-    ) -> None:
-        for source, (name, drafter) in enumerate(drafters.items(), start=1):
+    def _start_over(self, num_blocks: int) -> None:
+        """Nothing queued, cached or counted."""
+        config = self.config
+        self.kv = KVCacheManager(
+            num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching
+        )
+        self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size)
+        self.scheduler = Scheduler(
+            self.kv, FixedPolicy(config.draft.max_nodes), config.schedule, self.drafter.forget
+        )
+        self._times = StepTimes()
+
+    def _bind(self, specs: dict[str, KVSpec | None], sampler: Sampler) -> None:
+        for source, (name, drafter) in enumerate(self._drafters.items(), start=1):
             spec = specs[name]
             drafter.bind(
                 DraftContext(
@@ -287,12 +295,6 @@ class Engine:
                     source=source,
                 )
             )
-
-    def _room_hint(self) -> str:
-        own = self.shape.max_position_embeddings
-        return (
-            f" or raise max_model_len (the model allows {own})" if own > self.max_model_len else ""
-        )
 
 
 def _context(max_model_len: int | None, shape: ModelShape) -> int:

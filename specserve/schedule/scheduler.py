@@ -13,7 +13,7 @@ from specserve.cache.prefix import prefix_hashes
 from specserve.cache.table import BlockTable
 from specserve.config import ScheduleConfig
 from specserve.schedule.policy import Policy
-from specserve.sequence import Sequence, Status
+from specserve.sequence import Sequence, SpecCounts, Status
 from specserve.step import Ending, Entry, StepPlan, Verdict
 from specserve.tree import DraftTree
 from specserve.types import Request, StepOutput
@@ -32,6 +32,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # by priority, then age
         self.waiting: list[Sequence] = []  # likewise
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of all requests ever admitted
+        self.num_cached_tokens = 0  # of those, taken from the prefix cache
+        self.counts = SpecCounts()  # of all requests together
         self._kv = kv
         self._policy = policy
         self._config = config
@@ -111,7 +114,8 @@ class Scheduler:
                 seq.tokens.extend(verdict.emitted)
                 tree = trees[seq.id]
                 depth = int(tree.depths.max())
-                seq.counts.record(len(tree) - 1, depth, verdict.num_accepted, len(verdict.emitted))
+                for counts in (seq.counts, self.counts):
+                    counts.record(len(tree) - 1, depth, verdict.num_accepted, len(verdict.emitted))
             self._kv.publish(seq.table, seq.tokens, seq.request.cache_salt)
             if verdict is not None:
                 outputs.append(self._output(seq, verdict))
@@ -173,6 +177,8 @@ class Scheduler:
         seq.status = Status.RUNNING
         if not seq.num_preemptions:
             seq.num_cached = seq.num_committed
+            self.num_prompt_tokens += seq.num_prompt
+            self.num_cached_tokens += seq.num_cached
         self.waiting.remove(seq)
         self._enqueue(self.running, seq)
         return None

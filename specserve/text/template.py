@@ -1,7 +1,7 @@
 """The chat template of a model: messages to the text the model was trained on.
 
-Owns the sandbox and the check of messages. Knows where in the text each message's content went,
-so that the caller can treat it as text. Knows no tokens.
+Owns the sandbox. Knows where in the text each piece that a user wrote went, so that the caller can
+treat it as text. Knows no tokens.
 """
 
 import json
@@ -9,17 +9,26 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from specserve.text.messages import PlainMessage
 from specserve.types import RequestError
 
-Message = Mapping[str, object]  # {"role": ..., "content": ...}
-ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+WRITTEN: Final = ("content", "name")  # fields of a message that hold a user's own text
+
+
+class Span(NamedTuple):
+    """Characters [start, end) of a rendered chat, where a field of messages[number] stands."""
+
+    number: int
+    field: str
+    start: int
+    end: int
 
 
 class ChatTemplate:
@@ -35,42 +44,8 @@ class ChatTemplate:
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> str:
         """The whole chat as text. Raises `RequestError` for what the template refuses."""
-        check_messages(messages)
-        return self._render(messages, add_generation_prompt)
-
-    def locate(
-        self, messages: Sequence[Message], text: str, *, add_generation_prompt: bool
-    ) -> list[tuple[int, int]] | None:
-        """Where in the rendered `text` the contents stand, as (start, end) in order.
-
-        None if the template does more with a content than put it there, whole or stripped.
-        """
-        marks = [secrets.token_hex(16) for _ in messages]
-        marked = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-        try:
-            pattern = self._render(marked, add_generation_prompt)
-        except RequestError:
-            return None
-        contents = {
-            mark: str(message["content"]) for mark, message in zip(marks, messages, strict=True)
-        }
-        first, *pieces = re.split(f"({'|'.join(marks)})", pattern)
-        if not text.startswith(first):
-            return None
-        at, spans = len(first), []
-        for mark, literal in zip(pieces[::2], pieces[1::2], strict=True):
-            content = contents[mark]
-            forms = (content, content.strip(), content.lstrip(), content.rstrip())
-            form = next((form for form in forms if text.startswith(form + literal, at)), None)
-            if form is None:
-                return None
-            spans.append((at, at + len(form)))
-            at += len(form) + len(literal)
-        return spans if at == len(text) else None
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -80,42 +55,41 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except Exception as error:  # a template is a program: it can fail in any way
+            reason = str(error) or type(error).__name__
             raise RequestError(
-                "messages", f"the model's chat template cannot render them ({error})"
+                "messages", f"the model's chat template cannot render them ({reason})"
             ) from error
 
+    def locate(
+        self, messages: Sequence[PlainMessage], text: str, *, add_generation_prompt: bool
+    ) -> list[Span] | None:
+        """Where in the rendered `text` the fields that users write stand, in order.
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise `RequestError` naming the first field that cannot be used, like messages[2].role."""
-    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages", "expected a list of at least one message")
-    for index, message in enumerate(messages):
-        name = f"messages[{index}]"
-        if not isinstance(message, Mapping):
-            raise RequestError(name, f"{message!r} is no object with role and content")
-        for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                raise RequestError(f"{name}.{field}", f"{message.get(field)!r} is not a string")
-            check_text(f"{name}.{field}", str(message[field]))
-        if message["role"] not in ROLES:
-            raise RequestError(
-                f"{name}.role", f"{message['role']!r} is not one of {', '.join(ROLES)}"
-            )
-        extra = sorted(str(key) for key in message if key not in ("role", "content"))
-        if extra:
-            raise RequestError(
-                f"{name}.{extra[0]}", "unknown field; a message has role and content"
-            )
-
-
-def check_text(name: str, text: str) -> None:
-    """Raise `RequestError` for text that is not Unicode: JSON can spell half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            name, f"character {error.start} is a lone surrogate; send valid Unicode"
-        ) from None
+        None if the template does more with one than put it there, whole or stripped.
+        """
+        secret = secrets.token_hex(16)
+        written = [(i, field) for i, m in enumerate(messages) for field in WRITTEN if field in m]
+        marked = [dict(message) for message in messages]
+        for mark, (number, field) in enumerate(written):
+            marked[number][field] = f"{secret}x{mark}x"
+        try:
+            pattern = self.render(marked, add_generation_prompt=add_generation_prompt)
+        except RequestError:
+            return None
+        first, *pieces = re.split(f"{secret}x([0-9]+)x", pattern)
+        if not text.startswith(first):
+            return None
+        at, spans = len(first), []
+        for digits, literal in zip(pieces[::2], pieces[1::2], strict=True):
+            number, field = written[int(digits)]
+            whole = messages[number][field]
+            forms = (whole, whole.strip(), whole.lstrip(), whole.rstrip())
+            form = next((form for form in forms if text.startswith(form + literal, at)), None)
+            if form is None:
+                return None
+            spans.append(Span(number, field, at, at + len(form)))
+            at += len(form) + len(literal)
+        return spans if at == len(text) else None
 
 
 def _refuse(reason: str) -> NoReturn:

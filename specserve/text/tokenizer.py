@@ -5,19 +5,23 @@ becomes a control token, however it is spelled, unless the caller allows it.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from jinja2 import TemplateSyntaxError
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as TokenizerFile
 
-from specserve.text.template import ChatTemplate, Message, check_text
+from specserve.text.messages import Message, PlainMessage, check_text, read_messages
+from specserve.text.template import WRITTEN, ChatTemplate, Span
 from specserve.types import RequestError
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_NORMALISED = 4  # bytes that Unicode's normal forms make one of at most, as in U+1D400 to "A"
 
 
 class TextError(ValueError):
@@ -63,6 +67,18 @@ class Tokenizer:
         """Every token's id by its spelling in the file."""
         return self._control.get_vocab(with_added_tokens=True)
 
+    def max_token_bytes(self) -> int | None:
+        """How many bytes of text one token stands for at most, not counting control tokens.
+
+        None if there is no such number: unknown words, or space that is dropped.
+        """
+        model = self._plain.model
+        bytewise = isinstance(self._plain.decoder, decoders.ByteLevel)
+        if not isinstance(model, models.BPE) or not (bytewise or model.byte_fallback):
+            return None
+        longest = max(len(token.encode()) for token in self.vocabulary())
+        return longest if self._plain.normalizer is None else longest * _NORMALISED
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of a prompt, with what the model expects at its start.
 
@@ -70,34 +86,45 @@ class Tokenizer:
         """
         check_text("prompt", text)
         tokenizer = self._control if allow_special else self._plain
-        return tokenizer.encode(text).ids
+        return _encode(tokenizer, [text], add_special_tokens=True)[0]
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Token ids of a chat under the model's template, ready for the model's answer.
 
+        With `continue_final_message` they end where the last message does, an assistant's.
         Control tokens come from the template only. If the template transforms a content beyond
         stripping it, and that content spells a control token, the two cannot be told apart and
         the request is refused. Raises `RequestError` naming the message.
         """
+        plain = read_messages(messages)
+        if continue_final_message:
+            _check_continued(plain, add_generation_prompt)
         if self._template is None:
             raise RequestError(
                 "messages",
                 "this model has no chat template; send a plain prompt, or add a chat_template to "
                 "the model's tokenizer_config.json",
             )
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        spans = self._template.locate(messages, text, add_generation_prompt=add_generation_prompt)
+        text = self._template.render(plain, add_generation_prompt=add_generation_prompt)
+        spans = self._template.locate(plain, text, add_generation_prompt=add_generation_prompt)
+        if continue_final_message:
+            text = text[: _end_of_last(plain, spans)]
         if spans is None:
-            self._refuse_spelled(messages)
+            self._refuse_spelled(plain)
             spans = []
         controls, injected = [], False
         for match in self._spelled.finditer(text):
-            if any(start < match.end() and match.start() < end for start, end in spans):
+            if _overlaps(spans, match):
                 injected = True
             else:
                 controls.append(match)
         if not injected:
-            return self._control.encode(text, add_special_tokens=False).ids
+            return _encode(self._control, [text], add_special_tokens=False)[0]
         return self._encode_between(text, controls)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -106,23 +133,26 @@ class Tokenizer:
 
     def _encode_between(self, text: str, controls: Sequence[re.Match[str]]) -> list[int]:
         """Plain text between the given control tokens, cut where the tokenizer itself would."""
-        ids, at = [], 0
-        for match in controls:
+        starts = [0, *(match.end() for match in controls)]
+        ends = [*(match.start() for match in controls), len(text)]
+        between = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+        first, *rest = _encode(self._plain, between, add_special_tokens=False)
+        ids = first
+        for match, more in zip(controls, rest, strict=True):
             assert match.lastindex is not None
-            ids += self._plain.encode(text[at : match.start()], add_special_tokens=False).ids
-            ids.append(self._spelled_ids[match.lastindex - 1])
-            at = match.end()
-        return ids + self._plain.encode(text[at:], add_special_tokens=False).ids
+            ids += [self._spelled_ids[match.lastindex - 1], *more]
+        return ids
 
-    def _refuse_spelled(self, messages: Sequence[Message]) -> None:
+    def _refuse_spelled(self, messages: Sequence[PlainMessage]) -> None:
         for index, message in enumerate(messages):
-            match = self._spelled.search(str(message["content"]))
-            if match is not None:
-                raise RequestError(
-                    f"messages[{index}].content",
-                    f"it spells the control token {match.group()!r}, and this model's chat "
-                    f"template rewrites messages so that it cannot be kept as text; remove it",
-                )
+            for field in WRITTEN:
+                match = self._spelled.search(message.get(field, ""))
+                if match is not None:
+                    raise RequestError(
+                        f"messages[{index}].{field}",
+                        f"it spells the control token {match.group()!r}, and this model's chat "
+                        f"template rewrites messages so that it cannot be kept as text; remove it",
+                    )
 
     def _end_tokens(self, directory: Path) -> tuple[int, ...]:
         named = self._control.token_to_id(self._named.get("eos_token", ""))
@@ -147,6 +177,46 @@ def same_vocabulary(a: Tokenizer, b: Tokenizer) -> str | None:
         f"id {index} is {names[0]} in one ({len(first)} tokens) and {names[1]} in the other "
         f"({len(second)} tokens)"
     )
+
+
+def _encode(
+    tokenizer: TokenizerFile, texts: list[str], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """The ids of each text. Unlike the library's `encode` this lets other threads run."""
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [encoding.ids for encoding in encodings]
+
+
+def _check_continued(messages: Sequence[PlainMessage], add_generation_prompt: bool) -> None:
+    if add_generation_prompt:
+        raise RequestError(
+            "continue_final_message", "contradicts add_generation_prompt; set one of them to false"
+        )
+    role = messages[-1]["role"]
+    if role != "assistant":
+        raise RequestError(
+            "continue_final_message",
+            f"the last message is of role {role!r}; only an assistant's can be continued",
+        )
+
+
+def _end_of_last(messages: Sequence[PlainMessage], spans: list[Span] | None) -> int:
+    """Where the content of the last message ends in the rendered text."""
+    last = (len(messages) - 1, "content")
+    ends = [span.end for span in spans or () if (span.number, span.field) == last]
+    if not ends:
+        raise RequestError(
+            "continue_final_message",
+            "this model's chat template rewrites messages, so that the end of the last one cannot "
+            "be found; leave it out",
+        )
+    return ends[-1]
+
+
+def _overlaps(spans: list[Span], match: re.Match[str]) -> bool:
+    """Whether a match touches one of the spans, which are in order and apart."""
+    before = bisect_left(spans, match.end(), key=attrgetter("start"))
+    return before > 0 and match.start() < spans[before - 1].end
 
 
 def _read_tokenizer(directory: Path) -> TokenizerFile:

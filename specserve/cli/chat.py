@@ -1,0 +1,117 @@
+"""`specserve chat`: talk to a server, on a terminal or line by line through pipes."""
+
+import argparse
+import os
+import sys
+from contextlib import suppress
+from importlib import import_module
+from typing import Final, cast
+
+from rich.console import Console
+
+from specserve.cli.chat_screen import PlainScreen, TerminalScreen
+from specserve.cli.conversation import Conversation, Left
+from specserve.cli.flags import given
+from specserve.client import (
+    APIStatusError,
+    AuthenticationError,
+    Client,
+    ConnectionFailed,
+    Options,
+    SpecserveError,
+)
+from specserve.config import ConfigError
+from specserve.types import SamplingParams
+
+DEFAULT_KEY_VARIABLE: Final = "SPECSERVE_API_KEY"
+
+
+def run(args: argparse.Namespace) -> int:
+    key = _api_key(args.api_key_env)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    # Who sits at a terminal is told of a failure at once, and has /retry.
+    with Client(args.url, api_key=key, max_retries=0 if terminal else 2) as client:
+        try:
+            return _on_terminal(client, args) if terminal else _through_pipes(client, args)
+        except SpecserveError as error:
+            PlainScreen().error(explain(error, args.api_key_env))
+            return 1
+
+
+def _on_terminal(client: Client, args: argparse.Namespace) -> int:
+    models = client.models()
+    name = args.model or (models[0].id if models else "a model")
+    report = client.speculation() if args.show_speculation else None
+    screen = TerminalScreen(Console(), report)
+    conversation = Conversation(client, screen, _options(args, report is not None), args.system)
+    with suppress(ImportError):  # input() edits lines and remembers them if this is loaded
+        import_module("readline")
+    screen.note(f"{name} at {client.url}; /help lists what else you can do")
+    screen.legend()
+    while True:
+        with suppress(KeyboardInterrupt):  # however often it is pressed
+            if not _turn(conversation, screen, args.api_key_env):
+                return 0
+
+
+def _turn(conversation: Conversation, screen: TerminalScreen, key_variable: str) -> bool:
+    """One line and what comes of it. False: the user left."""
+    try:
+        line = input("> ")
+    except EOFError:
+        screen.note("")
+        return False
+    except KeyboardInterrupt:
+        screen.note("\nCtrl-D or /exit leaves")
+        return True
+    try:
+        conversation.enter(line)
+    except Left:
+        return False
+    except KeyboardInterrupt:
+        screen.note("stopped")
+    except SpecserveError as error:
+        screen.error(explain(error, key_variable))
+    return True
+
+
+def _through_pipes(client: Client, args: argparse.Namespace) -> int:
+    """One prompt per line; exit code 1 if any of them failed."""
+    client.models()  # says what is wrong before anything is read
+    screen = PlainScreen()
+    conversation = Conversation(client, screen, _options(args, False), args.system)
+    status = 0
+    for line in sys.stdin:
+        try:
+            conversation.enter(line.removesuffix("\n"))
+        except Left:
+            break
+        except SpecserveError as error:
+            screen.error(explain(error, args.api_key_env))
+            status = 1
+    return status
+
+
+def explain(error: SpecserveError, key_variable: str) -> str:
+    """What went wrong, and what to do about it if that is known."""
+    if isinstance(error, ConnectionFailed):
+        return f"{error}; start a server with `specserve serve` or `make serve`"
+    if isinstance(error, AuthenticationError):
+        return f"{error.message}; put the API key into the environment variable {key_variable}"
+    if isinstance(error, APIStatusError):
+        wait = "" if error.retry_after is None else f"; try again in {error.retry_after:.0f} s"
+        return error.message + wait
+    return str(error)
+
+
+def _options(args: argparse.Namespace, tokens: bool) -> Options:
+    """`tokens`: the answer has to say which bytes are which token's."""
+    options = given(args, SamplingParams) | {"model": args.model}
+    return cast(Options, options | ({"logprobs": 0} if tokens else {}))
+
+
+def _api_key(variable: str) -> str | None:
+    key = os.environ.get(variable)
+    if key is None and variable != DEFAULT_KEY_VARIABLE:
+        raise ConfigError(f"api_key_env: the environment variable {variable} is not set; export it")
+    return key

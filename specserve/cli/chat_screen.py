@@ -1,0 +1,128 @@
+"""Where a chat appears: a terminal, or whatever plain text is piped to."""
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import Final, Protocol
+
+from rich.console import Console
+
+from specserve.client import Delta, SpeculationReport
+
+_STYLES: Final = ("green", "cyan", "magenta", "yellow", "blue")
+_PREDICTION_STYLE: Final = "bright_green"
+# A model's text must not be able to command the terminal: control characters lose their meaning.
+_CONTROLS: Final = {
+    code: "" if chr(code) == "\r" else "\ufffd"
+    for code in (*range(0x20), *range(0x7F, 0xA0))
+    if chr(code) not in "\n\t"
+}
+
+
+class Screen(Protocol):
+    """What a chat needs to show."""
+
+    def show(self, delta: Delta) -> None:
+        """A piece of the answer."""
+
+    def end_answer(self) -> None:
+        """The answer is over, complete or not."""
+
+    def note(self, text: str) -> None:
+        """Something about the chat itself."""
+
+    def error(self, text: str) -> None:
+        """What went wrong, on one line."""
+
+
+class PlainScreen:
+    """Answers on stdout as they are, everything else on stderr."""
+
+    def show(self, delta: Delta) -> None:
+        print(delta.text, end="", flush=True)
+
+    def end_answer(self) -> None:
+        print(flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def error(self, text: str) -> None:
+        print(f"specserve: error: {_one_line(text)}", file=sys.stderr)
+
+
+class TerminalScreen:
+    """`report` None: one colour for all; else each drafter's tokens have a colour of their own."""
+
+    def __init__(self, console: Console, report: SpeculationReport | None = None) -> None:
+        self._console = console
+        self._report = report
+        self._runs = SourceRuns()
+
+    def show(self, delta: Delta) -> None:
+        for text, source in self._runs.feed(delta):
+            style = None if self._report is None else self._style(source)
+            self._write(text, style)
+
+    def end_answer(self) -> None:
+        self._runs = SourceRuns()
+        self._write("\n")
+
+    def note(self, text: str) -> None:
+        self._write(f"{text}\n", "dim")
+
+    def error(self, text: str) -> None:
+        self._write(f"error: {_one_line(text)}\n", "red")
+
+    def legend(self) -> None:
+        """Which colour is whose."""
+        if self._report is not None:
+            self._write("tokens by source: target")
+            for source, name in enumerate(self._report.drafters, start=1):
+                self._write("  ")
+                self._write(name, self._style(source))
+            self._write("\n")
+
+    def _style(self, source: int) -> str | None:
+        assert self._report is not None
+        if source == 0:
+            return None
+        if source > len(self._report.drafters):
+            return _PREDICTION_STYLE
+        return _STYLES[(source - 1) % len(_STYLES)]
+
+    def _write(self, text: str, style: str | None = None) -> None:
+        self._console.out(text.translate(_CONTROLS), style=style, end="", highlight=False)
+        self._console.file.flush()
+
+
+class SourceRuns:
+    """Cuts text into runs of one source each, by the bytes of the tokens that made it.
+
+    Text lags behind its tokens, so tokens wait here for theirs.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, int]] = deque()  # (bytes, source)
+        self._spent = 0  # bytes of the first one that have been shown
+
+    def feed(self, delta: Delta) -> Iterator[tuple[str, int]]:
+        for logprob, source in zip(delta.logprobs, delta.sources, strict=False):
+            raw = logprob.token.encode() if logprob.raw is None else logprob.raw
+            self._waiting.append((len(raw), source))
+        sources = [self._source_of(char) for char in delta.text]
+        for source, run in groupby(zip(delta.text, sources, strict=True), itemgetter(1)):
+            yield "".join(char for char, _ in run), source
+
+    def _source_of(self, char: str) -> int:
+        """The source of the token in which the next character begins."""
+        while self._waiting and self._spent >= self._waiting[0][0]:
+            self._spent -= self._waiting.popleft()[0]
+        self._spent += len(char.encode())
+        return self._waiting[0][1] if self._waiting else 0
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).translate(_CONTROLS)

@@ -1,0 +1,142 @@
+"""A conversation with a server: what has been said, and the commands that change it.
+
+Knows no terminal: it is handed lines and a screen.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+from specserve.cli.chat_screen import Screen
+from specserve.client import Client, Completion, Options, SpecserveError, SpeculationReport
+
+HELP: Final = """\
+/retry        ask again for the last answer
+/clear        forget what has been said
+/system TEXT  instructions that precede everything; without TEXT: none
+/stats        speed of the last answer
+/exit         leave; Ctrl-D does too
+A line that starts with a space is text, whatever follows. Ctrl-C stops an answer."""
+
+
+class Left(Exception):
+    """The user asked to leave."""
+
+
+class Conversation:
+    """Each prompt is sent with everything said before it."""
+
+    def __init__(
+        self, client: Client, screen: Screen, options: Options, system: str | None
+    ) -> None:
+        self._client = client
+        self._screen = screen
+        self._options = options
+        self._system = system
+        self._turns: list[tuple[str, str]] = []  # (prompt, answer)
+        self._asked: str | None = None
+        self._answered = False  # whether the last turn belongs to `_asked`
+        self._last: Completion | None = None
+
+    def enter(self, line: str) -> None:
+        """A prompt or a command. Raises SpecserveError, Left and KeyboardInterrupt.
+
+        What was shown of an answer that broke off or was stopped counts as said.
+        """
+        if not line.startswith("/"):
+            if line.strip():
+                self._ask(line.strip())
+            return
+        word, _, rest = line.strip().partition(" ")
+        command = _COMMANDS.get(word)
+        if command is None:
+            self._screen.note(f"{word} is no command; /help lists them")
+        else:
+            command(self, rest.strip())
+
+    def _ask(self, prompt: str) -> None:
+        self._asked, self._answered, self._last = prompt, False, None
+        pieces: list[str] = []
+        try:
+            with self._client.stream_chat(self._messages(prompt), **self._options) as stream:
+                for delta in stream:
+                    pieces.append(delta.text)
+                    self._screen.show(delta)
+                self._last = stream.result()
+        finally:
+            if pieces:
+                self._screen.end_answer()
+            if answer := "".join(pieces):
+                self._turns.append((prompt, answer))
+                self._answered = True
+
+    def _messages(self, prompt: str) -> list[dict[str, Any]]:
+        said = [] if self._system is None else [("system", self._system)]
+        for question, answer in self._turns:
+            said += [("user", question), ("assistant", answer)]
+        said.append(("user", prompt))
+        return [{"role": role, "content": content} for role, content in said]
+
+    def _retry(self, rest: str) -> None:
+        if self._asked is None:
+            self._screen.note("nothing has been asked yet")
+            return
+        if self._answered:
+            self._turns.pop()
+        self._ask(self._asked)
+
+    def _clear(self, rest: str) -> None:
+        self._turns.clear()
+        self._asked, self._answered, self._last = None, False, None
+        self._screen.note("forgotten")
+
+    def _set_system(self, rest: str) -> None:
+        self._system = rest or None
+        self._screen.note("instructions set" if rest else "no instructions")
+
+    def _stats(self, rest: str) -> None:
+        if self._last is None:
+            self._screen.note("there is no complete answer yet")
+            return
+        try:
+            report = self._client.speculation()
+        except SpecserveError:  # an older server, or another one: the names are missing
+            report = SpeculationReport(())
+        self._screen.note(describe(self._last, report))
+
+    def _help(self, rest: str) -> None:
+        self._screen.note(HELP)
+
+    def _leave(self, rest: str) -> None:
+        raise Left
+
+
+_COMMANDS: Final[dict[str, Callable[[Conversation, str], None]]] = {
+    "/retry": Conversation._retry,
+    "/clear": Conversation._clear,
+    "/system": Conversation._set_system,
+    "/stats": Conversation._stats,
+    "/help": Conversation._help,
+    "/exit": Conversation._leave,
+    "/quit": Conversation._leave,
+}
+
+
+def describe(answer: Completion, report: SpeculationReport) -> str:
+    """How fast an answer came and who proposed its tokens, as far as the server told."""
+    stats, speculation = answer.stats, answer.stats.speculative_decoding
+    said = [f"{answer.usage.completion_tokens} tokens"]
+    if stats.tokens_per_second is not None:
+        said.append(f"{stats.tokens_per_second:.1f} tokens/s")
+    if stats.time_to_first_token_ms is not None:
+        said.append(f"the first after {stats.time_to_first_token_ms:.0f} ms")
+    if speculation is not None and speculation.mean_acceptance_length is not None:
+        said.append(f"{speculation.mean_acceptance_length:.2f} tokens per pass")
+    if speculation is not None and speculation.num_draft_tokens:
+        accepted, drafted = speculation.num_accepted_draft_tokens, speculation.num_draft_tokens
+        said.append(f"{accepted} of {drafted} drafted accepted ({accepted / drafted:.0%})")
+    sources = Counter(answer.sources)
+    if sources:
+        counts = (f"{report.name_of(source)} {sources[source]}" for source in sorted(sources))
+        said.append(f"by source: {', '.join(counts)}")
+    return "; ".join(said)

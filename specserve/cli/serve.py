@@ -1,0 +1,59 @@
+"""`specserve serve`: the HTTP server, until it is told to stop."""
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import cast
+
+from specserve import __version__
+from specserve.cli.parser import engine_config
+from specserve.cli.progress import show_progress
+from specserve.config import ConfigError
+from specserve.hub import resolve
+from specserve.process.messages import EngineInfo
+from specserve.server.lifecycle import serve
+
+_EXAMPLE = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 60}
+
+
+def run(args: argparse.Namespace) -> int:
+    config = engine_config(args)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    with show_progress() as report:
+        target = resolve(config.target.target, progress=report)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serve(config, target, _announce))
+    except OSError as error:
+        raise ConfigError(
+            f"port: cannot listen on {config.server.host}:{config.server.port} "
+            f"({error.strerror}); choose another with --port"
+        ) from error
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's loops, where there is a uvloop."""
+    try:
+        return cast(Callable[[], asyncio.AbstractEventLoop], import_module("uvloop").new_event_loop)
+    except ImportError:
+        return None
+
+
+def _announce(url: str, model: str, info: EngineInfo) -> None:
+    """The first lines: what runs where, and a command to paste."""
+    exactness = "exact" if info.exact else "fast"
+    print(f"specserve {__version__} serves {model} at {url}")
+    print(f"  {info.device}, {info.dtype}, {exactness}; context {info.limits.max_model_len} tokens")
+    print(f"  drafters: {', '.join(info.drafters)}; up to {info.max_nodes} nodes per tree")
+    print("try it:")
+    print(
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(_EXAMPLE)}'"
+    )
+    sys.stdout.flush()

@@ -1,0 +1,74 @@
+"""Clients of a specserve server, without torch.
+
+with Client("http://127.0.0.1:8000") as client:
+    for delta in client.stream_chat("Why is the sky blue?", temperature=0):
+        print(delta.text, end="", flush=True)
+"""
+
+from specserve.client.async_client import AsyncClient
+from specserve.client.async_stream import AsyncStream
+from specserve.client.errors import (
+    APIStatusError,
+    AuthenticationError,
+    BadRequest,
+    ConnectionFailed,
+    GenerationFailed,
+    NotFound,
+    PermissionDenied,
+    RateLimited,
+    ServerError,
+    SpecserveError,
+    StreamBroken,
+    TimedOut,
+    Unavailable,
+    UnexpectedAnswer,
+)
+from specserve.client.request import Options, SpeculationOptions
+from specserve.client.sync_client import Client, Stream
+from specserve.client.types import (
+    Choice,
+    Completion,
+    Delta,
+    DrafterReport,
+    Model,
+    SpeculationReport,
+    SpeculativeDecoding,
+    Stats,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+
+__all__ = [
+    "APIStatusError",
+    "AsyncClient",
+    "AsyncStream",
+    "AuthenticationError",
+    "BadRequest",
+    "Choice",
+    "Client",
+    "Completion",
+    "ConnectionFailed",
+    "Delta",
+    "DrafterReport",
+    "GenerationFailed",
+    "Model",
+    "NotFound",
+    "Options",
+    "PermissionDenied",
+    "RateLimited",
+    "ServerError",
+    "SpecserveError",
+    "SpeculationOptions",
+    "SpeculationReport",
+    "SpeculativeDecoding",
+    "Stats",
+    "Stream",
+    "StreamBroken",
+    "TimedOut",
+    "TokenLogprob",
+    "TopLogprob",
+    "Unavailable",
+    "UnexpectedAnswer",
+    "Usage",
+]

@@ -1,0 +1,219 @@
+"""From the JSON of a server to the Structs of `types`.
+
+One shape reads whole answers and chunks of streams, of completions and of chats alike. What a
+server does not say keeps its default, so servers that know less than ours are read as well.
+"""
+
+from itertools import repeat
+from typing import Annotated, Final, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from specserve.client.errors import ErrorDetail, UnexpectedAnswer, quote
+from specserve.client.types import (
+    Choice,
+    Completion,
+    Delta,
+    Stats,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+
+T = TypeVar("T")
+Byte = Annotated[int, Meta(ge=0, le=255)]
+
+
+class _PromptDetails(Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class _CompletionDetails(Struct, frozen=True):
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+
+
+class _Usage(Struct, frozen=True):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
+
+
+class _Token(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: tuple[Byte, ...] | None = None
+    top_logprobs: tuple[TopLogprob, ...] = ()
+
+
+class _Logprobs(Struct, frozen=True):
+    """`content` in a chat, the other three in a completion."""
+
+    content: tuple[_Token, ...] | None = None
+    tokens: tuple[str, ...] = ()
+    token_logprobs: tuple[float | None, ...] = ()
+    top_logprobs: tuple[dict[str, float] | None, ...] | None = None
+
+
+class _Message(Struct, frozen=True):
+    content: str | None = None
+
+
+class _Choice(Struct, frozen=True):
+    index: int = 0
+    text: str | None = None  # of a completion
+    message: _Message | None = None  # of a chat
+    delta: _Message | None = None  # of a streamed chat
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] | None = None
+    sources: tuple[int, ...] | None = None
+    logprobs: _Logprobs | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+
+
+class Answer(Struct, frozen=True):
+    """A whole answer or a chunk of one, as the server wrote it."""
+
+    id: str = ""
+    model: str = ""
+    choices: tuple[_Choice, ...] = ()
+    usage: _Usage | None = None
+    metrics: Stats | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    error: ErrorDetail | None = None
+
+
+_decoder: Final = msgspec.json.Decoder(Answer)
+
+
+def read_answer(data: bytes) -> Answer:
+    """Raises UnexpectedAnswer."""
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _unexpected(data, error) from None
+
+
+def read_json(data: bytes, kind: type[T]) -> T:
+    """The answer of a small route. Raises UnexpectedAnswer."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _unexpected(data, error) from None
+
+
+def whole(answer: Answer) -> Completion:
+    """A whole answer. Raises UnexpectedAnswer if there is nothing in it."""
+    collector = Collector()
+    collector.add(answer)
+    return collector.completion()
+
+
+class Collector:
+    """Makes deltas of chunks, and one completion of them all."""
+
+    def __init__(self) -> None:
+        self._id = self._model = ""
+        self._prompt_ids: tuple[int, ...] = ()
+        self._choices: dict[int, list[Delta]] = {}
+        self._usage: Usage | None = None
+        self._stats: Stats | None = None
+
+    def add(self, answer: Answer) -> list[Delta]:
+        """What one chunk says, without the deltas that would say nothing."""
+        self._id = self._id or answer.id
+        self._model = self._model or answer.model
+        self._prompt_ids = self._prompt_ids or answer.prompt_token_ids or ()
+        self._usage = self._usage if answer.usage is None else _usage(answer.usage)
+        self._stats = answer.metrics or self._stats
+        deltas = []
+        for choice in answer.choices:
+            self._prompt_ids = self._prompt_ids or choice.prompt_token_ids or ()
+            delta = _delta(choice)
+            self._choices.setdefault(choice.index, []).append(delta)
+            if delta != Delta(index=choice.index):
+                deltas.append(delta)
+        if not answer.choices and (answer.usage or answer.metrics):
+            deltas.append(Delta(usage=self._usage, stats=self._stats))
+        return deltas
+
+    def completion(self) -> Completion:
+        """All so far. Raises UnexpectedAnswer if that is nothing."""
+        if not self._choices:
+            raise UnexpectedAnswer("the server's answer holds no choices")
+        return Completion(
+            id=self._id,
+            model=self._model,
+            choices=tuple(_join(index, self._choices[index]) for index in sorted(self._choices)),
+            prompt_ids=self._prompt_ids,
+            usage=self._usage or Usage(),
+            stats=self._stats or Stats(),
+        )
+
+
+def _join(index: int, deltas: list[Delta]) -> Choice:
+    logprobs = tuple(each for delta in deltas for each in delta.logprobs)
+    finish = next((delta for delta in reversed(deltas) if delta.finish_reason), Delta())
+    return Choice(
+        index=index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        sources=tuple(source for delta in deltas for source in delta.sources),
+        logprobs=logprobs or None,
+        finish_reason=finish.finish_reason,
+        stop_reason=finish.stop_reason,
+    )
+
+
+def _delta(choice: _Choice) -> Delta:
+    message = choice.message or choice.delta or _Message()
+    return Delta(
+        text=choice.text or message.content or "",
+        token_ids=choice.token_ids or (),
+        sources=choice.sources or (),
+        logprobs=_logprobs(choice.logprobs or _Logprobs()),
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        index=choice.index,
+    )
+
+
+def _logprobs(wire: _Logprobs) -> tuple[TokenLogprob, ...]:
+    if wire.content is not None:
+        return tuple(
+            TokenLogprob(
+                each.token,
+                each.logprob,
+                each.top_logprobs,
+                None if each.bytes is None else bytes(each.bytes),
+            )
+            for each in wire.content
+        )
+    tops = repeat(None) if wire.top_logprobs is None else wire.top_logprobs
+    return tuple(
+        TokenLogprob(token, logprob, tuple(TopLogprob(*pair) for pair in (top or {}).items()))
+        for token, logprob, top in zip(wire.tokens, wire.token_logprobs, tops, strict=False)
+    )
+
+
+def _usage(wire: _Usage) -> Usage:
+    prompt = wire.prompt_tokens_details or _PromptDetails()
+    completion = wire.completion_tokens_details or _CompletionDetails()
+    return Usage(
+        prompt_tokens=wire.prompt_tokens,
+        completion_tokens=wire.completion_tokens,
+        total_tokens=wire.total_tokens,
+        cached_tokens=prompt.cached_tokens or 0,
+        accepted_prediction_tokens=completion.accepted_prediction_tokens or 0,
+        rejected_prediction_tokens=completion.rejected_prediction_tokens or 0,
+    )
+
+
+def _unexpected(data: bytes, error: Exception) -> UnexpectedAnswer:
+    return UnexpectedAnswer(
+        f"the answer is not one of a specserve server ({error}): {quote(data)!r}"
+    )

@@ -1,0 +1,149 @@
+"""The asynchronous client: one method per thing a server can do."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final, Self, Unpack
+
+from msgspec import Struct
+
+from specserve.client.answers import read_answer, read_json, whole
+from specserve.client.async_stream import AsyncStream
+from specserve.client.connection import Call, Connection
+from specserve.client.errors import ConnectionFailed, TimedOut, Unavailable
+from specserve.client.request import (
+    Messages,
+    Options,
+    Prompt,
+    as_messages,
+    chat_body,
+    completion_body,
+    encode_body,
+)
+from specserve.client.types import Completion, Model, SpeculationReport
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+_COMPLETIONS: Final = "/v1/completions"
+_CHAT: Final = "/v1/chat/completions"
+_PROBE_S: Final = 5.0
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments and methods. For one event loop.
+
+    Use it as a context, or `close` it.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = 600.0,
+        connect_timeout: float = 5.0,
+        max_retries: int = 2,
+    ) -> None:
+        self._connection = Connection(url, api_key, timeout, connect_timeout, max_retries)
+
+    @property
+    def url(self) -> str:
+        return self._connection.url
+
+    async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
+        """Go on with a text or with token ids."""
+        body = completion_body(prompt, options, stream=False)
+        return whole(read_answer(await self._connection.fetch(_call(_COMPLETIONS, body, options))))
+
+    async def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
+        """Answer a chat; text alone is one message of a user."""
+        body = chat_body(messages, options, stream=False)
+        return whole(read_answer(await self._connection.fetch(_call(_CHAT, body, options))))
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
+        """`complete`, piece by piece. The request is sent when the stream is first used."""
+        body = completion_body(prompt, options, stream=True)
+        return AsyncStream(self._connection, _call(_COMPLETIONS, body, options))
+
+    def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> AsyncStream:
+        """`chat`, piece by piece. The request is sent when the stream is first used."""
+        body = chat_body(messages, options, stream=True)
+        return AsyncStream(self._connection, _call(_CHAT, body, options))
+
+    async def models(self) -> tuple[Model, ...]:
+        return read_json(await self._get("/v1/models"), _ModelList).data
+
+    async def tokenize(self, text: str | Messages) -> tuple[int, ...]:
+        """Token ids of a text, or of a chat in the model's template."""
+        name, value = ("prompt", text) if isinstance(text, str) else ("messages", as_messages(text))
+        return read_json(await self._post("/tokenize", {name: value}), _Tokens).tokens
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return read_json(await self._post("/detokenize", {"tokens": list(token_ids)}), _Text).prompt
+
+    async def health(self) -> bool:
+        """Whether the server is alive; it may still be starting."""
+        return await self._probe("/health")
+
+    async def ready(self) -> bool:
+        """Whether the server takes requests now."""
+        return await self._probe("/ready")
+
+    async def version(self) -> str:
+        return read_json(await self._get("/version"), _Version).version
+
+    async def speculation(self) -> SpeculationReport:
+        """The drafters, and what became of their proposals."""
+        return read_json(await self._get("/v1/speculation"), SpeculationReport)
+
+    async def metrics(self) -> str:
+        """The server's metrics in Prometheus' text format."""
+        return (await self._get("/metrics")).decode(errors="replace")
+
+    async def close(self) -> None:
+        """Ends every call that is under way."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _get(self, path: str) -> bytes:
+        return await self._connection.fetch(Call("GET", path))
+
+    async def _post(self, path: str, fields: dict[str, object]) -> bytes:
+        return await self._connection.fetch(Call("POST", path, encode_body(fields)))
+
+    async def _probe(self, path: str) -> bool:
+        try:
+            await self._connection.fetch(Call("GET", path, timeout=_PROBE_S, retried=False))
+        except (Unavailable, ConnectionFailed, TimedOut):
+            return False
+        return True
+
+
+class _ModelList(Struct, frozen=True):
+    data: tuple[Model, ...]
+
+
+class _Tokens(Struct, frozen=True):
+    tokens: tuple[int, ...]
+
+
+class _Text(Struct, frozen=True):
+    prompt: str
+
+
+class _Version(Struct, frozen=True):
+    version: str
+
+
+def _call(path: str, body: bytes, options: Options) -> Call:
+    request_id = options.get("request_id")
+    headers = {} if request_id is None else {"X-Request-Id": request_id}
+    return Call("POST", path, body, headers, options.get("timeout"))

@@ -1,0 +1,228 @@
+"""HTTP: one session, deadlines, attempts. Knows nothing of what is in a body.
+
+A request is sent again only while nothing of an answer with status 200 has arrived.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Final, Literal
+from urllib.parse import urlsplit
+from weakref import WeakSet
+
+import aiohttp
+
+from specserve.client.errors import (
+    APIStatusError,
+    ConnectionFailed,
+    SpecserveError,
+    TimedOut,
+    UnexpectedAnswer,
+    status_error,
+)
+from specserve.client.retry import parse_retry_after, wait_before_retry
+
+# Shorter than servers keep idle connections, so that none is used just as it is closed.
+_KEEP_IDLE_S: Final = 4.0
+_MAX_ERROR_BODY: Final = 65536  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The end of the time a call may take, on the running loop's clock."""
+
+    seconds: float | None
+    at: float | None
+
+    @classmethod
+    def after(cls, seconds: float | None) -> "Deadline":
+        if seconds is None:
+            return cls(None, None)
+        return cls(seconds, asyncio.get_running_loop().time() + seconds)
+
+    @property
+    def remaining(self) -> float:
+        return float("inf") if self.at is None else self.at - asyncio.get_running_loop().time()
+
+    @asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Raises TimedOut when the time is up."""
+        try:
+            async with asyncio.timeout_at(self.at):
+                yield
+        except TimeoutError:
+            raise TimedOut(f"no complete answer within {self.seconds:g} s") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request as it will be sent."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout: float | None = None  # seconds; None: the connection's
+    retried: bool = True
+
+
+class Connection:
+    """Belongs to the event loop it is first used on. The arguments are those of the clients."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        timeout: float | None,
+        connect_timeout: float,
+        max_retries: int,
+    ) -> None:
+        self.url = base_url(url)
+        self._headers = {"Accept-Encoding": "identity"} | _authorization(api_key)
+        self._timeout = _positive("timeout", timeout)
+        self._connect_timeout = _positive("connect_timeout", connect_timeout)
+        if max_retries < 0:
+            raise ValueError(f"max_retries: {max_retries} is below 0; 0 means one attempt")
+        self._max_retries = max_retries
+        self._session: aiohttp.ClientSession | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._handed_out: WeakSet[aiohttp.ClientResponse] = WeakSet()
+        self._closed = False
+
+    def deadline(self, call: Call) -> Deadline:
+        own = _positive("timeout", call.timeout)
+        return Deadline.after(self._timeout if own is None else own)
+
+    async def fetch(self, call: Call) -> bytes:
+        """The whole body of the answer. Raises SpecserveError."""
+        deadline = self.deadline(call)
+        response = await self.open(call, deadline)
+        try:
+            async with deadline.limit():
+                return await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionFailed(f"{self.url} hung up within its answer") from error
+        finally:
+            response.release()
+
+    async def open(self, call: Call, deadline: Deadline) -> aiohttp.ClientResponse:
+        """An answer with status 200 whose body is still to be read. Raises SpecserveError."""
+        attempt = 0
+        async with deadline.limit():
+            while True:
+                try:
+                    return await self._attempt(call)
+                except SpecserveError as error:
+                    last = not call.retried or attempt == self._max_retries
+                    wait = None if last else wait_before_retry(error, attempt)
+                    if wait is None or wait >= deadline.remaining:
+                        raise
+                await asyncio.sleep(wait)
+                attempt += 1
+
+    async def close(self) -> None:
+        """Ends every request that is under way. Can be called again."""
+        self._closed = True
+        for response in list(self._handed_out):
+            response.close()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _attempt(self, call: Call) -> aiohttp.ClientResponse:
+        session = self._open_session()
+        try:
+            response = await session.request(
+                call.method,
+                self.url + call.path,
+                data=None if call.body is None else BytesIO(call.body),
+                headers={**self._headers, **_content_type(call), **call.headers},
+                allow_redirects=False,
+            )
+        except aiohttp.ClientResponseError as error:
+            raise UnexpectedAnswer(f"{self.url} does not speak HTTP: {error.message}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ConnectionFailed(self._why_not(error)) from error
+        if response.status == 200:
+            self._handed_out.add(response)
+            return response
+        raise await _status_error(response)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise RuntimeError("the client is closed; make a new one")
+        loop = asyncio.get_running_loop()
+        if self._session is None:
+            self.loop = loop
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S),
+                timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout),
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        if loop is not self.loop:
+            raise RuntimeError("the client was used on another event loop; make one per loop")
+        return self._session
+
+    def _why_not(self, error: aiohttp.ClientError | OSError) -> str:
+        if isinstance(error, aiohttp.ServerTimeoutError):
+            return f"{self.url} accepted no connection within {self._connect_timeout:g} s"
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            return f"cannot trust {self.url}: {error.certificate_error}"
+        if isinstance(error, aiohttp.ClientConnectorError):
+            number, own_words = error.os_error.errno, error.os_error.strerror
+            # asyncio puts its own words in place of the system's; only those have a number.
+            reason = os.strerror(number) if number and number > 0 else own_words
+            return f"cannot connect to {self.url}: {reason or error.os_error}"
+        return f"{self.url} hung up before answering"
+
+
+def base_url(url: str) -> str:
+    """The address that paths are put after; the "/v1" of OpenAI's clients is left out."""
+    example = "give for example http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(url)
+        complete = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise ValueError(f"url: {url!r} cannot be read ({error}); {example}") from None
+    if not complete or parts.query or parts.fragment:
+        raise ValueError(f"url: {url!r} is no http:// or https:// address; {example}")
+    if parts.username is not None:
+        raise ValueError("url: it holds a user name or password; give api_key instead")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+async def _status_error(response: aiohttp.ClientResponse) -> APIStatusError:
+    body = bytearray()
+    try:
+        while len(body) < _MAX_ERROR_BODY and (chunk := await response.content.readany()):
+            body += chunk
+    except (aiohttp.ClientError, OSError):
+        pass  # what has arrived has to do
+    finally:
+        response.release()
+    return status_error(
+        response.status,
+        bytes(body),
+        request_id=response.headers.get("X-Request-Id"),
+        retry_after=parse_retry_after(response.headers.get("Retry-After")),
+    )
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    if api_key is None:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+        raise ValueError("api_key: empty, or with characters that no HTTP header can carry")
+    return {"Authorization": f"Bearer {api_key.strip()}"}
+
+
+def _content_type(call: Call) -> dict[str, str]:
+    return {} if call.body is None else {"Content-Type": "application/json"}
+
+
+def _positive(name: str, seconds: float | None) -> float | None:
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"{name}: {seconds} is not above 0; give seconds")
+    return seconds

@@ -1,0 +1,76 @@
+"""An event loop on a thread of its own, for callers that have none or cannot give up theirs."""
+
+import asyncio
+import concurrent.futures
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from specserve.client.errors import ConnectionFailed
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines for any number of threads. Ends when closed or no longer referred to."""
+
+    def __init__(self, at_end: Callable[[], Awaitable[None]]) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=_serve, args=(self._loop,), name="specserve-client", daemon=True
+        )
+        self._lock = threading.Lock()  # nothing is submitted once the end has been
+        self._end = weakref.finalize(self, _begin_end, self._loop, at_end)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait for the result; whatever interrupts the wait, Ctrl-C included, cancels the work."""
+        with self._lock:
+            if not (self._end.alive and self._thread.is_alive()):  # no thread survives a fork
+                coroutine.close()
+                raise RuntimeError("the client is closed, or from before a fork; make a new one")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise ConnectionFailed("the client was closed during the call") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Run it on the loop without waiting; not at all if the loop has ended."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function)
+
+    def close(self) -> None:
+        """Cancel what runs and wait for the thread to end. Can be called again, by anyone."""
+        with self._lock:
+            self._end()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _begin_end(loop: asyncio.AbstractEventLoop, at_end: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run_coroutine_threadsafe(_finish(loop, at_end), loop)
+
+
+async def _finish(loop: asyncio.AbstractEventLoop, at_end: Callable[[], Awaitable[None]]) -> None:
+    try:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await at_end()
+        await loop.shutdown_asyncgens()
+    finally:
+        loop.call_soon(loop.stop)

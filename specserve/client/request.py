@@ -1,0 +1,146 @@
+"""What a caller may ask for, and the JSON that asks for it.
+
+Ranges are not checked here: the server does, and names the field. What JSON cannot carry, and
+names the server would not know, are refused before anything is sent.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypedDict, cast
+
+import msgspec
+from msgspec import Struct
+
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+Messages = str | Sequence[Message]  # text is one message of a user
+Prompt = str | Sequence[int]
+
+
+class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a request may ask of speculation. Only speed depends on it, never the output."""
+
+    enabled: bool = True
+    max_nodes: int | None = None  # tree nodes per pass, the root included
+    drafters: tuple[str, ...] | None = None  # those to ask; all of them if not given
+
+
+class SpeculationDict(TypedDict, total=False):
+    """`SpeculationOptions` written as a dictionary."""
+
+    enabled: bool
+    max_nodes: int | None
+    drafters: Sequence[str] | None
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of every generating call; what is left out or None is up to the server.
+
+    The sampling fields are those of `specserve.SamplingParams`. `logprobs` is the number of
+    alternatives per token. `prediction` is text expected in the answer: it only makes it faster.
+    `timeout` (seconds) replaces the client's, `request_id` names the request in the server's log,
+    and `extra` adds fields to the JSON that have no keyword here.
+    """
+
+    model: str | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    include_stop_str_in_output: bool | None
+    skip_special_tokens: bool | None
+    seed: int | None
+    n: int | None
+    logprobs: int | None
+    speculation: SpeculationOptions | SpeculationDict | None
+    prediction: str | None
+    cache_salt: str | None
+    priority: int | None
+    timeout: float | None
+    request_id: str | None
+    extra: Mapping[str, Any] | None
+
+
+_NOT_IN_THE_BODY: Final = {"timeout", "request_id", "extra"}
+
+
+def completion_body(prompt: Prompt, options: Options, *, stream: bool) -> bytes:
+    """The JSON of a request to /v1/completions. Raises TypeError and ValueError."""
+    body = _body(options, stream)
+    body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+    return encode_body(body)
+
+
+def chat_body(messages: Messages, options: Options, *, stream: bool) -> bytes:
+    """The JSON of a request to /v1/chat/completions. Raises TypeError and ValueError."""
+    body = _body(options, stream)
+    body["messages"] = as_messages(messages)
+    if "logprobs" in body:
+        body["top_logprobs"] = body["logprobs"]
+        body["logprobs"] = True
+    return encode_body(body)
+
+
+def as_messages(messages: Messages) -> list[dict[str, Any]]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    return [dict(message) for message in messages]
+
+
+def encode_body(fields: Mapping[str, Any]) -> bytes:
+    """A JSON object. Raises ValueError that names a field JSON cannot carry, such as NaN."""
+    parts = []
+    for name, value in fields.items():
+        try:
+            encoded = json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: no JSON can be made of {value!r:.80}: {error}") from None
+        parts.append(f"{json.dumps(name)}:{encoded}")
+    return f"{{{','.join(parts)}}}".encode()
+
+
+def _body(options: Options, stream: bool) -> dict[str, Any]:
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"unknown options: {', '.join(sorted(unknown))}; known are "
+            f"{', '.join(sorted(Options.__annotations__))} (extra= adds other fields)"
+        )
+    body = {
+        name: value
+        for name, value in cast(dict[str, Any], options).items()
+        if value is not None and name not in _NOT_IN_THE_BODY
+    }
+    for name, as_json in _AS_JSON.items():
+        if name in body:
+            body[name] = as_json(body[name])
+    body |= {"return_token_ids": True, "return_sources": True}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return body | dict(options.get("extra") or {})
+
+
+def _speculation(options: SpeculationOptions | SpeculationDict) -> Any:
+    if not isinstance(options, SpeculationOptions):
+        try:
+            options = msgspec.convert(options, SpeculationOptions)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"speculation: {error}") from None
+    return msgspec.to_builtins(options)
+
+
+_AS_JSON: Final[dict[str, Any]] = {
+    "logit_bias": dict,
+    "stop": lambda stop: stop if isinstance(stop, str) else list(stop),
+    "stop_token_ids": list,
+    "speculation": _speculation,
+    "prediction": lambda text: {"type": "content", "content": text},
+}

@@ -1,0 +1,64 @@
+"""Whether an engine can serve a request to its end, said before it starts. No torch."""
+
+from collections.abc import Sequence as Seq
+
+from msgspec import Struct
+
+from specserve.types import Request, RequestError
+
+
+class Limits(Struct, frozen=True):
+    """What an engine has room for, in tokens."""
+
+    vocab_size: int
+    max_model_len: int
+    max_position_embeddings: int  # what the model would allow
+    num_kv_slots: int
+    stop_strings: bool  # whether there is a tokenizer to find them with
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError, naming the field, unless all of the request can be served."""
+        request.sampling.validate(self.vocab_size)
+        if not request.prompt_ids:
+            raise RequestError("prompt", "it is empty; give at least one token")
+        self._check_room(len(request.prompt_ids), request.sampling.max_tokens)
+        self._check_tokens("prompt", request.prompt_ids)
+        if request.sampling.stop and not self.stop_strings:
+            raise RequestError("stop", "stop strings need a tokenizer; use stop_token_ids")
+        self._check_tokens("prediction", request.speculation.prediction)
+        max_nodes = request.speculation.max_nodes
+        if max_nodes is not None and max_nodes < 1:
+            raise RequestError(
+                "speculation.max_nodes", f"{max_nodes} is out of range; expected at least 1"
+            )
+
+    def _check_tokens(self, field: str, tokens: Seq[int]) -> None:
+        bad = [token for token in tokens if not 0 <= token < self.vocab_size]
+        if bad:
+            raise RequestError(
+                field,
+                f"token id {bad[0]} is not in the vocabulary; expected 0 to {self.vocab_size - 1}",
+            )
+
+    def _check_room(self, num_prompt: int, max_tokens: int) -> None:
+        context, slots = self.max_model_len, self.num_kv_slots
+        if num_prompt >= context:
+            more = self.max_position_embeddings > context
+            hint = f" or raise max_model_len (the model allows {self.max_position_embeddings})"
+            raise RequestError(
+                "prompt",
+                f"{num_prompt} tokens leave no room in the context of {context}; shorten it"
+                + (hint if more else ""),
+            )
+        if num_prompt + max_tokens > context:
+            raise RequestError(
+                "max_tokens",
+                f"{num_prompt} prompt tokens and {max_tokens} new ones exceed the context of "
+                f"{context}; ask for at most {context - num_prompt}",
+            )
+        if num_prompt + max_tokens > slots:
+            raise RequestError(
+                "prompt" if num_prompt >= slots else "max_tokens",
+                f"{num_prompt} prompt tokens and {max_tokens} new ones exceed the KV pool of "
+                f"{slots} tokens; shorten the request or raise kv_memory",
+            )

@@ -1,0 +1,53 @@
+"""What the parts of an engine have counted, as one EngineStats."""
+
+from specserve.cache.manager import KVCacheManager
+from specserve.drafting.compose import ComposedDrafter
+from specserve.drafting.counts import SourceCounts
+from specserve.engine.metrics import DrafterStats, EngineStats, StepTimes
+from specserve.schedule.scheduler import Scheduler
+
+
+def take_snapshot(
+    scheduler: Scheduler, kv: KVCacheManager, drafter: ComposedDrafter, times: StepTimes
+) -> EngineStats:
+    """Between steps. Cheap enough for every one of them: nothing here grows with the context."""
+    tables = [seq.table for seq in scheduler.running]
+    # Only full blocks are shared, so each user after the first counts a whole block too many.
+    num_doubled = sum(len(table.block_ids) for table in tables) - kv.pool.num_used
+    num_committed = sum(table.num_committed for table in tables)
+    counts, active = drafter.counts, drafter.active
+    return EngineStats(
+        num_steps=times.num_steps,
+        num_running=len(scheduler.running),
+        num_waiting=len(scheduler.waiting),
+        num_preemptions=scheduler.num_preemptions,
+        prompt_tokens=scheduler.num_prompt_tokens,
+        prefix_cache_queries=scheduler.num_prompt_tokens if kv.prefix_caching else 0,
+        prefix_cache_hits=scheduler.num_cached_tokens,
+        kv_slots_total=kv.num_slots,
+        kv_slots_allocated=kv.pool.num_used * kv.block_size,
+        kv_slots_used=num_committed - num_doubled * kv.block_size,
+        kv_blocks_idle=kv.pool.num_idle,
+        draft_seconds=times.draft.seconds,
+        forward_seconds=times.forward.seconds,
+        sample_seconds=times.sample.seconds,
+        commit_seconds=times.commit.seconds,
+        speculation=scheduler.counts.freeze(),
+        drafters=tuple(
+            _source(name, name in active, counts, source)
+            for source, name in enumerate(drafter.names, start=1)
+        ),
+        predictions=_source("prediction", True, counts, counts.num_drafters + 1),
+    )
+
+
+def _source(name: str, active: bool, counts: SourceCounts, source: int) -> DrafterStats:
+    verified = counts.verified[source]
+    depths = slice(1, 1 + int(verified.nonzero()[0].max(initial=0)))
+    return DrafterStats(
+        name=name,
+        active=active,
+        num_proposed=int(counts.proposed[source]),
+        verified_by_depth=tuple(verified[depths].tolist()),
+        accepted_by_depth=tuple(counts.accepted[source, depths].tolist()),
+    )

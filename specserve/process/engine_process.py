@@ -1,0 +1,292 @@
+"""The engine's process as the HTTP process sees it: started, watched, restarted, spoken to.
+
+Whatever becomes of the engine, its streams end: with their last output or with EngineUnavailable.
+Knows nothing of HTTP or text. Runs in one event loop; all time is monotonic.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from math import inf
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from specserve.config import EngineConfig
+from specserve.engine.metrics import EngineInfo, EngineStats
+from specserve.process.child import Child
+from specserve.process.messages import (
+    Configure,
+    Failed,
+    FromEngine,
+    Loading,
+    Ready,
+    Refused,
+    Stepped,
+    ToEngine,
+)
+from specserve.types import Abort, Request, RequestError, StepOutput
+
+MAX_STARTS: Final = 5  # in a row, of an engine that never became ready
+_MODULE: Final = "specserve.process.engine_main"
+_TICK_S: Final = 0.25  # how often silence is looked at
+_HEALTHY_S: Final = 60.0  # of an engine that was no failure
+_MAX_DELAY_S: Final = 30.0
+_PATIENCE_S: Final = 2.0  # with a process that has reason to end
+
+logger = logging.getLogger(__name__)
+_decoder: Final = msgspec.msgpack.Decoder(ToEngine)
+State = Literal["starting", "ready", "restarting", "failed", "stopped"]
+_REASONS: Final = {
+    "starting": "the engine is starting",
+    "restarting": "the engine stopped; it is being restarted",
+    "failed": "the engine could not be started",
+    "stopped": "the engine has been stopped",
+}
+
+
+class EngineUnavailable(Exception):
+    """There is no engine now; the message is for users, `retry_after` in seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineFailed(ValueError):
+    """The engine can never start as it is set up; the message says why."""
+
+
+class EngineProcess:
+    """One engine, in a process that is replaced when it dies or hangs."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        target: Path,
+        *,
+        heartbeat_timeout: float = 30.0,
+        start_timeout: float = 600.0,
+    ) -> None:
+        """`heartbeat_timeout`: seconds of silence of an engine that is ready, after which it is
+        taken for hung; `start_timeout`: of one that starts."""
+        self.state: State = "stopped"
+        self.stage = ""  # what a starting engine is doing
+        self.info: EngineInfo | None = None  # of the latest engine that was ready
+        self.stats: EngineStats | None = None  # of the engine that is there now
+        self.num_restarts = 0
+        self.last_seen = 0.0  # time.monotonic() of the latest frame
+        self.on_stats: Callable[[EngineStats], None] | None = None
+        self._configure = Configure(config, str(target))
+        self._heartbeat_timeout = heartbeat_timeout
+        self._start_timeout = start_timeout
+        self._start_s = 5.0  # how long a start takes, as far as we know
+        self._starts_at, self._ready_at = 0.0, inf
+        self._refusal = ""  # what the latest engine said of its settings
+        self._error = ""  # why there will be no engine
+        self._child: Child[FromEngine] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()  # ready, failed or stopped
+        self._settled.set()
+        self._streams: dict[str, asyncio.Queue[StepOutput | Exception]] = {}
+        self._leaving: set[str] = set()  # aborted, the engine has not confirmed it
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    @property
+    def num_open(self) -> int:
+        """Requests that the engine is working on and somebody listens to."""
+        return len(self._streams)
+
+    async def start(self) -> None:
+        """Returns at once; `wait_ready` waits."""
+        assert self._supervisor is None, "started already"
+        self.info, self._error, self.num_restarts = None, "", 0
+        self._set_state("starting")
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def wait_ready(self) -> EngineInfo:
+        """Raises EngineFailed if it can never be, EngineUnavailable if it is stopped meanwhile."""
+        while True:
+            await self._settled.wait()
+            if self.state == "failed":
+                raise EngineFailed(self._error)
+            if self.state == "stopped":
+                raise self._unavailable()
+            if self.state == "ready" and self.info is not None:
+                return self.info
+
+    async def stop(self) -> None:
+        """End the engine and what it is doing; neither process nor task stays."""
+        self._set_state("stopped")
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+            self._supervisor = None
+
+    async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
+        """The outputs of a request, up to the one that finishes it. Leaving before aborts it.
+
+        Use with `contextlib.aclosing`. `request.deadline` means the same in the engine's process:
+        on Linux all processes share the monotonic clock. Raises RequestError if it cannot be
+        served, EngineUnavailable if there is no engine, or no longer.
+        """
+        child = self._child
+        if self.state != "ready":
+            raise self._unavailable()
+        assert child is not None
+        if request.id in self._streams or request.id in self._leaving:
+            raise RequestError("id", f"{request.id!r} is already running; use a fresh one")
+        _check_readable(request)
+        outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
+        self._streams[request.id] = outputs
+        child.frames.send(request)
+        try:
+            while True:
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+                if output.finish is not None:
+                    return
+        finally:
+            if self._streams.get(request.id) is outputs:
+                del self._streams[request.id]
+                self._leaving.add(request.id)
+                child.frames.send(Abort(request.id))
+
+    async def _supervise(self) -> None:
+        delay = 0.0
+        while True:
+            end = await self._run()
+            if self.info is None and (self._refusal or self.num_restarts + 1 == MAX_STARTS):
+                self._error = self._refusal or (
+                    f"the engine's process does not start: {end}, {MAX_STARTS} times; see its log"
+                )
+                self._set_state("failed")
+                return
+            if time.monotonic() - self._ready_at > _HEALTHY_S:
+                delay = 0.0
+            logger.error("the engine's process is gone (%s); a new one in %g s", end, delay)
+            self._starts_at = time.monotonic() + delay
+            await asyncio.sleep(delay)
+            delay = min(max(1.0, 2 * delay), _MAX_DELAY_S)
+            self.num_restarts += 1
+
+    async def _run(self) -> str:
+        """One engine, from its start to its end; how it ended."""
+        self.stage, self._refusal = "starting a process", ""
+        self._starts_at, self._ready_at = time.monotonic(), inf
+        try:
+            child: Child[FromEngine] = await Child.start(_MODULE, FromEngine)
+        except OSError as error:
+            return str(error)
+        self._child = child
+        try:
+            child.frames.send(self._configure)
+            await self._listen(child)
+        except Exception:
+            logger.exception("the engine's process cannot be understood")
+            child.kill()
+        except asyncio.CancelledError:
+            child.terminate()
+            raise
+        finally:
+            self._child = self.stats = None
+            if self.state != "stopped":
+                self._set_state("starting" if self.info is None else "restarting")
+            self._drop_streams()
+            code = await child.reap(_PATIENCE_S)
+        return self._refusal or (f"signal {-code}" if code < 0 else f"exit code {code}")
+
+    async def _listen(self, child: Child[FromEngine]) -> None:
+        """Until the end of the stream, brought about here if there is silence for too long.
+
+        Silence is counted in ticks of this loop: when it is this process that stood still, the
+        engine is not to blame.
+        """
+        silent_s = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(_TICK_S):
+                    messages = await child.frames.receive()
+            except TimeoutError:
+                silent_s += _TICK_S
+                ready = self.state == "ready"
+                if silent_s >= (self._heartbeat_timeout if ready else self._start_timeout):
+                    logger.error("no sign of life from the engine for %g s", silent_s)
+                    child.kill()
+                    return
+                continue
+            if messages is None:
+                return
+            silent_s = 0.0
+            self.last_seen = time.monotonic()
+            for message in messages:
+                self._take(message)
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case Loading():
+                self.stage = message.stage
+            case Ready():
+                self.info, self._ready_at = message.info, time.monotonic()
+                self._start_s = self._ready_at - self._starts_at
+                self._count(message.stats)
+                self._set_state("ready")
+            case Failed():
+                self._refusal = message.error
+            case Refused():
+                error = RequestError(message.param, message.message)
+                self._deliver(message.id, error, last=True)
+            case Stepped():
+                self._count(message.stats)
+                for output in message.outputs:
+                    self._deliver(output.id, output, last=output.finish is not None)
+
+    def _count(self, stats: EngineStats) -> None:
+        self.stats = stats
+        if self.on_stats is not None:
+            try:
+                self.on_stats(stats)
+            except Exception:
+                logger.exception("the engine's numbers could not be passed on")
+
+    def _deliver(self, request_id: str, output: StepOutput | Exception, *, last: bool) -> None:
+        """To whoever listens; what nobody waits for any more is dropped."""
+        if request_id in self._streams:
+            self._streams[request_id].put_nowait(output)
+        if last:
+            self._streams.pop(request_id, None)
+            self._leaving.discard(request_id)
+
+    def _drop_streams(self) -> None:
+        for outputs in self._streams.values():
+            outputs.put_nowait(self._unavailable())
+        self._streams.clear()
+        self._leaving.clear()
+
+    def _set_state(self, state: State) -> None:
+        self.state = state
+        if state in ("starting", "restarting"):
+            self._settled.clear()
+        else:
+            self._settled.set()
+
+    def _unavailable(self) -> EngineUnavailable:
+        if self.state in ("failed", "stopped"):
+            return EngineUnavailable(_REASONS[self.state], _MAX_DELAY_S)
+        left = self._starts_at + self._start_s - time.monotonic()
+        return EngineUnavailable(_REASONS[self.state], max(1.0, left))
+
+
+def _check_readable(request: Request) -> None:
+    """Raise RequestError for what the engine could not decode: it would die of it, with others."""
+    try:
+        _decoder.decode(msgspec.msgpack.encode(request))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RequestError("request", f"it cannot be sent to the engine: {error}") from error

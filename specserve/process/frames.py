@@ -1,0 +1,121 @@
+"""Messages over a Unix socket: a length of four bytes, then a msgspec-encoded Struct.
+
+Both ends, blocking and asyncio. Nothing here can run code that comes with the data. A frame that
+is too long or no message of the expected type is a `FrameError`: the stream cannot go on after it.
+"""
+
+import asyncio
+import contextlib
+import socket
+from typing import Any, Final, Generic, TypeVar
+
+import msgspec
+
+MAX_FRAME: Final = 2**28  # bytes
+_LENGTH: Final = 4
+_RECEIVE: Final = 2**18
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+
+
+class FrameError(ValueError):
+    """Bytes that are no message."""
+
+
+def encode_frame(message: msgspec.Struct) -> bytes:
+    """The bytes of one message. Raises FrameError if it is longer than `MAX_FRAME`."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise FrameError(f"a message of {len(body)} bytes is longer than {MAX_FRAME}")
+    return len(body).to_bytes(_LENGTH, "big") + body
+
+
+class FrameDecoder(Generic[T]):
+    """Cuts a byte stream into messages of one (union) type."""
+
+    def __init__(self, message_type: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[T]:
+        """The messages that `data` completes, in order."""
+        self._buffer += data
+        messages: list[T] = []
+        at = 0
+        while len(self._buffer) - at >= _LENGTH:
+            size = int.from_bytes(self._buffer[at : at + _LENGTH], "big")
+            if size > MAX_FRAME:
+                raise FrameError(f"a message of {size} bytes is longer than {MAX_FRAME}")
+            if len(self._buffer) - at - _LENGTH < size:
+                break
+            body = bytes(self._buffer[at + _LENGTH : at + _LENGTH + size])
+            at += _LENGTH + size
+            try:
+                messages.append(self._decoder.decode(body))
+            except msgspec.MsgspecError as error:
+                raise FrameError(f"not a message: {error}") from error
+        del self._buffer[:at]
+        return messages
+
+
+class FrameSocket(Generic[T]):
+    """The blocking end, for a process with nothing else to wait for."""
+
+    def __init__(self, sock: socket.socket, message_type: Any) -> None:
+        self._sock = sock
+        self._decoder: FrameDecoder[T] = FrameDecoder(message_type)
+
+    def send(self, message: msgspec.Struct) -> None:
+        self._sock.settimeout(None)
+        self._sock.sendall(encode_frame(message))
+
+    def receive(self, timeout: float | None) -> list[T] | None:
+        """What has arrived: waits `timeout` seconds (0: not at all) for it; None: peer gone."""
+        self._sock.settimeout(timeout)
+        try:
+            data = self._sock.recv(_RECEIVE)
+        except (BlockingIOError, TimeoutError):
+            return []
+        except ConnectionError:
+            return None
+        return self._decoder.feed(data) if data else None
+
+
+class FrameStream(Generic[T]):
+    """The asyncio end."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message_type: Any
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._decoder: FrameDecoder[T] = FrameDecoder(message_type)
+
+    @classmethod
+    async def open(cls, sock: socket.socket, message_type: Any) -> "FrameStream[T]":
+        reader, writer = await asyncio.open_unix_connection(sock=sock)
+        return cls(reader, writer, message_type)
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Queue a message; never blocks. Frames to a peer that is gone are dropped."""
+        if not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    async def receive(self) -> list[T] | None:
+        """At least one message, or None when the peer is gone."""
+        while True:
+            try:
+                data = await self._reader.read(_RECEIVE)
+            except ConnectionError:
+                return None
+            if not data:
+                return None
+            if messages := self._decoder.feed(data):
+                return messages
+
+    async def close(self) -> None:
+        """Close the socket now; what is not sent yet is dropped."""
+        self._writer.transport.abort()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()

@@ -1,0 +1,96 @@
+"""A text worker: tokenises and renders chats, one job after another, until its peer is gone.
+
+Run as `python -m specserve.process.text_main FD`. A job can take any time and memory, as a template
+is a program: the peer kills the worker when it takes too long, and memory has a limit here.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from specserve.process.frames import FrameSocket
+from specserve.process.text_messages import (
+    Chat,
+    Encode,
+    Failed,
+    Ids,
+    Job,
+    Ready,
+    Refused,
+    Setup,
+    ToText,
+)
+from specserve.text import TextError, Tokenizer
+from specserve.types import RequestError
+
+_GRACE: Final = 1.0  # seconds beyond its limit after which a job nobody waits for ends the worker
+
+
+def main(fd: int) -> None:
+    """Serve the peer at the other end of the socket `fd`."""
+    # One text at a time needs no threads, and theirs would be a lot of the memory limit.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    peer: FrameSocket[ToText] = FrameSocket(socket.socket(fileno=fd), ToText)
+    with contextlib.suppress(ConnectionError):  # the peer is gone
+        _serve(peer)
+
+
+def _serve(peer: FrameSocket[ToText]) -> None:
+    inbox = _messages(peer)
+    setup = next(inbox, None)
+    if not isinstance(setup, Setup):
+        return
+    try:
+        tokenizer = Tokenizer(Path(setup.directory))
+    except TextError as error:
+        peer.send(Failed(str(error)))
+        return
+    _limit_memory(setup.memory_limit)
+    peer.send(Ready(tokenizer.max_token_bytes()))
+    for job in inbox:
+        assert not isinstance(job, Setup)
+        # Without a peer nobody kills it; this alarm does, and needs no Python to run.
+        signal.setitimer(signal.ITIMER_REAL, setup.time_limit + _GRACE)
+        answer = _answer(tokenizer, job)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        peer.send(answer)
+
+
+def _messages(peer: FrameSocket[ToText]) -> Iterator[ToText]:
+    while (messages := peer.receive(None)) is not None:
+        yield from messages
+
+
+def _answer(tokenizer: Tokenizer, job: Job) -> Ids | Refused:
+    try:
+        match job:
+            case Encode(text, allow_special):
+                ids = tokenizer.encode(text, allow_special=allow_special)
+            case Chat(messages, add_generation_prompt, continue_final_message):
+                ids = tokenizer.chat(messages, add_generation_prompt, continue_final_message)
+    except RequestError as error:
+        return Refused(error.param, error.message)
+    except MemoryError:
+        return Refused(job.param, "it needs more memory than it may have; send less")
+    return Ids(tuple(ids))
+
+
+def _limit_memory(size: int) -> None:
+    """Let the process map `size` bytes more than it has, where the system tells what it has."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold what users wrote
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + size
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,58 @@
+"""What the HTTP process and a text worker say to each other. No torch.
+
+To the worker: `Setup` once, then one job at a time, the next one after the answer. From it: `Ready`
+(or `Failed`, and it is over), then one `Ids` or `Refused` for every job.
+"""
+
+from msgspec import Struct
+
+from specserve.text.messages import PlainMessage
+
+
+class Setup(Struct, frozen=True, tag=True):
+    directory: str  # of the model
+    time_limit: float  # seconds for one job
+    memory_limit: int  # bytes for one job
+
+
+class Encode(Struct, frozen=True, tag=True):
+    """`Tokenizer.encode` of the field `param`."""
+
+    text: str
+    allow_special: bool
+    param: str
+
+
+class Chat(Struct, frozen=True, tag=True):
+    """`Tokenizer.chat`."""
+
+    messages: tuple[PlainMessage, ...]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    param: str = "messages"
+
+
+class Ready(Struct, frozen=True, tag=True):
+    max_token_bytes: int | None  # of the tokenizer
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """The model directory has no usable tokenizer (`TextError`)."""
+
+    error: str
+
+
+class Ids(Struct, frozen=True, tag=True):
+    ids: tuple[int, ...]
+
+
+class Refused(Struct, frozen=True, tag=True):
+    """A job that cannot be done as asked (`RequestError`)."""
+
+    param: str
+    message: str
+
+
+Job = Encode | Chat
+ToText = Setup | Job
+FromText = Ready | Failed | Ids | Refused

@@ -1,0 +1,301 @@
+"""Tokenising and chat templates in processes of their own, so that they can be killed.
+
+Both can take seconds, and a thread in the middle of either cannot be stopped. Owns the workers and
+the queue in front of them. Invariant: a worker has one job at a time, so a job that takes too long,
+or ends its worker, harms no other.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from specserve.process.child import Child
+from specserve.process.frames import FrameError
+from specserve.process.text_messages import (
+    Chat,
+    Encode,
+    Failed,
+    FromText,
+    Ids,
+    Job,
+    Ready,
+    Refused,
+    Setup,
+)
+from specserve.text import TextError
+from specserve.text.messages import check_text, read_messages
+from specserve.types import RequestError
+
+logger = logging.getLogger(__name__)
+
+_MODULE: Final = "specserve.process.text_main"
+_START_TIMEOUT: Final = 120.0  # seconds to load a tokenizer
+_MAX_DELAY: Final = 30.0  # seconds between attempts to start a worker
+_MAX_BYTES: Final = 2**27  # of one text, below what a frame holds
+
+
+class TextUnavailable(Exception):
+    """Nothing is wrong with the request; trying again after `retry_after` seconds may work."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TextProcess:
+    """`Tokenizer.encode` and `.chat` of the model directory `target`, for one event loop.
+
+    `time_limit` is what one job may take once a worker has it, in seconds; `memory_limit` what it
+    may need beyond the tokenizer, in bytes. Two `workers`, so that one long job blocks no other.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        *,
+        time_limit: float = 10.0,
+        memory_limit: int = 2**31,
+        workers: int = 2,
+        max_waiting: int = 1024,
+    ) -> None:
+        self._setup = Setup(str(target), time_limit, memory_limit)
+        self._num_workers = workers
+        self._max_open = max_waiting + workers
+        self._open: set[_Ticket] = set()
+        self._waiting: asyncio.Queue[_Ticket] = asyncio.Queue()
+        self._workers: set[_Worker] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._max_token_bytes: int | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """The workers that are running."""
+        return [worker.pid for worker in self._workers]
+
+    async def start(self) -> None:
+        """Return when the first worker is ready. Raises TextError if the files are unusable."""
+        assert not self._tasks
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks = [
+            asyncio.create_task(self._keep_working(started)) for _ in range(self._num_workers)
+        ]
+        try:
+            await started
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """End the workers; jobs that are open fail with TextUnavailable."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._fail_open("the server is stopping")
+
+    async def encode(
+        self,
+        text: str,
+        *,
+        allow_special: bool = False,
+        param: str = "prompt",
+        max_tokens: int | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises RequestError naming `param`, or TextUnavailable.
+
+        Text that cannot fit into `max_tokens` is refused at once; other text may still not fit.
+        """
+        check_text(param, text)
+        self._check_size(param, len(text.encode()), max_tokens)
+        return await self._ask(Encode(text, allow_special, param))
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        max_tokens: int | None = None,
+    ) -> tuple[int, ...]:
+        """Token ids of a chat. Raises RequestError or TextUnavailable; sizes as in `encode`."""
+        plain = read_messages(messages)
+        num_bytes = sum(len(message["content"].encode()) for message in plain)
+        self._check_size("messages", num_bytes, max_tokens)
+        return await self._ask(Chat(tuple(plain), add_generation_prompt, continue_final_message))
+
+    def _check_size(self, param: str, num_bytes: int, max_tokens: int | None) -> None:
+        if num_bytes > _MAX_BYTES:
+            raise RequestError(param, f"{num_bytes} bytes given; at most {_MAX_BYTES} are allowed")
+        if max_tokens is None or self._max_token_bytes is None:
+            return
+        if num_bytes > max_tokens * self._max_token_bytes:
+            raise RequestError(
+                param, f"{num_bytes} bytes cannot fit the context of {max_tokens} tokens"
+            )
+
+    async def _ask(self, job: Job) -> tuple[int, ...]:
+        if not self._tasks:
+            raise TextUnavailable("the text workers are not running")
+        if len(self._open) >= self._max_open:
+            raise TextUnavailable("too many prompts are waiting to be tokenised; try again later")
+        ticket = _Ticket(job, asyncio.get_running_loop().create_future())
+        self._open.add(ticket)
+        self._waiting.put_nowait(ticket)
+        try:
+            return await ticket.answer
+        finally:
+            self._open.discard(ticket)
+
+    def _fail_open(self, reason: str) -> None:
+        for ticket in self._open:
+            ticket.fail(TextUnavailable(reason))
+
+    async def _keep_working(self, started: "asyncio.Future[None]") -> None:
+        """Have a worker at work, and a new one whenever it ends, until cancelled."""
+        delay = 0.0
+        while True:
+            await asyncio.sleep(delay)
+            try:
+                worker, ready = await _Worker.start(self._setup)
+            except TextError as error:
+                if not started.done():
+                    started.set_exception(error)
+                    return
+                logger.error("no text worker: %s", error)
+                delay = min(_MAX_DELAY, 2 * delay + 0.5)
+                if not self._workers:
+                    self._fail_open("the tokenizer cannot be loaded at the moment")
+                continue
+            delay = 0.0
+            self._max_token_bytes = ready.max_token_bytes
+            self._workers.add(worker)
+            if not started.done():
+                started.set_result(None)
+            try:
+                while (ticket := await self._next(worker)) is not None:
+                    await self._serve(worker, ticket)
+            finally:
+                self._workers.discard(worker)
+                await worker.end()
+
+    async def _next(self, worker: "_Worker") -> "_Ticket | None":
+        """The next job that is still wanted, or None if the worker ended."""
+        while not worker.incoming.done():
+            take = asyncio.create_task(self._waiting.get())
+            try:
+                await asyncio.wait({take, worker.incoming}, return_when=asyncio.FIRST_COMPLETED)
+                if take.done() and not take.result().answer.done():
+                    return take.result()
+            finally:
+                take.cancel()
+        return None
+
+    async def _serve(self, worker: "_Worker", ticket: "_Ticket") -> None:
+        """Have one job done. The worker may be at its end after it."""
+        limit, param = self._setup.time_limit, ticket.job.param
+        try:
+            answer = await worker.ask(ticket.job, limit)
+        except TimeoutError:
+            logger.warning("a text worker took longer than %g s and is replaced", limit)
+            ticket.fail(RequestError(param, f"turning it into tokens took longer than {limit:g} s"))
+            await worker.end()
+            return
+        match answer:
+            case Ids(ids):
+                ticket.succeed(ids)
+            case Refused(field, message):
+                ticket.fail(RequestError(field, message))
+            case _:
+                status = await worker.end()
+                logger.warning("a text worker ended with status %s and is replaced", status)
+                self._give_up_or_retry(ticket, status)
+
+    def _give_up_or_retry(self, ticket: "_Ticket", status: int) -> None:
+        """A job whose worker ended, for its own reasons or because of the job."""
+        if status == -signal.SIGABRT:  # how the tokenizers library answers to a lack of memory
+            ticket.fail(RequestError(ticket.job.param, "it needs more memory than it may have"))
+        elif ticket.retried:
+            ticket.fail(TextUnavailable("tokenising it failed twice; see the server's log"))
+        else:
+            ticket.retried = True
+            self._waiting.put_nowait(ticket)
+
+
+@dataclass(eq=False, slots=True)
+class _Ticket:
+    """A job and who waits for it, if anybody still does."""
+
+    job: Job
+    answer: "asyncio.Future[tuple[int, ...]]"
+    retried: bool = False
+
+    def succeed(self, ids: tuple[int, ...]) -> None:
+        if not self.answer.done():
+            self.answer.set_result(ids)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class _Worker:
+    """A child process that does one job at a time."""
+
+    def __init__(self, child: Child[FromText]) -> None:
+        self._child = child
+        self.pid = child.pid
+        self.incoming = asyncio.create_task(self._receive())  # done without a job: it ended
+
+    @classmethod
+    async def start(cls, setup: Setup) -> "tuple[_Worker, Ready]":
+        """A worker that has loaded its tokenizer. Raises TextError."""
+        try:
+            worker = cls(await Child.start(_MODULE, FromText))
+        except OSError as error:
+            raise TextError(f"no process for the tokenizer can be started ({error})") from error
+        answer = None
+        try:
+            answer = await worker.ask(setup, _START_TIMEOUT)
+        except TimeoutError:
+            raise TextError(
+                f"{setup.directory}: the tokenizer was not loaded after {_START_TIMEOUT:g} s"
+            ) from None
+        finally:
+            if not isinstance(answer, Ready):
+                status = await worker.end()
+        if isinstance(answer, Ready):
+            return worker, answer
+        if isinstance(answer, Failed):
+            raise TextError(answer.error)
+        raise TextError(f"a text worker ended with status {status} before it was ready")
+
+    async def ask(self, message: Setup | Job, time_limit: float) -> FromText | None:
+        """Its answer, or None if it ended instead. Raises TimeoutError after `time_limit` s."""
+        self._child.frames.send(message)
+        await asyncio.wait({self.incoming}, timeout=time_limit)
+        if not self.incoming.done():
+            raise TimeoutError
+        answer = self.incoming.result()
+        if answer is not None:
+            self.incoming = asyncio.create_task(self._receive())
+        return answer
+
+    async def end(self) -> int:
+        """Kill it unless it is over; its exit status."""
+        self._child.kill()
+        status = await self._child.reap(0.0)
+        self.incoming.cancel()
+        await asyncio.wait({self.incoming})
+        return status
+
+    async def _receive(self) -> FromText | None:
+        try:
+            messages = await self._child.frames.receive()
+        except FrameError:
+            logger.exception("a text worker sent nonsense")
+            return None
+        return messages[0] if messages else None

@@ -1,0 +1,55 @@
+"""The routes and what wraps them. Makes the application; starts nothing."""
+
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from specserve.server.auth import Keyring, authorise, check_routes
+from specserve.server.failures import as_api_error
+from specserve.server.routes import chat, completions, models, status, tokens
+from specserve.server.service import REQUEST_ID, SERVICE, Service, request_id
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build_app(service: Service, keyring: Keyring) -> web.Application:
+    """`client_max_size` plays no part: `read_body` has its own limit."""
+    app = web.Application(middlewares=[render_errors, authorise(keyring)])
+    app[SERVICE] = service
+    app.router.add_post("/v1/chat/completions", chat.chat_completions)
+    app.router.add_post("/v1/completions", completions.completions)
+    app.router.add_get("/v1/models", models.list_models)
+    app.router.add_get("/v1/models/{model:.+}", models.get_model)
+    app.router.add_post("/tokenize", tokens.tokenize)
+    app.router.add_post("/detokenize", tokens.detokenize)
+    app.router.add_get("/health", status.health)
+    app.router.add_get("/ready", status.ready)
+    app.router.add_get("/version", status.version)
+    app.router.add_get("/metrics", status.metrics)
+    app.router.add_get("/v1/speculation", status.speculation)
+    app.router.add_get("/openapi.json", status.openapi_json)
+    check_routes(app)
+    return app
+
+
+@web.middleware
+async def render_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The outermost layer: whatever happens inside, the client gets OpenAI's error form."""
+    service = request.app[SERVICE]
+    request[REQUEST_ID] = request_id(request)
+    started = time.monotonic()
+    try:
+        response = await handler(request)
+    except Exception as error:
+        response = as_api_error(error).response()
+    if not response.prepared:
+        response.headers["X-Request-Id"] = request[REQUEST_ID]
+        response.headers["X-Content-Type-Options"] = "nosniff"
+    route = request.match_info.route.resource
+    service.metrics.answered(
+        route.canonical if route is not None else "none",
+        response.status,
+        time.monotonic() - started,
+    )
+    return response

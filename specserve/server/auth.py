@@ -1,0 +1,242 @@
+"""Who may do what: API keys, their scopes, and the scope that every route asks for.
+
+Keys are kept as SHA-256 digests only, and no message repeats one. A route is authorised by the
+handler that matched, never by the path as it was typed; a handler without a mark is refused.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from specserve.config import ConfigError, ServerConfig
+from specserve.server.errors import APIError
+
+logger = logging.getLogger(__name__)
+
+KEYS_VARIABLE: Final = "SPECSERVE_API_KEYS"
+_MIN_KEY: Final = 16  # bytes
+_MAX_KEY: Final = 1024
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MARK: Final = "required_scope"
+
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+class Scope(StrEnum):
+    INFERENCE = "inference"
+    METRICS = "metrics"
+    ADMIN = "admin"  # implies the others
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks. `cache_salt` keeps one key's cached prefixes from the others."""
+
+    name: str
+    scopes: frozenset[Scope]
+    cache_salt: str = ""
+
+
+ANONYMOUS: Final = Principal("anonymous", frozenset({Scope.INFERENCE, Scope.METRICS}))
+PRINCIPAL: Final = web.RequestKey("principal", Principal)
+
+
+class Keyring:
+    """The keys of a server, as (where it is written, entry) pairs: `name:scopes:key`.
+
+    Raises ConfigError, which says where but never what.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, str]] = ()) -> None:
+        self._keys: list[tuple[bytes, Principal]] = []
+        for where, entry in entries:
+            digest, principal = _parse(where, entry)
+            if any(principal.name == other.name for _, other in self._keys):
+                raise ConfigError(f"{where}: its name is taken; give every key its own")
+            if any(digest == other for other, _ in self._keys):
+                raise ConfigError(f"{where}: its key is taken; give every name its own")
+            self._keys.append((digest, principal))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def authenticate(
+        self, authorization: str | bytes | None, api_key: str | bytes | None = None
+    ) -> Principal | None:
+        """Whose key the headers Authorization or x-api-key carry; the first one counts.
+
+        Compares with every key, however soon one fits. Without keys everybody is ANONYMOUS.
+        """
+        if not self._keys:
+            return ANONYMOUS
+        if authorization is not None:
+            scheme, _, key = _as_bytes(authorization).partition(b" ")
+            if scheme.lower() != b"bearer":
+                return None
+        elif api_key is not None:
+            key = _as_bytes(api_key)
+        else:
+            return None
+        digest = hashlib.sha256(key).digest()
+        found = None
+        for known, principal in self._keys:
+            if hmac.compare_digest(known, digest):
+                found = principal
+        return found
+
+
+def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.environ) -> Keyring:
+    """The keys of `api_key_file` and of SPECSERVE_API_KEYS, which is taken out of `environ`.
+
+    Taken out, because the processes this one starts have no business with it. Raises ConfigError
+    for keys that cannot be used, and if other machines could get in without one.
+    """
+    entries: list[tuple[str, str]] = []
+    if config.api_key_file is not None:
+        entries += _read_file(Path(config.api_key_file))
+    if KEYS_VARIABLE in environ:
+        words = environ.pop(KEYS_VARIABLE).split()
+        if not words:
+            raise ConfigError(f"{KEYS_VARIABLE}: holds no key; unset it or add name:scopes:key")
+        entries += [(f"{KEYS_VARIABLE}: key {at}", word) for at, word in enumerate(words, 1)]
+    keyring = Keyring(entries)
+    if not keyring and not config.allow_public and not _is_loopback(config.host):
+        raise ConfigError(
+            f"host: {config.host} can be reached from other machines and no API keys are given; "
+            f"give some with --api-key-file or {KEYS_VARIABLE}, or let everybody in with "
+            "--allow-public"
+        )
+    return keyring
+
+
+def scope(required: Scope) -> Callable[[H], H]:
+    """Marks a handler: only for keys with this scope."""
+
+    def mark(handler: H) -> H:
+        vars(handler)[_MARK] = required
+        return handler
+
+    return mark
+
+
+def public(handler: H) -> H:
+    """Marks a handler: for everybody."""
+    vars(handler)[_MARK] = None
+    return handler
+
+
+def check_routes(app: web.Application) -> None:
+    """Asserts that every route says who may use it."""
+    unmarked = [str(route) for route in app.router.routes() if not hasattr(route.handler, _MARK)]
+    assert not unmarked, f"mark these handlers with @scope or @public: {unmarked}"
+
+
+def authorise(keyring: Keyring) -> Middleware:
+    """A middleware that lets a request through to the route it matched, or raises APIError."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        match = request.match_info
+        if match.http_exception is None:  # else there is no such route: 404 or 405
+            request[PRINCIPAL] = _authorised(keyring, request, match.handler)
+        return await handler(request)
+
+    return middleware
+
+
+def principal(request: web.Request) -> Principal:
+    """Who asks, once the request is past `authorise`."""
+    return request[PRINCIPAL]
+
+
+def _authorised(keyring: Keyring, request: web.Request, matched: object) -> Principal:
+    if not hasattr(matched, _MARK):
+        raise APIError(403, "nobody may use this route")
+    required: Scope | None = getattr(matched, _MARK)
+    if required is None:
+        return ANONYMOUS
+    authorization = request.headers.get("Authorization")
+    api_key = request.headers.get("x-api-key")
+    caller = keyring.authenticate(authorization, api_key)
+    if caller is None:
+        given = authorization is not None or api_key is not None
+        raise APIError(
+            401,
+            "the API key is not known here"
+            if given
+            else "no API key given; send the header 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    if required not in caller.scopes:
+        raise APIError(
+            403,
+            f"this needs an API key with the scope {required.value!r}",
+            code="insufficient_scope",
+        )
+    return caller
+
+
+def _parse(where: str, entry: str) -> tuple[bytes, Principal]:
+    """An entry's digest and owner. Any of its fields may be the key, so none is repeated."""
+    if entry.count(":") < 2:
+        raise ConfigError(f"{where}: expected name:scopes:key")
+    name, scopes, key = entry.split(":", 2)
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: a name is up to 64 letters, digits, dots, dashes and _")
+    known = {scope.value: scope for scope in Scope}
+    wanted = [word.strip() for word in scopes.split(",")]
+    if not all(word in known for word in wanted):
+        raise ConfigError(f"{where}: a scope is not known; use {', '.join(known)}")
+    secret = key.encode()
+    if not _MIN_KEY <= len(secret) <= _MAX_KEY or any(letter.isspace() for letter in key):
+        raise ConfigError(f"{where}: a key has {_MIN_KEY} to {_MAX_KEY} bytes, and no spaces")
+    allowed = set(Scope) if Scope.ADMIN in wanted else {known[word] for word in wanted}
+    digest = hashlib.sha256(secret).digest()
+    salt = hmac.digest(digest, b"specserve cache salt", "sha256").hex()
+    return digest, Principal(name, frozenset(allowed), salt)
+
+
+def _read_file(file: Path) -> list[tuple[str, str]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        mode = stat.S_IMODE(file.stat().st_mode)
+    except OSError as error:
+        raise ConfigError(f"api_key_file: {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:  # its message would repeat what it read
+        raise ConfigError(f"api_key_file: {file} is not UTF-8 text") from None
+    if mode & 0o077:
+        logger.warning("api_key_file: other users can read %s; run chmod 600 on it", file)
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    entries = [
+        (f"api_key_file: {file} line {number}", line)
+        for number, line in lines
+        if line and not line.startswith("#")
+    ]
+    if not entries:
+        raise ConfigError(f"api_key_file: {file} holds no key; add lines of name:scopes:key")
+    return entries
+
+
+def _as_bytes(header: str | bytes) -> bytes:
+    """Never raises: bytes that are no UTF-8 reach a handler as lone surrogates."""
+    return header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,109 @@
+"""`/v1/completions` on the wire: pieces to chunks, all pieces to a response."""
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import UNSET
+
+from specserve.server.chat_format import sources, token_ids
+from specserve.server.generation import Piece
+from specserve.server.protocol.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from specserve.server.protocol.usage import Metrics, Usage
+from specserve.text.token_bytes import TokenBytes
+from specserve.types import TokenLogprobs
+
+
+class CompletionFormat:
+    """The wire form of one request's answer. `echoes` are the prompts as text, for `echo`."""
+
+    def __init__(
+        self,
+        answer: Completion,
+        request: CompletionRequest,
+        prompts: Sequence[tuple[int, ...]],
+        echoes: Sequence[str],
+        token_bytes: TokenBytes,
+    ) -> None:
+        self._answer = answer  # without choices: the id, the time and the model
+        self._request = request
+        self._prompts = prompts
+        self._echoes = echoes
+        self._n = request.n or 1
+        self._token_bytes = token_bytes
+        self._offsets = [0] * (len(prompts) * self._n)  # characters of logprobs so far
+
+    def opening(self) -> list[Completion]:
+        """The echo of every choice, before its first piece."""
+        if not self._request.echo:
+            return []
+        return [
+            self._chunk((CompletionChoice(index=index, text=self._echo(index)),))
+            for index in range(len(self._offsets))
+        ]
+
+    def chunk(self, piece: Piece) -> Completion | None:
+        """None if there is nothing to show."""
+        bundle = piece.bundle
+        shows = self._request.return_token_ids or self._request.return_sources
+        if not (piece.text or bundle.finish or piece.logprobs or (shows and bundle.ids)):
+            return None
+        return self._chunk((self._choice([piece], piece.text),))
+
+    def closing(self) -> Completion:
+        """The chunk without choices, for the usage."""
+        return self._chunk(())
+
+    def response(
+        self, choices: Sequence[Sequence[Piece]], usage: Usage, metrics: Metrics
+    ) -> Completion:
+        return msgspec.structs.replace(
+            self._answer,
+            choices=tuple(
+                self._choice(pieces, self._echo(index) + "".join(piece.text for piece in pieces))
+                for index, pieces in enumerate(choices)
+            ),
+            usage=usage,
+            metrics=metrics,
+        )
+
+    def _choice(self, pieces: Sequence[Piece], text: str) -> CompletionChoice:
+        index, last = pieces[-1].choice, pieces[-1].bundle
+        logprobs = None
+        if self._request.logprobs is not None:
+            logprobs = self._logprobs(index, [e for piece in pieces for e in piece.logprobs])
+        with_ids = self._request.return_token_ids
+        return CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=last.finish,
+            stop_reason=last.stop_reason,
+            token_ids=token_ids(pieces) if with_ids else UNSET,
+            prompt_token_ids=self._prompts[index // self._n] if with_ids and last.finish else UNSET,
+            sources=sources(pieces) if self._request.return_sources else UNSET,
+        )
+
+    def _echo(self, choice: int) -> str:
+        return self._echoes[choice // self._n] if self._request.echo else ""
+
+    def _chunk(self, choices: tuple[CompletionChoice, ...]) -> Completion:
+        return msgspec.structs.replace(self._answer, choices=choices)
+
+    def _logprobs(self, choice: int, entries: Sequence[TokenLogprobs]) -> CompletionLogprobs:
+        spelled = self._token_bytes
+        tokens = tuple(spelled.text(entry.token_id) for entry in entries)
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offsets[choice])
+            self._offsets[choice] += len(token)
+        return CompletionLogprobs(
+            tokens,
+            tuple(entry.logprob for entry in entries),
+            tuple({spelled.text(token): value for token, value in e.top} for e in entries),
+            tuple(offsets),
+        )

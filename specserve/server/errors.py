@@ -1,0 +1,77 @@
+"""Errors as clients see them: OpenAI's nested form, whatever went wrong.
+
+No traceback, no path of the machine, and no more of the input than helps to find the mistake.
+"""
+
+import msgspec
+from aiohttp import web
+
+from specserve.server.protocol.others import ErrorDetail, ErrorResponse
+from specserve.types import RequestError
+
+MAX_MESSAGE = 500  # characters
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class APIError(Exception):
+    """An answer that is no success. Raised by handlers, rendered by the outermost middleware."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type or TYPES.get(status, "api_error")
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    @classmethod
+    def bad_request(cls, error: RequestError) -> "APIError":
+        return cls(400, str(error), param=error.param)
+
+    @classmethod
+    def unavailable(cls, message: str, retry_after: float, status: int = 503) -> "APIError":
+        return cls(status, message, headers={"Retry-After": str(max(1, round(retry_after)))})
+
+    def body(self) -> bytes:
+        return error_body(self.message, self.type, self.param, self.code)
+
+    def response(self) -> web.Response:
+        return web.Response(
+            status=self.status,
+            body=self.body(),
+            content_type="application/json",
+            headers=self.headers,
+        )
+
+
+def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> bytes:
+    """The JSON of one error, cut to `MAX_MESSAGE` characters."""
+    if len(message) > MAX_MESSAGE:
+        message = message[:MAX_MESSAGE] + "..."
+    # JSON can spell half a character, UTF-8 cannot.
+    message = message.encode(errors="replace").decode()
+    return msgspec.json.encode(ErrorResponse(ErrorDetail(message, type, param, code)))

@@ -1,0 +1,17 @@
+"""How late the event loop runs timers: whatever blocks it makes every client wait as long."""
+
+import asyncio
+from typing import Final
+
+from specserve.server.metrics import ServerMetrics
+
+INTERVAL: Final = 0.1  # seconds
+
+
+async def watch_lag(metrics: ServerMetrics) -> None:
+    """Measure until cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + INTERVAL
+        await asyncio.sleep(INTERVAL)
+        metrics.event_loop_lag.observe(max(0.0, loop.time() - due))

@@ -1,0 +1,39 @@
+"""Every exception a handler can raise, as the answer a client gets."""
+
+import logging
+
+from aiohttp import web
+
+from specserve.process.engine_process import EngineUnavailable
+from specserve.process.text_process import TextUnavailable
+from specserve.server.admission import QueueFull
+from specserve.server.errors import APIError
+from specserve.server.generation import DeadlinePassed, GenerationFailed
+from specserve.types import RequestError
+
+logger = logging.getLogger(__name__)
+
+
+def as_api_error(error: Exception) -> APIError:
+    """What a client is told of any exception."""
+    match error:
+        case APIError():
+            return error
+        case RequestError():
+            return APIError.bad_request(error)
+        case QueueFull():
+            return APIError.unavailable(str(error), error.retry_after, status=429)
+        case EngineUnavailable() | TextUnavailable():
+            return APIError.unavailable(str(error), error.retry_after)
+        case DeadlinePassed():
+            return APIError(504, str(error), code="deadline_exceeded")
+        case GenerationFailed():
+            return APIError(500, str(error), code="generation_failed")
+        case web.HTTPException():
+            return APIError(error.status, f"{error.reason}", headers=_allow(error))
+    logger.exception("a handler failed", exc_info=error)
+    return APIError(500, "internal error; the server's log has more")
+
+
+def _allow(error: web.HTTPException) -> dict[str, str]:
+    return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}

@@ -1,0 +1,257 @@
+"""One generating request at work: its choices run side by side, their text comes out in pieces.
+
+Knows admission, engine and text; knows no HTTP and no wire format. Whoever stops listening to
+`pieces` ends the request: places in the queue and in the engine come back.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, UnsetType
+
+from specserve.server.admission import QueueFull
+from specserve.server.bundle import Bundle, Bundler
+from specserve.server.protocol.usage import (
+    CompletionDetails,
+    Metrics,
+    PromptDetails,
+    Usage,
+    speculative_decoding,
+)
+from specserve.text.output import OutputText
+from specserve.tree import PREDICTION
+from specserve.types import (
+    MAX_SEED,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SpecStats,
+    SpeculationParams,
+    TokenLogprobs,
+)
+
+if TYPE_CHECKING:
+    from specserve.server.service import Service
+
+
+class GenerationFailed(Exception):
+    """The engine gave this request up; the message says why."""
+
+
+class DeadlinePassed(Exception):
+    """The request ran out of time, in the queue or while running."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request as the engine will see it, `sampling.n` times per prompt."""
+
+    id: str
+    prompts: list[tuple[int, ...]]
+    sampling: SamplingParams
+    speculation: SpeculationParams
+    key: str  # whose turn it uses up
+    cache_salt: str
+    priority: int
+    deadline: float  # time.monotonic() seconds
+    skip_special: bool = True
+    keep_stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one event says of one choice."""
+
+    choice: int
+    text: str
+    bundle: Bundle
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        return self.bundle.logprobs
+
+
+@dataclass(slots=True)
+class _Times:
+    """time.monotonic() seconds."""
+
+    arrived: float = field(default_factory=time.monotonic)
+    scheduled: float | None = None
+    first: float | None = None
+    last: float | None = None
+
+
+class Generation:
+    """`usage` and `metrics` are those so far, and final once `pieces` is exhausted."""
+
+    def __init__(self, service: "Service", job: Job) -> None:
+        self.job = job
+        self._service = service
+        self._mark = secrets.token_hex(4)  # callers choose job ids, and may choose one twice
+        self._stats: list[SpecStats] = []
+        self._num_tokens = 0
+        self._num_bundles = 0
+        self._num_predicted = 0
+        self._max_nodes = min(job.speculation.max_nodes or 64, service.engine_info().max_nodes)
+        self._cached: dict[int, int] = {}  # prompt -> tokens taken from the prefix cache
+        self._times = _Times()
+        self._timer = service.metrics.request(
+            num_prompt_tokens=sum(map(len, job.prompts)),
+            max_tokens=job.sampling.max_tokens,
+            n=job.sampling.n,
+        )
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """What every choice emits, as it comes. Choice p * n + i is sample i of prompt p.
+
+        Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed or DeadlinePassed; then
+        all choices are over. Use with `contextlib.aclosing`.
+        """
+        queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+        seed = self.job.sampling.seed
+        samples = self.job.sampling.samples(secrets.randbelow(MAX_SEED) if seed is None else seed)
+        tasks = [
+            asyncio.create_task(self._run(prompt * len(samples) + i, prompt, sampling, queue))
+            for prompt in range(len(self.job.prompts))
+            for i, sampling in enumerate(samples)
+        ]
+        reason: FinishReason = "abort"
+        try:
+            num_running = len(tasks)
+            while num_running:
+                item = await queue.get()
+                if item is None:
+                    num_running -= 1
+                elif isinstance(item, Piece):
+                    reason = item.bundle.finish or reason
+                    yield item
+                else:
+                    reason = "error"
+                    if isinstance(item, QueueFull):
+                        self._timer.rejected(item.reason, 429)
+                    raise item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._timer.finish(reason)
+
+    async def _run(
+        self,
+        choice: int,
+        prompt: int,
+        sampling: SamplingParams,
+        queue: "asyncio.Queue[Piece | BaseException | None]",
+    ) -> None:
+        job = self.job
+        request = Request(
+            f"{job.id}-{self._mark}-{choice}",
+            job.prompts[prompt],
+            sampling,
+            job.speculation,
+            job.deadline,
+            job.priority,
+            job.cache_salt,
+            self._times.arrived,
+        )
+        try:
+            # The engine keeps the deadline itself; this is for the wait before it.
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._time_left()):
+                await self._admitted(request, queue, choice, prompt)
+            queue.put_nowait(None)
+        except TimeoutError:
+            queue.put_nowait(DeadlinePassed("the request ran out of time"))
+        except Exception as error:
+            queue.put_nowait(error)
+
+    async def _admitted(
+        self,
+        request: Request,
+        queue: "asyncio.Queue[Piece | BaseException | None]",
+        choice: int,
+        prompt: int,
+    ) -> None:
+        job, service = self.job, self._service
+        text = OutputText(
+            service.tokenizer,
+            request.sampling.stop,
+            skip_special=job.skip_special,
+            keep_stop=job.keep_stop,
+        )
+        bundler = Bundler(service.config.server.stream_interval)
+        async with service.admission.slot(job.key, len(request.prompt_ids), job.priority):
+            self._scheduled()
+            async with aclosing(service.engine.stream(request)) as outputs:
+                async for output in outputs:
+                    if output.error is not None:
+                        late = output.finish == "abort"
+                        raise (DeadlinePassed if late else GenerationFailed)(output.error)
+                    self._cached.setdefault(prompt, output.num_cached_tokens)
+                    if output.stats is not None:
+                        self._stats.append(output.stats)
+                    for bundle in bundler.feed(output):
+                        self._count(choice, bundle)
+                        piece = text.feed(
+                            bundle.ids,
+                            last=bundle.finish is not None,
+                            stop_reason=bundle.stop_reason,
+                        )
+                        queue.put_nowait(Piece(choice, piece, bundle))
+
+    def _time_left(self) -> float:
+        return self.job.deadline - time.monotonic()
+
+    def _scheduled(self) -> None:
+        if self._times.scheduled is None:
+            self._times.scheduled = time.monotonic()
+            self._timer.scheduled()
+
+    def _count(self, choice: int, bundle: Bundle) -> None:
+        if not bundle.ids:
+            return
+        self._num_tokens += len(bundle.ids)
+        self._num_bundles += 1
+        self._num_predicted += bundle.sources.count(PREDICTION)
+        self._times.last = time.monotonic()
+        if self._times.first is None:
+            self._times.first = self._times.last
+        self._timer.tokens(len(bundle.ids), choice)
+        self._service.admission.charge(self.job.key, len(bundle.ids))
+
+    def usage(self) -> Usage:
+        num_prompt = sum(map(len, self.job.prompts))
+        details: CompletionDetails | UnsetType = UNSET
+        if prediction := self.job.speculation.prediction:
+            accepted = min(self._num_predicted, len(prediction))
+            details = CompletionDetails(accepted, len(prediction) - accepted)
+        return Usage(
+            num_prompt,
+            self._num_tokens,
+            num_prompt + self._num_tokens,
+            PromptDetails(sum(self._cached.values())),
+            details,
+        )
+
+    def metrics(self) -> Metrics:
+        times = self._times
+        first_after = generating = rate = gap = None
+        if times.first is not None and times.last is not None:
+            first_after = 1000 * (times.first - times.arrived)
+            generating = 1000 * (times.last - times.first)
+            if generating > 0:
+                rate = 1000 * self._num_tokens / (generating + first_after)
+                gap = generating / max(self._num_bundles - 1, 1)
+        queued = None if times.scheduled is None else 1000 * (times.scheduled - times.arrived)
+        return Metrics(
+            time_to_first_token_ms=first_after,
+            generation_time_ms=generating,
+            queue_time_ms=queued,
+            mean_itl_ms=gap,
+            tokens_per_second=rate,
+            speculative_decoding=speculative_decoding(self._stats, self._max_nodes),
+        )

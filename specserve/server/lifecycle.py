@@ -1,0 +1,156 @@
+"""A server from its first line to its last: start, serve, drain, stop.
+
+SIGTERM and SIGINT drain: what is being answered is finished, within `drain_timeout`, new requests
+get a 503. A second signal stops now; streams that are still open end with an error event.
+"""
+
+import asyncio
+import logging
+import signal
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from specserve.config import ConfigError, EngineConfig, ServerConfig
+from specserve.process.engine_process import EngineFailed, EngineProcess
+from specserve.process.messages import EngineInfo
+from specserve.process.text_process import TextProcess
+from specserve.server.admission import Admission
+from specserve.server.app import build_app
+from specserve.server.auth import load_keyring
+from specserve.server.connections import listen, runner_options
+from specserve.server.event_loop_lag import watch_lag
+from specserve.server.metrics import ServerMetrics
+from specserve.server.service import Service
+from specserve.server.status_line import print_status
+from specserve.text import Tokenizer
+from specserve.text.token_bytes import TokenBytes
+
+logger = logging.getLogger(__name__)
+_SPARE_PLACES: Final = 4  # sequences with the engine beyond those that run, so it never waits
+
+OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name
+
+
+async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> None:
+    """Serve until a signal. Raises ConfigError, TextError or OSError if it cannot start."""
+    async with open_server(config, target) as (service, url):
+        signals = _Signals()
+        ready = asyncio.create_task(service.engine.wait_ready())
+        stopped = asyncio.create_task(signals.first.wait())
+        try:
+            await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                on_ready(url, service.model_name, ready.result())
+                await stopped
+                await _drain(service, signals)
+        except EngineFailed as error:
+            raise ConfigError(str(error)) from error
+        finally:
+            ready.cancel()
+            stopped.cancel()
+
+
+@asynccontextmanager
+async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple[Service, str]]:
+    """A listening server whose engine is starting, and its URL."""
+    keyring = load_keyring(config.server)
+    service = _assemble(config, target)
+    runner = web.AppRunner(build_app(service, keyring), **runner_options(config.server))
+    tasks: list[asyncio.Task[None]] = []
+    listener: asyncio.Server | None = None
+    try:
+        await service.texts.start()
+        await service.engine.start()
+        await runner.setup()
+        server = config.server
+        tls = _tls(server)
+        listener = await listen(runner, server, tls)
+        tasks.append(asyncio.create_task(watch_lag(service.metrics)))
+        if server.status_interval:
+            tasks.append(asyncio.create_task(print_status(service, server.status_interval)))
+        host, port = listener.sockets[0].getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        yield service, f"{'http' if tls is None else 'https'}://{host}:{port}"
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        service.draining = True
+        if listener is not None:
+            listener.close()
+        await service.engine.stop()  # open streams end with an error event
+        await runner.cleanup()
+        await service.texts.stop()
+
+
+class _Signals:
+    """`first`: drain. `second`: stop now."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number.name)
+
+    def _on_signal(self, name: str) -> None:
+        again = self.first.is_set()
+        logger.info("%s: %s", name, "stopping now" if again else "draining")
+        (self.second if again else self.first).set()
+
+
+async def _drain(service: Service, signals: _Signals) -> None:
+    service.draining = True
+    idle = asyncio.create_task(service.all_answered())
+    now = asyncio.create_task(signals.second.wait())
+    budget = service.config.server.drain_timeout
+    await asyncio.wait({idle, now}, timeout=budget, return_when=asyncio.FIRST_COMPLETED)
+    if not idle.done():
+        logger.warning("stopping with %d sequences open", service.engine.num_open)
+    for task in (idle, now):
+        task.cancel()
+    await asyncio.gather(idle, now, return_exceptions=True)
+
+
+def _assemble(config: EngineConfig, target: Path) -> Service:
+    server = config.server
+    tokenizer = Tokenizer(target)
+    model_name = server.served_model_name or Path(config.target.target).name
+    metrics = ServerMetrics(model_name)
+    engine = EngineProcess(config, target, heartbeat_timeout=server.heartbeat_timeout)
+    engine.on_stats = metrics.on_stats
+    admission = Admission(
+        config.schedule.max_num_seqs + _SPARE_PLACES,
+        server.max_queued_requests,
+        server.max_queued_tokens,
+    )
+    metrics.watch(engine, lambda: admission.num_waiting)
+    return Service(
+        config=config,
+        model_name=model_name,
+        engine=engine,
+        texts=TextProcess(target, time_limit=server.template_timeout),
+        tokenizer=tokenizer,
+        token_bytes=TokenBytes(tokenizer),
+        admission=admission,
+        metrics=metrics,
+    )
+
+
+def _tls(server: ServerConfig) -> ssl.SSLContext | None:
+    if server.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"ssl_certfile: {server.ssl_certfile} with ssl_keyfile {server.ssl_keyfile} cannot be "
+            f"used ({error.strerror or error}); give PEM files that belong together"
+        ) from error
+    return context

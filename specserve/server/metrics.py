@@ -1,0 +1,230 @@
+"""What Prometheus is told: vLLM's names, and our own under `specserve:`.
+
+Knows no HTTP and no sockets: it is told, or looks at an engine when it is scraped. The engine
+counts from 0 again after a restart; the counters here only ever grow.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from specserve.engine.metrics import DrafterStats, EngineInfo, EngineStats
+from specserve.server.metric_registry import MetricRegistry
+from specserve.server.request_timer import SECONDS, SIZES, RequestMetrics, RequestTimer
+
+MAX_POSITIONS: Final = 64
+SHORT_SECONDS: Final = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1.0, 3.0))
+
+# What the engine counts: name, help, where its total so far stands in a snapshot.
+TOTALS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
+    ("vllm:prompt_tokens", "Prompt tokens of the requests started.", lambda s: s.prompt_tokens),
+    ("vllm:generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
+    ("vllm:prefix_cache_queries", "Tokens looked up.", lambda s: s.prefix_cache_queries),
+    ("vllm:prefix_cache_hits", "Tokens found.", lambda s: s.prefix_cache_hits),
+    ("vllm:num_preemptions", "Sequences that lost their KV.", lambda s: s.num_preemptions),
+    ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda s: s.num_drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Nodes verified.", lambda s: s.num_draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Nodes accepted.", lambda s: s.num_accepted_tokens),
+    ("specserve:steps", "Passes of the target model over a batch.", lambda s: s.num_steps),
+    ("specserve:draft_seconds", "Time spent drafting.", lambda s: s.draft_seconds),
+    ("specserve:forward_seconds", "Time in the target model.", lambda s: s.forward_seconds),
+    ("specserve:sample_seconds", "Time spent verifying.", lambda s: s.sample_seconds),
+    ("specserve:commit_seconds", "Time spent on KV and results.", lambda s: s.commit_seconds),
+)
+TOTALS_BY_POSITION: Final[tuple[tuple[str, str, Callable[[EngineStats], Sequence[int]]], ...]] = (
+    (
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "Drafts accepted to this depth, 0 first, or deeper.",
+        lambda s: s.accepted_by_depth,
+    ),
+    (
+        "specserve:spec_decode_num_drafts_per_pos",
+        "Drafts that reached this depth, 0 first, or deeper.",
+        lambda s: s.drafted_by_depth,
+    ),
+)
+TOTALS_BY_SOURCE: Final[tuple[tuple[str, str, Callable[[DrafterStats], int]], ...]] = (
+    ("specserve:nodes_proposed", "Nodes, before trees are merged.", lambda d: d.num_proposed),
+    ("specserve:nodes_verified", "Nodes of merged trees.", lambda d: d.num_verified),
+    ("specserve:nodes_accepted", "Nodes accepted.", lambda d: d.num_accepted),
+)
+Totals = dict[tuple[str, tuple[str, ...]], float]  # by name and values of the labels
+
+
+class Engine(Protocol):
+    """What is read of an engine's process when metrics are scraped."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def info(self) -> EngineInfo | None: ...
+    @property
+    def num_restarts(self) -> int: ...
+    @property
+    def num_open(self) -> int: ...
+
+
+class ServerMetrics:
+    """All that one server counts.
+
+    `connections`, `tokenize_seconds` and `event_loop_lag` are for those who know them to set.
+    """
+
+    def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._registry = registry = MetricRegistry(model_name)
+        self._clock = clock
+        self._requests = RequestMetrics(registry)
+        self._engine: Engine | None = None
+        self._num_queued: Callable[[], int] = lambda: 0
+        self._num_restarts = 0  # of the engine, as far as counted
+        self._stats: EngineStats | None = None  # the latest of this engine process
+        self._totals: Totals = {}  # what it says
+        self._counters = {
+            **{name: registry.counters(name, help) for name, help, _ in TOTALS},
+            **{
+                name: registry.counters(name, help, "position")
+                for name, help, _ in TOTALS_BY_POSITION
+            },
+            **{name: registry.counters(name, help, "source") for name, help, _ in TOTALS_BY_SOURCE},
+        }
+        self._restarts = registry.counter("specserve:engine_restarts", "Restarts of the engine.")
+        self._iteration_tokens = registry.histogram(
+            "vllm:iteration_tokens_total", "Prompt and generated tokens per step.", SIZES
+        )
+        self._cache_config = registry.gauges(
+            "vllm:cache_config_info", "The KV pool.", "block_size", "num_gpu_blocks"
+        )
+        self._drafter_active = registry.gauges(
+            "specserve:drafter_active", "0: it kept failing and was switched off.", "source"
+        )
+        self._add_gauges()
+        self.connections = registry.gauge("specserve:connections", "Client connections.")
+        self.tokenize_seconds = registry.histogram(
+            "specserve:tokenize_seconds", "Turning text into tokens, waiting included.", SECONDS
+        )
+        self.event_loop_lag = registry.histogram(
+            "specserve:event_loop_lag_seconds", "How late a timer fires.", SHORT_SECONDS
+        )
+        self._http_requests = registry.counters(
+            "specserve:http_requests", "HTTP requests answered.", "route", "status"
+        )
+        self._http_seconds = registry.histogram(
+            "specserve:http_request_seconds", "HTTP request to the end of its answer.", SECONDS
+        )
+
+    def _add_gauges(self) -> None:
+        """Gauges are read when they are asked for; those of an engine that is not up are 0."""
+
+        def now(read: Callable[[EngineStats], float]) -> float:
+            return read(self._stats) if self._stats is not None and self._is_up() else 0.0
+
+        def add(name: str, help: str, read: Callable[[EngineStats], float]) -> None:
+            self._registry.gauge(name, help).set_function(lambda: now(read))
+
+        add("vllm:num_requests_running", "Sequences in the batch.", lambda s: s.num_running)
+        add(
+            "vllm:kv_cache_usage_perc",
+            "Share of the KV pool held by running sequences, 0 to 1.",
+            lambda s: s.kv_slots_allocated / s.kv_slots_total if s.kv_slots_total else 0.0,
+        )
+        add("specserve:kv_slots_total", "Token slots of the KV pool.", lambda s: s.kv_slots_total)
+        add(
+            "specserve:kv_slots_allocated",
+            "Slots in blocks held by running sequences.",
+            lambda s: s.kv_slots_allocated,
+        )
+        add("specserve:kv_slots_used", "Of those, with valid KV.", lambda s: s.kv_slots_used)
+        gauge = self._registry.gauge
+        gauge(
+            "vllm:num_requests_waiting", "Sequences that wait, before the engine or inside."
+        ).set_function(lambda: self._num_queued() + now(lambda s: s.num_waiting))
+        gauge("specserve:engine_up", "1 while it takes requests.").set_function(self._is_up)
+        gauge("specserve:open_streams", "Sequences the engine owes tokens.").set_function(
+            lambda: self._engine.num_open if self._engine else 0
+        )
+        gauge("specserve:tasks", "Tasks of the event loop.").set_function(_num_tasks)
+
+    def watch(self, engine: Engine, num_queued: Callable[[], int]) -> None:
+        """Whose state, restarts and queue are shown."""
+        self._engine = engine
+        self._num_queued = num_queued
+
+    def on_stats(self, stats: EngineStats) -> None:
+        """The latest snapshot; its totals are those of one engine process."""
+        self._notice_restarts()
+        if self._stats is not None and stats.num_steps < self._stats.num_steps:
+            self._forget_engine()
+        before, totals = self._stats, engine_totals(stats)
+        for key, total in totals.items():
+            if total != (known := self._totals.get(key)):
+                name, labels = key
+                self._counters[name](*labels).inc(max(0.0, total - (known or 0.0)))
+        self._stats, self._totals = stats, totals
+        for drafter in stats.drafters:
+            self._drafter_active(drafter.name).set(drafter.active)
+        if before is not None and stats.num_steps == before.num_steps + 1:
+            self._iteration_tokens.observe(_num_tokens(stats) - _num_tokens(before))
+
+    def on_engine_restart(self) -> None:
+        """Another engine process counts from 0. Called for the one that is watched."""
+        self._restarts.inc()
+        self._forget_engine()
+
+    def request(self, num_prompt_tokens: int, max_tokens: int, n: int) -> RequestTimer:
+        """A request has arrived."""
+        return RequestTimer(self._requests, self._clock, num_prompt_tokens, max_tokens, n)
+
+    def rejected(self, reason: str, status: int) -> None:
+        """A request was turned away before there was a timer; `reason` is one of a few words."""
+        self._requests.rejected(reason, status)
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """An HTTP request is over. `route` is its pattern, never its path."""
+        self._http_requests(route, str(status)).inc()
+        self._http_seconds.observe(seconds)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Everything, and its content type; OpenMetrics if the Accept header asks for it."""
+        self._notice_restarts()
+        if self._engine is not None and self._engine.info is not None:
+            info = self._engine.info
+            self._cache_config.clear()
+            num_blocks = info.limits.num_kv_slots // info.block_size
+            self._cache_config(str(info.block_size), str(num_blocks)).set(1)
+        return self._registry.render(accept)
+
+    def _notice_restarts(self) -> None:
+        if self._engine is not None:
+            for _ in range(self._engine.num_restarts - self._num_restarts):
+                self.on_engine_restart()
+            self._num_restarts = self._engine.num_restarts
+
+    def _forget_engine(self) -> None:
+        self._stats, self._totals = None, {}
+
+    def _is_up(self) -> bool:
+        return self._engine is None or self._engine.state == "ready"
+
+
+def engine_totals(stats: EngineStats) -> Totals:
+    """A snapshot, by our names. Sources are the drafters and "prediction"."""
+    totals: Totals = {(name, ()): read(stats) for name, _, read in TOTALS}
+    for name, _, read_depths in TOTALS_BY_POSITION:
+        for position, total in enumerate(read_depths(stats)[:MAX_POSITIONS]):
+            totals[name, (str(position),)] = total
+    for name, _, read_source in TOTALS_BY_SOURCE:
+        for source in (*stats.drafters, stats.predictions):
+            totals[name, (source.name,)] = read_source(source)
+    return totals
+
+
+def _num_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # scraped from outside of a loop
+        return 0
+
+
+def _num_tokens(stats: EngineStats) -> int:
+    return stats.prompt_tokens + stats.generation_tokens

@@ -1,0 +1,130 @@
+"""`/v1/chat/completions`: request, response and stream chunk."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from specserve.server.protocol.fields import Count, GenerationFields, TopLogprobs
+from specserve.server.protocol.usage import Metrics, Usage
+from specserve.types import FinishReason, RequestError
+
+MAX_MESSAGES = 2048
+
+MESSAGE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}},
+            ]
+        },
+        "name": {"type": "string"},
+    },
+    "required": ["role", "content"],
+}
+Messages = Annotated[
+    list[Annotated[dict[str, Any], Meta(extra_json_schema=MESSAGE_SCHEMA)]],
+    Meta(min_length=1, max_length=MAX_MESSAGES),
+]
+
+
+class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    messages: Messages  # what a message may hold is checked where templates are
+    max_completion_tokens: Count | None = None  # max_tokens is its older name
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    store: Literal[False] | None = None  # nothing is ever stored
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs", "only allowed when logprobs is true")
+        older, newer = self.max_tokens, self.max_completion_tokens
+        if older is not None and newer is not None and older != newer:
+            raise RequestError(
+                "max_tokens", f"{older} contradicts max_completion_tokens {newer}; send one of them"
+            )
+
+
+class TopLogprob(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+
+
+class TokenLogprob(Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+    top_logprobs: tuple[TopLogprob, ...]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    content: tuple[TokenLogprob, ...]
+    refusal: None = None
+
+
+class ChatMessage(Struct, frozen=True):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+    sources: tuple[int, ...] | UnsetType = UNSET
+
+
+class ChatCompletion(Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: tuple[ChatChoice, ...]
+    usage: Usage
+    metrics: Metrics
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class ChatDelta(Struct, frozen=True):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+    sources: tuple[int, ...] | UnsetType = UNSET
+
+
+class ChatChunk(Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: tuple[ChatChunkChoice, ...]
+    usage: Usage | UnsetType | None = UNSET
+    metrics: Metrics | UnsetType = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    obfuscation: str | UnsetType = UNSET

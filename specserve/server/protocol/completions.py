@@ -1,0 +1,108 @@
+"""`/v1/completions`: request, response and stream chunk (which have one shape)."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from specserve.server.parse import convert
+from specserve.server.protocol.fields import GenerationFields, TokenId, TopLogprobs
+from specserve.server.protocol.usage import Metrics, Usage
+from specserve.types import MAX_N, FinishReason, RequestError
+
+DEFAULT_MAX_TOKENS = 16
+MAX_PROMPTS = 128
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+PROMPT_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        _TOKEN_IDS,
+        {"type": "array", "items": _TOKEN_IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
+    ]
+}
+Prompts = list[str] | list[tuple[int, ...]]
+
+
+class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    prompt: Annotated[Any, Meta(extra_json_schema=PROMPT_SCHEMA)]
+    echo: bool | None = None
+    logprobs: TopLogprobs | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+
+    def check(self) -> None:
+        super().check()
+        n = self.n or 1
+        if self.best_of is not None and self.best_of != n:
+            raise RequestError(
+                "best_of", f"{self.best_of} is not n ({n}): all samples are returned; leave it out"
+            )
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo", "logprobs of the prompt are not supported; leave one out")
+        num_choices = n * len(self.prompts())
+        if num_choices > MAX_N:
+            raise RequestError(
+                "n", f"{num_choices} completions asked for, prompts times n; at most {MAX_N}"
+            )
+
+    def prompts(self) -> Prompts:
+        """Texts, or lists of token ids. Raises RequestError."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise RequestError("prompt", "expected text, token ids, or a list of either; not empty")
+        if _is_int(prompt[0]):
+            return [_token_ids("prompt", prompt)]
+        if len(prompt) > MAX_PROMPTS:
+            raise RequestError("prompt", f"{len(prompt)} prompts; at most {MAX_PROMPTS}")
+        if isinstance(prompt[0], str):
+            for index, text in enumerate(prompt):
+                if not isinstance(text, str):
+                    raise RequestError(f"prompt[{index}]", "not a string like the first")
+            return prompt
+        return [_token_ids(f"prompt[{index}]", ids) for index, ids in enumerate(prompt)]
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    """One entry per token; `text_offset` counts characters from the start of the choice."""
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float, ...]
+    top_logprobs: tuple[dict[str, float], ...]
+    text_offset: tuple[int, ...]
+
+
+class CompletionChoice(Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    sources: tuple[int, ...] | UnsetType = UNSET
+
+
+class Completion(Struct, frozen=True, kw_only=True):
+    """The response, and every chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage | UnsetType | None = UNSET
+    metrics: Metrics | UnsetType = UNSET
+    obfuscation: str | UnsetType = UNSET
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise RequestError(name, "expected a list of token ids; not empty")
+    ids: tuple[int, ...] = convert(value, tuple[TokenId, ...], name)
+    return ids
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

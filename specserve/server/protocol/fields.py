@@ -1,0 +1,150 @@
+"""The fields of a request: what both generating routes share, each with its type and bounds.
+
+A field that is null counts as not given. Ranges that depend on the model (token ids, context) are
+checked where the model is known.
+"""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from specserve.types import (
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_SEED,
+    RequestError,
+    SamplingParams,
+    SpeculationParams,
+)
+
+MAX_STOP_BYTES = 1024  # per stop string
+MAX_TOKEN_LIST = 1024  # entries of stop_token_ids and logit_bias
+
+Name = Annotated[str, Meta(max_length=256)]
+StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_BYTES)]
+Stops = Annotated[list[StopText], Meta(max_length=16)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Salt = Annotated[str, Meta(min_length=1, max_length=1024)]
+TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool = False  # a last chunk without choices, with the usage
+    continuous_usage_stats: bool = False  # the usage so far on every chunk
+    include_obfuscation: bool = False  # pad events to even sizes
+
+
+class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """Only speed depends on these, never the output."""
+
+    enabled: bool = True
+    max_nodes: Annotated[int, Meta(ge=1, le=64)] | None = None  # tree nodes, the root included
+    drafters: Annotated[list[Name], Meta(min_length=1, max_length=16)] | None = None
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Struct, frozen=True, forbid_unknown_fields=True):
+    """Text the caller expects in the answer."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], Meta(max_length=1024)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `/v1/completions` and `/v1/chat/completions` have in common."""
+
+    model: Name | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: all tokens
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_TOKEN_LIST)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    stop: StopText | Stops | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_TOKEN_LIST)] | None = None
+    ignore_eos: bool | None = None
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_sources: bool | None = (
+        None  # per token: 0 the target, 255 the prediction, else 1 + drafter
+    )
+    speculation: SpeculationOptions | None = None
+    prediction: Prediction | None = None
+    cache_salt: Salt | None = None
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None  # higher runs first
+    request_timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None  # seconds
+    # Fields of clients that say nothing about the answer.
+    user: Name | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def check(self) -> None:
+        """Raise `RequestError` for fields that contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options", "only allowed when stream is true")
+        if self.prediction is not None and not self.prediction.text:
+            raise RequestError("prediction", "its content is empty; leave the field out instead")
+
+    def sampling(self, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        given: dict[str, Any] = {
+            name: value for name in _SAME_NAME if (value := getattr(self, name)) is not None
+        }
+        return SamplingParams(
+            top_k=max(self.top_k or 0, 0),
+            logit_bias=_token_biases(self.logit_bias or {}),
+            stop=self.stops,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            **given,
+        )
+
+    def speculation_params(self, prediction: tuple[int, ...]) -> SpeculationParams:
+        wanted = self.speculation or SpeculationOptions()
+        drafters = None if wanted.drafters is None else tuple(wanted.drafters)
+        return SpeculationParams(wanted.enabled, wanted.max_nodes, prediction, drafters)
+
+
+_SAME_NAME = (
+    *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "min_tokens", "ignore_eos", "seed", "n"),
+)
+
+
+def _token_biases(biases: dict[str, float]) -> dict[int, float]:
+    parsed = {}
+    for key, bias in biases.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise RequestError("logit_bias", f"{key[:40]!r} is not a token id; use its number")
+        parsed[int(key)] = bias
+    return parsed

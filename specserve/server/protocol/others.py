@@ -1,0 +1,107 @@
+"""Requests and responses of the small routes."""
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from specserve.server.protocol.chat import Messages
+from specserve.server.protocol.fields import Name, TokenId
+
+
+class Model(Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "specserve"
+    root: str
+    max_model_len: int
+
+
+class ModelList(Struct, frozen=True):
+    data: tuple[Model, ...]
+    object: Literal["list"] = "list"
+
+
+class TokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Text or a chat: exactly one of `prompt` and `messages`."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    return_token_strs: bool = False
+
+
+class TokenizeResponse(Struct, frozen=True, kw_only=True):
+    count: int
+    max_model_len: int
+    tokens: tuple[int, ...]
+    token_strs: tuple[str, ...] | UnsetType = UNSET
+
+
+class DetokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Meta(max_length=2**20)]
+
+
+class DetokenizeResponse(Struct, frozen=True):
+    prompt: str
+
+
+class Health(Struct, frozen=True):
+    """Alive: the engine may be starting, ready or restarting."""
+
+    status: Literal["ok", "failed"]
+    engine: str
+
+
+class Readiness(Struct, frozen=True):
+    ready: bool
+    reason: str | None
+
+
+class Version(Struct, frozen=True):
+    version: str
+
+
+class SourceReport(Struct, frozen=True):
+    """One drafter: how many of its nodes were verified and accepted, in all and by depth."""
+
+    name: str
+    active: bool  # False: switched off after failing
+    num_proposed: int
+    num_verified: int
+    num_accepted: int
+    acceptance_rate: float
+    verified_by_depth: tuple[int, ...]
+    accepted_by_depth: tuple[int, ...]
+
+
+class SpeculationReport(Struct, frozen=True, kw_only=True):
+    """What speculation does now. A number s > 0 in a choice's `sources` is `drafters[s - 1]`, or
+    255 for the caller's own prediction; 0 is the target itself."""
+
+    drafters: tuple[str, ...]
+    exactness: Literal["exact", "fast"]
+    max_nodes: int
+    num_running: int
+    num_spec_steps: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    mean_acceptance_length: float
+    sources: tuple[SourceReport, ...]
+
+
+class ErrorDetail(Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(Struct, frozen=True):
+    error: ErrorDetail
+
+
+JSON = dict[str, Any]

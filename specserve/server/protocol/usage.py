@@ -1,0 +1,71 @@
+"""What a response says about its cost: OpenAI's `usage` and vLLM's `metrics`."""
+
+from collections.abc import Sequence
+
+from msgspec import UNSET, Struct, UnsetType
+
+from specserve.types import SpecStats
+
+
+class PromptDetails(Struct, frozen=True):
+    cached_tokens: int
+
+
+class CompletionDetails(Struct, frozen=True):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class Usage(Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
+
+
+class SpeculativeDecoding(Struct, frozen=True):
+    """Lengths are of accepted paths; `num_draft_tokens` counts tree nodes.
+
+    `acceptance_histogram[a]` counts passes that accepted `a` drafted tokens and has
+    `num_spec_tokens` + 1 entries, the deepest path that the budget allows.
+    """
+
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_histogram: tuple[int, ...]
+    num_spec_steps: int
+    num_accepted_draft_tokens: int
+    num_draft_tokens: int
+    num_spec_tokens: int
+
+
+class Metrics(Struct, frozen=True):
+    """Milliseconds; null without the tokens to measure them."""
+
+    time_to_first_token_ms: float | None
+    generation_time_ms: float | None
+    queue_time_ms: float | None
+    mean_itl_ms: float | None
+    tokens_per_second: float | None
+    speculative_decoding: SpeculativeDecoding
+
+
+def speculative_decoding(stats: Sequence[SpecStats], max_nodes: int) -> SpeculativeDecoding:
+    """The sum over the sequences of a request."""
+    steps = sum(s.num_spec_steps for s in stats)
+    drafted = sum(s.num_draft_tokens for s in stats)
+    accepted = sum(s.num_accepted_draft_tokens for s in stats)
+    histogram = [0] * max([max_nodes, *(len(s.acceptance_histogram) for s in stats)])
+    for each in stats:
+        for length, count in enumerate(each.acceptance_histogram):
+            histogram[length] += count
+    return SpeculativeDecoding(
+        mean_acceptance_length=1 + accepted / steps if steps else 0.0,
+        draft_acceptance_rate=accepted / drafted if drafted else 0.0,
+        acceptance_histogram=tuple(histogram),
+        num_spec_steps=steps,
+        num_accepted_draft_tokens=accepted,
+        num_draft_tokens=drafted,
+        num_spec_tokens=len(histogram) - 1,
+    )

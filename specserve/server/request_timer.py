@@ -1,0 +1,147 @@
+"""The times and sizes of one request, as the HTTP process sees them.
+
+A request waits in the queue from its arrival until `scheduled`, prefills until its first token and
+decodes until its last. Time inside the engine before its first step counts as prefill. Tokens come
+in bundles: with speculation the gap between bundles is not the time per token, so both are kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from specserve.server.metric_registry import MetricRegistry
+from specserve.types import FinishReason
+
+# From a toy model on a CPU to a long answer of a large one.
+SECONDS: Final = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1.0, 2.5, 5.0))
+SIZES: Final = tuple(digit * 10.0**power for power in range(6) for digit in (1.0, 2.0, 5.0))
+CHOICES: Final = tuple(2.0**power for power in range(8))
+FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "abort", "error")
+# Our reasons to turn a request away because the queue is full, and vLLM's words for them.
+QUEUE_REASONS: Final = {
+    "max_queued_requests": "max_num_queued_reqs",
+    "max_queued_tokens": "max_num_queued_tokens",
+}
+
+
+class RequestMetrics:
+    """What all requests together have told."""
+
+    def __init__(self, registry: MetricRegistry) -> None:
+        def seconds(name: str, help: str) -> Callable[[float], None]:
+            return registry.histogram(f"vllm:{name}_seconds", help, SECONDS).observe
+
+        def sizes(name: str, help: str, buckets: tuple[float, ...]) -> Callable[[float], None]:
+            return registry.histogram(f"vllm:{name}", help, buckets).observe
+
+        self.first_token = seconds("time_to_first_token", "Arrival to the first token.")
+        self.gap = seconds("inter_token_latency", "Between two bundles of tokens of one choice.")
+        self.per_token = seconds(
+            "request_time_per_output_token", "Decoding time of a choice per token after its first."
+        )
+        self.end_to_end = seconds("e2e_request_latency", "Arrival to the end.")
+        self.queue = seconds("request_queue_time", "Arrival until the engine had the request.")
+        self.prefill = seconds("request_prefill_time", "In the engine until the first token.")
+        self.decode = seconds("request_decode_time", "First token to last token.")
+        self.inference = seconds("request_inference_time", "In the engine until the last token.")
+        self.prompt_tokens = sizes("request_prompt_tokens", "Prompt tokens per request.", SIZES)
+        self.generation_tokens = sizes(
+            "request_generation_tokens", "Generated tokens per choice.", SIZES
+        )
+        self.max_tokens = sizes("request_params_max_tokens", "max_tokens as asked.", SIZES)
+        self.n = sizes("request_params_n", "n as asked.", CHOICES)
+        self.finished = registry.counters(
+            "vllm:request_success", "Requests that ended, by reason.", "finished_reason"
+        )
+        for outcome in FINISH_REASONS:
+            self.finished(outcome)
+        self._rejected = registry.counters(
+            "specserve:requests_rejected", "Requests turned away.", "status", "reason"
+        )
+        self._queue_full = registry.counters(
+            "vllm:admission_rejections", "Requests turned away by a full queue.", "reason"
+        )
+        for reason in QUEUE_REASONS.values():
+            self._queue_full(reason)
+
+    def rejected(self, reason: str, status: int) -> None:
+        self._rejected(str(status), reason).inc()
+        if reason in QUEUE_REASONS:
+            self._queue_full(QUEUE_REASONS[reason]).inc()
+
+
+@dataclass(slots=True)
+class _Choice:
+    first: float
+    last: float
+    num_tokens: int
+
+
+class RequestTimer:
+    """Told what happens to a request when it happens. It ends once, whatever is called after."""
+
+    def __init__(
+        self,
+        metrics: RequestMetrics,
+        clock: Callable[[], float],
+        num_prompt_tokens: int,
+        max_tokens: int,
+        n: int,
+    ) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._num_prompt_tokens = num_prompt_tokens
+        self._max_tokens = max_tokens
+        self._n = n
+        self._arrived = clock()
+        self._scheduled: float | None = None
+        self._choices: dict[int, _Choice] = {}
+        self._over = False
+
+    def scheduled(self) -> None:
+        """The engine has the request; calls after the first mean nothing."""
+        if self._scheduled is None:
+            self._scheduled = self._clock()
+
+    def tokens(self, count: int, choice: int = 0) -> None:
+        """A bundle of `count` > 0 tokens of one choice is on its way out."""
+        now = self._clock()
+        seen = self._choices.get(choice)
+        if seen is not None:
+            self._metrics.gap(now - seen.last)
+            seen.last = now
+            seen.num_tokens += count
+            return
+        if not self._choices:
+            self._metrics.first_token(now - self._arrived)
+        self._choices[choice] = _Choice(now, now, count)
+
+    def finish(self, reason: FinishReason) -> None:
+        """The request is over, all choices. Calls after the first mean nothing."""
+        if self._over:
+            return
+        self._over = True
+        metrics = self._metrics
+        metrics.finished(reason).inc()
+        metrics.end_to_end(self._clock() - self._arrived)
+        metrics.prompt_tokens(self._num_prompt_tokens)
+        metrics.max_tokens(self._max_tokens)
+        metrics.n(self._n)
+        if self._scheduled is not None:
+            metrics.queue(self._scheduled - self._arrived)
+        for each in self._choices.values():
+            metrics.generation_tokens(each.num_tokens)
+            if each.num_tokens > 1:
+                metrics.per_token((each.last - each.first) / (each.num_tokens - 1))
+        if self._scheduled is not None and self._choices:
+            first = min(each.first for each in self._choices.values())
+            last = max(each.last for each in self._choices.values())
+            metrics.prefill(first - self._scheduled)
+            metrics.decode(last - first)
+            metrics.inference(last - self._scheduled)
+
+    def rejected(self, reason: str, status: int) -> None:
+        """Turned away before the engine had it: it counts as rejected and not as finished."""
+        if not self._over:
+            self._over = True
+            self._metrics.rejected(reason, status)

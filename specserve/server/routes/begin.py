@@ -1,0 +1,98 @@
+"""What both generating routes do first: read the body, check it, make a `Generation` of it."""
+
+import time
+from typing import TypeVar
+
+from aiohttp import web
+from msgspec import Struct
+
+from specserve.config import parse_bytes
+from specserve.server.auth import principal
+from specserve.server.connections import read_body
+from specserve.server.generation import Generation, Job
+from specserve.server.parse import decode
+from specserve.server.protocol.fields import GenerationFields
+from specserve.server.service import REQUEST_ID, SERVICE, Service
+from specserve.types import Request, RequestError
+
+T = TypeVar("T", bound=Struct)
+
+
+async def read(request: web.Request, request_type: type[T]) -> T:
+    """The body as a request. Raises APIError or RequestError."""
+    config = request.app[SERVICE].config.server
+    limit = parse_bytes("max_body_bytes", config.max_body_bytes)
+    return decode(await read_body(request, limit, config.body_timeout), request_type)
+
+
+async def begin(
+    request: web.Request,
+    fields: GenerationFields,
+    prompts: list[tuple[int, ...]],
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> Generation:
+    """Raises APIError while nothing can be served, RequestError for what never can."""
+    service = request.app[SERVICE]
+    service.check_model(fields.model)
+    if (unavailable := service.not_ready()) is not None:
+        raise unavailable
+    caller = principal(request)
+    job = Job(
+        id=request[REQUEST_ID],
+        prompts=prompts,
+        sampling=fields.sampling(
+            max_tokens=_room(service, max(map(len, prompts)), max_tokens), logprobs=logprobs
+        ),
+        speculation=fields.speculation_params(await _prediction(service, fields)),
+        key=caller.name,
+        cache_salt=f"{caller.cache_salt}/{fields.cache_salt or ''}",
+        priority=fields.priority or 0,
+        deadline=time.monotonic() + _timeout(service, fields.request_timeout),
+        skip_special=fields.skip_special_tokens is not False,
+        keep_stop=bool(fields.include_stop_str_in_output),
+    )
+    _check_drafters(service, job.speculation.drafters)
+    for ids in prompts:  # before any of them runs
+        service.engine_info().limits.check(Request("", ids, job.sampling, job.speculation))
+    return Generation(service, job)
+
+
+async def _prediction(service: Service, fields: GenerationFields) -> tuple[int, ...]:
+    if fields.prediction is None:
+        return ()
+    room = service.engine_info().limits.max_model_len
+    return await service.texts.encode(fields.prediction.text, param="prediction", max_tokens=room)
+
+
+def _room(service: Service, longest_prompt: int, wanted: int | None) -> int:
+    """Tokens to generate at most: what was asked for, or else what fits."""
+    limit = service.config.server.max_output_tokens
+    if wanted is not None:
+        if limit is not None and wanted > limit:
+            raise RequestError("max_tokens", f"{wanted} is more than this server gives ({limit})")
+        return wanted
+    engine = service.engine_info().limits
+    # A prompt that leaves no room is refused below, in the engine's words.
+    room = max(1, min(engine.max_model_len, engine.num_kv_slots) - longest_prompt)
+    return room if limit is None else min(room, limit)
+
+
+def _timeout(service: Service, wanted: float | None) -> float:
+    limit = service.config.server.request_timeout
+    if wanted is not None and wanted > limit:
+        raise RequestError(
+            "request_timeout", f"{wanted} s is more than this server gives ({limit})"
+        )
+    return limit if wanted is None else wanted
+
+
+def _check_drafters(service: Service, wanted: tuple[str, ...] | None) -> None:
+    known = service.engine_info().drafters
+    for index, name in enumerate(wanted or ()):
+        if name not in known:
+            raise RequestError(
+                f"speculation.drafters[{index}]",
+                f"{name!r} does not run here; this server has {', '.join(known)}",
+            )

@@ -1,0 +1,41 @@
+"""POST /v1/chat/completions"""
+
+from aiohttp import web
+
+from specserve.server.auth import Scope, scope
+from specserve.server.chat_format import ChatFormat
+from specserve.server.protocol.chat import ChatChunk, ChatRequest
+from specserve.server.respond import respond
+from specserve.server.routes.begin import begin, read
+from specserve.server.service import SERVICE
+
+
+@scope(Scope.INFERENCE)
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    fields = await read(request, ChatRequest)
+    fields.check()
+    continues = bool(fields.continue_final_message)
+    prompt = await service.texts.chat(
+        fields.messages,
+        add_generation_prompt=(
+            not continues if fields.add_generation_prompt is None else fields.add_generation_prompt
+        ),
+        continue_final_message=continues,
+        max_tokens=service.engine_info().limits.max_model_len,
+    )
+    generation = await begin(
+        request,
+        fields,
+        [prompt],
+        max_tokens=fields.wanted_tokens,
+        logprobs=fields.wanted_logprobs,
+    )
+    answer = ChatChunk(
+        id=f"chatcmpl-{generation.job.id}",
+        created=service.now(),
+        model=service.model_name,
+        choices=(),
+    )
+    form = ChatFormat(answer, fields, prompt, service.token_bytes)
+    return await respond(request, fields, generation, form)

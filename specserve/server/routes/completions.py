@@ -1,0 +1,45 @@
+"""POST /v1/completions"""
+
+from aiohttp import web
+
+from specserve.server.auth import Scope, scope
+from specserve.server.completion_format import CompletionFormat
+from specserve.server.protocol.completions import (
+    DEFAULT_MAX_TOKENS,
+    Completion,
+    CompletionRequest,
+    Prompts,
+)
+from specserve.server.respond import respond
+from specserve.server.routes.begin import begin, read
+from specserve.server.service import SERVICE, Service
+
+
+@scope(Scope.INFERENCE)
+async def completions(request: web.Request) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    fields = await read(request, CompletionRequest)
+    fields.check()
+    given = fields.prompts()
+    prompts = await _encode(service, given)
+    generation = await begin(
+        request,
+        fields,
+        prompts,
+        max_tokens=fields.max_tokens or DEFAULT_MAX_TOKENS,
+        logprobs=fields.logprobs,
+    )
+    answer = Completion(
+        id=f"cmpl-{generation.job.id}", created=service.now(), model=service.model_name, choices=()
+    )
+    echoes = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in given]
+    form = CompletionFormat(answer, fields, prompts, echoes, service.token_bytes)
+    return await respond(request, fields, generation, form)
+
+
+async def _encode(service: Service, given: Prompts) -> list[tuple[int, ...]]:
+    room = service.engine_info().limits.max_model_len
+    return [
+        await service.texts.encode(prompt, max_tokens=room) if isinstance(prompt, str) else prompt
+        for prompt in given
+    ]

@@ -1,0 +1,83 @@
+"""GET /health, /ready, /version, /metrics, /v1/speculation, /openapi.json"""
+
+from aiohttp import web
+
+from specserve import __version__
+from specserve.engine.metrics import DrafterStats
+from specserve.server.auth import Scope, public, scope
+from specserve.server.openapi import openapi
+from specserve.server.protocol.others import (
+    Health,
+    Readiness,
+    SourceReport,
+    SpeculationReport,
+    Version,
+)
+from specserve.server.routes.reply import reply
+from specserve.server.service import SERVICE
+
+
+@public
+async def health(request: web.Request) -> web.Response:
+    """Whether this process should be left alone: it restarts a dead engine by itself."""
+    state = request.app[SERVICE].engine.state
+    failed = state == "failed"
+    return reply(Health("failed" if failed else "ok", state), status=503 if failed else 200)
+
+
+@public
+async def ready(request: web.Request) -> web.Response:
+    """Whether to send requests here: warm, not draining, room in the queue."""
+    error = request.app[SERVICE].not_ready()
+    if error is None:
+        return reply(Readiness(True, None))
+    return reply(Readiness(False, error.message), status=503, headers=error.headers)
+
+
+@public
+async def version(request: web.Request) -> web.Response:
+    return reply(Version(__version__))
+
+
+@public
+async def openapi_json(request: web.Request) -> web.Response:
+    return web.json_response(openapi())
+
+
+@scope(Scope.METRICS)
+async def metrics(request: web.Request) -> web.Response:
+    body, content_type = request.app[SERVICE].metrics.render(request.headers.get("Accept", ""))
+    return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+@scope(Scope.INFERENCE)
+async def speculation(request: web.Request) -> web.Response:
+    service = request.app[SERVICE]
+    info, stats = service.engine_info(), service.engine.stats
+    assert stats is not None, "an engine that is ready has sent its first numbers"
+    return reply(
+        SpeculationReport(
+            drafters=info.drafters,
+            exactness="exact" if info.exact else "fast",
+            max_nodes=info.max_nodes,
+            num_running=stats.num_running,
+            num_spec_steps=stats.num_drafts,
+            num_draft_tokens=stats.num_draft_tokens,
+            num_accepted_tokens=stats.num_accepted_tokens,
+            mean_acceptance_length=1 + stats.num_accepted_tokens / max(stats.num_drafts, 1),
+            sources=tuple(map(_source, (*stats.drafters, stats.predictions))),
+        )
+    )
+
+
+def _source(drafter: DrafterStats) -> SourceReport:
+    return SourceReport(
+        name=drafter.name,
+        active=drafter.active,
+        num_proposed=drafter.num_proposed,
+        num_verified=drafter.num_verified,
+        num_accepted=drafter.num_accepted,
+        acceptance_rate=drafter.num_accepted / max(drafter.num_verified, 1),
+        verified_by_depth=drafter.verified_by_depth,
+        accepted_by_depth=drafter.accepted_by_depth,
+    )

@@ -1,0 +1,93 @@
+"""Server-sent events: one `data:` line per message, comments while nothing happens, [DONE]."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Final, TypeVar
+
+import msgspec
+from aiohttp import web
+
+KEEP_ALIVE_S: Final = 15.0
+_PAD_TO: Final = 512  # bytes; obfuscated events are a multiple of it
+
+T = TypeVar("T")
+_encoder = msgspec.json.Encoder()
+
+
+class SlowReader(Exception):
+    """The client took nothing off the connection for too long."""
+
+
+class EventStream:
+    """Sends nothing, not even a status, before the first event: an error can still be a 4xx."""
+
+    def __init__(self, request: web.Request, write_timeout: float, headers: dict[str, str]) -> None:
+        self._request = request
+        self._write_timeout = write_timeout
+        self.response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+                **headers,
+            }
+        )
+
+    async def send(self, *messages: msgspec.Struct) -> None:
+        """One event per message, in one write."""
+        await self._write(b"".join(b"data: %b\n\n" % _encoder.encode(m) for m in messages))
+
+    async def send_json(self, body: bytes) -> None:
+        await self._write(b"data: %b\n\n" % body)
+
+    async def comment(self, text: str) -> None:
+        await self._write(f": {text}\n\n".encode())
+
+    async def end(self) -> None:
+        await self._write(b"data: [DONE]\n\n")
+        await self.response.write_eof()
+
+    async def _write(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout):
+                if not self.response.prepared:
+                    await self.response.prepare(self._request)
+                await self.response.write(data)
+        except TimeoutError:
+            # Nobody reads: closing politely would wait for them once more.
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise SlowReader from None
+
+
+def padding(message: msgspec.Struct) -> str:
+    """What to put into `obfuscation` so that the event's size says little about its text."""
+    return secrets.token_hex(_PAD_TO)[: -len(_encoder.encode(message)) % _PAD_TO]
+
+
+async def with_pauses(source: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None, None]:
+    """The items of `source`, and None whenever it was silent for `seconds`."""
+    pending: asyncio.Task[T] | None = None
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(_next(source))
+            done, _ = await asyncio.wait({pending}, timeout=seconds)
+            if not done:
+                yield None
+                continue
+            try:
+                item = pending.result()
+            except StopAsyncIteration:
+                return
+            pending = None
+            yield item
+    finally:
+        if pending is not None and not pending.done():
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+
+
+async def _next(source: AsyncIterator[T]) -> T:
+    return await anext(source)
