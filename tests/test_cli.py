@@ -16,7 +16,13 @@ from tiny import write_tiny_llama
 from specserve.cli import main
 from specserve.cli.flags import flag_type, given
 from specserve.cli.machine import cache_folder, processor
-from specserve.cli.parser import ENGINE_HELP, SAMPLING_HELP, build_parser, engine_config
+from specserve.cli.parser import (
+    ENGINE_HELP,
+    SAMPLING_HELP,
+    SERVER_HELP,
+    build_parser,
+    engine_config,
+)
 from specserve.cli.prompts import read_prompts
 from specserve.cli.runtime import fit_driver
 from specserve.config import ConfigError, EngineConfig
@@ -68,13 +74,13 @@ def test_help_and_settings_do_not_wait_for_torch() -> None:
 
 
 def test_every_field_is_a_flag_with_help() -> None:
-    engine_fields = {
+    fields = {
         name
         for section in msgspec.structs.fields(EngineConfig)
         for name in section.type.__struct_fields__
     }
     assert set(SAMPLING_HELP) == set(SamplingParams.__struct_fields__)
-    assert set(ENGINE_HELP) == engine_fields - {"target"}
+    assert set(ENGINE_HELP) | set(SERVER_HELP) == fields - {"target"}
 
 
 def test_every_sampling_flag_arrives() -> None:

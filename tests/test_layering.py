@@ -1,6 +1,8 @@
 """Imports run downwards only, by the table below; and what nobody may use."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,13 +45,16 @@ LEVELS: list[list[str]] = [
         "specserve.runner",
         "specserve.drafting.registry",
         "specserve.drafting.compose",
+        "specserve.drafting.counts",
         "specserve_drafts",
     ],
     ["specserve.engine"],
-    [],  # the engine's process
+    ["specserve.process"],
     [
         "specserve",
         "specserve.llm",
+        "specserve.server",
+        "specserve.client",
         "specserve.cli",
         "specserve_evals",
         "specserve_benchmarks",
@@ -61,7 +66,12 @@ WITHIN_A_LEVEL = {
     ("specserve.step", "specserve.sequence"),
     ("specserve.drafting.base", "specserve.batch"),
     ("specserve.models", "specserve.batch"),
+    ("specserve.drafting.compose", "specserve.drafting.counts"),
     ("specserve", "specserve.llm"),
+    ("specserve", "specserve.client"),
+    ("specserve.server", "specserve"),
+    ("specserve.cli", "specserve.server"),
+    ("specserve.cli", "specserve.client"),
     ("specserve.cli", "specserve"),
     ("specserve.cli", "specserve.llm"),
     ("specserve_evals", "specserve"),
@@ -104,6 +114,18 @@ WITHOUT_TORCH = {
     "specserve.hub",
     "specserve.verify.walk",
     "specserve.verify.stopping",
+    "specserve.drafting.counts",
+    "specserve.engine.limits",
+    "specserve.engine.metrics",
+    "specserve.process.frames",
+    "specserve.process.messages",
+    "specserve.process.engine_process",
+    "specserve.process.child",
+    "specserve.process.text_messages",
+    "specserve.process.text_process",
+    "specserve.process.text_main",
+    "specserve.server",
+    "specserve.client",
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"torch.load", "eval", "exec", "os.system"}
@@ -172,6 +194,12 @@ def import_error(module: str, unit: str, target: str) -> str | None:
     if LEVEL_OF[other] < LEVEL_OF[unit] or (unit, other) in WITHIN_A_LEVEL:
         return None
     return f"level {LEVEL_OF[unit]} may not look at level {LEVEL_OF[other]}"
+
+
+@pytest.mark.parametrize("module", ["specserve.server.lifecycle", "specserve.client"])
+def test_the_http_side_never_loads_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def unsafe_calls(module: str, source: str) -> list[str]:

@@ -1,14 +1,19 @@
 """Text and chats to ids and back: against transformers, and against forged control tokens."""
 
-import json
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import write_tiny_tokenizer
+from tiny_text import BOS, CHATML, END, START, write_byte_tokenizer
+from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as TokenizerFile
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from specserve.hub import resolve
@@ -19,12 +24,6 @@ from specserve.text import (
 )
 from specserve.types import RequestError
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
-BOS, START, END = 256, 257, 258
 TEXTS = [
     "Hello, world! It's 12345 o'clock.",
     "  leading and trailing  \n\n\n\ttabs ",
@@ -40,27 +39,19 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make_directory(tmp_path: Path) -> Make:
-    """make_directory(template, **config): a byte-level tokenizer of one token per byte."""
-
-    def make(template: Any = CHATML, **config: Any) -> Path:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = TokenizerFile(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-        tokenizer.post_processor = TemplateProcessing(
-            single="<|bos|> $A", special_tokens=[("<|bos|>", BOS)]
-        )
-        tokenizer.save(str(tmp_path / "tokenizer.json"))
-        settings = {"eos_token": "<|im_end|>", "chat_template": template, **config}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        return tmp_path
-
-    return make
+    """make_directory(template, **config)"""
+    return partial(write_byte_tokenizer, tmp_path)
 
 
 def _user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
+
+
+def _parts(*texts: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +153,118 @@ def test_space_that_a_control_token_swallows(make_directory: Make) -> None:
         ([{"content": "x"}], "messages[0].role"),
         ([*_user("x"), {"role": "wizard", "content": "x"}], "messages[1].role"),
         ([{"role": "user"}], "messages[0].content"),
-        ([{"role": "user", "content": ["x"]}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([{"role": "assistant", "content": None}], "messages[0].content"),
+        ([{"role": "user", "content": 7}], "messages[0].content"),
+        ([{"role": "user", "content": {"type": "text", "text": "x"}}], "messages[0].content"),
+        ([{"role": "user", "content": []}], "messages[0].content"),
+        ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [{"type": ["text"]}]}], "messages[0].content[0].type"),
+        ([{"role": "user", "content": [*_parts("x"), IMAGE]}], "messages[0].content[1].type"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": _parts(None)}], "messages[0].content[0].text"),
+        ([{"role": "user", "content": _parts("a", "\udc00")}], "messages[0].content[1].text"),
         ([{"role": "user", "content": "\ud800"}], "messages[0].content"),
         ([{"role": "user", "content": "x", "nmae": "y"}], "messages[0].nmae"),
+        ([{"role": "user", "content": "x", "name": 1}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "name": "\ud800"}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "name": "y" * 257}], "messages[0].name"),
+        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([{"role": "function", "content": "x"}], "messages[0].role"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "user", "content": "x", "tool_call_id": "y"}], "messages[0].tool_call_id"),
+        ([{"role": "assistant", "content": "x", "refusal": "no"}], "messages[0].refusal"),
+        (_user("x") * 10**5, "messages"),
     ],
 )
 def test_bad_messages_are_named(make_directory: Make, messages: Any, param: str) -> None:
     with pytest.raises(RequestError) as error:
         Tokenizer(make_directory()).chat(messages)
     assert error.value.param == param
+    assert len(str(error.value)) < 200
+
+
+def test_what_is_not_supported_is_said(make_directory: Make) -> None:
+    tokenizer = Tokenizer(make_directory())
+    with pytest.raises(RequestError, match="'image_url' is not supported by this model"):
+        tokenizer.chat([{"role": "user", "content": [IMAGE]}])
+    with pytest.raises(RequestError, match="tools are not supported yet"):
+        tokenizer.chat([{"role": "tool", "content": "5", "tool_call_id": "1"}])
+
+
+def test_an_answer_can_be_sent_back_as_it_came(make_directory: Make) -> None:
+    """With every field that openai-python's model_dump() writes."""
+    tokenizer = Tokenizer(make_directory())
+    empty = ("refusal", "annotations", "audio", "function_call", "tool_calls")
+    answer = {"role": "assistant", "content": "b", **dict.fromkeys(empty)}
+    plain = [*_user("a"), {"role": "assistant", "content": "b"}, *_user("c")]
+    assert tokenizer.chat([*_user("a"), answer, *_user("c")]) == tokenizer.chat(plain)
+    listed = answer | {"annotations": [], "tool_calls": []}
+    assert tokenizer.chat([*_user("a"), listed, *_user("c")]) == tokenizer.chat(plain)
+
+
+def test_text_parts_follow_one_another(make_directory: Make) -> None:
+    tokenizer = Tokenizer(make_directory())
+    parts = [{"role": "user", "content": _parts("a<|im_", "end|>", "")}]
+    assert tokenizer.chat(parts) == tokenizer.chat(_user("a<|im_end|>"))
+
+
+def test_a_name_reaches_the_template_as_text(make_directory: Make) -> None:
+    template = CHATML.replace("m.role", "m.role + (' ' + m.name if m.name else '')")
+    tokenizer = Tokenizer(make_directory(template))
+    ids = tokenizer.chat([{**_user("hi")[0], "name": "Bo<|im_end|>"}, *_user("x")])
+    assert tokenizer.decode(ids).startswith("user Bo<|im_end|>\nhi\nuser\nx")
+    assert [i for i in ids if i >= BOS] == [START, END, START, END, START]
+
+
+@pytest.mark.parametrize("field", ["name", "content"])
+def test_a_rewritten_field_cannot_forge(make_directory: Make, field: str) -> None:
+    template = CHATML.replace("m.content", "(m.name | upper) + (m.content | upper)")
+    tokenizer = Tokenizer(make_directory(template))
+    message = {"role": "user", "content": "x", "name": "y", field: "<|im_end|>"}
+    with pytest.raises(RequestError) as error:
+        tokenizer.chat([message])
+    assert error.value.param == f"messages[0].{field}"
+
+
+@pytest.mark.parametrize("content", ["It is", "It is ", "", "a<|im_end|>", "user\nhi"])
+def test_the_final_message_is_continued(make_directory: Make, content: str) -> None:
+    tokenizer = Tokenizer(make_directory())
+    chat = [*_user("hi"), {"role": "assistant", "content": content}]
+    ids = tokenizer.chat(chat, False, continue_final_message=True)
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids, skip_special=False) == text + content
+    assert [i for i in ids if i >= BOS] == [START, END, START]
+
+
+def test_a_continued_message_that_the_template_strips(make_directory: Make) -> None:
+    tokenizer = Tokenizer(make_directory(TRIMMED))
+    chat = [*_user("hi"), {"role": "assistant", "content": " So "}]
+    ids = tokenizer.chat(chat, False, continue_final_message=True)
+    assert tokenizer.decode(ids).endswith("assistant\nSo")
+
+
+def test_what_cannot_be_continued(make_directory: Make) -> None:
+    answer = {"role": "assistant", "content": "x"}
+    tokenizer = Tokenizer(make_directory())
+    with pytest.raises(RequestError, match="continue_final_message: contradicts add_generation"):
+        tokenizer.chat([answer], True, continue_final_message=True)
+    with pytest.raises(RequestError, match="the last message is of role 'user'"):
+        tokenizer.chat([answer, *_user("x")], False, continue_final_message=True)
+    for template in (CHATML.replace("m.content", "m.content | upper"), "nothing"):
+        rewriting = Tokenizer(make_directory(template))
+        with pytest.raises(RequestError, match="continue_final_message: this model's chat temp"):
+            rewriting.chat([answer], False, continue_final_message=True)
+
+
+def test_many_messages_that_spell_control_tokens(make_directory: Make) -> None:
+    """Work grows with the text, not with its square."""
+    tokenizer = Tokenizer(make_directory())
+    started = time.perf_counter()
+    ids = tokenizer.chat(_user("<|im_end|>" * 100) * 2048)
+    assert time.perf_counter() - started < 20
+    assert sum(i == END for i in ids) == 2048
 
 
 def test_a_lone_surrogate_in_a_prompt(make_directory: Make) -> None:
@@ -253,3 +347,63 @@ def test_the_first_difference_between_vocabularies(make_directory: Make) -> None
     assert same_vocabulary(one, Tokenizer(directory)) == (
         "id 259 is no token in one (259 tokens) and 'more' in the other (260 tokens)"
     )
+
+
+def _fallback_tokenizer(directory: Path) -> Tokenizer:
+    """SentencePiece's kind: spaces spelled out, bytes where there is no word, composed first."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁ab"]
+    merges = [("▁", "a"), ("▁a", "b")]
+    file = TokenizerFile(
+        models.BPE(
+            {word: i for i, word in enumerate(words)},
+            merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    file.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁")])
+    file.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    file.save(str(directory / "tokenizer.json"))
+    return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def bounded(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, int]]:
+    """Tokenizers of both kinds, and how many bytes their longest token stands for."""
+    byte_level = Tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+    fallback = _fallback_tokenizer(tmp_path_factory.mktemp("fallback"))
+    found = [(t, t.max_token_bytes()) for t in (byte_level, fallback)]
+    return [(tokenizer, most) for tokenizer, most in found if most is not None]
+
+
+@given(text=st.text() | st.text(" ab<|im_end>\u1100\u1161\u11a8\U0001d42e\u0308\u0304"))
+def test_no_token_stands_for_more_bytes(bounded: list[tuple[Tokenizer, int]], text: str) -> None:
+    assert len(bounded) == 2
+    for tokenizer, most in bounded:
+        assert len(text.encode()) <= most * len(tokenizer.encode(text))
+
+
+def test_tokens_without_a_longest(tmp_path: Path) -> None:
+    """An unknown word is one token, however long."""
+    write_tiny_tokenizer(tmp_path, ["unknown", "word"])
+    assert Tokenizer(tmp_path).max_token_bytes() is None
+
+
+def test_other_threads_run_while_text_is_encoded(make_directory: Make) -> None:
+    tokenizer = Tokenizer(make_directory())
+    done, ticks = threading.Event(), []
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started = time.perf_counter()
+    ids = tokenizer.encode("hello world " * 10**5)
+    elapsed = time.perf_counter() - started
+    done.set()
+    thread.join()
+    assert len(ids) == 12 * 10**5 + 1
+    assert sum(tick > started for tick in ticks) > max(10, 100 * elapsed)

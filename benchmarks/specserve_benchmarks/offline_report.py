@@ -187,13 +187,13 @@ def _cells(row: Row) -> list[str]:
         "-" if row.tpot_s is None else f"{row.tpot_s * 1000:.1f} ms",
         f"{row.tokens_per_pass:.2f}",
         "-" if row.acceptance is None else f"{row.acceptance:.0%}",
-        _spread(row.speedup),
-        _spread(row.tpot_ratio),
+        spread(row.speedup),
+        spread(row.tpot_ratio),
         {None: "-", True: "yes", False: "NO"}[row.same_ids],
     ]
 
 
-def _spread(ratio: Ratio | None) -> str:
+def spread(ratio: Ratio | None) -> str:
     if ratio is None:
         return "-"
     return f"{ratio.of_medians:.2f} ({ratio.least:.2f} - {ratio.greatest:.2f})"

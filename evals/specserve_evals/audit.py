@@ -50,7 +50,7 @@ class AuditedDrafter(ComposedDrafter):
     def __init__(self, inner: ComposedDrafter) -> None:
         super().__init__({}, 0)
         self._inner = inner
-        self.names = inner.names
+        self.names, self.counts = inner.names, inner.counts
         self._acceptance = Acceptance()
 
     @property

@@ -1,0 +1,61 @@
+"""A `specserve serve` process for as long as a run needs it."""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+_URL: Final = re.compile(r" at (http\S+)")
+_START_S: Final = 300.0
+_STOP_S: Final = 60.0
+
+
+class Served(Struct, frozen=True):
+    url: str
+    pid: int  # of the HTTP process
+
+
+@contextmanager
+def serve(target: str, flags: Sequence[str] = ()) -> Iterator[Served]:
+    """A server on a free port, ready. Raises RuntimeError with its last words if it fails."""
+    command = [sys.executable, "-m", "specserve.cli", "serve", target, "--port", "0", *flags]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield Served(_wait_until_ready(process, log.fileno()), process.pid)
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", log: int) -> str:
+    end = time.monotonic() + _START_S
+    said = ""
+    while process.poll() is None and time.monotonic() < end:
+        said = Path(f"/proc/self/fd/{log}").read_text(errors="replace")
+        match = _URL.search(said)
+        if match is not None and _ready(match[1]):
+            return match[1]
+        time.sleep(0.1)
+    raise RuntimeError(f"the server did not become ready:\n{said[-2000:]}")
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5):
+            return True
+    except (urllib.error.URLError, TimeoutError):
+        return False

@@ -1,0 +1,269 @@
+"""Does a server stay whole under many mixed requests, a third of them cut off by their clients?
+
+python -m specserve_evals.storm --requests 2000 --concurrency 64
+
+Exit code 1 if anything is left behind, grows, fails without a cause, or reads differently when
+it is asked for again, alone.
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+from rich.console import Console
+
+from specserve.cli.parser import TARGET_HELP, build_parser, engine_config
+from specserve.config import TargetConfig
+from specserve.engine.device import choose_platform
+from specserve_evals import provenance
+from specserve_evals.progress import Advance, plain_table, stdout_console, track
+from specserve_evals.runs import at_least_one
+from specserve_evals.served import Served, serve
+from specserve_evals.storm_client import Answer, fire, open_session
+from specserve_evals.storm_requests import Shot, Sizes, draw
+from specserve_evals.vitals import PREEMPTIONS, TASKS, Vitals, leftovers, settle
+
+NUM_ROUNDS: Final = 4  # the server comes to rest, and is looked at, after each
+MAX_GROWTH: Final = 0.05  # of resident memory, in the second half
+GROWING: Final = ("http", "engine")
+MAX_LISTED: Final = 20
+_WARM_UP: Final = 24  # requests before the baseline: what opens once is open then
+
+
+class Plan(Struct, frozen=True):
+    num_requests: int
+    concurrency: int
+    num_repeats: int  # finished answers that are asked for again
+    seed: int
+    sizes: Sizes
+
+
+class Round(Struct, frozen=True):
+    num_requests: int  # so far
+    seconds: float  # of this round
+    num_tokens: int
+    vitals: Vitals
+
+
+class Report(Struct, frozen=True):
+    provenance: provenance.Provenance
+    plan: Plan
+    num_finished: int
+    cuts: dict[str, int]  # where -> how many were cut off there
+    errors: tuple[str, ...]
+    num_repeated: int
+    mismatches: tuple[str, ...]
+    growth: dict[str, float]  # of resident memory, by process
+    baseline: Vitals
+    rounds: tuple[Round, ...]
+    failures: tuple[str, ...]  # empty: the server stayed whole
+
+
+class Storm:
+    """Runs a plan against a server that nobody else talks to."""
+
+    def __init__(self, server: Served, plan: Plan, advance: Advance) -> None:
+        self._server = server
+        self._plan = plan
+        self._advance = advance
+        self.answers: list[tuple[Shot, Answer]] = []
+        self.rounds: list[Round] = []
+        self.mismatches: list[str] = []
+        self.num_repeated = 0
+
+    async def run(self) -> Vitals:
+        """The baseline; the rest is in the fields."""
+        plan = self._plan
+        shots = [draw(plan.seed, index, plan.sizes) for index in range(plan.num_requests)]
+        await self._volley([draw(plan.seed, -1 - index, plan.sizes) for index in range(_WARM_UP)])
+        baseline = await asyncio.to_thread(settle, self._server)
+        for part in range(NUM_ROUNDS):
+            first, last = (len(shots) * end // NUM_ROUNDS for end in (part, part + 1))
+            started = time.monotonic()
+            fired = await self._volley(shots[first:last])
+            seconds = time.monotonic() - started
+            self.answers += fired
+            num_tokens = sum(len(ids) for _, answer in fired for ids in answer.ids)
+            vitals = await asyncio.to_thread(settle, self._server, baseline)
+            self.rounds.append(Round(last, seconds, num_tokens, vitals))
+        await self._repeat()
+        return baseline
+
+    async def _volley(self, shots: Sequence[Shot]) -> list[tuple[Shot, Answer]]:
+        """All of them, `concurrency` at a time."""
+        waiting = iter(shots)
+        fired = []
+        async with open_session() as session, asyncio.TaskGroup() as group:
+
+            async def fire_one_by_one() -> None:
+                for shot in waiting:
+                    fired.append((shot, await fire(session, self._server.url, shot)))
+                    self._advance(1, "storm")
+
+            for _ in range(self._plan.concurrency):
+                group.create_task(fire_one_by_one())
+        return fired
+
+    async def _repeat(self) -> None:
+        """Some of the finished ones again, one at a time: the same tokens?"""
+        whole = [(shot, found) for shot, found in self.answers if not (found.cut or found.error)]
+        chosen = Random(self._plan.seed).sample(whole, min(self._plan.num_repeats, len(whole)))
+        async with open_session() as session:
+            for shot, found in chosen:
+                again = await fire(
+                    session, self._server.url, msgspec.structs.replace(shot, cut=None)
+                )
+                self.num_repeated += 1
+                if again.ids != found.ids:
+                    wrong = (
+                        f"{shot.path} {shot.body}: {found.ids}, alone {again.error or again.ids}"
+                    )
+                    self.mismatches.append(wrong)
+                self._advance(1, "again, alone")
+
+
+def growth(rounds: Sequence[Round]) -> dict[str, float]:
+    """Of the resident memory over the second half, by role: the process that grew most."""
+    middle, end = (rounds[index].vitals.processes for index in (len(rounds) // 2 - 1, -1))
+    before = {process.pid: process.rss_bytes for process in middle}
+    grown: dict[str, float] = {}
+    for process in end:
+        change = process.rss_bytes / before.get(process.pid, process.rss_bytes) - 1
+        grown[process.role] = max(change, grown.get(process.role, change))
+    return grown
+
+
+def find_failures(
+    baseline: Vitals, rounds: Sequence[Round], errors: Sequence[str], mismatches: Sequence[str]
+) -> list[str]:
+    found = [
+        f"after {each.num_requests} requests: {left}"
+        for each in rounds
+        for left in leftovers(each.vitals, baseline)
+    ]
+    for role, grown in growth(rounds).items():
+        if role in GROWING and grown > MAX_GROWTH:
+            found.append(f"the {role} process grew by {grown:.1%} in the second half")
+    found += [f"error: {error}" for error in errors]
+    return found + [f"differs when asked again: {mismatch}" for mismatch in mismatches]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: the server stayed whole; 1: it did not; 2: wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(arguments)
+    try:
+        return run(args, arguments)
+    except (ValueError, RuntimeError) as error:
+        print(f"storm: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    sizes = Sizes(args.max_prompt, args.max_tokens)
+    plan = Plan(args.requests, args.concurrency, args.repeats, args.seed, sizes)
+    config = engine_config(build_parser().parse_args(["serve", args.target, *args.serve_flags]))
+    origin = provenance.collect(
+        "specserve_evals.storm", arguments, choose_platform(config.target), None
+    )
+    with (
+        serve(args.target, args.serve_flags) as server,
+        track(_WARM_UP + plan.num_requests + plan.num_repeats) as advance,
+    ):
+        storm = Storm(server, plan, advance)
+        baseline = asyncio.run(storm.run())
+    report = make_report(origin, plan, storm, baseline)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    show(report, stdout_console())
+    return 1 if report.failures else 0
+
+
+def make_report(
+    origin: provenance.Provenance, plan: Plan, storm: Storm, baseline: Vitals
+) -> Report:
+    answers = [answer for _, answer in storm.answers]
+    errors = tuple(answer.error for answer in answers if answer.error is not None)
+    return Report(
+        provenance=origin,
+        plan=plan,
+        num_finished=sum(not (answer.cut or answer.error) for answer in answers),
+        cuts=dict(Counter(answer.cut for answer in answers if answer.cut is not None)),
+        errors=errors,
+        num_repeated=storm.num_repeated,
+        mismatches=tuple(storm.mismatches),
+        growth=growth(storm.rounds),
+        baseline=baseline,
+        rounds=tuple(storm.rounds),
+        failures=tuple(find_failures(baseline, storm.rounds, errors, storm.mismatches)),
+    )
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table and the verdict."""
+    roles = [process.role for process in report.baseline.processes]
+    table = plain_table(
+        *("requests", "requests/s", "tokens/s", "tasks"),
+        *(f"{role}: fds, threads, MiB" for role in roles),
+    )
+    table.add_row("0", "", "", *_cells(report.baseline))
+    before = 0
+    for each in report.rounds:
+        rates = ((each.num_requests - before) / each.seconds, each.num_tokens / each.seconds)
+        before = each.num_requests
+        table.add_row(str(before), *(f"{rate:.1f}" for rate in rates), *_cells(each.vitals))
+    console.print(table)
+    cuts = ", ".join(f"{count} {where}" for where, count in sorted(report.cuts.items()))
+    grown = ", ".join(f"{role} {value:+.2%}" for role, value in report.growth.items())
+    console.print(f"{report.num_finished} finished; cut off: {cuts}")
+    preempted = report.rounds[-1].vitals.metrics[PREEMPTIONS]
+    console.print(f"{preempted:g} sequences had to give up their KV and start again")
+    console.print(f"memory in the second half: {grown}")
+    console.print(f"{report.num_repeated} asked again, {len(report.mismatches)} mismatches")
+    for failure in report.failures[:MAX_LISTED]:
+        console.print(f"failed: {failure}", markup=False)
+    console.print(f"{len(report.failures)} failures")
+
+
+def _cells(vitals: Vitals) -> list[str]:
+    return [f"{vitals.metrics[TASKS]:g}"] + [
+        f"{process.num_fds} {process.num_threads} {process.rss_bytes / 2**20:.1f}"
+        for process in vitals.processes
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m specserve_evals.storm",
+        description="Many mixed requests at once, a third of them cut off; what is left behind?",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    for flag, default, text in (
+        ("--requests", 2000, "in all"),
+        ("--concurrency", 64, "requests at a time"),
+        ("--repeats", 32, "answers to ask for again, alone"),
+        ("--max-prompt", 200, "characters of a prompt at most"),
+        ("--max-tokens", 48, "of an answer at most"),
+    ):
+        help_text = f"{text} (default: %(default)s)"
+        parser.add_argument(flag, type=at_least_one, default=default, metavar="N", help=help_text)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests drawn")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "serve_flags", nargs="*", metavar="-- FLAG", help="flags of `specserve serve`, after --"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,476 @@
+"""Raw bytes at a real port: what is too slow, too large or no HTTP is answered, and then gone."""
+
+import asyncio
+import json
+import ssl
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from aiohttp import web
+
+from specserve.config import ServerConfig
+from specserve.server.connections import listen, read_body, runner_options
+from specserve.server.errors import APIError
+
+LIMIT = 100_000
+POST = b"POST /echo HTTP/1.1\r\nHost: here\r\n"
+CLOSE = b"Connection: close\r\n"
+LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [
+    asyncio.new_event_loop,
+    uvloop.new_event_loop,
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def error(self) -> dict[str, Any]:
+        """The error, which has to be JSON in OpenAI's form."""
+        assert self.headers["content-type"].startswith("application/json"), self
+        (error,) = json.loads(self.body).values()
+        assert set(error) == {"message", "type", "param", "code"}
+        assert isinstance(error["message"], str)
+        return dict(error)
+
+
+class Client:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self) -> Answer:
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+        body = await self.reader.readexactly(int(headers.get("content-length", "0")))
+        return Answer(int(head[0].split()[1]), headers, body)
+
+    async def ask(self, data: bytes) -> Answer:
+        await self.send(data)
+        return await self.answer()
+
+    async def closed(self) -> bool:
+        """True when the server has closed, which has to come soon."""
+        try:
+            return await self.reader.read() == b""
+        except ConnectionError:
+            return True
+
+
+class Served:
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.events: list[str] = []
+
+    @asynccontextmanager
+    async def connect(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[Client]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=tls)
+        try:
+            yield Client(reader, writer)
+        finally:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+    async def ask(self, data: bytes) -> Answer:
+        async with self.connect() as client:
+            return await client.ask(data)
+
+
+@web.middleware
+async def render(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except APIError as error:
+        return error.response()
+    except web.HTTPException as error:
+        return APIError(error.status, error.reason).response()
+
+
+@asynccontextmanager
+async def serving(
+    *, tls: ssl.SSLContext | None = None, body_timeout: float = 5.0, **settings: Any
+) -> AsyncIterator[Served]:
+    async def echo(request: web.Request) -> web.StreamResponse:
+        try:
+            body = await read_body(request, LIMIT, body_timeout)
+        except asyncio.CancelledError:
+            served.events.append("cancelled")
+            raise
+        return web.json_response({"num_bytes": len(body)})
+
+    async def wait(request: web.Request) -> web.StreamResponse:
+        served.events.append("waiting")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            served.events.append("cancelled")
+            raise
+        return web.Response()
+
+    async def fail(request: web.Request) -> web.StreamResponse:
+        raise ZeroDivisionError("secret")
+
+    config = ServerConfig(port=0, **settings)
+    app = web.Application(middlewares=[render])
+    app.router.add_post("/echo", echo)
+    app.router.add_get("/wait", wait)
+    app.router.add_get("/fail", fail)
+    runner = web.AppRunner(app, **runner_options(config))
+    await runner.setup()
+    listener = await listen(runner, config, tls)
+    served = Served(listener.sockets[0].getsockname()[1])
+    try:
+        yield served
+    finally:
+        listener.close()
+        await runner.cleanup()
+
+
+def run(
+    test: Callable[[], Awaitable[None]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await test()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(limited())
+
+
+def with_body(body: bytes, *headers: bytes) -> bytes:
+    lines = b"".join(header + b"\r\n" for header in headers)
+    return POST + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize(
+    ("data", "num_bytes"),
+    [
+        (with_body(b"{}"), 2),
+        (with_body(b"{}", b"Content-Type: application/json"), 2),
+        (with_body(b"{}", b'Content-Type: APPLICATION/JSON; charset="UTF-8"'), 2),
+        (with_body(b"{}", b"Content-Encoding: Identity"), 2),
+        (with_body(b""), 0),
+        (with_body(b"x" * LIMIT), LIMIT),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 2),
+    ],
+)
+def test_a_body_that_is_read(data: bytes, num_bytes: int) -> None:
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            for _ in range(2):  # the connection stays
+                answer = await client.ask(data)
+                assert (answer.status, json.loads(answer.body)) == (200, {"num_bytes": num_bytes})
+
+    run(test)
+
+
+NOT_HTTP = {
+    "length and chunks": POST + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nab",
+    "one length twice": POST + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\nab",
+    "negative length": POST + b"Content-Length: -2\r\n\r\nab",
+    "endless length": POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    "length with a sign": POST + b"Content-Length: +2\r\n\r\nab",
+    "300 headers": POST + b"".join(b"a%d: b\r\n" % i for i in range(300)) + b"\r\n",
+    "9 kB header": POST + b"a: " + b"b" * 9000 + b"\r\n\r\n",
+    "9 kB header name": POST + b"b" * 9000 + b": a\r\n\r\n",
+    "9 kB URL": b"GET /" + b"b" * 9000 + b" HTTP/1.1\r\nHost: here\r\n\r\n",
+    "bad chunk": POST + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\nab\r\n",
+    "TLS hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "noise": bytes(range(1, 256)),
+    "NUL in a header": POST + b"a: b\0c\r\n\r\n",
+    "space before the colon": POST + b"Content-Length : 2\r\n\r\nab",
+}
+
+
+@pytest.mark.parametrize("data", NOT_HTTP.values(), ids=NOT_HTTP.keys())
+def test_what_is_no_http_gets_a_400_and_is_closed(data: bytes) -> None:
+    async def test() -> None:
+        async with serving() as served:
+            async with served.connect() as client:
+                answer = await client.ask(data)
+                assert answer.status == 400
+                error = answer.error()
+                assert error["type"] == "invalid_request_error"
+                assert "bbb" not in error["message"]
+                assert await client.closed()
+            assert (await served.ask(with_body(b"{}"))).status == 200
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        (b"Content-Encoding: gzip", "gzip"),
+        (b"Content-Encoding: identity\r\nContent-Encoding: br", "br"),
+        (b"Content-Type: text/plain", "text/plain"),
+        (b"Content-Type: application/x-www-form-urlencoded", "form"),
+        (b"Content-Type: application/json; charset=utf-16", "utf-16"),
+        (b"Content-Type: " + b"x" * 5000, "xxx"),
+        (b"Content-Type:", "Content-Type"),
+    ],
+)
+def test_a_body_that_is_not_json_gets_a_415(header: bytes, word: str) -> None:
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            answer = await client.ask(with_body(b"{}", header))
+            assert answer.status == 415
+            assert word in answer.error()["message"]
+            assert len(answer.body) < 400
+            assert (await client.ask(with_body(b"{}"))).status == 200
+
+    run(test)
+
+
+def test_a_body_is_refused_by_its_declared_length_at_once() -> None:
+    async def test() -> None:
+        async with serving(body_timeout=10.0) as served, served.connect() as client:
+            start = time.monotonic()
+            answer = await client.ask(POST + b"Content-Length: 10000000000\r\n\r\nabc")
+            assert answer.status == 413
+            assert answer.error()["type"] == "request_too_large"
+            assert answer.headers["connection"] == "close"
+            assert time.monotonic() - start < 1
+            assert await client.closed()
+            assert time.monotonic() - start < 5
+
+    run(test)
+
+
+def test_a_body_of_undeclared_length_is_refused_where_it_gets_too_long() -> None:
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            await client.send(POST + b"Transfer-Encoding: chunked\r\n\r\n")
+            for _ in range(LIMIT // 10_000 + 1):
+                await client.send(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
+            answer = await client.answer()
+            assert answer.status == 413
+            answer.error()
+
+    run(test)
+
+
+def test_who_sends_on_after_a_413_can_still_read_it() -> None:
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            answer = await client.ask(with_body(b"x" * 4_000_000))
+            assert answer.status == 413
+
+    run(test)
+
+
+@pytest.mark.parametrize("header", [b"Content-Length: 99\r\n", b"Transfer-Encoding: chunked\r\n"])
+@pytest.mark.parametrize("drip", [b"", b"1\r\nx\r\n"])
+def test_a_body_that_never_ends_gets_a_408(header: bytes, drip: bytes) -> None:
+    async def test() -> None:
+        async with serving(body_timeout=0.3) as served, served.connect() as client:
+            start = time.monotonic()
+            await client.send(POST + header + b"\r\n" + drip)
+            await asyncio.sleep(0.2)
+            await client.send(drip)  # some progress buys no time
+            answer = await client.answer()
+            assert 0.25 < time.monotonic() - start < 2
+            assert answer.status == 408
+            assert "Request body timed out" in answer.error()["message"]
+            assert await client.closed()
+
+    run(test)
+
+
+def test_a_chunk_that_is_garbled_later_is_refused() -> None:
+    """aiohttp does not tell the handler, which waits for the rest as long as for any body."""
+
+    async def test() -> None:
+        async with serving(body_timeout=0.3) as served, served.connect() as client:
+            await client.send(POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+            await asyncio.sleep(0.1)
+            await client.send(b"ZZ\r\n")
+            answer = await client.answer()
+            assert answer.status in (400, 408)
+            answer.error()
+            assert await client.closed()
+
+    run(test)
+
+
+@pytest.mark.parametrize("start", [b"", b"POST /ec", POST])
+@pytest.mark.parametrize("kept_alive", [False, True])
+def test_headers_that_never_end_are_closed(start: bytes, kept_alive: bool) -> None:
+    async def test() -> None:
+        async with serving(keepalive_timeout=0.4) as served, served.connect() as client:
+            if kept_alive:
+                await client.ask(with_body(b"{}"))
+            started = time.monotonic()
+            await client.send(start)
+            await asyncio.sleep(0.2)
+            if start:
+                await client.send(b"o")
+            assert await client.closed()
+            assert time.monotonic() - started < 2
+
+    run(test)
+
+
+@pytest.mark.parametrize("body", [b"{}", b"x" * (LIMIT + 1)])
+def test_expect_is_answered_before_the_body(body: bytes) -> None:
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            head = with_body(body, b"Expect: 100-continue").removesuffix(body)
+            first = await client.ask(head)
+            assert first.status == 100
+            await client.send(body)
+            assert (await client.answer()).status == (200 if body == b"{}" else 413)
+
+    run(test)
+
+
+def test_a_strange_expectation_gets_json() -> None:
+    async def test() -> None:
+        async with serving() as served:
+            answer = await served.ask(with_body(b"{}", b"Expect: tea"))
+            assert answer.status == 417
+            answer.error()
+
+    run(test)
+
+
+def test_an_unexpected_exception_shows_no_inside(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with serving() as served:
+            answer = await served.ask(b"GET /fail HTTP/1.1\r\nHost: here\r\n\r\n")
+            assert answer.status == 500
+            assert answer.error()["message"] == "internal error; the server's log has more"
+            assert b"secret" not in answer.body
+
+    run(test)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            await client.send(b"".join(with_body(b"x" * size) for size in range(50)))
+            for size in range(50):
+                assert json.loads((await client.answer()).body) == {"num_bytes": size}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("data", "event"),
+    [
+        (b"GET /wait HTTP/1.1\r\nHost: here\r\n\r\n", "waiting"),
+        (POST + b"Content-Length: 9\r\n\r\nabc", None),
+    ],
+)
+def test_a_client_that_is_gone_cancels_its_handler(data: bytes, event: str | None) -> None:
+    async def test() -> None:
+        async with serving() as served:
+            async with served.connect() as client:
+                await client.send(data)
+                await asyncio.sleep(0.1)
+            while "cancelled" not in served.events:
+                await asyncio.sleep(0.01)
+            assert served.events == ([event] if event else []) + ["cancelled"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_connections_beyond_the_limit_get_a_503(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def test() -> None:
+        async with serving(max_connections=3, keepalive_timeout=30.0) as served:
+            async with served.connect() as one, served.connect(), served.connect():
+                assert (await one.ask(with_body(b"{}"))).status == 200
+                async with served.connect() as fourth:
+                    answer = await fourth.ask(with_body(b"{}"))
+                    assert answer.status == 503
+                    assert answer.headers["retry-after"] == "1"
+                    assert answer.headers["connection"] == "close"
+                    assert answer.error()["type"] == "overloaded_error"
+                    assert await fourth.closed()
+                async with served.connect() as silent:
+                    assert await silent.closed()
+                assert (await one.ask(with_body(b"{}"))).status == 200
+            for _ in range(3):  # places came back
+                answer = await retried(served)
+                assert answer.status == 200
+
+    run(test, loop_factory)
+
+
+async def retried(served: Served) -> Answer:
+    """The server learns of a closed connection a moment after it is closed."""
+    while (answer := await served.ask(with_body(b"{}"))).status == 503:
+        await asyncio.sleep(0.01)
+    return answer
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_many_connections_at_once_are_counted_right(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def test() -> None:
+        async with serving(max_connections=5) as served:
+            request = b"GET /wait HTTP/1.1\r\nHost: here\r\n\r\n"
+
+            async def status() -> int:
+                try:
+                    async with asyncio.timeout(0.5):
+                        return (await served.ask(request)).status
+                except (ConnectionError, asyncio.IncompleteReadError):
+                    return 0  # more refusals at once than are worth an answer
+                except TimeoutError:
+                    return 200  # it was let in, and waits
+
+            statuses = [*await asyncio.gather(*(status() for _ in range(40)))]
+            assert statuses.count(200) == 5
+            assert statuses.count(503) >= 5
+            assert set(statuses) <= {200, 503, 0}
+
+    run(test, loop_factory)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_tls(tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    command += f" -subj /CN=here -addext subjectAltName=IP:127.0.0.1 -out {cert} -keyout {key}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+
+    async def test() -> None:
+        server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        server_side.load_cert_chain(cert, key)
+        client_side = ssl.create_default_context(cafile=cert)
+        async with (
+            serving(tls=server_side, max_connections=1) as served,
+            served.connect(),  # no handshake, and never one
+            served.connect(client_side) as first,
+            served.connect(client_side) as second,
+        ):
+            assert (await first.ask(with_body(b"{}"))).status == 200
+            assert (await second.ask(with_body(b"{}"))).status == 503
+
+    run(test, loop_factory)

@@ -1,0 +1,156 @@
+"""Signals: what was accepted is finished, within bounds, and nothing outlives the server."""
+
+import http.client
+import json
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from live import LiveServer, Reply, start_early, start_server
+from load import SHORT, long_request, stream_error, streamed_ids, under_way, wait_until
+from tiny_chat import write_byte_chat
+
+SOON = 6.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_byte_chat(tmp_path_factory.mktemp("long") / "tiny-chat", context=8192)
+
+
+class Connection:
+    """One that is kept alive."""
+
+    def __init__(self, server: LiveServer) -> None:
+        self._connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
+
+    def __enter__(self) -> "Connection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def ask(self, path: str, body: Any = None) -> Reply:
+        method = "GET" if body is None else "POST"
+        data = None if body is None else json.dumps(body)
+        self._connection.request(method, path, data, {"Content-Type": "application/json"})
+        reply = self._connection.getresponse()
+        headers = {name.lower(): value for name, value in reply.getheaders()}
+        return Reply(reply.status, headers, reply.read())
+
+
+def assert_ended(server: LiveServer, seconds: float, children: list[int]) -> None:
+    assert server.process.wait(seconds) == 0, server.log.read_text()
+    assert_gone(children, 0.0)
+    said = server.log.read_text()
+    assert "Traceback" not in said, said
+    assert "never" not in said, said  # how Python begins to complain about forgotten tasks
+
+
+def assert_gone(pids: list[int], seconds: float) -> None:
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds)
+
+
+def pids(server: LiveServer) -> list[int]:
+    return [pid for pid, _ in server.children()]
+
+
+def test_every_accepted_request_is_finished(long_model: Path) -> None:
+    """Two run, four wait for the engine and two in front of it when the signal comes."""
+    with start_server(long_model, "--batch", "2") as server, Connection(server) as connection:
+        children = pids(server)
+        assert connection.ask("/v1/completions", SHORT).status == 200
+        bodies = [long_request(150, stream=index % 2 == 0) for index in range(8)]
+        with under_way(server, bodies) as replies:
+            server.process.send_signal(signal.SIGTERM)
+            ready = server.wait_for("/ready", 503, 1.0)
+            assert int(ready.headers["retry-after"]) >= 1
+            assert server.ask("/health").status == 200
+            refused = connection.ask("/v1/completions", SHORT)
+            assert refused.status == 503
+            assert "shutting down" in refused.json()["error"]["message"]
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.headers["connection"] == "close"
+            assert not any(reply.done() for reply in replies[2:]), "it was no load"
+        for index, reply in enumerate(reply.result() for reply in replies):
+            assert reply.status == 200
+            if index % 2 == 0:
+                ids = streamed_ids(reply.body)
+            else:
+                ids = reply.json()["choices"][0]["token_ids"]
+            assert len(ids) == 150
+        assert_ended(server, SOON, children)
+
+
+def test_a_client_that_reads_slowly_gets_everything(long_model: Path) -> None:
+    """Most of its answer is still in the server when the engine is done with it."""
+    body = json.dumps(long_request(260, stream=True, logprobs=20, n=16))
+    with start_server(long_model) as server, socket.socket() as slow:
+        children, address = pids(server), urlsplit(server.url)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(30)
+        slow.connect((address.hostname, address.port))
+        head = f"POST /v1/completions HTTP/1.0\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        slow.sendall((head + body).encode())
+        wait_until(lambda: server.metric("specserve:open_streams") == 16)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: server.metric("specserve:open_streams") == 0)
+        time.sleep(5)
+        answer = b"".join(iter(lambda: slow.recv(2**16), b""))
+        assert len(streamed_ids(answer.partition(b"\r\n\r\n")[2])) == 16 * 260
+        assert_ended(server, SOON, children)
+
+
+def test_a_drain_has_an_end(long_model: Path) -> None:
+    with start_server(long_model, "--drain-timeout", "0.5") as server:
+        children = pids(server)
+        bodies = [long_request(7000, stream=True), long_request(7000)]
+        with under_way(server, bodies) as replies:
+            server.process.send_signal(signal.SIGTERM)
+            assert_ended(server, SOON, children)
+        stream, whole = (reply.result() for reply in replies)
+        assert stream.status == 200
+        assert "engine" in stream_error(stream.body)
+        assert whole.status == 503
+
+
+def test_a_second_signal_ends_at_once(long_model: Path) -> None:
+    with start_server(long_model) as server:
+        children = pids(server)
+        with under_way(server, [long_request(7000, stream=True)] * 2) as replies:
+            server.process.send_signal(signal.SIGINT)
+            server.wait_for("/ready", 503, 1.0)
+            server.process.send_signal(signal.SIGTERM)
+            assert_ended(server, SOON, children)
+        for reply in replies:
+            assert "engine" in stream_error(reply.result().body)
+
+
+def test_an_interrupt_while_idle(long_model: Path) -> None:
+    with start_server(long_model) as server, Connection(server) as connection:
+        children = pids(server)
+        assert connection.ask("/version").status == 200  # and it stays open
+        server.process.send_signal(signal.SIGINT)
+        assert_ended(server, SOON, children)
+
+
+def test_a_signal_while_it_starts(long_model: Path) -> None:
+    with start_early(long_model) as server:
+        children = pids(server)
+        assert server.ask("/ready").status == 503
+        server.process.send_signal(signal.SIGTERM)
+        assert_ended(server, SOON, children)
+
+
+def test_no_child_outlives_a_killed_server(long_model: Path) -> None:
+    with start_server(long_model) as server:
+        children = pids(server)
+        with under_way(server, [long_request(7000, stream=True)]) as (reply,):
+            server.process.kill()
+            assert_gone(children, SOON)
+            with pytest.raises((OSError, http.client.HTTPException)):
+                reply.result()
