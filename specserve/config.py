@@ -144,6 +144,8 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"draft: 'none' cannot be combined with others, got {list(self.draft.draft)}"
             )
+        if len(set(self.draft.draft)) < len(self.draft.draft):
+            raise ConfigError(f"draft: {list(self.draft.draft)} names one twice; give each once")
         _in_range("max_num_seqs", self.schedule.max_num_seqs, 1, 4096)
         _in_range("max_batch_rows", self.schedule.max_batch_rows, self.schedule.max_num_seqs, 65536)
         if self.cache.kv_memory is not None:

@@ -56,6 +56,7 @@ def test_what_is_shown_can_be_read_back() -> None:
         ({"threads": 0}, ["threads: 0", "1 to 1024"]),
         ({"threads": "2"}, ["`str`", "threads"]),
         ({"max_model_len": 1}, ["max_model_len: 1"]),
+        ({"draft": ["ngram", "ngram"]}, ["draft:", "twice"]),
         ({"max_nodes": 0}, ["max_nodes: 0", "1 to 64"]),
         ({"max_nodes": 65}, ["max_nodes: 65", "1 to 64"]),
         ({"draft": []}, ["draft:", "'none'"]),

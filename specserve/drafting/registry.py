@@ -5,7 +5,7 @@ Other distributions add drafters through the entry-point group `specserve.drafte
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -41,6 +41,16 @@ def load_drafter(name: str) -> type[Drafter]:
         f"draft: {name!r} is neither a drafter ({', '.join(drafter_names())}) "
         f"nor a checkpoint directory{hint}"
     )
+
+
+def public_names(specs: Sequence[str]) -> list[str]:
+    """What clients call each drafter: a checkpoint by the last part of its path."""
+    names: list[str] = []
+    for spec in specs:
+        name = Path(spec).name
+        taken = sum(other.partition("#")[0] == name for other in names)
+        names.append(f"{name}#{taken + 1}" if taken else name)
+    return names
 
 
 def create_drafter(

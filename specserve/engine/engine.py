@@ -17,7 +17,7 @@ from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
 from specserve.drafting.base import DraftContext, Feedback
 from specserve.drafting.compose import ComposedDrafter
-from specserve.drafting.registry import create_drafter
+from specserve.drafting.registry import create_drafter, public_names
 from specserve.engine.device import choose_platform
 from specserve.engine.limits import Limits
 from specserve.engine.memory import count_blocks
@@ -60,9 +60,10 @@ class Engine:
         if config.target.threads is not None:
             torch.set_num_threads(config.target.threads)
         on_stage("preparing the drafters")
+        specs = config.draft.draft
         self._drafters = {
-            spec: create_drafter(spec, config.draft.options, target, resolve)
-            for spec in config.draft.draft
+            name: create_drafter(spec, config.draft.options, target, resolve)
+            for name, spec in zip(public_names(specs), specs, strict=True)
         }
         on_stage("loading the weights")
         model = load_model(
@@ -77,10 +78,10 @@ class Engine:
         draft_specs = {
             name: drafter.kv_spec(platform.dtype) for name, drafter in self._drafters.items()
         }
-        specs = [model.kv_spec, *(spec for spec in draft_specs.values() if spec is not None)]
+        kv_specs = [model.kv_spec, *(spec for spec in draft_specs.values() if spec is not None)]
         num_blocks = count_blocks(
             config.cache,
-            sum(spec.bytes_per_slot for spec in specs),
+            sum(spec.bytes_per_slot for spec in kv_specs),
             self.max_model_len,
             config.schedule.max_num_seqs,
             platform.device,

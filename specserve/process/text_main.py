@@ -70,8 +70,8 @@ def _messages(peer: FrameSocket[ToText]) -> Iterator[ToText]:
 def _answer(tokenizer: Tokenizer, job: Job) -> Ids | Refused:
     try:
         match job:
-            case Encode(text, allow_special):
-                ids = tokenizer.encode(text, allow_special=allow_special)
+            case Encode(text, allow_special, add_special):
+                ids = tokenizer.encode(text, allow_special=allow_special, add_special=add_special)
             case Chat(messages, add_generation_prompt, continue_final_message):
                 ids = tokenizer.chat(messages, add_generation_prompt, continue_final_message)
     except RequestError as error:

@@ -20,6 +20,7 @@ class Encode(Struct, frozen=True, tag=True):
 
     text: str
     allow_special: bool
+    add_special: bool
     param: str
 
 

@@ -8,7 +8,8 @@ or ends its worker, harms no other.
 import asyncio
 import logging
 import signal
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +52,7 @@ class TextProcess:
 
     `time_limit` is what one job may take once a worker has it, in seconds; `memory_limit` what it
     may need beyond the tokenizer, in bytes. Two `workers`, so that one long job blocks no other.
+    `on_done` is told how many seconds a job took, waiting included.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TextProcess:
         memory_limit: int = 2**31,
         workers: int = 2,
         max_waiting: int = 1024,
+        on_done: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._setup = Setup(str(target), time_limit, memory_limit)
         self._num_workers = workers
@@ -70,6 +73,7 @@ class TextProcess:
         self._workers: set[_Worker] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._max_token_bytes: int | None = None
+        self._on_done = on_done
 
     @property
     def pids(self) -> list[int]:
@@ -102,6 +106,7 @@ class TextProcess:
         text: str,
         *,
         allow_special: bool = False,
+        add_special: bool = True,
         param: str = "prompt",
         max_tokens: int | None = None,
     ) -> tuple[int, ...]:
@@ -111,7 +116,7 @@ class TextProcess:
         """
         check_text(param, text)
         self._check_size(param, len(text.encode()), max_tokens)
-        return await self._ask(Encode(text, allow_special, param))
+        return await self._ask(Encode(text, allow_special, add_special, param))
 
     async def chat(
         self,
@@ -145,10 +150,12 @@ class TextProcess:
         ticket = _Ticket(job, asyncio.get_running_loop().create_future())
         self._open.add(ticket)
         self._waiting.put_nowait(ticket)
+        started = time.monotonic()
         try:
             return await ticket.answer
         finally:
             self._open.discard(ticket)
+            self._on_done(time.monotonic() - started)
 
     def _fail_open(self, reason: str) -> None:
         for ticket in self._open:

@@ -133,7 +133,7 @@ class Generation:
                 else:
                     reason = "error"
                     if isinstance(item, QueueFull):
-                        self._timer.rejected(item.reason, 429)
+                        self._timer.rejected(item.reason)
                     raise item
         finally:
             for task in tasks:

@@ -32,6 +32,7 @@ from specserve.text.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 _SPARE_PLACES: Final = 4  # sequences with the engine beyond those that run, so it never waits
+_ECHO_S: Final = 0.25  # `timeout` and others signal a process, then its whole group
 
 OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name
 
@@ -70,6 +71,7 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
         server = config.server
         tls = _tls(server)
         listener = await listen(runner, server, tls)
+        service.metrics.connections.set_function(lambda: _num_connections(runner))
         tasks.append(asyncio.create_task(watch_lag(service.metrics)))
         if server.status_interval:
             tasks.append(asyncio.create_task(print_status(service, server.status_interval)))
@@ -88,18 +90,27 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
         await service.texts.stop()
 
 
+def _num_connections(runner: web.AppRunner) -> int:
+    return 0 if runner.server is None else len(runner.server.connections)
+
+
 class _Signals:
-    """`first`: drain. `second`: stop now."""
+    """`first`: drain. `second`, if it is not the first one's echo: stop now."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self._seen, self._seen_at = "", 0.0
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number.name)
 
     def _on_signal(self, name: str) -> None:
+        now = asyncio.get_running_loop().time()
         again = self.first.is_set()
+        if again and name == self._seen and now - self._seen_at < _ECHO_S:
+            return
+        self._seen, self._seen_at = name, now
         logger.info("%s: %s", name, "stopping now" if again else "draining")
         (self.second if again else self.first).set()
 
@@ -134,7 +145,11 @@ def _assemble(config: EngineConfig, target: Path) -> Service:
         config=config,
         model_name=model_name,
         engine=engine,
-        texts=TextProcess(target, time_limit=server.template_timeout),
+        texts=TextProcess(
+            target,
+            time_limit=server.template_timeout,
+            on_done=metrics.tokenize_seconds.observe,
+        ),
         tokenizer=tokenizer,
         token_bytes=TokenBytes(tokenizer),
         admission=admission,

@@ -175,10 +175,6 @@ class ServerMetrics:
         """A request has arrived."""
         return RequestTimer(self._requests, self._clock, num_prompt_tokens, max_tokens, n)
 
-    def rejected(self, reason: str, status: int) -> None:
-        """A request was turned away before there was a timer; `reason` is one of a few words."""
-        self._requests.rejected(reason, status)
-
     def answered(self, route: str, status: int, seconds: float) -> None:
         """An HTTP request is over. `route` is its pattern, never its path."""
         self._http_requests(route, str(status)).inc()

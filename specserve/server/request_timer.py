@@ -55,19 +55,14 @@ class RequestMetrics:
         )
         for outcome in FINISH_REASONS:
             self.finished(outcome)
-        self._rejected = registry.counters(
-            "specserve:requests_rejected", "Requests turned away.", "status", "reason"
-        )
         self._queue_full = registry.counters(
             "vllm:admission_rejections", "Requests turned away by a full queue.", "reason"
         )
         for reason in QUEUE_REASONS.values():
             self._queue_full(reason)
 
-    def rejected(self, reason: str, status: int) -> None:
-        self._rejected(str(status), reason).inc()
-        if reason in QUEUE_REASONS:
-            self._queue_full(QUEUE_REASONS[reason]).inc()
+    def rejected(self, reason: str) -> None:
+        self._queue_full(QUEUE_REASONS[reason]).inc()
 
 
 @dataclass(slots=True)
@@ -140,8 +135,8 @@ class RequestTimer:
             metrics.decode(last - first)
             metrics.inference(last - self._scheduled)
 
-    def rejected(self, reason: str, status: int) -> None:
-        """Turned away before the engine had it: it counts as rejected and not as finished."""
+    def rejected(self, reason: str) -> None:
+        """Turned away by a full queue: it counts as rejected and not as finished."""
         if not self._over:
             self._over = True
-            self._metrics.rejected(reason, status)
+            self._metrics.rejected(reason)

@@ -79,14 +79,16 @@ class Tokenizer:
         longest = max(len(token.encode()) for token in self.vocabulary())
         return longest if self._plain.normalizer is None else longest * _NORMALISED
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of a prompt, with what the model expects at its start.
+    def encode(
+        self, text: str, *, allow_special: bool = False, add_special: bool = True
+    ) -> list[int]:
+        """Token ids of a prompt, with what the model expects at its start unless told not to.
 
         Control tokens spelled out in `text` stay text unless allowed. Raises `RequestError`.
         """
         check_text("prompt", text)
         tokenizer = self._control if allow_special else self._plain
-        return _encode(tokenizer, [text], add_special_tokens=True)[0]
+        return _encode(tokenizer, [text], add_special_tokens=add_special)[0]
 
     def chat(
         self,

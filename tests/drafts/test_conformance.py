@@ -9,7 +9,7 @@ import pytest
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama, write_tiny_tokenizer
 
 from specserve.drafting.base import DraftError
-from specserve.drafting.registry import BUILTIN, create_drafter, load_drafter
+from specserve.drafting.registry import BUILTIN, create_drafter, load_drafter, public_names
 from specserve.engine.engine import Engine
 from specserve.types import Request, SamplingParams, SpeculationParams
 
@@ -123,14 +123,14 @@ def test_trees_are_valid_and_within_budget(
         engine = make_engine(draft, max_nodes=max_nodes)
         for seen in proposing(engine):
             assert all(size <= budget <= max_nodes for size, budget in seen)
-        assert engine.drafter.active == [draft], "the drafter raised"
+        assert engine.drafter.active == list(engine.drafter.names), "the drafter raised"
 
 
 def test_forget_frees_everything(drafts: list[str], make_engine: EngineFactory) -> None:
     """Finished, aborted and preempted requests leave no state behind in the drafter."""
     for draft in drafts:
         engine = make_engine(draft, kv_slots=192, max_batch_rows=48)
-        before = _state_size(engine, draft)
+        before = _state_size(engine)
         for index in range(4):
             prompt = tuple(range(index, index + 40))
             params = SamplingParams(temperature=1.0, max_tokens=64, seed=index, ignore_eos=True)
@@ -141,13 +141,13 @@ def test_forget_frees_everything(drafts: list[str], make_engine: EngineFactory) 
         while engine.has_work:
             engine.step()
         assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
-        assert _state_size(engine, draft) == before
+        assert _state_size(engine) == before
         assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
-def _state_size(engine: Engine, draft: str) -> int:
+def _state_size(engine: Engine) -> int:
     """Entries kept per sequence, in any container of the drafter keyed by sequence id."""
-    drafter = engine.drafter._drafters[draft]
+    (drafter,) = engine.drafter._drafters.values()
     return sum(
         sum(1 for key in value if isinstance(key, str) and re.fullmatch(r"q\d+", key))
         for value in vars(drafter).values()
@@ -223,3 +223,10 @@ def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFacto
     drafter.propose = broken  # type: ignore[method-assign]
     assert [ids(outputs) for outputs in run(engine, PROMPTS, params)] == plain
     assert engine.drafter.active == []
+
+
+def test_what_clients_call_a_drafter() -> None:
+    """Never a path of the machine, and never two alike."""
+    assert public_names(["ngram", "/models/a/draft", "org/draft", "c/other"]) == [
+        *("ngram", "draft", "draft#2", "other")
+    ]

@@ -67,6 +67,7 @@ def test_every_accepted_request_is_finished(long_model: Path) -> None:
         bodies = [long_request(150, stream=index % 2 == 0) for index in range(8)]
         with under_way(server, bodies) as replies:
             server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)  # so soon it is the same one
             ready = server.wait_for("/ready", 503, 1.0)
             assert int(ready.headers["retry-after"]) >= 1
             assert server.ask("/health").status == 200

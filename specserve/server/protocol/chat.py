@@ -6,9 +6,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from specserve.server.protocol.fields import Count, GenerationFields, TopLogprobs
 from specserve.server.protocol.usage import Metrics, Usage
+from specserve.text.messages import MAX_MESSAGES, MAX_NAME
 from specserve.types import FinishReason, RequestError
-
-MAX_MESSAGES = 2048
 
 MESSAGE_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -20,7 +19,7 @@ MESSAGE_SCHEMA: dict[str, Any] = {
                 {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}},
             ]
         },
-        "name": {"type": "string"},
+        "name": {"type": "string", "maxLength": MAX_NAME},
     },
     "required": ["role", "content"],
 }

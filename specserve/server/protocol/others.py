@@ -30,6 +30,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     messages: Messages | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: bool = True  # what the model expects at a prompt's start; not for chats
     return_token_strs: bool = False
 
 
@@ -86,7 +87,7 @@ class SpeculationReport(Struct, frozen=True, kw_only=True):
     exactness: Literal["exact", "fast"]
     max_nodes: int
     num_running: int
-    num_spec_steps: int
+    num_drafts: int  # passes that had something to verify
     num_draft_tokens: int
     num_accepted_tokens: int
     mean_acceptance_length: float

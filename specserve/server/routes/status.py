@@ -61,7 +61,7 @@ async def speculation(request: web.Request) -> web.Response:
             exactness="exact" if info.exact else "fast",
             max_nodes=info.max_nodes,
             num_running=stats.num_running,
-            num_spec_steps=stats.num_drafts,
+            num_drafts=stats.num_drafts,
             num_draft_tokens=stats.num_draft_tokens,
             num_accepted_tokens=stats.num_accepted_tokens,
             mean_acceptance_length=1 + stats.num_accepted_tokens / max(stats.num_drafts, 1),

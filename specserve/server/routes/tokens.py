@@ -32,7 +32,7 @@ async def tokenize(request: web.Request) -> web.Response:
         )
     else:
         assert fields.prompt is not None
-        tokens = await service.texts.encode(fields.prompt)
+        tokens = await service.texts.encode(fields.prompt, add_special=fields.add_special_tokens)
     spelled = tuple(map(service.token_bytes.text, tokens)) if fields.return_token_strs else UNSET
     return reply(
         TokenizeResponse(
