@@ -71,6 +71,7 @@ _SERVER_RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "max_connections": (1, 65536),
     "max_queued_requests": (1, 100_000),
     "max_queued_tokens": (1, 10**9),
+    "max_prompt_tokens": (1, 2**24),
     "max_output_tokens": (1, 2**24),
     "request_timeout": (0.1, 86400),
     "write_timeout": (0.1, 3600),
@@ -98,6 +99,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_connections: int = 1024
     max_queued_requests: int = 256  # sequences that wait for the engine
     max_queued_tokens: int = 1_000_000  # prompt tokens of those
+    max_prompt_tokens: int | None = None  # per prompt; None: what the context has room for
     max_output_tokens: int | None = None  # per sequence; None: until the context is full
     request_timeout: float = 600.0  # a request's deadline; it may ask for an earlier one
     write_timeout: float = 30.0  # a client that reads nothing for this long is dropped

@@ -69,6 +69,7 @@ SERVER_HELP: Final = {
     "max_connections": "connections open at once",
     "max_queued_requests": "sequences that may wait for the engine; more get a 429",
     "max_queued_tokens": "prompt tokens that may wait for the engine; more get a 429",
+    "max_prompt_tokens": "longest prompt; not given: what the context has room for",
     "max_output_tokens": "most tokens a request can ask for; not given: until the context is full",
     "request_timeout": "seconds until a request is given up; it can ask for fewer",
     "write_timeout": "seconds until a client that reads nothing is dropped",

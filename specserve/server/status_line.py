@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from specserve.engine.metrics import EngineStats
@@ -62,10 +62,8 @@ def format_status(
     drafted = growth(lambda s: s.num_draft_tokens)
     accepted = growth(lambda s: s.num_accepted_tokens)
     known = () if before is None else before.accepted_by_depth
-    rates = (
-        (total - (known[depth] if depth < len(known) else 0)) / drafts
-        for depth, total in enumerate(after.accepted_by_depth[:MAX_POSITIONS])
-    )
+    depths = range(min(len(after.drafted_by_depth), MAX_POSITIONS))
+    rates = [(_at(after.accepted_by_depth, d) - _at(known, d)) / drafts for d in depths]
     return (
         f"{line}, SpecDecoding metrics: Mean acceptance length: {1 + accepted / drafts:.2f}, "
         f"Accepted throughput: {accepted / seconds:.2f} tokens/s, "
@@ -74,6 +72,11 @@ def format_status(
         f"Per-position acceptance rate: {', '.join(f'{rate:.3f}' for rate in rates)}, "
         f"Avg Draft acceptance rate: {_percent(accepted, drafted)}"
     )
+
+
+def _at(totals: Sequence[int], depth: int) -> int:
+    """Deeper than anything so far: none."""
+    return totals[depth] if depth < len(totals) else 0
 
 
 def _percent(part: int, whole: int) -> str:

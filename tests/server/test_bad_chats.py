@@ -171,6 +171,8 @@ def test_a_chat_fills_the_context_and_no_more(survivor: LiveServer) -> None:
     for length, status in [(CONTEXT - overhead - 1, 200), (CONTEXT - overhead, 400)]:
         reply = survivor.ask(CHAT, {"messages": [{**HI, "content": "a" * length}]})
         assert reply.status == status
-    assert_refused(reply, 400, "prompt")
+    assert_refused(reply, 400, "messages")
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert_refused(survivor.ask(CHAT, {"messages": [HI], name: CONTEXT}), 400, name)
     reply = survivor.ask(CHAT, {"messages": [{**HI, "content": "a" * (2 * 2**20)}]})
     assert_refused(reply, 400, "messages")

@@ -39,6 +39,12 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     store: Literal[False] | None = None  # nothing is ever stored
 
     @property
+    def names(self) -> dict[str, str]:
+        """What this route calls fields that others call otherwise."""
+        newer = self.max_completion_tokens is not None
+        return {"prompt": "messages", **({"max_tokens": "max_completion_tokens"} if newer else {})}
+
+    @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 

@@ -1,6 +1,7 @@
 """What both generating routes do first: read the body, check it, make a `Generation` of it."""
 
 import time
+from collections.abc import Mapping
 from typing import TypeVar
 
 from aiohttp import web
@@ -30,10 +31,29 @@ async def begin(
     fields: GenerationFields,
     prompts: list[tuple[int, ...]],
     *,
+    names: Mapping[str, str],
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Generation:
-    """Raises APIError while nothing can be served, RequestError for what never can."""
+    """`names` are the route's own for fields that the engine calls otherwise.
+
+    Raises APIError while nothing can be served, RequestError for what never can.
+    """
+    try:
+        return await _begin(request, fields, prompts, max_tokens, logprobs)
+    except RequestError as error:
+        if error.param not in names:
+            raise
+        raise RequestError(names[error.param], error.message) from None
+
+
+async def _begin(
+    request: web.Request,
+    fields: GenerationFields,
+    prompts: list[tuple[int, ...]],
+    max_tokens: int | None,
+    logprobs: int | None,
+) -> Generation:
     service = request.app[SERVICE]
     service.check_model(fields.model)
     if (unavailable := service.not_ready()) is not None:
@@ -54,8 +74,7 @@ async def begin(
         keep_stop=bool(fields.include_stop_str_in_output),
     )
     _check_drafters(service, job.speculation.drafters)
-    for ids in prompts:  # before any of them runs
-        service.engine_info().limits.check(Request("", ids, job.sampling, job.speculation))
+    _check_prompts(service, job)  # before any of them runs
     return Generation(service, job)
 
 
@@ -86,6 +105,16 @@ def _timeout(service: Service, wanted: float | None) -> float:
             "request_timeout", f"{wanted} s is more than this server gives ({limit})"
         )
     return limit if wanted is None else wanted
+
+
+def _check_prompts(service: Service, job: Job) -> None:
+    longest, limits = service.config.server.max_prompt_tokens, service.engine_info().limits
+    for ids in job.prompts:
+        if longest is not None and len(ids) > longest:
+            raise RequestError(
+                "prompt", f"{len(ids)} tokens are more than this server takes ({longest})"
+            )
+        limits.check(Request("", ids, job.sampling, job.speculation))
 
 
 def _check_drafters(service: Service, wanted: tuple[str, ...] | None) -> None:

@@ -28,6 +28,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         request,
         fields,
         [prompt],
+        names=fields.names,
         max_tokens=fields.wanted_tokens,
         logprobs=fields.wanted_logprobs,
     )

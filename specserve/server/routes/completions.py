@@ -26,6 +26,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         request,
         fields,
         prompts,
+        names={},
         max_tokens=fields.max_tokens or DEFAULT_MAX_TOKENS,
         logprobs=fields.logprobs,
     )
