@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Final
 
 import aiohttp
 import msgspec
@@ -30,6 +31,8 @@ from specserve_evals.progress import stdout_console, track
 from specserve_evals.prompts import load_prompts, select
 from specserve_evals.runs import Variant, add_run_flags, at_least_one, fits, open_llm
 from specserve_evals.served import serve
+
+_MIN_REQUESTS: Final = 8
 
 
 class Work(Struct, frozen=True):
@@ -133,7 +136,7 @@ def measure(
     with track(total) as advance:
         for repeat in range(args.repeats):
             for concurrency in args.concurrency:
-                share = list(islice(cycle(works), args.rounds * concurrency))
+                share = list(islice(cycle(works), max(_MIN_REQUESTS, args.rounds * concurrency)))
                 for side in ("offline", "served"):
                     started = time.perf_counter()
                     if side == "offline":
@@ -237,7 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least_one,
         default=2,
         metavar="N",
-        help="requests per place: concurrency times this many (default: %(default)s)",
+        help=f"requests per place, {_MIN_REQUESTS} in all at least (default: %(default)s)",
     )
     parser.add_argument("--kv-memory", default="1GiB", help="of each side (default: %(default)s)")
     parser.add_argument("--limit", type=at_least_one, default=64, metavar="N", help="prompts")
