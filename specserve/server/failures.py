@@ -26,7 +26,8 @@ def as_api_error(error: Exception) -> APIError:
         case EngineUnavailable() | TextUnavailable():
             return APIError.unavailable(str(error), error.retry_after)
         case DeadlinePassed():
-            return APIError(504, str(error), code="deadline_exceeded")
+            status = 408 if error.asked else 504  # 4xx is the caller's doing
+            return APIError(status, str(error), code="deadline_exceeded")
         case GenerationFailed():
             return APIError(500, str(error), code="generation_failed")
         case web.HTTPException():

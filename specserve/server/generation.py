@@ -44,7 +44,14 @@ class GenerationFailed(Exception):
 
 
 class DeadlinePassed(Exception):
-    """The request ran out of time, in the queue or while running."""
+    """The request ran out of time, in the queue or while running.
+
+    `asked`: the caller had set the deadline; else it was the server's limit.
+    """
+
+    def __init__(self, message: str, asked: bool) -> None:
+        super().__init__(message)
+        self.asked = asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +66,7 @@ class Job:
     cache_salt: str
     priority: int
     deadline: float  # time.monotonic() seconds
+    deadline_asked: bool  # by the caller
     skip_special: bool = True
     keep_stop: bool = False
 
@@ -138,8 +146,8 @@ class Generation:
         finally:
             for task in tasks:
                 task.cancel()
+            self._timer.finish(reason)  # whatever becomes of the waiting
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._timer.finish(reason)
 
     async def _run(
         self,
@@ -165,7 +173,7 @@ class Generation:
                 await self._admitted(request, queue, choice, prompt)
             queue.put_nowait(None)
         except TimeoutError:
-            queue.put_nowait(DeadlinePassed("the request ran out of time"))
+            queue.put_nowait(DeadlinePassed("the request ran out of time", job.deadline_asked))
         except Exception as error:
             queue.put_nowait(error)
 
@@ -189,8 +197,9 @@ class Generation:
             async with aclosing(service.engine.stream(request)) as outputs:
                 async for output in outputs:
                     if output.error is not None:
-                        late = output.finish == "abort"
-                        raise (DeadlinePassed if late else GenerationFailed)(output.error)
+                        if output.finish == "abort":
+                            raise DeadlinePassed(output.error, job.deadline_asked)
+                        raise GenerationFailed(output.error)
                     self._cached.setdefault(prompt, output.num_cached_tokens)
                     if output.stats is not None:
                         self._stats.append(output.stats)

@@ -53,7 +53,7 @@ def openapi() -> dict[str, Any]:
 def _post(body: type[Struct], answer: type[Struct], *, streams: bool = False) -> dict[str, Any]:
     success = _json(answer)
     if streams:
-        success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        success["content"]["text/event-stream"] = {}  # a chunk per event, then [DONE]
     content = {"application/json": {"schema": _schema(body)}}
     return {
         "post": {

@@ -19,7 +19,7 @@ MESSAGE_SCHEMA: dict[str, Any] = {
                 {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}},
             ]
         },
-        "name": {"type": "string", "maxLength": MAX_NAME},
+        "name": {"type": ["string", "null"], "maxLength": MAX_NAME},
     },
     "required": ["role", "content"],
 }

@@ -70,6 +70,7 @@ async def _begin(
         cache_salt=f"{caller.cache_salt}/{fields.cache_salt or ''}",
         priority=fields.priority or 0,
         deadline=time.monotonic() + _timeout(service, fields.request_timeout),
+        deadline_asked=fields.request_timeout is not None,
         skip_special=fields.skip_special_tokens is not False,
         keep_stop=bool(fields.include_stop_str_in_output),
     )

@@ -1,0 +1,132 @@
+"""Does any request that the API's own description allows, or forbids, break a server?
+
+python -m specserve_evals.fuzz --examples 2000
+
+schemathesis makes them from the /openapi.json that the server sends: boundary values of every
+field and random data, valid and invalid. Exit code 1 for any 5xx, for an answer that contradicts
+the description, or if the server holds afterwards what it did not hold before.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+from rich.console import Console
+
+from specserve.cli.parser import TARGET_HELP
+from specserve.config import TargetConfig
+from specserve_evals.progress import stdout_console
+from specserve_evals.runs import at_least_one
+from specserve_evals.served import Served, serve
+from specserve_evals.vitals import leftovers, settle
+
+CHECKS: Final = (
+    *("not_a_server_error", "status_code_conformance", "content_type_conformance"),
+    *("response_schema_conformance", "negative_data_rejection", "unsupported_method"),
+)
+PHASES: Final = ("coverage", "fuzzing")
+_FIRST: Final = 64  # random examples per operation in the first round
+_REQUEST_S: Final = 300
+
+
+class Failure(Struct, frozen=True):
+    title: str
+    operations: tuple[str, ...]
+
+
+class TestCases(Struct, frozen=True):
+    generated: int
+
+
+class Round(Struct, frozen=True):
+    """What one run of schemathesis reports of itself."""
+
+    test_cases: TestCases
+    failures: tuple[Failure, ...]
+    errors: tuple[dict[str, object], ...]
+
+
+def fuzz(server: Served, num_examples: int, seed: int, phases: Sequence[str]) -> list[Round]:
+    """Rounds until there were `num_examples`, or one that failed; after the first all random."""
+    rounds: list[Round] = []
+    while sum(each.test_cases.generated for each in rounds) < num_examples:
+        rounds.append(_round(server.url, seed + len(rounds), num_examples, phases))
+        phases = ("fuzzing",)
+        if rounds[-1].failures or rounds[-1].errors:
+            break
+    return rounds
+
+
+def _round(url: str, seed: int, num_examples: int, phases: Sequence[str]) -> Round:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"),
+            *("--phases", ",".join(phases), "--checks", ",".join(CHECKS)),
+            *("--max-examples", str(min(_FIRST, num_examples)), "--seed", str(seed)),
+            *("--mode", "all", "--generation-database", "none", "--no-color"),
+            *("--request-timeout", str(_REQUEST_S), "--continue-on-failure"),
+            *("--report", "json", "--report-json-path", str(report)),
+        ]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if not report.exists():
+            raise RuntimeError(f"schemathesis did not run:\n{done.stderr or done.stdout}")
+        found = msgspec.json.decode(report.read_bytes(), type=Round)
+    if found.failures or found.errors:
+        print(done.stdout)  # with a curl to paste for each
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: nothing found; 1: something was; 2: wrong usage."""
+    args = _parser().parse_args(argv)
+    try:
+        return run(args, stdout_console())
+    except (ValueError, RuntimeError) as error:
+        print(f"fuzz: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    with serve(args.target, args.serve_flags) as server:
+        fuzz(server, 1, args.seed, ("fuzzing",))  # what opens once is open then
+        baseline = settle(server)
+        rounds = fuzz(server, args.examples, args.seed, args.phases)
+        left = leftovers(settle(server, baseline), baseline)
+    for each in rounds:
+        for failure in each.failures:
+            console.print(f"failed: {failure.title}: {', '.join(failure.operations)}", markup=False)
+        for error in each.errors:
+            console.print(f"error: {error}", markup=False)
+    for found in left:
+        console.print(f"left behind: {found}", markup=False)
+    num_failures = sum(len(each.failures) + len(each.errors) for each in rounds) + len(left)
+    num_examples = sum(each.test_cases.generated for each in rounds)
+    console.print(f"{num_examples} examples in {len(rounds)} rounds, {num_failures} failures")
+    return 1 if num_failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m specserve_evals.fuzz",
+        description="Requests made from the API's own description, right ones and wrong ones.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument("--examples", type=at_least_one, default=2000, metavar="N", help="at least")
+    parser.add_argument("--seed", type=int, default=1, metavar="N")
+    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
+    parser.add_argument(
+        "serve_flags", nargs="*", metavar="-- FLAG", help="flags of `specserve serve`, after --"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The API's description: complete, whole, and true of a running server."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from live import LiveServer, start_server
+
+from specserve.server.app import build_app
+from specserve.server.auth import Keyring
+from specserve.server.openapi import openapi
+from specserve.server.service import Service
+from specserve_evals.fuzz import fuzz
+from specserve_evals.served import Served
+
+
+def test_it_has_every_route_and_no_other() -> None:
+    app = build_app(cast(Service, None), Keyring())
+    routes = {
+        (route.resource.canonical, route.method.lower())
+        for route in app.router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    }
+    described = {
+        (path, method) for path, methods in openapi()["paths"].items() for method in methods
+    }
+    assert described == routes - {("/openapi.json", "get")}
+
+
+def test_every_reference_leads_somewhere() -> None:
+    references = list(find_references(openapi()))
+    assert len(references) > 20
+    for reference in references:
+        place: Any = openapi()
+        for step in reference.removeprefix("#/").split("/"):
+            place = place[step]
+        assert place
+
+
+def find_references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "$ref" in node:
+            yield node["$ref"]
+        for value in node.values():
+            yield from find_references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from find_references(value)
+
+
+def test_the_server_sends_it(live_server: LiveServer) -> None:
+    assert live_server.ask("/openapi.json").json() == json.loads(json.dumps(openapi()))
+
+
+def test_random_requests_find_nothing(chat_model: Path) -> None:
+    """A short run of `python -m specserve_evals.fuzz`."""
+    with start_server(chat_model, "--max-output-tokens", "4") as server:
+        rounds = fuzz(Served(server.url, server.process.pid), 250, 1, ("fuzzing",))
+        server.wait_until_idle()
+    assert sum(each.test_cases.generated for each in rounds) >= 250
+    assert [(each.failures, each.errors) for each in rounds] == [((), ())] * len(rounds)
+
+
+class Broken(BaseHTTPRequestHandler):
+    """Describes one route, which fails."""
+
+    def do_GET(self) -> None:
+        described = self.path == "/openapi.json"
+        operation = {"get": {"responses": {"200": {"description": "fine"}}}}
+        document = {"openapi": "3.1.0", "info": {"title": "a", "version": "1"}}
+        body = json.dumps({**document, "paths": {"/fails": operation}}).encode()
+        self.send_response(200 if described else 500)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def broken_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Broken) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_that_fails_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    with broken_server() as url:
+        (found,) = fuzz(Served(url, 0), 10, 1, ("fuzzing",))
+    assert "GET /fails" in found.failures[0].operations
+    assert "curl" in capsys.readouterr().out
