@@ -105,7 +105,9 @@ class LiveServer:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            if int(status.rpartition(")")[2].split()[1]) == self.process.pid:
+            # Until it runs its own program, a child looks like its parent.
+            started = "specserve.process" in command
+            if started and int(status.rpartition(")")[2].split()[1]) == self.process.pid:
                 found.append((int(entry.name), command))
         return found
 

@@ -170,9 +170,16 @@ def test_a_request_the_model_fails_on_ends_alone(
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
+@pytest.mark.parametrize("num_bad", [1, TINY_VOCAB])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_not_numbers_end_one_request(
-    draft: str, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+    value: float,
+    num_bad: int,
+    draft: str,
+    make_engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """One token that the model rules out with -inf is none of these."""
     expected = [ids(outputs) for outputs in run(make_engine("none"), OTHERS, GREEDY)]
     engine = make_engine(draft)
     forward = engine.runner.forward
@@ -183,15 +190,19 @@ def test_logits_that_are_not_numbers_end_one_request(
         for entry in entries:
             rows = len(trees[entry.seq.id]) if entry.num_nodes else 0
             if entry.seq.id == "q0" and entry.seq.num_output >= 2:
-                out.logits[row : row + rows] = torch.nan
+                out.logits[row : row + rows, :num_bad] = value
             row += rows
         return out
 
     monkeypatch.setattr(engine.runner, "forward", poisoned_forward)
     poisoned, *others = run(engine, [PROMPT, *OTHERS], GREEDY)
-    assert poisoned[-1].finish == "error"
-    assert "not numbers" in (poisoned[-1].error or "")
+    if num_bad == 1 and value == -torch.inf:
+        assert poisoned[-1].finish == "length"
+    else:
+        assert poisoned[-1].finish == "error"
+        assert "not numbers" in (poisoned[-1].error or "")
     assert [ids(outputs) for outputs in others] == expected
+    assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
 def test_sampling_that_raises_ends_one_request(

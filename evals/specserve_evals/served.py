@@ -1,6 +1,7 @@
 """A `specserve serve` process for as long as a run needs it."""
 
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ class Served(Struct, frozen=True):
 def serve(target: str, flags: Sequence[str] = ()) -> Iterator[Served]:
     """A server on a free port, ready. Raises RuntimeError with its last words if it fails."""
     command = [sys.executable, "-m", "specserve.cli", "serve", target, "--port", "0", *flags]
-    with tempfile.TemporaryFile() as log:
+    with _terminable(), tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield Served(_wait_until_ready(process, log.fileno()), process.pid)
@@ -39,6 +40,16 @@ def serve(target: str, flags: Sequence[str] = ()) -> Iterator[Served]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this process by an exception, so that the server does not outlive it."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", log: int) -> str:

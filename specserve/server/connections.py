@@ -6,6 +6,7 @@ routes and their bodies only as bytes.
 
 import asyncio
 import logging
+import math
 import ssl
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -102,9 +103,51 @@ def _connection_options(config: ServerConfig) -> dict[str, Any]:
 
 
 class _Connection(web.RequestHandler):
-    """aiohttp's protocol; but what it answers by itself has OpenAI's form and no traceback."""
+    """aiohttp's protocol; but what it answers by itself has OpenAI's form and no traceback.
 
-    __slots__ = ()
+    A client that takes nothing of its answer for `write_timeout` seconds is dropped: aiohttp would
+    wait for it for ever.
+    """
+
+    __slots__ = ("_check", "_write_timeout")
+
+    def __init__(self, server: web.Server, write_timeout: float, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._write_timeout = write_timeout
+        self._check: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """From here on, whatever the system does not take at once counts as unsent."""
+        super().connection_made(transport)
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
+
+    def pause_writing(self) -> None:
+        """The connection holds no more."""
+        super().pause_writing()
+        self._expect_less_than(math.inf)
+
+    def resume_writing(self) -> None:
+        """The client has read enough of it."""
+        super().resume_writing()
+        self._stop_checking()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client is gone, or was dropped."""
+        self._stop_checking()
+        super().connection_lost(exc)
+
+    def _expect_less_than(self, num_unsent: float) -> None:
+        assert self.transport is not None
+        left = self.transport.get_write_buffer_size()
+        if left >= num_unsent:
+            self.transport.abort()
+            return
+        loop = asyncio.get_running_loop()
+        self._check = loop.call_later(self._write_timeout, self._expect_less_than, left)
+
+    def _stop_checking(self) -> None:
+        if self._check is not None:
+            self._check.cancel()
 
     def handle_error(
         self,
@@ -144,7 +187,7 @@ class _Door:
     def __init__(self, server: web.Server, config: ServerConfig) -> None:
         self._server = server
         self._limit = config.max_connections
-        self._options = _connection_options(config)
+        self._options = {"write_timeout": config.write_timeout, **_connection_options(config)}
         self._refused: set[_Refusal] = set()
 
     def admit(self, transport: asyncio.Transport) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -15,7 +15,7 @@ from specserve.server.generation import Generation, Piece
 from specserve.server.protocol.fields import GenerationFields, StreamOptions
 from specserve.server.protocol.usage import Metrics, Usage
 from specserve.server.service import REQUEST_ID, SERVICE
-from specserve.server.stream import KEEP_ALIVE_S, EventStream, SlowReader, padding, with_pauses
+from specserve.server.stream import KEEP_ALIVE_S, EventStream, padding, with_pauses
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ async def _whole(generation: Generation, form: Format) -> web.Response:
 async def _stream(
     request: web.Request, options: StreamOptions, generation: Generation, form: Format
 ) -> web.StreamResponse:
-    config = request.app[SERVICE].config.server
-    events = EventStream(request, config.write_timeout, {"X-Request-Id": request[REQUEST_ID]})
+    events = EventStream(request, {"X-Request-Id": request[REQUEST_ID]})
     try:
         async with (
             aclosing(_chunks(options, generation, form)) as chunks,
@@ -71,8 +70,8 @@ async def _stream(
                 else:
                     await events.send(*batch)
         await events.end()
-    except (SlowReader, ConnectionError) as error:
-        logger.info("%s: the client is gone (%s)", generation.job.id, type(error).__name__)
+    except ConnectionError:
+        logger.info("%s: the client is gone", generation.job.id)
     except Exception as error:
         if not events.response.prepared:
             raise
@@ -113,8 +112,6 @@ async def _chunks(
 
 async def _break_off(events: EventStream, error: APIError) -> None:
     """Too late for a status: an error event, and the end."""
-    try:
+    with suppress(ConnectionError):
         await events.send_json(error.body())
         await events.end()
-    except (SlowReader, ConnectionError):
-        pass

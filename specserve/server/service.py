@@ -64,7 +64,7 @@ class Service:
             await self._all_answered.wait()
 
     def not_ready(self) -> APIError | None:
-        """Why no request can be taken now: a 503 that says when to come again, or None."""
+        """Why nothing can be served now: a 503 that says when to come again, or None."""
         if self.draining:
             error = APIError.unavailable(
                 "the server is shutting down", self.config.server.drain_timeout
@@ -75,8 +75,6 @@ class Service:
             return APIError.unavailable("the engine could not be started", 60.0)
         if self.engine.state != "ready":
             return APIError.unavailable(f"the engine is {self.engine.state}", RETRY_STARTING)
-        if self.admission.full:
-            return APIError.unavailable("the queue is full", RETRY_STARTING)
         return None
 
     def engine_info(self) -> EngineInfo:

@@ -15,16 +15,14 @@ T = TypeVar("T")
 _encoder = msgspec.json.Encoder()
 
 
-class SlowReader(Exception):
-    """The client took nothing off the connection for too long."""
-
-
 class EventStream:
-    """Sends nothing, not even a status, before the first event: an error can still be a 4xx."""
+    """Sends nothing, not even a status, before the first event: an error can still be a 4xx.
 
-    def __init__(self, request: web.Request, write_timeout: float, headers: dict[str, str]) -> None:
+    Writing waits for a client that reads slowly and raises ConnectionError if it is gone.
+    """
+
+    def __init__(self, request: web.Request, headers: dict[str, str]) -> None:
         self._request = request
-        self._write_timeout = write_timeout
         self.response = web.StreamResponse(
             headers={
                 "Content-Type": "text/event-stream; charset=utf-8",
@@ -49,16 +47,9 @@ class EventStream:
         await self.response.write_eof()
 
     async def _write(self, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._write_timeout):
-                if not self.response.prepared:
-                    await self.response.prepare(self._request)
-                await self.response.write(data)
-        except TimeoutError:
-            # Nobody reads: closing politely would wait for them once more.
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            raise SlowReader from None
+        if not self.response.prepared:
+            await self.response.prepare(self._request)
+        await self.response.write(data)
 
 
 def padding(message: msgspec.Struct) -> str:
@@ -84,7 +75,7 @@ async def with_pauses(source: AsyncIterator[T], seconds: float) -> AsyncGenerato
             pending = None
             yield item
     finally:
-        if pending is not None and not pending.done():
+        if pending is not None:  # if it is done already, nobody has seen how it ended
             pending.cancel()
             await asyncio.gather(pending, return_exceptions=True)
 

@@ -19,6 +19,7 @@ def live_server(chat_model: Path) -> Iterator[LiveServer]:
     """Shared by the tests that leave a server as they found it."""
     with start_server(chat_model) as server:
         yield server
+        assert "Traceback" not in server.log.read_text()
 
 
 @pytest.fixture

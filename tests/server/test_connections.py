@@ -20,6 +20,7 @@ from specserve.server.connections import listen, read_body, runner_options
 from specserve.server.errors import APIError
 
 LIMIT = 100_000
+LARGE = 32_000_000  # bytes; more than any connection holds
 POST = b"POST /echo HTTP/1.1\r\nHost: here\r\n"
 CLOSE = b"Connection: close\r\n"
 LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [
@@ -73,8 +74,9 @@ class Client:
 
 
 class Served:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, server: web.Server) -> None:
         self.port = port
+        self.server = server
         self.events: list[str] = []
 
     @asynccontextmanager
@@ -128,15 +130,20 @@ async def serving(
     async def fail(request: web.Request) -> web.StreamResponse:
         raise ZeroDivisionError("secret")
 
+    async def large(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=b"x" * LARGE)
+
     config = ServerConfig(port=0, **settings)
     app = web.Application(middlewares=[render])
     app.router.add_post("/echo", echo)
     app.router.add_get("/wait", wait)
     app.router.add_get("/fail", fail)
+    app.router.add_get("/large", large)
     runner = web.AppRunner(app, **runner_options(config))
     await runner.setup()
     listener = await listen(runner, config, tls)
-    served = Served(listener.sockets[0].getsockname()[1])
+    assert runner.server is not None
+    served = Served(listener.sockets[0].getsockname()[1], runner.server)
     try:
         yield served
     finally:
@@ -394,6 +401,31 @@ def test_a_client_that_is_gone_cancels_its_handler(data: bytes, event: str | Non
             assert served.events == ([event] if event else []) + ["cancelled"]
 
     run(test)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+@pytest.mark.parametrize("reads", [False, True])
+def test_an_answer_waits_for_its_reader_while_there_is_one(
+    reads: bool, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Without end if something is taken now and then, however long it takes in all."""
+
+    async def test() -> None:
+        async with serving(write_timeout=0.4) as served, served.connect() as client:
+            start = time.monotonic()
+            await client.send(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
+            await client.reader.readuntil(b"\r\n\r\n")
+            left = LARGE
+            while reads and time.monotonic() - start < 1.5:
+                left -= len(await client.reader.readexactly(1_500_000))
+                await asyncio.sleep(0.1)
+            if reads:
+                await client.reader.readexactly(left)
+                return
+            while served.server.connections:
+                await asyncio.sleep(0.01)
+
+    run(test, loop_factory)
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)

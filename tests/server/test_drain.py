@@ -131,11 +131,12 @@ def test_a_second_signal_ends_at_once(long_model: Path) -> None:
             assert "engine" in stream_error(reply.result().body)
 
 
-def test_an_interrupt_while_idle(long_model: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_idle(long_model: Path, number: signal.Signals) -> None:
     with start_server(long_model) as server, Connection(server) as connection:
         children = pids(server)
         assert connection.ask("/version").status == 200  # and it stays open
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(number)
         assert_ended(server, SOON, children)
 
 

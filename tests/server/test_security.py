@@ -58,6 +58,20 @@ def test_only_the_public_routes_are_open(locked: LiveServer, method: str, path: 
             assert method == "HEAD" or reply.json()["error"]["code"] == "invalid_api_key"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("", "Bearer", "Bearer ", f"Bearer  {ALICE}", f"Bearer {ALICE} {ALICE}", f"Basic {ALICE}"),
+        *(ALICE, f"Bearer {ALICE[:-1]}", f"Bearer {ALICE}x", f"Bearer {ALICE.upper()}"),
+        *("Bearer \xff\xfe", "Bearer " + "x" * 8000, f"Bearer {ALICE}, Bearer {BOB}"),
+    ],
+)
+def test_credentials_that_are_none(locked: LiveServer, given: str) -> None:
+    reply = locked.ask("/v1/models", headers={"Authorization": given})
+    assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
+    assert "0123" not in reply.body.decode()
+
+
 def test_every_key_has_its_scopes(locked: LiveServer) -> None:
     for key, models, metrics in [(ALICE, 200, 403), (BOB, 200, 200), (METER, 403, 200)]:
         assert locked.ask("/v1/models", headers=bearer(key)).status == models
@@ -112,10 +126,11 @@ def test_keys_stay_where_they_are(locked: LiveServer) -> None:
     locked.ask("/v1/models", headers=bearer("a-wrong-key-that-is-a-secret-too"))
     children = locked.children()
     assert len(children) >= 2
-    places = [Path(f"/proc/{pid}/environ").read_bytes() for pid, _ in children]
-    places += [locked.log.read_bytes(), locked.ask("/metrics", headers=bearer(BOB)).body]
+    places = {command: Path(f"/proc/{pid}/environ").read_bytes() for pid, command in children}
+    places["log"] = locked.log.read_bytes()
+    places["metrics"] = locked.ask("/metrics", headers=bearer(BOB)).body
     for secret in (ALICE, BOB, METER, "a-wrong-key"):
-        assert not any(secret.encode() in place for place in places)
+        assert [name for name, place in places.items() if secret.encode() in place] == []
 
 
 def test_cached_prefixes_belong_to_a_key(locked: LiveServer) -> None:

@@ -5,6 +5,7 @@ from aiohttp import web
 from specserve import __version__
 from specserve.engine.metrics import DrafterStats
 from specserve.server.auth import Scope, public, scope
+from specserve.server.errors import APIError
 from specserve.server.openapi import openapi
 from specserve.server.protocol.others import (
     Health,
@@ -28,7 +29,10 @@ async def health(request: web.Request) -> web.Response:
 @public
 async def ready(request: web.Request) -> web.Response:
     """Whether to send requests here: warm, not draining, room in the queue."""
-    error = request.app[SERVICE].not_ready()
+    service = request.app[SERVICE]
+    error = service.not_ready()
+    if error is None and service.admission.full:
+        error = APIError.unavailable("the queue is full", service.admission.retry_after)
     if error is None:
         return reply(Readiness(True, None))
     return reply(Readiness(False, error.message), status=503, headers=error.headers)

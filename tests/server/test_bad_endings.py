@@ -1,0 +1,290 @@
+"""Clients that leave, stall or never read, and too much at once: 45, 46, 51 to 59 of
+BAD_INPUTS.md. What it is that ends a request, nothing of it stays."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+import pytest
+from live import LiveServer, events, start_server
+from load import SHORT, long_request, short_answer, wait_until
+from refusal import COMPLETION, assert_error, assert_refused, scrape, vital_signs
+from tiny_chat import write_byte_chat
+from wire import Wire, dial, get, post
+
+from specserve.server.failures import as_api_error
+from specserve.server.generation import DeadlinePassed
+
+RUNNING: Final = "vllm:num_requests_running"
+WAITING: Final = "vllm:num_requests_waiting"
+CONNECTIONS: Final = "specserve:connections"
+TASKS: Final = "specserve:tasks"
+ABORTED: Final = {"finished_reason": "abort"}
+JUMPING_CLOCK: Final = """
+import itertools, time
+_offsets, _time = itertools.cycle((0, 3e8, -1e9, 86400, -3600)), time.time
+time.time = lambda: _time() + next(_offsets)
+"""
+
+
+def encoded(max_tokens: int, **more: Any) -> bytes:
+    return post(json.dumps(long_request(max_tokens, **more)).encode())
+
+
+@contextmanager
+def callers(server: LiveServer, count: int, data: bytes) -> Iterator[list[Wire]]:
+    """So many connections that have sent this much and, in the end, are reset."""
+    with ExitStack() as stack:
+        wires = []
+        for _ in range(count):
+            wires.append(dial(server))
+            stack.callback(wires[-1].reset)
+            wires[-1].send(data)
+        yield wires
+
+
+def num_files(server: LiveServer) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+
+@contextmanager
+def nothing_stays(server: LiveServer) -> Iterator[None]:
+    """No task, no open file, no connection, no KV more than before."""
+
+    def held() -> tuple[float, float, int]:
+        gauges = scrape(server)
+        return gauges[TASKS], gauges[CONNECTIONS], num_files(server)
+
+    server.wait_until_idle()
+    wait_until(lambda: held()[1] == 1)  # the one that asks
+    before = held()
+    yield
+    server.wait_until_idle()
+    wait_until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
+
+
+def wait_for_running(server: LiveServer) -> None:
+    wait_until(lambda: server.metric(RUNNING) > 0)
+
+
+def read_something(wires: list[Wire]) -> None:
+    for wire in wires:
+        assert wire.read(1) == b"H"
+
+
+STREAM: Final = encoded(400, stream=True)
+WHOLE: Final = encoded(400)
+# How much of the request is sent, and what happens before they leave.
+STAGES: dict[str, tuple[bytes, Callable[[LiveServer, list[Wire]], None] | None]] = {
+    "before anything": (b"", None),
+    "in the first line": (STREAM[:9], None),
+    "in the headers": (STREAM[:40], None),
+    "before the body": (STREAM[: STREAM.index(b"{")], None),
+    "in the body": (STREAM[:-9], None),
+    "at once": (STREAM, None),
+    "at once, from a whole answer": (WHOLE, None),
+    "while it runs": (WHOLE, lambda server, wires: wait_for_running(server)),
+    "at the first event": (STREAM, lambda server, wires: read_something(wires)),
+    "after the last, unread": (
+        encoded(6, stream=True),
+        lambda server, wires: server.wait_until_idle(),
+    ),
+    "with more behind it": (STREAM * 3, lambda server, wires: read_something(wires)),
+}
+
+
+def test_clients_that_leave(survivor: LiveServer) -> None:
+    """51: politely or not."""
+    with nothing_stays(survivor):
+        for data, happens in STAGES.values():
+            for leave in (Wire.close, Wire.reset):
+                with callers(survivor, 8, data) as wires:
+                    if happens is not None:
+                        happens(survivor, wires)
+                    for wire in wires:
+                        leave(wire)
+
+
+def test_two_hundred_leave_at_once(survivor: LiveServer) -> None:
+    """51: running, in the engine's queue and in front of it."""
+    num_generated = survivor.metric("vllm:generation_tokens_total")
+    with nothing_stays(survivor), callers(survivor, 200, STREAM) as wires:
+        wait_until(lambda: survivor.metric(RUNNING) > 0 and survivor.metric(WAITING) > 100)
+        assert len(wires) == 200
+    assert survivor.metric("vllm:generation_tokens_total") - num_generated < 200 * 400 / 2
+
+
+def test_a_thousand_aborts(survivor: LiveServer) -> None:
+    """59."""
+    num_aborted = survivor.metric("vllm:request_success_total", **ABORTED)
+    with nothing_stays(survivor):
+        for _ in range(20):
+            with callers(survivor, 25, STREAM) as patient, callers(survivor, 25, STREAM):
+                read_something(patient)
+        survivor.wait_until_idle()
+        assert survivor.metric("vllm:request_success_total", **ABORTED) - num_aborted >= 500
+
+
+@pytest.fixture(scope="module")
+def pressed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Little patience, little room, and in all its processes a wall clock that jumps about."""
+    directory = tmp_path_factory.mktemp("pressed")
+    model = write_byte_chat(directory / "tiny-chat", context=8192)
+    (directory / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    path = os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+    times = ("--body-timeout", "0.5", "--keepalive-timeout", "1", "--write-timeout", "1")
+    queue = ("--batch", "2", "--max-queued-requests", "2", "--max-queued-tokens", "600")
+    with start_server(model, *times, *queue, "--kv-memory", "1MiB", PYTHONPATH=path) as server:
+        before = vital_signs(server)
+        with nothing_stays(server):
+            yield server
+        assert vital_signs(server) == before
+        assert "Traceback" not in server.log.read_text()
+
+
+SLOTS: Final = 4096  # of the pool
+IN_ENGINE: Final = 6  # running and next
+QUEUE_REASON: Final = "max_num_queued_reqs"
+
+
+def test_the_clock_jumps(pressed: LiveServer) -> None:
+    """58: for all that follows too."""
+    stamps = [pressed.ask(COMPLETION, SHORT).json()["created"] for _ in range(5)]
+    assert max(stamps) - min(stamps) > 10**8
+
+
+def test_bodies_that_stall(pressed: LiveServer) -> None:
+    """45."""
+    head = f"POST {COMPLETION} HTTP/1.1\r\nHost: a\r\n".encode()
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+    large = head + b"Content-Length: 8000000\r\n\r\nabc"
+    with ExitStack() as stack:
+        stalled = [
+            stack.enter_context(callers(pressed, 2, sent)) for sent in (WHOLE[:-5], chunked, large)
+        ]
+        for wire in (wire for wires in stalled for wire in wires):
+            assert_refused(wire.reply(), 408)
+            assert wire.closed()
+
+
+def test_headers_that_stall(pressed: LiveServer) -> None:
+    """46: on fresh connections and on those that have been of use."""
+    with callers(pressed, 3, b"") as fresh, callers(pressed, 3, get("/version")) as used:
+        for wire in used:
+            assert wire.reply().status == 200
+        beginnings = (b"", b"P", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-")
+        for wires in (fresh, used):
+            for wire, beginning in zip(wires, beginnings, strict=True):
+                wire.send(beginning)
+        assert all(wire.closed() for wire in (*fresh, *used))
+
+
+def test_a_stream_that_nobody_reads(pressed: LiveServer) -> None:
+    """52: it is given up once the connection holds no more."""
+    num_aborted = pressed.metric("vllm:request_success_total", **ABORTED)
+    with nothing_stays(pressed):
+        deaf = dial(pressed, narrow=True)
+        deaf.send(encoded(3900, stream=True, logprobs=20))
+        wait_for_running(pressed)
+        wait_until(lambda: pressed.metric(CONNECTIONS) == 1)
+        pressed.wait_until_idle()
+        deaf.close()
+    assert pressed.metric("vllm:request_success_total", **ABORTED) == num_aborted + 1
+
+
+def test_answers_that_nobody_reads(pressed: LiveServer) -> None:
+    """52: of every size around what the connection holds."""
+    with nothing_stays(pressed), ExitStack() as stack:
+        for num_tokens in (*range(2_000, 60_000, 4_000), 200_000):
+            body = json.dumps({"prompt": "a" * num_tokens, "return_token_strs": True}).encode()
+            deaf = dial(pressed, narrow=True)
+            stack.callback(deaf.close)
+            deaf.send(post(body, path="/tokenize"))
+            assert deaf.read(1) == b"H"
+        wait_until(lambda: pressed.metric(CONNECTIONS) == 1, seconds=10)
+
+
+def test_more_than_the_pool_holds(pressed: LiveServer) -> None:
+    """54: what can never run is refused, the rest takes turns."""
+    for fields, param in (
+        ({"prompt": "a" * SLOTS}, "prompt"),
+        ({"prompt": "a" * (SLOTS - 100), "max_tokens": 101}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": SLOTS}, "max_tokens"),
+    ):
+        for more in ({}, {"stream": True}, {"n": 2}):
+            assert_refused(pressed.ask(COMPLETION, fields | more), 400, param)
+    prompts = [f"{index} " * 1000 for index in range(3)]
+    bodies = [long_request(60, prompt=prompt, speculation={}) for prompt in prompts]
+    expected = [pressed.ask(COMPLETION, body).json()["choices"] for body in bodies]
+    before = pressed.metric("vllm:num_preemptions_total")
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        replies = list(pool.map(lambda body: pressed.ask(COMPLETION, body), bodies))
+    assert [reply.json()["choices"] for reply in replies] == expected
+    assert pressed.metric("vllm:num_preemptions_total") > before, "there was room for all"
+
+
+@contextmanager
+def busy(server: LiveServer, num_queued: int) -> Iterator[None]:
+    """All places are taken for a while, and so many wait for one."""
+    count = IN_ENGINE + num_queued
+    with callers(server, count, encoded(3900, stream=True)):
+        wait_until(lambda: server.metric(RUNNING) + server.metric(WAITING) == count)
+        yield
+        assert server.metric(RUNNING) == 2, "it was not busy for long enough"
+
+
+def test_a_full_queue(pressed: LiveServer) -> None:
+    """55: 429, when to come back, and others are told to send requests elsewhere."""
+    expected = short_answer(pressed)
+    rejected = pressed.metric("vllm:admission_rejections_total", reason=QUEUE_REASON)
+    with busy(pressed, 2):
+        for more in ({}, {"stream": True}, {"n": 3}):
+            reply = pressed.ask(COMPLETION, SHORT | more)
+            error = assert_refused(reply, 429)
+            assert error["type"] == "rate_limit_error"
+            assert 1 <= int(reply.headers["retry-after"]) <= 60
+        ready = pressed.ask("/ready")
+        assert (ready.status, ready.json()["ready"]) == (503, False)
+        assert pressed.ask("/health").status == 200
+        assert_refused(pressed.ask(COMPLETION, SHORT | {"top_p": 2}), 400, "top_p")
+    assert short_answer(pressed) == expected
+    now = pressed.metric("vllm:admission_rejections_total", reason=QUEUE_REASON)
+    assert now == rejected + 3
+
+
+def test_a_queue_full_of_tokens(pressed: LiveServer) -> None:
+    """55: and a part of a request in it leaves with the rest."""
+    with busy(pressed, 0):
+        reply = pressed.ask(COMPLETION, SHORT | {"prompt": "a" * 601})
+        assert "max_queued_tokens" in assert_refused(reply, 429)["message"]
+        assert_refused(pressed.ask(COMPLETION, SHORT | {"n": 3}), 429)
+        assert_refused(pressed.ask(COMPLETION, SHORT | {"prompt": ["a"] * 3}), 429)
+        wait_until(lambda: pressed.metric(WAITING) == IN_ENGINE - 2)
+
+
+@pytest.mark.parametrize("num_busy", [None, -4, 0])
+def test_deadlines(pressed: LiveServer, num_busy: int | None) -> None:
+    """56: while it runs, while it waits in the engine, and in front of it."""
+    late = long_request(4000, request_timeout=0.4)
+    with ExitStack() as stack:
+        if num_busy is not None:
+            stack.enter_context(busy(pressed, num_busy))
+        for body in (late, late | {"n": 2}):
+            error = assert_refused(pressed.ask(COMPLETION, body), 408)
+            assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
+        reply = pressed.ask(COMPLETION, late | {"stream": True})
+        if num_busy is not None:
+            assert_refused(reply, 408)
+        else:
+            *parts, last = events(reply.body)
+            assert parts
+            assert_error(last["error"])
+            assert last["error"]["code"] == "deadline_exceeded"
+
+
+def test_the_servers_own_deadline_is_its_own_fault() -> None:
+    """56: 4xx is for what the caller asked."""
+    assert [as_api_error(DeadlinePassed("", asked)).status for asked in (True, False)] == [408, 504]
