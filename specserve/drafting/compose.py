@@ -1,10 +1,11 @@
 """Several drafters, one tree: every proposal merged, the best nodes kept whoever proposed them.
 
-A drafter that raises is left out of that step, and out of the run after `MAX_FAILURES` in a row:
-a broken draft costs speed, never a request.
+A drafter that raises is left out of that step, and out of the run after `MAX_FAILURES` in a row
+of one of its methods: a broken draft costs speed, never a request.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import Final
 
@@ -24,12 +25,13 @@ class ComposedDrafter:
         self.names = tuple(drafters)
         self._drafters = drafters
         self._vocab_size = vocab_size
-        self._failures = dict.fromkeys(drafters, 0)
+        self._failures: Counter[tuple[str, str]] = Counter()  # in a row, by name and method
+        self._off: set[str] = set()
         self.counts = SourceCounts(len(drafters))
 
     @property
     def active(self) -> list[str]:
-        return [name for name in self.names if self._failures[name] < MAX_FAILURES]
+        return [name for name in self.names if name not in self._off]
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
         """One merged tree per sequence, within its budget. Budget 1 asks nobody."""
@@ -55,6 +57,7 @@ class ComposedDrafter:
         for name in self.active:
             try:
                 self._drafters[name].observe(feedback)
+                self._failures[name, "observe"] = 0
             except Exception:
                 self._failed(name, "observe")
 
@@ -62,6 +65,7 @@ class ComposedDrafter:
         for name, drafter in self._drafters.items():
             try:
                 drafter.forget(seq_id)
+                self._failures[name, "forget"] = 0
             except Exception:
                 self._failed(name, "forget")
 
@@ -79,18 +83,15 @@ class ComposedDrafter:
         except Exception:
             self._failed(name, "propose")
             return []
-        self._failures[name] = 0
+        self._failures[name, "propose"] = 0
         return trees
 
     def _failed(self, name: str, method: str) -> None:
-        self._failures[name] += 1
-        dropped = self._failures[name] >= MAX_FAILURES
-        logger.exception(
-            "drafter %r failed in %s (%s)",
-            name,
-            method,
-            "switched off" if dropped else "skipped in this step",
-        )
+        self._failures[name, method] += 1
+        if self._failures[name, method] == MAX_FAILURES:
+            self._off.add(name)
+        fate = "switched off" if name in self._off else "skipped in this step"
+        logger.exception("drafter %r failed in %s (%s)", name, method, fate)
 
 
 def _wanted(name: str, seq: Sequence) -> bool:

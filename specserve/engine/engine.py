@@ -226,7 +226,8 @@ class Engine:
             out = self.runner.forward(plan.entries, trees)
         except Exception:
             logger.exception("a pass over %d requests failed; isolating", len(plan.entries))
-            survivors, logits = [], [torch.empty(0, self.shape.vocab_size)]
+            survivors = []
+            logits = [torch.empty(0, self.shape.vocab_size, device=self.platform.device)]
             for entry in plan.entries:
                 try:
                     logits.append(self.runner.forward([entry], trees).logits)

@@ -77,6 +77,11 @@ class Admission:
         )
 
     @property
+    def capacity(self) -> int:
+        """Sequences that can run and wait together; a request of more never fits."""
+        return self.window + self.max_queued_requests
+
+    @property
     def num_keys(self) -> int:
         """Keys whose service is remembered."""
         return len(self._clients)

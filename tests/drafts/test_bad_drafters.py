@@ -97,6 +97,7 @@ def test_a_drafter_that_fails_afterwards_costs_nothing(
 
     _replace(engine, method, broken)
     assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
+    assert engine.drafter.active == []
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 

@@ -27,6 +27,7 @@ def strict(chat_model: Path) -> Iterator[LiveServer]:
         (COMPLETION, {"prompt": "a", "max_tokens": 31}, "max_tokens"),
         (CHAT, {"messages": [HI], "max_completion_tokens": 31}, "max_completion_tokens"),
         (COMPLETION, {"prompt": "a", "request_timeout": 5.1}, "request_timeout"),
+        (COMPLETION, {"prompt": ["a"] * 100, "n": 3}, "n"),  # however idle it is: 36 and 256
     ],
 )
 def test_more_is_refused(strict: LiveServer, path: str, body: dict[str, Any], param: str) -> None:

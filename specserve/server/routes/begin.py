@@ -110,6 +110,12 @@ def _timeout(service: Service, wanted: float | None) -> float:
 
 def _check_prompts(service: Service, job: Job) -> None:
     longest, limits = service.config.server.max_prompt_tokens, service.engine_info().limits
+    wanted, most = len(job.prompts) * job.sampling.n, service.admission.capacity
+    if wanted > most:
+        raise RequestError(
+            "n" if job.sampling.n > 1 else "prompt",
+            f"{wanted} sequences are more than this server ever holds ({most}); ask for fewer",
+        )
     for ids in job.prompts:
         if longest is not None and len(ids) > longest:
             raise RequestError(
