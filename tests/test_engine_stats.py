@@ -1,5 +1,7 @@
 """What an engine counts is what happened, and warming it up leaves nothing behind."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,7 +102,7 @@ def test_predicted_nodes_count_for_the_prediction(make_engine: EngineFactory) ->
 
 def test_a_request_chooses_its_drafters(tiny_model: str, make_engine: EngineFactory) -> None:
     engine = make_engine(["ngram", str(tiny_model)])
-    only = SpeculationParams(drafters=(str(tiny_model),))
+    only = SpeculationParams(drafters=(Path(tiny_model).name,))
     outputs = run(engine, [PROMPTS[1]], noisy(1), speculation=only)[0]
     assert {source for output in outputs for source in output.sources} == {0, 2}
     assert engine.stats().drafters[0].num_proposed == 0
