@@ -33,6 +33,7 @@ from specserve_evals.vitals import PREEMPTIONS, TASKS, Vitals, leftovers, settle
 
 NUM_ROUNDS: Final = 4  # the server comes to rest, and is looked at, after each
 MAX_GROWTH: Final = 0.05  # of resident memory, in the second half
+# A text worker grows too, as the tokenizers library remembers words: 10,000 of them and no more.
 GROWING: Final = ("http", "engine")
 MAX_LISTED: Final = 20
 _WARM_UP: Final = 24  # requests before the baseline: what opens once is open then

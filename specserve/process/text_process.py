@@ -225,10 +225,16 @@ class TextProcess:
         """A job whose worker ended, for its own reasons or because of the job."""
         if status == -signal.SIGABRT:  # how the tokenizers library answers to a lack of memory
             ticket.fail(RequestError(ticket.job.param, "it needs more memory than it may have"))
-        elif ticket.retried:
-            ticket.fail(TextUnavailable("tokenising it failed twice; see the server's log"))
+            return
+        ticket.num_attempts += 1
+        # Every worker may have been dead already when it got the job: it is one try more than that.
+        if ticket.num_attempts > self._num_workers:
+            ticket.fail(
+                TextUnavailable(
+                    f"tokenising it failed {ticket.num_attempts} times; see the server's log"
+                )
+            )
         else:
-            ticket.retried = True
             self._waiting.put_nowait(ticket)
 
 
@@ -238,7 +244,7 @@ class _Ticket:
 
     job: Job
     answer: "asyncio.Future[tuple[int, ...]]"
-    retried: bool = False
+    num_attempts: int = 0  # that ended their worker
 
     def succeed(self, ids: tuple[int, ...]) -> None:
         if not self.answer.done():

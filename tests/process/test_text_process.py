@@ -239,7 +239,7 @@ def test_a_job_whose_worker_is_killed_is_tried_once_more(directory: Path) -> Non
                 (pid,) = set(process.pids) - killed
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
-            with pytest.raises(TextUnavailable, match="failed twice") as error:
+            with pytest.raises(TextUnavailable, match="failed 2 times") as error:
                 await job
             assert error.value.retry_after > 0
             assert len(await process.chat(HI)) > 0
