@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 from specserve.config import ConfigError
@@ -19,6 +20,7 @@ from specserve.drafting.base import DraftError
 from specserve.engine.engine import Engine
 from specserve.hub import HubError, resolve
 from specserve.models.fields import ModelError
+from specserve.process.boarding import Boarding
 from specserve.process.frames import FrameSocket
 from specserve.process.messages import (
     HEARTBEAT_S,
@@ -77,10 +79,16 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
         return 1
     frames.send(Ready(engine.info(), engine.stats()))
     _take(engine, frames, early)
-    while (messages := frames.receive(0 if engine.has_work else HEARTBEAT_S)) is not None:
-        _take(engine, frames, messages)
+    boarding, places = Boarding(frames, HEARTBEAT_S), 0
+    while (boarded := boarding.receive(running=engine.has_work, places=places)) is not None:
+        _take(engine, frames, boarded)
+        started = time.perf_counter()
         outputs = engine.step() if engine.has_work else []
-        frames.send(Stepped(tuple(outputs), engine.stats()))
+        boarding.passed(time.perf_counter() - started)
+        stats = engine.stats()
+        frames.send(Stepped(tuple(outputs), stats))
+        finished = sum(output.finish is not None for output in outputs)
+        places = max(0, finished - stats.num_waiting)
     return 0
 
 
