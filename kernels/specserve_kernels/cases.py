@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.ops import Segments
+from specserve_kernels.packing import GROUP, PackedWeight, WeightFormat, pack_int4, pack_int8
 
 # chain: node i hangs from i - 1. tree: from any earlier node. late: a tree whose first half is in
 # the cache already, so that only its later nodes are rows.
@@ -189,6 +190,40 @@ def sampler_inputs(num_rows: int, vocab_size: int, device: torch.device) -> Samp
     )
     return SamplerInputs(*(field.to(device) for field in fields))
 
+
+@dataclass(frozen=True, slots=True)
+class LinearCase:
+    """A quantised weight, with scales over the whole range that occurs, and rows for it."""
+
+    format: WeightFormat
+    num_outputs: int
+    num_inputs: int
+
+    def weight(self) -> PackedWeight:
+        generator = torch.Generator().manual_seed(self.num_outputs * 10_007 + self.num_inputs)
+        shape = (self.num_outputs, self.num_inputs)
+        scales = torch.rand(shape[0], shape[1] // GROUP, generator=generator) * 0.05
+        scales[0, 0] = 0.0
+        if self.format is WeightFormat.INT8:
+            values = torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+            return pack_int8(values, scales.half())
+        values = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
+        minimums = -16 * torch.rand(scales.shape, generator=generator) * scales
+        return pack_int4(values, scales.half(), minimums.half())
+
+    def rows(self, num_rows: int) -> Tensor:  # [num_rows, num_inputs] float32, with outliers
+        generator = torch.Generator().manual_seed(num_rows)
+        x = torch.randn((num_rows, self.num_inputs), generator=generator)
+        x[:, self.num_inputs // 3] *= 100
+        x[num_rows // 2, :GROUP] = 0
+        return x
+
+
+LINEAR_CASES = tuple(
+    LinearCase(weight_format, num_outputs, num_inputs)
+    for weight_format in WeightFormat
+    for num_outputs, num_inputs in ((16, 32), (1, 64), (100, 96), (960, 576), (49, 1536))
+)
 
 # Moves of `kv_commit`: paths closing up, two sequences, destinations that are earlier sources.
 COMMIT_MOVES: tuple[tuple[tuple[int, int], ...], ...] = (

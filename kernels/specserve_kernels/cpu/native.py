@@ -1,0 +1,59 @@
+"""The compiled kernels: which builds are here, which of them this CPU can run, their functions.
+
+The same C++ sources are built once per instruction set, each build a shared library that is called
+by ctypes (which lets other threads run meanwhile). Without a compiler there are none.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Final
+
+import torch
+
+_ADDRESS = ctypes.c_void_p
+_SIZE = ctypes.c_int64
+_INT = ctypes.c_int32
+
+BUILDS: Final = ("portable", "avx2", "avx512")  # each needs more of the CPU than those before it
+_SIGNATURES: Final = {
+    "specserve_quantize": [_ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 4, _INT],
+    "specserve_linear": [_ADDRESS, _INT, _SIZE, _SIZE, *[_ADDRESS] * 4, _SIZE, _ADDRESS, _INT],
+}
+
+
+@cache
+def runnable_builds() -> tuple[str, ...]:
+    """The builds that are installed and that this CPU can run, the best last."""
+    if _path("portable") is None:
+        return ()
+    level = _open("portable").specserve_cpu_level()
+    return tuple(build for build in BUILDS[: level + 1] if _path(build) is not None)
+
+
+@cache
+def load(build: str) -> ctypes.CDLL:
+    """The library of one of `runnable_builds`."""
+    assert build in runnable_builds(), f"{build} is not built or not for this CPU"
+    library = _open(build)
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library
+
+
+def num_threads() -> int:
+    """Of torch's pool: its OpenMP runtime, loaded before the libraries, is the one they find."""
+    return torch.get_num_threads()
+
+
+def _path(build: str) -> Path | None:
+    paths = (Path(__file__).parent / f"_{build}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _open(build: str) -> ctypes.CDLL:
+    path = _path(build)
+    assert path is not None, f"the {build} build is not installed"
+    return ctypes.CDLL(str(path))

@@ -1,0 +1,132 @@
+"""Quantised weights as every backend reads them: groups of 32 inputs, tiles of 16 outputs.
+
+Owns the two formats, made to take GGUF's Q4_0, Q4_1 and Q8_0 as they are. Knows no file and no
+instruction set. A weight is value * scale + minimum, both of the group, in float16:
+
+    int4  320 bytes a tile: scale[16], minimum[16], then nibbles [4][16][4]; byte [c][n][i] holds
+          output n's inputs 8c + i (low) and 8c + 4 + i (high), 0..15
+    int8  544 bytes a tile: scale[16], then [8][16][4] int8; byte [c][n][i] is input 4c + i
+
+The tiles of 16 outputs, one after the other along the inputs, are a panel: what one core reads in
+one go. Outputs that are missing in the last panel are zero.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import torch
+from torch import Tensor
+
+GROUP: Final = 32  # inputs that share a scale
+PANEL: Final = 16  # outputs side by side
+
+
+class WeightFormat(IntEnum):
+    """The value is bits per weight, scales not counted."""
+
+    INT4 = 4
+    INT8 = 8
+
+    @property
+    def tile_bytes(self) -> int:
+        return 320 if self is WeightFormat.INT4 else 544
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """[num_outputs, num_inputs] of quantised weights; see the module."""
+
+    format: WeightFormat
+    num_outputs: int
+    num_inputs: int  # a multiple of 32
+    panels: Tensor  # [num_panels, num_inputs / 32, tile_bytes] uint8, contiguous
+
+    @property
+    def num_bytes(self) -> int:
+        return self.panels.numel()
+
+
+def pack_int4(
+    values: Tensor,  # [num_outputs, num_inputs] uint8, 0..15
+    scales: Tensor,  # [num_outputs, num_inputs / 32] float16
+    minimums: Tensor,  # [num_outputs, num_inputs / 32] float16
+) -> PackedWeight:
+    """Q4_1 as it is; Q4_0 with `minimums` = -8 * scale. Raises ValueError for other shapes."""
+    tiles = _tiles(values)  # [panel, group, n, 32]
+    chunks = torch.unflatten(tiles, -1, (4, 2, 4)).permute(0, 1, 3, 4, 2, 5)  # ..., c, half, n, i
+    nibbles = chunks[:, :, :, 0] | chunks[:, :, :, 1] << 4
+    return _packed(WeightFormat.INT4, values, nibbles, [scales, minimums])
+
+
+def pack_int8(
+    values: Tensor,  # [num_outputs, num_inputs] int8
+    scales: Tensor,  # [num_outputs, num_inputs / 32] float16
+) -> PackedWeight:
+    """Q8_0 as it is. Raises ValueError for other shapes."""
+    chunks = torch.unflatten(_tiles(values), -1, (8, 4)).transpose(2, 3)
+    return _packed(WeightFormat.INT8, values, chunks, [scales])
+
+
+def quantize_int8(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs], any float dtype
+    """The nearest int8 weights, symmetric per group of 32. Raises ValueError for other shapes."""
+    groups = torch.unflatten(_tiles_check(weight).float(), 1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / 127).half()
+    # A scale too small for float16 is zero, and so are its weights.
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
+    values = (groups * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
+    return pack_int8(values.flatten(1), scales)
+
+
+def unpack(weight: PackedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
+    """The weights that the packed ones stand for."""
+    tiles = weight.panels
+    if weight.format is WeightFormat.INT4:
+        scale, minimum, packed = (
+            part.contiguous() for part in torch.split(tiles, [32, 32, 256], -1)
+        )
+        chunks = torch.unflatten(packed, -1, (4, PANEL, 4))
+        halves = torch.stack([chunks & 15, chunks >> 4], 3)  # [..., c, half, n, i]
+        values = halves.permute(0, 1, 4, 2, 3, 5).flatten(3)
+        offset = minimum.view(torch.float16).float()[..., None]
+    else:
+        scale, packed = (part.contiguous() for part in torch.split(tiles, [32, 512], -1))
+        chunks = torch.unflatten(packed.view(torch.int8), -1, (8, PANEL, 4))
+        values, offset = chunks.transpose(2, 3).flatten(3), torch.zeros(())
+    floats = values.float() * scale.view(torch.float16).float()[..., None] + offset
+    return floats.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs]
+
+
+def _tiles_check(values: Tensor) -> Tensor:
+    if values.dim() != 2 or values.shape[1] % GROUP or not values.numel():
+        raise ValueError(
+            f"a weight of shape {list(values.shape)} cannot be packed: "
+            f"its inputs come in groups of {GROUP}"
+        )
+    return values
+
+
+def _tiles(values: Tensor) -> Tensor:  # -> [num_panels, num_groups, PANEL, GROUP]
+    padded = _padded(_tiles_check(values))
+    return padded.view(-1, PANEL, values.shape[1] // GROUP, GROUP).transpose(1, 2)
+
+
+def _padded(x: Tensor) -> Tensor:  # rows up to whole panels
+    missing = -x.shape[0] % PANEL
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
+
+
+def _packed(
+    weight_format: WeightFormat, values: Tensor, chunks: Tensor, halves: list[Tensor]
+) -> PackedWeight:
+    num_outputs, num_inputs = values.shape
+    for half in halves:
+        if half.shape != (num_outputs, num_inputs // GROUP) or half.dtype != torch.float16:
+            raise ValueError(
+                f"{list(half.shape)} {half.dtype} is not one float16 per group of {GROUP} of a "
+                f"weight of shape {list(values.shape)}"
+            )
+    heads = [torch.unflatten(_padded(half), 0, (-1, PANEL)).transpose(1, 2) for half in halves]
+    parts = [head.contiguous().view(torch.uint8) for head in heads]
+    panels = torch.cat([*parts, chunks.contiguous().view(torch.uint8).flatten(2)], -1)
+    return PackedWeight(weight_format, num_outputs, num_inputs, panels)

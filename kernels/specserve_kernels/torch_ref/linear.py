@@ -1,0 +1,32 @@
+"""Products with quantised weights, by the definition: quantise the rows, multiply in float64."""
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.packing import GROUP, PackedWeight, unpack
+
+_LEAST = 1e-30  # the reciprocal of a smaller magnitude may be infinite: such a group is zero
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[num_rows, size] float32 -> integers [num_rows, size] int8, scales [num_rows, size / 32].
+
+    Symmetric per group of 32: scale = max |x| / 127, ties to even. A group with a value that is
+    not finite has a NaN scale.
+    """
+    groups = torch.unflatten(x, -1, (-1, GROUP))
+    most = groups.abs().amax(-1)
+    finite = groups.isfinite().all(-1)
+    inverse = torch.where(finite & (most > _LEAST), 127 / most, 0.0)
+    values = torch.where(finite[..., None], groups * inverse[..., None], 0.0).round()
+    scales = torch.where(finite, most / 127, torch.nan)
+    return values.to(torch.int8).flatten(-2), scales
+
+
+def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x [num_rows, num_inputs] float32 -> x W^T [num_rows, num_outputs] float32."""
+    values, scales = quantize_rows(x)
+    rows = torch.unflatten(values.double(), -1, (-1, GROUP)) * scales.double()[..., None]
+    # One row at a time: a row's bits must not depend on the others.
+    columns = unpack(weight).double()
+    return torch.stack([columns @ row for row in rows.flatten(1)]).float()
