@@ -379,14 +379,14 @@ def test_an_interrupt_is_quiet(tmp_path: Path) -> None:
 def test_the_default_model_answers_a_chat(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(
-        '{"question_id": 1, "category": "qa", "turns": ["What is the capital of France?"]}\n'
+        '{"question_id": 1, "category": "qa", "turns": ["What is the capital of Italy?"]}\n'
         '{"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}\n'
     )
     line = ["generate", "--prompts", str(file), "--temperature", "0", "--max-tokens", "12"]
     done = specserve(*line, "--json", "--kv-memory", "64MiB", "--threads", "1")
     assert done.returncode == 0, done.stderr
-    france, japan = rows(done.stdout)
-    assert "Paris" in france["text"]
+    italy, japan = rows(done.stdout)
+    assert "Rome" in italy["text"]
     assert "Tokyo" in japan["text"]
 
 

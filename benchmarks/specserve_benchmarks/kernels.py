@@ -30,11 +30,11 @@ from specserve_benchmarks.kernel_cases import NUM_BY_ROWS_ONLY, Case, kernel_cas
 from specserve_evals import provenance
 from specserve_evals.progress import Advance, plain_table, stdout_console, track
 from specserve_evals.runs import at_least_one
+from specserve_kernels.dispatch import CHOICES, named_kernels
 from specserve_kernels.ops import Kernels
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS: Final = (128, 1024, 4096)
-BACKENDS: Final = ("torch", "triton")
 SECONDS_PER_CASE: Final = 0.3
 NUM_SAMPLES: Final = 7
 SHORTEST_SAMPLE_S: Final = 0.002  # many times what reading the clock and a launch take
@@ -81,20 +81,10 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def load_backend(name: str) -> Kernels:
-    if name == "torch":
-        from specserve_kernels.torch_ref import TorchKernels
-
-        return TorchKernels()
-    from specserve_kernels.triton import TritonKernels  # triton is an optional dependency
-
-    return TritonKernels()
-
-
 def backends(names: Sequence[str], platform: Platform) -> list[Kernels]:
-    """Those asked for; else the one in use, and on CUDA its torch twin beside it."""
+    """Those asked for; else the one in use and its torch twin beside it."""
     chosen = dict.fromkeys(names or ["torch", platform.kernels.name])
-    return [load_backend(name) for name in chosen]
+    return [named_kernels(name) for name in chosen]
 
 
 def measure(args: argparse.Namespace, platform: Platform) -> tuple[Timing, ...]:
@@ -190,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend",
         action="append",
         default=[],
-        choices=BACKENDS,
+        choices=CHOICES,
         help="repeatable; default: torch, and triton where it is used",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json")

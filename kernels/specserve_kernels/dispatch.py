@@ -7,22 +7,53 @@ import torch
 from specserve_kernels.ops import Kernels
 
 VARIABLE = "SPECSERVE_KERNELS"
-CHOICES = ("torch", "triton")
+CHOICES = ("torch", "cpu", "cpu-portable", "cpu-avx2", "cpu-avx512", "triton")
 
 
 def select_kernels(device: torch.device) -> Kernels:
-    """triton on CUDA, torch elsewhere; SPECSERVE_KERNELS=torch|triton overrides.
+    """triton on CUDA; elsewhere the native kernels for this CPU, torch where it has none.
 
-    Raises ValueError for any other value of the variable.
+    SPECSERVE_KERNELS overrides: a name of `CHOICES`. Raises ValueError for any other value, and
+    for native kernels that cannot run here.
     """
-    default = "triton" if device.type == "cuda" else "torch"
-    choice = os.environ.get(VARIABLE) or default
-    if choice == "torch":
+    if choice := os.environ.get(VARIABLE):
+        return named_kernels(choice)
+    if device.type == "cuda":
+        return named_kernels("triton")
+    return named_kernels("cpu" if device.type == "cpu" and _fast_builds() else "torch")
+
+
+def named_kernels(name: str) -> Kernels:
+    """The backend of that name; `cpu`: the best native kernels. Raises ValueError."""
+    if name not in CHOICES:
+        raise ValueError(f"{VARIABLE}={name!r} is not a backend; use one of {', '.join(CHOICES)}")
+    if name == "torch":
         from specserve_kernels.torch_ref import TorchKernels
 
         return TorchKernels()
-    if choice == "triton":
+    if name == "triton":
         from specserve_kernels.triton import TritonKernels  # triton is an optional dependency
 
         return TritonKernels()
-    raise ValueError(f"{VARIABLE}={choice!r} is not a backend; use one of {', '.join(CHOICES)}")
+    return _native(name)
+
+
+def _native(name: str) -> Kernels:
+    from specserve_kernels.cpu import CpuKernels
+    from specserve_kernels.cpu.native import runnable_builds
+
+    builds = runnable_builds()
+    wanted = _fast_builds()[-1:] if name == "cpu" else (name.removeprefix("cpu-"),)
+    if wanted and wanted[0] in builds:
+        return CpuKernels(wanted[0])
+    raise ValueError(
+        f"{VARIABLE}={name!r} cannot run here: native kernels that were built and that this CPU "
+        f"can run: {', '.join(builds) or 'none'}; use torch, or reinstall with a C++ compiler"
+    )
+
+
+def _fast_builds() -> tuple[str, ...]:
+    """Without the portable one: it is slower than torch, and there to be compared with."""
+    from specserve_kernels.cpu.native import runnable_builds
+
+    return tuple(build for build in runnable_builds() if build != "portable")

@@ -1,17 +1,15 @@
-"""Torch attention against an independent dense definition: one row at a time, in float64."""
+"""Exact attention against an independent dense definition: one row at a time, in float64."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from exact_kernels import each_exact_kernels
 from torch import Tensor
 
 from specserve_kernels.cases import ATTENTION_CASES, AttentionCase, AttentionInputs
-from specserve_kernels.ops import Segments
-from specserve_kernels.torch_ref import TorchKernels
-
-KERNELS = TorchKernels()
+from specserve_kernels.ops import Kernels, Segments
 
 
 def visible_slots(segments: Segments, segment: int, row: int, window: int) -> list[int]:
@@ -48,11 +46,12 @@ def dense_attention(inputs: AttentionInputs, group_size: int, window: int) -> Te
     return out
 
 
+@each_exact_kernels
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
-def test_torch_attention_is_dense_attention(case: AttentionCase) -> None:
+def test_it_is_dense_attention(kernels: Kernels, case: AttentionCase) -> None:
     inputs = case.build(torch.device("cpu"))
-    plan = KERNELS.plan_attention(inputs.segments, case.num_kv_heads, case.group_size)
-    out = KERNELS.paged_tree_attention(
+    plan = kernels.plan_attention(inputs.segments, case.num_kv_heads, case.group_size)
+    out = kernels.paged_tree_attention(
         inputs.q, inputs.k_cache, inputs.v_cache, plan, scale=inputs.scale, window=case.window
     )
     expected = dense_attention(inputs, case.group_size, case.window)
@@ -61,23 +60,25 @@ def test_torch_attention_is_dense_attention(case: AttentionCase) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_one_plan_serves_layers_of_different_windows() -> None:
+@each_exact_kernels
+def test_one_plan_serves_layers_of_different_windows(kernels: Kernels) -> None:
     case = next(case for case in ATTENTION_CASES if case.name == "mixed")
     inputs = case.build(torch.device("cpu"))
-    plan = KERNELS.plan_attention(inputs.segments, case.num_kv_heads, case.group_size)
+    plan = kernels.plan_attention(inputs.segments, case.num_kv_heads, case.group_size)
     for window in (0, 5, 0):
-        out = KERNELS.paged_tree_attention(
+        out = kernels.paged_tree_attention(
             inputs.q, inputs.k_cache, inputs.v_cache, plan, scale=inputs.scale, window=window
         )
         expected = dense_attention(inputs, case.group_size, window)
         torch.testing.assert_close(out.double(), expected, rtol=3e-6, atol=3e-6)
 
 
-def test_a_pass_of_padding_only_is_zero() -> None:
+@each_exact_kernels
+def test_a_pass_of_padding_only_is_zero(kernels: Kernels) -> None:
     none = np.zeros(0, np.int32)
     tables = np.zeros((0, 1), np.int32)
     segments = Segments(np.zeros(1, np.int32), none, none, none.astype(np.uint64), tables, 4, 16)
-    plan = KERNELS.plan_attention(segments, 1, 2)
+    plan = kernels.plan_attention(segments, 1, 2)
     cache = torch.full((16, 1, 8), torch.nan)
-    out = KERNELS.paged_tree_attention(torch.ones(4, 2, 8), cache, cache, plan, scale=1.0)
+    out = kernels.paged_tree_attention(torch.ones(4, 2, 8), cache, cache, plan, scale=1.0)
     assert torch.equal(out, torch.zeros(4, 2, 8))

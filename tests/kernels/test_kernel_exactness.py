@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from exact_kernels import each_exact_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from specserve_kernels.cases import ancestor_words
-from specserve_kernels.ops import Segments
+from specserve_kernels.ops import Kernels, Segments
 from specserve_kernels.torch_ref import TorchKernels
 
-KERNELS = TorchKernels()
 SHAPES = ((3, 3, 64), (2, 1, 80), (1, 8, 128), (2, 4, 64), (1, 1, 16))
 
 
@@ -37,6 +37,7 @@ class Part:
 class Model:
     """Q, K and V as functions of the token, so that equal tokens carry equal bits."""
 
+    kernels: Kernels
     q: Tensor  # [num_tokens, num_heads, head_dim]
     k: Tensor  # [num_tokens, num_kv_heads, head_dim]
     v: Tensor  # [num_tokens, num_kv_heads, head_dim]
@@ -45,7 +46,11 @@ class Model:
 
     @classmethod
     def random(
-        cls, shape: tuple[int, int, int], window: int = 0, dtype: torch.dtype = torch.float32
+        cls,
+        kernels: Kernels,
+        shape: tuple[int, int, int],
+        window: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> "Model":
         num_kv_heads, group_size, head_dim = shape
         generator = torch.Generator().manual_seed(head_dim)
@@ -54,7 +59,8 @@ class Model:
             return torch.randn((1500, num_heads, head_dim), generator=generator).to(dtype)
 
         heads = num_kv_heads * group_size
-        return cls(tokens(heads), tokens(num_kv_heads), tokens(num_kv_heads), group_size, window)
+        k, v = tokens(num_kv_heads), tokens(num_kv_heads)
+        return cls(kernels, tokens(heads), k, v, group_size, window)
 
     def run(self, *parts: Part, block_size: int = 16) -> list[Tensor]:
         """The rows of each part, [rows, num_heads, head_dim], computed in one pass."""
@@ -82,8 +88,8 @@ class Model:
             block_size,
         )
         q = self.q[[*itertools.chain.from_iterable(rows), 0]]
-        plan = KERNELS.plan_attention(segments, self.k.shape[1], self.group_size)
-        out = KERNELS.paged_tree_attention(
+        plan = self.kernels.plan_attention(segments, self.k.shape[1], self.group_size)
+        out = self.kernels.paged_tree_attention(
             q, k_cache, v_cache, plan, scale=0.125, window=self.window
         )
         return [out[start:end] for start, end in itertools.pairwise(segments.cu_rows)]
@@ -93,13 +99,14 @@ def chain(context: Sequence[int], tokens: Sequence[int]) -> Part:
     return Part(context, tokens, range(-1, len(tokens) - 1))
 
 
+@each_exact_kernels
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("context_len", [0, 37, 100, 127, 128, 300])
 def test_a_chain_of_64_is_row_by_row_decoding(
-    shape: tuple[int, int, int], window: int, context_len: int
+    kernels: Kernels, shape: tuple[int, int, int], window: int, context_len: int
 ) -> None:
-    model = Model.random(shape, window)
+    model = Model.random(kernels, shape, window)
     tokens = range(context_len + 64)
     (at_once,) = model.run(chain(tokens[:context_len], tokens[context_len:]))
     for row in range(0, 64, 7):
@@ -107,12 +114,13 @@ def test_a_chain_of_64_is_row_by_row_decoding(
         assert torch.equal(alone[0], at_once[row])
 
 
+@each_exact_kernels
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_other_segments_of_a_pass_change_nothing(
-    shape: tuple[int, int, int], dtype: torch.dtype
+    kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    model = Model.random(shape, dtype=dtype)
+    model = Model.random(kernels, shape, dtype=dtype)
     subject = chain(range(200), [200])
     (alone,) = model.run(subject)
     others = (
@@ -135,6 +143,7 @@ def trees(draw: st.DrawFn) -> list[int]:
     return [-1, *(draw(st.integers(max(0, node - 5), node - 1)) for node in range(1, num_nodes))]
 
 
+@each_exact_kernels
 @settings(max_examples=25, deadline=None)
 @given(
     parents=trees(),
@@ -145,6 +154,7 @@ def trees(draw: st.DrawFn) -> list[int]:
     first_share=st.sampled_from([0.0, 0.5]),
 )
 def test_a_branch_of_a_tree_is_plain_decoding_of_its_path(
+    kernels: Kernels,
     parents: list[int],
     context_len: int,
     shape: tuple[int, int, int],
@@ -152,7 +162,7 @@ def test_a_branch_of_a_tree_is_plain_decoding_of_its_path(
     block_size: int,
     first_share: float,
 ) -> None:
-    model = Model.random(shape, window)
+    model = Model.random(kernels, shape, window)
     context = range(context_len)
     tokens = range(context_len, context_len + len(parents))
     first = int(len(parents) * first_share)
@@ -167,7 +177,7 @@ def test_a_branch_of_a_tree_is_plain_decoding_of_its_path(
 
 
 def test_a_group_larger_than_a_tile_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model.random((3, 3, 64))
+    model = Model.random(TorchKernels(), (3, 3, 64))
     parts = [chain(range(260 + i), range(260 + i, 270 + i)) for i in range(4)]
     together = model.run(*parts)
     monkeypatch.setattr("specserve_kernels.torch_ref.tiles.MAX_TILE_ELEMENTS", 1)

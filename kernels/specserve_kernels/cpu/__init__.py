@@ -1,1 +1,49 @@
-"""The native CPU backend: kernels compiled at install time, for the instructions this CPU has."""
+"""The native CPU backend: kernels compiled at install time, for the instructions this CPU has.
+
+What has no native kernel, or none for its shape, runs in the torch twin.
+"""
+
+from torch import Tensor
+
+from specserve_kernels.cpu import attention
+from specserve_kernels.cpu.native import load
+from specserve_kernels.ops import Plan
+from specserve_kernels.torch_ref import TorchKernels
+
+
+class CpuKernels:
+    """Implements `Kernels` by one of `native.runnable_builds`; exact."""
+
+    exact: bool = True
+
+    plan_attention = staticmethod(attention.SegmentPlan)
+    kv_write = staticmethod(TorchKernels.kv_write)
+    kv_commit = staticmethod(TorchKernels.kv_commit)
+    gumbel_noise = staticmethod(TorchKernels.gumbel_noise)
+    gumbel_argmax = staticmethod(TorchKernels.gumbel_argmax)
+    apply_penalties = staticmethod(TorchKernels.apply_penalties)
+
+    def __init__(self, build: str) -> None:
+        self.name = f"cpu-{build}"
+        self._library = load(build)
+        self._twin = TorchKernels()
+
+    def paged_tree_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        window: int = 0,
+    ) -> Tensor:
+        """[num_rows, num_heads, head_dim] in q's dtype; see `Kernels.paged_tree_attention`."""
+        assert isinstance(plan, attention.SegmentPlan), "a plan belongs to the backend that made it"
+        if attention.supports(q.shape[2], plan.group_size, k_cache.dtype):
+            return attention.paged_tree_attention(
+                self._library, q, k_cache, v_cache, plan, scale, window
+            )
+        return self._twin.paged_tree_attention(
+            q, k_cache, v_cache, plan.twin, scale=scale, window=window
+        )

@@ -3,15 +3,39 @@
 
 #include <algorithm>
 
+#include "attention.h"
+#include "lanes.h"
 #include "linear.h"
 
+using specserve::AttentionShape;
 using specserve::Format;
 using specserve::Rows;
+using specserve::Segments;
 using specserve::Weight;
 
 namespace {
 
 constexpr int64_t kPanelsInChunk = 4;  // what a thread takes at a time
+
+constexpr int64_t kRowsInUnit = 8;    // of a segment, for one thread
+
+template <typename Element>
+void attention(const Segments& segments, const AttentionShape& shape, const float* q,
+               const void* k_cache, const void* v_cache, float* out, int num_threads) {
+    const auto* k = static_cast<const Element*>(k_cache);
+    const auto* v = static_cast<const Element*>(v_cache);
+    constexpr int64_t kUnits = specserve::kMaxSegmentRows / kRowsInUnit;
+    const int64_t num_units = segments.num_segments * kUnits * shape.num_kv_heads;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < num_units; ++unit) {
+        const int64_t kv_head = unit % shape.num_kv_heads;
+        const int64_t segment = unit / shape.num_kv_heads / kUnits;
+        const int64_t first = unit / shape.num_kv_heads % kUnits * kRowsInUnit;
+        const int64_t num_rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
+        specserve::attend(segments, shape, q, k, v, segment, kv_head, first,
+                          std::min(first + kRowsInUnit, num_rows), out);
+    }
+}
 
 }  // namespace
 
@@ -37,6 +61,23 @@ void specserve_linear(const uint8_t* panels, int32_t format, int64_t num_inputs,
     for (int64_t first = 0; first < num_panels; first += kPanelsInChunk)
         specserve::linear_panels(weight, rows, num_rows, first,
                                  std::min(first + kPanelsInChunk, num_panels), y);
+}
+
+// out [num_rows][heads][head_dim] floats, zeroed by the caller; `wide`: K and V are float, else
+// bfloat16. See `Segments` in ops.py.
+void specserve_attention(const int32_t* cu_rows, const int32_t* context_lens,
+                         const uint64_t* ancestors, const int32_t* block_tables,
+                         int64_t num_segments, int64_t max_blocks, int64_t block_size,
+                         int64_t num_kv_heads, int64_t group_size, int64_t head_dim, float scale,
+                         int64_t window, const float* q, const void* k_cache, const void* v_cache,
+                         int32_t wide, float* out, int32_t num_threads) {
+    const Segments segments{cu_rows,      context_lens, ancestors, block_tables,
+                            num_segments, max_blocks,   block_size};
+    const AttentionShape shape{num_kv_heads, group_size, head_dim, scale, window};
+    if (wide)
+        attention<float>(segments, shape, q, k_cache, v_cache, out, num_threads);
+    else
+        attention<specserve::bfloat16>(segments, shape, q, k_cache, v_cache, out, num_threads);
 }
 
 }  // extern "C"

@@ -16,6 +16,10 @@ namespace specserve {
 
 constexpr int kLanes = 16;
 
+struct bfloat16 {
+    uint16_t bits;
+};
+
 #if defined(__AVX512VNNI__)
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
@@ -30,6 +34,8 @@ struct Bytes {  // 16 outputs x 4 weights
     __m512i v;
 };
 
+inline Floats exp2_part(Floats x);  // 2^x for |x| <= 0.5
+
 inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
 inline Floats zero_floats() { return {_mm512_setzero_ps()}; }
 inline Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
@@ -39,7 +45,40 @@ inline Floats load_half(const uint16_t* p) {
 inline Floats to_floats(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Floats mul_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats load(const bfloat16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
+inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float lane_sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
+inline float lane_max(Floats x) { return _mm512_reduce_max_ps(x.v); }
+
+inline Floats lane_sums(const Floats (&x)[kLanes]) {
+    __m512 pairs[8], quads[4];  // of vectors, and of their lanes within each 128 bits
+    for (int i = 0; i < 8; ++i)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v),
+                                 _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    auto doubles = [&](int i) { return _mm512_castps_pd(pairs[i]); };
+    for (int i = 0; i < 4; ++i)
+        quads[i] = _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(doubles(2 * i), doubles(2 * i + 1))),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(doubles(2 * i), doubles(2 * i + 1))));
+    auto fold = [](__m512 a, __m512 b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    return {fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]))};
+}
+
+inline Floats exp2(Floats x) {
+    // The clamp lets NaN through: max gives its second operand if either is NaN.
+    const __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.0f), x.v);
+    const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT);
+    const Floats part = exp2_part({_mm512_sub_ps(y, whole)});
+    return {_mm512_scalef_ps(part.v, whole)};
+}
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
@@ -70,6 +109,8 @@ struct Bytes {
     __m256i lo, hi;
 };
 
+inline Floats exp2_part(Floats x);  // 2^x for |x| <= 0.5
+
 inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline Floats broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Floats zero_floats() { return broadcast(0.0f); }
@@ -86,9 +127,65 @@ inline Floats mul(Floats a, Floats b) {
 inline Floats mul_add(Floats a, Floats b, Floats c) {
     return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Floats load(const bfloat16* p) {
+    auto half = [](const bfloat16* q) {
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+    };
+    return {half(p), half(p + 8)};
+}
 inline void store(float* p, Floats x) {
     _mm256_storeu_ps(p, x.lo);
     _mm256_storeu_ps(p + 8, x.hi);
+}
+inline Floats add(Floats a, Floats b) {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline Floats max(Floats a, Floats b) {
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+}
+inline float lane_sum(Floats x) {
+    const __m256 a = _mm256_add_ps(x.lo, x.hi);
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+inline float lane_max(Floats x) {
+    const __m256 a = _mm256_max_ps(x.lo, x.hi);
+    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+
+inline Floats lane_sums(const Floats (&x)[kLanes]) {
+    auto halves = [&](int i) { return _mm256_add_ps(x[i].lo, x[i].hi); };
+    auto four = [&](int i) {  // sums of vectors i .. i + 3 within each 128 bits
+        return _mm256_hadd_ps(_mm256_hadd_ps(halves(i), halves(i + 1)),
+                              _mm256_hadd_ps(halves(i + 2), halves(i + 3)));
+    };
+    auto eight = [&](int i) {
+        const __m256 a = four(i), b = four(i + 4);
+        return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                             _mm256_permute2f128_ps(a, b, 0x31));
+    };
+    return {eight(0), eight(8)};
+}
+
+inline Floats exp2(Floats x) {
+    __m256 wholes[2], parts[2];
+    const __m256 inputs[2] = {x.lo, x.hi};
+    for (int i = 0; i < 2; ++i) {
+        // The clamp lets NaN through: max gives its second operand if either is NaN.
+        const __m256 y = _mm256_max_ps(_mm256_set1_ps(-126.0f), inputs[i]);
+        wholes[i] = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        parts[i] = _mm256_sub_ps(y, wholes[i]);
+    }
+    auto power = [&](int i) {
+        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(wholes[i]), _mm256_set1_epi32(127));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    };
+    return mul(exp2_part({parts[0], parts[1]}), {power(0), power(1)});
 }
 
 inline Bytes load_bytes(const uint8_t* p) {
@@ -172,7 +269,40 @@ inline Floats mul(const Floats& a, const Floats& b) {
 inline Floats mul_add(const Floats& a, const Floats& b, const Floats& c) {
     return each<Floats>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline Floats load(const float* p) {
+    return each<Floats>([&](int i) { return p[i]; });
+}
+inline Floats load(const bfloat16* p) {
+    return each<Floats>([&](int i) {
+        const uint32_t bits = uint32_t(p[i].bits) << 16;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+    });
+}
 inline void store(float* p, const Floats& x) { std::memcpy(p, x.v, sizeof x.v); }
+inline Floats add(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Floats max(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline float lane_sum(const Floats& x) {
+    float sum = 0;
+    for (float value : x.v) sum += value;
+    return sum;
+}
+inline float lane_max(const Floats& x) {
+    float most = x.v[0];
+    for (float value : x.v) most = most > value ? most : value;
+    return most;
+}
+inline Floats lane_sums(const Floats (&x)[kLanes]) {
+    return each<Floats>([&](int i) { return lane_sum(x[i]); });
+}
+inline Floats exp2(const Floats& x) {
+    return each<Floats>([&](int i) { return std::exp2(x.v[i]); });
+}
 
 inline Bytes load_bytes(const uint8_t* p) {
     Bytes r;
@@ -204,6 +334,16 @@ inline Ints dot_signed(const Ints& sum, const Bytes& w, int32_t x4) {
     return dot<int8_t>(sum, w, x4);
 }
 
+#endif
+
+#if defined(__AVX2__)
+inline Floats exp2_part(Floats x) {  // Taylor: the first term left out is below 2e-8
+    Floats sum = broadcast(1.5403530e-4f);
+    for (float coefficient : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f,
+                              6.9314718e-1f, 1.0f})
+        sum = mul_add(sum, x, broadcast(coefficient));
+    return sum;
+}
 #endif
 
 }  // namespace specserve

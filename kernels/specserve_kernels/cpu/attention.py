@@ -1,0 +1,74 @@
+"""Paged tree attention by the native kernel; no plan but the segments themselves."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.cpu.native import num_threads
+from specserve_kernels.ops import Segments
+from specserve_kernels.torch_ref.tiles import AttentionPlan
+
+_LANES = 16
+_MAX_HEAD_DIM = 256
+_MAX_GROUP = 32
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    """The segments of a pass and the heads they are for."""
+
+    segments: Segments
+    num_kv_heads: int
+    group_size: int
+
+    @cached_property
+    def twin(self) -> AttentionPlan:
+        """For the torch kernel, where there is no native one."""
+        return AttentionPlan(self.segments, self.num_kv_heads, self.group_size)
+
+
+def supports(head_dim: int, group_size: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for K and V of this shape and dtype."""
+    fits = head_dim % _LANES == 0 and head_dim <= _MAX_HEAD_DIM and group_size <= _MAX_GROUP
+    return fits and dtype in (torch.float32, torch.bfloat16)
+
+
+def paged_tree_attention(
+    library: ctypes.CDLL,
+    q: Tensor,  # [num_rows, num_heads, head_dim]
+    k_cache: Tensor,  # [num_slots, num_kv_heads, head_dim], and so is v_cache
+    v_cache: Tensor,
+    plan: SegmentPlan,
+    scale: float,
+    window: int,
+) -> Tensor:  # [num_rows, num_heads, head_dim], dtype of q
+    """See `Kernels.paged_tree_attention`; `supports` must hold."""
+    assert k_cache.is_contiguous(), "the cache must be contiguous"
+    assert v_cache.is_contiguous(), "the cache must be contiguous"
+    segments = plan.segments
+    queries = q.float().contiguous()
+    out = torch.zeros_like(queries)
+    library.specserve_attention(
+        segments.cu_rows.ctypes.data,
+        segments.context_lens.ctypes.data,
+        segments.ancestors.ctypes.data,
+        segments.block_tables.ctypes.data,
+        len(segments.context_lens),
+        segments.block_tables.shape[1],
+        segments.block_size,
+        plan.num_kv_heads,
+        plan.group_size,
+        q.shape[2],
+        scale,
+        window,
+        queries.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        k_cache.dtype == torch.float32,
+        out.data_ptr(),
+        num_threads(),
+    )
+    return out.to(q.dtype)

@@ -1,0 +1,39 @@
+// Paged tree attention. A row's bits depend on what it sees at which position only.
+#pragma once
+
+#include <cstdint>
+
+namespace specserve {
+
+// The contract of these is `Segments` in ops.py; the words say which nodes, so that nobody needs
+// to know the first.
+struct Segments {
+    const int32_t* cu_rows;
+    const int32_t* context_lens;
+    const uint64_t* ancestors;
+    const int32_t* block_tables;
+    int64_t num_segments;
+    int64_t max_blocks;
+    int64_t block_size;
+};
+
+struct AttentionShape {
+    int64_t num_kv_heads;
+    int64_t group_size;  // at most kMaxHeads
+    int64_t head_dim;  // a multiple of 16, at most kMaxHeadDim
+    float scale;
+    int64_t window;  // 0: none
+};
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxSegmentRows = 64;
+constexpr int64_t kMaxHeads = 32;  // query heads per KV head
+
+// Rows first_row .. last_row - 1 of a segment for one KV head: q and out are [num_rows][num_kv_heads
+// * group_size][head_dim] of the whole pass, K and V [num_slots][num_kv_heads][head_dim].
+template <typename Element>
+void attend(const Segments& segments, const AttentionShape& shape, const float* q, const Element* k,
+            const Element* v, int64_t segment, int64_t kv_head, int64_t first_row, int64_t last_row,
+            float* out);
+
+}  // namespace specserve
