@@ -6,7 +6,9 @@ What has no native kernel, or none for its shape, runs in the torch twin.
 from torch import Tensor
 
 from specserve_kernels.cpu import attention
+from specserve_kernels.cpu.decoder import CpuDecoder
 from specserve_kernels.cpu.native import load
+from specserve_kernels.decoder import DecoderWeights
 from specserve_kernels.ops import Plan
 from specserve_kernels.torch_ref import TorchKernels
 
@@ -27,6 +29,10 @@ class CpuKernels:
         self.name = f"cpu-{build}"
         self._library = load(build)
         self._twin = TorchKernels()
+
+    def packed_decoder(self, weights: DecoderWeights) -> CpuDecoder:
+        """See `Kernels.packed_decoder`."""
+        return CpuDecoder(self._library, weights)
 
     def paged_tree_attention(
         self,

@@ -31,6 +31,8 @@ _SIGNATURES: Final = {
         _ADDRESS,
         _INT,
     ],
+    "specserve_decode": [*[_ADDRESS] * 4, _INT],
+    "specserve_decode_head": [*[_ADDRESS] * 3, _INT],
 }
 
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "decoder.h"
 #include "lanes.h"
 #include "linear.h"
 
@@ -32,8 +33,11 @@ void attention(const Segments& segments, const AttentionShape& shape, const floa
         const int64_t segment = unit / shape.num_kv_heads / kUnits;
         const int64_t first = unit / shape.num_kv_heads % kUnits * kRowsInUnit;
         const int64_t num_rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
-        specserve::attend(segments, shape, q, k, v, segment, kv_head, first,
-                          std::min(first + kRowsInUnit, num_rows), out);
+        const int64_t size = shape.group_size * shape.head_dim, stride = shape.num_kv_heads * size;
+        const int64_t row = segments.cu_rows[segment] + first;
+        specserve::attend(segments, shape, q + kv_head * size, stride, k, v, segment, kv_head, first,
+                          std::min(first + kRowsInUnit, num_rows),
+                          out + row * stride + kv_head * size, stride);
     }
 }
 
@@ -47,7 +51,7 @@ void specserve_quantize(const float* x, int64_t num_rows, int64_t size, int8_t* 
     const Rows rows{values, scales, offsets, sums};
 #pragma omp parallel for num_threads(num_threads) if (num_rows > 16) schedule(dynamic, 8)
     for (int64_t row = 0; row < num_rows; ++row)
-        specserve::quantize_row(x + row * size, size, rows, row);
+        specserve::quantize_row(x + row * size, size, specserve::from_row(rows, row, size));
 }
 
 // y [num_rows][num_outputs] = x W^T of quantised rows.
@@ -60,7 +64,8 @@ void specserve_linear(const uint8_t* panels, int32_t format, int64_t num_inputs,
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
     for (int64_t first = 0; first < num_panels; first += kPanelsInChunk)
         specserve::linear_panels(weight, rows, num_rows, first,
-                                 std::min(first + kPanelsInChunk, num_panels), y);
+                                 std::min(first + kPanelsInChunk, num_panels),
+                                 y + first * 16, num_outputs);
 }
 
 // out [num_rows][heads][head_dim] floats, zeroed by the caller; `wide`: K and V are float, else
@@ -78,6 +83,17 @@ void specserve_attention(const int32_t* cu_rows, const int32_t* context_lens,
         attention<float>(segments, shape, q, k_cache, v_cache, out, num_threads);
     else
         attention<specserve::bfloat16>(segments, shape, q, k_cache, v_cache, out, num_threads);
+}
+
+// One pass; see decoder.h, whose structs `decoder.py` mirrors.
+void specserve_decode(const specserve::Decoder* decoder, const specserve::Pass* pass,
+                      const specserve::Head* head, float* residual, int32_t num_threads) {
+    specserve::decode(*decoder, *pass, *head, residual, num_threads);
+}
+
+void specserve_decode_head(const specserve::Decoder* decoder, const specserve::Head* head,
+                           const float* residual, int32_t num_threads) {
+    specserve::decode_head(*decoder, *head, residual, num_threads);
 }
 
 }  // extern "C"

@@ -150,25 +150,23 @@ void attend_row(const AttentionShape& shape, const Path& path, const float* q, c
 }  // namespace
 
 template <typename Element>
-void attend(const Segments& segments, const AttentionShape& shape, const float* q, const Element* k,
-            const Element* v, int64_t segment, int64_t kv_head, int64_t first_row, int64_t last_row,
-            float* out) {
-    const int64_t size = shape.group_size * shape.head_dim;
+void attend(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
+            const Element* k, const Element* v, int64_t segment, int64_t kv_head,
+            int64_t first_row, int64_t last_row, float* out, int64_t out_stride) {
     const int64_t head_offset = kv_head * shape.head_dim;
     float scaled[kMaxHeads * kMaxHeadDim];
     Head heads[kMaxHeads];
-    for (int64_t row = first_row; row < last_row; ++row) {
-        const int64_t at =
-            ((segments.cu_rows[segment] + row) * shape.num_kv_heads + kv_head) * size;
-        attend_row(shape, Path(segments, segment, row), q + at, k + head_offset, v + head_offset,
-                   scaled, heads, out + at);
-    }
+    for (int64_t row = first_row; row < last_row; ++row)
+        attend_row(shape, Path(segments, segment, row),
+                   q + (segments.cu_rows[segment] + row) * stride, k + head_offset,
+                   v + head_offset, scaled, heads, out + (row - first_row) * out_stride);
 }
 
-template void attend<float>(const Segments&, const AttentionShape&, const float*, const float*,
-                            const float*, int64_t, int64_t, int64_t, int64_t, float*);
-template void attend<bfloat16>(const Segments&, const AttentionShape&, const float*,
+template void attend<float>(const Segments&, const AttentionShape&, const float*, int64_t,
+                            const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*,
+                            int64_t);
+template void attend<bfloat16>(const Segments&, const AttentionShape&, const float*, int64_t,
                                const bfloat16*, const bfloat16*, int64_t, int64_t, int64_t,
-                               int64_t, float*);
+                               int64_t, float*, int64_t);
 
 }  // namespace specserve

@@ -29,11 +29,12 @@ constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxSegmentRows = 64;
 constexpr int64_t kMaxHeads = 32;  // query heads per KV head
 
-// Rows first_row .. last_row - 1 of a segment for one KV head: q and out are [num_rows][num_kv_heads
-// * group_size][head_dim] of the whole pass, K and V [num_slots][num_kv_heads][head_dim].
+// Rows first_row .. last_row - 1 of a segment for one KV head. q: this head's queries, a row of the
+// pass after `stride` floats the next; K and V [num_slots][num_kv_heads][head_dim]; out: of these
+// rows alone, [group_size][head_dim] each, a row after `out_stride` floats the next.
 template <typename Element>
-void attend(const Segments& segments, const AttentionShape& shape, const float* q, const Element* k,
-            const Element* v, int64_t segment, int64_t kv_head, int64_t first_row, int64_t last_row,
-            float* out);
+void attend(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
+            const Element* k, const Element* v, int64_t segment, int64_t kv_head,
+            int64_t first_row, int64_t last_row, float* out, int64_t out_stride);
 
 }  // namespace specserve

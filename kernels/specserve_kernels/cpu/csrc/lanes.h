@@ -20,6 +20,13 @@ struct bfloat16 {
     uint16_t bits;
 };
 
+inline bfloat16 round_to_bfloat16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return {uint16_t(x != x ? 0x7fc0 : rounded)};
+}
+
 #if defined(__AVX512VNNI__)
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
@@ -52,6 +59,7 @@ inline Floats load(const bfloat16* p) {
 }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float lane_sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
 inline float lane_max(Floats x) { return _mm512_reduce_max_ps(x.v); }
@@ -141,6 +149,9 @@ inline void store(float* p, Floats x) {
 }
 inline Floats add(Floats a, Floats b) {
     return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline Floats div(Floats a, Floats b) {
+    return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
 }
 inline Floats max(Floats a, Floats b) {
     return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
@@ -283,6 +294,9 @@ inline Floats load(const bfloat16* p) {
 inline void store(float* p, const Floats& x) { std::memcpy(p, x.v, sizeof x.v); }
 inline Floats add(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Floats div(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] / b.v[i]; });
 }
 inline Floats max(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });

@@ -59,12 +59,6 @@ inline void int8_tile(const uint8_t* tile, const Rows& x, int64_t size, int64_t 
     }
 }
 
-Rows from_row(const Rows& rows, int64_t row, int64_t size) {
-    const int64_t groups = row * (size / kGroup);
-    return {rows.values + row * size, rows.scales + groups, rows.offsets + groups,
-            rows.sums + groups};
-}
-
 template <Format kFormat, int kRows>
 void panel_rows(const uint8_t* panel, int64_t size, const Rows& x, float* y, int64_t stride) {
     Floats sums[kRows];
@@ -98,8 +92,8 @@ void panel_block(const uint8_t* panel, int64_t size, const Rows& x, int64_t num_
 
 template <Format kFormat>
 void panels_of(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
-               int64_t last_panel, float* y) {
-    const int64_t size = weight.num_inputs, stride = weight.num_outputs;
+               int64_t last_panel, float* y, int64_t stride) {
+    const int64_t size = weight.num_inputs;
     const int64_t panel_bytes = size / kGroup * tile_bytes(kFormat);
     for (int64_t top = 0; top < num_rows; top += kRowsInCache) {
         const int64_t bottom = std::min<int64_t>(top + kRowsInCache, num_rows);
@@ -108,7 +102,7 @@ void panels_of(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t
             for (int64_t row = top; row < bottom; row += kRowBlock)
                 panel_block<kFormat>(weights, size, from_row(rows, row, size),
                                      std::min<int64_t>(kRowBlock, bottom - row),
-                                     y + row * stride + panel * kLanes, stride);
+                                     y + row * stride + (panel - first_panel) * kLanes, stride);
         }
     }
 }
@@ -116,11 +110,32 @@ void panels_of(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t
 }  // namespace
 
 void linear_panels(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
-                   int64_t last_panel, float* y) {
+                   int64_t last_panel, float* y, int64_t stride) {
     if (weight.format == Format::kInt4)
-        panels_of<Format::kInt4>(weight, rows, num_rows, first_panel, last_panel, y);
+        panels_of<Format::kInt4>(weight, rows, num_rows, first_panel, last_panel, y, stride);
     else
-        panels_of<Format::kInt8>(weight, rows, num_rows, first_panel, last_panel, y);
+        panels_of<Format::kInt8>(weight, rows, num_rows, first_panel, last_panel, y, stride);
+}
+
+void unpack_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]) {
+    const int64_t tiles = output / kLanes * (weight.num_inputs / kGroup) + group;
+    const uint8_t* tile = weight.panels + tiles * tile_bytes(weight.format);
+    const int64_t lane = output % kLanes;
+    float scales[kLanes], minimums[kLanes] = {};
+    store(scales, load_half(reinterpret_cast<const uint16_t*>(tile)));
+    if (weight.format == Format::kInt8) {
+        for (int i = 0; i < kGroup; ++i) {
+            const uint8_t byte = tile[32 + (i / 4 * kLanes + lane) * 4 + i % 4];
+            values[i] = float(int8_t(byte)) * scales[lane];
+        }
+        return;
+    }
+    store(minimums, load_half(reinterpret_cast<const uint16_t*>(tile + 32)));
+    for (int i = 0; i < kGroup; ++i) {
+        const uint8_t byte = tile[64 + (i / 8 * kLanes + lane) * 4 + i % 4];
+        const int nibble = i % 8 < 4 ? byte & 15 : byte >> 4;
+        values[i] = float(nibble) * scales[lane] + minimums[lane];
+    }
 }
 
 }  // namespace specserve

@@ -21,8 +21,12 @@ struct Weight {
     int64_t num_outputs;  // a multiple of 16
 };
 
-// The outputs of panels first_panel .. last_panel - 1 for all rows, into y [num_rows][num_outputs].
+// The outputs of panels first_panel .. last_panel - 1 for all rows, into y: one row after `stride`
+// floats the next, the first panel's outputs first.
 void linear_panels(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
-                   int64_t last_panel, float* y);
+                   int64_t last_panel, float* y, int64_t stride);
+
+// The weights of one output for the inputs of one group, as floats.
+void unpack_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]);
 
 }  // namespace specserve

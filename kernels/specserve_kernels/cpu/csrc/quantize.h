@@ -14,6 +14,16 @@ struct Rows {  // quantised, of `size` values each; `size` is a multiple of kGro
     int32_t* sums;   // [num_rows][size / kGroup], sum of the group's integers
 };
 
-void quantize_row(const float* x, int64_t size, const Rows& rows, int64_t row);
+inline Rows from_row(const Rows& rows, int64_t row, int64_t size) {
+    const int64_t groups = row * (size / kGroup);
+    return {rows.values + row * size, rows.scales + groups, rows.offsets + groups,
+            rows.sums + groups};
+}
+
+// One group of the first of `rows`; x has its values alone.
+void quantize_group(const float* x, const Rows& rows, int64_t group);
+
+// All groups of the first of `rows`.
+void quantize_row(const float* x, int64_t size, const Rows& rows);
 
 }  // namespace specserve

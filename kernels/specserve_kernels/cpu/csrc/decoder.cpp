@@ -1,0 +1,392 @@
+// The phases of a pass. All rows go through a phase before any enters the next; within one, units
+// of work (rows, panels of outputs, heads) are shared out. No unit's result depends on another's of
+// the same phase, nor on which thread computes it.
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "lanes.h"
+#include "team.h"
+
+namespace specserve {
+namespace {
+
+constexpr int64_t kPanels = 2;                  // of a unit
+constexpr int64_t kColumns = kPanels * kLanes;  // one group of quantised values
+constexpr int64_t kRowBlock = 64;               // rows a unit takes at a time
+constexpr int64_t kRowsInUnit = 8;              // of a segment, in attention
+constexpr int64_t kPhasesPerLayer = 8;
+static_assert(kColumns == kGroup);
+
+// Quantised rows and their memory.
+class RowBuffer {
+   public:
+    RowBuffer(int64_t num_rows, int64_t size)
+        : size_(size),
+          values_(new int8_t[num_rows * size]),
+          floats_(new float[2 * num_rows * (size / kGroup)]),
+          sums_(new int32_t[num_rows * (size / kGroup)]),
+          rows_{values_.get(), floats_.get(), floats_.get() + num_rows * (size / kGroup),
+                sums_.get()} {}
+
+    const Rows& rows() const { return rows_; }
+    Rows from(int64_t row) const { return from_row(rows_, row, size_); }
+    int64_t size() const { return size_; }
+
+   private:
+    int64_t size_;
+    std::unique_ptr<int8_t[]> values_;
+    std::unique_ptr<float[]> floats_;
+    std::unique_ptr<int32_t[]> sums_;
+    Rows rows_;
+};
+
+void rms_norm(const float* x, const float* weight, int64_t size, double eps, float* y) {
+    Floats sum = zero_floats();
+    for (int64_t i = 0; i < size; i += kLanes) sum = mul_add(load(x + i), load(x + i), sum);
+    const float scale = 1.0f / std::sqrt(lane_sum(sum) / float(size) + float(eps));
+    for (int64_t i = 0; i < size; i += kLanes)
+        store(y + i, mul(mul(load(x + i), broadcast(scale)), load(weight + i)));
+}
+
+void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[i], second = x[half + i];
+        x[i] = first * cos[i] - second * sin[i];
+        x[half + i] = second * cos[i] + first * sin[i];
+    }
+}
+
+void keep(const float* x, int64_t size, float* to) { std::memcpy(to, x, size * sizeof *x); }
+
+void keep(const float* x, int64_t size, bfloat16* to) {
+    for (int64_t i = 0; i < size; ++i) to[i] = round_to_bfloat16(x[i]);
+}
+
+void embed(const Weight& weight, int64_t token, float* x) {
+    float columns[kGroup];
+    for (int64_t group = 0; group < weight.num_inputs / kGroup; ++group) {
+        unpack_group(weight, token, group, columns);
+        std::memcpy(x + group * kGroup, columns, sizeof columns);
+    }
+}
+
+// Where the rows of a pass stand between the phases.
+struct Stream {
+    Stream(const Decoder& d, int64_t num_rows)
+        : heads_size((d.num_heads + 2 * d.num_kv_heads) * d.head_dim),
+          normed(num_rows, d.hidden_size),
+          heads(new float[num_rows * heads_size]),
+          mixed(num_rows, d.num_heads * d.head_dim),
+          gated(num_rows, d.intermediate_size) {}
+
+    int64_t heads_size;
+    RowBuffer normed;
+    std::unique_ptr<float[]> heads;  // [num_rows][heads_size]: q, k, v
+    RowBuffer mixed;
+    RowBuffer gated;
+};
+
+template <typename Element>
+class PassOf {
+   public:
+    PassOf(const Decoder& decoder, const Pass& pass, float* residual)
+        : d_(decoder), pass_(pass), x_(residual), stream_(decoder, pass.num_rows) {}
+
+    void run(Team& team) {
+        team.share(pass_.num_rows, [&](int64_t row) {
+            embed(d_.embed, pass_.input_ids[row], x_ + row * d_.hidden_size);
+        });
+        for (int64_t index = 0; index < d_.num_layers; ++index) layer(team, index);
+        team.share(pass_.num_rows, [&](int64_t row) { tap(row, d_.num_layers); });
+    }
+
+   private:
+    void layer(Team& team, int64_t index) {
+        const Layer& l = d_.layers[index];
+        team.share(pass_.num_rows, [&](int64_t row) {
+            tap(row, index);
+            normalise(row, l.attention_norm);
+        });
+        const int64_t q_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
+        const int64_t q_units = units(l.q), kv_units = units(l.k);
+        team.share(q_units + 2 * kv_units, [&](int64_t unit) {
+            if (unit < q_units)
+                project(l.q, stream_.normed, unit, stream_.heads.get(), stream_.heads_size);
+            else if (unit < q_units + kv_units)
+                project(l.k, stream_.normed, unit - q_units, stream_.heads.get() + q_size,
+                        stream_.heads_size);
+            else
+                project(l.v, stream_.normed, unit - q_units - kv_units,
+                        stream_.heads.get() + q_size + kv_size, stream_.heads_size);
+        });
+        Element* keys = static_cast<Element*>(pass_.kv) + 2 * index * pass_.num_slots * kv_size;
+        Element* values = keys + pass_.num_slots * kv_size;
+        team.share(pass_.num_rows, [&](int64_t row) { place(l, row, keys, values); });
+        attention(team, l, keys, values);
+        team.share(units(l.o), [&](int64_t unit) { add(l.o, stream_.mixed, unit); });
+        team.share(pass_.num_rows, [&](int64_t row) { normalise(row, l.mlp_norm); });
+        team.share(units(l.gate), [&](int64_t unit) { gate(l, unit); });
+        team.share(units(l.down), [&](int64_t unit) { add(l.down, stream_.gated, unit); });
+    }
+
+    static int64_t units(const Linear& linear) {
+        return (linear.weight.num_outputs + kColumns - 1) / kColumns;
+    }
+
+    void tap(int64_t row, int64_t index) {
+        for (int64_t t = 0; t < pass_.num_taps; ++t)
+            if (pass_.taps[t] == index)
+                std::memcpy(pass_.tapped + (row * pass_.num_taps + t) * d_.hidden_size,
+                            x_ + row * d_.hidden_size, d_.hidden_size * sizeof *x_);
+    }
+
+    void normalise(int64_t row, const float* weight) {
+        thread_local std::vector<float> y;
+        y.resize(d_.hidden_size);
+        rms_norm(x_ + row * d_.hidden_size, weight, d_.hidden_size, d_.eps, y.data());
+        quantize_row(y.data(), d_.hidden_size, stream_.normed.from(row));
+    }
+
+    // y[row][column] = what `finish` makes of it, for the columns of a unit.
+    template <typename Finish>
+    void product(const Linear& linear, const RowBuffer& rows, int64_t unit, const Finish& finish) {
+        alignas(64) float y[kRowBlock * kColumns];
+        const int64_t first = unit * kPanels;
+        const int64_t last = std::min(first + kPanels, linear.weight.num_outputs / kLanes);
+        for (int64_t top = 0; top < pass_.num_rows; top += kRowBlock) {
+            const int64_t count = std::min(kRowBlock, pass_.num_rows - top);
+            linear_panels(linear.weight, rows.from(top), count, first, last, y, kColumns);
+            for (int64_t row = 0; row < count; ++row)
+                for (int64_t c = 0; c < (last - first) * kLanes; c += kLanes) {
+                    Floats out = load(y + row * kColumns + c);
+                    const int64_t column = first * kLanes + c;
+                    if (linear.bias) out = specserve::add(out, load(linear.bias + column));
+                    finish(top + row, column, out);
+                }
+        }
+    }
+
+    void project(const Linear& linear, const RowBuffer& rows, int64_t unit, float* y,
+                 int64_t stride) {
+        product(linear, rows, unit, [&](int64_t row, int64_t column, Floats out) {
+            store(y + row * stride + column, out);
+        });
+    }
+
+    void add(const Linear& linear, const RowBuffer& rows, int64_t unit) {
+        product(linear, rows, unit, [&](int64_t row, int64_t column, Floats out) {
+            float* x = x_ + row * d_.hidden_size + column;
+            store(x, specserve::add(load(x), out));
+        });
+    }
+
+    // Shazeer 2020: silu(gate) * up, quantised at once: a unit is one group.
+    void gate(const Layer& l, int64_t unit) {
+        alignas(64) float gates[kRowBlock * kColumns], ups[kRowBlock * kColumns];
+        const int64_t first = unit * kPanels, column = unit * kColumns;
+        for (int64_t top = 0; top < pass_.num_rows; top += kRowBlock) {
+            const int64_t count = std::min(kRowBlock, pass_.num_rows - top);
+            const Rows rows = stream_.normed.from(top);
+            linear_panels(l.gate.weight, rows, count, first, first + kPanels, gates, kColumns);
+            linear_panels(l.up.weight, rows, count, first, first + kPanels, ups, kColumns);
+            for (int64_t row = 0; row < count; ++row) {
+                float* g = gates + row * kColumns;
+                for (int64_t c = 0; c < kColumns; c += kLanes)
+                    store(g + c, swiglu(biased(l.gate, g + c, column + c),
+                                        biased(l.up, ups + row * kColumns + c, column + c)));
+                quantize_group(g, stream_.gated.from(top + row), unit);
+            }
+        }
+    }
+
+    static Floats biased(const Linear& linear, const float* y, int64_t column) {
+        return linear.bias ? specserve::add(load(y), load(linear.bias + column)) : load(y);
+    }
+
+    static Floats swiglu(Floats gate, Floats up) {
+        const Floats one = broadcast(1.0f), to_minus = broadcast(-1.4426950408889634f);
+        return mul(div(gate, specserve::add(one, exp2(mul(gate, to_minus)))), up);
+    }
+
+    // Norms and turns the heads of a row, and writes its K and V to its slot.
+    void place(const Layer& l, int64_t row, Element* keys, Element* values) {
+        const int64_t dim = d_.head_dim, half = dim / 2, kv_size = d_.num_kv_heads * dim;
+        const float* cos = d_.cos + pass_.positions[row] * half;
+        const float* sin = d_.sin + pass_.positions[row] * half;
+        float* heads = stream_.heads.get() + row * stream_.heads_size;
+        for (int64_t h = 0; h < d_.num_heads + d_.num_kv_heads; ++h) {
+            float* x = heads + h * dim;
+            const float* norm = h < d_.num_heads ? l.q_norm : l.k_norm;
+            if (norm) rms_norm(x, norm, dim, d_.eps, x);
+            rotate(x, cos, sin, half);
+        }
+        const int64_t slot = pass_.slots[row];
+        if (slot < 0) return;
+        keep(heads + d_.num_heads * dim, kv_size, keys + slot * kv_size);
+        keep(heads + d_.num_heads * dim + kv_size, kv_size, values + slot * kv_size);
+    }
+
+    void attention(Team& team, const Layer& l, const Element* keys, const Element* values) {
+        const int64_t group_size = d_.num_heads / d_.num_kv_heads;
+        const AttentionShape shape{d_.num_kv_heads, group_size, d_.head_dim,
+                                   1.0f / std::sqrt(float(d_.head_dim)), l.window};
+        const Segments& segments = pass_.segments;
+        constexpr int64_t kBlocks = kMaxSegmentRows / kRowsInUnit;
+        team.share(segments.num_segments * kBlocks * d_.num_kv_heads, [&](int64_t unit) {
+            const int64_t kv_head = unit % d_.num_kv_heads;
+            const int64_t segment = unit / d_.num_kv_heads / kBlocks;
+            const int64_t first = unit / d_.num_kv_heads % kBlocks * kRowsInUnit;
+            const int64_t begin = segments.cu_rows[segment];
+            const int64_t last =
+                std::min(first + kRowsInUnit, int64_t(segments.cu_rows[segment + 1]) - begin);
+            if (first >= last) return;
+            const int64_t size = group_size * d_.head_dim;
+            thread_local std::vector<float> out;
+            out.resize(kRowsInUnit * size);
+            attend(segments, shape, stream_.heads.get() + kv_head * size, stream_.heads_size, keys,
+                   values, segment, kv_head, first, last, out.data(), size);
+            for (int64_t row = first; row < last; ++row)
+                for (int64_t at = 0; at < size; at += kGroup)
+                    quantize_group(out.data() + (row - first) * size + at,
+                                   stream_.mixed.from(begin + row), (kv_head * size + at) / kGroup);
+        });
+    }
+
+    const Decoder& d_;
+    const Pass& pass_;
+    float* x_;  // [num_rows][hidden_size]
+    Stream stream_;
+};
+
+// The best of `num` logits by way of the units' own best: the k best lie in the k best units.
+void find_top(const float* logits, const float* unit_best, int64_t vocab_size, int64_t num_top,
+              int64_t* top) {
+    const int64_t num_units = (vocab_size + kColumns - 1) / kColumns;
+    int64_t best_units[kMaxTop];
+    auto pick = [](int64_t count, int64_t wanted, const auto& value, int64_t* best) {
+        int64_t found = 0;  // insertion into a short sorted list; equals keep their order
+        for (int64_t i = 0; i < count; ++i) {
+            if (found == wanted && !(value(i) > value(best[found - 1]))) continue;
+            int64_t at = found < wanted ? found++ : found - 1;
+            for (; at > 0 && value(i) > value(best[at - 1]); --at) best[at] = best[at - 1];
+            best[at] = i;
+        }
+        return found;
+    };
+    const int64_t found = pick(
+        num_units, num_top, [&](int64_t i) { return unit_best[i]; }, best_units);
+    std::sort(best_units, best_units + found);
+    int64_t candidates[kMaxTop * kColumns];
+    int64_t num_candidates = 0;
+    for (int64_t u = 0; u < found; ++u)
+        for (int64_t c = 0; c < kColumns && best_units[u] * kColumns + c < vocab_size; ++c)
+            candidates[num_candidates++] = best_units[u] * kColumns + c;
+    int64_t best[kMaxTop];
+    const int64_t count = pick(
+        num_candidates, num_top, [&](int64_t i) { return logits[candidates[i]]; }, best);
+    for (int64_t i = 0; i < count; ++i) top[i] = candidates[best[i]];
+}
+
+class HeadOf {
+   public:
+    HeadOf(const Decoder& decoder, const Head& head, const float* residual)
+        : d_(decoder),
+          head_(head),
+          x_(residual),
+          normed_(head.num_rows, decoder.hidden_size),
+          num_units_((decoder.head.weight.num_outputs + kColumns - 1) / kColumns),
+          best_(new float[head.num_rows * num_units_]) {}
+
+    void run(Team& team) {
+        team.share(head_.num_rows, [&](int64_t row) {
+            thread_local std::vector<float> y;
+            y.resize(d_.hidden_size);
+            rms_norm(x_ + head_.rows[row] * d_.hidden_size, d_.norm, d_.hidden_size, d_.eps,
+                     y.data());
+            quantize_row(y.data(), d_.hidden_size, normed_.from(row));
+        });
+        team.share(num_units_, [&](int64_t unit) { columns(unit); });
+        team.share(head_.num_top ? head_.num_rows : 0, [&](int64_t row) { best(row); });
+    }
+
+   private:
+    void columns(int64_t unit) {
+        const int64_t stride = d_.head.weight.num_outputs, first = unit * kPanels;
+        const int64_t last = std::min(first + kPanels, stride / kLanes);
+        for (int64_t top = 0; top < head_.num_rows; top += kRowBlock) {
+            const int64_t count = std::min(kRowBlock, head_.num_rows - top);
+            float* logits = head_.logits + top * stride + first * kLanes;
+            linear_panels(d_.head.weight, normed_.from(top), count, first, last, logits, stride);
+            for (int64_t row = top; row < top + count; ++row, logits += stride) {
+                if (d_.head.bias)
+                    for (int64_t c = 0; c < (last - first) * kLanes; ++c)
+                        logits[c] += d_.head.bias[first * kLanes + c];
+                best_[row * num_units_ + unit] = most(logits, unit * kColumns);
+            }
+        }
+    }
+
+    // The largest of a unit's logits, NaN if one of them is not finite.
+    float most(const float* logits, int64_t column) const {
+        const int64_t count = std::min(kColumns, head_.vocab_size - column);
+        if (count <= 0) return -INFINITY;
+        float largest = logits[0], nothing = 0;
+        for (int64_t c = 0; c < count; ++c) {
+            largest = std::max(largest, logits[c]);
+            nothing += logits[c] * 0.0f;
+        }
+        return nothing == 0 ? largest : NAN;
+    }
+
+    void best(int64_t row) {
+        const float* unit_best = best_.get() + row * num_units_;
+        int64_t* top = head_.top + row * head_.num_top;
+        for (int64_t unit = 0; unit < num_units_; ++unit)
+            if (std::isnan(unit_best[unit])) return std::fill(top, top + head_.num_top, -1);
+        find_top(head_.logits + row * d_.head.weight.num_outputs, unit_best, head_.vocab_size,
+                 head_.num_top, top);
+    }
+
+    const Decoder& d_;
+    const Head& head_;
+    const float* x_;
+    RowBuffer normed_;
+    int64_t num_units_;
+    std::unique_ptr<float[]> best_;  // [num_rows][num_units]
+};
+
+constexpr int64_t kHeadPhases = 3;
+
+template <typename Element>
+void decode_as(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
+               int num_threads) {
+    PassOf<Element> body(decoder, pass, residual);
+    HeadOf end(decoder, head, residual);
+    const int64_t num_phases = 2 + kPhasesPerLayer * decoder.num_layers + kHeadPhases;
+    run_team(num_phases, num_threads, [&](Team& team) {
+        body.run(team);
+        end.run(team);
+    });
+}
+
+}  // namespace
+
+void decode(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
+            int num_threads) {
+    if (pass.wide)
+        decode_as<float>(decoder, pass, head, residual, num_threads);
+    else
+        decode_as<bfloat16>(decoder, pass, head, residual, num_threads);
+}
+
+void decode_head(const Decoder& decoder, const Head& head, const float* residual, int num_threads) {
+    HeadOf end(decoder, head, residual);
+    run_team(kHeadPhases, num_threads, [&](Team& team) { end.run(team); });
+}
+
+}  // namespace specserve

@@ -1,0 +1,225 @@
+"""A whole pass in one native call. Owns the C structures, field by field as in decoder.h."""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specserve_kernels.cpu.native import num_threads
+from specserve_kernels.decoder import (
+    MAX_TOP,
+    DecoderOutput,
+    DecoderPass,
+    DecoderWeights,
+    LayerWeights,
+    PackedLinear,
+)
+from specserve_kernels.packing import PANEL, PackedWeight
+
+_ADDRESS = ctypes.c_void_p
+_SIZE = ctypes.c_int64
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        ("panels", _ADDRESS),
+        ("format", ctypes.c_int32),
+        ("num_inputs", _SIZE),
+        ("num_outputs", _SIZE),
+    ]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("weight", _Weight), ("bias", _ADDRESS)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", _ADDRESS),
+        ("mlp_norm", _ADDRESS),
+        ("q_norm", _ADDRESS),
+        ("k_norm", _ADDRESS),
+        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        ("window", _SIZE),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        ("num_layers", _SIZE),
+        ("hidden_size", _SIZE),
+        ("intermediate_size", _SIZE),
+        ("num_heads", _SIZE),
+        ("num_kv_heads", _SIZE),
+        ("head_dim", _SIZE),
+        ("eps", ctypes.c_double),
+        ("cos", _ADDRESS),
+        ("sin", _ADDRESS),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("norm", _ADDRESS),
+        ("embed", _Weight),
+        ("head", _Linear),
+    ]
+
+
+class _Segments(ctypes.Structure):
+    _fields_ = [
+        ("cu_rows", _ADDRESS),
+        ("context_lens", _ADDRESS),
+        ("ancestors", _ADDRESS),
+        ("block_tables", _ADDRESS),
+        ("num_segments", _SIZE),
+        ("max_blocks", _SIZE),
+        ("block_size", _SIZE),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        ("segments", _Segments),
+        ("num_rows", _SIZE),
+        ("input_ids", _ADDRESS),
+        ("positions", _ADDRESS),
+        ("slots", _ADDRESS),
+        ("kv", _ADDRESS),
+        ("num_slots", _SIZE),
+        ("wide", _SIZE),
+        ("taps", _ADDRESS),
+        ("num_taps", _SIZE),
+        ("tapped", _ADDRESS),
+    ]
+
+
+class _Head(ctypes.Structure):
+    _fields_ = [
+        ("num_rows", _SIZE),
+        ("rows", _ADDRESS),
+        ("vocab_size", _SIZE),
+        ("logits", _ADDRESS),
+        ("num_top", _SIZE),
+        ("top", _ADDRESS),
+    ]
+
+
+class CpuDecoder:
+    """Implements `PackedDecoder`; a row's bits do not depend on the other rows."""
+
+    def __init__(self, library: ctypes.CDLL, weights: DecoderWeights) -> None:
+        self._library = library
+        self._weights = weights
+        self._kept: list[Tensor] = []  # what the structures point to
+        self._layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers))
+        self._decoder = _Decoder(
+            len(weights.layers),
+            weights.hidden_size,
+            weights.layers[0].down.weight.num_inputs,
+            weights.num_heads,
+            weights.num_kv_heads,
+            weights.head_dim,
+            weights.rms_norm_eps,
+            self._floats(weights.cos),
+            self._floats(weights.sin),
+            self._layers,
+            self._floats(weights.norm),
+            self._weight(weights.embed),
+            self._linear(weights.head),
+        )
+
+    def __call__(self, batch: DecoderPass) -> DecoderOutput:
+        weights, segments = self._weights, batch.segments
+        num_rows = batch.input_ids.shape[0]
+        assert num_rows == segments.num_rows == segments.cu_rows[-1], "every row has a segment"
+        assert 0 <= batch.num_top <= min(MAX_TOP, weights.vocab_size), "num_top is out of range"
+        assert batch.kv.is_contiguous(), "the cache must be contiguous"
+        assert batch.kv.dtype in (torch.float32, torch.bfloat16), f"K and V are {batch.kv.dtype}"
+        taps = torch.tensor(batch.taps, dtype=torch.int64)
+        tapped = torch.empty(num_rows, len(batch.taps), weights.hidden_size)
+        residual = torch.empty(num_rows, weights.hidden_size)
+        logits, top, head = self._head(batch.logit_rows, batch.num_top)
+        ids, positions, slots = (
+            x.contiguous() for x in (batch.input_ids, batch.positions, batch.slots)
+        )
+        task = _Pass(
+            _Segments(
+                segments.cu_rows.ctypes.data,
+                segments.context_lens.ctypes.data,
+                segments.ancestors.ctypes.data,
+                segments.block_tables.ctypes.data,
+                len(segments.context_lens),
+                segments.block_tables.shape[1],
+                segments.block_size,
+            ),
+            num_rows,
+            ids.data_ptr(),
+            positions.data_ptr(),
+            slots.data_ptr(),
+            batch.kv.data_ptr(),
+            batch.kv.shape[2],
+            batch.kv.dtype == torch.float32,
+            taps.data_ptr(),
+            len(batch.taps),
+            tapped.data_ptr(),
+        )
+        self._library.specserve_decode(
+            ctypes.byref(self._decoder),
+            ctypes.byref(task),
+            ctypes.byref(head),
+            residual.data_ptr(),
+            num_threads(),
+        )
+        return DecoderOutput(logits, top, tapped)
+
+    def head(self, x: Tensor) -> Tensor:
+        """See `PackedDecoder.head`."""
+        residual = x.float().contiguous()
+        rows = torch.arange(x.shape[0])
+        logits, _, head = self._head(rows, 0)
+        self._library.specserve_decode_head(
+            ctypes.byref(self._decoder), ctypes.byref(head), residual.data_ptr(), num_threads()
+        )
+        return logits
+
+    def _head(self, rows: Tensor, num_top: int) -> tuple[Tensor, Tensor, _Head]:
+        """Logits, the best of them, and the structure that tells where both go."""
+        num_rows = rows.shape[0]
+        logits = torch.empty(num_rows, self._decoder.head.weight.num_outputs)
+        top = torch.empty(num_rows, num_top, dtype=torch.int64)
+        vocab_size = self._weights.vocab_size
+        head = _Head(
+            num_rows, rows.data_ptr(), vocab_size, logits.data_ptr(), num_top, top.data_ptr()
+        )
+        return logits[:, :vocab_size], top, head
+
+    def _layer(self, layer: LayerWeights) -> _Layer:
+        linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        return _Layer(
+            self._floats(layer.attention_norm),
+            self._floats(layer.mlp_norm),
+            self._floats(layer.q_norm),
+            self._floats(layer.k_norm),
+            *map(self._linear, linears),
+            layer.window,
+        )
+
+    def _linear(self, linear: PackedLinear) -> _Linear:
+        bias = linear.bias
+        if bias is not None:
+            bias = torch.nn.functional.pad(bias.float(), (0, -bias.shape[0] % PANEL))
+        return _Linear(self._weight(linear.weight), self._floats(bias))
+
+    def _weight(self, weight: PackedWeight) -> _Weight:
+        self._kept.append(weight.panels)
+        return _Weight(
+            weight.panels.data_ptr(),
+            weight.format,
+            weight.num_inputs,
+            weight.panels.shape[0] * PANEL,
+        )
+
+    def _floats(self, x: Tensor | None) -> Any:
+        """The address of `x` as float32, kept alive; None for None."""
+        if x is None:
+            return None
+        self._kept.append(x.float().contiguous())
+        return self._kept[-1].data_ptr()

@@ -1,0 +1,115 @@
+"""A whole pass of a decoder-only transformer with packed weights, as one kernel.
+
+Owns what such a kernel takes and gives; `torch_ref.decoder` defines what it computes. Knows no
+checkpoint and no model's name. Activations are float32, rounded to 8 bits in groups of 32 before
+every product; K and V have the dtype of the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from torch import Tensor
+
+from specserve_kernels.ops import Segments
+from specserve_kernels.packing import GROUP, PackedWeight
+
+MAX_TOP: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """x W^T + b."""
+
+    weight: PackedWeight
+    bias: Tensor | None = None  # [num_outputs] float32
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Attention and SwiGLU, each behind a norm. The norms are float32."""
+
+    attention_norm: Tensor  # [hidden_size]
+    mlp_norm: Tensor  # [hidden_size]
+    q: PackedLinear
+    k: PackedLinear
+    v: PackedLinear
+    o: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    q_norm: Tensor | None = None  # [head_dim], and so is k_norm
+    k_norm: Tensor | None = None
+    window: int = 0  # 0: none
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """A model, ready to run."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    cos: Tensor  # [num_positions, head_dim / 2] float32
+    sin: Tensor
+    embed: PackedWeight  # [vocab_size, hidden_size]
+    layers: Sequence[LayerWeights]
+    norm: Tensor  # [hidden_size] float32
+    head: PackedLinear
+
+    @property
+    def hidden_size(self) -> int:
+        return self.embed.num_inputs
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.num_outputs
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderPass:
+    """One pass. Every row belongs to a segment."""
+
+    input_ids: Tensor  # [num_rows] int64
+    positions: Tensor  # [num_rows] int64
+    slots: Tensor  # [num_rows] int64, -1: K and V are not kept
+    segments: Segments
+    kv: Tensor  # [num_layers, 2, num_slots, num_kv_heads, head_dim], written in place
+    logit_rows: Tensor  # [num_logit_rows] int64
+    num_top: int = 0
+    taps: tuple[int, ...] = ()  # layers whose input is wanted; num_layers: the last one's output
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOutput:
+    logits: Tensor  # [num_logit_rows, vocab_size] float32
+    # [num_logit_rows, num_top] int64: the best first, the lowest id first among equals; -1 in rows
+    # with a logit that is not a number.
+    top: Tensor
+    tapped: Tensor  # [num_rows, num_taps, hidden_size] float32
+
+
+class PackedDecoder(Protocol):
+    """One model on one backend."""
+
+    def __call__(self, batch: DecoderPass) -> DecoderOutput: ...
+
+    def head(self, x: Tensor) -> Tensor:
+        """Final norm and head: [n, hidden_size] float32 -> [n, vocab_size] float32."""
+        ...
+
+
+def why_not_packed(
+    hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> str | None:
+    """Why a model of this shape cannot have packed weights, or None if it can."""
+    group_size = num_heads // num_kv_heads
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if size % GROUP:
+            return f"{name} {size} is no multiple of {GROUP}"
+    if head_dim % 16 or head_dim > 256:
+        return f"head_dim {head_dim} is no multiple of 16 up to 256"
+    if group_size * head_dim % GROUP or group_size > 32:
+        return f"{group_size} heads of {head_dim} per KV head are no multiple of {GROUP} up to 32"
+    return None
