@@ -33,6 +33,7 @@ void attention(const Segments& segments, const AttentionShape& shape, const floa
         const int64_t segment = unit / shape.num_kv_heads / kUnits;
         const int64_t first = unit / shape.num_kv_heads % kUnits * kRowsInUnit;
         const int64_t num_rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
+        if (first >= num_rows) continue;
         const int64_t size = shape.group_size * shape.head_dim, stride = shape.num_kv_heads * size;
         const int64_t row = segments.cu_rows[segment] + first;
         specserve::attend(segments, shape, q + kv_head * size, stride, k, v, segment, kv_head, first,

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -64,20 +65,28 @@ inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float lane_sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
 inline float lane_max(Floats x) { return _mm512_reduce_max_ps(x.v); }
 
-inline Floats lane_sums(const Floats (&x)[kLanes]) {
-    __m512 pairs[8], quads[4];  // of vectors, and of their lanes within each 128 bits
-    for (int i = 0; i < 8; ++i)
-        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v),
-                                 _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+inline void transpose(Floats (&x)[kLanes]) {
+    __m512 pairs[kLanes], quads[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+        pairs[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+    }
     auto doubles = [&](int i) { return _mm512_castps_pd(pairs[i]); };
-    for (int i = 0; i < 4; ++i)
-        quads[i] = _mm512_add_ps(
-            _mm512_castpd_ps(_mm512_unpacklo_pd(doubles(2 * i), doubles(2 * i + 1))),
-            _mm512_castpd_ps(_mm512_unpackhi_pd(doubles(2 * i), doubles(2 * i + 1))));
-    auto fold = [](__m512 a, __m512 b) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    return {fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]))};
+    for (int i = 0; i < kLanes; i += 4)  // quads[i + c]: column c of each 128 bits of rows i .. i + 3
+        for (int c = 0; c < 4; ++c)
+            quads[i + c] = _mm512_castpd_ps(
+                c % 2 ? _mm512_unpackhi_pd(doubles(i + c / 2), doubles(i + c / 2 + 2))
+                      : _mm512_unpacklo_pd(doubles(i + c / 2), doubles(i + c / 2 + 2)));
+    for (int c = 0; c < 4; ++c) {
+        const __m512 a = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0x88);
+        const __m512 b = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0x88);
+        const __m512 d = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0xdd);
+        const __m512 e = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0xdd);
+        x[c].v = _mm512_shuffle_f32x4(a, b, 0x88);
+        x[4 + c].v = _mm512_shuffle_f32x4(d, e, 0x88);
+        x[8 + c].v = _mm512_shuffle_f32x4(a, b, 0xdd);
+        x[12 + c].v = _mm512_shuffle_f32x4(d, e, 0xdd);
+    }
 }
 
 inline Floats exp2(Floats x) {
@@ -169,18 +178,36 @@ inline float lane_max(Floats x) {
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
-inline Floats lane_sums(const Floats (&x)[kLanes]) {
-    auto halves = [&](int i) { return _mm256_add_ps(x[i].lo, x[i].hi); };
-    auto four = [&](int i) {  // sums of vectors i .. i + 3 within each 128 bits
-        return _mm256_hadd_ps(_mm256_hadd_ps(halves(i), halves(i + 1)),
-                              _mm256_hadd_ps(halves(i + 2), halves(i + 3)));
-    };
-    auto eight = [&](int i) {
-        const __m256 a = four(i), b = four(i + 4);
-        return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
-                             _mm256_permute2f128_ps(a, b, 0x31));
-    };
-    return {eight(0), eight(8)};
+inline void transpose8(__m256 (&x)[8]) {
+    __m256 pairs[8], quads[8];
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    auto doubles = [&](int i) { return _mm256_castps_pd(pairs[i]); };
+    for (int i = 0; i < 8; i += 4)  // quads[i + c]: column c of each 128 bits of rows i .. i + 3
+        for (int c = 0; c < 4; ++c)
+            quads[i + c] = _mm256_castpd_ps(
+                c % 2 ? _mm256_unpackhi_pd(doubles(i + c / 2), doubles(i + c / 2 + 2))
+                      : _mm256_unpacklo_pd(doubles(i + c / 2), doubles(i + c / 2 + 2)));
+    for (int c = 0; c < 4; ++c) {
+        x[c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
+        x[4 + c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
+    }
+}
+inline void transpose(Floats (&x)[kLanes]) {
+    __m256 quarters[4][8];  // rows 0 .. 7 low and high, rows 8 .. 15 low and high
+    for (int i = 0; i < 8; ++i) {
+        quarters[0][i] = x[i].lo;
+        quarters[1][i] = x[i].hi;
+        quarters[2][i] = x[8 + i].lo;
+        quarters[3][i] = x[8 + i].hi;
+    }
+    for (auto& quarter : quarters) transpose8(quarter);
+    for (int i = 0; i < 8; ++i) {
+        x[i] = {quarters[0][i], quarters[2][i]};
+        x[8 + i] = {quarters[1][i], quarters[3][i]};
+    }
 }
 
 inline Floats exp2(Floats x) {
@@ -311,8 +338,9 @@ inline float lane_max(const Floats& x) {
     for (float value : x.v) most = most > value ? most : value;
     return most;
 }
-inline Floats lane_sums(const Floats (&x)[kLanes]) {
-    return each<Floats>([&](int i) { return lane_sum(x[i]); });
+inline void transpose(Floats (&x)[kLanes]) {
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < i; ++j) std::swap(x[i].v[j], x[j].v[i]);
 }
 inline Floats exp2(const Floats& x) {
     return each<Floats>([&](int i) { return std::exp2(x.v[i]); });
