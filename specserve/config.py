@@ -41,6 +41,7 @@ def _in_range(name: str, value: float | None, low: float, high: float) -> None:
 class TargetConfig(Struct, frozen=True, forbid_unknown_fields=True):
     target: str = "smollm2-135m"  # alias, directory, .gguf file or hub id
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["auto", "none", "int8", "int4"] = "auto"  # of the weights
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's
     exactness: Literal["auto", "exact", "fast"] = "auto"

@@ -53,6 +53,11 @@ class SamplingState:
         filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         return not params.greedy and (params.temperature != 1.0 or filtered)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether what is drawn is the token of the largest logit, as the model gave them."""
+        return self.params.greedy and not self.processed
+
     def advance(self, tokens: Sequence[int]) -> None:
         """Count the tokens emitted since the last call; `tokens` is prompt and output."""
         if self._counts is not None and len(tokens) > self._num_counted:

@@ -18,6 +18,7 @@ MAX_N = 128
 MAX_SEED = 2**63 - 1
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Quantization = Literal["auto", "none", "int8", "int4"]
 
 
 class RequestError(ValueError):

@@ -379,15 +379,15 @@ def test_an_interrupt_is_quiet(tmp_path: Path) -> None:
 def test_the_default_model_answers_a_chat(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(
-        '{"question_id": 1, "category": "qa", "turns": ["What is the capital of Italy?"]}\n'
+        '{"question_id": 1, "category": "qa", "turns": ["What is the capital of Japan?"]}\n'
         '{"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}\n'
     )
     line = ["generate", "--prompts", str(file), "--temperature", "0", "--max-tokens", "12"]
     done = specserve(*line, "--json", "--kv-memory", "64MiB", "--threads", "1")
     assert done.returncode == 0, done.stderr
-    italy, japan = rows(done.stdout)
-    assert "Rome" in italy["text"]
-    assert "Tokyo" in japan["text"]
+    first, second = rows(done.stdout)
+    assert "Tokyo" in first["text"]
+    assert "Tokyo" in second["text"]
 
 
 def test_pull_prints_the_directory(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:

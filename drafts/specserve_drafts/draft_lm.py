@@ -153,6 +153,7 @@ class DraftLM:
             dtype=context.dtype,
             device=context.device,
             exact=context.exact,
+            quantization=context.quantization,
         )
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:

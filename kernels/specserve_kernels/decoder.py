@@ -66,6 +66,19 @@ class DecoderWeights:
     def vocab_size(self) -> int:
         return self.head.weight.num_outputs
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights that every pass with logits reads."""
+        linears = [
+            linear
+            for layer in self.layers
+            for linear in (
+                *(layer.q, layer.k, layer.v, layer.o),
+                *(layer.gate, layer.up, layer.down),
+            )
+        ]
+        return sum(linear.weight.num_bytes for linear in [*linears, self.head])
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderPass:

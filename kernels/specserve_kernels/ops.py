@@ -12,12 +12,16 @@ prefill chunk is one chain per 64 tokens, each seeing the chains before it as co
 this line knows the difference.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from specserve_kernels.decoder import DecoderWeights, PackedDecoder
 
 MAX_SEGMENT_ROWS = 64
 
@@ -43,7 +47,7 @@ class Plan(Protocol):
 
 
 class Kernels(Protocol):
-    """One backend: `torch_ref` (the definition), `triton`, later `cpu`.
+    """One backend: `torch_ref` (the definition), `triton`, `cpu`.
 
     `exact` says that a row's result depends on its own inputs only: not on the other rows of the
     launch, nor on where in the tree its ancestors lie.
@@ -51,6 +55,11 @@ class Kernels(Protocol):
 
     name: str
     exact: bool
+
+    @property
+    def packed_decoder(self) -> "Callable[[DecoderWeights], PackedDecoder] | None":
+        """Makes a model with packed weights ready to run; None: this backend has no such kernel."""
+        ...
 
     def plan_attention(self, segments: Segments, num_kv_heads: int, group_size: int) -> Plan:
         """Prepare `paged_tree_attention` for one pass. `group_size`: query heads per KV head."""

@@ -19,6 +19,7 @@ from specserve.sampling import Sampler, SamplingState
 from specserve.sequence import Sequence
 from specserve.step import Entry, Verdict
 from specserve.tree import DraftTree
+from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
 
 
@@ -34,6 +35,7 @@ class DraftContext:
     dtype: torch.dtype
     kernels: Kernels
     exact: bool
+    quantization: Quantization  # of the target, as it was asked for
     vocab_size: int
     block_size: int
     sampler: Sampler  # the target's own

@@ -72,6 +72,7 @@ class Engine:
             dtype=platform.dtype,
             device=platform.device,
             exact=platform.exact,
+            quantization=config.target.quantization,
         )
         self.shape, self._row_multiple = model.shape, model.row_multiple
         self.max_model_len = _context(config.target.max_model_len, model.shape)
@@ -242,7 +243,7 @@ class Engine:
         self, plan: StepPlan, trees: dict[str, DraftTree], out: ModelOutput
     ) -> dict[str, Verdict]:
         entries = plan.decoding
-        verdicts = self.verifier(entries, [trees[entry.seq.id] for entry in entries], out.logits)
+        verdicts = self.verifier(entries, [trees[entry.seq.id] for entry in entries], out)
         return {entry.seq.id: verdict for entry, verdict in zip(entries, verdicts, strict=True)}
 
     def _commit_kv(self, plan: StepPlan, verdicts: dict[str, Verdict]) -> None:
@@ -289,6 +290,7 @@ class Engine:
                     dtype=self.platform.dtype,
                     kernels=self.platform.kernels,
                     exact=self.platform.exact,
+                    quantization=self.config.target.quantization,
                     vocab_size=self.shape.vocab_size,
                     block_size=self.config.cache.block_size,
                     sampler=sampler,

@@ -1,7 +1,8 @@
 """Reading a GGUF file: metadata and where each tensor's bytes lie.
 
 Owns the file layout (GGUF versions 2 and 3, little-endian). Knows nothing of models. Invariant:
-every length and offset was checked against the file before it was used.
+every length and offset was checked against the file before it was used, and every tensor is of a
+kind that can be turned into floats.
 """
 
 import math
@@ -9,7 +10,7 @@ import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from msgspec import Struct
 
 from specserve.hub.errors import HubError
 
+WEIGHTS_NAME: Final = "model.gguf"  # in a model directory
 _SCALARS = {
     0: "B",
     1: "b",
@@ -69,26 +71,21 @@ class GgufFile:
         }
         infos = [self._tensor_info() for _ in self._count(num_tensors)]
         self.tensors = self._place(infos)
+        self._check_kinds()
 
-    def float_rows(
-        self, tensor: GgufTensor, order: npt.NDArray[np.int64] | None = None
-    ) -> Iterator[npt.NDArray[np.float32]]:
-        """The tensor as float32 matrices of a few rows each [n, shape[-1]], rows in `order`.
-
-        Raises `HubError` for a quantisation that cannot be undone here.
-        """
+    def rows(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes as they are, mapped: [rows, bytes of a row]."""
         raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
-        raw = raw.reshape(math.prod(tensor.shape[:-1]), -1)
-        indices = np.arange(len(raw)) if order is None else order
+        return raw.reshape(math.prod(tensor.shape[:-1]), -1)
+
+    def float_rows(self, tensor: GgufTensor) -> Iterator[npt.NDArray[np.float32]]:
+        """The tensor as float32 matrices of a few rows each: [n, shape[-1]]."""
+        raw = self.rows(tensor)
         step = max(1, _CHUNK_VALUES // tensor.shape[-1])
         for first in range(0, len(raw), step):
-            try:
-                yield dequantize(raw[indices[first : first + step]], tensor.kind)
-            except NotImplementedError:
-                raise HubError(
-                    f"{self.path}: {tensor.name} is quantised as {tensor.kind.name}, which cannot "
-                    f"be read; use a file of another quantisation, such as Q8_0 or Q4_K"
-                ) from None
+            with np.errstate(over="ignore", invalid="ignore"):  # scales may be infinite
+                values: npt.NDArray[np.float32] = dequantize(raw[first : first + step], tensor.kind)
+            yield values
 
     def _fail(self, reason: str) -> NoReturn:
         raise HubError(f"{self.path}: not a usable GGUF file: {reason}; fetch it again")
@@ -141,6 +138,16 @@ class GgufFile:
         if not 1 <= num_dims <= _MAX_DIMS:
             self._fail(f"{name} has {num_dims} dimensions")
         return name, self._scalars("Q", num_dims)[::-1], self._scalar("I"), self._scalar("Q")
+
+    def _check_kinds(self) -> None:
+        for tensor in self.tensors.values():
+            try:
+                dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.kind][1]), np.uint8), tensor.kind)
+            except NotImplementedError:
+                raise HubError(
+                    f"{self.path}: {tensor.name} is quantised as {tensor.kind.name}, which cannot "
+                    f"be read; use a file of another quantisation, such as Q8_0 or Q4_K"
+                ) from None
 
     def _place(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, GgufTensor]:
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)

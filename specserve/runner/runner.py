@@ -6,14 +6,14 @@ import torch
 
 from specserve.batch import ModelOutput, build_batch, plan_segments
 from specserve.cache.storage import KVStorage
-from specserve.models.llama import LlamaModel
+from specserve.models.model import Model
 from specserve.step import Entry
 from specserve.tree import DraftTree
 
 
 class Runner:
     def __init__(
-        self, model: LlamaModel, storage: KVStorage, block_size: int, device: torch.device
+        self, model: Model, storage: KVStorage, block_size: int, device: torch.device
     ) -> None:
         self._model = model
         self._storage = storage
@@ -24,4 +24,4 @@ class Runner:
         """Prompt chunks and all trees together. One logits row per tree node, in entry order."""
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
-        return self._model(batch, self._storage)
+        return self._model(batch, self._storage, num_top=1)

@@ -5,10 +5,13 @@ own request and no other.
 """
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from specserve.batch import ModelOutput
 from specserve.sampling import Row, Sampler, SamplingState, token_logprobs
 from specserve.sequence import Sequence
 from specserve.step import Entry, Verdict
@@ -16,6 +19,8 @@ from specserve.text import Tokenizer
 from specserve.tree import DraftTree
 from specserve.verify.stopping import StopRule
 from specserve.verify.walk import Walk
+
+_NOT_NUMBERS: Final = "the model produced logits that are not numbers"
 
 
 class Verifier:
@@ -45,26 +50,34 @@ class Verifier:
         self._states.pop(seq_id, None)
         self._stops.pop(seq_id, None)
 
-    def __call__(self, entries: Seq[Entry], trees: Seq[DraftTree], logits: Tensor) -> list[Verdict]:
-        """One verdict per entry. logits: [sum of tree sizes, vocab_size] float32, in order."""
+    def __call__(
+        self, entries: Seq[Entry], trees: Seq[DraftTree], out: ModelOutput
+    ) -> list[Verdict]:
+        """One verdict per entry. The logits rows of `out` are the trees' nodes, in order."""
         states = [self.state(entry.seq) for entry in entries]
         walks = [Walk(tree) for tree in trees]
-        first_rows = [0] * len(trees)
-        for index in range(1, len(trees)):
-            first_rows[index] = first_rows[index - 1] + len(trees[index - 1])
+        first_rows = list(accumulate((len(tree) for tree in trees), initial=0))
+        best = None if out.topk is None else out.topk[:, 0].tolist()
         while live := [index for index, walk in enumerate(walks) if walk.node is not None]:
-            rows, picked = [], []
+            rows, picked, drawing = [], [], []
             for index in live:
                 walk, seq = walks[index], entries[index].seq
                 assert walk.node is not None
+                at = first_rows[index] + walk.node
+                if best is not None and states[index].takes_best:
+                    drawn = best[at] if best[at] >= 0 else _NOT_NUMBERS
+                    self._emit(walk, seq, drawn, out.logits[at])
+                    continue
                 path = tuple(walk.emitted)
                 rows.append(Row(states[index], seq.num_tokens + len(path), path))
-                picked.append(first_rows[index] + walk.node)
-            at_nodes = logits[picked]
-            for index, drawn, row_logits in zip(
-                live, self._draw(at_nodes, rows), at_nodes, strict=True
-            ):
-                self._emit(walks[index], entries[index].seq, drawn, row_logits)
+                picked.append(at)
+                drawing.append(index)
+            if not rows:
+                continue
+            at_nodes = out.logits[picked]
+            tokens = self._draw(at_nodes, rows)
+            for index, token, row_logits in zip(drawing, tokens, at_nodes, strict=True):
+                self._emit(walks[index], entries[index].seq, token, row_logits)
         return [walk.verdict() for walk in walks]
 
     def _draw(self, logits: Tensor, rows: Seq[Row]) -> list[int | str]:
@@ -76,10 +89,7 @@ class Verifier:
             if len(rows) == 1:
                 return [f"sampling failed: {type(error).__name__}: {error}"]
             return [self._draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
-        return [
-            token if ok else "the model produced logits that are not numbers"
-            for token, ok in zip(tokens, finite, strict=True)
-        ]
+        return [token if ok else _NOT_NUMBERS for token, ok in zip(tokens, finite, strict=True)]
 
     def _emit(self, walk: Walk, seq: Sequence, drawn: int | str, logits: Tensor) -> None:
         if isinstance(drawn, str):

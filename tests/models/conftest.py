@@ -23,7 +23,7 @@ from transformers import (
 from specserve.batch import ForwardBatch, ModelOutput
 from specserve.cache.storage import KVStorage
 from specserve.models.llama import LlamaModel
-from specserve.models.loader import load_model
+from specserve.models.loader import load_llama
 from specserve_kernels.dispatch import select_kernels
 from specserve_kernels.ops import Segments
 
@@ -74,7 +74,7 @@ def save_reference(tmp_path: Path) -> Callable[..., PreTrainedModel]:
 
 def _load(directory: Path, dtype: torch.dtype = torch.float32, exact: bool = True) -> LlamaModel:
     kernels = select_kernels(CPU)
-    return load_model(directory, kernels=kernels, dtype=dtype, device=CPU, exact=exact)
+    return load_llama(directory, kernels=kernels, dtype=dtype, device=CPU, exact=exact)
 
 
 def _chain_rows(table: Sequence[int], context_len: int, tokens: Sequence[int]) -> list[Any]:

@@ -3,6 +3,9 @@
 What has no native kernel, or none for its shape, runs in the torch twin.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from specserve_kernels.cpu import attention
@@ -30,9 +33,10 @@ class CpuKernels:
         self._library = load(build)
         self._twin = TorchKernels()
 
-    def packed_decoder(self, weights: DecoderWeights) -> CpuDecoder:
+    @property
+    def packed_decoder(self) -> Callable[[DecoderWeights], CpuDecoder]:
         """See `Kernels.packed_decoder`."""
-        return CpuDecoder(self._library, weights)
+        return partial(CpuDecoder, self._library)
 
     def paged_tree_attention(
         self,

@@ -8,6 +8,7 @@ class TorchKernels:
 
     name: str = "torch"
     exact: bool = True
+    packed_decoder: None = None
 
     plan_attention = staticmethod(tiles.AttentionPlan)
     paged_tree_attention = staticmethod(attention.paged_tree_attention)

@@ -1,0 +1,95 @@
+"""The tensors of a GGUF file as a checkpoint has them.
+
+Owns the names and the order of the rows. Everything that can be refused about a tensor without
+knowing the model's shape is refused here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from specserve.hub.errors import HubError
+from specserve.hub.gguf_file import GgufFile, GgufTensor
+
+_TOP = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_COMPUTED = {"rope_freqs.weight"}  # became part of config.json
+
+
+class SourceTensor(Struct, frozen=True):
+    """A tensor of the file, and which of its rows comes when; None: as they are."""
+
+    tensor: GgufTensor
+    row_order: npt.NDArray[np.int64] | None
+
+
+def source_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, SourceTensor]:
+    """By checkpoint name. `config` is what `read_config` made of the file.
+
+    Raises `HubError` for unknown tensors, all at once, and for rows that are not whole heads. What
+    is missing or has another shape than config.json says, the loader finds.
+    """
+    return {
+        ours: SourceTensor(file.tensors[theirs], _row_order(file, theirs, config))
+        for theirs, ours in dict(_names(file)).items()
+    }
+
+
+def _names(file: GgufFile) -> Iterator[tuple[str, str]]:
+    """Pairs of GGUF name and checkpoint name."""
+    unknown = []
+    for name in file.tensors:
+        if name in _COMPUTED:
+            continue
+        base, _, kind = name.rpartition(".")
+        prefix, _, part = base.rpartition(".")
+        layer = prefix.removeprefix("blk.")
+        if base in _TOP and kind == "weight":
+            yield name, f"{_TOP[base]}.{kind}"
+        elif part in _LAYER and prefix == f"blk.{layer}" and layer.isdecimal():
+            yield name, f"model.layers.{layer}.{_LAYER[part]}.{kind}"
+        else:
+            unknown.append(name)
+    if unknown:
+        raise HubError(
+            f"{file.path}: {len(unknown)} tensors are unknown: {', '.join(sorted(unknown))}; "
+            f"use a directory with safetensors"
+        )
+
+
+def _row_order(file: GgufFile, name: str, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
+    """GGUF's llama keeps the rows of q and k so that rotary pairs are neighbours.
+
+    In a checkpoint the pairs are half a head apart.
+    """
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+    part, shape = name.split(".")[-2], file.tensors[name].shape
+    if config["model_type"] != "llama" or part not in heads:
+        return None
+    num_heads, head_dim = config[heads[part]], config["head_dim"]
+    if shape[0] != num_heads * head_dim:
+        raise HubError(
+            f"{file.path}: {name} has shape {list(shape)}, which is not {num_heads} heads of "
+            f"size {head_dim}; fetch the file again"
+        )
+    pairs = np.arange(num_heads * head_dim).reshape(num_heads, head_dim // 2, 2)
+    return pairs.swapaxes(1, 2).reshape(-1)

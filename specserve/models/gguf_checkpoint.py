@@ -1,0 +1,114 @@
+"""A GGUF file as a checkpoint: served as it is, nothing converted on disk.
+
+Owns how the blocks of each quantisation become floats or packed weights. Which tensor has which
+name and row order, the hub knows. Invariant: a checkpoint that was built has tensors that are all
+there and can all be read.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor
+
+from specserve.hub.errors import HubError
+from specserve.hub.gguf_config import read_config
+from specserve.hub.gguf_file import GgufFile
+from specserve.hub.gguf_tensors import source_tensors
+from specserve.models.fields import ModelError
+from specserve.models.tensor_entry import TensorEntry
+from specserve_kernels.packing import GROUP, PackedWeight, pack_int4, pack_int8
+
+Bytes = npt.NDArray[np.uint8]
+
+_UNQUANTISED: Final[Mapping[Kind, torch.dtype]] = {
+    Kind.F32: torch.float32,
+    Kind.F16: torch.float16,
+    Kind.BF16: torch.bfloat16,
+}
+
+
+class GgufCheckpoint:
+    """A `Checkpoint` of one file. Raises `ModelError` for a file that is gone or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        file = path.resolve()  # errors name the file that a link leads to
+        if not file.is_file():
+            raise ModelError(
+                f"{path}: the weights are in {file}, which is not there; put it back, or give the "
+                f".gguf file itself as the model"
+            )
+        try:
+            self._file = GgufFile(file)
+            self._sources = source_tensors(self._file, read_config(self._file))
+        except OSError as error:
+            raise ModelError(f"{file}: cannot be read ({error.strerror})") from None
+        except HubError as error:
+            raise ModelError(str(error)) from None
+        self.entries = {
+            name: TensorEntry(file, source.tensor.kind.name, source.tensor.shape)
+            for name, source in self._sources.items()
+        }
+        self.quantized = any(
+            source.tensor.kind not in _UNQUANTISED for source in self._sources.values()
+        )
+
+    def floats(self, name: str) -> Tensor:
+        source = self._sources[name]
+        tensor = source.tensor
+        if tensor.kind in _UNQUANTISED:
+            raw = torch.from_numpy(self._file.rows(tensor).copy())
+            values = raw.view(_UNQUANTISED[tensor.kind]).view(tensor.shape)
+        else:
+            values = torch.empty(tensor.shape)
+            rows, first = values.numpy().reshape(-1, tensor.shape[-1]), 0
+            for part in self._file.float_rows(tensor):
+                rows[first : first + len(part)] = part
+                first += len(part)
+        return values if source.row_order is None else values[torch.from_numpy(source.row_order)]
+
+    def packed(self, name: str) -> PackedWeight | None:
+        source = self._sources[name]
+        tensor = source.tensor
+        if tensor.kind not in _PACK or len(tensor.shape) != 2:
+            return None
+        rows = self._file.rows(tensor)
+        if source.row_order is not None:
+            rows = rows[source.row_order]
+        return _PACK[tensor.kind](rows.reshape(len(rows), tensor.shape[1] // GROUP, -1))
+
+
+def _pack_q4_0(blocks: Bytes) -> PackedWeight:  # float16 d, nibbles; weight = (q - 8) * d
+    scales = _halves(blocks[..., :2])
+    return pack_int4(_nibbles(blocks[..., 2:]), scales, -8 * scales)
+
+
+def _pack_q4_1(blocks: Bytes) -> PackedWeight:  # float16 d, float16 m, nibbles; q * d + m
+    return pack_int4(_nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
+
+
+def _pack_q8_0(blocks: Bytes) -> PackedWeight:  # float16 d, 32 int8; q * d
+    values = blocks[..., 2:].copy().view(np.int8)
+    return pack_int8(torch.from_numpy(values).flatten(1), _halves(blocks[..., :2]))
+
+
+_PACK: Final[Mapping[Kind, Callable[[Bytes], PackedWeight]]] = {
+    Kind.Q4_0: _pack_q4_0,
+    Kind.Q4_1: _pack_q4_1,
+    Kind.Q8_0: _pack_q8_0,
+}
+
+
+def _nibbles(packed: Bytes) -> Tensor:  # [n, g, 16] -> [n, 32 * g] uint8; low nibbles come first
+    values = np.empty((*packed.shape[:2], 2, 16), np.uint8)
+    np.bitwise_and(packed, 15, out=values[:, :, 0])
+    np.right_shift(packed, 4, out=values[:, :, 1])
+    return torch.from_numpy(values).flatten(1)
+
+
+def _halves(raw: Bytes) -> Tensor:  # [n, g, 2] bytes -> [n, g] float16
+    return torch.from_numpy(raw.copy().view(np.float16)).squeeze(-1)

@@ -1,0 +1,132 @@
+"""The same transformer with quantised weights: a pass is one call of a backend's kernel.
+
+Owns which tensor of a checkpoint goes where, and in which format. Activations are float32; only K
+and V have the model's dtype. A row's result never depends on the other rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from specserve.batch import ForwardBatch, ModelOutput
+from specserve.cache.storage import KVSpec, KVStorage
+from specserve.models.checkpoint import Checkpoint
+from specserve.models.rope import rotary_table
+from specserve.models.shape import ModelShape
+from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, PackedLinear
+from specserve_kernels.ops import Kernels
+from specserve_kernels.packing import PackedWeight
+
+Pack = Callable[[str], PackedWeight]  # from a tensor's name in the checkpoint
+
+
+class PackedLlama:
+    """One model, ready to run. `pack_head` packs the embedding and the head, `pack` the layers."""
+
+    exact = True
+    row_multiple = 1
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        *,
+        pack: Pack,
+        pack_head: Pack,
+        dtype: torch.dtype,
+    ) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        read = _Reader(shape, checkpoint, pack)
+        cos, sin = rotary_table(shape.rope, shape.head_dim, shape.max_position_embeddings)
+        embed = pack_head("model.embed_tokens.weight")
+        head = embed if shape.tied_head else pack_head("lm_head.weight")
+        weights = DecoderWeights(
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            shape.rms_norm_eps,
+            cos,
+            sin,
+            embed,
+            [read.layer(index) for index in range(shape.num_layers)],
+            checkpoint.floats("model.norm.weight").float(),
+            PackedLinear(head),
+        )
+        self.num_bytes = weights.num_bytes
+        assert kernels.packed_decoder is not None, f"{kernels.name} has no packed weights"
+        self._decoder = kernels.packed_decoder(weights)
+
+    @property
+    def kv_spec(self) -> KVSpec:
+        shape = self.shape
+        return KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.dtype)
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        kv: KVStorage,
+        *,
+        taps: tuple[int, ...] = (),
+        num_top: int = 0,
+    ) -> ModelOutput:
+        """See `Model`."""
+        out = self._decoder(
+            DecoderPass(
+                batch.input_ids,
+                batch.positions,
+                batch.slots,
+                batch.segments,
+                kv.data,
+                batch.logit_rows,
+                num_top,
+                taps,
+            )
+        )
+        return ModelOutput(
+            out.logits,
+            topk=out.top if num_top else None,
+            taps=out.tapped.flatten(1) if taps else None,
+        )
+
+    __call__ = forward
+
+    def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
+        """Final norm and head over residual rows, any number of them."""
+        return self._decoder.head(x)
+
+
+class _Reader:
+    """The tensors of one layer, by their names in a checkpoint."""
+
+    def __init__(self, shape: ModelShape, checkpoint: Checkpoint, pack: Pack) -> None:
+        self._shape = shape
+        self._checkpoint = checkpoint
+        self._pack = pack
+
+    def layer(self, index: int) -> LayerWeights:
+        shape, prefix = self._shape, f"model.layers.{index}"
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        return LayerWeights(
+            self._norm(f"{prefix}.input_layernorm"),
+            self._norm(f"{prefix}.post_attention_layernorm"),
+            self._linear(f"{attention}.q_proj", shape.qkv_bias),
+            self._linear(f"{attention}.k_proj", shape.qkv_bias),
+            self._linear(f"{attention}.v_proj", shape.qkv_bias),
+            self._linear(f"{attention}.o_proj", shape.o_bias),
+            self._linear(f"{mlp}.gate_proj", shape.mlp_bias),
+            self._linear(f"{mlp}.up_proj", shape.mlp_bias),
+            self._linear(f"{mlp}.down_proj", shape.mlp_bias),
+            self._norm(f"{attention}.q_norm") if shape.qk_norm else None,
+            self._norm(f"{attention}.k_norm") if shape.qk_norm else None,
+            shape.windows[index],
+        )
+
+    def _norm(self, name: str) -> Tensor:
+        return self._checkpoint.floats(f"{name}.weight").float()
+
+    def _linear(self, name: str, with_bias: bool) -> PackedLinear:
+        bias = self._checkpoint.floats(f"{name}.bias").float() if with_bias else None
+        return PackedLinear(self._pack(f"{name}.weight"), bias)
