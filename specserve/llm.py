@@ -117,6 +117,7 @@ class LLM:
         directory = find(self.config.target.target)
         self.tokenizer = Tokenizer(directory)
         self.engine = Engine(self.config, directory, self.tokenizer, find)
+        self.engine.measure_costs()
         self._num_requests = 0
 
     def generate(

@@ -125,6 +125,11 @@ def chain_tree(root: int, tokens: Sequence[int], scores: Sequence[float], source
     return build_tree([root, *tokens], list(range(-1, n)), [1.0, *scores], source)
 
 
+def rescored(tree: DraftTree, scores: npt.NDArray[np.float32]) -> DraftTree:
+    """The same tree with other path scores [n], none above its parent's."""
+    return DraftTree(tree.tokens, tree.parents, scores, tree.source)
+
+
 def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
     """Keep the `max_nodes` best nodes by path score, root included; they form a tree."""
     if len(tree) <= max_nodes:

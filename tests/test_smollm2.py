@@ -179,7 +179,7 @@ def test_a_prediction_is_accepted(plain: LLM, ngram: LLM) -> None:
     answer = plain.generate(CHATS[9], params)[0]
     told = ngram.generate(CHATS[9], params, predictions=[answer.text])[0]
     assert told.token_ids == answer.token_ids
-    assert told.stats.mean_acceptance_length > 5
+    assert told.stats.mean_acceptance_length > 3
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -193,6 +193,7 @@ def test_drafting_for_itself_every_chain_token_is_accepted(
         options=chain,
         device="cpu",
         max_nodes=6,
+        pricing="off",
         kv_memory="512MiB",
     )
     params = SamplingParams(temperature=temperature, seed=1, max_tokens=49, ignore_eos=True)

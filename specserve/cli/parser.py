@@ -50,6 +50,7 @@ ENGINE_HELP: Final = {
     "prefix_caching": "share the KV of equal prompt beginnings",
     "draft": "none, ngram, another drafter or a draft model; repeatable, merged into one tree",
     "max_nodes": "tree nodes per sequence and pass",
+    "pricing": "measured: verify the drafted nodes that are worth their time; off: all of them",
     "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
     "max_num_seqs": "sequences that run together",
     "max_batch_rows": "tokens of one pass: tree nodes and prompt tokens together",

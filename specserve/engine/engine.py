@@ -16,10 +16,12 @@ from specserve.cache.manager import KVCacheManager
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
 from specserve.drafting.base import DraftContext, Feedback
+from specserve.drafting.calibration import Calibration
 from specserve.drafting.compose import ComposedDrafter
 from specserve.drafting.registry import create_drafter, public_names
 from specserve.engine.device import choose_platform
 from specserve.engine.limits import Limits
+from specserve.engine.measure import measure_costs
 from specserve.engine.memory import count_blocks
 from specserve.engine.metrics import EngineInfo, EngineStats, StepTimes
 from specserve.engine.snapshot import take_snapshot
@@ -29,11 +31,13 @@ from specserve.models.shape import ModelShape
 from specserve.runner.runner import Runner
 from specserve.runner.warmup import NUM_PASSES, warmup_rounds
 from specserve.sampling import Sampler
+from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import FixedPolicy
 from specserve.schedule.scheduler import Scheduler
+from specserve.schedule.selection import worthwhile
 from specserve.step import Ending, StepPlan, Verdict
 from specserve.text import Tokenizer
-from specserve.tree import DraftTree
+from specserve.tree import MAX_NODES, DraftTree
 from specserve.types import Abort, Request, RequestError, StepOutput
 from specserve.verify.verifier import Verifier
 
@@ -87,6 +91,7 @@ class Engine:
             config.schedule.max_num_seqs,
             platform.device,
         )
+        self._costs: PassCosts | None = None  # not measured: every drafted node is verified
         self._start_over(num_blocks)
         on_stage(f"making room for {self.kv.num_slots} tokens")
         self._storages: list[KVStorage] = []
@@ -138,6 +143,18 @@ class Engine:
                     f"warm-up: {errors[0]}; if memory is short, lower kv_memory or max_batch_rows "
                     f"({schedule.max_batch_rows})"
                 )
+        self.measure_costs(on_stage)
+
+    def measure_costs(self, on_stage: Callable[[str], None] = lambda stage: None) -> None:
+        """Time passes of one tree of 1, 2, 4 ... nodes, on an engine that has nothing to do.
+
+        From then on, drafted nodes that are not worth their rows are left out of a pass.
+        """
+        if self._drafters and self.config.draft.pricing == "measured":
+            on_stage("measuring what a pass costs")
+            room = min(self.max_model_len, self.kv.num_slots) - MAX_NODES
+            if room > 0:
+                self._costs = measure_costs(self.scheduler, self.kv, self.runner, room)
         self._start_over(self.kv.pool.num_blocks)
 
     def submit(self, request: Request) -> None:
@@ -172,12 +189,15 @@ class Engine:
                 self._commit_kv(plan, verdicts)
             with times.draft:
                 self.drafter.observe(Feedback(plan.entries, trees, verdicts, out))
+                for seq_id, verdict in verdicts.items():
+                    self.calibration.settle(seq_id, self._proposed[seq_id], verdict.emitted)
             with times.commit:
                 outputs += self.scheduler.commit(plan, trees, verdicts)
             times.num_steps += 1
         for output in outputs:
             if output.finish is not None:
                 self.verifier.forget(output.id)
+                self.calibration.forget(output.id)
                 self._ids.discard(output.id)
         if not self.scheduler.has_work:
             self.check_integrity()
@@ -217,7 +237,15 @@ class Engine:
         trees = self.drafter.propose(
             [entry.seq for entry in entries], [entry.num_nodes for entry in entries]
         )
-        return {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
+        self._proposed = {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
+        if self._costs is None:
+            return self._proposed
+        chances = {
+            seq_id: self.calibration.probabilities(seq_id, tree)
+            for seq_id, tree in self._proposed.items()
+        }
+        num_rows = sum(entry.num_chain + (entry.num_nodes > 0) for entry in plan.entries)
+        return worthwhile(self._proposed, chances, num_rows, self._costs)
 
     def _forward(
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
@@ -275,6 +303,7 @@ class Engine:
         self.kv = KVCacheManager(
             num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching
         )
+        self.calibration = Calibration()
         self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size)
         self.scheduler = Scheduler(
             self.kv, FixedPolicy(config.draft.max_nodes), config.schedule, self.drafter.forget

@@ -49,6 +49,11 @@ def warmup_rounds(
         ]
 
 
+def probe_request(prompt_len: int) -> Request:
+    """A sequence to time passes on; it is never run to its end."""
+    return _request(0, prompt_len, 2)
+
+
 def _prompts(num_rows: int, max_seqs: int, longest: int) -> list[Request]:
     """Up to `max_seqs` prompts of `num_rows` tokens together, each good for a single pass."""
     lengths = [longest] * (num_rows // longest) + [num_rows % longest]

@@ -1,0 +1,86 @@
+"""How often a drafted node comes true once its parent has: learned from what is emitted.
+
+Owns the counts, by source, depth and the drafter's own score, over all requests and for each.
+Whole proposals count, verified or not: the text tells what would have come of them. Knows no costs.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence as Seq
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from specserve.tree import DraftTree
+
+_Key = tuple[int, int, int]  # source, depth, twentieths of the node's score given its parent's
+
+_MAX_DEPTH: Final = 4  # deeper nodes count together
+_GUESS_SHARE: Final = 0.5  # of the drafter's own score, before anything was seen
+_GUESS_WEIGHT: Final = 4.0  # in observations
+_MEMORY: Final = 256.0  # observations of a key after which old ones weigh half
+_REQUEST_MEMORY: Final = 32.0
+
+
+class _Counts:
+    """Observations of one key that fade."""
+
+    __slots__ = ("hits", "visits")
+
+    def __init__(self) -> None:
+        self.hits = self.visits = 0.0
+
+    def add(self, hit: bool, weight: float, memory: float) -> None:
+        if self.visits >= memory:
+            self.hits, self.visits = self.hits / 2, self.visits / 2
+        self.hits, self.visits = self.hits + hit, self.visits + weight
+
+    def rate(self, guess: float) -> float:
+        return (self.hits + _GUESS_WEIGHT * guess) / (self.visits + _GUESS_WEIGHT)
+
+
+class Calibration:
+    """The same for every drafter; a request's own record outweighs that of all once it is long."""
+
+    def __init__(self) -> None:
+        self._all: defaultdict[_Key, _Counts] = defaultdict(_Counts)
+        # Of all nodes of a source: how often they came true for each time they claimed to.
+        self._claims: defaultdict[int, _Counts] = defaultdict(_Counts)
+        self._own: defaultdict[str, defaultdict[_Key, _Counts]] = defaultdict(
+            lambda: defaultdict(_Counts)
+        )
+
+    def probabilities(self, seq_id: str, tree: DraftTree) -> npt.NDArray[np.float32]:
+        """[nodes] that a node's whole path is emitted; 1 for the root."""
+        own, paths = self._own[seq_id], [1.0] * len(tree)
+        for node in range(1, len(tree)):
+            key, score = _key(tree, node)
+            guess = self._claims[key[0]].rate(_GUESS_SHARE) * score
+            rate = own[key].rate(self._all[key].rate(min(guess, 1.0)))
+            paths[node] = paths[tree.parents[node]] * rate
+        return np.array(paths, np.float32)
+
+    def settle(self, seq_id: str, tree: DraftTree, emitted: Seq[int]) -> None:
+        """Count the nodes of a proposal whose parents were emitted."""
+        own, node = self._own[seq_id], 0
+        for token in emitted:
+            children = tree.children[node]
+            for drafted, child in children.items():
+                key, score = _key(tree, child)
+                self._all[key].add(drafted == token, 1.0, _MEMORY)
+                self._claims[key[0]].add(drafted == token, score, _MEMORY)
+                own[key].add(drafted == token, 1.0, _REQUEST_MEMORY)
+            if token not in children:
+                return
+            node = children[token]
+
+    def forget(self, seq_id: str) -> None:
+        self._own.pop(seq_id, None)
+
+
+def _key(tree: DraftTree, node: int) -> tuple[_Key, float]:
+    """The key of a node and the drafter's score of it given its parent."""
+    above = float(tree.scores[tree.parents[node]])
+    score = float(tree.scores[node]) / above if above > 0.0 else 0.0
+    depth = min(int(tree.depths[node]), _MAX_DEPTH)
+    return (int(tree.source[node]), depth, round(20 * score)), score

@@ -1,0 +1,97 @@
+"""Which drafted nodes are verified: priced passes, and chances learned from what is emitted."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specserve.drafting.calibration import Calibration
+from specserve.schedule.cost import PassCosts
+from specserve.schedule.selection import worthwhile
+from specserve.tree import DraftTree, build_tree, chain_tree
+
+FLAT = PassCosts({1: 1.0, 64: 1.0})
+STEEP = PassCosts({1: 1.0, 2: 2.0, 4: 4.0})
+
+
+def chain(*chances: float) -> DraftTree:
+    return chain_tree(7, list(range(len(chances))), np.cumprod(chances).tolist(), 1)
+
+
+def test_costs_are_lines_between_what_was_measured_and_never_fall() -> None:
+    costs = PassCosts({1: 2.0, 2: 1.0, 4: 4.0, 8: 6.0})
+    seconds = costs.seconds(np.array([1, 2, 3, 4, 6, 8, 10]))
+    assert seconds.tolist() == pytest.approx([2.0, 2.0, 3.0, 4.0, 5.0, 6.0, 6.0 + 2 * 4 / 6])
+    assert PassCosts({4: 2.0}).seconds(np.array([1, 4, 8])).tolist() == [2.0, 2.0, 4.0]
+
+
+def test_nodes_that_cost_nothing_are_all_kept_and_dear_ones_are_not() -> None:
+    trees = {"a": chain(0.9, 0.5, 0.01), "b": chain(0.2)}
+    scores = {seq_id: tree.scores for seq_id, tree in trees.items()}
+    assert {k: len(t) for k, t in worthwhile(trees, scores, 2, FLAT).items()} == {"a": 4, "b": 2}
+    assert {k: len(t) for k, t in worthwhile(trees, scores, 2, STEEP).items()} == {"a": 1, "b": 1}
+    # A second row for half the price of the first: worth it for the likely node alone.
+    costs = PassCosts({2: 2.0, 3: 2.5, 4: 3.0, 8: 5.0})
+    assert {k: len(t) for k, t in worthwhile(trees, scores, 2, costs).items()} == {"a": 2, "b": 1}
+    assert worthwhile({}, {}, 3, FLAT) == {}
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 9), st.floats(0.0, 1.0)), max_size=9),
+        min_size=1,
+        max_size=3,
+    ),
+    st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5),
+    st.integers(0, 70),
+)
+def test_no_other_number_of_nodes_gives_more_tokens_per_second(
+    drafts: list[list[tuple[int, float]]], prices: list[float], others: int
+) -> None:
+    trees = {}
+    for index, nodes in enumerate(drafts):
+        parents = [-1, *(min(parent, at) for at, (parent, _) in enumerate(nodes))]
+        tokens, scores = [0, *range(1, len(nodes) + 1)], [1.0, *(score for _, score in nodes)]
+        trees[str(index)] = build_tree(tokens, parents, scores, 1)
+    costs = PassCosts({1 + 8 * at: price for at, price in enumerate(prices)})
+    chances = {seq_id: tree.scores for seq_id, tree in trees.items()}
+    rows = len(trees) + others
+    kept = worthwhile(trees, chances, rows, costs)
+    ranked = sorted((float(x) for tree in trees.values() for x in tree.scores[1:]), reverse=True)
+    counts = np.arange(len(ranked) + 1)
+    rates = (len(trees) + np.cumsum([0.0, *ranked])) / costs.seconds(rows + counts)
+    for seq_id, tree in kept.items():
+        tree.validate(100)
+        assert set(tree.tokens.tolist()) <= set(trees[seq_id].tokens.tolist())
+    total = sum(float(tree.scores.sum()) for tree in kept.values())
+    num_drafted = sum(len(tree) - 1 for tree in kept.values())
+    rate = total / costs.seconds(np.array([rows + num_drafted]))[0]
+    assert rate == pytest.approx(rates.max(), rel=1e-5)
+
+
+def test_chances_follow_what_is_emitted_for_all_and_for_the_request() -> None:
+    calibration = Calibration()
+    tree = chain(0.9, 0.9)
+    first = calibration.probabilities("a", tree)
+    assert first[0] == 1.0
+    for _ in range(60):
+        calibration.settle("a", tree, [0, 1, 5])  # all come true
+        calibration.settle("b", tree, [3])  # none does
+    good, bad, new = (calibration.probabilities(name, tree) for name in "abc")
+    assert good[2] > 0.8
+    assert bad[1] < 0.15
+    assert bad[1] < new[1] < good[1]
+    calibration.forget("a")
+    assert calibration.probabilities("a", tree).tolist() == new.tolist()
+
+
+def test_what_never_had_a_chance_is_not_counted() -> None:
+    calibration = Calibration()
+    tree = chain(0.9, 0.7)
+    before = calibration.probabilities("a", tree)
+    for _ in range(9):
+        calibration.settle("a", tree, [4])
+    after = calibration.probabilities("a", tree)
+    assert after[1] < before[1]
+    # The source is trusted less; the second node has no record of its own to be judged by.
+    assert after[1] < after[2] / after[1] < before[2] / before[1]
