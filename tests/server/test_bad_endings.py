@@ -152,8 +152,8 @@ QUEUE_REASON: Final = "max_num_queued_reqs"
 
 def test_the_clock_jumps(pressed: LiveServer) -> None:
     """58: for all that follows too."""
-    stamps = [pressed.ask(COMPLETION, SHORT).json()["created"] for _ in range(5)]
-    assert max(stamps) - min(stamps) > 10**8
+    stamps = [pressed.ask(COMPLETION, SHORT).json()["created"] for _ in range(10)]
+    assert max(stamps) - min(stamps) > 3000
 
 
 def test_bodies_that_stall(pressed: LiveServer) -> None:
