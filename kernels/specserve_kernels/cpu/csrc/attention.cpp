@@ -1,12 +1,14 @@
-// Online softmax (Milakov and Gimelshein 2018) over chunks at absolute multiples of kChunk
-// positions of a row's path, in ascending order. Rows of a unit share the work on K and V: a product
-// of a query and a key is summed over the dimensions in order, whatever column the key stands in.
+// Online softmax (Milakov and Gimelshein 2018) over the chunks of a split, and over the splits: both
+// at absolute multiples of positions along a row's path, in ascending order (Dao et al. 2023,
+// Flash-Decoding). Rows of a unit share the work on K and V: a product of a query and a key is summed
+// over the dimensions in order, whatever column the key stands in.
 #include "attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -16,88 +18,92 @@ namespace {
 
 constexpr int kChunk = 64;
 constexpr int kMaxColumns = kChunk + kMaxSegmentRows;  // the context's last chunk, and a tree
-constexpr int kMaxQueries = 4;                         // that go through a chunk together
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
+static_assert(kSplit % kChunk == 0);
 
-// K and V of some slots as floats, K with a column for each slot.
+template <typename Element>
+inline void prefetch(const Element* x, int64_t size) {
+    const char* first = reinterpret_cast<const char*>(x);
+    for (int64_t at = 0; at < size * int64_t(sizeof *x); at += 64) __builtin_prefetch(first + at);
+}
+
+// K of some slots: a column for each slot, a lane of it for as many dimensions as fit.
+template <typename Element>
 class Columns {
    public:
-    template <typename Element>
-    void load(const Element* keys, const Element* values, int64_t stride, int64_t dim,
-              const int64_t* slots, int count) {
+    void load(const Element* keys, int64_t stride, int64_t dim, const int64_t* slots, int count) {
         dim_ = dim;
-        const int width = (count + kLanes - 1) / kLanes * kLanes;
-        for (int from = 0; from < width; from += kLanes)
-            for (int64_t d = 0; d < dim; d += kLanes) {
+        for (int from = 0; from < count; from += kLanes)
+            for (int64_t d = 0; d < dim; d += kPacked * kLanes) {
                 Floats block[kLanes];
                 for (int i = 0; i < kLanes; ++i)  // beyond the last slot: the last again
-                    block[i] = specserve::load(
-                        keys + slots[std::min(from + i, count - 1)] * stride + d);
+                    block[i] = lanes(keys + slots[std::min(from + i, count - 1)] * stride + d,
+                                     dim - d);
                 transpose(block);
-                for (int i = 0; i < kLanes; ++i)
-                    store(keys_ + (d + i) * kMaxColumns + from, block[i]);
+                for (int i = 0; i < kLanes && d + kPacked * i < dim; ++i)
+                    store(keys_ + (d / kPacked + i) * kMaxColumns + from, block[i]);
             }
-        for (int i = 0; i < count; ++i)
-            for (int64_t d = 0; d < dim; d += kLanes)
-                store(values_ + i * dim + d, specserve::load(values + slots[i] * stride + d));
     }
 
-    // Of each query and the columns from .. from + kChunk - 1, those that were loaded.
-    template <int kQueries>
-    void scores(const float* q, int from, int to, float (*result)[kMaxColumns]) const {
-        for (; from < to; from += 4 * kLanes) {
-            Floats sums[kQueries][4];
-            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, 4) sums[g][i] = zero_floats();
-            for (int64_t d = 0; d < dim_; ++d) {
-                const float* key = keys_ + d * kMaxColumns + from;
-                SPECSERVE_EACH(g, kQueries) {
-                    const Floats query = broadcast(q[g * dim_ + d]);
-                    SPECSERVE_EACH(i, 4)
-                        sums[g][i] = mul_add(query, specserve::load(key + i * kLanes), sums[g][i]);
+    // Of consecutive queries and the columns from .. to - 1, and as many as make whole chunks.
+    template <int kQueries, int kSize>
+    void scores(const float* q, int from, int to, float (*result)[kSize]) const {
+        for (const int end = from + (to - from + kChunk - 1) / kChunk * kChunk; from < end;
+             from += kVectorsTogether * kLanes) {
+            Floats sums[kQueries][kVectorsTogether];
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectorsTogether)
+                sums[g][i] = zero_floats();
+            for (int64_t d = 0; d < dim_; d += kPacked) {
+                const float* key = keys_ + d / kPacked * kMaxColumns + from;
+                SPECSERVE_EACH(part, kPacked) {
+                    Floats keys[kVectorsTogether];
+                    SPECSERVE_EACH(i, kVectorsTogether)
+                        keys[i] = unpacked<Element>(specserve::load(key + i * kLanes), part);
+                    SPECSERVE_EACH(g, kQueries) {
+                        const Floats query = broadcast(q[g * dim_ + d + part]);
+                        SPECSERVE_EACH(i, kVectorsTogether)
+                            sums[g][i] = mul_add(query, keys[i], sums[g][i]);
+                    }
                 }
             }
-            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, 4)
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectorsTogether)
                 store(result[g] + from + i * kLanes, sums[g][i]);
         }
     }
 
-    // out += the weighted values of the columns in `columns`, in order.
-    template <int kQueries>
-    void add(const float (*weights)[kChunk], const int16_t* columns, int first, int last,
-             float* const* out) const {
-        for (int64_t d = 0; d < dim_; d += 4 * kLanes) {
-            if (dim_ - d >= 4 * kLanes)
-                add_part<kQueries, 4>(weights, columns, first, last, out, d);
-            else
-                for (int64_t e = d; e < dim_; e += kLanes)
-                    add_part<kQueries, 1>(weights, columns, first, last, out, e);
-        }
-    }
-
    private:
-    template <int kQueries, int kVectors>
-    void add_part(const float (*weights)[kChunk], const int16_t* columns, int first, int last,
-                  float* const* out, int64_t d) const {
-        Floats sums[kQueries][kVectors];
-        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-            sums[g][i] = specserve::load(out[g] + d + i * kLanes);
-        for (int at = first; at < last; ++at) {
-            const float* value = values_ + columns[at] * dim_ + d;
-            SPECSERVE_EACH(g, kQueries) {
-                const Floats weight = broadcast(weights[g][at]);
-                SPECSERVE_EACH(i, kVectors)
-                    sums[g][i] = mul_add(weight, specserve::load(value + i * kLanes), sums[g][i]);
-            }
-        }
-        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-            store(out[g] + d + i * kLanes, sums[g][i]);
+    static constexpr int kPacked = sizeof(float) / sizeof(Element);
+
+    static Floats lanes(const Element* x, int64_t size) {
+        if (size >= kPacked * kLanes) return load_lanes(x);
+        Element some[kPacked * kLanes] = {};
+        std::copy_n(x, size, some);
+        return load_lanes(some);
     }
 
     int64_t dim_ = 0;
-    alignas(64) float keys_[kMaxHeadDim * kMaxColumns];  // [dim][kMaxColumns]
-    alignas(64) float values_[kMaxColumns * kMaxHeadDim];  // [columns][dim]
+    alignas(64) float keys_[kMaxHeadDim * kMaxColumns];  // [dim / kPacked][kMaxColumns]
 };
+
+// out += the weighted values at first .. last - 1, in order.
+template <int kQueries, int kVectors, typename Element>
+void add_values(const float (*weights)[kChunk], const Element* const* values, int first, int last,
+                float* const* out, int64_t d) {
+    Floats sums[kQueries][kVectors];
+    SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+        sums[g][i] = load(out[g] + d + i * kLanes);
+    for (int at = first; at < last; ++at) {
+        Floats value[kVectors];
+        SPECSERVE_EACH(i, kVectors) value[i] = load(values[at] + d + i * kLanes);
+        SPECSERVE_EACH(g, kQueries) {
+            const Floats weight = broadcast(weights[g][at]);
+            SPECSERVE_EACH(i, kVectors) sums[g][i] = mul_add(weight, value[i], sums[g][i]);
+        }
+    }
+    SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+        store(out[g] + d + i * kLanes, sums[g][i]);
+}
 
 struct Query {  // what online softmax keeps of one
     float top = kHidden;
@@ -125,13 +131,48 @@ void weigh(Query& query, float (&values)[kChunk], float* out, int64_t dim) {
     query.top = top;
 }
 
+// Takes in what lies further along.
+void merge(Query& query, float* out, const Query& next, const float* next_out, int64_t dim) {
+    const float top = std::max(query.top, next.top);
+    float ours[kLanes], theirs[kLanes];
+    store(ours, exp2(broadcast(query.top - top)));
+    store(theirs, exp2(broadcast(next.top - top)));
+    for (int64_t d = 0; d < dim; d += kLanes)
+        store(out + d, mul_add(load(next_out + d), broadcast(theirs[0]),
+                               mul(load(out + d), broadcast(ours[0]))));
+    query.sum = query.sum * ours[0] + next.sum * theirs[0];
+    query.top = top;
+}
+
 // One row of a unit.
 struct Row {
-    uint64_t nodes;     // those it sees, itself included
-    int64_t begin, end;  // positions along its path
+    Row(const Segments& segments, const AttentionShape& shape, int64_t segment, int64_t row)
+        : nodes(segments.ancestors[row]),
+          end(segments.context_lens[segment] + __builtin_popcountll(nodes)),
+          begin(shape.window ? std::max<int64_t>(end - shape.window, 0) : 0) {}
+
+    bool sees(int64_t first, int64_t last) const { return begin < last && end > first; }
+
+    uint64_t nodes;  // those it sees, itself included
+    int64_t end;     // positions along its path
+    int64_t begin;
 };
 
-// The rows of a unit on their way through the chunks.
+// Calls f.template operator()<n>(first) for tiles of n consecutive things, n <= kQueriesTogether.
+template <typename F>
+inline void in_tiles(int64_t count, const F& f) {
+    for (int64_t first = 0; first < count; first += kQueriesTogether)
+        switch (std::min<int64_t>(count - first, kQueriesTogether)) {
+            case 1: f(std::integral_constant<int, 1>(), first); break;
+            case 2: f(std::integral_constant<int, 2>(), first); break;
+            case 3: f(std::integral_constant<int, 3>(), first); break;
+            case 4: f(std::integral_constant<int, 4>(), first); break;
+            case 5: f(std::integral_constant<int, 5>(), first); break;
+            default: f(std::integral_constant<int, kQueriesTogether>(), first);
+        }
+}
+
+// The rows of a unit on their way through the chunks of a split.
 template <typename Element>
 class Unit {
    public:
@@ -145,31 +186,37 @@ class Unit {
           table_(segments.block_tables + segment * segments.max_blocks),
           block_size_(segments.block_size),
           context_(segments.context_lens[segment]),
+          tail_(context_ / kChunk * kChunk),
           scaled_((last_row - first_row) * size_),
-          out_((last_row - first_row) * size_, 0.0f),
+          out_((last_row - first_row) * size_),
           queries_((last_row - first_row) * shape.group_size) {
         for (int64_t at = first_row; at < last_row; ++at) {
             const int64_t row = segments.cu_rows[segment] + at;
-            const uint64_t nodes = segments.ancestors[row];
-            const int64_t end = context_ + __builtin_popcountll(nodes);
-            rows_.push_back({nodes, shape.window ? std::max<int64_t>(end - shape.window, 0) : 0, end});
+            rows_.emplace_back(segments, shape, segment, row);
+            seen_ |= rows_.back().nodes;
             const float* from = q + row * stride;
             for (int64_t i = 0; i < size_; ++i)
                 scaled_[(at - first_row) * size_ + i] = from[i] * (shape.scale * kLog2E);
         }
     }
 
-    void run(float* out, int64_t out_stride) {
-        int64_t begin = context_;
-        for (const Row& row : rows_) begin = std::min(begin, row.begin);
-        const int64_t tail = context_ / kChunk * kChunk;
-        for (int64_t base = begin / kChunk * kChunk; base < tail; base += kChunk) whole_chunk(base);
-        tail_chunks(tail);
-        for (size_t row = 0; row < rows_.size(); ++row)
-            for (int64_t i = 0; i < size_; ++i) {
-                const int64_t query = row * shape_.group_size + i / shape_.head_dim;
-                out[row * out_stride + i] = out_[row * size_ + i] / queries_[query].sum;
-            }
+    const std::vector<Row>& rows() const { return rows_; }
+    const Query& query(int64_t index) const { return queries_[index]; }
+    const float* out(int64_t index) const { return out_.data() + index * shape_.head_dim; }
+
+    // Leaves in `query` and `out` what its rows see between these positions.
+    void run(int64_t first, int64_t last) {
+        std::fill(queries_.begin(), queries_.end(), Query());
+        std::fill(out_.begin(), out_.end(), 0.0f);
+        for (int64_t base = first; base < last; base += kChunk) {
+            bool any = false;
+            for (const Row& row : rows_) any |= row.sees(base, base + kChunk);
+            if (!any) continue;
+            if (base < tail_)
+                whole_chunk(base);
+            else
+                tail_chunk(base);
+        }
     }
 
    private:
@@ -180,73 +227,99 @@ class Unit {
     // A chunk of the context, which has the same slots for all rows.
     void whole_chunk(int64_t base) {
         int64_t slots[kChunk];
-        int16_t columns[kChunk];
+        const Element* values[kChunk];
         for (int i = 0; i < kChunk; ++i) {
             slots[i] = slot(base + i);
-            columns[i] = int16_t(i);
+            values[i] = values_ + slots[i] * stride_;
         }
-        columns_().load(keys_, values_, stride_, shape_.head_dim, slots, kChunk);
-        for (size_t row = 0; row < rows_.size(); ++row)
-            if (rows_[row].begin < base + kChunk)
-                chunk(row, columns, int(std::max<int64_t>(rows_[row].begin - base, 0)), kChunk,
-                      kChunk);
+        fetch(keys_, base + kChunk);
+        columns_().load(keys_, stride_, shape_.head_dim, slots, kChunk);
+        fetch(values_, base + kChunk);
+        const int num_rows = int(rows_.size());
+        for (int row = 0; row < num_rows;) {
+            int next = row + 1;  // rows that see all of it go together
+            if (rows_[row].begin <= base)
+                while (next < num_rows && rows_[next].begin <= base) ++next;
+            if (rows_[row].sees(base, base + kChunk))
+                in_tiles((next - row) * shape_.group_size, [&](auto count, int64_t at) {
+                    const int64_t query = row * shape_.group_size + at;
+                    alignas(64) float weights[count][kChunk];
+                    columns_().template scores<count>(scaled(query), 0, kChunk, weights);
+                    const int first = int(std::max<int64_t>(rows_[row].begin - base, 0));
+                    for (int g = 0; g < count; ++g)
+                        std::fill(weights[g], weights[g] + first, kHidden);
+                    add<count>(query, weights, values, first, kChunk);
+                });
+            row = next;
+        }
     }
 
-    // The rest of the context and the tree, through which every row has a path of its own.
-    void tail_chunks(int64_t tail) {
-        uint64_t seen = 0;
-        for (const Row& row : rows_) seen |= row.nodes;
-        const int num_nodes = 64 - __builtin_clzll(seen), rest = int(context_ - tail);
-        int64_t slots[kMaxColumns];
-        for (int i = 0; i < rest + num_nodes; ++i) slots[i] = slot(tail + i);
-        columns_().load(keys_, values_, stride_, shape_.head_dim, slots, rest + num_nodes);
+    // A part of the rest of the context and the tree, through which every row has its own path.
+    void tail_chunk(int64_t base) {
+        const int num_nodes = 64 - __builtin_clzll(seen_), rest = int(context_ - tail_);
+        if (!has_tail_) {
+            for (int i = 0; i < rest + num_nodes; ++i) tail_slots_[i] = slot(tail_ + i);
+            columns_().load(keys_, stride_, shape_.head_dim, tail_slots_, rest + num_nodes);
+            has_tail_ = true;
+        }
+        const int from = int(base - tail_);
         for (size_t row = 0; row < rows_.size(); ++row) {
-            int16_t path[kMaxColumns];
-            for (int i = 0; i < rest; ++i) path[i] = int16_t(i);
+            if (!rows_[row].sees(base, base + kChunk)) continue;
+            int path[kMaxColumns];
+            for (int i = 0; i < rest; ++i) path[i] = i;
             int length = rest;
             for (uint64_t word = rows_[row].nodes; word; word &= word - 1)
-                path[length++] = int16_t(rest + __builtin_ctzll(word));
-            for (int from = 0; from < length; from += kChunk) {
-                const int64_t first = std::max<int64_t>(rows_[row].begin - tail - from, 0);
-                if (first >= kChunk) continue;
-                chunk(row, path + from, int(first), std::min(length - from, kChunk),
-                      rest + num_nodes);
-            }
+                path[length++] = rest + __builtin_ctzll(word);
+            walk(int64_t(row), path + from, int(std::max<int64_t>(rows_[row].begin - base, 0)),
+                 std::min(length - from, kChunk));
         }
     }
 
-    // Positions first .. last - 1 of a chunk, which stand in these of `num_columns` columns.
-    void chunk(size_t row, const int16_t* columns, int first, int last, int num_columns) {
-        for (int64_t g = 0; g < shape_.group_size; g += kMaxQueries) switch (
-                std::min<int64_t>(shape_.group_size - g, kMaxQueries)) {
-                case 1: queries<1>(row, g, columns, first, last, num_columns); break;
-                case 2: queries<2>(row, g, columns, first, last, num_columns); break;
-                case 3: queries<3>(row, g, columns, first, last, num_columns); break;
-                default: queries<4>(row, g, columns, first, last, num_columns);
+    // Positions first .. last - 1 of a chunk, which stand in these columns of the tail.
+    void walk(int64_t row, const int* columns, int first, int last) {
+        const Element* values[kChunk];
+        for (int i = first; i < last; ++i) values[i] = values_ + tail_slots_[columns[i]] * stride_;
+        in_tiles(shape_.group_size, [&](auto count, int64_t at) {
+            const int64_t query = row * shape_.group_size + at;
+            alignas(64) float by_column[count][kMaxColumns], weights[count][kChunk];
+            columns_().template scores<count>(scaled(query), columns[first] / kChunk * kChunk,
+                                              columns[last - 1] + 1, by_column);
+            for (int g = 0; g < count; ++g) {
+                std::fill(weights[g], weights[g] + kChunk, kHidden);
+                for (int i = first; i < last; ++i) weights[g][i] = by_column[g][columns[i]];
             }
+            add<count>(query, weights, values, first, last);
+        });
     }
 
+    // Takes in the scores of a chunk.
     template <int kQueries>
-    void queries(size_t row, int64_t group, const int16_t* columns, int first, int last,
-                 int num_columns) {
-        alignas(64) float by_column[kQueries][kMaxColumns], weights[kQueries][kChunk];
+    void add(int64_t query, float (*weights)[kChunk], const Element* const* values, int first,
+             int last) {
+        constexpr int64_t kStep = kVectorsTogether * kLanes;
+        const int64_t dim = shape_.head_dim;
         float* out[kQueries];
-        const int64_t query = row * shape_.group_size + group;
-        const int from = columns[first] / kChunk * kChunk;
-        columns_().template scores<kQueries>(scaled_.data() + query * shape_.head_dim, from,
-                                             std::min(columns[last - 1] + 1, num_columns),
-                                             by_column);
         for (int g = 0; g < kQueries; ++g) {
-            std::fill(weights[g], weights[g] + kChunk, kHidden);
-            for (int at = first; at < last; ++at) weights[g][at] = by_column[g][columns[at]];
-            out[g] = out_.data() + (query + g) * shape_.head_dim;
-            weigh(queries_[query + g], weights[g], out[g], shape_.head_dim);
+            out[g] = out_.data() + (query + g) * dim;
+            weigh(queries_[query + g], weights[g], out[g], dim);
         }
-        columns_().template add<kQueries>(weights, columns, first, last, out);
+        int64_t d = 0;
+        for (; d + kStep <= dim; d += kStep)
+            add_values<kQueries, kVectorsTogether>(weights, values, first, last, out, d);
+        for (; d < dim; d += kLanes) add_values<kQueries, 1>(weights, values, first, last, out, d);
     }
 
-    static Columns& columns_() {  // too large for the stack of a thread
-        thread_local const std::unique_ptr<Columns> columns(new Columns);
+    const float* scaled(int64_t query) const { return scaled_.data() + query * shape_.head_dim; }
+
+    // K or V of the chunk at `base` will be wanted soon.
+    void fetch(const Element* cache, int64_t base) const {
+        const int64_t end = std::min(base + kChunk, context_);
+        for (int64_t at = base; at < end; ++at)
+            prefetch(cache + slot(at) * stride_, shape_.head_dim);
+    }
+
+    static Columns<Element>& columns_() {  // too large for the stack of a thread
+        thread_local const std::unique_ptr<Columns<Element>> columns(new Columns<Element>);
         return *columns;
     }
 
@@ -258,6 +331,10 @@ class Unit {
     const int32_t* table_;
     int64_t block_size_;
     int64_t context_;
+    int64_t tail_;
+    bool has_tail_ = false;  // in the columns
+    int64_t tail_slots_[kMaxColumns];
+    uint64_t seen_ = 0;      // nodes
     std::vector<Row> rows_;
     std::vector<float> scaled_, out_;  // [rows][group_size][head_dim]
     std::vector<Query> queries_;       // [rows][group_size]
@@ -265,21 +342,77 @@ class Unit {
 
 }  // namespace
 
+int64_t num_splits(const Segments& segments, int64_t segment) {
+    const int64_t num_rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
+    return (segments.context_lens[segment] + num_rows + kSplit - 1) / kSplit;
+}
+
 template <typename Element>
 void attend(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
             const Element* k, const Element* v, int64_t segment, int64_t kv_head,
             int64_t first_row, int64_t last_row, float* out, int64_t out_stride) {
-    const int64_t head_offset = kv_head * shape.head_dim;
-    Unit<Element>(segments, shape, q, stride, k + head_offset, v + head_offset, segment, first_row,
-                  last_row)
-        .run(out, out_stride);
+    const int64_t dim = shape.head_dim, group_size = shape.group_size;
+    Unit<Element> unit(segments, shape, q, stride, k + kv_head * dim, v + kv_head * dim, segment,
+                       first_row, last_row);
+    std::vector<Query> totals(unit.rows().size() * group_size);
+    for (size_t row = 0; row < unit.rows().size(); ++row)
+        std::fill_n(out + row * out_stride, group_size * dim, 0.0f);
+    for (int64_t split = 0; split < num_splits(segments, segment); ++split) {
+        unit.run(split * kSplit, (split + 1) * kSplit);
+        for (size_t row = 0; row < unit.rows().size(); ++row)
+            if (unit.rows()[row].sees(split * kSplit, (split + 1) * kSplit))
+                for (int64_t g = 0; g < group_size; ++g) {
+                    const int64_t query = row * group_size + g;
+                    merge(totals[query], out + row * out_stride + g * dim, unit.query(query),
+                          unit.out(query), dim);
+                }
+    }
+    for (size_t row = 0; row < unit.rows().size(); ++row)
+        for (int64_t i = 0; i < group_size * dim; ++i)
+            out[row * out_stride + i] /= totals[row * group_size + i / dim].sum;
 }
 
-template void attend<float>(const Segments&, const AttentionShape&, const float*, int64_t,
-                            const float*, const float*, int64_t, int64_t, int64_t, int64_t, float*,
-                            int64_t);
-template void attend<bfloat16>(const Segments&, const AttentionShape&, const float*, int64_t,
-                               const bfloat16*, const bfloat16*, int64_t, int64_t, int64_t,
-                               int64_t, float*, int64_t);
+template <typename Element>
+void attend_split(const Segments& segments, const AttentionShape& shape, const float* q,
+                  int64_t stride, const Element* k, const Element* v, int64_t segment,
+                  int64_t kv_head, int64_t first_row, int64_t last_row, int64_t split,
+                  const Partials& partials) {
+    const int64_t dim = shape.head_dim;
+    Unit<Element> unit(segments, shape, q, stride, k + kv_head * dim, v + kv_head * dim, segment,
+                       first_row, last_row);
+    unit.run(split * kSplit, (split + 1) * kSplit);
+    for (int64_t row = first_row; row < last_row; ++row)
+        for (int64_t g = 0; g < shape.group_size; ++g) {
+            const int64_t query = (row - first_row) * shape.group_size + g;
+            float* part = partials.at(segments.cu_rows[segment] + row,
+                                      kv_head * shape.group_size + g, split);
+            std::copy_n(unit.out(query), dim, part);
+            part[dim] = unit.query(query).top;
+            part[dim + 1] = unit.query(query).sum;
+        }
+}
+
+void merge_splits(const Segments& segments, const AttentionShape& shape, int64_t segment,
+                  int64_t row, int64_t head, const Partials& partials, float* out) {
+    const int64_t dim = shape.head_dim;
+    const Row seen(segments, shape, segment, row);
+    Query total;
+    std::fill_n(out, dim, 0.0f);
+    for (int64_t split = seen.begin / kSplit; split * kSplit < seen.end; ++split) {
+        const float* part = partials.at(row, head, split);
+        merge(total, out, Query{part[dim], part[dim + 1]}, part, dim);
+    }
+    for (int64_t d = 0; d < dim; ++d) out[d] /= total.sum;
+}
+
+#define SPECSERVE_ATTENTION_OF(Element)                                                           \
+    template void attend<Element>(const Segments&, const AttentionShape&, const float*, int64_t,  \
+                                  const Element*, const Element*, int64_t, int64_t, int64_t,      \
+                                  int64_t, float*, int64_t);                                      \
+    template void attend_split<Element>(const Segments&, const AttentionShape&, const float*,     \
+                                        int64_t, const Element*, const Element*, int64_t, int64_t, \
+                                        int64_t, int64_t, int64_t, const Partials&);
+SPECSERVE_ATTENTION_OF(float)
+SPECSERVE_ATTENTION_OF(bfloat16)
 
 }  // namespace specserve

@@ -28,6 +28,7 @@ struct AttentionShape {
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxSegmentRows = 64;
 constexpr int64_t kMaxHeads = 32;  // query heads per KV head
+constexpr int64_t kSplit = 128;    // positions, at absolute multiples, whose softmax is one sum
 
 // Rows first_row .. last_row - 1 of a segment for one KV head. q: this head's queries, a row of the
 // pass after `stride` floats the next; K and V [num_slots][num_kv_heads][head_dim]; out: of these
@@ -36,5 +37,32 @@ template <typename Element>
 void attend(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
             const Element* k, const Element* v, int64_t segment, int64_t kv_head,
             int64_t first_row, int64_t last_row, float* out, int64_t out_stride);
+
+// As many splits as the rows of a segment see, the first position's first.
+int64_t num_splits(const Segments& segments, int64_t segment);
+
+// What the rows of a pass see in each split alone.
+struct Partials {
+    float* at(int64_t row, int64_t head, int64_t split) const {
+        return data + ((row * num_heads + head) * max_splits + split) * size;
+    }
+
+    float* data;         // [num_rows][num_heads][max_splits][size]
+    int64_t num_heads;
+    int64_t max_splits;
+    int64_t size;        // head_dim, and two numbers: partial_size
+};
+
+constexpr int64_t partial_size(int64_t head_dim) { return head_dim + 16; }
+
+// `attend` in pieces that several threads can share, with the same bits: one split of it, and, when
+// all are there, one head of one row of the pass out of them, into out [head_dim].
+template <typename Element>
+void attend_split(const Segments& segments, const AttentionShape& shape, const float* q,
+                  int64_t stride, const Element* k, const Element* v, int64_t segment,
+                  int64_t kv_head, int64_t first_row, int64_t last_row, int64_t split,
+                  const Partials& partials);
+void merge_splits(const Segments& segments, const AttentionShape& shape, int64_t segment,
+                  int64_t row, int64_t head, const Partials& partials, float* out);
 
 }  // namespace specserve

@@ -19,7 +19,8 @@ constexpr int64_t kPanels = 2;                  // of a unit
 constexpr int64_t kColumns = kPanels * kLanes;  // one group of quantised values
 constexpr int64_t kRowBlock = 64;               // rows a unit takes at a time
 constexpr int64_t kRowsInUnit = 8;              // of a segment, in attention
-constexpr int64_t kPhasesPerLayer = 8;
+constexpr int64_t kUnitsPerThread = 4;          // fewer, and attention is shared out by splits
+constexpr int64_t kPhasesPerLayer = 9;
 static_assert(kColumns == kGroup);
 
 // Quantised rows and their memory.
@@ -94,8 +95,20 @@ struct Stream {
 template <typename Element>
 class PassOf {
    public:
-    PassOf(const Decoder& decoder, const Pass& pass, float* residual)
-        : d_(decoder), pass_(pass), x_(residual), stream_(decoder, pass.num_rows) {}
+    PassOf(const Decoder& decoder, const Pass& pass, float* residual, int num_threads)
+        : d_(decoder), pass_(pass), x_(residual), stream_(decoder, pass.num_rows) {
+        const Segments& segments = pass.segments;
+        int64_t num_units = 0, max_splits = 0;
+        for (int64_t segment = 0; segment < segments.num_segments; ++segment) {
+            const int64_t rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
+            num_units += (rows + kRowsInUnit - 1) / kRowsInUnit * d_.num_kv_heads;
+            max_splits = std::max(max_splits, num_splits(segments, segment));
+        }
+        if (num_threads == 1 || max_splits == 1 || num_units >= kUnitsPerThread * num_threads) return;
+        const int64_t size = partial_size(d_.head_dim);
+        parts_.reset(new float[pass.num_rows * d_.num_heads * max_splits * size]);
+        partials_ = {parts_.get(), d_.num_heads, max_splits, size};
+    }
 
     void run(Team& team) {
         team.share(pass_.num_rows, [&](int64_t row) {
@@ -232,35 +245,65 @@ class PassOf {
     }
 
     void attention(Team& team, const Layer& l, const Element* keys, const Element* values) {
-        const int64_t group_size = d_.num_heads / d_.num_kv_heads;
-        const AttentionShape shape{d_.num_kv_heads, group_size, d_.head_dim,
+        const AttentionShape shape{d_.num_kv_heads, d_.num_heads / d_.num_kv_heads, d_.head_dim,
                                    1.0f / std::sqrt(float(d_.head_dim)), l.window};
         const Segments& segments = pass_.segments;
         constexpr int64_t kBlocks = kMaxSegmentRows / kRowsInUnit;
-        team.share(segments.num_segments * kBlocks * d_.num_kv_heads, [&](int64_t unit) {
-            const int64_t kv_head = unit % d_.num_kv_heads;
-            const int64_t segment = unit / d_.num_kv_heads / kBlocks;
-            const int64_t first = unit / d_.num_kv_heads % kBlocks * kRowsInUnit;
+        const int64_t num_pieces = parts_ ? partials_.max_splits : 1;
+        team.share(segments.num_segments * kBlocks * d_.num_kv_heads * num_pieces, [&](int64_t unit) {
+            const int64_t piece = unit % num_pieces, kv_head = unit / num_pieces % d_.num_kv_heads;
+            const int64_t block = unit / num_pieces / d_.num_kv_heads, segment = block / kBlocks;
+            const int64_t first = block % kBlocks * kRowsInUnit;
             const int64_t begin = segments.cu_rows[segment];
             const int64_t last =
                 std::min(first + kRowsInUnit, int64_t(segments.cu_rows[segment + 1]) - begin);
             if (first >= last) return;
-            const int64_t size = group_size * d_.head_dim;
+            const int64_t size = shape.group_size * d_.head_dim;
+            const float* q = stream_.heads.get() + kv_head * size;
+            if (parts_) {
+                if (piece < num_splits(segments, segment))
+                    attend_split(segments, shape, q, stream_.heads_size, keys, values, segment,
+                                 kv_head, first, last, piece, partials_);
+                return;
+            }
             thread_local std::vector<float> out;
             out.resize(kRowsInUnit * size);
-            attend(segments, shape, stream_.heads.get() + kv_head * size, stream_.heads_size, keys,
-                   values, segment, kv_head, first, last, out.data(), size);
+            attend(segments, shape, q, stream_.heads_size, keys, values, segment, kv_head, first,
+                   last, out.data(), size);
             for (int64_t row = first; row < last; ++row)
-                for (int64_t at = 0; at < size; at += kGroup)
-                    quantize_group(out.data() + (row - first) * size + at,
-                                   stream_.mixed.from(begin + row), (kv_head * size + at) / kGroup);
+                keep_mixed(begin + row, kv_head, size, out.data() + (row - first) * size);
         });
+        if (parts_) merge(team, shape);
+    }
+
+    void merge(Team& team, const AttentionShape& shape) {
+        const Segments& segments = pass_.segments;
+        const int64_t size = shape.group_size * d_.head_dim;
+        team.share(pass_.num_rows * d_.num_kv_heads, [&](int64_t unit) {
+            const int64_t row = unit / d_.num_kv_heads, kv_head = unit % d_.num_kv_heads;
+            const int32_t* after = std::upper_bound(
+                segments.cu_rows, segments.cu_rows + segments.num_segments, int32_t(row));
+            thread_local std::vector<float> out;
+            out.resize(size);
+            for (int64_t g = 0; g < shape.group_size; ++g)
+                merge_splits(segments, shape, after - segments.cu_rows - 1, row,
+                             kv_head * shape.group_size + g, partials_, out.data() + g * d_.head_dim);
+            keep_mixed(row, kv_head, size, out.data());
+        });
+    }
+
+    // What attention gives a row of the heads that share a KV head.
+    void keep_mixed(int64_t row, int64_t kv_head, int64_t size, const float* out) {
+        for (int64_t at = 0; at < size; at += kGroup)
+            quantize_group(out + at, stream_.mixed.from(row), (kv_head * size + at) / kGroup);
     }
 
     const Decoder& d_;
     const Pass& pass_;
     float* x_;  // [num_rows][hidden_size]
     Stream stream_;
+    std::unique_ptr<float[]> parts_;  // none: attention is not shared out by splits
+    Partials partials_{};
 };
 
 // The best of `num` logits by way of the units' own best: the k best lie in the k best units.
@@ -365,7 +408,7 @@ constexpr int64_t kHeadPhases = 3;
 template <typename Element>
 void decode_as(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
                int num_threads) {
-    PassOf<Element> body(decoder, pass, residual);
+    PassOf<Element> body(decoder, pass, residual, num_threads);
     HeadOf end(decoder, head, residual);
     const int64_t num_phases = 2 + kPhasesPerLayer * decoder.num_layers + kHeadPhases;
     run_team(num_phases, num_threads, [&](Team& team) {

@@ -31,6 +31,7 @@ inline bfloat16 round_to_bfloat16(float x) {  // to nearest, ties to even
 #if defined(__AVX512VNNI__)
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
+constexpr int kQueriesTogether = 6, kVectorsTogether = 4;  // sums that fit the registers
 
 struct Ints {
     __m512i v;
@@ -57,6 +58,14 @@ inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Floats load(const bfloat16* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline Floats load_lanes(const bfloat16* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats first_of_pairs(Floats x) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16))};
+}
+inline Floats second_of_pairs(Floats x) {
+    const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), upper))};
 }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -116,6 +125,8 @@ inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) { return dot_nibbles(sum, 
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
 
+constexpr int kQueriesTogether = 3, kVectorsTogether = 2;
+
 struct Ints {
     __m256i lo, hi;
 };
@@ -151,6 +162,19 @@ inline Floats load(const bfloat16* p) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
     };
     return {half(p), half(p + 8)};
+}
+inline Floats load_lanes(const bfloat16* p) {
+    return load(reinterpret_cast<const float*>(p));
+}
+inline Floats first_of_pairs(Floats x) {
+    auto half = [](__m256 v) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16));
+    };
+    return {half(x.lo), half(x.hi)};
+}
+inline Floats second_of_pairs(Floats x) {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000u)));
+    return {_mm256_and_ps(x.lo, upper), _mm256_and_ps(x.hi, upper)};
 }
 inline void store(float* p, Floats x) {
     _mm256_storeu_ps(p, x.lo);
@@ -263,6 +287,7 @@ inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) {
 #else  // any machine
 
 #define SPECSERVE_EACH(i, n) for (int i = 0; i < (n); ++i)
+constexpr int kQueriesTogether = 1, kVectorsTogether = 4;
 
 struct Ints {
     int32_t v[kLanes];
@@ -317,6 +342,26 @@ inline Floats load(const bfloat16* p) {
         std::memcpy(&x, &bits, sizeof x);
         return x;
     });
+}
+inline Floats load_lanes(const bfloat16* p) {
+    Floats r;
+    std::memcpy(r.v, p, sizeof r.v);
+    return r;
+}
+template <typename F>
+inline Floats each_bits(const Floats& x, F f) {
+    uint32_t bits[kLanes];
+    std::memcpy(bits, x.v, sizeof bits);
+    for (uint32_t& value : bits) value = f(value);
+    Floats r;
+    std::memcpy(r.v, bits, sizeof bits);
+    return r;
+}
+inline Floats first_of_pairs(const Floats& x) {
+    return each_bits(x, [](uint32_t bits) { return bits << 16; });
+}
+inline Floats second_of_pairs(const Floats& x) {
+    return each_bits(x, [](uint32_t bits) { return bits & 0xffff0000u; });
 }
 inline void store(float* p, const Floats& x) { std::memcpy(p, x.v, sizeof x.v); }
 inline Floats add(const Floats& a, const Floats& b) {
@@ -377,6 +422,17 @@ inline Ints dot_signed(const Ints& sum, const Bytes& w, int32_t x4) {
 }
 
 #endif
+
+inline Floats load_lanes(const float* p) { return load(p); }
+
+// The elements in a lane that load_lanes has filled, as numbers.
+template <typename Element>
+inline Floats unpacked(const Floats& lanes, int part) {
+    if constexpr (sizeof(Element) == sizeof(float))
+        return lanes;
+    else
+        return part == 0 ? first_of_pairs(lanes) : second_of_pairs(lanes);
+}
 
 #if defined(__AVX2__)
 inline Floats exp2_part(Floats x) {  // Taylor: the first term left out is below 2e-8
