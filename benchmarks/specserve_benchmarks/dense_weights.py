@@ -1,0 +1,19 @@
+"""A model directory in bfloat16 safetensors, for engines that read nothing else."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from specserve.models.checkpoint import read_checkpoint
+
+
+def write_dense(model: Path, directory: Path) -> None:
+    """The same values as in `model`, rounded to bfloat16, with its configuration and tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in model.glob("*.json"):
+        shutil.copyfile(file, directory / file.name)
+    checkpoint = read_checkpoint(model)
+    tensors = {name: checkpoint.floats(name).to(torch.bfloat16) for name in checkpoint.entries}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

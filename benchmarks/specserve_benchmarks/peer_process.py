@@ -1,0 +1,106 @@
+"""An engine in a child process of its own, with its own Python.
+
+Owns starting it, asking it and ending it. Invariant: one question at a time; a child that dies is
+an error that shows the end of what it printed.
+"""
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+T = TypeVar("T")
+
+
+class Ready(Struct, frozen=True):
+    version: str
+    load_s: float
+
+
+class Answer(Struct, frozen=True):
+    tokens: tuple[tuple[int, ...], ...]
+    seconds: float
+
+
+class PeerError(ValueError):
+    """A child that cannot start or that died."""
+
+
+class Peer:
+    """The engine `name`: module `run_{program}` of the children, run by `python`."""
+
+    def __init__(
+        self,
+        name: str,
+        program: str,
+        python: Path,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")
+        command = [str(python), "-m", f"specserve_benchmarks.peer_children.run_{program}"]
+        try:
+            self._process = subprocess.Popen(
+                [*command, msgspec.json.encode(settings).decode()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, **environment},
+            )
+        except OSError as error:
+            raise PeerError(
+                f"{name}: {python} cannot be run ({error.strerror}); give the Python of the "
+                f"environment that has it"
+            ) from error
+        self.ready = self._read(Ready)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Answer:
+        """Answers of `max_tokens` to all prompts, and the seconds they took together."""
+        assert self._process.stdin is not None
+        request = {"prompts": [list(ids) for ids in prompts], "max_tokens": max_tokens}
+        try:
+            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it died: the answer says so
+        return self._read(Answer)
+
+    def _read(self, kind: type[T]) -> T:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._log.seek(0)
+            last = "\n".join(self._log.read().splitlines()[-12:])
+            raise PeerError(f"{self.name}: its process ended with {code}:\n{last}")
+        return msgspec.json.decode(line, type=kind)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
