@@ -44,22 +44,29 @@ class Peer:
         environment: Mapping[str, str],
     ) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile("w+")
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name, "log")
         command = [str(python), "-m", f"specserve_benchmarks.peer_children.run_{program}"]
         try:
-            self._process = subprocess.Popen(
-                [*command, msgspec.json.encode(settings).decode()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env={**os.environ, **environment},
-            )
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    [*command, msgspec.json.encode(settings).decode()],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env={**os.environ, **environment},
+                )
         except OSError as error:
+            self._folder.cleanup()
             raise PeerError(
                 f"{name}: {python} cannot be run ({error.strerror}); give the Python of the "
                 f"environment that has it"
             ) from error
-        self.ready = self._read(Ready)
+        try:
+            self.ready = self._read(Ready)
+        except PeerError:
+            self.close()
+            raise
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Answer:
         """Answers of `max_tokens` to all prompts, and the seconds they took together."""
@@ -77,8 +84,7 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            self._log.seek(0)
-            last = "\n".join(self._log.read().splitlines()[-12:])
+            last = "\n".join(self._log.read_text().splitlines()[-12:])
             raise PeerError(f"{self.name}: its process ended with {code}:\n{last}")
         return msgspec.json.decode(line, type=kind)
 
@@ -92,7 +98,7 @@ class Peer:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-        self._log.close()
+        self._folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
