@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain, cycle, islice
@@ -28,6 +27,7 @@ from specserve.config import TargetConfig
 from specserve.hub import resolve
 from specserve.hub.gguf_file import WEIGHTS_NAME
 from specserve.llm import LLM
+from specserve_benchmarks.bandwidth import read_bandwidth
 from specserve_benchmarks.dense_weights import write_dense
 from specserve_benchmarks.offline import RESULTS
 from specserve_benchmarks.peer_process import Peer
@@ -251,17 +251,6 @@ def roofline(plain: Peer, ids: Sequence[int], model: Path, max_tokens: int) -> R
     return Roofline(
         sum(file.stat().st_size for file in files), read_bandwidth(), statistics.median(per_token)
     )
-
-
-def read_bandwidth(size: int = 2**30) -> float:
-    """Bytes per second of reading memory from end to end, the best of several times."""
-    data = torch.ones(size // 4, dtype=torch.float32)
-    best = float("inf")
-    for _ in range(9):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return size / best
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,19 @@
+"""How fast this machine reads memory: what a pass over all weights cannot beat."""
+
+import time
+from typing import Final
+
+import torch
+
+SIZE: Final = 2**30  # bytes, far more than any cache
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading from end to end with torch's threads, the best of several."""
+    data = torch.ones(SIZE // 4, dtype=torch.float32)
+    best = float("inf")
+    for _ in range(9):
+        started = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - started)
+    return SIZE / best

@@ -1,0 +1,214 @@
+"""What a pass of the target costs by its number of rows, for each weight format.
+
+python -m specserve_benchmarks.passes --format auto --format int8 --contexts 200 1000
+
+One sequence with a tree (a chain) after its context, logits and the best token for every row: what
+verification pays. The cases take turns; a format's first number of rows is what its others are
+compared with.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Final, get_args
+
+import msgspec
+import torch
+from msgspec import Struct
+
+from specserve.batch import ForwardBatch, build_batch, tree_segment
+from specserve.cache.storage import KVStorage
+from specserve.cache.table import BlockTable
+from specserve.cli.flags import add_flags, given
+from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.progress import show_progress
+from specserve.config import TargetConfig, load_config
+from specserve.engine.device import choose_platform
+from specserve.hub import resolve
+from specserve.models.loader import load_model
+from specserve.models.model import Model
+from specserve.tree import chain_tree
+from specserve.types import Quantization
+from specserve_benchmarks.bandwidth import read_bandwidth
+from specserve_benchmarks.offline import RESULTS
+from specserve_evals import provenance
+from specserve_evals.progress import stdout_console, track
+from specserve_evals.runs import at_least_one
+
+ROWS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+BLOCK_SIZE: Final = 32
+
+
+class Cell(Struct, frozen=True):
+    quantization: str
+    context: int
+    num_rows: int
+    seconds: tuple[float, ...]  # every repeat
+
+    @property
+    def median_ms(self) -> float:
+        return median(self.seconds) * 1e3
+
+
+class Report(Struct, frozen=True):
+    provenance: provenance.Provenance
+    bytes_per_s: float  # of reading memory
+    weight_bytes: dict[str, int]  # by format
+    cells: list[Cell]
+
+
+def measure(models: dict[str, Model], args: argparse.Namespace) -> list[Cell]:
+    """Every case once per repeat, after a round that does not count."""
+    cases = list(_cases(models, args))
+    seconds: list[list[float]] = [[] for _ in cases]
+    with track((args.repeats + 1) * len(cases)) as advance, torch.inference_mode():
+        for repeat in range(args.repeats + 1):
+            for (name, _, _, batch, kv), taken in zip(cases, seconds, strict=True):
+                started = time.perf_counter()
+                models[name](batch, kv, num_top=1)
+                if repeat:
+                    taken.append(time.perf_counter() - started)
+                advance(1, name)
+    return [
+        Cell(name, context, num_rows, tuple(taken))
+        for (name, context, num_rows, _, _), taken in zip(cases, seconds, strict=True)
+    ]
+
+
+def _cases(
+    models: dict[str, Model], args: argparse.Namespace
+) -> Iterator[tuple[str, int, int, ForwardBatch, KVStorage]]:
+    num_blocks = -(-(max(args.contexts) + max(args.rows)) // BLOCK_SIZE)
+    table = BlockTable(BLOCK_SIZE, list(range(num_blocks)))
+    for name, model in models.items():
+        device = torch.device("cpu")
+        kv = KVStorage(model.kv_spec, num_blocks * BLOCK_SIZE, device)
+        kv.data.normal_()
+        for context in args.contexts:
+            for num_rows in args.rows:
+                drafted = list(range(1, num_rows))
+                segment = tree_segment(
+                    table, context, chain_tree(0, drafted, [1.0] * len(drafted), 1)
+                )
+                yield (
+                    name,
+                    context,
+                    num_rows,
+                    build_batch([segment], BLOCK_SIZE, model.row_multiple, device),
+                    kv,
+                )
+
+
+def markdown(report: Report) -> str:
+    """A table per context: rows down, formats across."""
+    names = list(report.weight_bytes)
+    lines = ["# What a pass costs by its number of rows", ""]
+    for context in dict.fromkeys(cell.context for cell in report.cells):
+        cells = {
+            (cell.quantization, cell.num_rows): cell.median_ms
+            for cell in report.cells
+            if cell.context == context
+        }
+        rows = list(dict.fromkeys(num_rows for _, num_rows in cells))
+        lines += [
+            f"## {context} tokens before: milliseconds (times a pass of {rows[0]})",
+            "",
+            "| rows | " + " | ".join(names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        for num_rows in rows:
+            entries = [
+                f"{cells[name, num_rows]:.2f} ({cells[name, num_rows] / cells[name, rows[0]]:.2f})"
+                for name in names
+            ]
+            lines.append(f"| {num_rows} | " + " | ".join(entries) + " |")
+        lines.append("")
+    lines += [
+        f"Reading memory: {report.bytes_per_s / 1e9:.1f} GB/s. The weights of a pass, and the time "
+        "to read them: "
+        + ", ".join(
+            f"{name} {size / 1e6:.1f} MB, {size / report.bytes_per_s * 1e3:.2f} ms"
+            for name, size in report.weight_bytes.items()
+        )
+        + ".",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + provenance.markdown(report.provenance) + "\n"
+
+
+def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
+    config = load_config(given(args, TargetConfig))
+    platform = choose_platform(config.target)
+    if config.target.threads is not None:
+        torch.set_num_threads(config.target.threads)
+    with show_progress() as progress:
+        directory = resolve(args.target, progress=progress)
+    models = {
+        name: load_model(
+            directory,
+            kernels=platform.kernels,
+            dtype=platform.dtype,
+            device=platform.device,
+            exact=platform.exact,
+            quantization=name,
+        )
+        for name in args.formats or ["auto"]
+    }
+    report = Report(
+        provenance.collect("specserve_benchmarks.passes", arguments, platform, None),
+        read_bandwidth(),
+        {name: model.num_bytes for name, model in models.items()},
+        measure(models, args),
+    )
+    text = markdown(report)
+    stdout_console().print(text, markup=False)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_suffix(".md").write_text(text)
+        args.out.with_suffix(".json").write_bytes(
+            msgspec.json.format(msgspec.json.encode(report), indent=2)
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: measured; 2: wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(arguments)
+    try:
+        run(args, arguments)
+    except ValueError as error:
+        print(f"passes: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m specserve_benchmarks.passes",
+        description="Time passes of the target by rows, context and weight format, on the CPU.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument(
+        "--format",
+        action="append",
+        dest="formats",
+        choices=get_args(Quantization),
+        help="a setting of --quantization; repeatable (default: auto)",
+    )
+    parser.add_argument("--rows", nargs="+", type=at_least_one, default=ROWS, metavar="N")
+    parser.add_argument("--contexts", nargs="+", type=at_least_one, default=[200], metavar="N")
+    parser.add_argument("--repeats", type=at_least_one, default=25, metavar="N")
+    parser.add_argument(
+        "--out", type=Path, metavar="STEM", help=f"STEM.md and STEM.json, such as {RESULTS.name}/X"
+    )
+    skip = frozenset({"target", "max_model_len", "quantization", "device"})
+    add_flags(parser.add_argument_group("engine"), TargetConfig, ENGINE_HELP, skip=skip)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
