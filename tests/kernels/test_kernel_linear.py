@@ -87,7 +87,6 @@ def test_rows_are_quantised_as_defined(library: ctypes.CDLL) -> None:
     assert torch.equal(rows.scales.isnan().any(1), ~x.isfinite().all(1))
     sums = torch.unflatten(values, 1, (-1, GROUP)).sum(2, dtype=torch.int32)
     assert torch.equal(rows.sums, sums)
-    assert torch.equal(rows.offsets.nan_to_num(-1), (scales * sums).nan_to_num(-1))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -19,8 +19,8 @@ _FLOAT = ctypes.c_float
 
 BUILDS: Final = ("portable", "avx2", "avx512")  # each needs more of the CPU than those before it
 _SIGNATURES: Final = {
-    "specserve_quantize": [_ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 4, _INT],
-    "specserve_linear": [_ADDRESS, _INT, _SIZE, _SIZE, *[_ADDRESS] * 4, _SIZE, _ADDRESS, _INT],
+    "specserve_quantize": [_ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 3],
+    "specserve_linear": [_ADDRESS, _INT, _SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _INT],
     "specserve_attention": [
         *[_ADDRESS] * 4,
         *[_SIZE] * 6,

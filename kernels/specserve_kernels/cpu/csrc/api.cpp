@@ -10,7 +10,7 @@
 
 using specserve::AttentionShape;
 using specserve::Format;
-using specserve::Rows;
+using specserve::RowBuffer;
 using specserve::Segments;
 using specserve::Weight;
 
@@ -46,27 +46,43 @@ void attention(const Segments& segments, const AttentionShape& shape, const floa
 
 extern "C" {
 
-// x [num_rows][size] floats -> the four arrays of `Rows`.
+// x [num_rows][size] floats -> what `Rows` has of them, row after row: values [num_rows][size],
+// scales and sums [num_rows][size / 32].
 void specserve_quantize(const float* x, int64_t num_rows, int64_t size, int8_t* values,
-                        float* scales, float* offsets, int32_t* sums, int32_t num_threads) {
-    const Rows rows{values, scales, offsets, sums};
-#pragma omp parallel for num_threads(num_threads) if (num_rows > 16) schedule(dynamic, 8)
-    for (int64_t row = 0; row < num_rows; ++row)
-        specserve::quantize_row(x + row * size, size, specserve::from_row(rows, row, size));
+                        float* scales, int32_t* sums) {
+    const RowBuffer buffer(num_rows, size);
+    const int64_t num_groups = size / specserve::kGroup;
+    for (int64_t row = 0; row < num_rows; ++row) {
+        specserve::quantize_row(x + row * size, buffer.rows(), row);
+        for (int64_t group = 0; group < num_groups; ++group) {
+            const int64_t at = row % specserve::kRowsTogether, to = row * num_groups + group;
+            const auto from = buffer.rows().at(row / specserve::kRowsTogether, group);
+            std::copy_n(from.values + at * specserve::kGroup, specserve::kGroup,
+                        values + to * specserve::kGroup);
+            scales[to] = from.scales[at];
+            sums[to] = from.sums[at];
+        }
+    }
 }
 
-// y [num_rows][num_outputs] = x W^T of quantised rows.
+// y [num_rows][num_outputs] = x W^T; x [num_rows][num_inputs] floats.
 void specserve_linear(const uint8_t* panels, int32_t format, int64_t num_inputs,
-                      int64_t num_outputs, int8_t* values, float* scales, float* offsets,
-                      int32_t* sums, int64_t num_rows, float* y, int32_t num_threads) {
+                      int64_t num_outputs, const float* x, int64_t num_rows, float* y,
+                      int32_t num_threads) {
     const Weight weight{panels, Format(format), num_inputs, num_outputs};
-    const Rows rows{values, scales, offsets, sums};
-    const int64_t num_panels = num_outputs / 16;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
-    for (int64_t first = 0; first < num_panels; first += kPanelsInChunk)
-        specserve::linear_panels(weight, rows, num_rows, first,
-                                 std::min(first + kPanelsInChunk, num_panels),
-                                 y + first * 16, num_outputs);
+    const RowBuffer buffer(num_rows, num_inputs);
+    const int64_t num_panels = num_outputs / specserve::kPanel;
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t row = 0; row < num_rows; ++row)
+            specserve::quantize_row(x + row * num_inputs, buffer.rows(), row);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < num_panels; first += kPanelsInChunk)
+            specserve::linear_panels(weight, buffer.rows(), num_rows, first,
+                                     std::min(first + kPanelsInChunk, num_panels),
+                                     y + first * specserve::kPanel, num_outputs);
+    }
 }
 
 // out [num_rows][heads][head_dim] floats, zeroed by the caller; `wide`: K and V are float, else

@@ -343,8 +343,10 @@ class Unit {
 }  // namespace
 
 int64_t num_splits(const Segments& segments, int64_t segment) {
-    const int64_t num_rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
-    return (segments.context_lens[segment] + num_rows + kSplit - 1) / kSplit;
+    int longest = 0;  // path; there may be more nodes in it than rows, if the first are in the cache
+    for (int64_t row = segments.cu_rows[segment]; row < segments.cu_rows[segment + 1]; ++row)
+        longest = std::max(longest, __builtin_popcountll(segments.ancestors[row]));
+    return (segments.context_lens[segment] + longest + kSplit - 1) / kSplit;
 }
 
 template <typename Element>

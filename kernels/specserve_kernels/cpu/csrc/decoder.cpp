@@ -16,35 +16,12 @@ namespace specserve {
 namespace {
 
 constexpr int64_t kPanels = 2;                  // of a unit
-constexpr int64_t kColumns = kPanels * kLanes;  // one group of quantised values
+constexpr int64_t kColumns = kPanels * kPanel;  // one group of quantised values
 constexpr int64_t kRowBlock = 64;               // rows a unit takes at a time
 constexpr int64_t kRowsInUnit = 8;              // of a segment, in attention
 constexpr int64_t kUnitsPerThread = 4;          // fewer, and attention is shared out by splits
 constexpr int64_t kPhasesPerLayer = 9;
 static_assert(kColumns == kGroup);
-
-// Quantised rows and their memory.
-class RowBuffer {
-   public:
-    RowBuffer(int64_t num_rows, int64_t size)
-        : size_(size),
-          values_(new int8_t[num_rows * size]),
-          floats_(new float[2 * num_rows * (size / kGroup)]),
-          sums_(new int32_t[num_rows * (size / kGroup)]),
-          rows_{values_.get(), floats_.get(), floats_.get() + num_rows * (size / kGroup),
-                sums_.get()} {}
-
-    const Rows& rows() const { return rows_; }
-    Rows from(int64_t row) const { return from_row(rows_, row, size_); }
-    int64_t size() const { return size_; }
-
-   private:
-    int64_t size_;
-    std::unique_ptr<int8_t[]> values_;
-    std::unique_ptr<float[]> floats_;
-    std::unique_ptr<int32_t[]> sums_;
-    Rows rows_;
-};
 
 void rms_norm(const float* x, const float* weight, int64_t size, double eps, float* y) {
     Floats sum = zero_floats();
@@ -55,7 +32,14 @@ void rms_norm(const float* x, const float* weight, int64_t size, double eps, flo
 }
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
-    for (int64_t i = 0; i < half; ++i) {
+    int64_t i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+        const Floats first = load(x + i), second = load(x + half + i);
+        const Floats c = load(cos + i), s = load(sin + i);
+        store(x + i, sub(mul(first, c), mul(second, s)));
+        store(x + half + i, add(mul(second, c), mul(first, s)));
+    }
+    for (; i < half; ++i) {
         const float first = x[i], second = x[half + i];
         x[i] = first * cos[i] - second * sin[i];
         x[half + i] = second * cos[i] + first * sin[i];
@@ -65,7 +49,7 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
 void keep(const float* x, int64_t size, float* to) { std::memcpy(to, x, size * sizeof *x); }
 
 void keep(const float* x, int64_t size, bfloat16* to) {
-    for (int64_t i = 0; i < size; ++i) to[i] = round_to_bfloat16(x[i]);
+    for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(x + i));
 }
 
 void embed(const Weight& weight, int64_t token, float* x) {
@@ -162,7 +146,7 @@ class PassOf {
         thread_local std::vector<float> y;
         y.resize(d_.hidden_size);
         rms_norm(x_ + row * d_.hidden_size, weight, d_.hidden_size, d_.eps, y.data());
-        quantize_row(y.data(), d_.hidden_size, stream_.normed.from(row));
+        quantize_row(y.data(), stream_.normed.rows(), row);
     }
 
     // y[row][column] = what `finish` makes of it, for the columns of a unit.
@@ -170,14 +154,14 @@ class PassOf {
     void product(const Linear& linear, const RowBuffer& rows, int64_t unit, const Finish& finish) {
         alignas(64) float y[kRowBlock * kColumns];
         const int64_t first = unit * kPanels;
-        const int64_t last = std::min(first + kPanels, linear.weight.num_outputs / kLanes);
+        const int64_t last = std::min(first + kPanels, linear.weight.num_outputs / kPanel);
         for (int64_t top = 0; top < pass_.num_rows; top += kRowBlock) {
             const int64_t count = std::min(kRowBlock, pass_.num_rows - top);
-            linear_panels(linear.weight, rows.from(top), count, first, last, y, kColumns);
+            linear_panels(linear.weight, rows.rows().from(top), count, first, last, y, kColumns);
             for (int64_t row = 0; row < count; ++row)
-                for (int64_t c = 0; c < (last - first) * kLanes; c += kLanes) {
+                for (int64_t c = 0; c < (last - first) * kPanel; c += kLanes) {
                     Floats out = load(y + row * kColumns + c);
-                    const int64_t column = first * kLanes + c;
+                    const int64_t column = first * kPanel + c;
                     if (linear.bias) out = specserve::add(out, load(linear.bias + column));
                     finish(top + row, column, out);
                 }
@@ -204,7 +188,7 @@ class PassOf {
         const int64_t first = unit * kPanels, column = unit * kColumns;
         for (int64_t top = 0; top < pass_.num_rows; top += kRowBlock) {
             const int64_t count = std::min(kRowBlock, pass_.num_rows - top);
-            const Rows rows = stream_.normed.from(top);
+            const Rows rows = stream_.normed.rows().from(top);
             linear_panels(l.gate.weight, rows, count, first, first + kPanels, gates, kColumns);
             linear_panels(l.up.weight, rows, count, first, first + kPanels, ups, kColumns);
             for (int64_t row = 0; row < count; ++row) {
@@ -212,7 +196,7 @@ class PassOf {
                 for (int64_t c = 0; c < kColumns; c += kLanes)
                     store(g + c, swiglu(biased(l.gate, g + c, column + c),
                                         biased(l.up, ups + row * kColumns + c, column + c)));
-                quantize_group(g, stream_.gated.from(top + row), unit);
+                quantize_group(g, stream_.gated.rows(), top + row, unit);
             }
         }
     }
@@ -295,7 +279,7 @@ class PassOf {
     // What attention gives a row of the heads that share a KV head.
     void keep_mixed(int64_t row, int64_t kv_head, int64_t size, const float* out) {
         for (int64_t at = 0; at < size; at += kGroup)
-            quantize_group(out + at, stream_.mixed.from(row), (kv_head * size + at) / kGroup);
+            quantize_group(out + at, stream_.mixed.rows(), row, (kv_head * size + at) / kGroup);
     }
 
     const Decoder& d_;
@@ -351,7 +335,7 @@ class HeadOf {
             y.resize(d_.hidden_size);
             rms_norm(x_ + head_.rows[row] * d_.hidden_size, d_.norm, d_.hidden_size, d_.eps,
                      y.data());
-            quantize_row(y.data(), d_.hidden_size, normed_.from(row));
+            quantize_row(y.data(), normed_.rows(), row);
         });
         team.share(num_units_, [&](int64_t unit) { columns(unit); });
         team.share(head_.num_top ? head_.num_rows : 0, [&](int64_t row) { best(row); });
@@ -360,15 +344,15 @@ class HeadOf {
    private:
     void columns(int64_t unit) {
         const int64_t stride = d_.head.weight.num_outputs, first = unit * kPanels;
-        const int64_t last = std::min(first + kPanels, stride / kLanes);
+        const int64_t last = std::min(first + kPanels, stride / kPanel);
         for (int64_t top = 0; top < head_.num_rows; top += kRowBlock) {
             const int64_t count = std::min(kRowBlock, head_.num_rows - top);
-            float* logits = head_.logits + top * stride + first * kLanes;
-            linear_panels(d_.head.weight, normed_.from(top), count, first, last, logits, stride);
+            float* logits = head_.logits + top * stride + first * kPanel;
+            linear_panels(d_.head.weight, normed_.rows().from(top), count, first, last, logits, stride);
             for (int64_t row = top; row < top + count; ++row, logits += stride) {
                 if (d_.head.bias)
-                    for (int64_t c = 0; c < (last - first) * kLanes; ++c)
-                        logits[c] += d_.head.bias[first * kLanes + c];
+                    for (int64_t c = 0; c < (last - first) * kPanel; ++c)
+                        logits[c] += d_.head.bias[first * kPanel + c];
                 best_[row * num_units_ + unit] = most(logits, unit * kColumns);
             }
         }

@@ -1,5 +1,6 @@
-// Sixteen outputs side by side, and what a kernel may do with them. The only file that names
-// instructions: the same sources are compiled once per instruction set (see pyproject.toml).
+// Numbers side by side in a register, kLanes of them, and what a kernel may do with them. The only
+// file that names instructions: the same sources are compiled once per instruction set (see
+// pyproject.toml).
 //
 // All three give the same integers; floats may differ between them in the last bit.
 #pragma once
@@ -15,22 +16,14 @@
 
 namespace specserve {
 
-constexpr int kLanes = 16;
-
 struct bfloat16 {
     uint16_t bits;
 };
 
-inline bfloat16 round_to_bfloat16(float x) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return {uint16_t(x != x ? 0x7fc0 : rounded)};
-}
-
 #if defined(__AVX512VNNI__)
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
+constexpr int kLanes = 16;
 constexpr int kQueriesTogether = 6, kVectorsTogether = 4;  // sums that fit the registers
 
 struct Ints {
@@ -39,9 +32,10 @@ struct Ints {
 struct Floats {
     __m512 v;
 };
-struct Bytes {  // 16 outputs x 4 weights
+struct Bytes {  // kLanes outputs x 4 weights
     __m512i v;
 };
+using Nibbles = Ints;  // sums of products with at most 32 nibbles
 
 inline Floats exp2_part(Floats x);  // 2^x for |x| <= 0.5
 
@@ -69,10 +63,31 @@ inline Floats second_of_pairs(Floats x) {
 }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float lane_sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
 inline float lane_max(Floats x) { return _mm512_reduce_max_ps(x.v); }
+inline int32_t lane_sum(Ints x) { return _mm512_reduce_add_epi32(x.v); }
+inline int32_t lane_max(Ints x) { return _mm512_reduce_max_epi32(x.v); }
+inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline Ints magnitude_bits(Floats x) {  // ordered like |x|, with NaN above everything
+    return {_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))};
+}
+inline Ints to_nearest(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }  // ties to even
+inline void store_bytes(int8_t* p, Ints x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
+}
+inline void store(bfloat16* p, Floats x) {  // rounded to nearest, ties to even
+    const __m512i bits = _mm512_castps_si512(x.v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
+}
 
 inline void transpose(Floats (&x)[kLanes]) {
     __m512 pairs[kLanes], quads[kLanes];
@@ -111,9 +126,12 @@ inline Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_ep
 inline Bytes high_nibbles(Bytes x) {
     return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
 }
-inline Ints dot_nibbles(Ints sum, Bytes w, int32_t x4) {
+inline Nibbles zero_nibbles() { return zero_ints(); }
+inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) {
     return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(x4))};
 }
+inline void settle(Nibbles&) {}
+inline Ints whole(Nibbles sum) { return sum; }
 
 // Signed weights: the instruction wants unsigned ones, so 128 is added to each weight and 128 * x
 // taken from the sum it starts with.
@@ -124,169 +142,152 @@ inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) { return dot_nibbles(sum, 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
-
-constexpr int kQueriesTogether = 3, kVectorsTogether = 2;
+constexpr int kLanes = 8;
+constexpr int kQueriesTogether = 6, kVectorsTogether = 2;  // sums that fit the registers
 
 struct Ints {
-    __m256i lo, hi;
+    __m256i v;
 };
 struct Floats {
-    __m256 lo, hi;
+    __m256 v;
 };
-struct Bytes {
-    __m256i lo, hi;
+struct Bytes {  // kLanes outputs x 4 weights
+    __m256i v;
+};
+struct Nibbles {  // sums of products with at most 32 nibbles: two of 16 bits for each output
+    __m256i v;
 };
 
 inline Floats exp2_part(Floats x);  // 2^x for |x| <= 0.5
 
-inline Ints zero_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Floats broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-inline Floats zero_floats() { return broadcast(0.0f); }
+inline Ints zero_ints() { return {_mm256_setzero_si256()}; }
+inline Floats zero_floats() { return {_mm256_setzero_ps()}; }
+inline Floats broadcast(float x) { return {_mm256_set1_ps(x)}; }
 inline Floats load_half(const uint16_t* p) {
-    auto half = [](const uint16_t* q) {
-        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-    };
-    return {half(p), half(p + 8)};
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
-inline Floats mul(Floats a, Floats b) {
-    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
-}
-inline Floats mul_add(Floats a, Floats b, Floats c) {
-    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
-}
-inline Floats load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Floats to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.v)}; }
+inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Floats mul_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline Floats load(const bfloat16* p) {
-    auto half = [](const bfloat16* q) {
-        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
-    };
-    return {half(p), half(p + 8)};
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
-inline Floats load_lanes(const bfloat16* p) {
-    return load(reinterpret_cast<const float*>(p));
-}
+inline Floats load_lanes(const bfloat16* p) { return load(reinterpret_cast<const float*>(p)); }
 inline Floats first_of_pairs(Floats x) {
-    auto half = [](__m256 v) {
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16));
-    };
-    return {half(x.lo), half(x.hi)};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 16))};
 }
 inline Floats second_of_pairs(Floats x) {
-    const __m256 upper = _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000u)));
-    return {_mm256_and_ps(x.lo, upper), _mm256_and_ps(x.hi, upper)};
+    return {_mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000u))))};
 }
-inline void store(float* p, Floats x) {
-    _mm256_storeu_ps(p, x.lo);
-    _mm256_storeu_ps(p + 8, x.hi);
-}
-inline Floats add(Floats a, Floats b) {
-    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
-}
-inline Floats div(Floats a, Floats b) {
-    return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
-}
-inline Floats max(Floats a, Floats b) {
-    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
-}
+inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.v); }
+inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline float lane_sum(Floats x) {
-    const __m256 a = _mm256_add_ps(x.lo, x.hi);
-    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
     const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
 inline float lane_max(Floats x) {
-    const __m256 a = _mm256_max_ps(x.lo, x.hi);
-    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
     const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
+inline Ints add(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Ints max(Ints a, Ints b) { return {_mm256_max_epi32(a.v, b.v)}; }
+template <typename Reduce>
+inline int32_t reduced(Ints x, const Reduce& reduce) {
+    const __m128i b = reduce(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    const __m128i c = reduce(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtsi128_si32(reduce(c, _mm_shuffle_epi32(c, 0xb1)));
+}
+inline int32_t lane_sum(Ints x) {
+    return reduced(x, [](__m128i a, __m128i b) { return _mm_add_epi32(a, b); });
+}
+inline int32_t lane_max(Ints x) {
+    return reduced(x, [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); });
+}
+inline Ints magnitude_bits(Floats x) {  // ordered like |x|, with NaN above everything
+    return {_mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff))};
+}
+inline Ints to_nearest(Floats x) { return {_mm256_cvtps_epi32(x.v)}; }  // ties to even
+inline void store_bytes(int8_t* p, Ints x) {
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(x.v), _mm256_extracti128_si256(x.v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+inline void store(bfloat16* p, Floats x) {  // rounded to nearest, ties to even
+    const __m256i bits = _mm256_castps_si256(x.v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m128i words =
+        _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+}
 
-inline void transpose8(__m256 (&x)[8]) {
-    __m256 pairs[8], quads[8];
-    for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+inline void transpose(Floats (&x)[kLanes]) {
+    __m256 pairs[kLanes], quads[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+        pairs[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
     }
     auto doubles = [&](int i) { return _mm256_castps_pd(pairs[i]); };
-    for (int i = 0; i < 8; i += 4)  // quads[i + c]: column c of each 128 bits of rows i .. i + 3
+    for (int i = 0; i < kLanes; i += 4)  // quads[i + c]: column c of each 128 bits of rows i .. i + 3
         for (int c = 0; c < 4; ++c)
             quads[i + c] = _mm256_castpd_ps(
                 c % 2 ? _mm256_unpackhi_pd(doubles(i + c / 2), doubles(i + c / 2 + 2))
                       : _mm256_unpacklo_pd(doubles(i + c / 2), doubles(i + c / 2 + 2)));
     for (int c = 0; c < 4; ++c) {
-        x[c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
-        x[4 + c] = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
-    }
-}
-inline void transpose(Floats (&x)[kLanes]) {
-    __m256 quarters[4][8];  // rows 0 .. 7 low and high, rows 8 .. 15 low and high
-    for (int i = 0; i < 8; ++i) {
-        quarters[0][i] = x[i].lo;
-        quarters[1][i] = x[i].hi;
-        quarters[2][i] = x[8 + i].lo;
-        quarters[3][i] = x[8 + i].hi;
-    }
-    for (auto& quarter : quarters) transpose8(quarter);
-    for (int i = 0; i < 8; ++i) {
-        x[i] = {quarters[0][i], quarters[2][i]};
-        x[8 + i] = {quarters[1][i], quarters[3][i]};
+        x[c].v = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
+        x[4 + c].v = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
     }
 }
 
 inline Floats exp2(Floats x) {
-    __m256 wholes[2], parts[2];
-    const __m256 inputs[2] = {x.lo, x.hi};
-    for (int i = 0; i < 2; ++i) {
-        // The clamp lets NaN through: max gives its second operand if either is NaN.
-        const __m256 y = _mm256_max_ps(_mm256_set1_ps(-126.0f), inputs[i]);
-        wholes[i] = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        parts[i] = _mm256_sub_ps(y, wholes[i]);
-    }
-    auto power = [&](int i) {
-        const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(wholes[i]), _mm256_set1_epi32(127));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-    };
-    return mul(exp2_part({parts[0], parts[1]}), {power(0), power(1)});
+    // The clamp lets NaN through: max gives its second operand if either is NaN.
+    const __m256 y = _mm256_max_ps(_mm256_set1_ps(-126.0f), x.v);
+    const __m256 nearest = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(nearest), _mm256_set1_epi32(127));
+    return mul(exp2_part({_mm256_sub_ps(y, nearest)}),
+               {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))});
 }
 
 inline Bytes load_bytes(const uint8_t* p) {
-    auto half = [](const uint8_t* q) {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
-    };
-    return {half(p), half(p + 32)};
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
-inline Bytes low_nibbles(Bytes x) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    return {_mm256_and_si256(x.lo, mask), _mm256_and_si256(x.hi, mask)};
+inline Bytes low_nibbles(Bytes x) { return {_mm256_and_si256(x.v, _mm256_set1_epi8(15))}; }
+inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.v, 4)}); }
+inline Nibbles zero_nibbles() { return {_mm256_setzero_si256()}; }
+inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) {
+    // 16 products of at most 15 * 127 in each half: 16 bits hold them.
+    return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(x4)))};
 }
-inline Bytes high_nibbles(Bytes x) {
-    return low_nibbles({_mm256_srli_epi16(x.lo, 4), _mm256_srli_epi16(x.hi, 4)});
+// Left alone, the compiler first makes all products, which no registers are left for, and then adds
+// them up.
+template <typename Sum>
+inline void settle(Sum& sum) {
+    asm volatile("" : "+x"(sum.v));
 }
-inline Ints add_pairs(Ints sum, __m256i lo, __m256i hi) {  // of 16 bits each
-    const __m256i one = _mm256_set1_epi16(1);
-    return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(lo, one)),
-            _mm256_add_epi32(sum.hi, _mm256_madd_epi16(hi, one))};
-}
-inline Ints dot_nibbles(Ints sum, Bytes w, int32_t x4) {
-    const __m256i x = _mm256_set1_epi32(x4);
-    return add_pairs(sum, _mm256_maddubs_epi16(w.lo, x), _mm256_maddubs_epi16(w.hi, x));
-}
+inline Ints whole(Nibbles sum) { return {_mm256_madd_epi16(sum.v, _mm256_set1_epi16(1))}; }
 
 // Signed weights: the sign moves to x. A pair is at most 2 * 128 * 127, which 16 bits hold.
 inline Bytes as_signed(Bytes x) { return x; }
 inline Ints start_signed(int32_t) { return zero_ints(); }
 inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) {
-    const __m256i x = _mm256_set1_epi32(x4);
-    auto pairs = [&](__m256i v) {
-        return _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(x, v));
-    };
-    return add_pairs(sum, pairs(w.lo), pairs(w.hi));
+    const __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(x4), w.v);
+    return add(sum, whole({_mm256_maddubs_epi16(_mm256_abs_epi8(w.v), x)}));
 }
 
 #else  // any machine
 
 #define SPECSERVE_EACH(i, n) for (int i = 0; i < (n); ++i)
+constexpr int kLanes = 16;
 constexpr int kQueriesTogether = 1, kVectorsTogether = 4;
 
 struct Ints {
@@ -298,6 +299,14 @@ struct Floats {
 struct Bytes {
     uint8_t v[4 * kLanes];
 };
+using Nibbles = Ints;
+
+inline bfloat16 round_to_bfloat16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return {uint16_t(x != x ? 0x7fc0 : rounded)};
+}
 
 template <typename Result, typename F>
 inline Result each(F f) {
@@ -367,6 +376,9 @@ inline void store(float* p, const Floats& x) { std::memcpy(p, x.v, sizeof x.v); 
 inline Floats add(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return a.v[i] + b.v[i]; });
 }
+inline Floats sub(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] - b.v[i]; });
+}
 inline Floats div(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return a.v[i] / b.v[i]; });
 }
@@ -382,6 +394,38 @@ inline float lane_max(const Floats& x) {
     float most = x.v[0];
     for (float value : x.v) most = most > value ? most : value;
     return most;
+}
+inline int32_t lane_sum(const Ints& x) {
+    int32_t sum = 0;
+    for (int32_t value : x.v) sum += value;
+    return sum;
+}
+inline int32_t lane_max(const Ints& x) {
+    int32_t most = x.v[0];
+    for (int32_t value : x.v) most = most > value ? most : value;
+    return most;
+}
+inline Ints add(const Ints& a, const Ints& b) {
+    return each<Ints>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Ints max(const Ints& a, const Ints& b) {
+    return each<Ints>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Ints magnitude_bits(const Floats& x) {  // ordered like |x|, with NaN above everything
+    return each<Ints>([&](int i) {
+        int32_t bits;
+        std::memcpy(&bits, x.v + i, sizeof bits);
+        return bits & 0x7fffffff;
+    });
+}
+inline Ints to_nearest(const Floats& x) {  // ties to even
+    return each<Ints>([&](int i) { return int32_t(std::nearbyint(x.v[i])); });
+}
+inline void store_bytes(int8_t* p, const Ints& x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x.v[i]);
+}
+inline void store(bfloat16* p, const Floats& x) {
+    for (int i = 0; i < kLanes; ++i) p[i] = round_to_bfloat16(x.v[i]);
 }
 inline void transpose(Floats (&x)[kLanes]) {
     for (int i = 0; i < kLanes; ++i)
@@ -412,9 +456,12 @@ inline Ints dot(Ints sum, const Bytes& w, int32_t x4) {
         for (int k = 0; k < 4; ++k) sum.v[i] += Weight(w.v[4 * i + k]) * x[k];
     return sum;
 }
-inline Ints dot_nibbles(const Ints& sum, const Bytes& w, int32_t x4) {
+inline Nibbles zero_nibbles() { return {}; }
+inline Nibbles dot_nibbles(const Nibbles& sum, const Bytes& w, int32_t x4) {
     return dot<uint8_t>(sum, w, x4);
 }
+inline void settle(Nibbles&) {}
+inline Ints whole(const Nibbles& sum) { return sum; }
 inline Bytes as_signed(const Bytes& x) { return x; }
 inline Ints start_signed(int32_t) { return {}; }
 inline Ints dot_signed(const Ints& sum, const Bytes& w, int32_t x4) {

@@ -8,9 +8,9 @@
 namespace specserve {
 namespace {
 
-constexpr int kRowBlock = 8;      // rows whose sums stay in registers
-constexpr int kRowsInCache = 64;  // rows that go through all panels of a chunk together
-constexpr int64_t kAhead = 4096;  // bytes; the hardware alone stops at every page
+constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
+constexpr int kRowsInCache = 64;         // rows that go through all panels of a chunk together
+constexpr int64_t kAhead = 4096;         // bytes; the hardware alone stops at every page
 
 inline int32_t four(const int8_t* p) {
     int32_t x;
@@ -18,91 +18,123 @@ inline int32_t four(const int8_t* p) {
     return x;
 }
 
+// Left alone, the compiler loads early what is used again later, and has no registers to keep it in.
+inline const int8_t* afresh(const int8_t* p) {
+    asm volatile("" : "+r"(p));
+    return p;
+}
+
+inline Floats halves(const uint8_t* p, int part) {
+    return load_half(reinterpret_cast<const uint16_t*>(p) + part * kLanes);
+}
+
+// Parts of a panel whose sums go together: all of them, while there are registers.
 template <int kRows>
-inline void int4_tile(const uint8_t* tile, const Rows& x, int64_t size, int64_t group,
-                      Floats (&y)[kRows]) {
-    const Floats scale = load_half(reinterpret_cast<const uint16_t*>(tile));
-    const Floats minimum = load_half(reinterpret_cast<const uint16_t*>(tile + 32));
-    Ints sums[kRows];
-    for (Ints& sum : sums) sum = zero_ints();
-    SPECSERVE_EACH(c, 4) {
-        const Bytes both = load_bytes(tile + 64 + 64 * c);
-        const Bytes low = low_nibbles(both), high = high_nibbles(both);
-        SPECSERVE_EACH(r, kRows) {
-            const int8_t* at = x.values + r * size + group * kGroup + 8 * c;
-            sums[r] = dot_nibbles(sums[r], low, four(at));
-            sums[r] = dot_nibbles(sums[r], high, four(at + 4));
+constexpr int kPartsTogether = kRows <= 4 ? kParts : 1;
+
+template <int kRows>
+inline void int4_tile(const uint8_t* tile, const GroupOfRows& x, Floats (&y)[kRows][kParts]) {
+    constexpr int kTogether = kPartsTogether<kRows>;
+    for (int first = 0; first < kParts; first += kTogether) {
+        Nibbles sums[kRows][kTogether];
+        SPECSERVE_EACH(r, kRows) SPECSERVE_EACH(i, kTogether) sums[r][i] = zero_nibbles();
+        SPECSERVE_EACH(c, 4) {
+            Bytes low[kTogether], high[kTogether];
+            SPECSERVE_EACH(i, kTogether) {
+                const Bytes both = load_bytes(tile + 64 + 64 * c + (first + i) * 4 * kLanes);
+                low[i] = low_nibbles(both), high[i] = high_nibbles(both);
+            }
+            const int8_t* values = afresh(x.values);
+            SPECSERVE_EACH(r, kRows) SPECSERVE_EACH(i, kTogether) {
+                const int8_t* at = values + r * kGroup + 8 * c;
+                sums[r][i] = dot_nibbles(sums[r][i], low[i], four(at));
+                sums[r][i] = dot_nibbles(sums[r][i], high[i], four(at + 4));
+                settle(sums[r][i]);
+            }
+        }
+        SPECSERVE_EACH(i, kTogether) {
+            const Floats scale = halves(tile, first + i), minimum = halves(tile + 32, first + i);
+            SPECSERVE_EACH(r, kRows) {
+                Floats& sum = y[r][first + i];
+                sum = mul_add(to_floats(whole(sums[r][i])), mul(scale, broadcast(x.scales[r])), sum);
+                sum = mul_add(minimum, broadcast(x.offsets[r]), sum);
+            }
         }
     }
-    SPECSERVE_EACH(r, kRows) {
-        const int64_t at = r * (size / kGroup) + group;
-        y[r] = mul_add(to_floats(sums[r]), mul(scale, broadcast(x.scales[at])), y[r]);
-        y[r] = mul_add(minimum, broadcast(x.offsets[at]), y[r]);
-    }
 }
 
 template <int kRows>
-inline void int8_tile(const uint8_t* tile, const Rows& x, int64_t size, int64_t group,
-                      Floats (&y)[kRows]) {
-    const Floats scale = load_half(reinterpret_cast<const uint16_t*>(tile));
-    Ints sums[kRows];
-    SPECSERVE_EACH(r, kRows) sums[r] = start_signed(x.sums[r * (size / kGroup) + group]);
-    SPECSERVE_EACH(c, 8) {
-        const Bytes weights = as_signed(load_bytes(tile + 32 + 64 * c));
-        SPECSERVE_EACH(r, kRows)
-            sums[r] = dot_signed(sums[r], weights,
-                                 four(x.values + r * size + group * kGroup + 4 * c));
-    }
-    SPECSERVE_EACH(r, kRows) {
-        const float x_scale = x.scales[r * (size / kGroup) + group];
-        y[r] = mul_add(to_floats(sums[r]), mul(scale, broadcast(x_scale)), y[r]);
+inline void int8_tile(const uint8_t* tile, const GroupOfRows& x, Floats (&y)[kRows][kParts]) {
+    constexpr int kTogether = kPartsTogether<kRows>;
+    for (int first = 0; first < kParts; first += kTogether) {
+        Ints sums[kRows][kTogether];
+        SPECSERVE_EACH(r, kRows) SPECSERVE_EACH(i, kTogether) sums[r][i] = start_signed(x.sums[r]);
+        SPECSERVE_EACH(c, 8) {
+            const int8_t* values = afresh(x.values);
+            SPECSERVE_EACH(i, kTogether) {
+                const Bytes weights =
+                    as_signed(load_bytes(tile + 32 + 64 * c + (first + i) * 4 * kLanes));
+                SPECSERVE_EACH(r, kRows) {
+                    sums[r][i] = dot_signed(sums[r][i], weights, four(values + r * kGroup + 4 * c));
+                    settle(sums[r][i]);
+                }
+            }
+        }
+        SPECSERVE_EACH(i, kTogether) {
+            const Floats scale = halves(tile, first + i);
+            SPECSERVE_EACH(r, kRows) {
+                Floats& sum = y[r][first + i];
+                sum = mul_add(to_floats(sums[r][i]), mul(scale, broadcast(x.scales[r])), sum);
+            }
+        }
     }
 }
 
+// The first kRows rows of a block.
 template <Format kFormat, int kRows>
-void panel_rows(const uint8_t* panel, int64_t size, const Rows& x, float* y, int64_t stride) {
-    Floats sums[kRows];
-    for (Floats& sum : sums) sum = zero_floats();
-    for (int64_t group = 0; group < size / kGroup; ++group) {
+__attribute__((noinline)) void panel_rows(const uint8_t* panel, const Rows& x, float* y, int64_t stride) {
+    Floats sums[kRows][kParts];
+    for (auto& row : sums)
+        for (Floats& sum : row) sum = zero_floats();
+    for (int64_t group = 0; group < x.num_groups; ++group) {
         const uint8_t* tile = panel + group * tile_bytes(kFormat);
         for (int64_t line = 0; line < tile_bytes(kFormat); line += 64)
             __builtin_prefetch(tile + kAhead + line);
         if constexpr (kFormat == Format::kInt4)
-            int4_tile<kRows>(tile, x, size, group, sums);
+            int4_tile<kRows>(tile, x.at(0, group), sums);
         else
-            int8_tile<kRows>(tile, x, size, group, sums);
+            int8_tile<kRows>(tile, x.at(0, group), sums);
     }
-    for (int r = 0; r < kRows; ++r) store(y + r * stride, sums[r]);
+    for (int r = 0; r < kRows; ++r)
+        for (int part = 0; part < kParts; ++part)
+            store(y + r * stride + part * kLanes, sums[r][part]);
 }
 
 template <Format kFormat>
-void panel_block(const uint8_t* panel, int64_t size, const Rows& x, int64_t num_rows, float* y,
-                 int64_t stride) {
+void panel_block(const uint8_t* panel, const Rows& x, int64_t num_rows, float* y, int64_t stride) {
     switch (num_rows) {
-        case 1: return panel_rows<kFormat, 1>(panel, size, x, y, stride);
-        case 2: return panel_rows<kFormat, 2>(panel, size, x, y, stride);
-        case 3: return panel_rows<kFormat, 3>(panel, size, x, y, stride);
-        case 4: return panel_rows<kFormat, 4>(panel, size, x, y, stride);
-        case 5: return panel_rows<kFormat, 5>(panel, size, x, y, stride);
-        case 6: return panel_rows<kFormat, 6>(panel, size, x, y, stride);
-        case 7: return panel_rows<kFormat, 7>(panel, size, x, y, stride);
-        default: return panel_rows<kFormat, kRowBlock>(panel, size, x, y, stride);
+        case 1: return panel_rows<kFormat, 1>(panel, x, y, stride);
+        case 2: return panel_rows<kFormat, 2>(panel, x, y, stride);
+        case 3: return panel_rows<kFormat, 3>(panel, x, y, stride);
+        case 4: return panel_rows<kFormat, 4>(panel, x, y, stride);
+        case 5: return panel_rows<kFormat, 5>(panel, x, y, stride);
+        case 6: return panel_rows<kFormat, 6>(panel, x, y, stride);
+        case 7: return panel_rows<kFormat, 7>(panel, x, y, stride);
+        default: return panel_rows<kFormat, kRowsTogether>(panel, x, y, stride);
     }
 }
 
 template <Format kFormat>
 void panels_of(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
                int64_t last_panel, float* y, int64_t stride) {
-    const int64_t size = weight.num_inputs;
-    const int64_t panel_bytes = size / kGroup * tile_bytes(kFormat);
+    const int64_t panel_bytes = rows.num_groups * tile_bytes(kFormat);
     for (int64_t top = 0; top < num_rows; top += kRowsInCache) {
         const int64_t bottom = std::min<int64_t>(top + kRowsInCache, num_rows);
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
             const uint8_t* weights = weight.panels + panel * panel_bytes;
-            for (int64_t row = top; row < bottom; row += kRowBlock)
-                panel_block<kFormat>(weights, size, from_row(rows, row, size),
-                                     std::min<int64_t>(kRowBlock, bottom - row),
-                                     y + row * stride + (panel - first_panel) * kLanes, stride);
+            for (int64_t row = top; row < bottom; row += kRowsTogether)
+                panel_block<kFormat>(weights, rows.from(row), bottom - row,
+                                     y + row * stride + (panel - first_panel) * kPanel, stride);
         }
     }
 }
@@ -118,23 +150,27 @@ void linear_panels(const Weight& weight, const Rows& rows, int64_t num_rows, int
 }
 
 void unpack_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]) {
-    const int64_t tiles = output / kLanes * (weight.num_inputs / kGroup) + group;
+    const int64_t tiles = output / kPanel * (weight.num_inputs / kGroup) + group;
     const uint8_t* tile = weight.panels + tiles * tile_bytes(weight.format);
-    const int64_t lane = output % kLanes;
-    float scales[kLanes], minimums[kLanes] = {};
-    store(scales, load_half(reinterpret_cast<const uint16_t*>(tile)));
+    const int64_t at = output % kPanel;
+    auto half = [&](const uint8_t* halves_of_panel) {
+        float floats[kLanes];
+        store(floats, halves(halves_of_panel, int(at / kLanes)));
+        return floats[at % kLanes];
+    };
+    const float scale = half(tile);
     if (weight.format == Format::kInt8) {
         for (int i = 0; i < kGroup; ++i) {
-            const uint8_t byte = tile[32 + (i / 4 * kLanes + lane) * 4 + i % 4];
-            values[i] = float(int8_t(byte)) * scales[lane];
+            const uint8_t byte = tile[32 + (i / 4 * kPanel + at) * 4 + i % 4];
+            values[i] = float(int8_t(byte)) * scale;
         }
         return;
     }
-    store(minimums, load_half(reinterpret_cast<const uint16_t*>(tile + 32)));
+    const float minimum = half(tile + 32);
     for (int i = 0; i < kGroup; ++i) {
-        const uint8_t byte = tile[64 + (i / 8 * kLanes + lane) * 4 + i % 4];
+        const uint8_t byte = tile[64 + (i / 8 * kPanel + at) * 4 + i % 4];
         const int nibble = i % 8 < 4 ? byte & 15 : byte >> 4;
-        values[i] = float(nibble) * scales[lane] + minimums[lane];
+        values[i] = float(nibble) * scale + minimum;
     }
 }
 

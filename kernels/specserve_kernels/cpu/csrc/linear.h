@@ -7,7 +7,9 @@
 
 namespace specserve {
 
-// A panel is 16 outputs; a tile is a panel's next 32 inputs, the unit both formats are stored in:
+constexpr int kPanel = 16;
+
+// A panel is kPanel outputs; a tile is a panel's next 32 inputs, the unit both formats are stored in:
 //   int4: half scale[16], half minimum[16], nibbles[4][16][4] (low: inputs 8c.., high: 8c + 4..)
 //   int8: half scale[16], int8 [8][16][4]
 enum class Format : int32_t { kInt4 = 4, kInt8 = 8 };

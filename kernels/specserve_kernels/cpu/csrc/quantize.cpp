@@ -1,43 +1,54 @@
 #include "quantize.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
+#include "lanes.h"
+
 namespace specserve {
-namespace {
 
-uint32_t magnitude_bits(float x) {  // ordered like |x|, with NaN above everything
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits & 0x7fffffffu;
+RowBuffer::RowBuffer(int64_t num_rows, int64_t size) {
+    const int64_t num_groups = size / kGroup;
+    const int64_t num_blocks = (num_rows + kRowsTogether - 1) / kRowsTogether;
+    const int64_t count = num_blocks * num_groups * kRowsTogether;
+    values_.reset(new int8_t[count * kGroup]);
+    floats_.reset(new float[2 * count]);
+    sums_.reset(new int32_t[count]);
+    rows_ = {values_.get(), floats_.get(), floats_.get() + count, sums_.get(), num_groups};
 }
 
-}  // namespace
-
-void quantize_group(const float* x, const Rows& rows, int64_t group) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kGroup; ++i) bits = std::max(bits, magnitude_bits(x[i]));
+void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group) {
+    Ints bits = magnitude_bits(load(x));
+    for (int i = kLanes; i < kGroup; i += kLanes) bits = max(bits, magnitude_bits(load(x + i)));
+    const int32_t most_bits = lane_max(bits);
     float most;
-    std::memcpy(&most, &bits, sizeof most);
-    const bool finite = bits < 0x7f800000u;
+    std::memcpy(&most, &most_bits, sizeof most);
+    const bool finite = most_bits < 0x7f800000;
+    const GroupOfRows to = rows.at(row / kRowsTogether, group);
+    const int64_t at = row % kRowsTogether;
+    int8_t* values = to.values + at * kGroup;
     // The reciprocal of what is hardly there would be infinite: such a group is zero.
-    const float inverse = finite && most > 1e-30f ? 127.0f / most : 0.0f;
-    int8_t* values = rows.values + group * kGroup;
     int32_t sum = 0;
-    for (int i = 0; i < kGroup; ++i) {
-        const int32_t value = finite ? int32_t(std::nearbyint(x[i] * inverse)) : 0;
-        values[i] = int8_t(value);
-        sum += value;
+    if (finite && most > 1e-30f) {
+        const Floats inverse = broadcast(127.0f / most);
+        Ints total = zero_ints();
+        for (int i = 0; i < kGroup; i += kLanes) {
+            const Ints rounded = to_nearest(mul(load(x + i), inverse));
+            store_bytes(values + i, rounded);
+            total = add(total, rounded);
+        }
+        sum = lane_sum(total);
+    } else {
+        std::memset(values, 0, kGroup);
     }
-    rows.scales[group] = finite ? most / 127.0f : NAN;
-    rows.offsets[group] = rows.scales[group] * float(sum);
-    rows.sums[group] = sum;
+    to.scales[at] = finite ? most / 127.0f : NAN;
+    to.offsets[at] = to.scales[at] * float(sum);
+    to.sums[at] = sum;
 }
 
-void quantize_row(const float* x, int64_t size, const Rows& rows) {
-    for (int64_t group = 0; group < size / kGroup; ++group)
-        quantize_group(x + group * kGroup, rows, group);
+void quantize_row(const float* x, const Rows& rows, int64_t row) {
+    for (int64_t group = 0; group < rows.num_groups; ++group)
+        quantize_group(x + group * kGroup, rows, row, group);
 }
 
 }  // namespace specserve

@@ -1,29 +1,62 @@
-// Activations as 8-bit integers, in groups of 32 along a row.
+// Activations as 8-bit integers, in groups of 32 along a row; rows stand in blocks of eight, so that
+// what a tile of weights is multiplied with lies together.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 namespace specserve {
 
 constexpr int kGroup = 32;
+constexpr int kRowsTogether = 8;
 
-struct Rows {  // quantised, of `size` values each; `size` is a multiple of kGroup
-    int8_t* values;  // [num_rows][size], -127..127
-    float* scales;   // [num_rows][size / kGroup]; NaN or inf where a value of the group was
-    float* offsets;  // [num_rows][size / kGroup], scale * sum of the group's integers
-    int32_t* sums;   // [num_rows][size / kGroup], sum of the group's integers
+// The same group of the rows of a block.
+struct GroupOfRows {
+    int8_t* values;  // [kRowsTogether][kGroup], -127..127
+    float* scales;   // [kRowsTogether]; NaN where a value of the group was not finite
+    float* offsets;  // [kRowsTogether], scale * sum
+    int32_t* sums;   // [kRowsTogether], of the group's integers
 };
 
-inline Rows from_row(const Rows& rows, int64_t row, int64_t size) {
-    const int64_t groups = row * (size / kGroup);
-    return {rows.values + row * size, rows.scales + groups, rows.offsets + groups,
-            rows.sums + groups};
-}
+// Quantised rows of `size` values each, a multiple of kGroup.
+struct Rows {
+    int8_t* values;  // [num_blocks][num_groups][kRowsTogether][kGroup]
+    float* scales;   // [num_blocks][num_groups][kRowsTogether], and so are these:
+    float* offsets;
+    int32_t* sums;
+    int64_t num_groups;
 
-// One group of the first of `rows`; x has its values alone.
-void quantize_group(const float* x, const Rows& rows, int64_t group);
+    GroupOfRows at(int64_t block, int64_t group) const {
+        const int64_t from = (block * num_groups + group) * kRowsTogether;
+        return {values + from * kGroup, scales + from, offsets + from, sums + from};
+    }
 
-// All groups of the first of `rows`.
-void quantize_row(const float* x, int64_t size, const Rows& rows);
+    // Those from `row` on, a multiple of kRowsTogether.
+    Rows from(int64_t row) const {
+        const int64_t skipped = row * num_groups;
+        return {values + skipped * kGroup, scales + skipped, offsets + skipped, sums + skipped,
+                num_groups};
+    }
+};
+
+// Quantised rows and their memory.
+class RowBuffer {
+   public:
+    RowBuffer(int64_t num_rows, int64_t size);
+
+    const Rows& rows() const { return rows_; }
+
+   private:
+    std::unique_ptr<int8_t[]> values_;
+    std::unique_ptr<float[]> floats_;
+    std::unique_ptr<int32_t[]> sums_;
+    Rows rows_;
+};
+
+// One group of a row; x has its values alone.
+void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group);
+
+// All groups of a row.
+void quantize_row(const float* x, const Rows& rows, int64_t row);
 
 }  // namespace specserve
