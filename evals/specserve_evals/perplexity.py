@@ -170,6 +170,7 @@ def measure(
         device=platform.device,
         exact=platform.exact,
         quantization=name,
+        packed_dtype=platform.packed_dtype,
     )
     num_slots = -(-args.window // BLOCK) * BLOCK
     kv = KVStorage(model.kv_spec, num_slots, platform.device)
@@ -184,7 +185,7 @@ def measure(
     beyond = [a - b for a, b in zip(losses, reference, strict=True)]
     return FormatResult(
         quantization=name,
-        dtype=str(platform.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         kernels=platform.kernels.name,
         weight_bytes=model.num_bytes,
         perplexity=math.exp(mean),

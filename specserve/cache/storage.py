@@ -7,6 +7,8 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from specserve_kernels import huge_pages
+
 
 class KVSpec(Struct, frozen=True):
     """The KV shape of one model: what a token costs in every layer."""
@@ -31,11 +33,11 @@ class KVStorage:
         self.spec = spec
         # [num_layers, 2, num_slots, num_kv_heads, head_dim]. Zeroed: attention multiplies slots
         # that are masked out by zero, and 0 * NaN would not be zero.
-        self.data = torch.zeros(
-            (spec.num_layers, 2, num_slots, spec.num_kv_heads, spec.head_dim),
-            dtype=spec.dtype,
-            device=device,
-        )
+        size = (spec.num_layers, 2, num_slots, spec.num_kv_heads, spec.head_dim)
+        if device.type == "cpu":
+            self.data = huge_pages.zeros(size, spec.dtype)
+        else:
+            self.data = torch.zeros(size, dtype=spec.dtype, device=device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each [num_slots, num_kv_heads, head_dim]."""

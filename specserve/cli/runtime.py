@@ -14,6 +14,8 @@ from specserve.engine.device import Platform, choose_platform
 from specserve.engine.memory import count_blocks, free_memory
 from specserve.hub import ALIASES
 from specserve.hub.cache import default_cache_dir
+from specserve.models import quant
+from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 
@@ -120,7 +122,7 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
         return [free, Check("use", "target", missing, "note" if known else "broken", fix)]
     try:
         shape = ModelShape.from_dir(directory)
-        estimate = _kv_estimate(config, platform, shape)
+        estimate = _kv_estimate(config, platform, shape, directory)
     except (ModelError, ConfigError) as error:
         return [free, Check("use", "target", str(error), "broken")]
     words = f"{shape.architecture}, {shape.num_layers} layers, {directory}"
@@ -138,9 +140,19 @@ def local_directory(target: str) -> Path | None:
     return None
 
 
-def _kv_estimate(config: EngineConfig, platform: Platform, shape: ModelShape) -> str:
+def _kv_estimate(
+    config: EngineConfig, platform: Platform, shape: ModelShape, directory: Path
+) -> str:
     """The pool for the target alone, before its weights are loaded."""
-    spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, platform.dtype)
+    packed = quant.choose(
+        config.target.quantization,
+        shape,
+        read_checkpoint(directory),
+        platform.kernels,
+        platform.packed_dtype,
+    ).packed
+    dtype = platform.packed_dtype if packed else platform.dtype
+    spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     context = config.target.max_model_len or shape.max_position_embeddings
     num_blocks = count_blocks(
         config.cache,

@@ -13,6 +13,7 @@ class Platform(Struct, frozen=True):
 
     device: torch.device
     dtype: torch.dtype
+    packed_dtype: torch.dtype  # of K and V beside quantised weights
     kernels: Kernels
     exact: bool
     reasons: dict[str, str]
@@ -26,7 +27,7 @@ def choose_platform(config: TargetConfig) -> Platform:
     kernels = select_kernels(device)
     reasons["kernels"] = f"{kernels.name}, the backend for {device.type}"
     exact = _exactness(config, device, kernels, reasons)
-    return Platform(device, dtype, kernels, exact, reasons)
+    return Platform(device, dtype, _packed_dtype(config, device, dtype), kernels, exact, reasons)
 
 
 def _device(config: TargetConfig, reasons: dict[str, str]) -> torch.device:
@@ -66,6 +67,11 @@ def _dtype(config: TargetConfig, device: torch.device, reasons: dict[str, str]) 
     bf16 = bool(torch.cpu._is_avx512_bf16_supported())
     reasons["dtype"] = f"the CPU {'has' if bf16 else 'has no'} bfloat16 instructions"
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def _packed_dtype(config: TargetConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Kernels with quantised weights only read K and V: half the bytes need no instructions."""
+    return torch.bfloat16 if config.dtype == "auto" and device.type == "cpu" else dtype
 
 
 def _exactness(

@@ -77,11 +77,12 @@ class Engine:
             device=platform.device,
             exact=platform.exact,
             quantization=config.target.quantization,
+            packed_dtype=platform.packed_dtype,
         )
-        self.shape, self._row_multiple = model.shape, model.row_multiple
+        self.shape, self.dtype, self._row_multiple = model.shape, model.dtype, model.row_multiple
         self.max_model_len = _context(config.target.max_model_len, model.shape)
         draft_specs = {
-            name: drafter.kv_spec(platform.dtype) for name, drafter in self._drafters.items()
+            name: drafter.kv_spec(model.dtype) for name, drafter in self._drafters.items()
         }
         kv_specs = [model.kv_spec, *(spec for spec in draft_specs.values() if spec is not None)]
         num_blocks = count_blocks(
@@ -211,7 +212,7 @@ class Engine:
             max_nodes=self.config.draft.max_nodes,
             drafters=self.drafter.names,
             device=str(self.platform.device),
-            dtype=str(self.platform.dtype).removeprefix("torch."),
+            dtype=str(self.dtype).removeprefix("torch."),
             exact=self.platform.exact,
         )
 
@@ -316,7 +317,7 @@ class Engine:
             drafter.bind(
                 DraftContext(
                     device=self.platform.device,
-                    dtype=self.platform.dtype,
+                    dtype=self.dtype,
                     kernels=self.platform.kernels,
                     exact=self.platform.exact,
                     quantization=self.config.target.quantization,

@@ -6,6 +6,7 @@ weight is read and reported at once.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from specserve.models.packed_llama import PackedLlama
 from specserve.models.registry import BUILDERS
 from specserve.models.shape import ModelShape
 from specserve.types import Quantization
+from specserve_kernels.huge_pages import Arena
 from specserve_kernels.ops import Kernels
+from specserve_kernels.packing import PackedWeight, WeightFormat
 
 
 def load_model(
@@ -32,15 +35,18 @@ def load_model(
     device: torch.device,
     exact: bool,
     quantization: Quantization = "none",
+    packed_dtype: torch.dtype | None = None,
 ) -> Model:
     """Read config.json and the weights in `path`, ready to run.
 
+    `packed_dtype`, `dtype` if it is not given, is that of K and V beside quantised weights.
     Raises `ModelError` naming the file, field or tensors at fault.
     """
     shape = ModelShape.from_dir(path)
     checkpoint = read_checkpoint(path)
-    if quant.choose(quantization, shape, checkpoint, kernels, dtype).packed:
-        return _packed(shape, path, checkpoint, kernels, dtype, quantization)
+    kv_dtype = packed_dtype or dtype
+    if quant.choose(quantization, shape, checkpoint, kernels, kv_dtype).packed:
+        return _packed(shape, path, checkpoint, kernels, kv_dtype, quantization)
     return _llama(shape, path, checkpoint, kernels, dtype, device, exact)
 
 
@@ -106,12 +112,18 @@ def _packed(
     nowhere = torch.device("meta")
     bare = BUILDERS[shape.architecture](shape, kernels, dtype=dtype, device=nowhere, exact=False)
     check_tensors(bare.weight_slots(), shape, path, checkpoint)
+    arena = Arena()
+
+    def pack(wanted: WeightFormat | None, name: str) -> PackedWeight:
+        weight = quant.pack_tensor(checkpoint, name, wanted)
+        return replace(weight, panels=arena.copy(weight.panels))
+
     return PackedLlama(
         shape,
         checkpoint,
         kernels,
-        pack=partial(quant.pack_tensor, checkpoint, wanted=quant.layer_format(quantization)),
-        pack_head=partial(quant.pack_tensor, checkpoint, wanted=quant.head_format(quantization)),
+        pack=partial(pack, quant.layer_format(quantization)),
+        pack_head=partial(pack, quant.head_format(quantization)),
         dtype=dtype,
     )
 

@@ -22,10 +22,24 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 static_assert(kSplit % kChunk == 0);
 
+// As many vectors of columns or dimensions as go with so many queries: enough sums to be busy with,
+// and registers for all.
+template <int kQueries>
+constexpr int kVectorsFor = kQueries * 2 * kVectorsTogether <= 8
+                                ? std::min(2 * kVectorsTogether, kChunk / kLanes)
+                                : kVectorsTogether;
+
 template <typename Element>
 inline void prefetch(const Element* x, int64_t size) {
     const char* first = reinterpret_cast<const char*>(x);
     for (int64_t at = 0; at < size * int64_t(sizeof *x); at += 64) __builtin_prefetch(first + at);
+}
+
+// Loads: prefetches in such numbers are dropped.
+template <typename Element>
+inline void touch(const Element* x, int64_t size) {
+    const auto* bytes = reinterpret_cast<const volatile char*>(x);
+    for (int64_t at = 0; at < size * int64_t(sizeof *x); at += 64) (void)bytes[at];
 }
 
 // K of some slots: a column for each slot, a lane of it for as many dimensions as fit.
@@ -46,28 +60,29 @@ class Columns {
             }
     }
 
-    // Of consecutive queries and the columns from .. to - 1, and as many as make whole chunks.
+    // Of consecutive queries and the columns from .. to - 1; those up to the end of a chunk may
+    // be filled with anything.
     template <int kQueries, int kSize>
     void scores(const float* q, int from, int to, float (*result)[kSize]) const {
-        for (const int end = from + (to - from + kChunk - 1) / kChunk * kChunk; from < end;
-             from += kVectorsTogether * kLanes) {
-            Floats sums[kQueries][kVectorsTogether];
-            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectorsTogether)
-                sums[g][i] = zero_floats();
+        constexpr int kVectors = kVectorsFor<kQueries>;
+        for (; from < to; from += kVectors * kLanes) {
+            Floats sums[kQueries][kVectors];
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors) sums[g][i] = zero_floats();
             for (int64_t d = 0; d < dim_; d += kPacked) {
                 const float* key = keys_ + d / kPacked * kMaxColumns + from;
                 SPECSERVE_EACH(part, kPacked) {
-                    Floats keys[kVectorsTogether];
-                    SPECSERVE_EACH(i, kVectorsTogether)
-                        keys[i] = unpacked<Element>(specserve::load(key + i * kLanes), part);
+                    Floats keys[kVectors];
+                    const float* from_key = afresh(key);
+                    SPECSERVE_EACH(i, kVectors)
+                        keys[i] = unpacked<Element>(specserve::load(from_key + i * kLanes), part);
                     SPECSERVE_EACH(g, kQueries) {
                         const Floats query = broadcast(q[g * dim_ + d + part]);
-                        SPECSERVE_EACH(i, kVectorsTogether)
+                        SPECSERVE_EACH(i, kVectors)
                             sums[g][i] = mul_add(query, keys[i], sums[g][i]);
                     }
                 }
             }
-            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectorsTogether)
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
                 store(result[g] + from + i * kLanes, sums[g][i]);
         }
     }
@@ -220,21 +235,25 @@ class Unit {
     }
 
    private:
-    int64_t slot(int64_t place) const {
-        return int64_t(table_[place / block_size_]) * block_size_ + place % block_size_;
+    // Of consecutive places, without a division for each.
+    void slots_of(int64_t place, int count, int64_t* slots) const {
+        int64_t block = place / block_size_, offset = place % block_size_;
+        for (int i = 0; i < count; ++i) {
+            slots[i] = int64_t(table_[block]) * block_size_ + offset;
+            if (++offset == block_size_) offset = 0, ++block;
+        }
     }
 
     // A chunk of the context, which has the same slots for all rows.
     void whole_chunk(int64_t base) {
-        int64_t slots[kChunk];
+        int64_t slots[2 * kChunk];  // its own, and those that will be wanted next
+        const int num_next = int(std::clamp<int64_t>(context_ - base - kChunk, 0, kChunk));
+        slots_of(base, kChunk + num_next, slots);
         const Element* values[kChunk];
-        for (int i = 0; i < kChunk; ++i) {
-            slots[i] = slot(base + i);
-            values[i] = values_ + slots[i] * stride_;
-        }
-        fetch(keys_, base + kChunk);
+        for (int i = 0; i < kChunk; ++i) values[i] = values_ + slots[i] * stride_;
+        fetch(keys_, slots + kChunk, num_next);
         columns_().load(keys_, stride_, shape_.head_dim, slots, kChunk);
-        fetch(values_, base + kChunk);
+        fetch(values_, slots + kChunk, num_next);
         const int num_rows = int(rows_.size());
         for (int row = 0; row < num_rows;) {
             int next = row + 1;  // rows that see all of it go together
@@ -258,7 +277,7 @@ class Unit {
     void tail_chunk(int64_t base) {
         const int num_nodes = 64 - __builtin_clzll(seen_), rest = int(context_ - tail_);
         if (!has_tail_) {
-            for (int i = 0; i < rest + num_nodes; ++i) tail_slots_[i] = slot(tail_ + i);
+            slots_of(tail_, rest + num_nodes, tail_slots_);
             columns_().load(keys_, stride_, shape_.head_dim, tail_slots_, rest + num_nodes);
             has_tail_ = true;
         }
@@ -279,10 +298,11 @@ class Unit {
     void walk(int64_t row, const int* columns, int first, int last) {
         const Element* values[kChunk];
         for (int i = first; i < last; ++i) values[i] = values_ + tail_slots_[columns[i]] * stride_;
+        constexpr int kStart = kVectorsFor<1> * kLanes;  // a divisor of kChunk: none beyond is filled
         in_tiles(shape_.group_size, [&](auto count, int64_t at) {
             const int64_t query = row * shape_.group_size + at;
             alignas(64) float by_column[count][kMaxColumns], weights[count][kChunk];
-            columns_().template scores<count>(scaled(query), columns[first] / kChunk * kChunk,
+            columns_().template scores<count>(scaled(query), columns[first] / kStart * kStart,
                                               columns[last - 1] + 1, by_column);
             for (int g = 0; g < count; ++g) {
                 std::fill(weights[g], weights[g] + kChunk, kHidden);
@@ -296,7 +316,8 @@ class Unit {
     template <int kQueries>
     void add(int64_t query, float (*weights)[kChunk], const Element* const* values, int first,
              int last) {
-        constexpr int64_t kStep = kVectorsTogether * kLanes;
+        constexpr int kVectors = kVectorsFor<kQueries>;
+        constexpr int64_t kStep = kVectors * kLanes;
         const int64_t dim = shape_.head_dim;
         float* out[kQueries];
         for (int g = 0; g < kQueries; ++g) {
@@ -305,17 +326,15 @@ class Unit {
         }
         int64_t d = 0;
         for (; d + kStep <= dim; d += kStep)
-            add_values<kQueries, kVectorsTogether>(weights, values, first, last, out, d);
+            add_values<kQueries, kVectors>(weights, values, first, last, out, d);
         for (; d < dim; d += kLanes) add_values<kQueries, 1>(weights, values, first, last, out, d);
     }
 
     const float* scaled(int64_t query) const { return scaled_.data() + query * shape_.head_dim; }
 
-    // K or V of the chunk at `base` will be wanted soon.
-    void fetch(const Element* cache, int64_t base) const {
-        const int64_t end = std::min(base + kChunk, context_);
-        for (int64_t at = base; at < end; ++at)
-            prefetch(cache + slot(at) * stride_, shape_.head_dim);
+    // K or V of these slots will be wanted soon.
+    void fetch(const Element* cache, const int64_t* slots, int count) const {
+        for (int i = 0; i < count; ++i) prefetch(cache + slots[i] * stride_, shape_.head_dim);
     }
 
     static Columns<Element>& columns_() {  // too large for the stack of a thread
@@ -347,6 +366,22 @@ int64_t num_splits(const Segments& segments, int64_t segment) {
     for (int64_t row = segments.cu_rows[segment]; row < segments.cu_rows[segment + 1]; ++row)
         longest = std::max(longest, __builtin_popcountll(segments.ancestors[row]));
     return (segments.context_lens[segment] + longest + kSplit - 1) / kSplit;
+}
+
+template <typename Element>
+void fetch_context(const Segments& segments, const Element* k, const Element* v, int64_t size,
+                   int64_t part, int64_t num_parts) {
+    for (int64_t segment = 0; segment < segments.num_segments; ++segment) {
+        const int32_t* table = segments.block_tables + segment * segments.max_blocks;
+        const int64_t length = segments.context_lens[segment];
+        const int64_t last = length * (part + 1) / num_parts;
+        for (int64_t at = length * part / num_parts; at < last; ++at) {
+            const int64_t block = at / segments.block_size;
+            const int64_t slot = table[block] * segments.block_size + at - block * segments.block_size;
+            touch(k + slot * size, size);
+            touch(v + slot * size, size);
+        }
+    }
 }
 
 template <typename Element>
@@ -408,6 +443,8 @@ void merge_splits(const Segments& segments, const AttentionShape& shape, int64_t
 }
 
 #define SPECSERVE_ATTENTION_OF(Element)                                                           \
+    template void fetch_context<Element>(const Segments&, const Element*, const Element*,         \
+                                         int64_t, int64_t, int64_t);                              \
     template void attend<Element>(const Segments&, const AttentionShape&, const float*, int64_t,  \
                                   const Element*, const Element*, int64_t, int64_t, int64_t,      \
                                   int64_t, float*, int64_t);                                      \

@@ -38,6 +38,12 @@ void attend(const Segments& segments, const AttentionShape& shape, const float* 
             const Element* k, const Element* v, int64_t segment, int64_t kv_head,
             int64_t first_row, int64_t last_row, float* out, int64_t out_stride);
 
+// Part `part` of so many of asking for the K and V of every context, `size` elements a slot, to be
+// brought near: while something else is computed.
+template <typename Element>
+void fetch_context(const Segments& segments, const Element* k, const Element* v, int64_t size,
+                   int64_t part, int64_t num_parts);
+
 // As many splits as the rows of a segment see, the first position's first.
 int64_t num_splits(const Segments& segments, int64_t segment);
 

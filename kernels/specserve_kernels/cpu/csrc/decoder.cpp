@@ -111,7 +111,11 @@ class PassOf {
         });
         const int64_t q_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
         const int64_t q_units = units(l.q), kv_units = units(l.k);
+        Element* keys = static_cast<Element*>(pass_.kv) + 2 * index * pass_.num_slots * kv_size;
+        Element* values = keys + pass_.num_slots * kv_size;
         team.share(q_units + 2 * kv_units, [&](int64_t unit) {
+            if (pass_.num_rows <= kRowBlock)
+                fetch_context(pass_.segments, keys, values, kv_size, unit, q_units + 2 * kv_units);
             if (unit < q_units)
                 project(l.q, stream_.normed, unit, stream_.heads.get(), stream_.heads_size);
             else if (unit < q_units + kv_units)
@@ -121,8 +125,6 @@ class PassOf {
                 project(l.v, stream_.normed, unit - q_units - kv_units,
                         stream_.heads.get() + q_size + kv_size, stream_.heads_size);
         });
-        Element* keys = static_cast<Element*>(pass_.kv) + 2 * index * pass_.num_slots * kv_size;
-        Element* values = keys + pass_.num_slots * kv_size;
         team.share(pass_.num_rows, [&](int64_t row) { place(l, row, keys, values); });
         attention(team, l, keys, values);
         team.share(units(l.o), [&](int64_t unit) { add(l.o, stream_.mixed, unit); });

@@ -20,6 +20,14 @@ struct bfloat16 {
     uint16_t bits;
 };
 
+// The same address, of which the compiler knows nothing: left alone, it loads early what is used
+// again later, and has no registers to keep it in.
+template <typename T>
+inline const T* afresh(const T* p) {
+    asm volatile("" : "+r"(p));
+    return p;
+}
+
 #if defined(__AVX512VNNI__)
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)

@@ -18,12 +18,6 @@ inline int32_t four(const int8_t* p) {
     return x;
 }
 
-// Left alone, the compiler loads early what is used again later, and has no registers to keep it in.
-inline const int8_t* afresh(const int8_t* p) {
-    asm volatile("" : "+r"(p));
-    return p;
-}
-
 inline Floats halves(const uint8_t* p, int part) {
     return load_half(reinterpret_cast<const uint16_t*>(p) + part * kLanes);
 }
