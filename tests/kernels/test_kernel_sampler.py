@@ -1,4 +1,4 @@
-"""Noise, argmax and penalties of the torch twin, against published vectors and plain formulas."""
+"""Noise, draws and penalties against published vectors and plain formulas; native ones too."""
 
 import math
 
@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from specserve_kernels.cases import sampler_inputs
+from specserve_kernels.cpu import CpuKernels
+from specserve_kernels.cpu.native import runnable_builds
+from specserve_kernels.ops import Kernels
 from specserve_kernels.torch_ref import TorchKernels
 from specserve_kernels.torch_ref.sampler import gumbel_of_words, philox
 
-KERNELS = TorchKernels()
+TWIN = TorchKernels()
+NATIVE = [CpuKernels(build) for build in runnable_builds()]
 CPU = torch.device("cpu")
+
+each_kernels = pytest.mark.parametrize("kernels", [TWIN, *NATIVE], ids=lambda k: str(k.name))
+each_native = pytest.mark.parametrize("kernels", NATIVE, ids=lambda k: str(k.name))
 
 
 @pytest.mark.parametrize(
@@ -33,13 +40,14 @@ def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
     assert " ".join(f"{word:08x}" for word in result) == expected
 
 
-def test_noise_follows_the_layout_of_the_contract() -> None:
+@each_kernels
+def test_noise_follows_the_layout_of_the_contract(kernels: Kernels) -> None:
     seed, position, token = 0x1234567_89ABCDEF, 0x3_00000007, 4 * 11 + 2
     even = torch.tensor([token // 4, position >> 32])
     odd = torch.tensor([position & 0xFFFFFFFF, 0])
     words = philox(even, odd, torch.tensor([seed & 0xFFFFFFFF, seed >> 32]))
     uniform = (words[0][1].item() + 0.5) / 2**32  # word 2 is the second of the even lane
-    noise = KERNELS.gumbel_noise(*map(torch.tensor, ([seed], [position], [[token]])))
+    noise = kernels.gumbel_noise(*map(torch.tensor, ([seed], [position], [[token]])))
     expected = torch.tensor(-math.log(-math.log(uniform)), dtype=torch.float32)
     torch.testing.assert_close(noise[0, 0], expected, rtol=1e-6, atol=0)
 
@@ -49,48 +57,83 @@ def test_noise_is_finite_at_the_ends_of_the_range() -> None:
     torch.testing.assert_close(ends, torch.tensor([-math.log(33 * math.log(2)), 33 * math.log(2)]))
 
 
+@each_kernels
 @pytest.mark.parametrize("vocab_size", [5, 97, 1000, 4099])
-def test_noise_of_a_token_does_not_depend_on_who_asks(vocab_size: int) -> None:
+def test_noise_of_a_token_does_not_depend_on_who_asks(kernels: Kernels, vocab_size: int) -> None:
     inputs = sampler_inputs(11, vocab_size, CPU)
     every_id = torch.arange(vocab_size).expand(11, -1)
-    full = KERNELS.gumbel_noise(inputs.seeds, inputs.positions, every_id)
+    full = kernels.gumbel_noise(inputs.seeds, inputs.positions, every_id)
     generator = torch.Generator().manual_seed(0)
     for size in (1, 3, 8, 50, 333):
         ids = torch.randint(0, vocab_size, (11, size), generator=generator)
-        some = KERNELS.gumbel_noise(inputs.seeds, inputs.positions, ids)
+        some = kernels.gumbel_noise(inputs.seeds, inputs.positions, ids)
         assert torch.equal(some, full.gather(1, ids))
     for row in (0, 7):
-        alone = KERNELS.gumbel_noise(
+        alone = kernels.gumbel_noise(
             inputs.seeds[row : row + 1], inputs.positions[row : row + 1], every_id[:1]
         )
         assert torch.equal(alone[0], full[row])
 
 
+@each_kernels
 @pytest.mark.parametrize("vocab_size", [5, 97, 1000, 4099])
-def test_argmax_uses_the_same_noise_and_the_lowest_id(vocab_size: int) -> None:
+def test_argmax_uses_the_same_noise_and_the_lowest_id(kernels: Kernels, vocab_size: int) -> None:
     inputs = sampler_inputs(23, vocab_size, CPU)
     arguments = (inputs.seeds, inputs.positions)
-    best = KERNELS.gumbel_argmax(inputs.logits, *arguments, inputs.noisy)
-    noise = KERNELS.gumbel_noise(*arguments, torch.arange(vocab_size).expand(23, -1))
+    best = kernels.gumbel_argmax(inputs.logits, *arguments, inputs.noisy)
+    noise = kernels.gumbel_noise(*arguments, torch.arange(vocab_size).expand(23, -1))
     scores = torch.where(inputs.noisy[:, None], inputs.logits + noise, inputs.logits)
     assert best.tolist() == [int(np.argmax(row)) for row in scores.numpy()]
     assert bool(inputs.logits.gather(1, best[:, None]).isfinite().all())
     for row in range(0, 23, 5):
         only = slice(row, row + 1)
-        alone = KERNELS.gumbel_argmax(
+        alone = kernels.gumbel_argmax(
             inputs.logits[only], inputs.seeds[only], inputs.positions[only], inputs.noisy[only]
         )
         assert torch.equal(alone, best[only])
 
 
+@each_native
+@pytest.mark.parametrize("spread", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 5000])
+def test_native_draws_are_those_of_the_twin(
+    kernels: Kernels, vocab_size: int, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    num_rows = 40
+    logits = torch.randn(num_rows, vocab_size, generator=generator) * spread
+    logits[1::4, : vocab_size // 2] = -torch.inf
+    seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
+    positions = torch.arange(num_rows) << 29
+    every_id = torch.arange(vocab_size).expand(num_rows, -1)
+    noisy = torch.arange(num_rows) % 5 != 0
+    # float64 logarithms of two libraries: at most a last bit of float32 apart.
+    noise = kernels.gumbel_noise(seeds, positions, every_id)
+    torch.testing.assert_close(
+        noise, TWIN.gumbel_noise(seeds, positions, every_id), rtol=1.2e-7, atol=0
+    )
+    drawn = kernels.gumbel_argmax(logits, seeds, positions, noisy)
+    assert torch.equal(drawn, TWIN.gumbel_argmax(logits, seeds, positions, noisy))
+
+
+@each_native
+def test_logits_that_are_no_numbers_end_in_some_token(kernels: Kernels) -> None:
+    for bad in (-torch.inf, torch.inf, torch.nan):
+        logits = torch.full((3, 100), bad)
+        ones = torch.ones(3, dtype=torch.int64)
+        drawn = kernels.gumbel_argmax(logits, ones, ones, torch.tensor([True, False, True]))
+        assert ((drawn >= 0) & (drawn < 100)).all()
+
+
+@each_kernels
 @pytest.mark.parametrize("keyed_by", ["seed", "position"])
-def test_draws_follow_the_softmax(keyed_by: str) -> None:
+def test_draws_follow_the_softmax(kernels: Kernels, keyed_by: str) -> None:
     num_draws = 40_000
     counter = torch.arange(num_draws)
     fixed = torch.full((num_draws,), 12345)
     seeds, positions = (counter, fixed) if keyed_by == "seed" else (fixed, counter)
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf, 0.5, -3.0, 1.5])
-    drawn = KERNELS.gumbel_argmax(
+    drawn = kernels.gumbel_argmax(
         logits.expand(num_draws, -1), seeds, positions, torch.ones(num_draws, dtype=torch.bool)
     )
     observed = torch.bincount(drawn, minlength=8).double()
@@ -104,7 +147,7 @@ def test_draws_follow_the_softmax(keyed_by: str) -> None:
 def test_penalties_against_the_formula() -> None:
     inputs = sampler_inputs(7, 50, CPU)
     before = inputs.logits.clone()
-    out = KERNELS.apply_penalties(
+    out = TWIN.apply_penalties(
         inputs.logits,
         inputs.prompt_mask,
         inputs.counts,
@@ -127,5 +170,5 @@ def test_penalties_against_the_formula() -> None:
 def test_penalties_that_are_off_change_no_bit() -> None:
     inputs = sampler_inputs(5, 64, CPU)
     one, zero = torch.ones(5), torch.zeros(5)
-    out = KERNELS.apply_penalties(inputs.logits, inputs.prompt_mask, inputs.counts, one, zero, zero)
+    out = TWIN.apply_penalties(inputs.logits, inputs.prompt_mask, inputs.counts, one, zero, zero)
     assert torch.equal(out, inputs.logits)

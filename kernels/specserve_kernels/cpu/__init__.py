@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from specserve_kernels.cpu import attention
+from specserve_kernels.cpu import attention, sampler
 from specserve_kernels.cpu.decoder import CpuDecoder
 from specserve_kernels.cpu.native import load
 from specserve_kernels.decoder import DecoderWeights
@@ -24,14 +24,14 @@ class CpuKernels:
     plan_attention = staticmethod(attention.SegmentPlan)
     kv_write = staticmethod(TorchKernels.kv_write)
     kv_commit = staticmethod(TorchKernels.kv_commit)
-    gumbel_noise = staticmethod(TorchKernels.gumbel_noise)
-    gumbel_argmax = staticmethod(TorchKernels.gumbel_argmax)
     apply_penalties = staticmethod(TorchKernels.apply_penalties)
 
     def __init__(self, build: str) -> None:
         self.name = f"cpu-{build}"
         self._library = load(build)
         self._twin = TorchKernels()
+        self.gumbel_noise = partial(sampler.gumbel_noise, self._library)
+        self.gumbel_argmax = partial(sampler.gumbel_argmax, self._library)
 
     @property
     def packed_decoder(self) -> Callable[[DecoderWeights], CpuDecoder]:

@@ -31,6 +31,13 @@ _SIGNATURES: Final = {
         _ADDRESS,
         _INT,
     ],
+    "specserve_gumbel_noise": [*[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _INT],
+    "specserve_gumbel_argmax": [
+        *(_ADDRESS, _SIZE),
+        *[_ADDRESS] * 3,
+        *(_SIZE, _SIZE),
+        *(_ADDRESS, _INT),
+    ],
     "specserve_decode": [*[_ADDRESS] * 4, _INT],
     "specserve_decode_head": [*[_ADDRESS] * 3, _INT],
 }

@@ -7,6 +7,7 @@
 #include "decoder.h"
 #include "lanes.h"
 #include "linear.h"
+#include "sampler.h"
 
 using specserve::AttentionShape;
 using specserve::Format;
@@ -100,6 +101,34 @@ void specserve_attention(const int32_t* cu_rows, const int32_t* context_lens,
         attention<float>(segments, shape, q, k_cache, v_cache, out, num_threads);
     else
         attention<specserve::bfloat16>(segments, shape, q, k_cache, v_cache, out, num_threads);
+}
+
+// noise [num_rows][num_tokens] of token_ids [num_rows][num_tokens].
+void specserve_gumbel_noise(const int64_t* seeds, const int64_t* positions,
+                            const int64_t* token_ids, int64_t num_rows, int64_t num_tokens,
+                            float* noise, int32_t num_threads) {
+    constexpr int64_t kPiece = 4096;  // tokens
+    const int64_t num_pieces = (num_tokens + kPiece - 1) / kPiece;
+#pragma omp parallel for num_threads(num_threads) if (num_rows * num_pieces > 1)
+    for (int64_t piece = 0; piece < num_rows * num_pieces; ++piece) {
+        const int64_t row = piece / num_pieces, first = piece % num_pieces * kPiece;
+        const int64_t at = row * num_tokens + first;
+        specserve::gumbel_noise({uint64_t(seeds[row]), uint64_t(positions[row])}, token_ids + at,
+                                std::min(kPiece, num_tokens - first), noise + at);
+    }
+}
+
+// tokens [num_rows]; logits [num_rows][vocab_size], a row after `stride` floats the next.
+void specserve_gumbel_argmax(const float* logits, int64_t stride, const int64_t* seeds,
+                             const int64_t* positions, const uint8_t* noisy, int64_t num_rows,
+                             int64_t vocab_size, int64_t* tokens, int32_t num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_rows > 1) schedule(dynamic, 1)
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const float* of_row = logits + row * stride;
+        const specserve::Key key{uint64_t(seeds[row]), uint64_t(positions[row])};
+        tokens[row] = noisy[row] ? specserve::gumbel_argmax(key, of_row, vocab_size)
+                                 : std::max_element(of_row, of_row + vocab_size) - of_row;
+    }
 }
 
 // One pass; see decoder.h, whose structs `decoder.py` mirrors.
