@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help serve demo test lint test-gpu bench-gpu clean
+.PHONY: help serve demo test test-sanitized lint test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +31,9 @@ demo: $(READY) ## generate with and without speculation, side by side
 # One torch thread per worker: as many threads as there are cores, and no more.
 test: $(READY) ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" -n $(WORKERS)
+
+test-sanitized: $(READY) ## the kernel tests with address and undefined-behaviour sanitizers
+	kernels/sanitize.sh $(abspath $(PY))
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check $(PACKAGES) tests

@@ -13,6 +13,8 @@ from specserve.cache.pool import BlockPool
 from specserve.cache.prefix import PrefixCache, chain_hash, root_hash
 from specserve.cache.table import BlockTable
 
+_NO_SLOTS = np.empty(0, np.int64)
+
 
 class Denied(enum.Enum):
     """Why a sequence is not admitted now."""
@@ -78,14 +80,14 @@ class KVCacheManager:
         Rolls the rest back. Returns the slot moves (src, dst), in ascending order, that close the
         path up; node i was written to slot num_committed + num_chain + i.
         """
-        first = table.num_committed + num_chain
-        nodes = np.array(path, np.int64)
-        moved = np.flatnonzero(nodes != np.arange(len(nodes)))
-        span = int(nodes[-1]) + 1 if len(nodes) else 0
-        slots = table.slots(first, span)
-        moves = (slots[nodes[moved]], slots[moved])
-        table.commit(num_chain + len(nodes))
-        if len(nodes):  # an unfinished prompt keeps the room it was admitted with
+        moves = (_NO_SLOTS, _NO_SLOTS)
+        if path and path[-1] >= len(path):  # some node before the last was not accepted
+            nodes = np.array(path, np.int64)
+            moved = np.flatnonzero(nodes != np.arange(len(nodes)))
+            slots = table.slots(table.num_committed + num_chain, path[-1] + 1)
+            moves = (slots[nodes[moved]], slots[moved])
+        table.commit(num_chain + len(path))
+        if path:  # an unfinished prompt keeps the room it was admitted with
             table.rollback(self.pool)
         return moves
 

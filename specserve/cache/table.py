@@ -51,9 +51,8 @@ class BlockTable:
 
     def slots(self, start: int, count: int) -> npt.NDArray[np.int64]:
         """[count] storage slots of positions start, start + 1, ..."""
-        positions = np.arange(start, start + count)
-        blocks = np.array(self.block_ids, np.int64)
-        slots: npt.NDArray[np.int64] = (
-            blocks[positions // self.block_size] * self.block_size + positions % self.block_size
-        )
+        size, first = self.block_size, start // self.block_size
+        blocks = np.array(self.block_ids[first : (start + count - 1) // size + 1], np.int64)
+        positions = np.arange(start - first * size, start - first * size + count)
+        slots: npt.NDArray[np.int64] = blocks[positions // size] * size + positions % size
         return slots

@@ -23,8 +23,8 @@ def worthwhile(
     `probabilities`: per node, that its path is emitted. `num_rows` of the pass are there without
     any drafted node, the roots among them. Maximises (roots + sum of probabilities) / seconds.
     """
-    if not trees:
-        return {}
+    if all(len(tree) == 1 for tree in trees.values()):
+        return dict(trees)
     drafted = np.concatenate([probabilities[seq_id][1:] for seq_id in trees])
     owners = np.concatenate([np.full(len(tree) - 1, i) for i, tree in enumerate(trees.values())])
     order = np.argsort(-drafted, kind="stable")

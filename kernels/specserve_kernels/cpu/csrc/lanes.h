@@ -151,7 +151,7 @@ inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) { return dot_nibbles(sum, 
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 8") for (int i = 0; i < (n); ++i)
 constexpr int kLanes = 8;
-constexpr int kQueriesTogether = 6, kVectorsTogether = 2;  // sums that fit the registers
+constexpr int kQueriesTogether = 4, kVectorsTogether = 2;  // sums that fit the registers
 
 struct Ints {
     __m256i v;

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The kernel tests with native builds that watch every access (address) and every operation whose
+# result C++ does not define (undefined). Usage: sanitize.sh PYTHON [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1
+shift
+
+# A copy of the package goes first on the path: the installed builds stay as they are.
+copy=build/sanitized
+rm -rf "$copy"
+mkdir -p "$copy"
+cp -r kernels/specserve_kernels "$copy"
+suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+common=(-std=c++17 -fopenmp -ffp-contract=off -fPIC -shared -O1 -g -fno-omit-frame-pointer
+        -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+build() {
+    local name=$1
+    shift
+    "${CXX:-g++}" "${common[@]}" "$@" kernels/specserve_kernels/cpu/csrc/*.cpp \
+        -o "$copy/specserve_kernels/cpu/_$name$suffix"
+}
+build portable
+if [ "$(uname -m)" = x86_64 ]; then
+    build avx2 -march=x86-64-v3
+    build avx512 -march=x86-64-v4 -mavx512vnni
+fi
+
+# The runtime has to be there before the interpreter, which is not built with it. The interpreter
+# keeps memory to its end on purpose: no report of leaks. It also throws through torch's own frames.
+# The C++ library goes beside it: the runtime looks for what it wraps there when it starts.
+export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)"
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+export PYTHONPATH="$PWD/$copy${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=2
+"$python" -c "
+import specserve_kernels, sys
+sys.exit('$copy' not in specserve_kernels.__file__ and specserve_kernels.__file__ + ' is not the copy')"
+"$python" -m pytest -q tests/kernels -k 'not triton' -p no:cacheprovider "$@"
