@@ -201,6 +201,23 @@ def test_agrees_with_the_definition(shape: Shape, build: str) -> None:
         assert (chosen - best).abs().max() < 0.03 * best.abs().max()
 
 
+@pytest.mark.parametrize("bias", [-86.0, -100.0, -178.0, -1e4, 100.0])
+def test_gates_that_are_shut_or_wide_open(bias: float, build: str) -> None:
+    """exp of what silu turns is beyond float32 there."""
+    shape = Shape(bias=True)
+    weights = Model(shape).weights
+    shut = torch.full((shape.intermediate_size,), bias)
+    layers = [
+        replace(layer, gate=PackedLinear(layer.gate.weight, shut)) for layer in weights.layers
+    ]
+    weights = replace(weights, layers=layers)
+    ours, twin = CpuDecoder(load(build), weights), TorchDecoder(weights)
+    step = chain(0, tokens(shape, 20), [3, 1])
+    out = run(ours, Model(shape).cache(), step).logits
+    expected = run(twin, Model(shape).cache(), step).logits
+    assert (out - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 @each_shape
 def test_rows_never_see_each_other(shape: Shape, build: str) -> None:
     """Prompts in chunks, single tokens and trees beside others: the bits of decoding alone."""

@@ -258,8 +258,9 @@ inline void transpose(Floats (&x)[kLanes]) {
 }
 
 inline Floats exp2(Floats x) {
-    // The clamp lets NaN through: max gives its second operand if either is NaN.
-    const __m256 y = _mm256_max_ps(_mm256_set1_ps(-126.0f), x.v);
+    // The clamps let NaN through: max and min give their second operand if either is NaN.
+    const __m256 y =
+        _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-126.0f), x.v));
     const __m256 nearest = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(nearest), _mm256_set1_epi32(127));
     return mul(exp2_part({_mm256_sub_ps(y, nearest)}),
