@@ -33,7 +33,7 @@ test: $(READY) ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not gpu" -n $(WORKERS)
 
 test-sanitized: $(READY) ## the kernel tests with address and undefined-behaviour sanitizers
-	kernels/sanitize.sh $(abspath $(PY))
+	kernels/sanitize.sh $(PY)
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check $(PACKAGES) tests

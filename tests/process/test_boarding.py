@@ -82,7 +82,8 @@ def test_nobody_comes_and_the_pass_leaves(peer: Peer, last_pass_s: float) -> Non
 
 def test_a_burst_after_idle_boards_together(peer: Peer) -> None:
     timers = [peer.send_later(str(n), 0.05 + 0.001 * n) for n in range(8)]
-    assert received(peer.boarding.receive(running=False, places=0)) == [str(n) for n in range(8)]
+    boarded = received(peer.boarding.receive(running=False, places=0))
+    assert sorted(boarded) == [str(n) for n in range(8)]  # timers may overtake each other
     for timer in timers:
         timer.join()
 

@@ -112,7 +112,7 @@ def test_two_hundred_leave_at_once(survivor: LiveServer) -> None:
     """51: running, in the engine's queue and in front of it."""
     num_generated = survivor.metric("vllm:generation_tokens_total")
     with nothing_stays(survivor), callers(survivor, 200, STREAM) as wires:
-        wait_until(lambda: survivor.metric(RUNNING) > 0 and survivor.metric(WAITING) > 100)
+        wait_until(lambda: survivor.metric(RUNNING) > 0 and survivor.metric(WAITING) > 30)
         assert len(wires) == 200
     assert survivor.metric("vllm:generation_tokens_total") - num_generated < 200 * 400 / 2
 
