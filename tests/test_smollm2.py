@@ -179,7 +179,9 @@ def test_a_prediction_is_accepted(plain: LLM, ngram: LLM) -> None:
     answer = plain.generate(CHATS[9], params)[0]
     told = ngram.generate(CHATS[9], params, predictions=[answer.text])[0]
     assert told.token_ids == answer.token_ids
-    assert told.stats.mean_acceptance_length > 3
+    # How many nodes are worth their rows is the machine's to say; that they come true is not.
+    assert told.stats.num_accepted_draft_tokens == told.stats.num_draft_tokens
+    assert told.stats.mean_acceptance_length > 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
