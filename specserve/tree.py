@@ -41,6 +41,16 @@ class DraftTree:
         return depths
 
     @cached_property
+    def shares(self) -> npt.NDArray[np.float32]:
+        """[n] estimated P(a node is accepted), given its parent is."""
+        above = self.scores[self.parents]
+        above[0] = 1.0
+        shares: npt.NDArray[np.float32] = np.divide(
+            self.scores, above, out=np.zeros_like(above), where=above > 0
+        )
+        return shares
+
+    @cached_property
     def ancestors(self) -> npt.NDArray[np.uint64]:
         """[n] ancestor words."""
         words = [1] * len(self)
@@ -148,28 +158,37 @@ def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
 def merge(trees: Sequence[DraftTree], max_nodes: int) -> DraftTree:
     """One tree from several with the same root: nodes unite by (parent, token).
 
-    A united node takes the best score among its proposers and the source that gave it.
+    Given its parent, a united node is as likely as the surest of its proposers says, whose source
+    it takes; paths multiply.
     """
     if len(trees) == 1:
         return prune(trees[0], max_nodes)
     tokens, parents = [int(trees[0].tokens[0])], [-1]
-    scores, sources = [1.0], [TARGET_SOURCE]
+    shares, sources = [1.0], [TARGET_SOURCE]
     index_of: dict[tuple[int, int], int] = {}
     for tree in trees:
         merged = [0] * len(tree)
-        for node in range(1, len(tree)):
-            key = (merged[tree.parents[node]], int(tree.tokens[node]))
-            score = float(tree.scores[node])
+        of_tree = tree.shares.tolist()
+        nodes = zip(
+            tree.tokens.tolist(), tree.parents.tolist(), of_tree, tree.source.tolist(), strict=True
+        )
+        for node, (token, parent, share, source) in enumerate(nodes):
+            if node == 0:
+                continue
+            key = (merged[parent], token)
             if key not in index_of:
                 index_of[key] = len(tokens)
-                tokens.append(key[1])
+                tokens.append(token)
                 parents.append(key[0])
-                scores.append(score)
-                sources.append(int(tree.source[node]))
-            elif score > scores[index_of[key]]:
-                scores[index_of[key]] = score
-                sources[index_of[key]] = int(tree.source[node])
+                shares.append(share)
+                sources.append(source)
+            elif share > shares[index_of[key]]:
+                shares[index_of[key]] = share
+                sources[index_of[key]] = source
             merged[node] = index_of[key]
+    scores = list(shares)
+    for node in range(1, len(tokens)):
+        scores[node] *= scores[parents[node]]
     return prune(build_tree(tokens, parents, scores, sources), max_nodes)
 
 

@@ -113,7 +113,7 @@ def test_a_drafter_that_keeps_failing_is_told_of(
 ) -> None:
     """Even where nothing else can go on without it: when a request leaves."""
     engine = make_engine("ngram")
-    drafter = engine.drafter._drafters["ngram"]
+    drafter = engine.drafter.drafters["ngram"]
     monkeypatch.setattr(drafter, "propose", None)
     monkeypatch.setattr(drafter, "forget", None)
     assert engine.stats().drafters[0].active

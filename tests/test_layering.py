@@ -59,6 +59,7 @@ LEVELS: list[list[str]] = [
         "specserve.cli",
         "specserve_evals",
         "specserve_benchmarks",
+        "specserve_drafts.tune",
     ],
 ]
 WITHIN_A_LEVEL = {
@@ -68,6 +69,7 @@ WITHIN_A_LEVEL = {
     ("specserve.drafting.base", "specserve.batch"),
     ("specserve.models", "specserve.batch"),
     ("specserve.drafting.compose", "specserve.drafting.counts"),
+    ("specserve.drafting.compose", "specserve.drafting.calibration"),
     ("specserve", "specserve.llm"),
     ("specserve", "specserve.client"),
     ("specserve.server", "specserve"),
@@ -82,6 +84,10 @@ WITHIN_A_LEVEL = {
     ("specserve_benchmarks", "specserve.llm"),
     ("specserve_benchmarks", "specserve.cli"),
     ("specserve_benchmarks", "specserve_evals"),
+    ("specserve_drafts.tune", "specserve"),
+    ("specserve_drafts.tune", "specserve.llm"),
+    ("specserve_drafts.tune", "specserve.cli"),
+    ("specserve_drafts.tune", "specserve_evals"),
 }
 DRAFTS_MAY_USE = {
     "specserve_kernels",
@@ -98,7 +104,7 @@ DRAFTS_MAY_USE = {
     "specserve.batch",
     "specserve.models",
 }
-DRAFTS_ARE_USED_BY = {"specserve_evals", "specserve_benchmarks"}
+DRAFTS_ARE_USED_BY = {"specserve_evals", "specserve_benchmarks", "specserve_drafts.tune"}
 WITHOUT_TORCH = {
     "specserve",
     "specserve.types",

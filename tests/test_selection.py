@@ -5,10 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specserve.cache.table import BlockTable
 from specserve.drafting.calibration import Calibration
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.selection import worthwhile
+from specserve.sequence import Sequence
 from specserve.tree import DraftTree, build_tree, chain_tree
+from specserve.types import Request, SamplingParams
 
 FLAT = PassCosts({1: 1.0, 64: 1.0})
 STEEP = PassCosts({1: 1.0, 2: 2.0, 4: 4.0})
@@ -27,13 +30,12 @@ def test_costs_are_lines_between_what_was_measured_and_never_fall() -> None:
 
 def test_nodes_that_cost_nothing_are_all_kept_and_dear_ones_are_not() -> None:
     trees = {"a": chain(0.9, 0.5, 0.01), "b": chain(0.2)}
-    scores = {seq_id: tree.scores for seq_id, tree in trees.items()}
-    assert {k: len(t) for k, t in worthwhile(trees, scores, 2, FLAT).items()} == {"a": 4, "b": 2}
-    assert {k: len(t) for k, t in worthwhile(trees, scores, 2, STEEP).items()} == {"a": 1, "b": 1}
+    assert {k: len(t) for k, t in worthwhile(trees, 2, FLAT).items()} == {"a": 4, "b": 2}
+    assert {k: len(t) for k, t in worthwhile(trees, 2, STEEP).items()} == {"a": 1, "b": 1}
     # A second row for half the price of the first: worth it for the likely node alone.
     costs = PassCosts({2: 2.0, 3: 2.5, 4: 3.0, 8: 5.0})
-    assert {k: len(t) for k, t in worthwhile(trees, scores, 2, costs).items()} == {"a": 2, "b": 1}
-    assert worthwhile({}, {}, 3, FLAT) == {}
+    assert {k: len(t) for k, t in worthwhile(trees, 2, costs).items()} == {"a": 2, "b": 1}
+    assert worthwhile({}, 3, FLAT) == {}
 
 
 @given(
@@ -54,9 +56,8 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
         tokens, scores = [0, *range(1, len(nodes) + 1)], [1.0, *(score for _, score in nodes)]
         trees[str(index)] = build_tree(tokens, parents, scores, 1)
     costs = PassCosts({1 + 8 * at: price for at, price in enumerate(prices)})
-    chances = {seq_id: tree.scores for seq_id, tree in trees.items()}
     rows = len(trees) + others
-    kept = worthwhile(trees, chances, rows, costs)
+    kept = worthwhile(trees, rows, costs)
     ranked = sorted((float(x) for tree in trees.values() for x in tree.scores[1:]), reverse=True)
     counts = np.arange(len(ranked) + 1)
     rates = (len(trees) + np.cumsum([0.0, *ranked])) / costs.seconds(rows + counts)
@@ -69,29 +70,39 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
     assert rate == pytest.approx(rates.max(), rel=1e-5)
 
 
+def sequence(name: str, temperature: float = 0.0) -> Sequence:
+    sampling = SamplingParams(temperature=temperature, seed=0)
+    return Sequence(Request(name, (7,), sampling), [7], BlockTable(16))
+
+
 def test_chances_follow_what_is_emitted_for_all_and_for_the_request() -> None:
     calibration = Calibration()
     tree = chain(0.9, 0.9)
-    first = calibration.probabilities("a", tree)
+    lucky, unlucky, other = (sequence(name) for name in "abc")
+    sampled = sequence("d", temperature=1.0)
+    first = calibration.probabilities(lucky, tree)
     assert first[0] == 1.0
     for _ in range(60):
-        calibration.settle("a", tree, [0, 1, 5])  # all come true
-        calibration.settle("b", tree, [3])  # none does
-    good, bad, new = (calibration.probabilities(name, tree) for name in "abc")
+        calibration.settle(lucky, tree, [0, 1, 5])  # all come true
+        calibration.settle(unlucky, tree, [3])  # none does
+        calibration.settle(sampled, tree, [3])
+    good, bad, new = (calibration.probabilities(seq, tree) for seq in (lucky, unlucky, other))
     assert good[2] > 0.8
     assert bad[1] < 0.15
     assert bad[1] < new[1] < good[1]
+    assert calibration.probabilities(sequence("e", 0.5), tree)[1] < new[1], "sampling is harder"
     calibration.forget("a")
-    assert calibration.probabilities("a", tree).tolist() == new.tolist()
+    assert calibration.probabilities(lucky, tree).tolist() == new.tolist()
 
 
 def test_what_never_had_a_chance_is_not_counted() -> None:
     calibration = Calibration()
     tree = chain(0.9, 0.7)
-    before = calibration.probabilities("a", tree)
+    seq = sequence("a")
+    before = calibration.probabilities(seq, tree)
     for _ in range(9):
-        calibration.settle("a", tree, [4])
-    after = calibration.probabilities("a", tree)
+        calibration.settle(seq, tree, [4])
+    after = calibration.probabilities(seq, tree)
     assert after[1] < before[1]
     # The source is trusted less; the second node has no record of its own to be judged by.
     assert after[1] < after[2] / after[1] < before[2] / before[1]

@@ -1,5 +1,7 @@
 """Invariants of draft trees: whatever is built, pruned or merged stays a tree in good order."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -86,14 +88,20 @@ def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
 def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
     merged = merge(proposals, MAX_NODES)
     merged.validate(VOCAB)
-    everything: dict[tuple[int, ...], float] = {}
+    surest: dict[tuple[int, ...], float] = {}
     for tree in proposals:
-        for path, score in paths(tree).items():
-            everything[path] = max(score, everything.get(path, 0.0))
+        scores = paths(tree)
+        for path, score in scores.items():
+            above = scores.get(path[:-1], 1.0)
+            share = score / above if above else 0.0
+            surest[path] = max(share, surest.get(path, 0.0))
     united = paths(merged)
-    assert united.items() <= everything.items()
-    if len(everything) <= MAX_NODES:
-        assert united == everything
+    assert united.keys() <= surest.keys()
+    for path, score in united.items():
+        shares = [surest[path[: end + 1]] for end in range(len(path))]
+        assert score == pytest.approx(math.prod(shares), rel=1e-4, abs=1e-30)
+    if len(surest) <= MAX_NODES:
+        assert united.keys() == surest.keys()
 
 
 def test_a_merged_node_names_the_source_that_scored_it_best() -> None:

@@ -42,7 +42,10 @@ def self_draft(target: str) -> Variant:
     return Variant(SELF, (target,), {"draft_lm": {"branching": 1, "beam": 1}})
 
 
-def add_run_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
+def add_run_flags(
+    parser: argparse.ArgumentParser, *, max_tokens: int, skip: frozenset[str] = frozenset()
+) -> None:
+    """`skip` names settings that the command chooses itself or has a flag of its own for."""
     parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
     parser.add_argument(
         "--draft",
@@ -51,7 +54,9 @@ def add_run_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
         metavar="NAME[,NAME]",
         help="drafter or draft model, several to merge them; repeatable, each a run of its own",
     )
-    parser.add_argument("--batch", nargs="+", type=at_least_one, default=[1, 4, 12], metavar="N")
+    if "batch" not in skip:
+        default = [1, 4, 12]
+        parser.add_argument("--batch", nargs="+", type=at_least_one, default=default, metavar="N")
     parser.add_argument("--max-tokens", type=at_least_one, default=max_tokens, metavar="N")
     parser.add_argument(
         "--max-prompt",
@@ -63,7 +68,7 @@ def add_run_flags(parser: argparse.ArgumentParser, *, max_tokens: int) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt")
     engine = parser.add_argument_group("engine")
-    skip = frozenset({"target", "max_model_len", "draft"})
+    skip |= {"target", "max_model_len", "draft"}
     for section in (TargetConfig, DraftConfig):
         add_flags(engine, section, ENGINE_HELP, skip=skip)
 

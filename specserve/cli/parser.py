@@ -83,6 +83,18 @@ SERVER_HELP: Final = {
     "status_interval": "seconds between status lines; 0: none",
 }
 
+EVALS: Final = {
+    "acceptance": "tokens per pass of every draft, by budget, temperature and category; speed",
+    "lossless": "does a draft change a single token?",
+    "perplexity": "what a weight format costs in quality",
+    "storm": "does a server stay whole under thousands of mixed requests?",
+    "fuzz": "does any request made from the API's description break a server?",
+}
+
+TUNES: Final = {
+    "recycle": "a table of what the target holds likely after the last tokens",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -95,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_pull(commands)
     _add_doctor(commands)
+    _add_group(commands, "eval", "measure acceptance, correctness and quality", EVALS)
+    _add_group(commands, "tune", "make a draft for a target", TUNES)
     return parser
 
 
@@ -188,6 +202,30 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     _add_engine_flags(parser)
+
+
+def _add_group(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    purpose: str,
+    members: dict[str, str],
+) -> None:
+    """A command whose members have flags and `--help` of their own."""
+    width = max(map(len, members))
+    listed = "\n".join(f"  {member:<{width}}  {text}" for member, text in members.items())
+    parser = commands.add_parser(
+        name,
+        help=purpose,
+        usage="%(prog)s NAME [ARGUMENTS ...]",
+        description=f"{purpose[0].upper()}{purpose[1:]}; `%(prog)s NAME --help` lists the flags."
+        f"\n\nnames:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=members, metavar="NAME", help="one of the above")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="those of NAME"
+    )
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:

@@ -81,7 +81,10 @@ class Drafter(Protocol):
         ...
 
     def observe(self, feedback: Feedback) -> None:
-        """After every pass, prompt chunks included. The sequences' tokens are up to date."""
+        """After every pass, prompt chunks included.
+
+        What was emitted is in the verdicts; the sequences' tokens still end with the root.
+        """
         ...
 
     def forget(self, seq_id: str) -> None:

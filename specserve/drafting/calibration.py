@@ -1,6 +1,7 @@
 """How often a drafted node comes true once its parent has: learned from what is emitted.
 
 Owns the counts, by source, depth and the drafter's own score, over all requests and for each.
+What a drafter says is a claim; every drafter's is weighed by its record before trees are merged.
 Whole proposals count, verified or not: the text tells what would have come of them. Knows no costs.
 """
 
@@ -11,9 +12,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from specserve.sequence import Sequence
 from specserve.tree import DraftTree
 
-_Key = tuple[int, int, int]  # source, depth, twentieths of the node's score given its parent's
+# Source, depth, twentieths of the node's share, temperature above 0.
+_Key = tuple[int, int, int, bool]
 
 _MAX_DEPTH: Final = 4  # deeper nodes count together
 _GUESS_SHARE: Final = 0.5  # of the drafter's own score, before anything was seen
@@ -50,25 +53,27 @@ class Calibration:
             lambda: defaultdict(_Counts)
         )
 
-    def probabilities(self, seq_id: str, tree: DraftTree) -> npt.NDArray[np.float32]:
+    def probabilities(self, seq: Sequence, tree: DraftTree) -> npt.NDArray[np.float32]:
         """[nodes] that a node's whole path is emitted; 1 for the root."""
-        own, paths = self._own[seq_id], [1.0] * len(tree)
-        for node in range(1, len(tree)):
-            key, score = _key(tree, node)
-            guess = self._claims[key[0]].rate(_GUESS_SHARE) * score
+        own, paths = self._own[seq.id], [1.0] * len(tree)
+        parents = tree.parents.tolist()
+        for node, (key, share) in enumerate(_keys(seq, tree), start=1):
+            guess = self._claims[key[0]].rate(_GUESS_SHARE) * share
             rate = own[key].rate(self._all[key].rate(min(guess, 1.0)))
-            paths[node] = paths[tree.parents[node]] * rate
+            paths[node] = paths[parents[node]] * rate
         return np.array(paths, np.float32)
 
-    def settle(self, seq_id: str, tree: DraftTree, emitted: Seq[int]) -> None:
+    def settle(self, seq: Sequence, tree: DraftTree, emitted: Seq[int]) -> None:
         """Count the nodes of a proposal whose parents were emitted."""
-        own, node = self._own[seq_id], 0
+        if len(tree) == 1:
+            return
+        own, node, keys = self._own[seq.id], 0, _keys(seq, tree)
         for token in emitted:
             children = tree.children[node]
             for drafted, child in children.items():
-                key, score = _key(tree, child)
+                key, share = keys[child - 1]
                 self._all[key].add(drafted == token, 1.0, _MEMORY)
-                self._claims[key[0]].add(drafted == token, score, _MEMORY)
+                self._claims[key[0]].add(drafted == token, share, _MEMORY)
                 own[key].add(drafted == token, 1.0, _REQUEST_MEMORY)
             if token not in children:
                 return
@@ -78,9 +83,10 @@ class Calibration:
         self._own.pop(seq_id, None)
 
 
-def _key(tree: DraftTree, node: int) -> tuple[_Key, float]:
-    """The key of a node and the drafter's score of it given its parent."""
-    above = float(tree.scores[tree.parents[node]])
-    score = float(tree.scores[node]) / above if above > 0.0 else 0.0
-    depth = min(int(tree.depths[node]), _MAX_DEPTH)
-    return (int(tree.source[node]), depth, round(20 * score)), score
+def _keys(seq: Sequence, tree: DraftTree) -> list[tuple[_Key, float]]:
+    """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
+    noisy = not seq.request.sampling.greedy
+    depths = np.minimum(tree.depths, _MAX_DEPTH).tolist()
+    nodes = zip(tree.source.tolist(), depths, tree.shares.tolist(), strict=True)
+    keys = [((source, depth, round(20 * share), noisy), share) for source, depth, share in nodes]
+    return keys[1:]

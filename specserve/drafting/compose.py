@@ -1,4 +1,5 @@
-"""Several drafters, one tree: every proposal merged, the best nodes kept whoever proposed them.
+"""Several drafters, one tree: every proposal calibrated and merged, the best nodes kept whoever
+proposed them.
 
 A drafter that raises is left out of that step, and out of the run after `MAX_FAILURES` in a row
 of one of its methods: a broken draft costs speed, never a request.
@@ -10,9 +11,10 @@ from collections.abc import Sequence as Seq
 from typing import Final
 
 from specserve.drafting.base import Drafter, Feedback
+from specserve.drafting.calibration import Calibration
 from specserve.drafting.counts import SourceCounts
 from specserve.sequence import Sequence
-from specserve.tree import DraftTree, merge, root_tree
+from specserve.tree import DraftTree, merge, rescored, root_tree
 
 MAX_FAILURES: Final = 3
 logger = logging.getLogger(__name__)
@@ -23,18 +25,23 @@ class ComposedDrafter:
 
     def __init__(self, drafters: dict[str, Drafter], vocab_size: int) -> None:
         self.names = tuple(drafters)
-        self._drafters = drafters
+        self.drafters = drafters
         self._vocab_size = vocab_size
         self._failures: Counter[tuple[str, str]] = Counter()  # in a row, by name and method
         self._off: set[str] = set()
         self.counts = SourceCounts(len(drafters))
+        self._calibration = Calibration()
+        self._proposed: dict[str, list[DraftTree]] = {}  # for this step, by sequence id
 
     @property
     def active(self) -> list[str]:
         return [name for name in self.names if name not in self._off]
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
-        """One merged tree per sequence, within its budget. Budget 1 asks nobody."""
+        """One merged tree per sequence, within its budget. Budget 1 asks nobody.
+
+        Its scores are calibrated: what the drafters' records make of what they claim.
+        """
         proposals: list[list[DraftTree]] = [[] for _ in seqs]
         for name in self.active:
             asked = [
@@ -46,33 +53,44 @@ class ComposedDrafter:
                 trees = self._ask(name, [seqs[i] for i in asked], [budgets[i] for i in asked])
                 for index, tree in zip(asked, trees, strict=False):
                     proposals[index].append(tree)
+        self._proposed = {seq.id: trees for seq, trees in zip(seqs, proposals, strict=True)}
         return [
-            merge(trees, budget) if trees else root_tree(seq.tokens[-1])
+            merge([self._calibrated(seq, tree) for tree in trees], budget)
+            if trees
+            else root_tree(seq.tokens[-1])
             for seq, trees, budget in zip(seqs, proposals, budgets, strict=True)
         ]
 
     def observe(self, feedback: Feedback) -> None:
         verified = [feedback.trees[seq_id] for seq_id in feedback.verdicts]
         self.counts.settle(verified, feedback.verdicts.values())
+        for entry in feedback.entries:
+            if (verdict := feedback.verdicts.get(entry.seq.id)) is not None:
+                for tree in self._proposed[entry.seq.id]:
+                    self._calibration.settle(entry.seq, tree, verdict.emitted)
         for name in self.active:
             try:
-                self._drafters[name].observe(feedback)
+                self.drafters[name].observe(feedback)
                 self._failures[name, "observe"] = 0
             except Exception:
                 self._failed(name, "observe")
 
     def forget(self, seq_id: str) -> None:
-        for name, drafter in self._drafters.items():
+        self._calibration.forget(seq_id)
+        for name, drafter in self.drafters.items():
             try:
                 drafter.forget(seq_id)
                 self._failures[name, "forget"] = 0
             except Exception:
                 self._failed(name, "forget")
 
+    def _calibrated(self, seq: Sequence, tree: DraftTree) -> DraftTree:
+        return rescored(tree, self._calibration.probabilities(seq, tree))
+
     def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         """The drafter's trees, checked; none at all if it fails."""
         try:
-            trees = self._drafters[name].propose(seqs, budgets)
+            trees = self.drafters[name].propose(seqs, budgets)
             if len(trees) != len(seqs):
                 raise ValueError(f"{len(trees)} trees for {len(seqs)} sequences")
             for seq, tree, budget in zip(seqs, trees, budgets, strict=True):

@@ -18,14 +18,25 @@ from specserve.drafting.base import Drafter, DraftError
 BUILTIN = {
     "none": "specserve_drafts.none:NoDrafter",
     "ngram": "specserve_drafts.ngram:NgramDrafter",
+    "suffix": "specserve_drafts.suffix:SuffixDrafter",
+    "recycle": "specserve_drafts.recycle:RecycleDrafter",
     "draft_lm": "specserve_drafts.draft_lm:DraftLM",
 }
+AUTO = ("recycle", "suffix", "ngram")  # what "auto" stands for; the surest first
 ENTRY_POINT_GROUP = "specserve.drafters"
 
 
 def drafter_names() -> list[str]:
     """Every registered name, built in or installed."""
     return sorted({*BUILTIN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def expanded(specs: Sequence[str]) -> list[str]:
+    """The same with the drafters that "auto" stands for in its place, each once."""
+    names = [name for spec in specs for name in (AUTO if spec == "auto" else (spec,))]
+    return [
+        name for index, name in enumerate(names) if name not in AUTO or name not in names[:index]
+    ]
 
 
 def load_drafter(name: str) -> type[Drafter]:
@@ -35,10 +46,10 @@ def load_drafter(name: str) -> type[Drafter]:
         return cast(type[Drafter], getattr(importlib.import_module(module), attribute))
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return cast(type[Drafter], point.load())
-    close = get_close_matches(name, drafter_names(), n=1)
+    close = get_close_matches(name, ["auto", *drafter_names()], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise DraftError(
-        f"draft: {name!r} is neither a drafter ({', '.join(drafter_names())}) "
+        f"draft: {name!r} is neither a drafter ({', '.join(['auto', *drafter_names()])}) "
         f"nor a checkpoint directory{hint}"
     )
 
@@ -88,10 +99,12 @@ def checkpoint_method(path: Path) -> str:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise DraftError(f"draft: {path}/config.json cannot be read: {error}") from error
+    if isinstance(method := config.get("specserve_method"), str):
+        return method
     architectures = config.get("architectures") or ["(none)"]
     if str(architectures[0]).endswith("ForCausalLM"):
         return "draft_lm"
     raise DraftError(
         f"draft: {path}/config.json has architectures {architectures}; "
-        "expected a causal language model (…ForCausalLM)"
+        "expected a causal language model (…ForCausalLM) or a draft made by specserve tune"
     )

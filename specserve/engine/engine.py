@@ -16,9 +16,8 @@ from specserve.cache.manager import KVCacheManager
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
 from specserve.drafting.base import DraftContext, Feedback
-from specserve.drafting.calibration import Calibration
 from specserve.drafting.compose import ComposedDrafter
-from specserve.drafting.registry import create_drafter, public_names
+from specserve.drafting.registry import create_drafter, expanded, public_names
 from specserve.engine.device import choose_platform
 from specserve.engine.limits import Limits
 from specserve.engine.measure import measure_costs
@@ -64,7 +63,7 @@ class Engine:
         if config.target.threads is not None:
             torch.set_num_threads(config.target.threads)
         on_stage("preparing the drafters")
-        specs = config.draft.draft
+        specs = expanded(config.draft.draft)
         self._drafters = {
             name: create_drafter(spec, config.draft.options, target, resolve)
             for name, spec in zip(public_names(specs), specs, strict=True)
@@ -97,7 +96,11 @@ class Engine:
         on_stage(f"making room for {self.kv.num_slots} tokens")
         self._storages: list[KVStorage] = []
         self.runner = Runner(
-            model, self._storage(model.kv_spec), config.cache.block_size, platform.device
+            model,
+            self._storage(model.kv_spec),
+            config.cache.block_size,
+            platform.device,
+            max(1, *(drafter.needs_topk for drafter in self._drafters.values())),
         )
         sampler = Sampler(platform.kernels, platform.device)
         self.verifier = Verifier(
@@ -190,15 +193,12 @@ class Engine:
                 self._commit_kv(plan, verdicts)
             with times.draft:
                 self.drafter.observe(Feedback(plan.entries, trees, verdicts, out))
-                for seq_id, verdict in verdicts.items():
-                    self.calibration.settle(seq_id, self._proposed[seq_id], verdict.emitted)
             with times.commit:
                 outputs += self.scheduler.commit(plan, trees, verdicts)
             times.num_steps += 1
         for output in outputs:
             if output.finish is not None:
                 self.verifier.forget(output.id)
-                self.calibration.forget(output.id)
                 self._ids.discard(output.id)
         if not self.scheduler.has_work:
             self.check_integrity()
@@ -238,15 +238,11 @@ class Engine:
         trees = self.drafter.propose(
             [entry.seq for entry in entries], [entry.num_nodes for entry in entries]
         )
-        self._proposed = {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
+        proposed = {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
         if self._costs is None:
-            return self._proposed
-        chances = {
-            seq_id: self.calibration.probabilities(seq_id, tree)
-            for seq_id, tree in self._proposed.items()
-        }
+            return proposed
         num_rows = sum(entry.num_chain + (entry.num_nodes > 0) for entry in plan.entries)
-        return worthwhile(self._proposed, chances, num_rows, self._costs)
+        return worthwhile(proposed, num_rows, self._costs)
 
     def _forward(
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
@@ -304,7 +300,6 @@ class Engine:
         self.kv = KVCacheManager(
             num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching
         )
-        self.calibration = Calibration()
         self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size)
         self.scheduler = Scheduler(
             self.kv, FixedPolicy(config.draft.max_nodes), config.schedule, self.drafter.forget

@@ -13,15 +13,21 @@ from specserve.tree import DraftTree
 
 class Runner:
     def __init__(
-        self, model: Model, storage: KVStorage, block_size: int, device: torch.device
+        self,
+        model: Model,
+        storage: KVStorage,
+        block_size: int,
+        device: torch.device,
+        num_top: int = 1,
     ) -> None:
         self._model = model
         self._storage = storage
         self._block_size = block_size
         self._device = device
+        self._num_top = num_top  # best tokens of a row that are wanted, where they cost nothing
 
     def forward(self, entries: Seq[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
         """Prompt chunks and all trees together. One logits row per tree node, in entry order."""
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
-        return self._model(batch, self._storage, num_top=1)
+        return self._model(batch, self._storage, num_top=self._num_top)

@@ -9,23 +9,20 @@ from collections.abc import Mapping
 import numpy as np
 
 from specserve.schedule.cost import PassCosts
-from specserve.tree import DraftTree, prune, rescored
+from specserve.tree import DraftTree, prune
 
 
 def worthwhile(
-    trees: Mapping[str, DraftTree],
-    probabilities: Mapping[str, np.ndarray[tuple[int], np.dtype[np.float32]]],
-    num_rows: int,
-    costs: PassCosts,
+    trees: Mapping[str, DraftTree], num_rows: int, costs: PassCosts
 ) -> dict[str, DraftTree]:
-    """The trees without the nodes that are not worth it.
+    """The trees without the nodes that are not worth it; scores are calibrated probabilities.
 
-    `probabilities`: per node, that its path is emitted. `num_rows` of the pass are there without
-    any drafted node, the roots among them. Maximises (roots + sum of probabilities) / seconds.
+    `num_rows` of the pass are there without any drafted node, the roots among them. Maximises
+    (roots + sum of the nodes' scores) / seconds.
     """
     if all(len(tree) == 1 for tree in trees.values()):
         return dict(trees)
-    drafted = np.concatenate([probabilities[seq_id][1:] for seq_id in trees])
+    drafted = np.concatenate([tree.scores[1:] for tree in trees.values()])
     owners = np.concatenate([np.full(len(tree) - 1, i) for i, tree in enumerate(trees.values())])
     order = np.argsort(-drafted, kind="stable")
     expected = len(trees) + np.concatenate([[0.0], np.cumsum(drafted[order], dtype=np.float64)])
@@ -33,6 +30,6 @@ def worthwhile(
     best = int(np.argmax(expected / seconds))
     kept = np.bincount(owners[order[:best]].astype(np.int64), minlength=len(trees))
     return {
-        seq_id: prune(rescored(tree, probabilities[seq_id]), 1 + int(count))
+        seq_id: prune(tree, 1 + int(count))
         for (seq_id, tree), count in zip(trees.items(), kept, strict=True)
     }

@@ -106,7 +106,7 @@ def _for_each(propose: Callable[[int, int], DraftTree]) -> Callable[[Sequence, i
 
 
 def _replace(engine: Engine, method: str, function: Callable[..., Any]) -> None:
-    setattr(engine.drafter._drafters["ngram"], method, function)
+    setattr(engine.drafter.drafters["ngram"], method, function)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

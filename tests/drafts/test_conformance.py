@@ -46,6 +46,8 @@ def specs(name: str, tiny_model: Path, tiny_draft: Path) -> list[str]:
     builders = {
         "none": ["none"],
         "ngram": ["ngram"],
+        "recycle": ["recycle"],
+        "suffix": ["suffix"],
         "draft_lm": [str(tiny_draft), str(tiny_model)],
     }
     return builders[name]
@@ -147,7 +149,7 @@ def test_forget_frees_everything(drafts: list[str], make_engine: EngineFactory) 
 
 def _state_size(engine: Engine) -> int:
     """Entries kept per sequence, in any container of the drafter keyed by sequence id."""
-    (drafter,) = engine.drafter._drafters.values()
+    (drafter,) = engine.drafter.drafters.values()
     return sum(
         sum(1 for key in value if isinstance(key, str) and re.fullmatch(r"q\d+", key))
         for value in vars(drafter).values()
@@ -215,7 +217,7 @@ def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFacto
     params = SETTINGS["sampled"]
     plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
     engine = make_engine("ngram")
-    drafter = engine.drafter._drafters["ngram"]
+    drafter = engine.drafter.drafters["ngram"]
 
     def broken(seqs, budgets):  # type: ignore[no-untyped-def]
         raise RuntimeError("boom")

@@ -1,0 +1,183 @@
+"""Token recycling: what the target held likely when these tokens last came along.
+
+Every verification pass tells, for each of its rows, rejected nodes included, the target's own best
+next tokens there. A table keeps them by the last tokens, and a tree is grown from it best-first
+(after Luo et al. 2024, "Turning Trash into Treasure: Accelerating Inference of Large Language
+Models with Token Recycling", arXiv 2408.08696, who keep them by the last token alone).
+
+What requests of one `cache_salt` have taught is not found by another's; what was taught without a
+salt, and so what a table was tuned on, is there for all. Host only.
+"""
+
+import hashlib
+import heapq
+import math
+import time
+from collections.abc import Sequence as Seq
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from specserve.batch import ModelOutput
+from specserve.cache.storage import KVSpec
+from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.sequence import Sequence
+from specserve.step import Entry
+from specserve.tree import DraftTree, build_tree
+from specserve_drafts.fit import Target, check_fit, shipped
+from specserve_drafts.successors import ORDERS, TABLE, WIDTH, SuccessorTable
+
+_PUBLIC: Final = 0
+_SAVE_INTERVAL: Final = 60.0  # seconds
+
+Context = tuple[int, ...]  # the last token first
+
+
+class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
+    contexts: int = 2**19  # that a new table has room for; a power of two
+    shipped: bool = True  # begin with the table that ships for the target, if there is one
+    file: str | None = None  # a table kept between runs: read at start-up, written once a minute
+
+
+class RecycleDrafter:
+    Options: ClassVar[type[DraftOptions]] = RecycleOptions
+    needs_taps: tuple[int, ...] = ()
+    needs_topk = WIDTH
+
+    def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
+        assert isinstance(options, RecycleOptions)
+        if not (8 <= options.contexts <= 2**26 and options.contexts.bit_count() == 1):
+            raise DraftError(
+                f"draft.options.recycle.contexts: {options.contexts}; "
+                f"expected a power of two from 8 to {2**26}"
+            )
+        self._file = None if options.file is None else Path(options.file)
+        self.target = Target.of(target)
+        if path is not None:
+            check_fit(path, self.target)
+        elif options.shipped:
+            path = shipped("recycle", self.target)
+        self.table = self._first_table(path, options.contexts)
+        self._saved_at = time.monotonic()
+
+    def _first_table(self, path: Path | None, contexts: int) -> SuccessorTable:
+        """What the file holds, else what the draft's directory holds, else nothing."""
+        vocab_size = self.target.vocab_size
+        if self._file is not None and self._file.exists():
+            return SuccessorTable.load(self._file, vocab_size)
+        if path is not None:
+            return SuccessorTable.load(path / TABLE, vocab_size)
+        return SuccessorTable(contexts, vocab_size)
+
+    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
+        return None
+
+    def bind(self, context: DraftContext) -> None:
+        self._context = context
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        return [self._grow(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+
+    def observe(self, feedback: Feedback) -> None:
+        entries = [entry for entry in feedback.entries if entry.seq.id in feedback.verdicts]
+        if not entries:
+            return
+        tokens, shares = _best(feedback.output)
+        contexts: list[Context] = []
+        salts: list[int] = []
+        for entry in entries:
+            contexts += _contexts(entry, feedback.trees[entry.seq.id])
+            salts += [_salt(entry.seq.request.cache_salt)] * (len(contexts) - len(salts))
+        self.table.write(np.array(salts, np.uint64), np.array(contexts), tokens, shares)
+        self._save_now_and_then()
+
+    def forget(self, seq_id: str) -> None:
+        pass  # nothing is kept for a request
+
+    def _save_now_and_then(self) -> None:
+        if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
+            self.table.save(self._file)
+            self._saved_at = time.monotonic()
+
+    def _grow(self, seq: Sequence, budget: int) -> DraftTree:
+        """Best-first by path score."""
+        salt = _salt(seq.request.cache_salt)
+        salts = (salt, _PUBLIC) if salt != _PUBLIC else (_PUBLIC,)
+        tokens, parents, scores, depths = [seq.tokens[-1]], [-1], [1.0], [0]
+        # Open nodes: score (negative: a heap pops the least), age, parent, token, its context.
+        heap: list[tuple[float, int, int, int, Context]] = []
+        num_seen = 0
+        context: Context = tuple(seq.tokens[: -ORDERS - 1 : -1])
+        while len(tokens) < budget:
+            node = len(tokens) - 1
+            for token, share in self._candidates(seq, salts, depths[node], context):
+                num_seen += 1
+                successor = (token, *context[: ORDERS - 1])
+                heapq.heappush(heap, (-scores[node] * share, num_seen, node, token, successor))
+            if not heap:
+                break
+            negative, _, parent, token, context = heapq.heappop(heap)
+            tokens.append(token)
+            parents.append(parent)
+            scores.append(-negative)
+            depths.append(depths[parent] + 1)
+        return build_tree(tokens, parents, scores, self._context.source)
+
+    def _candidates(
+        self, seq: Sequence, salts: Seq[int], depth: int, context: Context
+    ) -> list[tuple[int, float]]:
+        found = self.table.find(salts, context)
+        if found is None:
+            return []
+        _, tokens, shares = found
+        candidates = [(token, share) for token, share in zip(tokens, shares, strict=True)]
+        if seq.request.sampling.greedy:
+            return candidates
+        return self._perturbed(seq, depth, candidates)
+
+    def _perturbed(
+        self, seq: Sequence, depth: int, candidates: list[tuple[int, float]]
+    ) -> list[tuple[int, float]]:
+        """Shares by log q / T + g: the candidate that the target's own noise favours is ahead."""
+        sampling = self._context.sampling_state(seq)
+        tokens = [token for token, _ in candidates]
+        noise = self._context.sampler.noise(sampling.seed, seq.num_tokens + depth, tokens)
+        temperature = sampling.params.temperature
+        weights = [
+            math.exp(math.log(share) / temperature + g)
+            for (_, share), g in zip(candidates, noise, strict=True)
+        ]
+        total = sum(weights)
+        return [(token, weight / total) for token, weight in zip(tokens, weights, strict=True)]
+
+
+@lru_cache(maxsize=1024)
+def _salt(seq_salt: str) -> int:
+    if not seq_salt:
+        return _PUBLIC
+    return int.from_bytes(hashlib.blake2b(seq_salt.encode(), digest_size=8).digest(), "little")
+
+
+def _contexts(entry: Entry, tree: DraftTree) -> list[Context]:
+    """Of every node: the last tokens of its path, itself included; -1 before the text."""
+    before = entry.seq.tokens[-ORDERS:-1][::-1]
+    above = tuple(before + [-1] * (ORDERS - 1 - len(before)))
+    contexts: list[Context] = []
+    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        context = above if parent < 0 else contexts[parent][: ORDERS - 1]
+        contexts.append((token, *context))
+    return contexts
+
+
+def _best(output: ModelOutput) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """[rows, WIDTH] the best next tokens, and their probabilities as if there were no others."""
+    top = output.topk
+    if top is None or top.shape[1] < WIDTH:
+        top = output.logits.topk(WIDTH).indices
+    top = top[:, :WIDTH]
+    shares = output.logits.gather(1, top.clamp(min=0)).softmax(-1)
+    return top.cpu().numpy(), shares.float().cpu().numpy()

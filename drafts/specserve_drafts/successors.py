@@ -1,0 +1,116 @@
+"""A bounded table: the last one, two or three tokens of a text -> what the target held most likely.
+
+Direct-mapped: a context's row is a hash of it, and whoever wrote there last stays. Rows carry a tag
+of the same hash, so that another context's row is not taken for one's own. Host only.
+"""
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+ORDERS: Final = 3  # contexts of 1 .. ORDERS tokens
+WIDTH: Final = 4  # successors of each
+TABLE: Final = "table.safetensors"  # in the directory of a draft
+_PER_OCTAVE: Final = 16  # steps of a stored share in which it halves
+_SHARES: Final = [2.0 ** (-step / _PER_OCTAVE) for step in range(256)]
+_NO_TOKEN: Final = 0xFFFFFFFF  # before the first one of a text
+_MULTIPLIER: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio (Knuth, TAOCP 3, section 6.4)
+_WORD: Final = 2**64 - 1
+
+
+class SuccessorTable:
+    """`num_rows` contexts, a power of two."""
+
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
+        assert num_rows.bit_count() == 1, f"{num_rows} is no power of two"
+        self._tags = np.zeros(num_rows, np.uint16)  # 0: never written
+        self._tokens = np.zeros((num_rows, WIDTH), _token_type(vocab_size))
+        self._shares = np.zeros((num_rows, WIDTH), np.uint8)  # in steps below 1
+
+    @property
+    def num_filled(self) -> int:
+        return int(np.count_nonzero(self._tags))
+
+    def write(
+        self,
+        salts: npt.NDArray[np.uint64],
+        contexts: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+        shares: npt.NDArray[np.float32],
+    ) -> None:
+        """salts [n]; contexts [n, ORDERS], the last token first, -1 before the text; tokens and
+        shares [n, WIDTH], the best first. Of equal contexts the last one stays."""
+        steps = np.clip(-_PER_OCTAVE * np.log2(np.maximum(shares, 1e-9)), 0, 255).round()
+        states = salts
+        for order in range(ORDERS):
+            states = (states ^ (contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN))) * (
+                np.uint64(_MULTIPLIER)
+            )
+            states ^= states >> np.uint64(29)
+            rows = states & np.uint64(len(self._tags) - 1)
+            self._tags[rows] = (states >> np.uint64(48)).astype(np.uint16) | np.uint16(1)
+            self._tokens[rows] = tokens
+            self._shares[rows] = steps
+
+    def find(self, salts: Seq[int], context: Seq[int]) -> tuple[int, list[int], list[float]] | None:
+        """Length, successors and shares of the longest context known; an earlier salt wins a tie.
+
+        `context` has the last token first.
+        """
+        states = [_states(salt, context) for salt in salts]
+        for order in reversed(range(len(context))):
+            for of_salt in states:
+                state = of_salt[order]
+                row = state & (len(self._tags) - 1)
+                if self._tags.item(row) == state >> 48 | 1:
+                    shares = [_SHARES[step] for step in self._shares[row].tolist()]
+                    return order + 1, self._tokens[row].tolist(), shares
+        return None
+
+    def save(self, path: Path) -> None:
+        """As safetensors; a reader never sees half a file."""
+        part = path.with_name(path.name + ".part")
+        save_file({"tags": self._tags, "tokens": self._tokens, "shares": self._shares}, part)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, vocab_size: int) -> "SuccessorTable":
+        """Raises ValueError, naming the file, if it is no table for such a vocabulary."""
+        try:
+            arrays = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        num_rows = len(arrays.get("tags", ()))
+        if num_rows.bit_count() != 1:
+            raise ValueError(f"{path} is no table of successors: it has {num_rows} rows")
+        table = cls(num_rows, vocab_size)
+        for name in ("tags", "tokens", "shares"):
+            own, read = getattr(table, f"_{name}"), arrays.get(name)
+            if read is None or (read.shape, read.dtype) != (own.shape, own.dtype):
+                raise ValueError(
+                    f"{path}: {name} is {'missing' if read is None else (read.shape, read.dtype)}, "
+                    f"expected {(own.shape, own.dtype)}; make the table anew for this target"
+                )
+            own[:] = read
+        if table._tokens.max(initial=0) >= vocab_size:
+            raise ValueError(f"{path} has tokens outside the vocabulary of {vocab_size}")
+        return table
+
+
+def _states(salt: int, context: Seq[int]) -> list[int]:
+    """What identifies the contexts of 1, 2 ... tokens; `write` computes the same in numpy."""
+    states, state = [], salt
+    for token in context:
+        state = ((state ^ (token & _NO_TOKEN)) * _MULTIPLIER) & _WORD
+        state ^= state >> 29
+        states.append(state)
+    return states
+
+
+def _token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32

@@ -1,0 +1,1 @@
+"""Making drafts: one module per method, each behind `specserve tune METHOD`."""

@@ -1,0 +1,233 @@
+"""Fill a recycling table with what the target says to training prompts.
+
+specserve tune recycle --prompts train.jsonl --exclude spec_bench.jsonl --out DIR --minutes 20
+
+The engine answers the prompts with the drafter at work: every pass teaches the table, rejected
+nodes included, and an answer's acceptance is that of a text the table has not seen.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from specserve.cli.flags import add_flags, given
+from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.progress import show_progress
+from specserve.config import ScheduleConfig, TargetConfig
+from specserve.llm import LLM
+from specserve.types import SamplingParams, SpecStats
+from specserve_drafts.fit import DraftConfig
+from specserve_drafts.recycle import RecycleDrafter
+from specserve_drafts.successors import TABLE, SuccessorTable
+from specserve_drafts.tune.card import Made, Point, write_draft
+from specserve_drafts.tune.prompts import training_prompts
+from specserve_evals import provenance
+from specserve_evals.progress import track
+from specserve_evals.runs import at_least_one
+
+STATE: Final = "state.json"
+HELD_OUT: Final = 32  # prompts that are never learned from
+CHUNK: Final = 96  # prompts between two saves: less than a minute
+
+
+class State(Struct, frozen=True):
+    """How far a run is; with the table, all that resuming takes."""
+
+    settings: dict[str, Any]
+    num_prompts: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    curve: tuple[Point, ...] = ()
+
+
+class Run:
+    """One run, from its beginning or from where an earlier one stopped."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        prompts, self.num_excluded = training_prompts(args.prompts, args.exclude, args.seed)
+        if len(prompts) <= HELD_OUT:
+            raise ValueError(f"prompts: {len(prompts)} are too few; give more than {HELD_OUT}")
+        self._prompts, self._held_out = prompts[:-HELD_OUT], prompts[-HELD_OUT:]
+        self.state = _resumed(args) if args.resume else _begun(args)
+        self.llm = _open(args)
+        drafter = self.llm.engine.drafter.drafters["recycle"]
+        assert isinstance(drafter, RecycleDrafter)
+        self.drafter = drafter
+        if args.resume:
+            drafter.table = SuccessorTable.load(args.out / TABLE, drafter.target.vocab_size)
+
+    def learn(self) -> None:
+        """Answer prompts until the limit; saved after every chunk."""
+        limit = self._args.tokens or round(60 * self._args.minutes)
+        with track(limit) as advance:
+            advance(min(self._done, limit), "learning")
+            while (before := self._done) < limit:
+                self._answer_chunk()
+                self.drafter.table.save(self._args.out / TABLE)
+                _write(self._args.out / STATE, self.state)
+                tau = f"greedy answers: tau {self.state.curve[-1].tau:.2f}"
+                advance(min(self._done, limit) - before, tau)
+
+    def held_out_tau(self) -> float:
+        """Of greedy answers to prompts that were kept back."""
+        greedy = SamplingParams(temperature=0.0, max_tokens=128)
+        answers = self.llm.generate(self._held_out, greedy)
+        return _pooled_tau([answer.stats for answer in answers if answer.error is None])
+
+    @property
+    def _done(self) -> int:
+        return self.state.num_tokens if self._args.tokens else round(self.state.seconds)
+
+    def _answer_chunk(self) -> None:
+        args, state = self._args, self.state
+        numbers = range(state.num_prompts, state.num_prompts + CHUNK)
+        sampling = [
+            SamplingParams(
+                temperature=args.temperature[number % len(args.temperature)],
+                max_tokens=args.max_tokens,
+                seed=args.seed + number,
+            )
+            for number in numbers
+        ]
+        started = time.perf_counter()
+        prompts = [self._prompts[number % len(self._prompts)] for number in numbers]
+        answers = list(zip(self.llm.generate(prompts, sampling), sampling, strict=True))
+        seconds = state.seconds + time.perf_counter() - started
+        served = [(answer, params) for answer, params in answers if answer.error is None]
+        num_tokens = state.num_tokens + sum(len(answer.token_ids) for answer, _ in served)
+        tau = _pooled_tau([answer.stats for answer, params in served if params.greedy])
+        point = Point(num_tokens, round(seconds), self.drafter.table.num_filled, tau)
+        curve = (*state.curve, point)
+        self.state = State(state.settings, numbers.stop, num_tokens, seconds, curve)
+
+
+def _pooled_tau(stats: Sequence[SpecStats]) -> float:
+    """Tokens per pass that verified a tree, the target's own token included."""
+    return sum(s.num_emitted_tokens for s in stats) / max(sum(s.num_spec_steps for s in stats), 1)
+
+
+def _begun(args: argparse.Namespace) -> State:
+    if (args.out / STATE).exists():
+        raise ValueError(f"out: {args.out} holds a run; add --resume, or give another directory")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return State(_settings(args))
+
+
+def _resumed(args: argparse.Namespace) -> State:
+    path = args.out / STATE
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=State)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ValueError(f"resume: {path} cannot be read: {error}") from error
+    for name, value in _settings(args).items():
+        if (before := state.settings.get(name)) != value:
+            raise ValueError(f"{name}: {value!r} goes on with a run that had {before!r}; leave it")
+    return state
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run must not change halfway, as JSON has it."""
+    names = ("target", "temperature", "max_tokens", "max_nodes", "contexts", "seed")
+    files = {"prompts": args.prompts.name, "exclude": [path.name for path in args.exclude]}
+    chosen = {name: getattr(args, name) for name in names} | files
+    settings: dict[str, Any] = msgspec.to_builtins(chosen)
+    return settings
+
+
+def _open(args: argparse.Namespace) -> LLM:
+    with show_progress() as progress:
+        return LLM(
+            draft=("recycle",),
+            options={"recycle": {"contexts": args.contexts, "shipped": False}},
+            pricing="off",
+            max_nodes=args.max_nodes,
+            max_num_seqs=args.batch,
+            max_batch_rows=max(args.batch * args.max_nodes, ScheduleConfig().max_batch_rows),
+            prefix_caching=False,
+            progress=progress,
+            **given(args, TargetConfig),
+        )
+
+
+def _write(path: Path, value: Struct) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
+    part.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: made; 2: wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(arguments)
+    try:
+        run = Run(args)
+        run.learn()
+        made = Made(
+            method="recycle",
+            provenance=provenance.collect(
+                "specserve.cli tune recycle", arguments, run.llm.engine.platform, args.prompts
+            ),
+            settings=run.state.settings,
+            num_prompts=run.state.num_prompts,
+            num_excluded=run.num_excluded,
+            num_tokens=run.state.num_tokens,
+            seconds=round(run.state.seconds),
+            held_out_tau=run.held_out_tau(),
+            curve=run.state.curve,
+        )
+        write_draft(args.out, DraftConfig("recycle", run.drafter.target), made)
+    except ValueError as error:
+        print(f"tune recycle: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {made.held_out_tau:.2f} tokens per pass on prompts that were kept back")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specserve tune recycle",
+        description="Fill a recycling table with what the target says to training prompts.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--exclude",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.jsonl",
+        help="leave out prompts that share 13 words in a row with one of these; repeatable",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the draft")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--minutes", type=at_least_one, default=20, metavar="N")
+    limit.add_argument("--tokens", type=at_least_one, metavar="N", help="of answers, instead")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    parser.add_argument("--contexts", type=at_least_one, default=2**19, metavar="N")
+    parser.add_argument("--max-nodes", type=at_least_one, default=8, metavar="N")
+    parser.add_argument("--batch", type=at_least_one, default=32, metavar="N")
+    parser.add_argument("--max-tokens", type=at_least_one, default=256, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.7, 0.0, 1.0],
+        metavar="T",
+        help="of the answers, in turn (default: %(default)s)",
+    )
+    add_flags(
+        parser.add_argument_group("target"), TargetConfig, ENGINE_HELP | {"target": TARGET_HELP}
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

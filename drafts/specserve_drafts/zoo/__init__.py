@@ -1,0 +1,1 @@
+"""Drafts that ship with specserve: a folder each, made by `specserve tune` and nothing else."""

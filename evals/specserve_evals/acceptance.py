@@ -1,0 +1,282 @@
+"""How many tokens does a pass yield? Every draft at every temperature and tree budget.
+
+specserve eval acceptance --prompts spec_bench.jsonl --per-category 10 --draft ngram --out DIR
+
+Every drafted node is verified (--pricing off), so that tokens per pass depend on draft and budget
+and not on the machine. The cells (draft, temperature, budget) share prompts, their order and their
+seeds, but no state. A run that was cut short goes on with the first cell it has not finished.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+from rich.console import Console
+
+from specserve.cli.flags import given
+from specserve.cli.main import INTERRUPTED
+from specserve.cli.parser import ENGINE_HELP
+from specserve.cli.progress import show_progress
+from specserve.config import DraftConfig, load_config
+from specserve.drafting.registry import create_drafter
+from specserve.hub import resolve
+from specserve.tree import MAX_NODES
+from specserve.types import RequestError, SamplingParams
+from specserve_evals import provenance
+from specserve_evals.acceptance_cell import Cell, measure
+from specserve_evals.acceptance_figures import Report
+from specserve_evals.acceptance_report import markdown, show
+from specserve_evals.progress import stdout_console, track
+from specserve_evals.prompts import Prompt, Selection, load_prompts, select
+from specserve_evals.runs import (
+    PLAIN,
+    Variant,
+    add_run_flags,
+    at_least_one,
+    fits,
+    open_llm,
+    parse_variant,
+)
+
+JSON: Final = "acceptance.json"
+MARKDOWN: Final = "acceptance.md"
+NOT_COMPARED: Final = frozenset({"out", "plots", "prompts", "variants"})  # prompts by their hash
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: measured and written; 1: a draft changed an answer where it must not; 2: wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(arguments)
+    try:
+        return run(args, arguments)
+    except ValueError as error:
+        print(f"acceptance: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("acceptance: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    console = stdout_console()
+    if args.plots and find_spec("matplotlib") is None:
+        raise ValueError(
+            "plots: matplotlib is not installed; pip install 'specserve[evals]', or give --no-plots"
+        )
+    variants = parse_variants(args.draft or ["ngram"])
+    chosen, origin = prepare(args, arguments)
+    check_drafters(args, variants)
+    console.print(chosen.describe())
+    report = Report(
+        provenance=origin,
+        settings=settings(args, variants),
+        prompts=tuple(prompt.id for prompt in chosen.prompts),
+        passed_over=tuple(prompt.id for prompt in chosen.passed_over),
+    )
+    report = resume(args.out, report)
+    report = finish(args, variants, chosen.prompts, report, origin.revision)
+    show(report, console)
+    written = [args.out / JSON, args.out / MARKDOWN]
+    written[1].write_text(markdown(report))
+    if args.plots:
+        from specserve_evals.acceptance_plots import draw  # matplotlib is an extra
+
+        written += draw(report, args.out)
+    console.print(f"written: {', '.join(map(str, written))}")
+    return verdict(report, console)
+
+
+def prepare(
+    args: argparse.Namespace, arguments: Sequence[str]
+) -> tuple[Selection, provenance.Provenance]:
+    """What an engine without a draft has to say: which prompts fit, and what runs where."""
+    prompts = load_prompts(args.prompts)
+    with show_progress() as progress:
+        llm = open_llm(args, PLAIN, progress)
+    chosen = select(
+        prompts,
+        limit=args.limit,
+        per_category=args.per_category,
+        fits=lambda prompt: fits(llm, prompt, args.max_tokens),
+    )
+    platform = llm.engine.platform
+    return chosen, provenance.collect(
+        "specserve_evals.acceptance", arguments, platform, args.prompts
+    )
+
+
+def parse_variants(texts: Sequence[str]) -> list[Variant]:
+    """The drafts asked for, without `none`. Raises ValueError."""
+    variants = [parse_variant(text) for text in texts if text != PLAIN.name]
+    names = [variant.name for variant in variants]
+    if not variants:
+        raise ValueError("draft: 'none' is measured beside every draft; give one of those")
+    if len(set(names)) < len(names):
+        raise ValueError(f"draft: {names} has a name twice; leave one out, or rename its directory")
+    for variant in variants:
+        load_config({"draft": variant.draft})
+    return variants
+
+
+def check_drafters(args: argparse.Namespace, variants: Sequence[Variant]) -> None:
+    """Before hours have passed: does every draft exist, and fit the target? Raises DraftError."""
+    options = given(args, DraftConfig).get("options", {})
+    target = resolve(args.target)
+    for spec in dict.fromkeys(spec for variant in variants for spec in variant.draft):
+        create_drafter(spec, options, target, resolve)
+
+
+def finish(
+    args: argparse.Namespace,
+    variants: Sequence[Variant],
+    prompts: Sequence[Prompt],
+    report: Report,
+    revision: str | None,
+) -> Report:
+    """`report` with the cells it lacks; each is on disk as soon as it is measured."""
+    temperatures, budgets = dict.fromkeys(args.temperature), dict.fromkeys(args.budget)
+    cells = [Cell(*each) for each in product(variants, temperatures, budgets)]
+    done = {result.key: result for result in report.cells}
+    missing = [cell for cell in cells if cell.key not in done]
+    with track(len(missing) * len(prompts)) as advance:
+        for cell in missing:
+            result = measure(args, cell, prompts, advance)
+            done[cell.key] = replace(result, revision=revision)
+            report = replace(report, cells=tuple(done[c.key] for c in cells if c.key in done))
+            write(args.out / JSON, report)
+    return report
+
+
+def resume(folder: Path, fresh: Report) -> Report:
+    """The report in `folder`, or `fresh` if there is none. Raises ValueError if they do not mix."""
+    file = folder / JSON
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = msgspec.json.decode(file.read_bytes(), type=Report)
+    except FileNotFoundError:
+        return fresh
+    except OSError as error:
+        raise ValueError(f"out: {folder} cannot be used: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise ValueError(f"out: {file} is of another version; choose another directory") from error
+    there, here = identity(found), identity(fresh)
+    differences = [
+        f"{name} {there.get(name)} instead of {here.get(name)}"
+        for name in there | here
+        if there.get(name) != here.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"out: {folder} holds a run with {'; '.join(differences)}; "
+            "repeat its command, or choose another directory"
+        )
+    return found
+
+
+def settings(args: argparse.Namespace, variants: Sequence[Variant]) -> dict[str, Any]:
+    """The arguments that figures depend on, as JSON gives them back. Without folders."""
+    kept = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
+    kept["target"] = Path(args.target).name
+    kept["draft"] = [variant.name for variant in variants]
+    decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(kept))
+    return decoded
+
+
+def identity(report: Report) -> dict[str, Any]:
+    """What must be equal for figures to stand in one table."""
+    origin = report.provenance
+    assert origin.data is not None
+    return report.settings | {
+        "prompts": f"{origin.data.name} (sha256 {origin.data.sha256[:12]}...)",
+        "processor": origin.processor,
+        "gpu": origin.gpu,
+        "engine": origin.engine,
+    }
+
+
+def write(file: Path, report: Report) -> None:
+    """All of it or nothing."""
+    part = file.with_suffix(".part")
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    os.replace(part, file)
+
+
+def verdict(report: Report, console: Console) -> int:
+    """The exit code: where kernels are exact, a draft must not change a token."""
+    differing = sum(not outcome.same_ids for cell in report.cells for outcome in cell.outcomes)
+    if differing:
+        console.print(f"{differing} answers differ from those of plain decoding")
+    return int(differing > 0 and report.provenance.engine["exactness"] == "exact")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="specserve eval acceptance",
+        description="Tokens per target pass, what was accepted by depth and by drafter, where a "
+        "pass spends its time, and speed against plain decoding. For every draft at every "
+        "temperature and budget; one request at a time.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    number = parser.add_mutually_exclusive_group()
+    number.add_argument(
+        "--limit", type=at_least_one, metavar="N", help="prompts, spread over all categories"
+    )
+    number.add_argument(
+        "--per-category", type=at_least_one, metavar="N", help="prompts of each category"
+    )
+    parser.add_argument(
+        "--temperature", nargs="+", type=temperature, default=[0.0], metavar="X", help="0 is greedy"
+    )
+    parser.add_argument(
+        "--budget",
+        nargs="+",
+        type=budget,
+        default=[DraftConfig().max_nodes],
+        metavar="N",
+        help=f"tree nodes per pass, the root included: 2 to {MAX_NODES} (default: 8)",
+    )
+    parser.add_argument(
+        "--pricing",
+        choices=("off", "measured"),
+        default="off",
+        help=f"{ENGINE_HELP['pricing']} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plots", action=argparse.BooleanOptionalAction, default=True, help="draw PNG files too"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for acceptance.json, acceptance.md and plots; a run that is there is gone on with",
+    )
+    add_run_flags(parser, max_tokens=128, skip=frozenset({"batch", "max_nodes", "pricing"}))
+    parser.set_defaults(batch=[1])
+    return parser
+
+
+def temperature(text: str) -> float:
+    try:
+        SamplingParams(temperature=float(text)).validate(vocab_size=1)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
+    return float(text)
+
+
+def budget(text: str) -> int:
+    if not 2 <= (number := int(text)) <= MAX_NODES:
+        raise argparse.ArgumentTypeError(f"{number} is out of range; expected 2 to {MAX_NODES}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

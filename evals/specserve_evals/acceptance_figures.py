@@ -1,0 +1,156 @@
+"""What an acceptance run has measured, and the figures that come of it.
+
+tau is emitted tokens / target passes that verified a tree, the target's own token included: 1 is
+plain decoding. Everything is pooled: sums over the passes of all prompts, then divided, so that
+long answers weigh more than short ones. Passes that only read a prompt are no part of tau.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from typing import Any, Final
+
+from msgspec import Struct
+from msgspec.structs import astuple
+
+from specserve.types import SpecStats
+from specserve_evals.provenance import Provenance
+
+OVERALL: Final = "(all)"
+
+
+class Run(Struct, frozen=True):
+    """Answers in time. What is called `decode` counts from an answer's first text on."""
+
+    num_tokens: int
+    seconds: float  # from submission to the last token
+    decode_passes: int
+    decode_tokens: int
+    decode_seconds: float
+    draft_seconds: float  # of the decode seconds
+    verify_seconds: float  # of the decode seconds: the target's passes and their sampling
+
+    @property
+    def host_seconds(self) -> float:
+        """Of the decode seconds, what is left: planning, committing, text."""
+        return self.decode_seconds - self.draft_seconds - self.verify_seconds
+
+
+class Outcome(Struct, frozen=True):
+    """One prompt, answered with a draft and without."""
+
+    prompt: str
+    category: str
+    stats: SpecStats
+    accepted_by_drafter: tuple[int, ...]
+    drafted: Run
+    plain: Run
+    same_ids: bool
+
+
+class Figures(Struct, frozen=True):
+    """Of some prompts together. None: nothing was there to measure.
+
+    `reached[d]` is the share of drafted trees of which d + 1 tokens or more were accepted,
+    `followed[d]` the share of those of which d were; a tree that ends earlier counts in both.
+    """
+
+    num_prompts: int
+    num_same_ids: int  # as plain decoding gave
+    stats: SpecStats  # sums
+    tau: float
+    accepted: float | None  # of all drafted nodes that were verified
+    reached: tuple[float, ...]
+    followed: tuple[float, ...]
+    accepted_by_drafter: tuple[int, ...]
+    draft_ms: float | None  # per decode pass, as the next two
+    verify_ms: float | None
+    host_ms: float | None
+    tokens_per_s: float
+    speedup: float  # of tokens/s, against plain decoding
+    decode_tokens_per_s: float | None
+    decode_speedup: float | None
+
+
+class CellResult(Struct, frozen=True):
+    """One draft at one temperature and budget."""
+
+    draft: str
+    temperature: float
+    budget: int  # nodes per tree, root included
+    drafters: tuple[str, ...]  # merged into one tree
+    figures: dict[str, Figures]  # by category, and OVERALL
+    outcomes: tuple[Outcome, ...]
+    revision: str | None = None  # of the source that measured it
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.draft, self.temperature, self.budget
+
+
+class Report(Struct, frozen=True):
+    """`settings` are the arguments that figures depend on."""
+
+    provenance: Provenance
+    settings: dict[str, Any]
+    prompts: tuple[str, ...]
+    passed_over: tuple[str, ...]
+    cells: tuple[CellResult, ...] = ()
+
+
+def by_category(outcomes: Sequence[Outcome]) -> dict[str, Figures]:
+    categories = dict.fromkeys(outcome.category for outcome in outcomes)
+    groups = {name: [o for o in outcomes if o.category == name] for name in categories}
+    return {name: pool(group) for name, group in (groups | {OVERALL: list(outcomes)}).items()}
+
+
+def pool(outcomes: Sequence[Outcome]) -> Figures:
+    """Sums first, then ratios."""
+    stats = add_stats([outcome.stats for outcome in outcomes])
+    run = add_runs([outcome.drafted for outcome in outcomes])
+    plain = add_runs([outcome.plain for outcome in outcomes])
+    trees = stats.drafted_by_depth[0] if stats.drafted_by_depth else 0
+    at_least = (trees, *stats.accepted_by_depth)
+    return Figures(
+        num_prompts=len(outcomes),
+        num_same_ids=sum(outcome.same_ids for outcome in outcomes),
+        stats=stats,
+        tau=stats.mean_acceptance_length,
+        accepted=_ratio(stats.num_accepted_draft_tokens, stats.num_draft_tokens),
+        reached=tuple(count / trees for count in at_least[1:]),
+        followed=tuple(count / at_least[d] for d, count in enumerate(at_least[1:])),
+        accepted_by_drafter=_add(outcome.accepted_by_drafter for outcome in outcomes),
+        draft_ms=_ratio(1000 * run.draft_seconds, run.decode_passes),
+        verify_ms=_ratio(1000 * run.verify_seconds, run.decode_passes),
+        host_ms=_ratio(1000 * run.host_seconds, run.decode_passes),
+        tokens_per_s=run.num_tokens / run.seconds,
+        speedup=(run.num_tokens / run.seconds) / (plain.num_tokens / plain.seconds),
+        decode_tokens_per_s=_ratio(run.decode_tokens, run.decode_seconds),
+        decode_speedup=_ratio(
+            run.decode_tokens * plain.decode_seconds, run.decode_seconds * plain.decode_tokens
+        ),
+    )
+
+
+def add_stats(stats: Sequence[SpecStats]) -> SpecStats:
+    return SpecStats(
+        num_spec_steps=sum(each.num_spec_steps for each in stats),
+        num_draft_tokens=sum(each.num_draft_tokens for each in stats),
+        num_accepted_draft_tokens=sum(each.num_accepted_draft_tokens for each in stats),
+        num_emitted_tokens=sum(each.num_emitted_tokens for each in stats),
+        acceptance_histogram=_add(each.acceptance_histogram for each in stats),
+        drafted_by_depth=_add(each.drafted_by_depth for each in stats),
+        accepted_by_depth=_add(each.accepted_by_depth for each in stats),
+    )
+
+
+def add_runs(runs: Sequence[Run]) -> Run:
+    return Run(*map(sum, zip(*map(astuple, runs), strict=True)))
+
+
+def _add(tuples: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Place by place; a short tuple ends in zeros."""
+    return tuple(map(sum, zip_longest(*tuples, fillvalue=0)))
+
+
+def _ratio(value: float, divisor: float) -> float | None:
+    return value / divisor if divisor else None

@@ -1,0 +1,267 @@
+"""The suffix drafter: whose text it looks in, and what it makes of what it finds there."""
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import TINY_VOCAB, EngineFactory, ids
+
+from specserve.cache.table import BlockTable
+from specserve.drafting.base import DraftError, Feedback
+from specserve.drafting.registry import create_drafter
+from specserve.sequence import Sequence, Status
+from specserve.step import Entry
+from specserve.tree import DraftTree
+from specserve.types import Request, SamplingParams
+from specserve_drafts import suffix
+from specserve_drafts.suffix import PastOutputs, SuffixDrafter, SuffixOptions
+
+Way = tuple[int, ...]
+ANSWER = [30, 31, 32, 33, 34, 35]
+
+
+def drafter(**options: Any) -> SuffixDrafter:
+    made = SuffixDrafter(SuffixOptions(**options), None, Path())
+    made._source = 1
+    return made
+
+
+def sequence(name: str, prompt: Seq[int], output: Seq[int] = (), salt: str = "") -> Sequence:
+    request = Request(name, tuple(prompt), SamplingParams(seed=0), cache_salt=salt)
+    return Sequence(request, [*prompt, *output], BlockTable(8))
+
+
+def observe(draft: SuffixDrafter, seq: Sequence) -> None:
+    draft.observe(Feedback([Entry(seq, 0, 1)], {}, {}, cast(Any, None)))
+
+
+def finish(draft: SuffixDrafter, seq: Sequence) -> None:
+    observe(draft, seq)
+    seq.status = Status.FINISHED
+    draft.forget(seq.id)
+
+
+def answered(draft: SuffixDrafter, *outputs: Seq[int], salt: str = "") -> SuffixDrafter:
+    """The drafter after requests with these outputs."""
+    for index, output in enumerate(outputs):
+        finish(draft, sequence(f"past-{index}", [1], output, salt))
+    return draft
+
+
+def propose(draft: SuffixDrafter, tokens: Seq[int], budget: int = 8, salt: str = "") -> DraftTree:
+    """For a new request, forgotten at once."""
+    (tree,) = draft.propose([sequence("new", tokens, salt=salt)], [budget])
+    draft.forget("new")
+    tree.validate(10_000, budget)
+    assert tree.tokens[0] == tokens[-1]
+    return tree
+
+
+def paths(tree: DraftTree) -> dict[Way, float]:
+    """Tokens on the way to a node, the root left out -> its score."""
+    ways: list[Way] = [()]
+    for token, parent in zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), strict=True):
+        ways.append((*ways[parent], token))
+    return dict(zip(ways, tree.scores.tolist(), strict=True))
+
+
+def test_the_longest_match_wins() -> None:
+    text = [5, 6, 7, 8, 1, 9, 7, 8, 2, 9, 8, 3, 5, 6, 7, 8]
+    tree = propose(drafter(), text)
+    assert tree.tokens[1] == 1
+    assert tree.source.tolist() == [0] + [1] * (len(tree) - 1)
+
+
+def test_the_most_frequent_continuation_is_the_most_likely() -> None:
+    text = [
+        x for index, token in enumerate([2] * 5 + [3] * 3 + [4]) for x in (50 + index, 1, token)
+    ]
+    scores = paths(propose(drafter(min_probability=0.0), [*text, 99, 1], 30))
+    assert scores[2,] == pytest.approx(5 / 9 * 5 / 6)
+    assert scores[3,] == pytest.approx(3 / 9 * 3 / 4)
+    assert scores[4,] == pytest.approx(1 / 9 * 1 / 2)
+    assert set(paths(propose(drafter(min_probability=0.2), [*text, 99, 1], 30))) >= {(2,), (3,)}
+    assert (4,) not in paths(propose(drafter(min_probability=0.2), [*text, 99, 1], 30))
+
+
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=30),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(0, 8),
+)
+def test_the_tree_is_the_best_of_all_that_can_be_counted(
+    text: list[int], budget: int, min_match: int, more: int
+) -> None:
+    """Against every position and every path, counted one by one."""
+    options = {"min_match": min_match, "max_match": min_match + more, "min_probability": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suffix, "_ENOUGH", 10_000)  # all of them count
+        found = paths(propose(drafter(**options), text, budget))
+    expected = counted(text, budget - 1, min_match, min_match + more)
+    for path, score in found.items():
+        assert score == pytest.approx(expected[path], rel=1e-4)
+    best = sorted(expected.values(), reverse=True)[:budget]
+    assert sorted(found.values(), reverse=True) == pytest.approx(best, rel=1e-4)
+
+
+def counted(text: list[int], depth: int, min_match: int, max_match: int) -> dict[Way, float]:
+    followers: list[tuple[int, list[int]]] = []
+    for position in range(1, len(text)):
+        matched = 0
+        while (
+            matched < min(position, max_match)
+            and text[position - 1 - matched] == text[len(text) - 1 - matched]
+        ):
+            matched += 1
+        if matched >= min_match:
+            followers.append((matched, (text[position:] * (depth + 1))[:depth]))
+    scores: dict[Way, float] = {(): 1.0}
+    for length in range(1, depth + 1):
+        for path in {tuple(after[:length]) for _, after in followers}:
+            above = [m for m, after in followers if tuple(after[: length - 1]) == path[:-1]]
+            here = [m for m, after in followers if tuple(after[:length]) == path]
+            share = sum(4.0**m for m in here) / sum(4.0**m for m in above)
+            seen = sum(m + length - 1 for m in here)
+            scores[path] = scores[path[:-1]] * share * seen / (seen + 1)
+    return scores
+
+
+def test_a_repetition_goes_on_beyond_the_text() -> None:
+    tree = propose(drafter(), [1, 2, 3, 4, 1, 2])
+    assert tree.tokens.tolist() == [2, 3, 4, 1, 2, 3, 4, 1]
+
+
+def test_what_was_answered_before_helps_the_next_request() -> None:
+    tree = propose(answered(drafter(), ANSWER), [7, 30, 31])
+    assert tree.tokens.tolist() == [31, 32, 33, 34, 35]
+    assert len(propose(answered(drafter(shared=False), ANSWER), [7, 30, 31])) == 1
+
+
+def test_prompts_are_not_shared() -> None:
+    draft = drafter()
+    finish(draft, sequence("past", ANSWER, [8, 9]))
+    assert len(propose(draft, [30, 31])) == 1
+    assert propose(draft, [8]).tokens.tolist() == [8, 9]
+
+
+def test_nothing_is_learned_across_salts() -> None:
+    draft = answered(drafter(), ANSWER, salt="ours")
+    answered(draft, [30, 31, 40, 41], salt="theirs")
+    assert len(propose(draft, [30, 31], salt="nobody's")) == 1
+    assert len(propose(draft, [30, 31])) == 1
+    assert propose(draft, [30, 31], salt="ours").tokens.tolist() == [31, 32, 33, 34, 35]
+    assert propose(draft, [30, 31], salt="theirs").tokens.tolist() == [31, 40, 41]
+
+
+def test_one_output_does_not_run_into_the_next() -> None:
+    draft = answered(drafter(min_probability=0.0), [1, 2, 3], [4, 5, 6], [7])
+    assert propose(draft, [1, 2]).tokens.tolist() == [2, 3]
+    assert len(propose(draft, [2, 3])) == 1
+    # No match reaches back into the text before.
+    assert paths(propose(draft, [2, 3, 4])) == paths(propose(draft, [9, 9, 4]))
+
+
+def test_a_preempted_request_is_learned_once() -> None:
+    draft = drafter()
+    seq = sequence("a", [1], ANSWER[:3])
+    observe(draft, seq)
+    draft.forget("a")  # preempted: it is waiting
+    assert len(propose(draft, [30])) == 1
+    seq.tokens.extend(ANSWER[3:])
+    finish(draft, seq)
+    draft.forget("a")
+    assert paths(propose(draft, [30])) == paths(propose(answered(drafter(), ANSWER), [30]))
+
+
+def test_every_output_is_learned_once_whatever_the_scheduler_does(
+    make_engine: EngineFactory,
+) -> None:
+    engine = make_engine("suffix", kv_slots=192, max_batch_rows=48)
+    past = cast(SuffixDrafter, engine.drafter.drafters["suffix"])._past
+    learned: list[tuple[str, Way]] = []
+    cast(Any, past).add = lambda salt, output: learned.append((salt, tuple(output)))
+    expected: dict[str, list[int]] = {}
+    for index in range(4):
+        params = SamplingParams(temperature=1.0, max_tokens=64, seed=index, ignore_eos=True)
+        prompt = tuple(range(index, index + 40))
+        engine.submit(Request(f"q{index}", prompt, params, cache_salt=f"q{index}"))
+    while engine.has_work:
+        for output in engine.step():
+            expected.setdefault(output.id, []).extend(output.new_ids)
+    assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
+    assert sorted(learned) == sorted((salt, tuple(tokens)) for salt, tokens in expected.items())
+
+
+def test_asked_again_the_answer_is_known(make_engine: EngineFactory) -> None:
+    """And only under the same salt."""
+    engine = make_engine("suffix", max_nodes=8)
+    params = SamplingParams(temperature=1.0, max_tokens=48, seed=3, ignore_eos=True)
+    answers, lengths = [], []
+    for index, salt in enumerate(("a", "a", "b")):
+        engine.submit(Request(f"q{index}", tuple(range(20, 40)), params, cache_salt=salt))
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+        answers.append(ids(outputs))
+        assert outputs[-1].stats is not None
+        lengths.append(outputs[-1].stats.mean_acceptance_length)
+    assert answers[0] == answers[1] == answers[2]
+    assert lengths[2] == lengths[0] < 3 < 5 < lengths[1]
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
+    past = PastOutputs(1000, (4, 2, 1))
+    for index in range(2000):
+        salt = f"salt-{index % 37}" if index % 2 else f"fresh-{index}"
+        past.add(salt, [10 * index + offset for offset in range(index % 23)])
+        logs = [*past._young.values(), *past._old.values()]
+        assert sum(len(log) for log in logs) <= 1000
+        assert len(logs) <= 1000 // 64
+        entries = [len(latest) for log in logs for latest, _ in log._chains.values()]
+        assert sum(entries) <= 3 * 1000
+        assert len(past.logs(salt)) >= 1
+    assert not past.logs("fresh-1900")
+
+
+def test_the_latest_outputs_are_kept() -> None:
+    draft = drafter(capacity=1000)
+    for index in range(300):
+        answered(draft, range(100 + 10 * index, 108 + 10 * index))
+    for index in range(290, 300):
+        first = 100 + 10 * index
+        assert propose(draft, [first]).tokens.tolist() == list(range(first, first + 8))
+    assert len(propose(draft, [100])) == 1
+
+
+def test_of_an_output_that_is_too_long_the_end_is_kept() -> None:
+    draft = answered(drafter(capacity=1000), range(5000))
+    assert len(propose(draft, [10])) == 1
+    assert propose(draft, [4990]).tokens.tolist() == list(range(4990, 4998))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_match": 65}, r"draft\.options\.suffix\.max_match: 65; use 1 to 64"),
+        ({"min_match": 0}, r"draft\.options\.suffix\.min_match: 0; use 1 to 16"),
+        ({"min_match": 5, "max_match": 2}, r"suffix\.min_match: 5; use 1 to 2"),
+        ({"capacity": 10}, r"suffix\.capacity: 10; use 1000 to 100000000"),
+        ({"min_probability": 1.5}, r"suffix\.min_probability: 1\.5; use 0 to 1"),
+        ({"min_probability": float("nan")}, r"suffix\.min_probability: nan; use 0 to 1"),
+        ({"min_probabilty": 0.1}, r"draft\.options\.suffix.*min_probability"),
+    ],
+)
+def test_wrong_options_say_what_is_possible(options: dict[str, float], message: str) -> None:
+    with pytest.raises(DraftError, match=message):
+        create_drafter("suffix", {"suffix": options}, Path(), Path)
+
+
+def test_any_text_gives_a_valid_tree_within_its_budget() -> None:
+    draft = answered(drafter(), [0] * 200, list(range(TINY_VOCAB)) * 3, [5, 5, 6] * 40)
+    for budget in (1, 2, 7, 64):
+        for tokens in ([0], [0] * 100, [5, 5, 6, 5, 5], list(range(TINY_VOCAB)), [9_999]):
+            assert len(propose(draft, tokens, budget)) <= budget
