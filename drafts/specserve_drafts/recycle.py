@@ -130,12 +130,8 @@ class RecycleDrafter:
     def _candidates(
         self, seq: Sequence, salts: Seq[int], depth: int, context: Context
     ) -> list[tuple[int, float]]:
-        found = self.table.find(salts, context)
-        if found is None:
-            return []
-        _, tokens, shares = found
-        candidates = [(token, share) for token, share in zip(tokens, shares, strict=True)]
-        if seq.request.sampling.greedy:
+        candidates = self.table.candidates(salts, context)
+        if seq.request.sampling.greedy or not candidates:
             return candidates
         return self._perturbed(seq, depth, candidates)
 

@@ -72,7 +72,8 @@ def markdown(provenance: Provenance) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    path = Path(argument)
+    return path.name if path.is_absolute() or ".." in path.parts else argument
 
 
 def _sha256(file: Path) -> str:

@@ -134,9 +134,10 @@ def _resumed(args: argparse.Namespace) -> State:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run must not change halfway, as JSON has it."""
-    names = ("target", "temperature", "max_tokens", "max_nodes", "contexts", "seed")
+    names = ("temperature", "max_tokens", "max_nodes", "contexts", "seed")
     files = {"prompts": args.prompts.name, "exclude": [path.name for path in args.exclude]}
-    chosen = {name: getattr(args, name) for name in names} | files
+    target = {"target": given(args, TargetConfig).get("target", TargetConfig().target)}
+    chosen = {name: getattr(args, name) for name in names} | files | target
     settings: dict[str, Any] = msgspec.to_builtins(chosen)
     return settings
 
@@ -172,7 +173,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = Made(
             method="recycle",
             provenance=provenance.collect(
-                "specserve.cli tune recycle", arguments, run.llm.engine.platform, args.prompts
+                "specserve.cli",
+                ["tune", "recycle", *arguments],
+                run.llm.engine.platform,
+                args.prompts,
             ),
             settings=run.state.settings,
             num_prompts=run.state.num_prompts,
