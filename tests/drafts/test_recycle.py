@@ -1,0 +1,184 @@
+"""The recycling table and its drafter: what is learned, found, kept apart, and kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import EngineFactory, ids, run
+
+from specserve.drafting.base import DraftError
+from specserve.drafting.registry import create_drafter
+from specserve.engine.engine import Engine
+from specserve.types import Request, SamplingParams
+from specserve_drafts.recycle import RecycleDrafter
+from specserve_drafts.successors import ORDERS, SuccessorTable
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, seed=0, ignore_eos=True)
+PROMPT = tuple(range(20, 60))
+
+
+def write(
+    table: SuccessorTable, context: tuple[int, ...], tokens: list[int], salt: int = 0
+) -> None:
+    """Successors of one context, each half as likely as the one before."""
+    table.write(
+        np.array([salt], np.uint64),
+        np.array([context]),
+        np.array([tokens]),
+        np.array([[0.5, 0.25, 0.125, 0.0625]], np.float32),
+    )
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 60)] * ORDERS), min_size=1, max_size=40, unique=True))
+def test_a_context_is_found_by_all_its_tokens(contexts: list[tuple[int, ...]]) -> None:
+    table = SuccessorTable(2**16, vocab_size=100)
+    for index, context in enumerate(contexts):
+        write(table, context, [index, 97, 98, 99])
+    for index, context in enumerate(contexts):
+        tokens = dict(table.candidates([0], context))
+        # Shorter contexts may say something else, but the whole one is believed more.
+        assert tokens[index] >= max(tokens.get(other, 0) for other in range(40))
+
+
+def test_shorter_contexts_answer_for_longer_ones() -> None:
+    table = SuccessorTable(2**10, vocab_size=100)
+    write(table, (5, 6, 7), [1, 2, 3, 4])
+    assert [token for token, _ in table.candidates([0], (5, 6, 99))] == [1, 2, 3, 4]
+    assert [token for token, _ in table.candidates([0], (5,))] == [1, 2, 3, 4]
+    assert table.candidates([0], (6, 5, 7)) == []
+
+
+def test_what_is_said_again_counts_more_the_longer_the_context() -> None:
+    table = SuccessorTable(2**10, vocab_size=100)
+    for _ in range(6):
+        write(table, (5, 6, 7), [1, 2, 3, 4])
+    write(table, (5, 6, 7), [9, 2, 3, 4])
+    short, long = (dict(table.candidates([0], context)) for context in ((5,), (5, 6, 7)))
+    assert short[1] > short.get(9, 0.0)
+    assert long[9] > short.get(9, 0.0)
+    assert short[2] == pytest.approx(0.25, rel=0.05), "the same from both"
+
+
+def test_salts_are_apart_and_what_has_none_is_for_all() -> None:
+    table = SuccessorTable(2**10, vocab_size=100)
+    write(table, (5, 6, 7), [1, 2, 3, 4], salt=11)
+    assert table.candidates([12, 0], (5, 6, 7)) == []
+    assert table.candidates([0], (5, 6, 7)) == []
+    assert dict(table.candidates([11, 0], (5, 6, 7)))[1] > 0
+    write(table, (5, 6, 7), [8, 2, 3, 4])
+    assert 8 not in dict(table.candidates([11, 0], (5, 6, 7)))
+    assert dict(table.candidates([12, 0], (5, 6, 7)))[8] > 0
+
+
+def test_a_small_table_forgets_and_never_mixes_up() -> None:
+    table = SuccessorTable(8, vocab_size=1000)
+    for token in range(500):
+        write(table, (token, token, token), [token + 1, 0, 1, 2])
+    assert table.num_filled <= 8
+    found = [token for token in range(500) if table.candidates([0], (token, token, token))]
+    assert 0 < len(found) <= 8 + 2  # a tag may be shared now and then
+    best = {token: table.candidates([0], (token,) * ORDERS)[0][0] for token in found}
+    assert sum(best[token] == token + 1 for token in found) >= len(found) - 2
+
+
+@pytest.mark.parametrize("vocab_size", [100, 70_000])
+def test_a_saved_table_is_the_same(vocab_size: int, tmp_path: Path) -> None:
+    table = SuccessorTable(2**10, vocab_size)
+    write(table, (5, 6, 7), [1, 2, 3, vocab_size - 1])
+    table.save(tmp_path / "table")
+    again = SuccessorTable.load(tmp_path / "table", vocab_size)
+    assert again.candidates([0], (5, 6, 7)) == table.candidates([0], (5, 6, 7))
+    assert [file.name for file in tmp_path.iterdir()] == ["table"]
+
+
+def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    table = SuccessorTable(8, 100)
+    write(table, (5, 6, 7), [1, 2, 3, 99])
+    table.save(tmp_path / "table")
+    with pytest.raises(ValueError, match="cannot be read"):
+        SuccessorTable.load(tmp_path / "nothing", 100)
+    with pytest.raises(ValueError, match="cannot be read"):
+        SuccessorTable.load(tmp_path / "text", 100)
+    with pytest.raises(ValueError, match="outside the vocabulary of 50"):
+        SuccessorTable.load(tmp_path / "table", 50)
+    with pytest.raises(ValueError, match=r"tokens is .*expected"):
+        SuccessorTable.load(tmp_path / "table", 70_000)
+
+
+def recycled(engine: Engine) -> RecycleDrafter:
+    drafter = engine.drafter.drafters["recycle"]
+    assert isinstance(drafter, RecycleDrafter)
+    return drafter
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_given_before_is_drafted_whole(
+    temperature: float, make_engine: EngineFactory
+) -> None:
+    """The table has seen it, and at temperature > 0 shares the target's noise."""
+    params = SamplingParams(temperature=temperature, max_tokens=40, seed=3, ignore_eos=True)
+    engine = make_engine("recycle", max_nodes=8)
+    first, second = (run(engine, [PROMPT], params)[0] for _ in range(2))
+    assert ids(first) == ids(second)
+    before, after = first[-1].stats, second[-1].stats
+    assert before is not None
+    assert after is not None
+    assert after.num_spec_steps < 0.6 * before.num_spec_steps
+
+
+def test_rejected_nodes_teach_too(make_engine: EngineFactory) -> None:
+    engine = make_engine("recycle", max_nodes=8)
+    (outputs,) = run(engine, [PROMPT], GREEDY)
+    stats = outputs[-1].stats
+    assert stats is not None
+    assert stats.num_draft_tokens > stats.num_accepted_draft_tokens, "nothing was rejected"
+    assert recycled(engine).table.num_filled > ORDERS * len(ids(outputs))
+
+
+def test_requests_of_other_salts_learn_nothing(make_engine: EngineFactory) -> None:
+    engine = make_engine("recycle", max_nodes=8)
+    steps = []
+    for name, salt in (("a", "one"), ("b", "two"), ("c", "one")):
+        engine.submit(Request(name, PROMPT, GREEDY, cache_salt=salt))
+        outputs = [output for _ in range(60) for output in engine.step()]
+        stats = outputs[-1].stats
+        assert stats is not None
+        steps.append(stats.num_spec_steps)
+    assert steps[0] == steps[1] > steps[2]
+
+
+def test_a_table_is_kept_between_runs(
+    make_engine: EngineFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specserve_drafts.recycle._SAVE_INTERVAL", 0.0)
+    file = tmp_path / "table.safetensors"
+    options = {"recycle": {"file": str(file), "contexts": 2**12}}
+    engine = make_engine("recycle", options=options)
+    run(engine, [PROMPT], GREEDY)
+    again = make_engine("recycle", options=options)
+    assert recycled(again).table.num_filled == recycled(engine).table.num_filled > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contexts": 1000}, r"draft\.options\.recycle\.contexts: 1000; expected a power of two"),
+        ({"contexts": 2**30}, "expected a power of two from 8"),
+        ({"context": 8}, r"draft\.options\.recycle: .*context"),
+    ],
+)
+def test_wrong_options_say_what_is_possible(
+    options: dict[str, int], message: str, tiny_model: Path
+) -> None:
+    with pytest.raises(DraftError, match=message):
+        create_drafter("recycle", {"recycle": options}, tiny_model, Path)
+
+
+def test_a_table_of_another_target_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    config = '{"specserve_method": "recycle", "target": {"hidden_size": 8, "num_layers": 1, '
+    (tmp_path / "config.json").write_text(config + '"vocab_size": 9, "vocabulary": "0"}}')
+    with pytest.raises(DraftError, match="was made for a target with hidden_size 8"):
+        create_drafter(str(tmp_path), {}, tiny_model, Path)
