@@ -1,8 +1,9 @@
 """A bounded table: the last one, two or three tokens of a text -> what the target held likely next.
 
-Direct-mapped: a context's row is a hash of it, and whoever wrote there last stays. Rows carry a tag
-of the same hash, so that another context's row is not taken for one's own. A context that comes
-again takes a share of what it now says into what its row says. Host only.
+Direct-mapped: a context's row is a hash of it, with a tag of the same hash, so that another
+context's row is not taken for one's own. A context that comes again takes a share of what it now
+says into what its row says, and is spared once when another wants the row (the second chance of
+Corbato 1968): most contexts never come again. Host only.
 """
 
 from collections.abc import Sequence as Seq
@@ -25,6 +26,8 @@ _SHARE_LIST: Final[list[float]] = _SHARES.tolist()
 # measured on greedy answers of SmolLM2: drafts/LOG.md.
 _NEWS: Final = (0.1, 0.2, 0.4)
 _TRUST: Final = (1.0, 0.5, 0.6)
+# A tag: the upper bits of a context's state, and two more.
+_WRITTEN, _AGAIN, _TAG_BITS = np.uint16(1), np.uint16(2), np.uint16(0xFFFC)
 _NO_TOKEN: Final = 0xFFFFFFFF  # before the first one of a text
 _MULTIPLIER: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio (Knuth, TAOCP 3, section 6.4)
 _WORD: Final = 2**64 - 1
@@ -51,7 +54,7 @@ class SuccessorTable:
         shares: npt.NDArray[np.float32],
     ) -> None:
         """salts [n]; contexts [n, ORDERS], the last token first, -1 before the text; tokens and
-        shares [n, WIDTH], the best first. Of equal contexts the last one stays."""
+        shares [n, WIDTH], the best first."""
         states = np.empty((ORDERS, len(salts)), np.uint64)
         state = salts
         for order in range(ORDERS):
@@ -61,9 +64,13 @@ class SuccessorTable:
             state = state ^ (state >> np.uint64(29))
             states[order] = state
         rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64).ravel()
-        tags = ((states >> np.uint64(48)).astype(np.uint16) | np.uint16(1)).ravel()
+        tags = _tags(states).ravel()
+        there = self._tags[rows]
+        known = there & ~_AGAIN == tags
+        spared = ~known & (there & _AGAIN > 0)
+        self._tags[rows[spared]] = there[spared] & ~_AGAIN
         news = np.repeat(np.array(_NEWS, np.float32), len(salts))
-        news = np.where(self._tags[rows] == tags, news, np.float32(1.0))[:, None]
+        news = np.where(known, news, np.float32(1.0))[:, None]
         before = (1.0 - news) * _SHARES[self._shares[rows]]
         merged = _merged(
             np.tile(tokens, (ORDERS, 1)).astype(self._tokens.dtype),
@@ -71,9 +78,10 @@ class SuccessorTable:
             self._tokens[rows],
             before,
         )
-        self._tags[rows] = tags
-        self._tokens[rows] = merged[0]
-        self._shares[rows] = _steps(merged[1])
+        mine = rows[~spared]
+        self._tags[mine] = np.where(known, tags | _AGAIN, tags)[~spared]
+        self._tokens[mine] = merged[0][~spared]
+        self._shares[mine] = _steps(merged[1])[~spared]
 
     def candidates(self, salts: Seq[int], context: Seq[int]) -> list[tuple[int, float]]:
         """At most WIDTH tokens and how likely they are, the best first.
@@ -86,7 +94,7 @@ class SuccessorTable:
         for order in reversed(range(len(context))):
             for of_salt in states:
                 row = of_salt[order] & (len(self._tags) - 1)
-                if self._tags.item(row) != of_salt[order] >> 48 | 1:
+                if self._tags.item(row) & 0xFFFD != of_salt[order] >> 48 & 0xFFFC | 1:
                     continue
                 weight = left * _TRUST[order]
                 successors = zip(
@@ -142,6 +150,11 @@ def _merged(
     best = np.argsort(-shares, axis=1, kind="stable")[:, :WIDTH]
     tokens = np.concatenate([new, old], 1)
     return np.take_along_axis(tokens, best, 1), np.take_along_axis(shares, best, 1)
+
+
+def _tags(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
+    tags: npt.NDArray[np.uint16] = (states >> np.uint64(48)).astype(np.uint16)
+    return tags & _TAG_BITS | _WRITTEN
 
 
 def _steps(shares: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
