@@ -83,6 +83,22 @@ def test_a_small_table_forgets_and_never_mixes_up() -> None:
     assert sum(best[token] == token + 1 for token in found) >= len(found) - 2
 
 
+def test_what_came_twice_outlives_what_came_once() -> None:
+    """As many new contexts as rows: a row is asked for once on average, so e^-1 are not at all."""
+    shares = {}
+    for times in (1, 2):
+        table = SuccessorTable(2**12, vocab_size=100_000)
+        for _ in range(times):
+            for token in range(200):
+                write(table, (token, token, token), [token + 1, 0, 0, 0])
+        for token in range(1000, 1000 + 2**12 // ORDERS):
+            write(table, (token, token, token), [7, 7, 7, 7])
+        found = [dict(table.candidates([0], (token,) * ORDERS)) for token in range(200)]
+        shares[times] = sum(token + 1 in tokens for token, tokens in enumerate(found)) / 200
+    assert shares[2] > shares[1] + 0.05
+    assert shares[2] > 0.9  # by one of its three lengths
+
+
 @pytest.mark.parametrize("vocab_size", [100, 70_000])
 def test_a_saved_table_is_the_same(vocab_size: int, tmp_path: Path) -> None:
     table = SuccessorTable(2**10, vocab_size)
