@@ -35,35 +35,37 @@ class DraftTree:
     @cached_property
     def depths(self) -> npt.NDArray[np.int32]:
         """[n] distance from the root."""
-        depths = np.zeros(len(self), np.int32)
-        for node in range(1, len(self)):
-            depths[node] = depths[self.parents[node]] + 1
-        return depths
+        depths = [0]
+        for parent in self.parents.tolist()[1:]:
+            depths.append(depths[parent] + 1)
+        return np.array(depths, np.int32)
 
     @cached_property
-    def shares(self) -> npt.NDArray[np.float32]:
+    def shares(self) -> list[float]:
         """[n] estimated P(a node is accepted), given its parent is."""
-        above = self.scores[self.parents]
-        above[0] = 1.0
-        shares: npt.NDArray[np.float32] = np.divide(
-            self.scores, above, out=np.zeros_like(above), where=above > 0
-        )
-        return shares
+        scores = self.scores.tolist()
+        above = [1.0, *(scores[parent] for parent in self.parents.tolist()[1:])]
+        return [
+            score / before if before > 0.0 else 0.0
+            for score, before in zip(scores, above, strict=True)
+        ]
 
     @cached_property
     def ancestors(self) -> npt.NDArray[np.uint64]:
         """[n] ancestor words."""
-        words = [1] * len(self)
-        for node in range(1, len(self)):
-            words[node] = words[self.parents[node]] | (1 << node)
+        words = [1]
+        for node, parent in enumerate(self.parents.tolist()[1:], start=1):
+            words.append(words[parent] | 1 << node)
         return np.array(words, WORD)
 
     @cached_property
     def children(self) -> list[dict[int, int]]:
         """Per node: token -> child node."""
         children: list[dict[int, int]] = [{} for _ in range(len(self))]
-        for node in range(1, len(self)):
-            children[self.parents[node]][int(self.tokens[node])] = node
+        nodes = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
+        for node, (parent, token) in enumerate(nodes):
+            if parent >= 0:
+                children[parent][token] = node
         return children
 
     def validate(self, vocab_size: int, max_nodes: int = MAX_NODES) -> None:
@@ -135,61 +137,64 @@ def chain_tree(root: int, tokens: Sequence[int], scores: Sequence[float], source
     return build_tree([root, *tokens], list(range(-1, n)), [1.0, *scores], source)
 
 
-def rescored(tree: DraftTree, scores: npt.NDArray[np.float32]) -> DraftTree:
-    """The same tree with other path scores [n], none above its parent's."""
-    return DraftTree(tree.tokens, tree.parents, scores, tree.source)
-
-
 def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
-    """Keep the `max_nodes` best nodes by path score, root included; they form a tree."""
+    """Keep the `max_nodes` best nodes by path score, root included; they form a tree.
+
+    They stay in order, which is still the most likely chain first.
+    """
     if len(tree) <= max_nodes:
         return tree
     # Stable on (score, index): a child never ranks before its parent.
     keep = np.sort(np.argsort(-tree.scores, kind="stable")[:max_nodes])
-    new_index = {int(node): index for index, node in enumerate(keep)}
-    return build_tree(
-        tree.tokens[keep].tolist(),
-        [-1] + [new_index[int(parent)] for parent in tree.parents[keep[1:]]],
-        tree.scores[keep].tolist(),
-        tree.source[keep].tolist(),
-    )
+    new_index = np.empty(len(tree), np.int16)
+    new_index[keep] = np.arange(max_nodes)
+    parents = new_index[tree.parents[keep]]
+    parents[0] = -1
+    return DraftTree(tree.tokens[keep], parents, tree.scores[keep], tree.source[keep])
 
 
-def merge(trees: Sequence[DraftTree], max_nodes: int) -> DraftTree:
+def merge(
+    trees: Sequence[DraftTree], shares: Sequence[Sequence[float]], max_nodes: int
+) -> DraftTree:
     """One tree from several with the same root: nodes unite by (parent, token).
 
-    Given its parent, a united node is as likely as the surest of its proposers says, whose source
-    it takes; paths multiply.
+    `shares[i]` has for every node of `trees[i]` how likely it is, given its parent. A united node
+    is as likely as the surest of its proposers says, whose source it takes; paths multiply. The
+    best `max_nodes` stay.
     """
-    if len(trees) == 1:
-        return prune(trees[0], max_nodes)
-    tokens, parents = [int(trees[0].tokens[0])], [-1]
-    shares, sources = [1.0], [TARGET_SOURCE]
+    tokens, parents, given, sources = [int(trees[0].tokens[0])], [-1], [1.0], [TARGET_SOURCE]
     index_of: dict[tuple[int, int], int] = {}
-    for tree in trees:
-        merged = [0] * len(tree)
-        of_tree = tree.shares.tolist()
+    for tree, of_tree in zip(trees, shares, strict=True):
         nodes = zip(
             tree.tokens.tolist(), tree.parents.tolist(), of_tree, tree.source.tolist(), strict=True
         )
-        for node, (token, parent, share, source) in enumerate(nodes):
-            if node == 0:
-                continue
+        next(nodes)
+        merged = [0]
+        for token, parent, share, source in nodes:
             key = (merged[parent], token)
-            if key not in index_of:
-                index_of[key] = len(tokens)
+            index = index_of.setdefault(key, len(tokens))
+            if index == len(tokens):
                 tokens.append(token)
                 parents.append(key[0])
-                shares.append(share)
+                given.append(share)
                 sources.append(source)
-            elif share > shares[index_of[key]]:
-                shares[index_of[key]] = share
-                sources[index_of[key]] = source
-            merged[node] = index_of[key]
-    scores = list(shares)
-    for node in range(1, len(tokens)):
-        scores[node] *= scores[parents[node]]
-    return prune(build_tree(tokens, parents, scores, sources), max_nodes)
+            elif share > given[index]:
+                given[index], sources[index] = share, source
+            merged.append(index)
+    scores = [1.0]
+    for share, parent in zip(given[1:], parents[1:], strict=True):
+        scores.append(share * scores[parent])
+    if len(tokens) <= max_nodes:
+        return build_tree(tokens, parents, scores, sources)
+    # Stable on (score, index): a child never ranks before its parent.
+    keep = sorted(sorted(range(len(tokens)), key=lambda node: -scores[node])[:max_nodes])
+    new_index = {node: index for index, node in enumerate(keep)}
+    return build_tree(
+        [tokens[node] for node in keep],
+        [-1] + [new_index[parents[node]] for node in keep[1:]],
+        [scores[node] for node in keep],
+        [sources[node] for node in keep],
+    )
 
 
 def _freeze(

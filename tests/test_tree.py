@@ -86,7 +86,7 @@ def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
 
 @given(st.lists(trees(), min_size=1, max_size=4))
 def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
-    merged = merge(proposals, MAX_NODES)
+    merged = merge(proposals, [tree.shares for tree in proposals], MAX_NODES)
     merged.validate(VOCAB)
     surest: dict[tuple[int, ...], float] = {}
     for tree in proposals:
@@ -106,7 +106,7 @@ def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
 
 def test_a_merged_node_names_the_source_that_scored_it_best() -> None:
     sure, unsure = chain_tree(3, [5, 6], [0.9, 0.8], 1), chain_tree(3, [5, 7], [0.5, 0.4], 2)
-    merged = merge([unsure, sure], MAX_NODES)
+    merged = merge([unsure, sure], [unsure.shares, sure.shares], MAX_NODES)
     assert merged.tokens.tolist() == [3, 5, 6, 7]
     assert merged.source.tolist() == [0, 1, 1, 2]
 

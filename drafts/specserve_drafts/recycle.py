@@ -33,8 +33,10 @@ from specserve_drafts.successors import ORDERS, TABLE, WIDTH, SuccessorTable
 
 _PUBLIC: Final = 0
 _SAVE_INTERVAL: Final = 60.0  # seconds
+_ROWS_TOGETHER: Final = 48  # of passes, before they are written
 
 Context = tuple[int, ...]  # the last token first
+_Seen = tuple[list[int], list[Context], npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
 class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +65,8 @@ class RecycleDrafter:
             path = shipped("recycle", self.target)
         self.table = self._first_table(path, options.contexts)
         self._saved_at = time.monotonic()
+        self._seen: list[_Seen] = []  # not written yet
+        self._num_seen = 0
 
     def _first_table(self, path: Path | None, contexts: int) -> SuccessorTable:
         """What the file holds, else what the draft's directory holds, else nothing."""
@@ -86,17 +90,39 @@ class RecycleDrafter:
         entries = [entry for entry in feedback.entries if entry.seq.id in feedback.verdicts]
         if not entries:
             return
-        tokens, shares = _best(feedback.output)
-        contexts: list[Context] = []
-        salts: list[int] = []
-        for entry in entries:
-            contexts += _contexts(entry, feedback.trees[entry.seq.id])
-            salts += [_salt(entry.seq.request.cache_salt)] * (len(contexts) - len(salts))
-        self.table.write(np.array(salts, np.uint64), np.array(contexts), tokens, shares)
+        tokens, logits = _best(feedback.output)
+        contexts = [
+            context
+            for entry in entries
+            for context in _contexts(entry, feedback.trees[entry.seq.id])
+        ]
+        salts = [
+            _salt(entry.seq.request.cache_salt)
+            for entry in entries
+            for _ in range(len(feedback.trees[entry.seq.id]))
+        ]
+        self._seen.append((salts, contexts, tokens, logits))
+        self._num_seen += len(salts)
+        if self._num_seen >= _ROWS_TOGETHER:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Write what was seen. Some rows or many cost about the same, so it is put off a little."""
+        salts, contexts, tokens, logits = zip(*self._seen, strict=True)
+        shares = np.exp(np.concatenate(logits))
+        self.table.write(
+            np.array([salt for some in salts for salt in some], np.uint64),
+            np.array([context for some in contexts for context in some]),
+            np.concatenate(tokens),
+            shares / shares.sum(1, keepdims=True),
+        )
+        self._seen, self._num_seen = [], 0
         self._save_now_and_then()
 
     def forget(self, seq_id: str) -> None:
-        pass  # nothing is kept for a request
+        """Nothing is kept for a request, but what it taught is there for the next one."""
+        if self._seen:
+            self._learn()
 
     def _save_now_and_then(self) -> None:
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
@@ -170,10 +196,10 @@ def _contexts(entry: Entry, tree: DraftTree) -> list[Context]:
 
 
 def _best(output: ModelOutput) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """[rows, WIDTH] the best next tokens, and their probabilities as if there were no others."""
+    """[rows, WIDTH] the best next tokens, and how far their logits are below the best one's."""
     top = output.topk
     if top is None or top.shape[1] < WIDTH:
         top = output.logits.topk(WIDTH).indices
     top = top[:, :WIDTH]
-    shares = output.logits.gather(1, top.clamp(min=0)).softmax(-1)
-    return top.cpu().numpy(), shares.float().cpu().numpy()
+    logits = output.logits.gather(1, top.clamp(min=0)).float()
+    return top.cpu().numpy(), (logits - logits[:, :1]).cpu().numpy()

@@ -9,9 +9,6 @@ from collections import defaultdict
 from collections.abc import Sequence as Seq
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from specserve.sequence import Sequence
 from specserve.tree import DraftTree
 
@@ -53,15 +50,13 @@ class Calibration:
             lambda: defaultdict(_Counts)
         )
 
-    def probabilities(self, seq: Sequence, tree: DraftTree) -> npt.NDArray[np.float32]:
-        """[nodes] that a node's whole path is emitted; 1 for the root."""
-        own, paths = self._own[seq.id], [1.0] * len(tree)
-        parents = tree.parents.tolist()
-        for node, (key, share) in enumerate(_keys(seq, tree), start=1):
+    def shares(self, seq: Sequence, tree: DraftTree) -> list[float]:
+        """Per node, how likely it comes true once its parent has; 1 for the root."""
+        own, shares = self._own[seq.id], [1.0]
+        for key, share in _keys(seq, tree):
             guess = self._claims[key[0]].rate(_GUESS_SHARE) * share
-            rate = own[key].rate(self._all[key].rate(min(guess, 1.0)))
-            paths[node] = paths[parents[node]] * rate
-        return np.array(paths, np.float32)
+            shares.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
+        return shares
 
     def settle(self, seq: Sequence, tree: DraftTree, emitted: Seq[int]) -> None:
         """Count the nodes of a proposal whose parents were emitted."""
@@ -86,7 +81,9 @@ class Calibration:
 def _keys(seq: Sequence, tree: DraftTree) -> list[tuple[_Key, float]]:
     """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
     noisy = not seq.request.sampling.greedy
-    depths = np.minimum(tree.depths, _MAX_DEPTH).tolist()
-    nodes = zip(tree.source.tolist(), depths, tree.shares.tolist(), strict=True)
-    keys = [((source, depth, round(20 * share), noisy), share) for source, depth, share in nodes]
-    return keys[1:]
+    nodes = zip(tree.source.tolist(), tree.depths.tolist(), tree.shares, strict=True)
+    next(nodes)
+    return [
+        ((source, min(depth, _MAX_DEPTH), round(20 * share), noisy), share)
+        for source, depth, share in nodes
+    ]

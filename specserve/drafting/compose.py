@@ -14,7 +14,7 @@ from specserve.drafting.base import Drafter, Feedback
 from specserve.drafting.calibration import Calibration
 from specserve.drafting.counts import SourceCounts
 from specserve.sequence import Sequence
-from specserve.tree import DraftTree, merge, rescored, root_tree
+from specserve.tree import DraftTree, merge, root_tree
 
 MAX_FAILURES: Final = 3
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class ComposedDrafter:
                     proposals[index].append(tree)
         self._proposed = {seq.id: trees for seq, trees in zip(seqs, proposals, strict=True)}
         return [
-            merge([self._calibrated(seq, tree) for tree in trees], budget)
+            merge(trees, [self._calibration.shares(seq, tree) for tree in trees], budget)
             if trees
             else root_tree(seq.tokens[-1])
             for seq, trees, budget in zip(seqs, proposals, budgets, strict=True)
@@ -83,9 +83,6 @@ class ComposedDrafter:
                 self._failures[name, "forget"] = 0
             except Exception:
                 self._failed(name, "forget")
-
-    def _calibrated(self, seq: Sequence, tree: DraftTree) -> DraftTree:
-        return rescored(tree, self._calibration.probabilities(seq, tree))
 
     def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         """The drafter's trees, checked; none at all if it fails."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
 
 class PassCosts:
@@ -15,8 +14,16 @@ class PassCosts:
         self._rows = np.array(rows, np.float64)
         # More rows never cost less: what says so is noise.
         self._seconds = np.maximum.accumulate([samples[count] for count in rows])
+        self._known: list[float] = []  # by number of rows, as far as anyone has asked
 
-    def seconds(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def seconds(self, first: int, last: int) -> list[float]:
+        """Of passes of `first` .. `last` rows."""
+        if len(self._known) <= last:
+            self._known = self._computed(2 * last)
+        return self._known[first : last + 1]
+
+    def _computed(self, last: int) -> list[float]:
+        rows = np.arange(last + 1)
         known = np.interp(rows, self._rows, self._seconds)
         if len(self._rows) == 1:
             per_row = self._seconds[0] / self._rows[0]
@@ -25,5 +32,5 @@ class PassCosts:
             per_row = (self._seconds[-1] - self._seconds[half]) / (
                 self._rows[-1] - self._rows[half]
             )
-        result: npt.NDArray[np.float64] = known + per_row * np.maximum(rows - self._rows[-1], 0)
-        return result
+        seconds: list[float] = (known + per_row * np.maximum(rows - self._rows[-1], 0)).tolist()
+        return seconds

@@ -4,9 +4,8 @@ Greedy over all sequences together: nodes by falling probability, as many as giv
 per second. Path probabilities fall along a path, so what is kept of a tree is a tree. Host only.
 """
 
+from collections import Counter
 from collections.abc import Mapping
-
-import numpy as np
 
 from specserve.schedule.cost import PassCosts
 from specserve.tree import DraftTree, prune
@@ -20,16 +19,18 @@ def worthwhile(
     `num_rows` of the pass are there without any drafted node, the roots among them. Maximises
     (roots + sum of the nodes' scores) / seconds.
     """
-    if all(len(tree) == 1 for tree in trees.values()):
+    drafted = sorted(
+        ((score, seq_id) for seq_id, tree in trees.items() for score in tree.scores.tolist()[1:]),
+        key=lambda node: -node[0],
+    )
+    if not drafted:
         return dict(trees)
-    drafted = np.concatenate([tree.scores[1:] for tree in trees.values()])
-    owners = np.concatenate([np.full(len(tree) - 1, i) for i, tree in enumerate(trees.values())])
-    order = np.argsort(-drafted, kind="stable")
-    expected = len(trees) + np.concatenate([[0.0], np.cumsum(drafted[order], dtype=np.float64)])
-    seconds = costs.seconds(num_rows + np.arange(len(drafted) + 1))
-    best = int(np.argmax(expected / seconds))
-    kept = np.bincount(owners[order[:best]].astype(np.int64), minlength=len(trees))
-    return {
-        seq_id: prune(tree, 1 + int(count))
-        for (seq_id, tree), count in zip(trees.items(), kept, strict=True)
-    }
+    seconds = costs.seconds(num_rows, num_rows + len(drafted))
+    expected = float(len(trees))
+    best, best_rate = 0, expected / seconds[0]
+    for count, (score, _) in enumerate(drafted, start=1):
+        expected += score
+        if expected / seconds[count] > best_rate:
+            best, best_rate = count, expected / seconds[count]
+    kept = Counter(seq_id for _, seq_id in drafted[:best])
+    return {seq_id: prune(tree, 1 + kept[seq_id]) for seq_id, tree in trees.items()}

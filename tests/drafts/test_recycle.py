@@ -147,11 +147,16 @@ def test_an_answer_given_before_is_drafted_whole(
 
 def test_rejected_nodes_teach_too(make_engine: EngineFactory) -> None:
     engine = make_engine("recycle", max_nodes=8)
-    (outputs,) = run(engine, [PROMPT], GREEDY)
+    contexts = set()
+    for prompt in (PROMPT, PROMPT[::-1]):
+        (outputs,) = run(engine, [prompt], GREEDY)
+        text = (*prompt, *ids(outputs))
+        for end in range(len(prompt), len(text)):
+            contexts |= {text[end - order : end] for order in range(1, ORDERS + 1)}
     stats = outputs[-1].stats
     assert stats is not None
     assert stats.num_draft_tokens > stats.num_accepted_draft_tokens, "nothing was rejected"
-    assert recycled(engine).table.num_filled > ORDERS * len(ids(outputs))
+    assert recycled(engine).table.num_filled > len(contexts)
 
 
 def test_requests_of_other_salts_learn_nothing(make_engine: EngineFactory) -> None:
