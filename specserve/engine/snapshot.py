@@ -43,11 +43,11 @@ def take_snapshot(
 
 def _source(name: str, active: bool, counts: SourceCounts, source: int) -> DrafterStats:
     verified = counts.verified[source]
-    depths = slice(1, 1 + int(verified.nonzero()[0].max(initial=0)))
+    deepest = max((depth for depth, count in enumerate(verified) if count), default=0)
     return DrafterStats(
         name=name,
         active=active,
-        num_proposed=int(counts.proposed[source]),
-        verified_by_depth=tuple(verified[depths].tolist()),
-        accepted_by_depth=tuple(counts.accepted[source, depths].tolist()),
+        num_proposed=counts.proposed[source],
+        verified_by_depth=tuple(verified[1 : 1 + deepest]),
+        accepted_by_depth=tuple(counts.accepted[source][1 : 1 + deepest]),
     )

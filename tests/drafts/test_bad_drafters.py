@@ -73,7 +73,7 @@ def test_a_wrong_tree_costs_speed_and_nothing_else(
     _replace(engine, "propose", lambda seqs, budgets: list(map(_for_each(propose), seqs, budgets)))
     assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
     assert engine.drafter.active == []
-    assert not engine.drafter.counts.proposed.any()
+    assert not any(engine.drafter.counts.proposed)
 
 
 @pytest.mark.parametrize("trees", [None, [], 5])
