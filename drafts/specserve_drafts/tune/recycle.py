@@ -77,7 +77,7 @@ class Run:
 
     def held_out_tau(self) -> float:
         """Of greedy answers to prompts that were kept back."""
-        greedy = SamplingParams(temperature=0.0, max_tokens=128)
+        greedy = SamplingParams(temperature=0.0, max_tokens=self._args.max_tokens)
         answers = self.llm.generate(self._held_out, greedy)
         return _pooled_tau([answer.stats for answer in answers if answer.error is None])
 

@@ -1,0 +1,127 @@
+"""`specserve tune recycle`: what it writes, that it resumes, and that the draft is one."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from tiny_chat import write_tiny_chat
+
+from specserve.cli.main import main as specserve
+from specserve.llm import LLM
+from specserve.types import SamplingParams
+from specserve_drafts.successors import TABLE, SuccessorTable
+from specserve_drafts.tune import recycle
+from specserve_drafts.tune.card import Made
+from specserve_drafts.tune.prompts import NGRAM, training_prompts
+
+FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--max-tokens", "12"]
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a model and prompts enough for two chunks."""
+    monkeypatch.setattr(recycle, "CHUNK", 8)
+    monkeypatch.setattr(recycle, "HELD_OUT", 3)
+    write_tiny_chat(tiny_model, tmp_path / "tiny")
+    rows = [json.dumps({"prompt": f"w{n} w{n + 1} w{n + 2}"}) for n in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    prompts, target = str(folder / "prompts.jsonl"), str(folder / "tiny")
+    line = ["--prompts", prompts, "--target", target, "--out", str(folder / "out"), *FLAGS]
+    return [*line, "--contexts", "4096", *arguments]
+
+
+def made(folder: Path) -> Made:
+    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=Made)
+
+
+def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert specserve(["tune", "recycle", *command(folder, "--tokens", "150")]) == 0
+    assert "tokens per pass on prompts that were kept back" in capsys.readouterr().out
+    run, out = made(folder), folder / "out"
+    assert run.num_tokens >= 150
+    assert run.held_out_tau >= 1.0
+    assert [point.num_tokens for point in run.curve][-1] == run.num_tokens
+    assert len(run.curve) == run.num_prompts / 8 >= 2
+    assert all(point.tau >= 1.0 and point.num_contexts > 0 for point in run.curve)
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert run.provenance.command in (out / "README.md").read_text()
+    written = "".join(file.read_text() for file in out.glob("*.[jm][sd]*"))
+    assert str(folder) not in written
+    assert_it_drafts(folder)
+
+
+def assert_it_drafts(folder: Path) -> None:
+    """For its target, under the name of its directory; what it saw, it knows."""
+    settings = {"dtype": "float32", "device": "cpu", "pricing": "off", "kv_memory": "4MiB"}
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    chats = [[{"role": "user", "content": f"w{n} w{n + 1} w{n + 2}"}] for n in range(20)]
+    passes = {}
+    for draft in ("recycle", str(folder / "out")):
+        llm = LLM(str(folder / "tiny"), draft=(draft,), **settings)
+        assert llm.engine.drafter.names == (Path(draft).name,)
+        answers = [llm.generate(chat, params)[0] for chat in chats]
+        passes[draft] = sum(answer.stats.num_spec_steps for answer in answers)
+    assert passes[str(folder / "out")] < passes["recycle"]
+
+
+def test_a_run_goes_on_where_it_stopped(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the first of two chunks; the second follows, and the table is the same."""
+    arguments = ["--tokens", "150", "--batch", "1"]
+    assert recycle.main(command(folder, *arguments)) == 0
+    (folder / "out").rename(folder / "whole")
+    save, saved = SuccessorTable.save, []
+
+    def stop_after_one(table: SuccessorTable, path: Path) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        save(table, path)
+        saved.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SuccessorTable, "save", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            recycle.main(command(folder, *arguments))
+    assert recycle.main(command(folder, *arguments)) == 2
+    assert "holds a run; add --resume" in capsys.readouterr().err
+    assert recycle.main(command(folder, *arguments, "--resume", "--seed", "5")) == 2
+    assert "seed: 5 goes on with a run that had 0" in capsys.readouterr().err
+    assert recycle.main(command(folder, *arguments, "--resume")) == 0
+    tables = [SuccessorTable.load(folder / name / TABLE, 100) for name in ("whole", "out")]
+    assert tables[0].num_filled == tables[1].num_filled > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nothing.jsonl"], "nothing.jsonl cannot be read"),
+        (["--resume"], "state.json cannot be read"),
+        (["--contexts", "1000"], "contexts: 1000"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recycle.main(command(folder, *arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_of_an_evaluation_are_left_out(tmp_path: Path) -> None:
+    words = [f"word{n}" for n in range(40)]
+    same = " ".join(words[:NGRAM]).upper() + ", and then something else"
+    rows = [same, " ".join(words[: NGRAM - 1]) + " other words", "hello", "hello there"]
+    file, asked = tmp_path / "prompts.jsonl", tmp_path / "asked.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    asked.write_text(json.dumps({"turns": ["so: " + " ".join(words)]}) + '\n"Hello!"')
+    kept, num_excluded = training_prompts(file, [asked], seed=0)
+    texts = {prompt[0]["content"] for prompt in kept}
+    assert texts == {rows[1], "hello there"}
+    assert num_excluded == 2
+    with pytest.raises(ValueError, match="every prompt"):
+        training_prompts(asked, [asked], seed=0)
