@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -57,12 +58,12 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 def assert_it_drafts(folder: Path) -> None:
     """For its target, under the name of its directory; what it saw, it knows."""
-    settings = {"dtype": "float32", "device": "cpu", "pricing": "off", "kv_memory": "4MiB"}
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB"}
     params = SamplingParams(temperature=0.0, max_tokens=12)
     chats = [[{"role": "user", "content": f"w{n} w{n + 1} w{n + 2}"}] for n in range(20)]
     passes = {}
     for draft in ("recycle", str(folder / "out")):
-        llm = LLM(str(folder / "tiny"), draft=(draft,), **settings)
+        llm = LLM(str(folder / "tiny"), draft=(draft,), pricing="off", **settings)
         assert llm.engine.drafter.names == (Path(draft).name,)
         answers = [llm.generate(chat, params)[0] for chat in chats]
         passes[draft] = sum(answer.stats.num_spec_steps for answer in answers)
@@ -76,7 +77,7 @@ def test_a_run_goes_on_where_it_stopped(
     arguments = ["--tokens", "150", "--batch", "1"]
     assert recycle.main(command(folder, *arguments)) == 0
     (folder / "out").rename(folder / "whole")
-    save, saved = SuccessorTable.save, []
+    save, saved = SuccessorTable.save, list[Path]()
 
     def stop_after_one(table: SuccessorTable, path: Path) -> None:
         if saved:

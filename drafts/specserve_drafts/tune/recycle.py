@@ -136,8 +136,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run must not change halfway, as JSON has it."""
     names = ("temperature", "max_tokens", "max_nodes", "contexts", "seed")
     files = {"prompts": args.prompts.name, "exclude": [path.name for path in args.exclude]}
-    target = {"target": given(args, TargetConfig).get("target", TargetConfig().target)}
-    chosen = {name: getattr(args, name) for name in names} | files | target
+    target = given(args, TargetConfig).get("target", TargetConfig().target)
+    chosen = {name: getattr(args, name) for name in names} | files | {"target": Path(target).name}
     settings: dict[str, Any] = msgspec.to_builtins(chosen)
     return settings
 
