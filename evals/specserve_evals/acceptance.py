@@ -25,7 +25,7 @@ from specserve.cli.main import INTERRUPTED
 from specserve.cli.parser import ENGINE_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import DraftConfig, load_config
-from specserve.drafting.registry import create_drafter
+from specserve.drafting.registry import create_drafter, expanded
 from specserve.hub import resolve
 from specserve.tree import MAX_NODES
 from specserve.types import RequestError, SamplingParams
@@ -128,8 +128,14 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
 def check_drafters(args: argparse.Namespace, variants: Sequence[Variant]) -> None:
     """Before hours have passed: does every draft exist, and fit the target? Raises DraftError."""
     options = given(args, DraftConfig).get("options", {})
+    for name, chosen in options.items():
+        if "file" in chosen:
+            raise ValueError(
+                f"options: {name}.file would carry answers from one cell to the next; "
+                "give the directory of a draft as --draft instead"
+            )
     target = resolve(args.target)
-    for spec in dict.fromkeys(spec for variant in variants for spec in variant.draft):
+    for spec in dict.fromkeys(spec for variant in variants for spec in expanded(variant.draft)):
         create_drafter(spec, options, target, resolve)
 
 

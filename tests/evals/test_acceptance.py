@@ -215,6 +215,7 @@ def test_drafters_of_one_tree_are_told_apart(folder: Path, tiny_draft: Path) -> 
         (["--budget", "1"], "1 is out of range"),
         (["--temperature", "-1"], "-1.0 is out of range"),
         (["--temperature", "0.001"], "too small to divide by"),
+        (["--draft", "recycle", "--options", "recycle.file=x"], "from one cell to the next"),
         (["--limit", "2", "--per-category", "1"], "not allowed with"),
         (["--max-tokens", "200"], "none of 4 fits"),
         (["--prompts", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
