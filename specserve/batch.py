@@ -39,7 +39,7 @@ class ModelOutput:
 
     logits: Tensor  # [num_logit_rows, vocab_size] float32
     topk: Tensor | None = None  # [num_logit_rows, k] int64, best first
-    taps: Tensor | None = None  # [num_rows, num_taps * hidden_size]
+    taps: Tensor | None = None  # [num_rows, num_taps * hidden_size], rows as in `plan_segments`
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,13 @@ class SegmentRows:
     depths: npt.NDArray[np.int32]
     ancestors: npt.NDArray[np.uint64]
     wants_logits: bool
+
+
+def joined(outputs: Seq[ModelOutput]) -> ModelOutput:
+    """What one pass over the same rows would have returned, but for the best tokens."""
+    taps = [output.taps for output in outputs if output.taps is not None]
+    logits = torch.cat([output.logits for output in outputs])
+    return ModelOutput(logits, taps=torch.cat(taps) if taps else None)
 
 
 def chain_segments(table: BlockTable, start: int, tokens: Seq[int]) -> Iterator[SegmentRows]:

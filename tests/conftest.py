@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from eagle_heads import write_eagle
 from tiny import EngineFactory, write_tiny_llama
 
 from specserve.config import load_config
@@ -19,6 +20,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another random model with the same vocabulary: a bad draft."""
     return write_tiny_llama(tmp_path_factory.mktemp("draft"), seed=2, num_layers=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_heads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Random EAGLE heads for the tiny target, in two layouts: bad drafts."""
+    layouts = ("specforge", "eagle1")
+    return [write_eagle(tmp_path_factory.mktemp(layout), layout).path for layout in layouts]
 
 
 @pytest.fixture

@@ -26,10 +26,11 @@ def write_tiny_llama(
     num_layers: int = 2,
     context: int = 512,
     sharpness: float = 6.0,
+    head_dim: int = 8,
 ) -> Path:
     """A random Llama with GQA 2. `sharpness` scales the head: how far from uniform it is."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, inner, heads, kv_heads, head_dim = 32, 64, 4, 2, 8
+    hidden, inner, heads, kv_heads = 32, 64, 4, 2
 
     def weights(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).mul(shape[-1] ** -0.5)

@@ -6,7 +6,6 @@ is accepted whatever the temperature. The tree grows best-first by path score.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
@@ -22,10 +21,10 @@ from specserve.cache.table import BlockTable
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
-from specserve.sampling import Row, SamplingState
 from specserve.sequence import Sequence
 from specserve.text import Tokenizer, same_vocabulary
-from specserve.tree import MAX_NODES, WORD, DraftTree, build_tree
+from specserve.tree import MAX_NODES, WORD, DraftTree
+from specserve_drafts.growth import Growth, rank
 
 _MAX_CATCH_UP_ROWS = 256  # rows of one pass over tokens the draft has not seen
 
@@ -34,82 +33,6 @@ class DraftLMOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     branching: int = 3  # candidates kept per node; 1 drafts a chain
     beam: int = 2  # nodes looked at per draft pass
     max_depth: int = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    token: int
-    parent: int  # index among the evaluated nodes, -1 for the root
-    score: float
-    depth: int
-    word: int  # ancestors among the evaluated nodes
-
-
-class _Growth:
-    """One tree while it grows: evaluated nodes, in cache order, and the candidates they brought."""
-
-    def __init__(self, seq: Sequence, state: SamplingState, budget: int) -> None:
-        self.seq, self.state, self.budget = seq, state, budget
-        self.nodes = [_Node(seq.tokens[-1], -1, 1.0, 0, 1)]
-        self.pool: list[_Node] = []  # not evaluated; `word` is the parent's
-        self.num_done = 0  # nodes whose KV and candidates are there
-
-    def pick(self, beam: int, max_depth: int) -> bool:
-        """Move the best candidates to the nodes of the next pass; False if there are none.
-
-        One node of the budget is left for a leaf: evaluating all would be evaluating in vain.
-        """
-        self.num_done = len(self.nodes)
-        room = min(beam, self.budget - 1 - len(self.nodes))
-        deep_enough = [node for node in self.pool if node.depth < max_depth]
-        for node in sorted(deep_enough, key=lambda node: -node.score)[: max(room, 0)]:
-            self.pool.remove(node)
-            self.nodes.append(replace(node, word=node.word | 1 << len(self.nodes)))
-        return len(self.nodes) > self.num_done
-
-    def fresh_rows(self) -> SegmentRows:
-        fresh = self.nodes[self.num_done :]
-        return SegmentRows(
-            self.seq.table,
-            self.seq.num_tokens - 1,
-            self.num_done,
-            [node.token for node in fresh],
-            np.array([node.depth for node in fresh], np.int32),
-            np.array([node.word for node in fresh], WORD),
-            wants_logits=True,
-        )
-
-    def sampler_rows(self) -> list[Row]:
-        return [
-            Row(self.state, self.seq.num_tokens + node.depth, self._path(node))
-            for node in self.nodes[self.num_done :]
-        ]
-
-    def add_candidates(self, index: int, tokens: list[int], probabilities: list[float]) -> None:
-        """Successors of evaluated node `num_done + index`."""
-        parent = self.num_done + index
-        node = self.nodes[parent]
-        for token, probability in zip(tokens, probabilities, strict=True):
-            if probability > 0.0:
-                score = node.score * probability
-                self.pool.append(_Node(token, parent, score, node.depth + 1, node.word))
-
-    def tree(self, source: int) -> DraftTree:
-        leaves = sorted(self.pool, key=lambda node: -node.score)[: self.budget - len(self.nodes)]
-        nodes = self.nodes + leaves
-        return build_tree(
-            [node.token for node in nodes],
-            [node.parent for node in nodes],
-            [node.score for node in nodes],
-            source,
-        )
-
-    def _path(self, node: _Node) -> tuple[int, ...]:
-        tokens: list[int] = []
-        while node.parent >= 0:
-            tokens.append(node.token)
-            node = self.nodes[node.parent]
-        return tuple(reversed(tokens))
 
 
 class DraftLM:
@@ -158,14 +81,14 @@ class DraftLM:
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
         growths = [
-            _Growth(seq, self._context.sampling_state(seq), budget)
+            Growth(seq, self._context.sampling_state(seq), budget)
             for seq, budget in zip(seqs, budgets, strict=True)
         ]
         missed = [segment for seq in seqs for segment in self._catch_up(seq, seq.num_tokens - 1)]
         while growing := [growth for growth in growths if growth.num_done < len(growth.nodes)]:
-            logits = self._forward(missed + [growth.fresh_rows() for growth in growing])
+            logits = self._forward(missed + [_fresh_rows(growth) for growth in growing])
             missed = []
-            self._rank(growing, logits)
+            rank(growing, logits, self._context.sampler, self._options.branching)
             for growth in growing:
                 growth.pick(self._options.beam, self._options.max_depth)
         for seq in seqs:
@@ -211,15 +134,15 @@ class DraftLM:
         missing = context.vocab_size - logits.shape[1]
         return functional.pad(logits, (0, missing), value=-torch.inf)
 
-    def _rank(self, growing: Seq[_Growth], logits: Tensor) -> None:
-        """Candidates of the nodes just evaluated, by log q + g."""
-        rows = [row for growth in growing for row in growth.sampler_rows()]
-        sampler = self._context.sampler
-        perturbed = sampler.perturb(sampler.process(logits, rows), rows)
-        best = perturbed.log_softmax(-1).topk(self._options.branching)
-        tokens, probabilities = best.indices.tolist(), best.values.exp().tolist()
-        row = 0
-        for growth in growing:
-            for index in range(len(growth.nodes) - growth.num_done):
-                growth.add_candidates(index, tokens[row], probabilities[row])
-                row += 1
+
+def _fresh_rows(growth: Growth) -> SegmentRows:
+    fresh = growth.fresh
+    return SegmentRows(
+        growth.seq.table,
+        growth.seq.num_tokens - 1,
+        growth.num_done,
+        [node.token for node in fresh],
+        np.array([node.depth for node in fresh], np.int32),
+        np.array([node.word for node in fresh], WORD),
+        wants_logits=True,
+    )

@@ -135,6 +135,7 @@ ATTENTION_CASES = (
     AttentionCase("late", ((33, 14, "late"), (0, 2, "late"))),
     AttentionCase("mixed", _MIXED, num_padding=5),
     AttentionCase("mixed block 64", _MIXED, block_size=64),
+    AttentionCase("mixed block 1", _MIXED, block_size=1),
     AttentionCase("group 1 head 80", _MIXED, 2, 1, 80),
     AttentionCase("group 4 head 128", _MIXED, 1, 4, 128),
     AttentionCase("group 8", _MIXED, 1, 8),

@@ -112,6 +112,10 @@ class PackedDecoder(Protocol):
         """Final norm and head: [n, hidden_size] float32 -> [n, vocab_size] float32."""
         ...
 
+    def unembed(self, x: Tensor) -> Tensor:
+        """The head alone: [n, hidden_size] float32 -> [n, vocab_size] float32."""
+        ...
+
 
 def why_not_packed(
     hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int

@@ -11,7 +11,7 @@ The tiles of 16 outputs, one after the other along the inputs, are a panel: what
 one go. Outputs that are missing in the last panel are zero.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final
 
@@ -121,6 +121,13 @@ def unpack(weight: PackedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
         values, offset = chunks.transpose(2, 3).flatten(3), torch.zeros(())
     floats = values.float() * scale.view(torch.float16).float()[..., None] + offset
     return floats.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs]
+
+
+def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
+    """`unpack` of some rows [n] int64 alone: [n, num_inputs] float32."""
+    panels = weight.panels[rows // PANEL]  # [n, num_groups, tile_bytes]
+    unpacked = unpack(replace(weight, num_outputs=PANEL * len(rows), panels=panels))
+    return unpacked.view(-1, PANEL, weight.num_inputs)[torch.arange(len(rows)), rows % PANEL]
 
 
 def _tiles_check(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from msgspec import Struct
+from torch import Tensor
 
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
@@ -42,6 +43,11 @@ class DraftContext:
     sampling_state: Callable[[Sequence], SamplingState]
     storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
     source: int  # the number under which its nodes are counted
+    taps: tuple[int, ...]  # the layers in `ModelOutput.taps`: what all drafters want, ascending
+    # Of the target; rows of `hidden_size` in the dtype of its activations.
+    embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
+    final_norm: Callable[[Tensor], Tensor]  # [n, hidden_size] -> the same
+    unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class DraftOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Drafter(Protocol):
     Options: ClassVar[type[DraftOptions]]
-    needs_taps: tuple[int, ...]  # target layers whose hidden states it wants
+    needs_taps: tuple[int, ...]  # target layers whose hidden states it wants, see `Model`
     needs_topk: int  # top successors per row it wants from the LM head; 0: none
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:

@@ -21,6 +21,7 @@ BUILTIN = {
     "suffix": "specserve_drafts.suffix:SuffixDrafter",
     "recycle": "specserve_drafts.recycle:RecycleDrafter",
     "draft_lm": "specserve_drafts.draft_lm:DraftLM",
+    "eagle": "specserve_drafts.eagle:EagleDrafter",
 }
 AUTO = ("recycle", "suffix", "ngram")  # what "auto" stands for; the surest first
 ENTRY_POINT_GROUP = "specserve.drafters"
@@ -102,9 +103,21 @@ def checkpoint_method(path: Path) -> str:
     if isinstance(method := config.get("specserve_method"), str):
         return method
     architectures = config.get("architectures") or ["(none)"]
+    if _is_eagle(path, config, str(architectures[0])):
+        return "eagle"
     if str(architectures[0]).endswith("ForCausalLM"):
         return "draft_lm"
     raise DraftError(
         f"draft: {path}/config.json has architectures {architectures}; "
-        "expected a causal language model (…ForCausalLM) or a draft made by specserve tune"
+        "expected a causal language model (…ForCausalLM), an EAGLE head or a draft made by "
+        "specserve tune"
     )
+
+
+def _is_eagle(path: Path, config: dict[str, Any], architecture: str) -> bool:
+    """EAGLE-3 says so or has a vocabulary of its own. EAGLE-1 and 2 claim to be a model of one
+    layer, but come without the tokenizer that a model has."""
+    if config.get("speculators_model_type") == "eagle3" or "draft_vocab_size" in config:
+        return True
+    alone = config.get("num_hidden_layers") == 1 and not (path / "tokenizer.json").exists()
+    return "eagle" in architecture.lower() or (architecture == "LlamaForCausalLM" and alone)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from specserve.batch import ModelOutput
+from specserve.batch import ModelOutput, joined
 from specserve.cache.manager import KVCacheManager
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
@@ -26,12 +26,13 @@ from specserve.engine.metrics import EngineInfo, EngineStats, StepTimes
 from specserve.engine.snapshot import take_snapshot
 from specserve.models.fields import ModelError
 from specserve.models.loader import load_model
+from specserve.models.model import Model
 from specserve.models.shape import ModelShape
 from specserve.runner.runner import Runner
 from specserve.runner.warmup import NUM_PASSES, warmup_rounds
 from specserve.sampling import Sampler
 from specserve.schedule.cost import PassCosts
-from specserve.schedule.policy import FixedPolicy
+from specserve.schedule.policy import FixedPolicy, MeasuredPolicy, Policy
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.selection import worthwhile
 from specserve.step import Ending, StepPlan, Verdict
@@ -91,6 +92,8 @@ class Engine:
             config.schedule.max_num_seqs,
             platform.device,
         )
+        wanted = {tap for drafter in self._drafters.values() for tap in drafter.needs_taps}
+        self._taps = tuple(sorted(wanted))
         self._costs: PassCosts | None = None  # not measured: every drafted node is verified
         self._start_over(num_blocks)
         on_stage(f"making room for {self.kv.num_slots} tokens")
@@ -101,13 +104,14 @@ class Engine:
             config.cache.block_size,
             platform.device,
             max(1, *(drafter.needs_topk for drafter in self._drafters.values())),
+            taps=self._taps,
         )
         sampler = Sampler(platform.kernels, platform.device)
         self.verifier = Verifier(
             sampler, self.shape.eos_token_ids, self.shape.vocab_size, tokenizer
         )
         on_stage("loading the drafters")
-        self._bind(draft_specs, sampler)
+        self._bind(draft_specs, sampler, model)
         self.limits = Limits(
             vocab_size=self.shape.vocab_size,
             max_model_len=self.max_model_len,
@@ -192,6 +196,7 @@ class Engine:
             with times.commit:
                 self._commit_kv(plan, verdicts)
             with times.draft:
+                self._policy.settle(trees, verdicts, times.draft.last)
                 self.drafter.observe(Feedback(plan.entries, trees, verdicts, out))
             with times.commit:
                 outputs += self.scheduler.commit(plan, trees, verdicts)
@@ -199,6 +204,7 @@ class Engine:
         for output in outputs:
             if output.finish is not None:
                 self.verifier.forget(output.id)
+                self._policy.forget(output.id)
                 self._ids.discard(output.id)
         if not self.scheduler.has_work:
             self.check_integrity()
@@ -253,15 +259,15 @@ class Engine:
         except Exception:
             logger.exception("a pass over %d requests failed; isolating", len(plan.entries))
             survivors = []
-            logits = [torch.empty(0, self.shape.vocab_size, device=self.platform.device)]
+            outs = [ModelOutput(torch.empty(0, self.shape.vocab_size, device=self.platform.device))]
             for entry in plan.entries:
                 try:
-                    logits.append(self.runner.forward([entry], trees).logits)
+                    outs.append(self.runner.forward([entry], trees))
                     survivors.append(entry)
                 except Exception as error:
                     reason = f"the model failed on this request: {type(error).__name__}: {error}"
                     outputs.append(self.scheduler.finish(entry.seq.id, Ending("error"), reason))
-            plan, out = StepPlan(tuple(survivors)), ModelOutput(torch.cat(logits))
+            plan, out = StepPlan(tuple(survivors)), joined(outs)
         return plan, out
 
     def _verify(
@@ -301,12 +307,14 @@ class Engine:
             num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching
         )
         self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size)
-        self.scheduler = Scheduler(
-            self.kv, FixedPolicy(config.draft.max_nodes), config.schedule, self.drafter.forget
-        )
+        most = config.draft.max_nodes
+        self._policy: Policy = FixedPolicy(most)
+        if self._costs is not None:
+            self._policy = MeasuredPolicy(most, self._costs)
+        self.scheduler = Scheduler(self.kv, self._policy, config.schedule, self.drafter.forget)
         self._times = StepTimes()
 
-    def _bind(self, specs: dict[str, KVSpec | None], sampler: Sampler) -> None:
+    def _bind(self, specs: dict[str, KVSpec | None], sampler: Sampler, model: Model) -> None:
         for source, (name, drafter) in enumerate(self._drafters.items(), start=1):
             spec = specs[name]
             drafter.bind(
@@ -322,6 +330,10 @@ class Engine:
                     sampling_state=self.verifier.state,
                     storage=None if spec is None else self._storage(spec),
                     source=source,
+                    taps=self._taps,
+                    embed=model.embed,
+                    final_norm=model.final_norm,
+                    unembed=model.unembed,
                 )
             )
 

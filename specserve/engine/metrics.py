@@ -104,13 +104,15 @@ class Stopwatch:
     """Seconds spent inside `with`, added up."""
 
     seconds: float = 0.0
+    last: float = 0.0  # the latest `with` alone
     _started: float = 0.0
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self.last = time.perf_counter() - self._started
+        self.seconds += self.last
 
 
 @dataclass(slots=True)

@@ -172,6 +172,21 @@ class LlamaModel:
         padded = pad_rows(x, self.row_multiple)
         return self.head(self.norm(padded))[: x.shape[0]].float()
 
+    @torch.inference_mode()
+    def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size]
+        """See `Model`."""
+        return F.embedding(ids, self.embed_tokens)
+
+    @torch.inference_mode()
+    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size], same shape back
+        """See `Model`."""
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
+        """See `Model`."""
+        return F.linear(x, self.head.weight).float()
+
     def freeze(self) -> None:
         """Call once when the weights are in: in exact mode, find the fast row tiles."""
         if self.exact:

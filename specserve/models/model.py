@@ -50,3 +50,13 @@ class Model(Protocol):
     def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
         """Final norm and head over residual rows, any number of them."""
         ...
+
+    def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size]
+        ...
+
+    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size], same shape back
+        ...
+
+    def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
+        """The head alone, over rows that are normed already or need not be; never exact."""
+        ...

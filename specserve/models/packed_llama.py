@@ -7,6 +7,7 @@ and V have the model's dtype. A row's result never depends on the other rows.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.batch import ForwardBatch, ModelOutput
@@ -16,7 +17,7 @@ from specserve.models.rope import rotary_table
 from specserve.models.shape import ModelShape
 from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, PackedLinear
 from specserve_kernels.ops import Kernels
-from specserve_kernels.packing import PackedWeight
+from specserve_kernels.packing import PackedWeight, unpack_rows
 
 Pack = Callable[[str], PackedWeight]  # from a tensor's name in the checkpoint
 
@@ -57,6 +58,7 @@ class PackedLlama:
         )
         self.num_bytes = weights.num_bytes
         assert kernels.packed_decoder is not None, f"{kernels.name} has no packed weights"
+        self._embed, self._norm = embed, weights.norm
         self._decoder = kernels.packed_decoder(weights)
 
     @property
@@ -96,6 +98,18 @@ class PackedLlama:
     def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
         """Final norm and head over residual rows, any number of them."""
         return self._decoder.head(x)
+
+    def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size] float32
+        """See `Model`."""
+        return unpack_rows(self._embed, ids)
+
+    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32, same shape back
+        """See `Model`."""
+        return F.rms_norm(x, self._norm.shape, self._norm, self.shape.rms_norm_eps)
+
+    def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32 -> [n, vocab_size] float32
+        """See `Model`."""
+        return self._decoder.unembed(x)
 
 
 class _Reader:

@@ -5,7 +5,7 @@ checkpoint that was built describes bytes that are all there.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,22 @@ from specserve_kernels.packing import PackedWeight
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+INTEGERS: Mapping[str, int] = {"I64": 8, "I32": 4, "BOOL": 1}  # and the bytes of one
 
 
 class SafetensorsCheckpoint:
     """A `Checkpoint` of one file, or of the files that an index lists.
 
-    Raises `ModelError` for files that are missing, cut short, overlapping or not safetensors.
+    Tensors are floats, or of the dtypes in `also`. Raises `ModelError` for files that are missing,
+    cut short, overlapping or not safetensors.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, also: Mapping[str, int] | None = None) -> None:
         self.entries: dict[str, TensorEntry] = {}
         self.quantized = False
         self._open: dict[Path, Any] = {}
         for file in _files(path):
-            for name, entry in _read_entries(file):
+            for name, entry in _read_entries(file, {**_ITEM_BYTES, **(also or {})}):
                 if name in self.entries:
                     raise ModelError(f"{file}: {name} is also in {self.entries[name].file.name}")
                 self.entries[name] = entry
@@ -73,7 +75,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read_entries(file: Path) -> Iterator[tuple[str, TensorEntry]]:
+def _read_entries(file: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, TensorEntry]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
@@ -89,22 +91,24 @@ def _read_entries(file: Path) -> Iterator[tuple[str, TensorEntry]]:
         headers = msgspec.convert(parsed, dict[str, _Header])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{file}: not a safetensors header ({error})") from None
-    _check_layout(file, headers, size - 8 - header_size)
+    _check_layout(file, headers, size - 8 - header_size, sizes)
     for name, header in headers.items():
         yield name, TensorEntry(file, header.dtype, header.shape)
 
 
-def _check_layout(file: Path, headers: dict[str, _Header], num_bytes: int) -> None:
+def _check_layout(
+    file: Path, headers: dict[str, _Header], num_bytes: int, sizes: Mapping[str, int]
+) -> None:
     """The tensors must follow one another from 0 to the end of the file, each of its own size."""
     end = 0
     for name, header in sorted(headers.items(), key=lambda item: item[1].data_offsets):
-        if header.dtype not in _ITEM_BYTES:
+        if header.dtype not in sizes:
             raise ModelError(
-                f"{file}: {name} has dtype {header.dtype}; supported: {', '.join(_ITEM_BYTES)}; "
+                f"{file}: {name} has dtype {header.dtype}; supported: {', '.join(sizes)}; "
                 f"use the checkpoint that is not quantised"
             )
         first, last = header.data_offsets
-        expected = math.prod(header.shape) * _ITEM_BYTES[header.dtype]
+        expected = math.prod(header.shape) * sizes[header.dtype]
         if first != end or last - first != expected or min(header.shape, default=0) < 0:
             raise ModelError(
                 f"{file}: {name} {list(header.shape)} {header.dtype} lies at bytes {first} to "

@@ -1,6 +1,7 @@
 """One target pass: entries and trees in, logits out. The only place that runs the target model."""
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 
@@ -19,15 +20,21 @@ class Runner:
         block_size: int,
         device: torch.device,
         num_top: int = 1,
+        taps: tuple[int, ...] = (),
     ) -> None:
         self._model = model
         self._storage = storage
         self._block_size = block_size
         self._device = device
         self._num_top = num_top  # best tokens of a row that are wanted, where they cost nothing
+        self._taps = taps  # layers whose input the drafters want, see `Model`
 
     def forward(self, entries: Seq[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
-        """Prompt chunks and all trees together. One logits row per tree node, in entry order."""
+        """Prompt chunks and all trees together. One logits row per tree node, in entry order; one
+        row of taps per row of the pass, padding left out."""
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
-        return self._model(batch, self._storage, num_top=self._num_top)
+        out = self._model(batch, self._storage, taps=self._taps, num_top=self._num_top)
+        if out.taps is None:
+            return out
+        return replace(out, taps=out.taps[: batch.segments.cu_rows[-1]])

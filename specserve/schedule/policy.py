@@ -1,9 +1,18 @@
 """How many tree nodes each sequence may verify in this step. Host only."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
+from specserve.schedule.cost import PassCosts
 from specserve.sequence import Sequence
+from specserve.step import Verdict
+from specserve.tree import DraftTree
+
+_MEMORY: Final = 8.0  # passes of a sequence that its gain is a mean of
+_LONG_MEMORY: Final = 64.0  # passes that what all have in common is a mean of
+_PAUSES: Final = (8, 64)  # passes without a draft: the first time, and at most
 
 
 class Policy(Protocol):
@@ -13,6 +22,14 @@ class Policy(Protocol):
         The roots are paid for; `spare_rows` is what all other nodes may take together.
         """
         ...
+
+    def settle(
+        self, trees: Mapping[str, DraftTree], verdicts: Mapping[str, Verdict], seconds: float
+    ) -> None:
+        """What came of a pass whose trees took so long to draft; both by sequence id."""
+        ...
+
+    def forget(self, seq_id: str) -> None: ...
 
 
 class FixedPolicy:
@@ -24,6 +41,87 @@ class FixedPolicy:
     def budgets(self, seqs: Seq[Sequence], spare_rows: int) -> list[int]:
         share = spare_rows // len(seqs) if seqs else 0
         return [1 + min(self._max_nodes - 1, share, useful_nodes(seq)) for seq in seqs]
+
+    def settle(
+        self, trees: Mapping[str, DraftTree], verdicts: Mapping[str, Verdict], seconds: float
+    ) -> None:
+        pass
+
+    def forget(self, seq_id: str) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class _Record:
+    """Of one sequence."""
+
+    gain: float  # tokens a pass that its drafts brought, less what its nodes cost
+    pause: int = 0  # passes until it is tried again
+    next_pause: int = _PAUSES[0]
+
+
+class MeasuredPolicy:
+    """The same budget, but only for sequences that are worth the drafters' time.
+
+    That time is gone before anyone sees a proposal, so the proposals before decide: a sequence to
+    which they brought less than what the batch would have emitted meanwhile is left out, and
+    tried again after a pause that doubles.
+    """
+
+    def __init__(self, max_nodes: int, costs: PassCosts) -> None:
+        self._equal = FixedPolicy(max_nodes)
+        self._costs = costs
+        self._records: dict[str, _Record] = {}
+        self._gain = 1.0  # of all sequences; to begin with, any
+        self._seconds = 0.0  # of drafting for one sequence
+        self._asked: set[str] = set()  # in this step
+
+    def budgets(self, seqs: Seq[Sequence], spare_rows: int) -> list[int]:
+        budgets = self._equal.budgets(seqs, spare_rows)
+        if not seqs:
+            return budgets
+        meanwhile = self._seconds * len(seqs) / self._costs.seconds(len(seqs), len(seqs))[0]
+        chosen = [
+            budget if budget > 1 and self._is_worth(seq.id, meanwhile) else 1
+            for seq, budget in zip(seqs, budgets, strict=True)
+        ]
+        self._asked = {seq.id for seq, budget in zip(seqs, chosen, strict=True) if budget > 1}
+        return chosen
+
+    def settle(
+        self, trees: Mapping[str, DraftTree], verdicts: Mapping[str, Verdict], seconds: float
+    ) -> None:
+        asked = [seq_id for seq_id in self._asked if seq_id in verdicts]
+        if not asked:
+            return
+        self._seconds += (seconds / len(asked) - self._seconds) / (
+            _MEMORY if self._seconds else 1.0
+        )
+        num_nodes = sum(len(tree) for tree in trees.values()) - len(trees)
+        costs = self._costs.seconds(len(trees), len(trees) + num_nodes)
+        price = (costs[-1] / costs[0] - 1.0) * len(trees) / max(num_nodes, 1)  # tokens a node
+        for seq_id in asked:
+            gain = verdicts[seq_id].num_accepted - price * (len(trees[seq_id]) - 1)
+            record = self._records.setdefault(seq_id, _Record(self._gain))
+            record.gain += (gain - record.gain) / _MEMORY
+            self._gain += (gain - self._gain) / _LONG_MEMORY
+
+    def forget(self, seq_id: str) -> None:
+        self._records.pop(seq_id, None)
+
+    def _is_worth(self, seq_id: str, meanwhile: float) -> bool:
+        """`meanwhile`: tokens the batch emits in the time of drafting for one sequence."""
+        record = self._records.get(seq_id)
+        if record is None or record.gain >= meanwhile:
+            if record is not None:
+                record.pause, record.next_pause = 0, _PAUSES[0]
+            return True
+        if record.pause == 0:
+            record.pause = record.next_pause
+            record.next_pause = min(2 * record.next_pause, _PAUSES[1])
+            return True
+        record.pause -= 1
+        return False
 
 
 def useful_nodes(seq: Sequence) -> int:

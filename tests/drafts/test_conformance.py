@@ -41,7 +41,7 @@ NAMES = sorted(BUILTIN)
 PAIRS = list(combinations([name for name in NAMES if name != "none"], 2))
 
 
-def specs(name: str, tiny_model: Path, tiny_draft: Path) -> list[str]:
+def specs(name: str, tiny_model: Path, tiny_draft: Path, tiny_heads: list[Path]) -> list[str]:
     """`--draft` values that exercise a drafter: good and bad checkpoints where it takes one."""
     builders = {
         "none": ["none"],
@@ -49,13 +49,16 @@ def specs(name: str, tiny_model: Path, tiny_draft: Path) -> list[str]:
         "recycle": ["recycle"],
         "suffix": ["suffix"],
         "draft_lm": [str(tiny_draft), str(tiny_model)],
+        "eagle": [str(head) for head in tiny_heads],
     }
     return builders[name]
 
 
 @pytest.fixture(params=NAMES)
-def drafts(request: pytest.FixtureRequest, tiny_model: Path, tiny_draft: Path) -> list[str]:
-    return specs(request.param, tiny_model, tiny_draft)
+def drafts(
+    request: pytest.FixtureRequest, tiny_model: Path, tiny_draft: Path, tiny_heads: list[Path]
+) -> list[str]:
+    return specs(request.param, tiny_model, tiny_draft, tiny_heads)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -82,11 +85,12 @@ def test_output_equals_plain_decoding_composed(
     setting: str,
     tiny_model: Path,
     tiny_draft: Path,
+    tiny_heads: list[Path],
     make_engine: EngineFactory,
 ) -> None:
     params = SETTINGS[setting]
     plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
-    together = [specs(name, tiny_model, tiny_draft)[0] for name in pair]
+    together = [specs(name, tiny_model, tiny_draft, tiny_heads)[0] for name in pair]
     outputs = run(make_engine(together, max_nodes=12), PROMPTS, params)
     assert [ids(each) for each in outputs] == plain
 
@@ -225,6 +229,22 @@ def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFacto
     drafter.propose = broken  # type: ignore[method-assign]
     assert [ids(outputs) for outputs in run(engine, PROMPTS, params)] == plain
     assert engine.drafter.active == []
+
+
+def test_auto_stands_for_all_that_need_no_model(
+    tiny_model: Path, make_engine: EngineFactory
+) -> None:
+    together = ("recycle", "suffix", "ngram")
+    assert make_engine("auto").drafter.names == together
+    assert make_engine(["ngram", "auto", str(tiny_model)]).drafter.names == (
+        *("ngram", "recycle", "suffix"),
+        tiny_model.name,
+    )
+    params = SETTINGS["everything"]
+    plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
+    assert [ids(outputs) for outputs in run(make_engine("auto"), PROMPTS, params)] == plain
+    with pytest.raises(DraftError, match="did you mean 'auto'"):
+        load_drafter("autto")
 
 
 def test_what_clients_call_a_drafter() -> None:

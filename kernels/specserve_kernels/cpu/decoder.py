@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specserve_kernels.cpu.linear import packed_linear
 from specserve_kernels.cpu.native import num_threads
 from specserve_kernels.decoder import (
     MAX_TOP,
@@ -179,6 +180,12 @@ class CpuDecoder:
             ctypes.byref(self._decoder), ctypes.byref(head), residual.data_ptr(), num_threads()
         )
         return logits
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """See `PackedDecoder.unembed`."""
+        head = self._weights.head
+        logits = packed_linear(self._library, x.contiguous(), head.weight)
+        return logits if head.bias is None else logits + head.bias
 
     def _head(self, rows: Tensor, num_top: int) -> tuple[Tensor, Tensor, _Head]:
         """Logits, the best of them, and the structure that tells where both go."""

@@ -51,7 +51,11 @@ class TorchDecoder:
 
     def head(self, x: Tensor) -> Tensor:
         """See `PackedDecoder.head`."""
-        return _linear(self._weights.head, self._norm(x, self._weights.norm))
+        return self.unembed(self._norm(x, self._weights.norm))
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """See `PackedDecoder.unembed`."""
+        return _linear(self._weights.head, x)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self._weights.rms_norm_eps)

@@ -1,0 +1,248 @@
+"""A head over the target's own layers drafts a dynamic tree (EAGLE, Li et al. 2024 and 2025).
+
+A published head of EAGLE-1, 2, 3 or 3.1 (`formats`) runs over pairs of the target's row and the
+token after it (`pairs`). What a pass verified is taken in with the target's true rows; from there
+the head goes on with its own output. The tree grows best-first over path scores, EAGLE-2's dynamic
+tree (arXiv 2406.16858, section 4) cut to the budget as it grows. Candidates are ranked by log q at
+temperature 0, else by log q / T + g with the noise of the target.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from specserve.cache.storage import KVSpec
+from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.models.fields import ModelError
+from specserve.models.shape import ModelShape
+from specserve.sequence import Sequence
+from specserve.step import Entry
+from specserve.tree import MAX_NODES, WORD, DraftTree, root_tree
+from specserve_drafts.formats import read_head
+from specserve_drafts.growth import Growth, rank, take
+from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.pairs import BlockContents, Track
+
+_MAX_WAITING = 32  # pairs of a sequence that may wait for the next proposal
+_MAX_ROWS = 512  # of one pass over waiting pairs
+
+
+class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
+    branching: int = 4  # candidates kept per node; 1 drafts a chain
+    beam: int = 2  # nodes looked at per draft pass
+    max_depth: int = 8
+    draft_vocab: int | None = None  # rows of the head to keep, the first ones
+    taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
+
+
+@dataclass(slots=True)
+class _Draft:
+    """One tree while it grows."""
+
+    growth: Growth
+    track: Track
+    lane: npt.NDArray[np.int64]  # slots of the pairs before the root, and of the nodes
+    rows: list[Tensor] = field(default_factory=list)  # each [hidden_size], out of the nodes so far
+
+    def fresh(self) -> HeadRows:
+        growth, root = self.growth, self.growth.seq.num_tokens - 1
+        depths = np.array([node.depth for node in growth.fresh], np.int64)
+        return HeadRows(
+            self.lane,
+            self.track.count(root),
+            growth.num_done,
+            [node.token for node in growth.fresh],
+            root - 1 + depths,
+            np.array([node.word for node in growth.fresh], WORD),
+        )
+
+    def inputs(self) -> list[Tensor]:
+        """A row [hidden_size] for every fresh node: what its parent gave."""
+        assert self.track.row is not None
+        return [
+            self.track.row if node.parent < 0 else self.rows[node.parent]
+            for node in self.growth.fresh
+        ]
+
+
+class EagleDrafter:
+    Options: ClassVar[type[DraftOptions]] = EagleOptions
+    needs_topk = 0
+
+    def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
+        assert isinstance(options, EagleOptions)
+        if path is None:
+            raise DraftError("draft: 'eagle' needs a checkpoint; give its directory or alias")
+        for name in ("branching", "beam", "max_depth"):
+            if not 1 <= (value := getattr(options, name)) <= MAX_NODES:
+                raise DraftError(
+                    f"draft.options.eagle.{name}: {value} is out of range; "
+                    f"expected 1 to {MAX_NODES}"
+                )
+        try:
+            shape = ModelShape.from_dir(target)
+        except ModelError as error:
+            raise DraftError(f"draft: {error}") from error
+        self._options = options
+        self._file = read_head(path, shape, taps=options.taps, draft_vocab=options.draft_vocab)
+        self._num_positions = max(
+            shape.max_position_embeddings, self._file.shape.max_position_embeddings
+        )
+        self.needs_taps: tuple[int, ...] = tuple(sorted(set(self._file.shape.taps)))
+        self._tracks: dict[str, Track] = {}  # by sequence id
+
+    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
+        return head_kv_spec(self._file.shape, dtype)
+
+    def bind(self, context: DraftContext) -> None:
+        assert context.storage is not None
+        self._context, self._storage = context, context.storage
+        sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
+        self.head = DraftHead(
+            self._file,
+            context.kernels,
+            dtype=sample.dtype,
+            device=context.device,
+            num_positions=self._num_positions,
+            embed=context.embed,
+            final_norm=context.final_norm,
+            unembed=context.unembed,
+        )
+        ids = self._file.token_ids
+        self._token_ids = None if ids is None else ids.to(context.device)
+        size = self._file.shape.target_hidden_size
+        places = [context.taps.index(tap) for tap in self._file.shape.taps]
+        self._columns = [slice(place * size, (place + 1) * size) for place in places]
+        num_blocks = self._storage.data.shape[2] // context.block_size
+        hidden_size = self._file.shape.hidden_size
+        self._contents = BlockContents(num_blocks, context.block_size, hidden_size, sample)
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        drafts = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+        ready = [draft for draft in drafts if draft is not None]
+        chains = [chain for draft in ready for chain in draft.track.waiting(draft.lane)]
+        rows = [row for draft in ready for row in draft.track.rows]
+        while growing := [d for d in ready if d.growth.num_done < len(d.growth.nodes)]:
+            fresh = [row for draft in growing for row in draft.inputs()]
+            out = self._forward(
+                chains + [draft.fresh() for draft in growing],
+                torch.cat([*rows, torch.stack(fresh)]),
+            )[-len(fresh) :]
+            chains, rows = [], []
+            self._rank([draft.growth for draft in growing], self.head.logits(out))
+            done = iter(out.unbind())
+            for draft in growing:
+                draft.rows += [next(done) for _ in draft.growth.fresh]
+                draft.growth.pick(self._options.beam, self._options.max_depth)
+        for draft in ready:
+            draft.track.settle(1)  # the root's pair was with the target's own row
+        source = self._context.source
+        return [
+            root_tree(seq.tokens[-1]) if draft is None else draft.growth.tree(source)
+            for seq, draft in zip(seqs, drafts, strict=True)
+        ]
+
+    def observe(self, feedback: Feedback) -> None:
+        """Take in the rows of everything that was committed; long stretches at once, the rest with
+        the next proposal."""
+        taps = feedback.output.taps
+        if taps is None:
+            return  # what is missed becomes a hole
+        settled, places, first = [], [], 0
+        for entry in feedback.entries:
+            part = _settled(entry, feedback, first)
+            first += part.num_rows
+            settled.append(part)
+            places += part.places
+        if not places:
+            return
+        chosen = taps[torch.tensor(places, device=taps.device)]
+        rows = self.head.fuse(torch.cat([chosen[:, columns] for columns in self._columns], dim=-1))
+        pieces = torch.split(rows, [len(part.places) for part in settled])
+        for part, piece in zip(settled, pieces, strict=True):
+            if part.places:
+                self._follow(part, piece)
+        self._catch_up([part.seq for part in settled])
+
+    def forget(self, seq_id: str) -> None:
+        self._tracks.pop(seq_id, None)
+
+    def _begin(self, seq: Sequence, budget: int) -> _Draft | None:
+        """None where the row before the root is not known: the target has yet to compute it."""
+        track = self._tracks.get(seq.id)
+        root = seq.num_tokens - 1
+        if track is None or track.row is None or track.num_seen != root:
+            return None
+        self._contents.name(track, seq.table)
+        growth = Growth(seq, self._context.sampling_state(seq), budget)
+        return _Draft(growth, track, track.lane(seq.table, root + max(budget - 1, 1)))
+
+    def _follow(self, part: "_Settled", rows: Tensor) -> None:
+        seq = part.seq
+        track = self._tracks.get(seq.id)
+        if track is None or track.num_seen != part.start:
+            track = self._tracks[seq.id] = self._contents.begin(seq.table, part.start)
+        self._contents.name(track, seq.table)
+        self._contents.write(seq.table, part.start, rows)
+        track.extend(part.tokens, rows)
+
+    def _catch_up(self, seqs: Seq[Sequence]) -> None:
+        for seq in seqs:
+            track = self._tracks.get(seq.id)
+            if track is None or len(track.tokens) < _MAX_WAITING:
+                continue
+            chains = list(track.waiting(track.lane(seq.table, track.num_seen)))
+            rows = torch.cat(track.rows)
+            per_pass = _MAX_ROWS // MAX_NODES
+            for index in range(0, len(chains), per_pass):
+                first = index * MAX_NODES
+                self._forward(chains[index : index + per_pass], rows[first : first + _MAX_ROWS])
+            track.settle()
+
+    def _forward(self, parts: Seq[HeadRows], rows: Tensor) -> Tensor:
+        """rows: [num_rows, hidden_size], and so is the result."""
+        return self.head(lay_out(parts, self._context.device), rows, self._storage)
+
+    def _rank(self, growing: Seq[Growth], logits: Tensor) -> None:
+        """logits: [num_fresh, draft_vocab_size]."""
+        branching, ids = min(self._options.branching, logits.shape[1]), self._token_ids
+        if all(growth.state.takes_best for growth in growing):
+            best = logits.log_softmax(-1).topk(branching)
+            take(growing, best.indices if ids is None else ids[best.indices], best.values)
+            return
+        if ids is not None or logits.shape[1] < self._context.vocab_size:
+            whole = logits.new_full((len(logits), self._context.vocab_size), -torch.inf)
+            whole[:, slice(logits.shape[1]) if ids is None else ids] = logits
+            logits = whole
+        rank(growing, logits, self._context.sampler, branching)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settled:
+    """What a pass has committed of one sequence."""
+
+    seq: Sequence
+    start: int  # position of the first token
+    tokens: list[int]
+    places: list[int]  # [len(tokens)] rows of the pass
+    num_rows: int  # of the sequence in the pass
+
+
+def _settled(entry: Entry, feedback: Feedback, first: int) -> _Settled:
+    """`first`: the entry's first row; chains come before trees, as `plan_segments` has them."""
+    seq, num_chain = entry.seq, entry.num_chain
+    places = list(range(first, first + num_chain))
+    if not entry.num_nodes:
+        start = seq.num_committed - num_chain
+        return _Settled(seq, start, seq.tokens[start : start + num_chain], places, num_chain)
+    tree, path = feedback.trees[seq.id], feedback.verdicts[seq.id].path
+    start = seq.num_tokens - 1 - num_chain
+    tokens = seq.tokens[start : start + num_chain] + tree.tokens[list(path)].tolist()
+    places += [first + num_chain + node for node in path]
+    return _Settled(seq, start, tokens, places, num_chain + len(tree))

@@ -1,0 +1,289 @@
+"""EAGLE checkpoints as they are published, read into one shape and one set of tensor names.
+
+Owns who calls what by which name: EAGLE-1 and 2 (Li et al. 2024, arXiv 2401.15077 and 2406.16858),
+EAGLE-3 (Li et al. 2025, arXiv 2503.01840) as its authors, SpecForge and vllm-project/speculators
+write it, and EAGLE-3.1 (arXiv 2605.09992). A tap is "the residual stream entering layer i" here,
+whatever the file means by i. Safetensors only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from specserve.drafting.base import DraftError
+from specserve.models.checkpoint import read_checkpoint
+from specserve.models.fields import Fields, ModelError, read_json
+from specserve.models.rope import read_rope
+from specserve.models.safetensors_checkpoint import (
+    INDEX,
+    INTEGERS,
+    SINGLE_FILE,
+    SafetensorsCheckpoint,
+)
+from specserve.models.shape import ModelShape
+from specserve_drafts.head_shape import HeadShape, tensor_sizes
+
+_DEFAULT_CONTEXT: Final = 2048
+# Of the target, of training, or computed here.
+_IGNORED: Final = {"d2t", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
+_MADE_FOR: Final = "use the draft that was made for this target"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFile:
+    """A checkpoint that fits its target; no weights are read yet."""
+
+    shape: HeadShape
+    token_ids: Tensor | None  # [draft_vocab_size] int64, what each row is to the target; None: same
+    _checkpoint: SafetensorsCheckpoint
+    _names: Mapping[str, str]  # ours -> the file's
+
+    def tensor(self, name: str) -> Tensor:
+        """By our name, as it is stored; the head only as far as its vocabulary is used."""
+        tensor = self._checkpoint.floats(self._names[name])
+        return tensor[: self.shape.draft_vocab_size] if name == "lm_head.weight" else tensor
+
+
+def read_head(
+    path: Path,
+    target: ModelShape,
+    *,
+    taps: tuple[int, ...] | None = None,
+    draft_vocab: int | None = None,
+) -> HeadFile:
+    """The head in the directory `path`, checked against its target.
+
+    `taps` overrides the layers that the file names. `draft_vocab` keeps the first rows of the head:
+    a BPE vocabulary begins with the tokens it merged first, the frequent ones. Raises DraftError
+    naming the field, its value and the fix.
+    """
+    try:
+        config = Fields(read_json(path / "config.json"), str(path / "config.json"))
+        if not ((path / SINGLE_FILE).is_file() or (path / INDEX).is_file()):
+            read_checkpoint(path)  # says what is wrong with what is there
+            raise ModelError(f"{path}: the weights of a draft head must be safetensors")
+        checkpoint = SafetensorsCheckpoint(path, INTEGERS)
+        names = {_our_name(name): name for name in checkpoint.entries}
+        sizes = {name: checkpoint.entries[theirs].shape for name, theirs in names.items()}
+        shape = _read_shape(config, sizes, target, taps)
+        _check_fit(config, shape, target, sizes["fc.weight"][1])
+        _check_tensors(path, shape, sizes)
+        token_ids = _token_ids(path, shape, checkpoint, names)
+        if draft_vocab is not None:
+            shape, token_ids = _cut(shape, token_ids, draft_vocab)
+    except ModelError as error:
+        raise DraftError(f"draft: {error}") from error
+    return HeadFile(shape, token_ids, checkpoint, names)
+
+
+def _our_name(name: str) -> str:
+    return name.removeprefix("model.").replace("midlayer.", "layers.0.")
+
+
+def _read_shape(
+    config: Fields,
+    sizes: Mapping[str, tuple[int, ...]],
+    target: ModelShape,
+    taps: tuple[int, ...] | None,
+) -> HeadShape:
+    speculators = config.has("speculators_model_type")
+    if speculators and config.values["speculators_model_type"] != "eagle3":
+        config.fail("speculators_model_type", "this is no EAGLE head; supported: eagle3")
+    layer = config.section("transformer_layer_config") if speculators else config
+    if layer.values.get("hidden_act", "silu") not in ("silu", "swish"):
+        layer.fail("hidden_act", "only silu is supported")
+    kind = _kind(config, sizes)
+    hidden_size = layer.integer("hidden_size")
+    target_size = config.integer("target_hidden_size", hidden_size)
+    num_heads = layer.integer("num_attention_heads")
+    attention = "layers.0.self_attn"
+    q_size = sizes.get(f"{attention}.q_proj.weight", (hidden_size,))[0]
+    max_positions = layer.integer("max_position_embeddings", _DEFAULT_CONTEXT)
+    vocab_size = layer.integer("vocab_size")
+    eagle = config.section("eagle_config")
+    shape = HeadShape(
+        kind=kind,
+        taps=taps or _taps(config, eagle, kind, target.num_layers),
+        hidden_size=hidden_size,
+        target_hidden_size=target_size,
+        intermediate_size=layer.integer("intermediate_size"),
+        num_layers=layer.integer("num_hidden_layers", 1),
+        num_heads=num_heads,
+        num_kv_heads=layer.integer("num_key_value_heads", num_heads),
+        head_dim=layer.integer("head_dim", max(1, q_size // num_heads)),
+        rms_norm_eps=layer.number("rms_norm_eps", 1e-6),
+        rope=read_rope(layer, max_positions),
+        max_position_embeddings=max_positions,
+        vocab_size=vocab_size,
+        draft_vocab_size=config.integer("draft_vocab_size", vocab_size),
+        fc_bias="fc.bias" in sizes,
+        qkv_bias=f"{attention}.q_proj.bias" in sizes,
+        o_bias=f"{attention}.o_proj.bias" in sizes,
+        mlp_bias="layers.0.mlp.gate_proj.bias" in sizes,
+        qk_norm=f"{attention}.q_norm.weight" in sizes or layer.values.get("model_type") == "qwen3",
+        tap_norm=_tap_norm(config, eagle, sizes),
+        # Files of speculators that do not say mean it.
+        norm_before_residual=_flag(config, eagle, "norm_before_residual", speculators),
+        norm_output=_flag(config, eagle, "norm_output", False),
+        logit_scale=layer.number("logit_scale", 1.0),
+        own_embedding="embed_tokens.weight" in sizes,
+        own_head="lm_head.weight" in sizes,
+    )
+    if shape.head_dim % 2:
+        layer.fail("head_dim", f"rotary positions need an even head size, got {shape.head_dim}")
+    if shape.num_heads % shape.num_kv_heads:
+        layer.fail("num_key_value_heads", f"must divide num_attention_heads ({shape.num_heads})")
+    return shape
+
+
+def _kind(config: Fields, sizes: Mapping[str, tuple[int, ...]]) -> Literal["eagle1", "eagle3"]:
+    if len(sizes.get("fc.weight", ())) != 2:
+        raise DraftError(
+            f"draft: {config.source}: the weights beside it have no fc.weight; this is no EAGLE "
+            "head that reads layers of its target; give the directory of one"
+        )
+    return "eagle3" if "layers.0.hidden_norm.weight" in sizes else "eagle1"
+
+
+def _taps(config: Fields, eagle: Fields, kind: str, num_layers: int) -> tuple[int, ...]:
+    """The layers entered. At the top of config.json (vLLM, speculators) ids mean just that; in
+    `eagle_config` (SGLang, SpecForge) the layer whose output is read, one less."""
+    name = "eagle_aux_hidden_state_layer_ids"
+    if kind == "eagle1":
+        return (num_layers,)
+    if not _flag(config, eagle, "use_aux_hidden_state", True):
+        eagle.fail("use_aux_hidden_state", "only heads over several layers are supported")
+    if config.has(name):
+        return _layer_ids(config, name)
+    if eagle.has(name):
+        return tuple(layer + 1 for layer in _layer_ids(eagle, name))
+    return (2, num_layers // 2, num_layers - 3)
+
+
+def _layer_ids(fields: Fields, name: str) -> tuple[int, ...]:
+    ids = fields.values[name]
+    if not isinstance(ids, list) or not ids or any(type(layer) is not int for layer in ids):
+        fields.fail(name, "expected a list of layers")
+    return tuple(ids)
+
+
+def _tap_norm(
+    config: Fields, eagle: Fields, sizes: Mapping[str, tuple[int, ...]]
+) -> Literal["none", "each", "joint"]:
+    each = _flag(config, eagle, "fc_norm", "fc_norm.0.weight" in sizes)
+    joint = _flag(config, eagle, "norm_before_fc", "input_norm.weight" in sizes)
+    if each and joint:
+        config.fail("fc_norm", "and norm_before_fc exclude each other; the checkpoint has one")
+    return "each" if each else "joint" if joint else "none"
+
+
+def _flag(config: Fields, eagle: Fields, name: str, default: bool) -> bool:
+    """Some publishers nest what others have at the top."""
+    return (eagle if eagle.has(name) else config).flag(name, default)
+
+
+def _check_fit(config: Fields, shape: HeadShape, target: ModelShape, fc_inputs: int) -> None:
+    """Raises DraftError unless the head can read what this target gives."""
+
+    def fail(field: str, value: object, reason: str, fix: str = _MADE_FOR) -> None:
+        raise DraftError(f"draft: {config.source}: {field} = {value}: {reason}; {fix}")
+
+    hidden = "target_hidden_size" if config.has("target_hidden_size") else "hidden_size"
+    if shape.target_hidden_size != target.hidden_size:
+        fail(hidden, shape.target_hidden_size, f"the target has {target.hidden_size}")
+    num_taps = 1 if shape.kind == "eagle1" else fc_inputs // shape.target_hidden_size
+    if len(shape.taps) != num_taps:
+        fail(
+            "taps (layers entered)",
+            list(shape.taps),
+            f"fc.weight takes {num_taps}",
+            f"set draft.options.eagle.taps to {num_taps} layers",
+        )
+    if shape.vocab_size != target.vocab_size:
+        fail("vocab_size", shape.vocab_size, f"the target has {target.vocab_size}")
+    if not 1 <= shape.draft_vocab_size <= shape.vocab_size:
+        fail("draft_vocab_size", shape.draft_vocab_size, f"expected 1 to {shape.vocab_size}")
+    if not all(0 <= tap <= target.num_layers for tap in shape.taps):
+        fail(
+            "taps (layers entered)",
+            list(shape.taps),
+            f"the target has layers 0 to {target.num_layers}",
+            f"{_MADE_FOR}, or set draft.options.eagle.taps",
+        )
+    if shape.hidden_size != target.hidden_size and not (shape.own_embedding and shape.own_head):
+        fail(
+            "hidden_size",
+            shape.hidden_size,
+            f"embedding and head of the target have {target.hidden_size}, and the weights lack "
+            "embed_tokens.weight or lm_head.weight of their own",
+        )
+    if not shape.own_head and shape.draft_vocab_size != shape.vocab_size:
+        fail("draft_vocab_size", shape.draft_vocab_size, "the weights have no lm_head.weight")
+
+
+def _check_tensors(path: Path, shape: HeadShape, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    wanted = tensor_sizes(shape)
+    found = {n for n in sizes if n not in _IGNORED and not n.endswith("rotary_emb.inv_freq")}
+    missing, unexpected = sorted(set(wanted) - found), sorted(found - set(wanted))
+    if missing or unexpected:
+        lists = [
+            f"{kind}: {', '.join(names)}"
+            for kind, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise DraftError(
+            f"draft: {path}: the weights do not fit config.json; {'; '.join(lists)}; fetch the "
+            "checkpoint again, or use one of a supported format (EAGLE-1, 2, 3, 3.1)"
+        )
+    for name, size in wanted.items():
+        if sizes[name] != size:
+            raise DraftError(
+                f"draft: {path}: {name} has shape {list(sizes[name])}; config.json and the target "
+                f"say {list(size)}; {_MADE_FOR}"
+            )
+
+
+def _token_ids(
+    path: Path, shape: HeadShape, checkpoint: SafetensorsCheckpoint, names: Mapping[str, str]
+) -> Tensor | None:
+    """`d2t` holds what to add to a row's number."""
+    if "d2t" not in names:
+        if shape.draft_vocab_size != shape.vocab_size:
+            raise DraftError(
+                f"draft: {path}: draft_vocab_size = {shape.draft_vocab_size}: the weights have no "
+                "d2t, which says what tokens these are; fetch the checkpoint again"
+            )
+        return None
+    offsets = checkpoint.floats(names["d2t"])
+    if offsets.shape != (shape.draft_vocab_size,):
+        raise DraftError(
+            f"draft: {path}: d2t has shape {list(offsets.shape)}; config.json says "
+            f"draft_vocab_size {shape.draft_vocab_size}; fetch the checkpoint again"
+        )
+    ids = offsets.long() + torch.arange(shape.draft_vocab_size)
+    outside = ids[(ids < 0) | (ids >= shape.vocab_size)]
+    if len(outside):
+        raise DraftError(
+            f"draft: {path}: d2t points to token {int(outside[0])}, outside the target's "
+            f"vocabulary of {shape.vocab_size}; {_MADE_FOR}"
+        )
+    if len(set(ids.tolist())) != len(ids):
+        raise DraftError(f"draft: {path}: d2t names a token twice; fetch the checkpoint again")
+    return ids
+
+
+def _cut(
+    shape: HeadShape, token_ids: Tensor | None, draft_vocab: int
+) -> tuple[HeadShape, Tensor | None]:
+    field = f"draft.options.eagle.draft_vocab: {draft_vocab}"
+    if not shape.own_head:
+        raise DraftError(f"{field}: this head is the target's and cannot be cut; leave it out")
+    if not 1 <= draft_vocab <= shape.draft_vocab_size:
+        raise DraftError(f"{field}; expected 1 to {shape.draft_vocab_size}, the rows of the head")
+    ids = None if token_ids is None else token_ids[:draft_vocab]
+    return replace(shape, draft_vocab_size=draft_vocab), ids

@@ -1,0 +1,102 @@
+"""Growing a draft tree best-first with a model: look at a few nodes, take in the successors it
+proposes, go on with the best of them.
+
+Knows the nodes and their scores; which model looks at them, and how, is the drafter's matter.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from specserve.sampling import Row, Sampler, SamplingState
+from specserve.sequence import Sequence
+from specserve.tree import DraftTree, build_tree
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    token: int
+    parent: int  # index among the evaluated nodes, -1 for the root
+    score: float
+    depth: int
+    word: int  # ancestors among the evaluated nodes
+
+
+class Growth:
+    """One tree while it grows: evaluated nodes, in cache order, and the candidates they brought."""
+
+    def __init__(self, seq: Sequence, state: SamplingState, budget: int) -> None:
+        self.seq, self.state, self.budget = seq, state, budget
+        self.nodes = [Node(seq.tokens[-1], -1, 1.0, 0, 1)]
+        self.pool: list[Node] = []  # not evaluated; `word` is the parent's
+        self.num_done = 0  # nodes whose KV and candidates are there
+
+    def pick(self, beam: int, max_depth: int) -> bool:
+        """Move the best candidates to the nodes of the next pass; False if there are none.
+
+        One node of the budget is left for a leaf: evaluating all would be evaluating in vain.
+        """
+        self.num_done = len(self.nodes)
+        room = min(beam, self.budget - 1 - len(self.nodes))
+        deep_enough = [node for node in self.pool if node.depth < max_depth]
+        for node in sorted(deep_enough, key=lambda node: -node.score)[: max(room, 0)]:
+            self.pool.remove(node)
+            self.nodes.append(replace(node, word=node.word | 1 << len(self.nodes)))
+        return len(self.nodes) > self.num_done
+
+    @property
+    def fresh(self) -> list[Node]:
+        """The nodes of the next pass."""
+        return self.nodes[self.num_done :]
+
+    def sampler_rows(self) -> list[Row]:
+        return [
+            Row(self.state, self.seq.num_tokens + node.depth, self._path(node))
+            for node in self.fresh
+        ]
+
+    def add_candidates(self, index: int, tokens: list[int], probabilities: list[float]) -> None:
+        """Successors of evaluated node `num_done + index`."""
+        parent = self.num_done + index
+        node = self.nodes[parent]
+        for token, probability in zip(tokens, probabilities, strict=True):
+            if probability > 0.0:
+                score = node.score * probability
+                self.pool.append(Node(token, parent, score, node.depth + 1, node.word))
+
+    def tree(self, source: int) -> DraftTree:
+        leaves = sorted(self.pool, key=lambda node: -node.score)[: self.budget - len(self.nodes)]
+        nodes = self.nodes + leaves
+        return build_tree(
+            [node.token for node in nodes],
+            [node.parent for node in nodes],
+            [node.score for node in nodes],
+            source,
+        )
+
+    def _path(self, node: Node) -> tuple[int, ...]:
+        tokens: list[int] = []
+        while node.parent >= 0:
+            tokens.append(node.token)
+            node = self.nodes[node.parent]
+        return tuple(reversed(tokens))
+
+
+def rank(growing: Seq[Growth], logits: Tensor, sampler: Sampler, branching: int) -> None:
+    """Candidates of the nodes just looked at, by log q + g with the target's own noise.
+
+    logits: [num_fresh, vocab_size of the target] float32, growth after growth.
+    """
+    rows = [row for growth in growing for row in growth.sampler_rows()]
+    perturbed = sampler.perturb(sampler.process(logits, rows), rows)
+    best = perturbed.log_softmax(-1).topk(branching)
+    take(growing, best.indices, best.values)
+
+
+def take(growing: Seq[Growth], tokens: Tensor, scores: Tensor) -> None:
+    """Candidates of the nodes just looked at: tokens and log probabilities, [num_fresh, n]."""
+    rows = zip(tokens.tolist(), scores.exp().tolist(), strict=True)
+    for growth in growing:
+        for index in range(len(growth.fresh)):
+            growth.add_candidates(index, *next(rows))

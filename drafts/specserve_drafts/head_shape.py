@@ -1,0 +1,99 @@
+"""What a draft head over the target's layers is made of: its shape, and its tensors' sizes.
+
+Knows no file; see `formats`, and `heads` for what the parts do.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+from specserve.models.rope import RopeShape
+
+
+class HeadShape(Struct, frozen=True):
+    """Taps of the target, made one row, and Llama layers over it and the next token's embedding.
+
+    `eagle1`: fc joins embedding and row, and the first layer has no norm before attention.
+    `eagle3`: fc makes the taps one row, and the first layer attends from embedding and row.
+    """
+
+    kind: Literal["eagle1", "eagle3"]
+    taps: tuple[int, ...]
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeShape
+    max_position_embeddings: int
+    vocab_size: int  # the target's
+    draft_vocab_size: int  # rows of the head
+    fc_bias: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tap_norm: Literal["none", "each", "joint"] = "none"  # before fc
+    norm_before_residual: bool = False  # the residual of the first layer is the normed row
+    norm_output: bool = False  # what is fed back is normed, as in EAGLE-3.1
+    logit_scale: float = 1.0
+    own_embedding: bool = False  # else the target's
+    own_head: bool = True
+
+    @property
+    def first_width(self) -> int:
+        """Inputs of the first layer's attention."""
+        return 2 * self.hidden_size if self.kind == "eagle3" else self.hidden_size
+
+
+def tensor_sizes(shape: HeadShape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of such a head, by our names."""
+    hidden, taps = shape.hidden_size, len(shape.taps)
+    fc_inputs = 2 * hidden if shape.kind == "eagle1" else taps * shape.target_hidden_size
+    sizes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, fc_inputs)}
+    if shape.fc_bias:
+        sizes["fc.bias"] = (hidden,)
+    if shape.kind == "eagle3":
+        sizes["norm.weight"] = (hidden,)
+    if shape.tap_norm == "each":
+        sizes |= {f"fc_norm.{i}.weight": (shape.target_hidden_size,) for i in range(taps)}
+    if shape.tap_norm == "joint":
+        sizes["input_norm.weight"] = (fc_inputs,)
+    if shape.own_embedding:
+        sizes["embed_tokens.weight"] = (shape.vocab_size, hidden)
+    if shape.own_head:
+        sizes["lm_head.weight"] = (shape.draft_vocab_size, hidden)
+    for index in range(shape.num_layers):
+        layer = _layer_sizes(shape, first=index == 0)
+        sizes |= {f"layers.{index}.{name}": size for name, size in layer.items()}
+    return sizes
+
+
+def _layer_sizes(shape: HeadShape, *, first: bool) -> dict[str, tuple[int, ...]]:
+    hidden, inner, dim = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    width = shape.first_width if first else hidden
+    q_size, kv_size = shape.num_heads * dim, shape.num_kv_heads * dim
+    linears = {
+        "self_attn.q_proj": (q_size, width, shape.qkv_bias),
+        "self_attn.k_proj": (kv_size, width, shape.qkv_bias),
+        "self_attn.v_proj": (kv_size, width, shape.qkv_bias),
+        "self_attn.o_proj": (hidden, q_size, shape.o_bias),
+        "mlp.gate_proj": (inner, hidden, shape.mlp_bias),
+        "mlp.up_proj": (inner, hidden, shape.mlp_bias),
+        "mlp.down_proj": (hidden, inner, shape.mlp_bias),
+    }
+    sizes: dict[str, tuple[int, ...]] = {"post_attention_layernorm.weight": (hidden,)}
+    for name, (outputs, inputs, bias) in linears.items():
+        sizes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            sizes[f"{name}.bias"] = (outputs,)
+    if shape.qk_norm:
+        sizes |= {"self_attn.q_norm.weight": (dim,), "self_attn.k_norm.weight": (dim,)}
+    if shape.kind == "eagle3" or not first:
+        sizes["input_layernorm.weight"] = (hidden,)
+    if shape.kind == "eagle3" and first:
+        sizes["hidden_norm.weight"] = (hidden,)
+    return sizes

@@ -1,0 +1,243 @@
+"""The forward pass of a draft head: (row of the target, next token) pairs to what may come next.
+
+A pair is one position: the target's fused taps of a token, and the token after it. Once past the
+tokens the target has seen, the head's own output stands in for the taps (Li et al. 2025, EAGLE-3,
+section 3; EAGLE-1 does the same with the target's last hidden state). Knows no sequences: rows
+carry their slots. Rows may be rounded differently in other passes; a draft need not be exact.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specserve.cache.storage import KVSpec, KVStorage
+from specserve.models.layers import Linear, RMSNorm, Rotary, rotate, swiglu
+from specserve_drafts.formats import HeadFile
+from specserve_drafts.head_shape import HeadShape
+from specserve_kernels.ops import Kernels, Plan, Segments
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRows:
+    """One segment of a pass. `lane` lists the slots of all pairs it may see, in order."""
+
+    lane: npt.NDArray[np.int64]  # the segment's own rows are lane[context_len + first_node:]
+    context_len: int  # pairs before the tree, or before the chain
+    first_node: int
+    tokens: Seq[int]
+    positions: npt.NDArray[np.int64]  # [n] RoPE positions
+    ancestors: npt.NDArray[np.uint64]  # [n]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadBatch:
+    input_ids: Tensor  # [num_rows] int64
+    positions: Tensor  # [num_rows] int64
+    slots: Tensor  # [num_rows] int64
+    segments: Segments
+
+
+def lay_out(rows: Seq[HeadRows], device: torch.device) -> HeadBatch:
+    """One pass. Lanes are block tables of blocks of one slot: pairs that do not exist leave no
+    gap that attention would have to skip."""
+    lengths = [len(part.tokens) for part in rows]
+    cu_rows = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(lengths, out=cu_rows[1:])
+    ends = [
+        part.context_len + part.first_node + length
+        for part, length in zip(rows, lengths, strict=True)
+    ]
+    tables = np.zeros((len(rows), max(ends)), np.int32)
+    slots = np.empty(cu_rows[-1], np.int64)
+    for index, (part, length, end) in enumerate(zip(rows, lengths, ends, strict=True)):
+        tables[index, :end] = part.lane[:end]
+        slots[cu_rows[index] : cu_rows[index + 1]] = part.lane[end - length : end]
+    ids = np.concatenate([np.asarray(part.tokens, np.int64) for part in rows])
+    return HeadBatch(
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(np.concatenate([part.positions for part in rows])).to(device),
+        torch.from_numpy(slots).to(device),
+        Segments(
+            cu_rows=cu_rows,
+            context_lens=np.array([part.context_len for part in rows], np.int32),
+            first_nodes=np.array([part.first_node for part in rows], np.int32),
+            ancestors=np.concatenate([part.ancestors for part in rows]),
+            block_tables=tables,
+            num_rows=int(cu_rows[-1]),
+            block_size=1,
+        ),
+    )
+
+
+def head_kv_spec(shape: HeadShape, dtype: torch.dtype) -> KVSpec:
+    return KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
+
+
+class DraftHead:
+    """One head, its weights read from `file` into `dtype`."""
+
+    def __init__(
+        self,
+        file: HeadFile,
+        kernels: Kernels,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_positions: int,
+        embed: Callable[[Tensor], Tensor],  # the target's, and so are the other two
+        final_norm: Callable[[Tensor], Tensor],
+        unembed: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.shape = shape = file.shape
+        self._kernels = kernels
+        self._dtype = dtype
+        self._embed, self._final_norm, self._unembed = embed, final_norm, unembed
+        weights = _Weights(file, dtype, device)
+        self._rotary = Rotary(shape.rope, shape.head_dim, num_positions, device)
+        if shape.own_embedding:
+            self._embedding = weights.tensor("embed_tokens.weight")
+        self._fc = weights.linear("fc", shape.fc_bias)
+        self._tap_norms: list[RMSNorm] = []
+        if shape.tap_norm == "each":
+            self._tap_norms = [weights.norm(f"fc_norm.{i}") for i in range(len(shape.taps))]
+        if shape.tap_norm == "joint":
+            self._tap_norms = [weights.norm("input_norm")]
+        self._layers = [
+            _Layer(shape, weights, f"layers.{index}", first=index == 0)
+            for index in range(shape.num_layers)
+        ]
+        self._norm = weights.norm("norm") if shape.kind == "eagle3" else None
+        self._head = weights.linear("lm_head", False) if shape.own_head else None
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        """[n, num_taps * target_hidden_size], as `shape.taps` -> rows [n, hidden_size]."""
+        shape = self.shape
+        if shape.kind == "eagle1":
+            return self._final_norm(taps).to(self._dtype)
+        parts = taps.to(self._dtype).chunk(max(1, len(self._tap_norms)), dim=-1)
+        normed = [norm(part) for norm, part in zip(self._tap_norms, parts, strict=False)]
+        return self._fc(torch.cat(normed, dim=-1) if normed else parts[0])
+
+    def __call__(
+        self,
+        batch: HeadBatch,
+        rows: Tensor,  # [num_rows, hidden_size], from `fuse` or from this
+        kv: KVStorage,
+    ) -> Tensor:
+        """Rows [num_rows, hidden_size] to go on with; writes the pairs' K and V to `kv`."""
+        shape = self.shape
+        embeds = (
+            F.embedding(batch.input_ids, self._embedding)
+            if shape.own_embedding
+            else self._embed(batch.input_ids).to(self._dtype)
+        )
+        x = rows
+        if shape.kind == "eagle1":
+            x = self._fc(torch.cat((embeds, rows), dim=-1))
+        plan = self._kernels.plan_attention(
+            batch.segments, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+        )
+        step = _Step(self._kernels, plan, self._rotary.angles(batch.positions), batch.slots)
+        for index, layer in enumerate(self._layers):
+            x = layer(x, embeds, kv.layer(index), step)
+        return self._norm(x) if self._norm is not None and shape.norm_output else x
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Of the token after each pair: [n, hidden_size] -> [n, draft_vocab_size] float32."""
+        if self._norm is not None and not self.shape.norm_output:
+            rows = self._norm(rows)
+        logits = self._unembed(rows) if self._head is None else self._head(rows).float()
+        return logits * self.shape.logit_scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What the layers of a pass share."""
+
+    kernels: Kernels
+    plan: Plan
+    angles: tuple[Tensor, Tensor]
+    slots: Tensor  # [num_rows] int64
+
+
+class _Weights:
+    """Tensors of a checkpoint on their device, as the parts that hold them."""
+
+    def __init__(self, file: HeadFile, dtype: torch.dtype, device: torch.device) -> None:
+        self._file, self._dtype, self._device = file, dtype, device
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.tensor(name).to(self._device, self._dtype).contiguous()
+
+    def linear(self, name: str, bias: bool) -> Linear:
+        return Linear(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None)
+
+    def fused(self, names: Seq[str], bias: bool) -> Linear:
+        """Maps of the same input as one."""
+        weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
+        return Linear(
+            weight, torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
+        )
+
+    def norm(self, name: str) -> RMSNorm:
+        weight = self._file.tensor(f"{name}.weight")
+        norm = RMSNorm(len(weight), self._file.shape.rms_norm_eps, self._device)
+        norm.weight = weight.to(self._device, torch.float32)
+        return norm
+
+
+class _Layer:
+    """A Llama layer. The first of EAGLE-3 attends from embedding and row side by side; the first of
+    EAGLE-1 has no norm before attention."""
+
+    def __init__(self, shape: HeadShape, weights: _Weights, prefix: str, *, first: bool) -> None:
+        self._shape = shape
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        projections = [f"{attention}.{kind}_proj" for kind in "qkv"]
+        self._qkv = weights.fused(projections, shape.qkv_bias)
+        self._out = weights.linear(f"{attention}.o_proj", shape.o_bias)
+        self._q_norm = weights.norm(f"{attention}.q_norm") if shape.qk_norm else None
+        self._k_norm = weights.norm(f"{attention}.k_norm") if shape.qk_norm else None
+        self._gate_up = weights.fused([f"{mlp}.gate_proj", f"{mlp}.up_proj"], shape.mlp_bias)
+        self._down = weights.linear(f"{mlp}.down_proj", shape.mlp_bias)
+        self._mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm")
+        self._input_norm = self._row_norm = None
+        if shape.kind == "eagle3" or not first:
+            self._input_norm = weights.norm(f"{prefix}.input_layernorm")
+        if shape.kind == "eagle3" and first:
+            self._row_norm = weights.norm(f"{prefix}.hidden_norm")
+
+    def __call__(
+        self, x: Tensor, embeds: Tensor, cache: tuple[Tensor, Tensor], step: _Step
+    ) -> Tensor:  # [num_rows, hidden_size], as are the first two
+        wide = x
+        if self._row_norm is not None and self._input_norm is not None:
+            normed = self._row_norm(x)
+            wide = torch.cat((self._input_norm(embeds), normed), dim=-1)
+            if self._shape.norm_before_residual:
+                x = normed
+        elif self._input_norm is not None:
+            wide = self._input_norm(x)
+        x = x + self._attend(wide, cache, step)
+        return x + self._down(swiglu(self._gate_up(self._mlp_norm(x))))
+
+    def _attend(self, x: Tensor, cache: tuple[Tensor, Tensor], step: _Step) -> Tensor:
+        shape = self._shape
+        heads = self._qkv(x).view(x.shape[0], -1, shape.head_dim)
+        sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
+        q, k, v = torch.split(heads, sizes, dim=1)
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = self._q_norm(q), self._k_norm(k)
+        q, k = rotate(q, step.angles), rotate(k, step.angles)
+        dtype = cache[0].dtype
+        step.kernels.kv_write(k.to(dtype), v.to(dtype), *cache, step.slots)
+        mixed = step.kernels.paged_tree_attention(
+            q.contiguous(), *cache, step.plan, scale=shape.head_dim**-0.5
+        )
+        return self._out(mixed.reshape(x.shape[0], -1))

@@ -1,0 +1,120 @@
+"""Which (row, next token) pairs of a sequence have draft KV, and what the next pair begins with.
+
+The pair of token i is the target's row of token i - 1 with token i, and lies in the slot of
+token i: so a block of the prefix cache depends on nothing after it. The first token has no pair,
+and neither have tokens whose rows nobody has seen: tokens of cached blocks that were filled before
+the draft was looking, and the one after them. Drafts are the worse for it, never wrong. Knows no
+head.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from specserve.cache.table import BlockTable
+from specserve.tree import MAX_NODES, WORD
+from specserve_drafts.heads import HeadRows
+
+_CHAIN_WORDS = np.array([(2 << i) - 1 for i in range(MAX_NODES)], WORD)
+
+
+@dataclass(slots=True)
+class Track:
+    """One sequence. Pairs [1, hole[0]) and [hole[1], num_done) are in the cache."""
+
+    hole: tuple[int, int]  # tokens without a pair, 1 <= hole[0] <= hole[1] <= num_done
+    num_done: int
+    num_seen: int  # tokens whose rows were seen; pairs num_done .. num_seen - 1 are waiting
+    row: Tensor | None = None  # [hidden_size], of token num_seen - 1
+    tokens: list[int] = field(default_factory=list)  # of the waiting pairs
+    rows: list[Tensor] = field(default_factory=list)  # each [n, hidden_size], of the tokens before
+    num_named: int = 0  # leading blocks that `BlockContents` has seen the names of
+
+    def extend(self, tokens: Seq[int], rows: Tensor) -> None:
+        """The target has computed the next tokens; rows: [len(tokens), hidden_size]."""
+        known = self.num_done - self.num_seen  # pairs that are there already, or never will be
+        before = rows[:-1] if self.row is None else torch.cat((self.row[None], rows[:-1]))
+        missing = len(tokens) - len(before)
+        start = max(known, missing, 0)
+        self.tokens += tokens[start:]
+        if start < len(tokens):
+            self.rows.append(before[start - missing :])
+        self.row = rows[-1]
+        self.num_seen += len(tokens)
+
+    def lane(self, table: BlockTable, end: int) -> npt.NDArray[np.int64]:
+        """Slots of all pairs before token `end`, there or to be written."""
+        first, last = self.hole
+        return np.concatenate((table.slots(1, first - 1), table.slots(last, end - last)))
+
+    def count(self, end: int) -> int:
+        """Pairs before token `end`."""
+        return self.hole[0] - 1 + end - self.hole[1]
+
+    def waiting(self, lane: npt.NDArray[np.int64]) -> Iterator[HeadRows]:
+        """The waiting pairs as chains."""
+        for offset in range(0, len(self.tokens), MAX_NODES):
+            piece = self.tokens[offset : offset + MAX_NODES]
+            first = self.num_done + offset
+            yield HeadRows(
+                lane,
+                self.count(first),
+                0,
+                piece,
+                np.arange(first - 1, first - 1 + len(piece), dtype=np.int64),
+                _CHAIN_WORDS[: len(piece)],
+            )
+
+    def settle(self, num_more: int = 0) -> None:
+        """The waiting pairs are in the cache, and `num_more` after them."""
+        self.tokens.clear()
+        self.rows.clear()
+        self.num_done = max(self.num_done, self.num_seen + num_more)
+
+
+class BlockContents:
+    """The blocks with draft KV by the names the prefix cache has for their content, and the
+    target's row of each one's last token, which the pair after it needs."""
+
+    def __init__(self, num_blocks: int, block_size: int, hidden_size: int, like: Tensor) -> None:
+        self._block_size = block_size
+        self._names: dict[int, bytes] = {}
+        self._last_rows = like.new_zeros(num_blocks, hidden_size)
+
+    def begin(self, table: BlockTable, num_cached: int) -> Track:
+        """A sequence whose first `num_cached` tokens came with the prefix cache."""
+        num_shared = 0
+        for block_id, name in zip(table.block_ids, table.hashes, strict=False):
+            if num_shared >= num_cached or self._names.get(block_id) != name:
+                break
+            num_shared += self._block_size
+        if 0 < num_shared == num_cached:
+            last = table.block_ids[num_cached // self._block_size - 1]
+            return Track((1, 1), num_cached, num_cached, self._last_rows[last].clone())
+        hole = (max(min(num_shared, num_cached), 1), num_cached + 1)
+        return Track(hole, num_cached + 1, num_cached)
+
+    def name(self, track: Track, table: BlockTable) -> None:
+        """Take note of what the blocks are called whose pairs are all there."""
+        size = self._block_size
+        first, last = track.hole
+        for index in range(track.num_named, min(track.num_done // size, len(table.hashes))):
+            if (index + 1) * size <= first or index * size >= last or first == last:
+                self._names[table.block_ids[index]] = table.hashes[index]
+            track.num_named = index + 1
+
+    def write(self, table: BlockTable, start: int, rows: Tensor) -> None:
+        """Rows [n, hidden_size] of tokens start, start + 1, ...: the blocks they are in change."""
+        size, end = self._block_size, start + len(rows)
+        for index in range(start // size, (end - 1) // size + 1):
+            self._names.pop(table.block_ids[index], None)
+        first = -(-(start + 1) // size) * size - 1  # the first token that ends a block
+        if first < end:
+            ids = table.block_ids[first // size : end // size]
+            at = torch.tensor(ids, device=rows.device)
+            self._last_rows.index_copy_(0, at, rows[first - start :: size])

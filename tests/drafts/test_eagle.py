@@ -1,0 +1,244 @@
+"""What an EAGLE head computes on its way through an engine, against the plain definition."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eagle_heads import HIDDEN, LAYOUTS, TAPS, Written, plain_logits, save, write_eagle
+from safetensors.torch import load_file, save_file
+from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama
+from torch import Tensor
+
+from specserve.batch import build_batch, chain_segments
+from specserve.cache.storage import KVStorage
+from specserve.cache.table import BlockTable
+from specserve.engine.engine import Engine
+from specserve.models.loader import load_model
+from specserve.models.model import Model
+from specserve.models.packed_llama import PackedLlama
+from specserve.types import Quantization, Request, SamplingParams
+from specserve_drafts.eagle import EagleDrafter
+from specserve_kernels.dispatch import select_kernels
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)
+NOISY = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
+PROMPTS = [(1, 2, 3, 4, 1, 2, 3, 4, 1, 2), tuple((11 * i) % 90 for i in range(150)), (7,)]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Logits of one node that the drafter looked at."""
+
+    tokens: tuple[int, ...]  # of the sequence, the root last
+    path: tuple[int, ...]  # below the root
+    logits: Tensor
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return write_eagle(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def one_head(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return write_eagle(tmp_path_factory.mktemp("head"), "specforge")
+
+
+def watched(engine: Engine) -> list[Looked]:
+    """Every node the engine's drafter looks at from now on."""
+    (drafter,) = engine.drafter.drafters.values()
+    assert isinstance(drafter, EagleDrafter)
+    seen: list[Looked] = []
+    rank = drafter._rank
+
+    def spy(growing: Any, logits: Tensor) -> None:
+        rows = iter(logits.clone())
+        for growth in growing:
+            for row in growth.sampler_rows():
+                seen.append(Looked(tuple(growth.seq.tokens), row.path, next(rows)))
+        rank(growing, logits)
+
+    drafter._rank = spy  # type: ignore[method-assign]
+    return seen
+
+
+def loaded(target: Path, quantization: Quantization = "none") -> Model:
+    """As engines in tests load it."""
+    return load_model(
+        target,
+        kernels=select_kernels(CPU),
+        dtype=torch.float32,
+        device=CPU,
+        exact=True,
+        quantization=quantization,
+    )
+
+
+def taps_of(model: Model, taps: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor:
+    """[len(tokens), num_taps * hidden_size], by one pass over the text."""
+    num_blocks = len(tokens) // 16 + 1
+    table = BlockTable(16, list(range(num_blocks)))
+    batch = build_batch(list(chain_segments(table, 0, tokens)), 16, model.row_multiple, CPU)
+    out = model(batch, KVStorage(model.kv_spec, 16 * num_blocks, CPU), taps=taps)
+    assert out.taps is not None
+    return out.taps[: len(tokens)]
+
+
+def check(head: Written, model: Model, seen: list[Looked], *, every: int = 1) -> None:
+    """Against the definition, over `every`-th node."""
+    weights = {
+        "model.embed_tokens.weight": model.embed(torch.arange(TINY_VOCAB)),
+        "lm_head.weight": model.unembed(torch.eye(HIDDEN)).T,
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
+    texts = {look.tokens for look in seen}
+    texts = {t for t in texts if not any(t != u and u[: len(t)] == t for u in texts)}
+    known = {text: taps_of(model, TAPS[head.layout], text) for text in texts}
+    for look in seen[::every]:
+        taps = next(rows for text, rows in known.items() if text[: len(look.tokens)] == look.tokens)
+        pairs = taps[: len(look.tokens) - 1]
+        plain = plain_logits(head, weights, pairs, list(look.tokens), list(look.path))[-1]
+        torch.testing.assert_close(look.logits, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, NOISY], ids=["greedy", "noisy"])
+def test_logits_are_those_of_the_definition(
+    head: Written, sampling: SamplingParams, tiny_model: Path, make_engine: EngineFactory
+) -> None:
+    """Over several steps, side branches and sequences: every node the drafter looks at."""
+    options = {"eagle": {"branching": 3, "beam": 2}}
+    engine = make_engine(str(head.path), options=options, max_nodes=8, exactness="fast")
+    seen = watched(engine)
+    run(engine, PROMPTS, sampling)
+    assert max(len(look.path) for look in seen) >= 3
+    assert len({look.tokens for look in seen}) > 20
+    check(head, loaded(tiny_model), seen, every=3)
+
+
+@pytest.mark.skipif(select_kernels(CPU).packed_decoder is None, reason="no native kernels")
+def test_a_quantised_target_lends_what_it_has(
+    one_head: Written, tmp_path: Path, make_engine: EngineFactory
+) -> None:
+    target = write_tiny_llama(tmp_path, seed=1, head_dim=16)
+    engine = make_engine(str(one_head.path), target=target, max_nodes=6, quantization="int8")
+    model = engine.runner._model
+    assert isinstance(model, PackedLlama)
+    seen = watched(engine)
+    run(engine, PROMPTS, NOISY)
+    check(one_head, model, seen, every=3)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_the_parts_of_a_target_are_those_it_runs_with(
+    quantization: Quantization, tmp_path: Path
+) -> None:
+    if quantization != "none" and select_kernels(CPU).packed_decoder is None:
+        pytest.skip("no native kernels")
+    model = loaded(write_tiny_llama(tmp_path, seed=1, head_dim=16), quantization)
+    tokens = tuple(range(TINY_VOCAB))
+    taps = taps_of(model, (0, 2), tokens)
+    torch.testing.assert_close(model.embed(torch.tensor(tokens)), taps[:, :HIDDEN])
+    last = taps[:, HIDDEN:]
+    torch.testing.assert_close(model.unembed(model.final_norm(last)), model.logits(last))
+
+
+def test_a_cached_prefix_brings_its_draft_kv(
+    one_head: Written, tiny_model: Path, make_engine: EngineFactory
+) -> None:
+    engine = make_engine(str(one_head.path), max_nodes=6)
+    prompts = [PROMPTS[1], (*PROMPTS[1][:100], 5, 6, 7, 8)]
+    run(engine, prompts[:1], GREEDY)
+    seen = watched(engine)
+    for prompt in prompts:
+        (outputs,) = run(engine, [prompt], GREEDY)
+        assert outputs[-1].num_cached_tokens >= 96
+    assert seen
+    check(one_head, loaded(tiny_model), seen, every=4)
+
+
+def test_without_its_kv_a_prefix_is_left_out(one_head: Written, make_engine: EngineFactory) -> None:
+    """Tokens that were cached while nobody looked cost acceptance, not the output."""
+    plain = ids(run(make_engine("none"), [PROMPTS[1]], GREEDY)[0])
+    engine = make_engine(str(one_head.path), max_nodes=6)
+    drafter = engine.drafter.drafters[one_head.path.name]
+    assert isinstance(drafter, EagleDrafter)
+    observe = drafter.observe
+    drafter.observe = lambda feedback: None  # type: ignore[method-assign]
+    run(engine, [PROMPTS[1]], GREEDY)
+    drafter.observe = observe  # type: ignore[method-assign]
+    seen = watched(engine)
+    (outputs,) = run(engine, [PROMPTS[1]], GREEDY)
+    assert outputs[-1].num_cached_tokens == 144
+    assert seen
+    assert engine.drafter.active == list(engine.drafter.names)
+    assert ids(outputs) == plain
+
+
+def test_rows_keep_their_places_when_a_pass_fails(
+    one_head: Written,
+    tiny_model: Path,
+    make_engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One pass per request, and one request that fails alone too."""
+    engine = make_engine(str(one_head.path), max_nodes=6)
+    seen = watched(engine)
+    for index, prompt in enumerate(PROMPTS):
+        engine.submit(Request(f"q{index}", prompt, GREEDY))
+    forward = engine.runner.forward
+
+    def failing(entries: Any, trees: Any) -> Any:
+        if len(entries) > 1 or entries[0].seq.id == "q1":
+            raise RuntimeError("boom")
+        return forward(entries, trees)
+
+    for step in range(8):
+        with monkeypatch.context() as patch:
+            if step in (2, 3):
+                patch.setattr(engine.runner, "forward", failing)
+            engine.step()
+        engine.check_integrity()
+    assert engine.drafter.active == list(engine.drafter.names)
+    assert len(engine.scheduler.running) == 2
+    check(one_head, loaded(tiny_model), seen)
+
+
+def test_a_smaller_vocabulary_keeps_the_first_rows(
+    one_head: Written, make_engine: EngineFactory
+) -> None:
+    full, cut = (
+        make_engine(str(one_head.path), options={"eagle": options})
+        for options in ({}, {"draft_vocab": 24})
+    )
+    looked = [watched(engine) for engine in (full, cut)]
+    for engine in (full, cut):
+        run(engine, PROMPTS[:1], GREEDY)
+    torch.testing.assert_close(looked[1][0].logits, looked[0][0].logits[:24])
+    tokens = set(one_head.token_ids[:24].tolist())
+    assert {token for look in looked[1] for token in look.path} <= tokens
+
+
+def test_a_head_that_knows_the_target_is_always_right(
+    tmp_path: Path, make_engine: EngineFactory
+) -> None:
+    """The target's next token depends on the last one alone, and the head passes that through."""
+    target = write_tiny_llama(tmp_path / "target", seed=5)
+    weights = load_file(target / "model.safetensors")
+    silent = ("o_proj.weight", "down_proj.weight")
+    weights |= {n: torch.zeros_like(t) for n, t in weights.items() if n.endswith(silent)}
+    save_file(weights, target / "model.safetensors")
+    head = write_eagle(tmp_path / "head", "eagle1")
+    tensors = head.tensors
+    tensors |= {n: torch.zeros_like(t) for n, t in tensors.items() if n.endswith(silent)}
+    tensors["embed_tokens.weight"] = weights["model.embed_tokens.weight"]
+    tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)), 1)
+    tensors["fc.bias"] = torch.zeros(HIDDEN)
+    save(head)
+    chain = {"eagle": {"branching": 1, "beam": 1}}
+    engine = make_engine(str(head.path), target=target, options=chain, max_nodes=6)
+    for outputs in run(engine, PROMPTS, GREEDY):
+        for output in outputs[1:-1]:  # the first token comes before any row is known
+            assert len(output.new_ids) == 6

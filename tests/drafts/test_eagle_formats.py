@@ -1,0 +1,171 @@
+"""Reading heads as they are published, and refusing those that do not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eagle_heads import LAYOUTS, TAPS, save, write_eagle
+from tiny import TINY_VOCAB, write_tiny_llama
+
+from specserve.drafting.base import DraftError
+from specserve.drafting.registry import checkpoint_method, create_drafter
+from specserve.models.shape import ModelShape
+from specserve_drafts.eagle import EagleDrafter
+from specserve_drafts.formats import read_head
+
+
+@pytest.fixture(scope="module")
+def shape(tiny_model: Path) -> ModelShape:
+    return ModelShape.from_dir(tiny_model)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_recognised(layout: str, shape: ModelShape, tmp_path: Path) -> None:
+    written = write_eagle(tmp_path, layout)
+    assert checkpoint_method(tmp_path) == "eagle"
+    head = read_head(tmp_path, shape)
+    assert head.shape.taps == TAPS[layout]
+    assert head.shape.kind == ("eagle1" if layout == "eagle1" else "eagle3")
+    assert head.shape.norm_before_residual == written.flags["norm_before_residual"]
+    assert head.shape.norm_output == written.flags["norm_output"]
+    ids = torch.arange(TINY_VOCAB) if head.token_ids is None else head.token_ids
+    assert torch.equal(ids, written.token_ids)
+    for name, tensor in written.tensors.items():
+        if name not in ("d2t", "t2d"):
+            assert torch.equal(head.tensor(name), tensor)
+
+
+def test_layers_that_nobody_names_are_the_authors(tmp_path: Path) -> None:
+    deep = ModelShape.from_dir(write_tiny_llama(tmp_path / "target", seed=0, num_layers=30))
+    written = write_eagle(tmp_path / "head", "official")
+    del written.config["eagle_aux_hidden_state_layer_ids"]
+    save(written)
+    assert read_head(written.path, deep).shape.taps == (2, 15, 27)
+    assert read_head(written.path, deep, taps=(1, 2, 30)).shape.taps == (1, 2, 30)
+
+
+def test_nested_flags_count(shape: ModelShape, tmp_path: Path) -> None:
+    written = write_eagle(tmp_path, "eagle31")
+    del written.config["norm_output"]
+    written.config["eagle_config"]["norm_output"] = True
+    save(written)
+    assert read_head(tmp_path, shape).shape.norm_output
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        ("official", {"hidden_size": 64}, r"hidden_size = 64: the target has 32; use the draft"),
+        ("official", {"target_hidden_size": 16}, r"target_hidden_size = 16: the target has 32"),
+        ("official", {"vocab_size": 98}, r"vocab_size = 98: the target has 97; use the draft"),
+        ("official", {"draft_vocab_size": 98}, r"draft_vocab_size = 98: expected 1 to 97"),
+        ("official", {"draft_vocab_size": 39}, r"lm_head\.weight has shape \[40, 32\].*\[39, 32\]"),
+        ("official", {"num_hidden_layers": 2}, r"missing: layers\.1\.input_layernorm\.weight"),
+        ("official", {"num_key_value_heads": 3}, r"num_key_value_heads = 3: must divide"),
+        ("official", {"hidden_act": "gelu"}, r"hidden_act = 'gelu': only silu"),
+        ("official", {"intermediate_size": "x"}, r"intermediate_size = 'x': expected an integer"),
+        (
+            "official",
+            {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]},
+            r"taps \(layers entered\) = \[0, 1, 3\]: the target has layers 0 to 2.*options\.eagle",
+        ),
+        (
+            "official",
+            {"eagle_aux_hidden_state_layer_ids": [0, 1]},
+            r"taps.* = \[0, 1\]: fc\.weight takes 3; set draft\.options\.eagle\.taps",
+        ),
+        (
+            "official",
+            {"eagle_aux_hidden_state_layer_ids": "all"},
+            r"eagle_aux_hidden_state_layer_ids = 'all': expected a list of layers",
+        ),
+        ("eagle31", {"norm_before_fc": True}, r"fc_norm = True: and norm_before_fc exclude"),
+        ("official", {"fc_norm": True}, r"missing: fc_norm\.0\.weight"),
+        (
+            "specforge",
+            {"eagle_config": {"use_aux_hidden_state": False}},
+            r"use_aux_hidden_state = False: only heads over several layers",
+        ),
+        ("speculators", {"speculators_model_type": "peagle"}, r"speculators_model_type = 'peagle'"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(
+    layout: str, change: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    written = write_eagle(tmp_path, layout)
+    written.config |= change
+    save(written)
+    with pytest.raises(DraftError, match=message):
+        create_drafter(str(tmp_path), {}, tiny_model, Path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d2t": torch.full((40,), 90)}, r"d2t points to token 97, outside.*vocabulary of 97"),
+        ({"d2t": -torch.arange(40)}, r"d2t names a token twice"),
+        ({"d2t": torch.zeros(3, dtype=torch.int64)}, r"d2t has shape \[3\].*draft_vocab_size 40"),
+        ({"d2t": None}, r"draft_vocab_size = 40: the weights have no d2t"),
+        ({"lm_head.weight": None}, r"draft_vocab_size = 40: the weights have no lm_head\.weight"),
+        ({"fc.weight": None}, r"have no fc\.weight; this is no EAGLE head"),
+        ({"norm.weight": None}, r"missing: norm\.weight"),
+        ({"mask_hidden": torch.zeros(1, 1, 96)}, r"unexpected: mask_hidden"),
+        ({"norm.weight": torch.zeros(31)}, r"norm\.weight has shape \[31\].*\[32\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    change: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    written = write_eagle(tmp_path, "official")
+    written.tensors = {n: t for n, t in (written.tensors | change).items() if t is not None}
+    save(written)
+    with pytest.raises(DraftError, match=message):
+        create_drafter(str(tmp_path), {}, tiny_model, Path)
+
+
+def test_a_head_of_another_width_needs_an_embedding(shape: ModelShape, tmp_path: Path) -> None:
+    written = write_eagle(tmp_path, "official")
+    written.config |= {"hidden_size": 48, "target_hidden_size": 32}
+    save(written)
+    with pytest.raises(DraftError, match=r"hidden_size = 48: .* lack embed_tokens\.weight"):
+        read_head(tmp_path, shape)
+
+
+def test_pickled_weights_are_never_opened(tiny_model: Path, tmp_path: Path) -> None:
+    for layout in ("eagle1", "official"):
+        path = write_eagle(tmp_path / layout, layout).path
+        (path / "model.safetensors").unlink()
+        (path / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(DraftError, match=r"pytorch_model\.bin.*convert them to safetensors"):
+            create_drafter(str(path), {}, tiny_model, Path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options", "message"),
+    [
+        ("official", {"beam": 0}, r"options\.eagle\.beam: 0 is out of range"),
+        ("official", {"draft_vocab": 41}, r"draft_vocab: 41; expected 1 to 40"),
+        ("eagle1", {"draft_vocab": 20}, r"draft_vocab: 20: this head is the target's"),
+        ("official", {"taps": [0, 1]}, r"\[0, 1\]: fc\.weight takes 3"),
+        ("official", {"tap": [0]}, r"draft\.options\.eagle.*draft_vocab"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    layout: str, options: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_eagle(tmp_path, layout)
+    with pytest.raises(DraftError, match=message):
+        create_drafter(str(tmp_path), {"eagle": options}, tiny_model, Path)
+
+
+def test_without_a_checkpoint_there_is_no_head(tiny_model: Path) -> None:
+    with pytest.raises(DraftError, match="'eagle' needs a checkpoint"):
+        create_drafter("eagle", {}, tiny_model, Path)
+
+
+def test_it_asks_for_the_layers_it_reads(tiny_model: Path, tmp_path: Path) -> None:
+    write_eagle(tmp_path, "speculators_qwen3")
+    drafter = create_drafter(str(tmp_path), {}, tiny_model, Path)
+    assert isinstance(drafter, EagleDrafter)
+    assert drafter.needs_taps == (0, 2)
