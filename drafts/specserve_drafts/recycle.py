@@ -11,7 +11,6 @@ salt, and so what a table was tuned on, is there for all. Host only.
 
 import hashlib
 import heapq
-import math
 import time
 from collections.abc import Sequence as Seq
 from functools import lru_cache
@@ -130,17 +129,21 @@ class RecycleDrafter:
             self._saved_at = time.monotonic()
 
     def _grow(self, seq: Sequence, budget: int) -> DraftTree:
-        """Best-first by path score."""
+        """Best-first by path score.
+
+        The target's noise is left out at temperature > 0: what was likely in another text is too
+        far from the distribution here to gain by it (drafts/LOG.md).
+        """
         salt = _salt(seq.request.cache_salt)
         salts = (salt, _PUBLIC) if salt != _PUBLIC else (_PUBLIC,)
-        tokens, parents, scores, depths = [seq.tokens[-1]], [-1], [1.0], [0]
+        tokens, parents, scores = [seq.tokens[-1]], [-1], [1.0]
         # Open nodes: score (negative: a heap pops the least), age, parent, token, its context.
         heap: list[tuple[float, int, int, int, Context]] = []
         num_seen = 0
         context: Context = tuple(seq.tokens[: -ORDERS - 1 : -1])
         while len(tokens) < budget:
             node = len(tokens) - 1
-            for token, share in self._candidates(seq, salts, depths[node], context):
+            for token, share in self.table.candidates(salts, context):
                 num_seen += 1
                 successor = (token, *context[: ORDERS - 1])
                 heapq.heappush(heap, (-scores[node] * share, num_seen, node, token, successor))
@@ -150,31 +153,7 @@ class RecycleDrafter:
             tokens.append(token)
             parents.append(parent)
             scores.append(-negative)
-            depths.append(depths[parent] + 1)
         return build_tree(tokens, parents, scores, self._context.source)
-
-    def _candidates(
-        self, seq: Sequence, salts: Seq[int], depth: int, context: Context
-    ) -> list[tuple[int, float]]:
-        candidates = self.table.candidates(salts, context)
-        if seq.request.sampling.greedy or not candidates:
-            return candidates
-        return self._perturbed(seq, depth, candidates)
-
-    def _perturbed(
-        self, seq: Sequence, depth: int, candidates: list[tuple[int, float]]
-    ) -> list[tuple[int, float]]:
-        """Shares by log q / T + g: the candidate that the target's own noise favours is ahead."""
-        sampling = self._context.sampling_state(seq)
-        tokens = [token for token, _ in candidates]
-        noise = self._context.sampler.noise(sampling.seed, seq.num_tokens + depth, tokens)
-        temperature = sampling.params.temperature
-        weights = [
-            math.exp(math.log(share) / temperature + g)
-            for (_, share), g in zip(candidates, noise, strict=True)
-        ]
-        total = sum(weights)
-        return [(token, weight / total) for token, weight in zip(tokens, weights, strict=True)]
 
 
 @lru_cache(maxsize=1024)

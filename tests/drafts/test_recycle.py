@@ -134,7 +134,7 @@ def recycled(engine: Engine) -> RecycleDrafter:
 def test_an_answer_given_before_is_drafted_whole(
     temperature: float, make_engine: EngineFactory
 ) -> None:
-    """The table has seen it, and at temperature > 0 shares the target's noise."""
+    """The table has seen it: at temperature > 0 what could have been, too."""
     params = SamplingParams(temperature=temperature, max_tokens=40, seed=3, ignore_eos=True)
     engine = make_engine("recycle", max_nodes=8)
     first, second = (run(engine, [PROMPT], params)[0] for _ in range(2))
