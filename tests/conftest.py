@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from eagle_heads import write_eagle
+from medusa_heads import write_medusa
 from tiny import EngineFactory, write_tiny_llama
 
 from specserve.config import load_config
@@ -27,6 +28,12 @@ def tiny_heads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Random EAGLE heads for the tiny target, in two layouts: bad drafts."""
     layouts = ("specforge", "eagle1")
     return [write_eagle(tmp_path_factory.mktemp(layout), layout).path for layout in layouts]
+
+
+@pytest.fixture(scope="session")
+def tiny_medusa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random Medusa heads for the tiny target: a bad draft."""
+    return write_medusa(tmp_path_factory.mktemp("medusa")).path
 
 
 @pytest.fixture

@@ -137,6 +137,8 @@ WITHOUT_TORCH = {
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {"torch.load", "eval", "exec", "os.system"}
+# Runs in a process of its own, with limits, and reads tensors only.
+ALLOWED_CALLS = {("specserve.cli.convert_child", "torch.load")}
 VAGUE_NAMES = {"utils.py", "helpers.py", "util.py", "helper.py", "common.py", "misc.py"}
 
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
@@ -214,7 +216,9 @@ def unsafe_calls(module: str, source: str) -> list[str]:
     return [
         f"{module}:{node.lineno}: calls {ast.unparse(node.func)}"
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE_CALLS
+        if isinstance(node, ast.Call)
+        and (call := ast.unparse(node.func)) in UNSAFE_CALLS
+        and (module, call) not in ALLOWED_CALLS
     ]
 
 
@@ -284,6 +288,19 @@ def test_a_violation_is_reported(module: str, source: str, reason: str) -> None:
 def test_an_unsafe_call_is_reported(source: str) -> None:
     (violation,) = unsafe_calls("specserve.models.loader", source)
     assert violation.startswith("specserve.models.loader:2")
+
+
+def test_one_module_may_load_pickled_tensors_and_nothing_imports_it() -> None:
+    (allowed,) = ALLOWED_CALLS
+    source = MODULES[allowed[0]].read_text()
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    (load,) = [ast.unparse(call) for call in calls if ast.unparse(call.func) == "torch.load"]
+    assert "weights_only=True" in load
+    assert unsafe_calls(allowed[0], "import torch\neval('1')\nexec('1')") != []
+    assert unsafe_calls("specserve.cli.convert", source) != []
+    for file in MODULES.values():
+        targets = imported_modules(ast.parse(file.read_text()), set(MODULES))
+        assert allowed[0] not in [target for _, target in targets]
 
 
 def test_files_are_named_for_what_they_hold() -> None:

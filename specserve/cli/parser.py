@@ -93,6 +93,7 @@ EVALS: Final = {
 
 TUNES: Final = {
     "recycle": "a table of what the target holds likely after the last tokens",
+    "eagle": "a head over the target's own layers, trained on its answers",
 }
 
 
@@ -106,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_chat(commands)
     _add_pull(commands)
+    _add_convert(commands)
     _add_doctor(commands)
     _add_group(commands, "eval", "measure acceptance, correctness and quality", EVALS)
     _add_group(commands, "tune", "make a draft for a target", TUNES)
@@ -192,6 +194,23 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _add_pull(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("pull", help="fetch a model and print its directory")
     parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
+
+
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="turn the pickled weights of a draft into safetensors",
+        description="Turn the pickled weights of a draft into a directory that --draft takes. A "
+        "pickle is opened here alone, by torch's weights-only reader, in a process with limits.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="directory with config.json and a .bin, .pt or .pth file, or that file",
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to make")
 
 
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -22,6 +22,7 @@ BUILTIN = {
     "recycle": "specserve_drafts.recycle:RecycleDrafter",
     "draft_lm": "specserve_drafts.draft_lm:DraftLM",
     "eagle": "specserve_drafts.eagle:EagleDrafter",
+    "medusa": "specserve_drafts.medusa:MedusaDrafter",
 }
 AUTO = ("recycle", "suffix", "ngram")  # what "auto" stands for; the surest first
 ENTRY_POINT_GROUP = "specserve.drafters"
@@ -103,14 +104,16 @@ def checkpoint_method(path: Path) -> str:
     if isinstance(method := config.get("specserve_method"), str):
         return method
     architectures = config.get("architectures") or ["(none)"]
+    if "medusa_num_heads" in config or config.get("model_type") == "medusa":
+        return "medusa"
     if _is_eagle(path, config, str(architectures[0])):
         return "eagle"
     if str(architectures[0]).endswith("ForCausalLM"):
         return "draft_lm"
     raise DraftError(
         f"draft: {path}/config.json has architectures {architectures}; "
-        "expected a causal language model (…ForCausalLM), an EAGLE head or a draft made by "
-        "specserve tune"
+        "expected a causal language model (…ForCausalLM), an EAGLE or Medusa head or a draft "
+        "made by specserve tune"
     )
 
 

@@ -52,6 +52,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if pickled:
         raise ModelError(
             f"{path}: only pickled weights ({', '.join(pickled[:3])}), which can run code when "
-            f"opened and are never loaded; convert them to safetensors"
+            f"opened and are never loaded; convert them to safetensors with `specserve convert "
+            f"{path} OUT`"
         )
     raise ModelError(f"{path}: no {SINGLE_FILE}, no {INDEX} and no {WEIGHTS_NAME}")

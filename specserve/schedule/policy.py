@@ -10,9 +10,9 @@ from specserve.sequence import Sequence
 from specserve.step import Verdict
 from specserve.tree import DraftTree
 
-_MEMORY: Final = 8.0  # passes of a sequence that its gain is a mean of
+_MEMORY: Final = 16.0  # passes of a sequence that its gain is a mean of
 _LONG_MEMORY: Final = 64.0  # passes that what all have in common is a mean of
-_PAUSES: Final = (8, 64)  # passes without a draft: the first time, and at most
+_PAUSES: Final = (4, 16)  # passes without a draft: the first time, and at most
 
 
 class Policy(Protocol):
@@ -55,7 +55,7 @@ class FixedPolicy:
 class _Record:
     """Of one sequence."""
 
-    gain: float  # tokens a pass that its drafts brought, less what its nodes cost
+    gain: float  # tokens a pass that its drafts were good for, less what its nodes cost
     pause: int = 0  # passes until it is tried again
     next_pause: int = _PAUSES[0]
 
@@ -63,8 +63,8 @@ class _Record:
 class MeasuredPolicy:
     """The same budget, but only for sequences that are worth the drafters' time.
 
-    That time is gone before anyone sees a proposal, so the proposals before decide: a sequence to
-    which they brought less than what the batch would have emitted meanwhile is left out, and
+    That time is gone before anyone sees a proposal, so the proposals before decide: a sequence for
+    which they were good for less than what the batch would have emitted meanwhile is left out, and
     tried again after a pause that doubles.
     """
 
@@ -101,7 +101,9 @@ class MeasuredPolicy:
         costs = self._costs.seconds(len(trees), len(trees) + num_nodes)
         price = (costs[-1] / costs[0] - 1.0) * len(trees) / max(num_nodes, 1)  # tokens a node
         for seq_id in asked:
-            gain = verdicts[seq_id].num_accepted - price * (len(trees[seq_id]) - 1)
+            # What was to be expected of the nodes, not what came of them: the same, less noisy.
+            tree = trees[seq_id]
+            gain = float(tree.scores.sum()) - 1.0 - price * (len(tree) - 1)
             record = self._records.setdefault(seq_id, _Record(self._gain))
             record.gain += (gain - record.gain) / _MEMORY
             self._gain += (gain - self._gain) / _LONG_MEMORY

@@ -41,7 +41,9 @@ NAMES = sorted(BUILTIN)
 PAIRS = list(combinations([name for name in NAMES if name != "none"], 2))
 
 
-def specs(name: str, tiny_model: Path, tiny_draft: Path, tiny_heads: list[Path]) -> list[str]:
+def specs(
+    name: str, tiny_model: Path, tiny_draft: Path, tiny_heads: list[Path], tiny_medusa: Path
+) -> list[str]:
     """`--draft` values that exercise a drafter: good and bad checkpoints where it takes one."""
     builders = {
         "none": ["none"],
@@ -50,15 +52,20 @@ def specs(name: str, tiny_model: Path, tiny_draft: Path, tiny_heads: list[Path])
         "suffix": ["suffix"],
         "draft_lm": [str(tiny_draft), str(tiny_model)],
         "eagle": [str(head) for head in tiny_heads],
+        "medusa": [str(tiny_medusa)],
     }
     return builders[name]
 
 
 @pytest.fixture(params=NAMES)
 def drafts(
-    request: pytest.FixtureRequest, tiny_model: Path, tiny_draft: Path, tiny_heads: list[Path]
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    tiny_draft: Path,
+    tiny_heads: list[Path],
+    tiny_medusa: Path,
 ) -> list[str]:
-    return specs(request.param, tiny_model, tiny_draft, tiny_heads)
+    return specs(request.param, tiny_model, tiny_draft, tiny_heads, tiny_medusa)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -86,11 +93,13 @@ def test_output_equals_plain_decoding_composed(
     tiny_model: Path,
     tiny_draft: Path,
     tiny_heads: list[Path],
+    tiny_medusa: Path,
     make_engine: EngineFactory,
 ) -> None:
     params = SETTINGS[setting]
     plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
-    together = [specs(name, tiny_model, tiny_draft, tiny_heads)[0] for name in pair]
+    checkpoints = (tiny_model, tiny_draft, tiny_heads, tiny_medusa)
+    together = [specs(name, *checkpoints)[0] for name in pair]
     outputs = run(make_engine(together, max_nodes=12), PROMPTS, params)
     assert [ids(each) for each in outputs] == plain
 

@@ -1,0 +1,210 @@
+"""Heads over the target's last row each guess one of the next tokens (Medusa, Cai et al. 2024,
+arXiv 2401.10774).
+
+The row of the last committed token, normed as for the target's own head, has told the root; head i
+guesses the token i + 1 after the root, whatever is between. So a depth has the same candidates
+below every parent, and the tree is the best part of their product: best-first, where the authors
+have a fixed shape, with the guesses' own probabilities. At temperature > 0 candidates are ranked by
+log q / T + g with the noise of the target. No KV; nothing of a sequence but its last row is kept.
+"""
+
+import heapq
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specserve.cache.storage import KVSpec
+from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.models.fields import ModelError
+from specserve.models.layers import Linear
+from specserve.models.shape import ModelShape
+from specserve.sampling import Row
+from specserve.sequence import Sequence
+from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
+from specserve_drafts.medusa_file import MedusaFile, read_medusa
+
+Candidates = Seq[tuple[int, float]]  # tokens and their probabilities at one depth, best first
+
+
+class MedusaOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
+    branching: int = 8  # candidates kept per depth; 1 drafts a chain
+    num_heads: int | None = None  # the first ones; None: all
+
+
+@dataclass(frozen=True, slots=True)
+class _LastRow:
+    position: int  # of its token
+    row: Tensor  # [hidden_size], before the final norm
+
+
+class MedusaDrafter:
+    Options: ClassVar[type[DraftOptions]] = MedusaOptions
+    needs_topk = 0
+
+    def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
+        assert isinstance(options, MedusaOptions)
+        if path is None:
+            raise DraftError("draft: 'medusa' needs a checkpoint; give its directory")
+        if not 1 <= options.branching <= MAX_NODES:
+            raise DraftError(
+                f"draft.options.medusa.branching: {options.branching} is out of range; "
+                f"expected 1 to {MAX_NODES}"
+            )
+        try:
+            shape = ModelShape.from_dir(target)
+        except ModelError as error:
+            raise DraftError(f"draft: {error}") from error
+        self._file = read_medusa(path, shape)
+        num_heads = self._file.num_heads if options.num_heads is None else options.num_heads
+        if not 1 <= num_heads <= self._file.num_heads:
+            raise DraftError(
+                f"draft.options.medusa.num_heads: {num_heads} is out of range; the checkpoint has "
+                f"{self._file.num_heads} heads"
+            )
+        self._num_heads, self._branching = num_heads, options.branching
+        self._hidden_size = shape.hidden_size
+        self.needs_taps: tuple[int, ...] = (shape.num_layers,)
+        self._last: dict[str, _LastRow] = {}  # by sequence id
+
+    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
+        return None
+
+    def bind(self, context: DraftContext) -> None:
+        self._context = context
+        sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
+        self.heads = MedusaHeads(self._file, self._num_heads, sample.dtype, context.device)
+        first = context.taps.index(self.needs_taps[0]) * self._hidden_size
+        self._columns = slice(first, first + self._hidden_size)
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        ready = [
+            seq
+            for seq, budget in zip(seqs, budgets, strict=True)
+            if budget > 1 and self._knows(seq)
+        ]
+        depth = min(self._num_heads, max(budgets, default=1) - 1)
+        found = dict(zip([seq.id for seq in ready], self._candidates(ready, depth), strict=True))
+        return [
+            product_tree(seq.tokens[-1], found[seq.id], budget, self._context.source)
+            if seq.id in found
+            else root_tree(seq.tokens[-1])
+            for seq, budget in zip(seqs, budgets, strict=True)
+        ]
+
+    def observe(self, feedback: Feedback) -> None:
+        """Keep the row of the last token that was committed."""
+        taps = feedback.output.taps
+        if taps is None:
+            return  # what is kept has the wrong position by now
+        tops: list[tuple[str, int]] = []  # sequence, position
+        places: list[int] = []
+        first = 0  # row of the entry; chains come before trees
+        for entry in feedback.entries:
+            first += entry.num_chain
+            if entry.num_nodes:
+                seq, path = entry.seq, feedback.verdicts[entry.seq.id].path
+                tops.append((seq.id, seq.num_tokens - 2 + len(path)))
+                places.append(first + path[-1])
+                first += len(feedback.trees[seq.id])
+        if places:
+            rows = taps[torch.tensor(places, device=taps.device), self._columns]
+            for (seq_id, position), row in zip(tops, rows.unbind(), strict=True):
+                self._last[seq_id] = _LastRow(position, row)
+
+    def forget(self, seq_id: str) -> None:
+        self._last.pop(seq_id, None)
+
+    def _knows(self, seq: Sequence) -> bool:
+        """Whether the row before the root was seen."""
+        last = self._last.get(seq.id)
+        return last is not None and last.position == seq.num_tokens - 2
+
+    def _candidates(self, seqs: Seq[Sequence], depth: int) -> list[list[Candidates]]:
+        """Per sequence, for each of the `depth` positions after the root."""
+        if not seqs:
+            return []
+        context = self._context
+        rows = context.final_norm(torch.stack([self._last[seq.id].row for seq in seqs]))
+        logits = self.heads(rows, depth).flatten(0, 1)
+        width = min(self._branching, logits.shape[1])
+        if (ids := self._file.token_ids) is not None:
+            whole = logits.new_full((len(logits), context.vocab_size), -torch.inf)
+            whole[:, ids.to(context.device)] = logits
+            logits = whole
+        # A penalty counts what is emitted, but not the path to the node: a depth has many.
+        draws = [
+            Row(context.sampling_state(seq), seq.num_tokens + after)
+            for seq in seqs
+            for after in range(depth)
+        ]
+        sampler = context.sampler
+        best = sampler.perturb(sampler.process(logits, draws), draws).log_softmax(-1).topk(width)
+        pairs = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
+        levels: list[Candidates] = [list(zip(*pair, strict=True)) for pair in pairs]
+        return [levels[start : start + depth] for start in range(0, len(levels), depth)]
+
+
+class MedusaHeads:
+    """The first `num_heads` heads, their weights read from `file` into `dtype`."""
+
+    def __init__(
+        self, file: MedusaFile, num_heads: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._dtype, self._scale = dtype, file.logit_scale
+
+        def put(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype).contiguous()
+
+        self._layers: list[list[Linear]] = []  # by head
+        for head in range(num_heads):
+            parts = [file.layer(head, layer) for layer in range(file.num_layers)]
+            self._layers.append(
+                [Linear(put(weight), None if bias is None else put(bias)) for weight, bias in parts]
+            )
+        self._unembed = [Linear(put(file.unembedding(head))) for head in range(num_heads)]
+
+    def __call__(self, rows: Tensor, num_heads: int) -> Tensor:
+        """Normed rows of the target [n, hidden_size] -> logits [n, num_heads, draft_vocab_size]
+        float32."""
+        rows = rows.to(self._dtype)
+        logits = []
+        for layers, unembed in zip(
+            self._layers[:num_heads], self._unembed[:num_heads], strict=True
+        ):
+            x = rows
+            for layer in layers:
+                x = x + F.silu(layer(x))
+            logits.append(unembed(x).float())
+        return torch.stack(logits, dim=1) * self._scale
+
+
+def product_tree(root: int, depths: Seq[Candidates], budget: int, source: int) -> DraftTree:
+    """The best `budget` nodes of the tree in which every node of depth d has the candidates
+    `depths[d]` below it, by the product of their probabilities."""
+    tokens, parents, scores = [root], [-1], [1.0]
+    # Open nodes, one per parent: score (negative: a heap pops the least), age, parent, depth, rank.
+    heap: list[tuple[float, int, int, int, int]] = []
+    age = 0
+
+    def open_node(parent: int, depth: int, rank: int) -> None:
+        nonlocal age
+        if depth < len(depths) and rank < len(depths[depth]):
+            score = scores[parent] * depths[depth][rank][1]
+            if score > 0.0:
+                age += 1
+                heapq.heappush(heap, (-score, age, parent, depth, rank))
+
+    open_node(0, 0, 0)
+    while heap and len(tokens) < budget:
+        negative, _, parent, depth, rank = heapq.heappop(heap)
+        tokens.append(depths[depth][rank][0])
+        parents.append(parent)
+        scores.append(-negative)
+        open_node(parent, depth, rank + 1)
+        open_node(len(tokens) - 1, depth + 1, 0)
+    return build_tree(tokens, parents, scores, source)

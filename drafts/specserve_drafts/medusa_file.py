@@ -1,0 +1,185 @@
+"""Medusa heads as they are published, checked against their target.
+
+Owns who calls what by which name: the authors (Cai et al. 2024, arXiv 2401.10774;
+github.com/FasterDecoding/Medusa) write {head}.{layer}.linear and, after the last layer,
+{head}.{num_layers}; vLLM writes blocks.{head}.layers.{layer}, lm_heads.{head} and, for fewer tokens
+than the target has, token_map. The authors' names are ours. Safetensors only.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from specserve.drafting.base import DraftError
+from specserve.models.checkpoint import read_checkpoint
+from specserve.models.fields import Fields, ModelError, read_json
+from specserve.models.safetensors_checkpoint import (
+    INDEX,
+    INTEGERS,
+    SINGLE_FILE,
+    SafetensorsCheckpoint,
+)
+from specserve.models.shape import ModelShape
+
+_TOKEN_MAP: Final = "token_map"
+_MADE_FOR: Final = "use the draft that was made for this target"
+_AGAIN: Final = "fetch the checkpoint again"
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaFile:
+    """A checkpoint that fits its target; no weights are read yet."""
+
+    num_heads: int
+    num_layers: int  # residual layers of a head, before its own unembedding
+    token_ids: Tensor | None  # [draft_vocab_size] int64, what each row is to the target; None: same
+    logit_scale: float
+    _checkpoint: SafetensorsCheckpoint
+    _names: Mapping[str, str]  # ours -> the file's
+
+    def layer(self, head: int, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [hidden_size, hidden_size] and bias [hidden_size], as they are stored."""
+        name = f"{head}.{layer}.linear"
+        bias = self._tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
+        return self._tensor(f"{name}.weight"), bias
+
+    def unembedding(self, head: int) -> Tensor:
+        """[draft_vocab_size, hidden_size], as it is stored."""
+        weight = self._tensor(f"{head}.{self.num_layers}.weight")
+        if self.token_ids is not None and len(weight) != len(self.token_ids):
+            return weight[self.token_ids]  # of all tokens, of which the map takes some
+        return weight
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._checkpoint.floats(self._names[name])
+
+
+def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
+    """The heads in the directory `path`, checked against their target.
+
+    Raises DraftError naming the field, its value and the fix.
+    """
+    try:
+        config = Fields(read_json(path / "config.json"), str(path / "config.json"))
+        _check_config(config, target)
+        if not ((path / SINGLE_FILE).is_file() or (path / INDEX).is_file()):
+            read_checkpoint(path)  # says what is wrong with what is there
+            raise ModelError(f"{path}: the weights of Medusa heads must be safetensors")
+        checkpoint = SafetensorsCheckpoint(path, INTEGERS)
+        num_layers = config.integer(
+            _field(config, "medusa_num_layers", "num_hidden_layers"), 1, low=0
+        )
+        names = {_our_name(name, num_layers): name for name in checkpoint.entries}
+        num_heads = _count_heads(config, names)
+        file = MedusaFile(
+            num_heads,
+            num_layers,
+            _token_ids(path, checkpoint, target.vocab_size),
+            config.number("logit_scale", 1.0),
+            checkpoint,
+            names,
+        )
+        _check_names(path, file, set(names))
+        _check_sizes(path, file, target)
+    except ModelError as error:
+        raise DraftError(f"draft: {error}") from error
+    return file
+
+
+def _field(config: Fields, theirs: str, vllm: str) -> str:
+    return theirs if config.has(theirs) else vllm
+
+
+def _our_name(name: str, num_layers: int) -> str:
+    name = re.sub(r"^medusa_heads?\.", "", name)
+    name = re.sub(r"^blocks\.(\d+)\.layers\.(\d+)\.", r"\1.\2.linear.", name)
+    return re.sub(r"^lm_heads\.(\d+)\.", rf"\1.{num_layers}.", name)
+
+
+def _check_config(config: Fields, target: ModelShape) -> None:
+    """The authors' files say neither; the tensors' sizes do."""
+    for name, wanted in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
+        if (value := config.integer(name, wanted)) != wanted:
+            raise DraftError(
+                f"draft: {config.source}: {name} = {value}: the target has {wanted}; {_MADE_FOR}"
+            )
+
+
+def _count_heads(config: Fields, names: Mapping[str, str]) -> int:
+    """The weights decide: published configs name fewer heads than there are, which the authors'
+    code corrects as well (medusa_model.py, "fix the uploaded config")."""
+    heads = {int(name.partition(".")[0]) for name in names if name[:1].isdigit()}
+    num_heads = next(head for head in range(len(heads) + 1) if head not in heads)
+    field = _field(config, "medusa_num_heads", "num_heads")
+    claimed = config.integer(field, max(num_heads, 1))
+    if claimed > num_heads or not num_heads:
+        config.fail(field, f"the weights beside it have {num_heads} heads; {_AGAIN}")
+    return num_heads
+
+
+def _check_names(path: Path, file: MedusaFile, found: set[str]) -> None:
+    layers = [
+        f"{head}.{layer}.linear"
+        for head in range(file.num_heads)
+        for layer in range(file.num_layers)
+    ]
+    wanted = {f"{layer}.weight" for layer in layers}
+    wanted |= {f"{head}.{file.num_layers}.weight" for head in range(file.num_heads)}
+    allowed = wanted | {f"{layer}.bias" for layer in layers} | {_TOKEN_MAP}
+    lists = [
+        f"{kind}: {', '.join(sorted(some)[:4])}{', ...' if len(some) > 4 else ''}"
+        for kind, some in (("missing", wanted - found), ("unexpected", found - allowed))
+        if some
+    ]
+    if lists:
+        raise DraftError(
+            f"draft: {path}: the weights are not {file.num_heads} Medusa heads of "
+            f"{file.num_layers} layers; {'; '.join(lists)}; correct medusa_num_layers in "
+            f"config.json, or {_AGAIN}"
+        )
+
+
+def _check_sizes(path: Path, file: MedusaFile, target: ModelShape) -> None:
+    hidden, vocab = target.hidden_size, target.vocab_size
+    for name, theirs in file._names.items():
+        if name == _TOKEN_MAP:
+            continue
+        sizes: list[tuple[int, ...]] = [(hidden, hidden)]
+        if name.endswith(".bias"):
+            sizes = [(hidden,)]
+        elif ".linear." not in name:
+            sizes = [(vocab, hidden)]
+            if file.token_ids is not None:
+                sizes.append((len(file.token_ids), hidden))
+        if (size := file._checkpoint.entries[theirs].shape) not in sizes:
+            raise DraftError(
+                f"draft: {path}: {theirs} has shape {list(size)}; for the target, of hidden size "
+                f"{hidden} and {vocab} tokens, it is {' or '.join(str(list(s)) for s in sizes)}; "
+                f"{_MADE_FOR}"
+            )
+
+
+def _token_ids(path: Path, checkpoint: SafetensorsCheckpoint, vocab_size: int) -> Tensor | None:
+    if _TOKEN_MAP not in checkpoint.entries:
+        return None
+    ids = checkpoint.floats(_TOKEN_MAP)
+    if ids.ndim != 1 or not len(ids) or ids.dtype not in (torch.int32, torch.int64):
+        raise DraftError(
+            f"draft: {path}: token_map has shape {list(ids.shape)} and dtype {ids.dtype}; expected "
+            f"a list of token ids; {_AGAIN}"
+        )
+    ids = ids.long()
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise DraftError(
+            f"draft: {path}: token_map names token {int(outside[0])}, outside the target's "
+            f"vocabulary of {vocab_size}; {_MADE_FOR}"
+        )
+    if len(set(ids.tolist())) != len(ids):
+        raise DraftError(f"draft: {path}: token_map names a token twice; {_AGAIN}")
+    return ids

@@ -1,0 +1,107 @@
+"""`specserve convert`: the pickled weights of an old draft checkpoint as safetensors.
+
+A pickle is a program. It is opened by `convert_child` alone, in a process with limits; nothing else
+of specserve ever reads one.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+_NAMES: Final = ("pytorch_model.bin", "medusa_lm_head.pt")  # EAGLE-1 to 3, Medusa
+_SUFFIXES: Final = (".bin", ".pt", ".pth")
+_CHILD: Final = Path(__file__).with_name("convert_child.py")
+_SPARE_MEMORY: Final = 2**30  # bytes beside those for the file: reading, a copy, writing
+_TIME_LIMIT: Final = 600.0  # seconds
+
+
+class ConvertError(ValueError):
+    """A checkpoint that cannot be converted; the message says why and what to do."""
+
+
+def run(args: argparse.Namespace) -> int:
+    convert(args.source, args.out)
+    print(args.out)
+    return 0
+
+
+def convert(source: Path, out: Path, *, time_limit: float = _TIME_LIMIT) -> None:
+    """Make the directory `out`, with model.safetensors and the config.json beside the weights.
+
+    `source` is the weights file or its directory. Raises ConvertError and leaves nothing.
+    """
+    weights = _find(source)
+    config = weights.parent / "config.json"
+    if not config.is_file():
+        raise ConvertError(
+            f"convert: {weights.parent} has no config.json; a draft needs the one it came with"
+        )
+    if os.path.lexists(out):
+        raise ConvertError(f"convert: {out} exists; give a new directory, or remove it")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        copy = Path(shutil.copyfile(config, partial / "config.json"))
+        converted = partial / "model.safetensors"
+        _convert_weights(weights, converted, time_limit)
+        converted.chmod(copy.stat().st_mode)  # safetensors keeps others out
+        partial.rename(out)
+    except OSError as error:
+        raise ConvertError(f"convert: {out} cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _find(source: Path) -> Path:
+    """The weights file that is meant."""
+    if source.is_file():
+        if source.suffix not in _SUFFIXES:
+            raise ConvertError(
+                f"convert: {source} is no {', '.join(_SUFFIXES)} file; there is nothing to convert"
+            )
+        return source
+    if not source.is_dir():
+        raise ConvertError(f"convert: {source} does not exist; give a directory or a weights file")
+    found = sorted(file.name for file in source.iterdir() if file.suffix in _SUFFIXES)
+    named = [name for name in found if name in _NAMES]
+    chosen = named if len(named) == 1 else found
+    if len(chosen) == 1:
+        return source / chosen[0]
+    if chosen:
+        raise ConvertError(
+            f"convert: {source} has {', '.join(chosen)}; give the one file to convert"
+        )
+    raise ConvertError(f"convert: {source} has no {', '.join(_SUFFIXES)} file to convert")
+
+
+def _convert_weights(weights: Path, out: Path, time_limit: float) -> None:
+    """`weights` as the safetensors file `out`."""
+    memory = 4 * weights.stat().st_size + _SPARE_MEMORY
+    command = [sys.executable, "-P", str(_CHILD), str(weights.resolve()), str(out.resolve())]
+    command += [str(memory), str(int(time_limit) + 1)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=time_limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConvertError(
+            f"convert: {weights}: it took longer than {time_limit:g} s; nothing was written"
+        ) from None
+    if done.returncode == 1 and done.stdout.strip():
+        raise ConvertError(f"convert: {weights}: {done.stdout.strip()}")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ConvertError(
+            f"convert: {weights}: the process that reads it ended with status {done.returncode} "
+            f"({last})"
+        )

@@ -1,0 +1,143 @@
+"""The only place that opens a pickle: a state dict in, safetensors out, in a process of its own.
+
+`specserve convert` runs this file as `python -P FILE SOURCE OUT MEMORY SECONDS`: nothing of ours is
+imported. With weights_only torch's own unpickler calls nothing but what makes tensors (since torch
+2.6; before, CVE-2025-32434). It is limited in memory and time all the same, for a small file can
+ask for a lot of both. What is wrong with the file goes to stdout, with exit status 1.
+"""
+
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+_DTYPES: Final = (  # what a draft may have
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.bool),
+)
+_MOST_NAMES: Final = 5  # of a long list
+
+
+class Refused(ValueError):
+    """The message says what is wrong with the file."""
+
+
+def main(source: Path, out: Path, memory: int, seconds: int) -> int:
+    """Exit status: 1 if the file is refused."""
+    torch.set_num_threads(1)  # each has memory of its own
+    _limit(memory, seconds)
+    try:
+        tensors = _separate(_tensors(_read(source)))
+        save_file(tensors, out)
+    except Exception as error:  # whatever a damaged or hostile file brings about
+        print(_reason(error, memory))
+        return 1
+    return 0
+
+
+def _limit(memory: int, seconds: int) -> None:
+    """`memory` more bytes than are mapped now, where the system tells; `seconds` of work."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _lower(resource.RLIMIT_CPU, seconds)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        mapped = int(statm.read_text().split()[0]) * resource.getpagesize()
+        _lower(resource.RLIMIT_AS, mapped + memory)
+
+
+def _lower(kind: int, limit: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(kind, (soft, hard))
+
+
+def _read(source: Path) -> object:
+    content: object = torch.load(source, map_location="cpu", weights_only=True)
+    return content
+
+
+def _tensors(content: object) -> dict[str, Tensor]:
+    """Raises Refused unless these are tensors by name."""
+    if not isinstance(content, dict):
+        raise Refused(f"it holds a {type(content).__name__}; expected tensors by name")
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
+    for name, value in content.items():
+        if isinstance(name, str) and _is_plain(value):
+            tensors[name] = value.detach()
+        else:
+            others.append(f"{_shown(str(name))} ({_kind(value)})")
+    if others:
+        more = f" and {len(others) - _MOST_NAMES} more" if len(others) > _MOST_NAMES else ""
+        raise Refused(
+            f"it holds more than tensors by name: {', '.join(others[:_MOST_NAMES])}{more}; save "
+            "the state dict alone"
+        )
+    if not tensors:
+        raise Refused("it holds no tensors")
+    return tensors
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in _DTYPES
+    )
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.device.type} {value.layout} {value.dtype}".replace("torch.", "")
+    return type(value).__name__
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor with memory of its own: safetensors has no way to share."""
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = (
+            tensor.clone(memory_format=torch.contiguous_format)
+            if storage in seen
+            else tensor.contiguous()
+        )
+        seen.add(storage)
+    return separate
+
+
+def _reason(error: Exception, memory: int) -> str:
+    """In our words: torch's own advise to trust the file."""
+    text = str(error)
+    if isinstance(error, Refused):
+        return text
+    if isinstance(error, MemoryError) or "allocate memory" in text:
+        return f"it needs more than the {memory / 2**30:.1f} GiB that a file of its size may have"
+    if isinstance(error, OSError):
+        return f"it cannot be read, or the result not be written ({_shown(text)})"
+    if wanted := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"it asks for {_shown(wanted[1])}, which is no tensor and could run code; only tensors "
+            "by name are read"
+        )
+    if text.startswith("Weights only load failed"):
+        found = re.search(r"(Unsupported operand|Can only|Trying to) [^.\n]+", text)
+        text = found[0] if found else "unknown content"
+    return f"it is damaged, or no state dict of torch.save ({_shown(text)})"
+
+
+def _shown(text: str) -> str:
+    """Names come from the file: nothing that a terminal obeys, and not too much of it."""
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return "".join(char if char.isprintable() else "?" for char in line[:120])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
