@@ -12,7 +12,9 @@ salt, and so what a table was tuned on, is there for all. Host only.
 import hashlib
 import heapq
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Final
@@ -20,8 +22,8 @@ from typing import ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.sequence import Sequence
@@ -35,7 +37,6 @@ _SAVE_INTERVAL: Final = 60.0  # seconds
 _ROWS_TOGETHER: Final = 48  # of passes, before they are written
 
 Context = tuple[int, ...]  # the last token first
-_Seen = tuple[list[int], list[Context], npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
 class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -89,31 +90,25 @@ class RecycleDrafter:
         entries = [entry for entry in feedback.entries if entry.seq.id in feedback.verdicts]
         if not entries:
             return
-        tokens, logits = _best(feedback.output)
-        contexts = [
-            context
-            for entry in entries
-            for context in _contexts(entry, feedback.trees[entry.seq.id])
-        ]
-        salts = [
-            _salt(entry.seq.request.cache_salt)
-            for entry in entries
-            for _ in range(len(feedback.trees[entry.seq.id]))
-        ]
-        self._seen.append((salts, contexts, tokens, logits))
-        self._num_seen += len(salts)
+        self._seen.append(_Seen.of(entries, feedback))
+        self._num_seen += len(self._seen[-1].logits)
         if self._num_seen >= _ROWS_TOGETHER:
             self._learn()
 
     def _learn(self) -> None:
-        """Write what was seen. Some rows or many cost about the same, so it is put off a little."""
-        salts, contexts, tokens, logits = zip(*self._seen, strict=True)
-        shares = np.exp(np.concatenate(logits))
+        """Write what was seen. Many rows cost hardly more than some, so it is put off a little."""
+        best = [_best(seen) for seen in self._seen]
+        tokens = np.concatenate([tokens for tokens, _ in best])
+        shares = np.exp(np.concatenate([logits for _, logits in best]))
+        salts = np.array([salt for seen in self._seen for salt in seen.salts()], np.uint64)
+        contexts = np.array([context for seen in self._seen for context in seen.contexts()])
+        # Logits that are no numbers end their request; they are nothing to learn from.
+        sound = np.isfinite(shares).all(1) & (tokens >= 0).all(1)
         self.table.write(
-            np.array([salt for some in salts for salt in some], np.uint64),
-            np.array([context for some in contexts for context in some]),
-            np.concatenate(tokens),
-            shares / shares.sum(1, keepdims=True),
+            salts[sound],
+            contexts[sound],
+            tokens[sound],
+            shares[sound] / shares[sound].sum(1, keepdims=True),
         )
         self._seen, self._num_seen = [], 0
         self._save_now_and_then()
@@ -163,22 +158,47 @@ def _salt(seq_salt: str) -> int:
     return int.from_bytes(hashlib.blake2b(seq_salt.encode(), digest_size=8).digest(), "little")
 
 
-def _contexts(entry: Entry, tree: DraftTree) -> list[Context]:
-    """Of every node: the last tokens of its path, itself included; -1 before the text."""
-    before = entry.seq.tokens[-ORDERS:-1][::-1]
-    above = tuple(before + [-1] * (ORDERS - 1 - len(before)))
-    contexts: list[Context] = []
-    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-        context = above if parent < 0 else contexts[parent][: ORDERS - 1]
-        contexts.append((token, *context))
-    return contexts
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One pass, as it is kept until it is written."""
+
+    trees: list[DraftTree]
+    before: list[list[int]]  # per tree, the tokens before its root
+    tree_salts: list[int]
+    logits: Tensor  # [rows, vocab_size], a row per node
+    top: Tensor | None
+
+    @classmethod
+    def of(cls, entries: Seq[Entry], feedback: Feedback) -> "_Seen":
+        return cls(
+            [feedback.trees[entry.seq.id] for entry in entries],
+            [entry.seq.tokens[-ORDERS:-1] for entry in entries],
+            [_salt(entry.seq.request.cache_salt) for entry in entries],
+            feedback.output.logits,
+            feedback.output.topk,
+        )
+
+    def salts(self) -> Iterator[int]:
+        """Of every row."""
+        for salt, tree in zip(self.tree_salts, self.trees, strict=True):
+            yield from [salt] * len(tree)
+
+    def contexts(self) -> Iterator[Context]:
+        """Of every row: the last tokens of its path, its own included; -1 before the text."""
+        for tree, before in zip(self.trees, self.before, strict=True):
+            above = (*before[::-1], *[-1] * (ORDERS - 1 - len(before)))
+            contexts: list[Context] = []
+            for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+                context = above if parent < 0 else contexts[parent][: ORDERS - 1]
+                contexts.append((token, *context))
+            yield from contexts
 
 
-def _best(output: ModelOutput) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def _best(seen: _Seen) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """[rows, WIDTH] the best next tokens, and how far their logits are below the best one's."""
-    top = output.topk
+    top = seen.top
     if top is None or top.shape[1] < WIDTH:
-        top = output.logits.topk(WIDTH).indices
+        top = seen.logits.topk(WIDTH).indices
     top = top[:, :WIDTH]
-    logits = output.logits.gather(1, top.clamp(min=0)).float()
+    logits = seen.logits.gather(1, top.clamp(min=0)).float()
     return top.cpu().numpy(), (logits - logits[:, :1]).cpu().numpy()

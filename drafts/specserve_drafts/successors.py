@@ -6,6 +6,7 @@ says into what its row says, and is spared once when another wants the row (the 
 Corbato 1968): most contexts never come again. Host only.
 """
 
+import struct
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, Final
@@ -38,9 +39,16 @@ class SuccessorTable:
 
     def __init__(self, num_rows: int, vocab_size: int) -> None:
         assert num_rows.bit_count() == 1, f"{num_rows} is no power of two"
-        self._tags = np.zeros(num_rows, np.uint16)  # 0: never written
-        self._tokens = np.zeros((num_rows, WIDTH), _token_type(vocab_size))
-        self._shares = np.zeros((num_rows, WIDTH), np.uint8)  # in steps below 1
+        token = "H" if vocab_size <= 2**16 else "I"
+        self._row = struct.Struct(f"<H{WIDTH}{token}{WIDTH}B")
+        # A row lies together: reading one misses the cache once.
+        fields = [("tags", "<u2"), ("tokens", f"<{token}", WIDTH), ("shares", "u1", WIDTH)]
+        rows = np.zeros(num_rows, fields)
+        assert rows.itemsize == self._row.size
+        self._buffer = rows.view(np.uint8).data
+        self._tags: npt.NDArray[np.uint16] = rows["tags"]  # 0: never written
+        self._tokens: npt.NDArray[np.unsignedinteger[Any]] = rows["tokens"]
+        self._shares: npt.NDArray[np.uint8] = rows["shares"]  # in steps below 1
 
     @property
     def num_filled(self) -> int:
@@ -94,13 +102,11 @@ class SuccessorTable:
         for order in reversed(range(len(context))):
             for of_salt in states:
                 row = of_salt[order] & (len(self._tags) - 1)
-                if self._tags.item(row) & 0xFFFD != of_salt[order] >> 48 & 0xFFFC | 1:
+                tag, *said = self._row.unpack_from(self._buffer, row * self._row.size)
+                if tag & 0xFFFD != of_salt[order] >> 48 & 0xFFFC | 1:
                     continue
                 weight = left * _TRUST[order]
-                successors = zip(
-                    self._tokens[row].tolist(), self._shares[row].tolist(), strict=True
-                )
-                for token, step in successors:
+                for token, step in zip(said[:WIDTH], said[WIDTH:], strict=True):
                     mixed[token] = mixed.get(token, 0.0) + weight * _SHARE_LIST[step]
                 left -= weight
                 break
@@ -109,7 +115,8 @@ class SuccessorTable:
     def save(self, path: Path) -> None:
         """As safetensors; a reader never sees half a file."""
         part = path.with_name(path.name + ".part")
-        save_file({"tags": self._tags, "tokens": self._tokens, "shares": self._shares}, part)
+        columns = {"tags": self._tags, "tokens": self._tokens, "shares": self._shares}
+        save_file({name: column.copy() for name, column in columns.items()}, part)
         part.replace(path)
 
     @classmethod
@@ -171,7 +178,3 @@ def _states(salt: int, context: Seq[int]) -> list[int]:
         state ^= state >> 29
         states.append(state)
     return states
-
-
-def _token_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    return np.uint16 if vocab_size <= 2**16 else np.uint32

@@ -52,7 +52,8 @@ class ComposedDrafter:
             if asked:
                 trees = self._ask(name, [seqs[i] for i in asked], [budgets[i] for i in asked])
                 for index, tree in zip(asked, trees, strict=False):
-                    proposals[index].append(tree)
+                    if len(tree) > 1:
+                        proposals[index].append(tree)
         self._proposed = {seq.id: trees for seq, trees in zip(seqs, proposals, strict=True)}
         return [
             merge(trees, [self._calibration.shares(seq, tree) for tree in trees], budget)

@@ -1,13 +1,16 @@
 """The recycling table and its drafter: what is learned, found, kept apart, and kept."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import EngineFactory, ids, run
 
+from specserve.batch import ModelOutput
 from specserve.drafting.base import DraftError
 from specserve.drafting.registry import create_drafter
 from specserve.engine.engine import Engine
@@ -181,6 +184,24 @@ def test_a_table_is_kept_between_runs(
     run(engine, [PROMPT], GREEDY)
     again = make_engine("recycle", options=options)
     assert recycled(again).table.num_filled == recycled(engine).table.num_filled > 0
+
+
+def test_logits_that_are_no_numbers_teach_nothing(
+    make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine("recycle")
+    forward = engine.runner.forward
+
+    def broken(*arguments: Any) -> ModelOutput:
+        output = forward(*arguments)
+        output.logits[:] = torch.nan
+        return output
+
+    monkeypatch.setattr(engine.runner, "forward", broken)
+    (outputs,) = run(engine, [PROMPT], GREEDY)
+    assert outputs[-1].finish == "error"
+    assert recycled(engine).table.num_filled == 0
+    assert engine.drafter.active == ["recycle"]
 
 
 @pytest.mark.parametrize(
