@@ -42,6 +42,7 @@ Context = tuple[int, ...]  # the last token first
 class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     contexts: int = 2**19  # that a new table has room for; a power of two
     shipped: bool = True  # begin with the table that ships for the target, if there is one
+    min_probability: float = 0.02  # paths less likely than this are not proposed
     file: str | None = None  # a table kept between runs: read at start-up, written once a minute
 
 
@@ -57,6 +58,11 @@ class RecycleDrafter:
                 f"draft.options.recycle.contexts: {options.contexts}; "
                 f"expected a power of two from 8 to {2**26}"
             )
+        if not 0.0 <= options.min_probability <= 1.0:
+            raise DraftError(
+                f"draft.options.recycle.min_probability: {options.min_probability}; use 0 to 1"
+            )
+        self._min_probability = options.min_probability
         self._file = None if options.file is None else Path(options.file)
         self.target = Target.of(target)
         if path is not None:
@@ -134,14 +140,17 @@ class RecycleDrafter:
         tokens, parents, scores = [seq.tokens[-1]], [-1], [1.0]
         # Open nodes: score (negative: a heap pops the least), age, parent, token, its context.
         heap: list[tuple[float, int, int, int, Context]] = []
-        num_seen = 0
+        num_seen, floor = 0, self._min_probability
         context: Context = tuple(seq.tokens[: -ORDERS - 1 : -1])
         while len(tokens) < budget:
             node = len(tokens) - 1
             for token, share in self.table.candidates(salts, context):
+                score = scores[node] * share
+                if score < floor:
+                    break
                 num_seen += 1
                 successor = (token, *context[: ORDERS - 1])
-                heapq.heappush(heap, (-scores[node] * share, num_seen, node, token, successor))
+                heapq.heappush(heap, (-score, num_seen, node, token, successor))
             if not heap:
                 break
             negative, _, parent, token, context = heapq.heappop(heap)

@@ -209,11 +209,12 @@ def test_logits_that_are_no_numbers_teach_nothing(
     [
         ({"contexts": 1000}, r"draft\.options\.recycle\.contexts: 1000; expected a power of two"),
         ({"contexts": 2**30}, "expected a power of two from 8"),
+        ({"min_probability": 2.0}, r"min_probability: 2.0; use 0 to 1"),
         ({"context": 8}, r"draft\.options\.recycle: .*context"),
     ],
 )
 def test_wrong_options_say_what_is_possible(
-    options: dict[str, int], message: str, tiny_model: Path
+    options: dict[str, Any], message: str, tiny_model: Path
 ) -> None:
     with pytest.raises(DraftError, match=message):
         create_drafter("recycle", {"recycle": options}, tiny_model, Path)
