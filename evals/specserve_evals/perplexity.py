@@ -11,6 +11,7 @@ import gc
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from specserve.batch import SegmentRows, build_batch, chain_segments
+from specserve.batch import build_batch, chain_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.cli.progress import show_progress
@@ -66,24 +67,13 @@ def window_loss(model: Model, tokens: Sequence[int], kv: KVStorage) -> float:
     total = 0.0
     for start in range(0, len(tokens), PASS_ROWS):
         chunk = tokens[start : start + PASS_ROWS]
-        rows = [_with_logits(segment) for segment in chain_segments(table, start, chunk)]
+        chain = chain_segments(table, start, chunk)
+        rows = [replace(segment, wants_logits=True) for segment in chain]
         batch = build_batch(rows, BLOCK, model.row_multiple, kv.data.device)
         logits = model(batch, kv).logits
         following = tokens[start + 1 : start + 1 + len(chunk)]
         total += _losses(logits[: len(following)], following)
     return total
-
-
-def _with_logits(segment: SegmentRows) -> SegmentRows:
-    return SegmentRows(
-        segment.table,
-        segment.context_len,
-        segment.first_node,
-        segment.tokens,
-        segment.depths,
-        segment.ancestors,
-        wants_logits=True,
-    )
 
 
 def _losses(logits: Tensor, tokens: Sequence[int]) -> float:
