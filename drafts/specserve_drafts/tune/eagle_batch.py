@@ -1,0 +1,111 @@
+"""Texts side by side: where each pair stands, and which of them start a chain.
+
+Pair i of a text is the target's row of token i and token i + 1; a chain that starts at pair i
+guesses tokens i + 2, i + 3, ... Chains start where serving has them start: from the last token of
+the prompt on. Row a of a text's answer is both the chain that first guesses answer token a, and
+the target's own distribution there; step k of chain a is about row a + k.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Ids = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    tokens: Ids  # [n], the prompt first
+    num_prompt: int
+
+    @property
+    def num_answer(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pairs(self) -> int:
+        """Of those that some chain sees."""
+        return len(self.tokens) - 2
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Texts whose attention is one matrix product: B texts, m chains in all."""
+
+    pairs: Tensor  # [B, longest] int64, the pairs of each text; anything past its end
+    chains: Tensor  # [B, most] int64, the chains of each text; anything past its last
+    places: Tensor  # [m] int64 into B * most
+    hidden: Tensor  # [B, most, longest] bool, pairs after the chain's start
+
+
+@dataclass(frozen=True, slots=True)
+class ChainBatch:
+    """N pairs and M chains, flat, one text after the other."""
+
+    next_ids: Tensor  # [N] int64, the token of each pair
+    positions: Tensor  # [N] int64, of the pairs in their texts
+    starts: Tensor  # [M] int64, the pair that each chain starts from
+    ids: Tensor  # [M] int64, the token of that pair
+    left: Tensor  # [M] int64, answer tokens from here to the text's end
+    groups: tuple[Group, ...]
+
+    def step_rows(self, step: int) -> Tensor:
+        """[M] int64: the row that each chain is about at `step`; the last one past the end."""
+        rows = torch.arange(len(self.starts), device=self.starts.device)
+        return rows + torch.minimum(self.left - 1, self.left.new_tensor(step))
+
+
+def build_chains(
+    texts: Sequence[Text], device: torch.device, per_group: int | None = None
+) -> ChainBatch:
+    """Prompts have two tokens or more, answers one or more. `per_group`: texts."""
+    pairs = np.array([text.num_pairs for text in texts])
+    chains = np.array([text.num_answer for text in texts])
+    prompts = np.array([text.num_prompt for text in texts])
+    first_pair, first_chain = np.cumsum(pairs) - pairs, np.cumsum(chains) - chains
+    # A GPU wants few and large products; a CPU no padding, and scores that stay in its cache.
+    size = per_group or (1 if device.type == "cpu" else len(texts))
+    groups = [
+        _group(first_pair[part], pairs[part], first_chain[part], chains[part], prompts[part])
+        for part in (slice(start, start + size) for start in range(0, len(texts), size))
+    ]
+    starts = [
+        first + text.num_prompt - 2 + np.arange(text.num_answer)
+        for first, text in zip(first_pair, texts, strict=True)
+    ]
+    flat = (
+        np.concatenate([text.tokens[1:-1] for text in texts]).astype(np.int64),
+        np.concatenate([np.arange(n) for n in pairs]),
+        np.concatenate(starts),
+        np.concatenate([t.tokens[t.num_prompt - 1 : -1] for t in texts]).astype(np.int64),
+        np.concatenate([np.arange(n, 0, -1) for n in chains]),
+    )
+    next_ids, positions, first, ids, left = (torch.from_numpy(a).to(device) for a in flat)
+    return ChainBatch(
+        next_ids,
+        positions,
+        first,
+        ids,
+        left,
+        tuple(Group(*(torch.from_numpy(array).to(device) for array in group)) for group in groups),
+    )
+
+
+def _group(
+    first_pair: Ints, pairs: Ints, first_chain: Ints, chains: Ints, prompts: Ints
+) -> tuple[Ints, Ints, Ints, npt.NDArray[np.bool_]]:
+    """The fields of `Group` for some texts; the arguments are [B]."""
+    column, row = np.arange(pairs.max())[None], np.arange(chains.max())[None]
+    own = row < chains[:, None]  # [B, most]
+    start = np.where(own, prompts[:, None] - 2 + row, pairs.max())  # padding sees everything
+    return (
+        np.where(column < pairs[:, None], first_pair[:, None] + column, 0),
+        np.where(own, first_chain[:, None] + row, 0),
+        np.flatnonzero(own),
+        column[None] > start[:, :, None],
+    )

@@ -1,0 +1,99 @@
+"""What lies beside the weights of a head: provenance, model card, learning curve."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.tune.card import CURVE, PROVENANCE
+from specserve_evals import provenance
+
+
+class EaglePoint(Struct, frozen=True):
+    """A look at held-out answers."""
+
+    num_steps: int
+    num_tokens: int  # of answers, repeats counted
+    num_answered: int  # different ones
+    seconds: int  # of answering and training
+    loss: float | None  # mean since the point before, as are the next two; None: no step yet
+    accepted: tuple[float, ...]  # per step of the chain, at temperature 1
+    coverage: float | None  # the target's mass on the draft vocabulary
+    tau: float  # a chain's tokens per pass on greedy answers to prompts that were kept back
+    conditional: tuple[float, ...]  # c_1, c_2, ... there
+
+
+class EagleMade(Struct, frozen=True):
+    """How a head was made."""
+
+    method: str
+    provenance: provenance.Provenance
+    settings: dict[str, Any]
+    num_prompts: int
+    num_excluded: int
+    best: EaglePoint  # the one that was kept
+    curve: tuple[EaglePoint, ...]
+
+
+def write_card(folder: Path, shape: HeadShape, made: EagleMade) -> None:
+    """Everything but weights and config."""
+    (folder / PROVENANCE).write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2))
+    (folder / "README.md").write_text(model_card(shape, made))
+    draw_curve(made.curve, folder / CURVE)
+
+
+def model_card(shape: HeadShape, made: EagleMade) -> str:
+    settings, best, last = made.settings, made.best, made.curve[-1]
+    chances = ", ".join(f"{chance:.2f}" for chance in best.conditional)
+    return "\n".join(
+        [
+            f"# A draft for {settings['target']}: EAGLE-3.1",
+            "",
+            f"A head over the rows entering layers {', '.join(map(str, shape.taps))} of "
+            f"{settings['target']}: one layer of width {shape.hidden_size}, and the target's own "
+            f"head for {shape.draft_vocab_size} of its {shape.vocab_size} tokens, which hold "
+            f"{last.coverage or 0:.1%} of what it finds likely. Embedding and head are the "
+            "target's and were not trained.",
+            "",
+            f"- trained on {last.num_tokens} tokens, {last.num_answered} different ones: the "
+            f"target's own answers to {made.num_prompts} prompts, temperatures "
+            f"{settings['temperature']}",
+            f"- left out: {made.num_excluded} prompts that share 13 words in a row with "
+            f"{', '.join(settings['exclude']) or 'nothing'}",
+            f"- {best.tau:.2f} tokens per pass, greedy, as a chain of {settings['depth']}, on "
+            f"prompts that were kept back; token by token, given those before, {chances} are "
+            f"right ({CURVE}: while it learned)",
+            f"- the average of the weights after step {best.num_steps} of {last.num_steps}",
+            f"- made in {last.seconds / 60:.0f} minutes",
+            "",
+            "The layout is that of vllm-project/speculators. It only guesses: whatever it "
+            "proposes, the target decides.",
+            "",
+            provenance.markdown(made.provenance),
+            "",
+        ]
+    )
+
+
+def draw_curve(curve: Sequence[EaglePoint], path: Path) -> None:
+    """Acceptance of held-out text while a head learns. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    tokens = [point.num_tokens for point in curve]
+    above.plot(tokens, [point.tau for point in curve], marker=".")
+    above.set_ylabel("tokens per pass, chain, greedy")
+    for step, chances in enumerate(zip(*(point.conditional for point in curve), strict=True)):
+        below.plot(tokens, chances, marker=".", label=f"$c_{step + 1}$")
+    below.set_ylabel("right, given those before")
+    below.set_xlabel("tokens trained on")
+    below.legend()
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    part = path.with_name(f".{path.name}")
+    figure.savefig(part, dpi=120, format="png")
+    part.replace(path)

@@ -1,0 +1,137 @@
+"""What a head learns from: the target's own answers, as token ids in shards on disk.
+
+Shards are written once and whole, so a run that was killed finds each of them complete or not at
+all. An answer depends on its prompt's number and the seed alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from specserve.cli.prompts import Messages
+from specserve.llm import LLM
+from specserve.types import RequestError, SamplingParams
+from specserve_drafts.tune.eagle_batch import Text
+from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.eagle_teacher import Teacher
+
+SHARD_PROMPTS: Final = 64  # answered between two saves: less than a minute
+HELD_OUT: Final = 32  # prompts that are never learned from
+_COUNTED_PROMPTS: Final = 4000
+_COUNTED_ROWS: Final = 4096
+_PROMPT_SHARE: Final = 0.5  # what words of prompts count against likely words of answers
+
+
+class Answers:
+    """The shards of one run. Prompt n is answered with seed + n; prompts come round again."""
+
+    def __init__(
+        self, llm: LLM, prompts: Sequence[Messages], settings: EagleSettings, folder: Path
+    ) -> None:
+        self._llm, self._prompts, self._settings = llm, prompts, settings
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def shard(self, index: int) -> list[Text]:
+        """From disk, or answered now."""
+        path = self._folder / f"shard-{index:05}.safetensors"
+        if not path.exists():
+            first = index * SHARD_PROMPTS
+            write_texts(path, self._answer(self._prompts, range(first, first + SHARD_PROMPTS)))
+        return read_texts(path)
+
+    def held_out(self, prompts: Sequence[Messages]) -> list[Text]:
+        """Greedy answers to prompts of their own."""
+        path = self._folder / "held_out.safetensors"
+        if not path.exists():
+            write_texts(path, self._answer(prompts, range(len(prompts)), temperature=0.0))
+        return read_texts(path)
+
+    def prompt_counts(self, vocab_size: int) -> Tensor:
+        """[vocab_size] float32: how often a token stands in the first prompts, in all 1."""
+        counts = torch.zeros(vocab_size)
+        for prompt in self._prompts[:_COUNTED_PROMPTS]:
+            try:
+                ids = torch.tensor(self._llm.encode(prompt))
+            except RequestError:
+                continue
+            counts.index_add_(0, ids, torch.ones(len(ids)))
+        return counts / counts.sum().clamp_min(1)
+
+    def _answer(
+        self, prompts: Sequence[Messages], numbers: range, temperature: float | None = None
+    ) -> list[Text]:
+        settings = self._settings
+        mix = settings.temperature if temperature is None else (temperature,)
+        sampling = [
+            SamplingParams(
+                temperature=mix[number % len(mix)],
+                max_tokens=settings.max_tokens,
+                seed=settings.seed + number,
+            )
+            for number in numbers
+        ]
+        answers = self._llm.generate([prompts[n % len(prompts)] for n in numbers], sampling)
+        texts = []
+        for answer in answers:
+            num_prompt = len(answer.prompt_ids)
+            tokens = np.array([*answer.prompt_ids, *answer.token_ids], np.int32)
+            text = Text(tokens[: settings.max_len], num_prompt)
+            if answer.error is None and num_prompt >= 2 and text.num_answer >= 1:
+                texts.append(text)
+        return texts
+
+
+def write_texts(path: Path, texts: Sequence[Text]) -> None:
+    part = path.with_name(path.name + ".part")
+    lengths = [(text.num_prompt, len(text.tokens)) for text in texts]
+    arrays = {
+        "tokens": np.concatenate([np.empty(0, np.int32), *(text.tokens for text in texts)]),
+        "lengths": np.array(lengths, np.int32).reshape(-1, 2),
+    }
+    save_file(arrays, part)
+    part.replace(path)
+
+
+def read_texts(path: Path) -> list[Text]:
+    arrays = load_file(path)
+    ends = np.cumsum(arrays["lengths"][:, 1])
+    pieces = np.split(arrays["tokens"], ends[:-1]) if len(ends) else []
+    prompts = arrays["lengths"][:, 0].tolist()
+    return [Text(piece, num) for piece, num in zip(pieces, prompts, strict=True)]
+
+
+def batches(texts: Sequence[Text], step_tokens: int, seed: Sequence[int]) -> list[list[Text]]:
+    """In random order, about `step_tokens` answer tokens each."""
+    order = np.random.default_rng(seed).permutation(len(texts))
+    num_tokens = sum(text.num_answer for text in texts)
+    num_batches = max(1, round(num_tokens / step_tokens))
+    parts: list[list[Text]] = [[]]
+    done = 0
+    for index in order:
+        if done >= len(parts) * num_tokens / num_batches and len(parts) < num_batches:
+            parts.append([])
+        parts[-1].append(texts[index])
+        done += texts[index].num_answer
+    return [part for part in parts if part]
+
+
+def draft_vocabulary(
+    texts: Sequence[Text], prompt_counts: Tensor, teacher: Teacher, size: int
+) -> Tensor:
+    """[size] int64 ascending: the tokens with the most mass where the target answers; what is
+    rare there goes by the prompts, then by rank: BPE merges what is frequent first."""
+    last = teacher.read(texts).last[:_COUNTED_ROWS]
+    mass = torch.zeros_like(prompt_counts)
+    for rows in torch.split(last, 256):
+        mass += teacher.likely(rows, None).sum(0).cpu()
+    mass = mass / len(last) + _PROMPT_SHARE * prompt_counts
+    eos = list(teacher.model.shape.eos_token_ids)
+    mass[eos] = torch.inf
+    best = mass.argsort(descending=True, stable=True)[: min(size, len(mass))]
+    return best.sort().values

@@ -1,0 +1,95 @@
+"""A trained head as a checkpoint in the layout of vllm-project/speculators, which `formats` reads.
+
+The embedding is the target's and is left out: the engine has it already.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specserve.models.fields import read_json
+from specserve_drafts.head_shape import HeadShape
+
+WEIGHTS: Final = "model.safetensors"
+CONFIG: Final = "config.json"
+_LAYOUT: Final = "0.5.0"  # of speculators, whose fields these are
+_ROPE: Final = ("rope_theta", "rope_scaling", "rope_parameters")  # as the target says it
+
+
+def write_head(
+    folder: Path,
+    shape: HeadShape,
+    weights: Mapping[str, Tensor],  # without the head's rows
+    head: Tensor,  # [draft_vocab, hidden_size]
+    token_ids: Tensor,  # [draft_vocab] int64, ascending
+    target: Path,
+    depth: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """model.safetensors and config.json; a reader never sees half a file."""
+    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
+    tensors["lm_head.weight"] = head.to("cpu", dtype)
+    ids = token_ids.cpu()
+    tensors["d2t"] = ids - torch.arange(len(ids))
+    tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+    part = folder / f"{WEIGHTS}.part"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(folder / WEIGHTS)
+    config = head_config(shape, read_json(target / CONFIG), target.name, depth, dtype)
+    part = folder / f"{CONFIG}.part"
+    part.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2))
+    part.replace(folder / CONFIG)
+
+
+def head_config(
+    shape: HeadShape, target: Mapping[str, Any], name: str, depth: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """`target` is its config.json."""
+    layer = {
+        "model_type": "llama",
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.rms_norm_eps,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "vocab_size": shape.vocab_size,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    } | {key: target[key] for key in _ROPE if target.get(key) is not None}
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": depth,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": _LAYOUT,
+        "transformer_layer_config": layer,
+        "draft_vocab_size": shape.draft_vocab_size,
+        "target_hidden_size": shape.target_hidden_size,
+        "norm_before_residual": shape.norm_before_residual,
+        "norm_before_fc": False,
+        "fc_norm": shape.tap_norm == "each",
+        "norm_output": shape.norm_output,
+        "embed_requires_grad": False,
+        "eagle_aux_hidden_state_layer_ids": list(shape.taps),
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "proposal_methods": [proposal],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": name, "architectures": target["architectures"]},
+        },
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,190 @@
+"""An EAGLE-3.1 head that can be trained: `heads.DraftHead` again, differentiable.
+
+One Llama layer over the target's fused taps and the next token's embedding. Owns the weights under
+the names of the checkpoint, and the training-time test (Li et al. 2025, arXiv 2503.01840, section
+3.2): step k goes on from the head's own output of step k - 1, and sees the true pairs up to its
+chain's start and its own chain, which is what it sees while serving.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specserve.models.layers import Rotary, rotate
+from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.tune.eagle_batch import ChainBatch, Group
+
+Embed = Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
+
+
+class Norm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., size] -> float32 of the same shape
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self._eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self._shape = shape
+        width, dim = shape.first_width, shape.head_dim
+        self.q_proj = nn.Linear(width, shape.num_heads * dim, bias=False)
+        self.k_proj = nn.Linear(width, shape.num_kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(width, shape.num_kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(shape.num_heads * dim, shape.hidden_size, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:  # [n, heads * head_dim] -> [n, heads, head_dim]
+        return x.view(len(x), -1, self._shape.head_dim)
+
+    def query(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """[n, 2 * hidden_size] -> [n, num_heads, head_dim]"""
+        return rotate(self._heads(self.q_proj(x)), angles)
+
+    def key_value(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Each [n, num_kv_heads, head_dim]."""
+        k = self._heads(self.k_proj(x))
+        return rotate(k, angles), self._heads(self.v_proj(x))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [n, hidden_size], same shape back
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        hidden, eps = shape.hidden_size, shape.rms_norm_eps
+        self.input_layernorm = Norm(hidden, eps)
+        self.hidden_norm = Norm(hidden, eps)
+        self.post_attention_layernorm = Norm(hidden, eps)
+        self.self_attn = Attention(shape)
+        self.mlp = Mlp(hidden, shape.intermediate_size)
+
+    def wide(self, embeds: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads [n, 2 * hidden_size], and the residual [n, hidden_size]."""
+        normed = self.hidden_norm(rows)
+        return torch.cat((self.input_layernorm(embeds), normed), -1), normed
+
+
+class EagleHead(nn.Module):
+    """A shape with `tap_norm` each, `norm_before_residual` and `norm_output`: EAGLE-3.1."""
+
+    def __init__(self, shape: HeadShape, device: torch.device) -> None:
+        super().__init__()
+        assert shape.tap_norm == "each"
+        assert shape.norm_before_residual
+        assert shape.norm_output
+        self.shape = shape
+        sizes = [shape.target_hidden_size] * len(shape.taps)
+        self.fc_norm = nn.ModuleList(Norm(size, shape.rms_norm_eps) for size in sizes)
+        self.fc = nn.Linear(sum(sizes), shape.hidden_size, bias=False)
+        self.layers = nn.ModuleList([Layer(shape)])
+        self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
+        self.to(device)
+        self._rotary = Rotary(shape.rope, shape.head_dim, shape.max_position_embeddings, device)
+
+    def fuse(self, taps: Tensor) -> Tensor:  # [n, num_taps * hidden_size] -> [n, hidden_size]
+        parts = taps.chunk(len(self.fc_norm), -1)
+        normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
+        rows: Tensor = self.fc(torch.cat(normed, -1))
+        return rows
+
+    def chain(
+        self,
+        batch: ChainBatch,
+        taps: Tensor,  # [N, num_taps * hidden_size], of the pairs
+        embed: Embed,
+        depth: int,
+    ) -> Iterator[Tensor]:
+        """Rows [M, hidden_size] of steps 0 to depth - 1, ready for the head."""
+        (layer,) = self.layers
+        assert isinstance(layer, Layer)
+        wide, residual = layer.wide(embed(batch.next_ids), self.fuse(taps))
+        angles = self._rotary.angles(batch.positions)
+        true = layer.self_attn.key_value(wide, angles)
+        seen = _Seen(batch, *true)
+        positions = batch.positions[batch.starts]
+        # Of pairs before a chain only K and V are of use: there is no second layer.
+        wide, rows = wide[batch.starts], residual[batch.starts]
+        for step in range(depth):
+            angles = self._rotary.angles(positions + step)
+            if step:
+                ids = batch.ids[batch.step_rows(step)]
+                wide, rows = layer.wide(embed(ids), rows)
+                seen.extend(*layer.self_attn.key_value(wide, angles))
+            mixed = seen.attend(layer.self_attn.query(wide, angles), self.shape.head_dim**-0.5)
+            x = rows + layer.self_attn.o_proj(mixed)
+            rows = self.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+            yield rows
+
+
+class _Seen:
+    """K and V of the true pairs, and of the chains so far: one more per step and chain."""
+
+    def __init__(self, batch: ChainBatch, k: Tensor, v: Tensor) -> None:
+        """`k`, `v`: [N, num_kv_heads, head_dim]."""
+        self._groups = batch.groups
+        self._num_kv = k.shape[1]
+        # By group, each [B, num_kv_heads, longest, head_dim].
+        self._true = [
+            (k[group.pairs].transpose(1, 2), v[group.pairs].transpose(1, 2))
+            for group in batch.groups
+        ]
+        self._own: list[tuple[Tensor, Tensor]] = []  # by step, each [M, num_kv_heads, head_dim]
+
+    def extend(self, k: Tensor, v: Tensor) -> None:
+        self._own.append((k, v))
+
+    def attend(self, q: Tensor, scale: float) -> Tensor:
+        """[M, num_heads, head_dim] -> [M, num_heads * head_dim]"""
+        q = torch.unflatten(q, 1, (self._num_kv, -1)) * scale  # [M, num_kv, heads each, head_dim]
+        own = [(q * k[:, :, None]).sum(-1) for k, _ in self._own]
+        scores = torch.stack(own, -1) if own else q[..., :0]  # [M, num_kv, heads each, steps]
+        parts = [
+            _attend(group, *true, q, scores)
+            for group, true in zip(self._groups, self._true, strict=True)
+        ]
+        mixed = torch.cat([part for part, _ in parts])
+        shares = torch.cat([part for _, part in parts])
+        for step, (_, v) in enumerate(self._own):
+            mixed = mixed + shares[..., step, None] * v[:, :, None]
+        return mixed.flatten(1)
+
+
+def _attend(
+    group: Group,
+    k: Tensor,  # [B, num_kv, longest, head_dim]
+    v: Tensor,
+    q: Tensor,  # [M, num_kv, heads each, head_dim]
+    own: Tensor,  # [M, num_kv, heads each, steps], scores of the chain's own pairs
+) -> tuple[Tensor, Tensor]:
+    """What the group's chains take from true pairs [m, num_kv, heads each, head_dim], and the
+    shares [m, num_kv, heads each, steps] that their own pairs have."""
+    (_, most), longest, each = group.chains.shape, k.shape[2], q.shape[2]
+    padded = q[group.chains].permute(0, 2, 3, 1, 4).flatten(2, 3)
+    scores = torch.unflatten(padded @ k.transpose(2, 3), 2, (each, most))
+    scores = scores.masked_fill(group.hidden[:, None, None], -torch.inf)
+    scores = torch.cat((scores, own[group.chains].permute(0, 2, 3, 1, 4)), -1)
+    weights = scores.float().softmax(-1).to(v.dtype)
+    mixed = torch.unflatten(weights[..., :longest].flatten(2, 3) @ v, 2, (each, most))
+    shares = weights[..., longest:]
+    return _flat(mixed, group), _flat(shares, group)
+
+
+def _flat(x: Tensor, group: Group) -> Tensor:
+    """[B, num_kv, heads each, most, n] -> [m, num_kv, heads each, n]"""
+    return x.permute(0, 3, 1, 2, 4).flatten(0, 1)[group.places]

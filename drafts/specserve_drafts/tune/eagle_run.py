@@ -1,0 +1,254 @@
+"""One run: answers and steps in turn, saved every half minute, the best head exported as it comes.
+
+Everything random is a function of the seed and of how far the run is, so a run that was killed
+takes the same steps again.
+"""
+
+import argparse
+import time
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from torch import Tensor
+
+from specserve.cli.progress import show_progress
+from specserve.config import ScheduleConfig, TargetConfig
+from specserve.hub import resolve
+from specserve.llm import LLM
+from specserve.models.checkpoint import read_checkpoint
+from specserve_drafts.tune.card import CURVE
+from specserve_drafts.tune.eagle_batch import Text
+from specserve_drafts.tune.eagle_card import EaglePoint, draw_curve
+from specserve_drafts.tune.eagle_data import (
+    HELD_OUT,
+    SHARD_PROMPTS,
+    Answers,
+    batches,
+    draft_vocabulary,
+)
+from specserve_drafts.tune.eagle_export import write_head
+from specserve_drafts.tune.eagle_init import default_taps, head_rows, head_shape, start_from_target
+from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.eagle_state import (
+    begun,
+    lasting_settings,
+    load_tensors,
+    resumed,
+    save,
+)
+from specserve_drafts.tune.eagle_teacher import Teacher
+from specserve_drafts.tune.eagle_training import Stepped, Trainer
+from specserve_drafts.tune.prompts import training_prompts
+from specserve_evals.progress import track
+
+SAVE_EVERY_S: Final = 30.0
+
+
+class Run:
+    """From its beginning or from where an earlier one stopped. Raises ValueError."""
+
+    def __init__(
+        self, args: argparse.Namespace, settings: EagleSettings, target: dict[str, Any]
+    ) -> None:
+        self.settings, self._out = settings, args.out
+        prompts, self.num_excluded = training_prompts(args.prompts, args.exclude, settings.seed)
+        if len(prompts) <= HELD_OUT:
+            raise ValueError(f"prompts: {len(prompts)} are too few; give more than {HELD_OUT}")
+        lasting = lasting_settings(args, settings, target)
+        self.state = resumed(args.out, lasting) if args.resume else begun(args.out, lasting)
+        self.llm = _open(settings, target)
+        self._target = resolve(target.get("target", TargetConfig().target))
+        shape = self.llm.engine.shape
+        taps = settings.taps or default_taps(shape.num_layers)
+        if not all(0 <= tap <= shape.num_layers for tap in taps) or len(set(taps)) < len(taps):
+            raise ValueError(
+                f"taps: {list(taps)}; expected different layers of 0 to {shape.num_layers}"
+            )
+        self._teacher = Teacher(
+            self._target,
+            self.llm.engine.platform,
+            self.llm.config.target.quantization,
+            taps,
+            settings.max_len,
+        )
+        self._answers = Answers(self.llm, prompts[:-HELD_OUT], settings, args.out / "data")
+        self._num_prompts = len(prompts) - HELD_OUT
+        started = time.perf_counter()
+        held_out = self._answers.held_out(prompts[-HELD_OUT:])
+        if not self.state.passes:
+            self._add_shard()
+        if not held_out:
+            raise ValueError(f"max_len: {settings.max_len} has no room for the prompts' answers")
+        self._count(answering=time.perf_counter() - started)
+        self.trainer = self._trainer(taps)
+        self._held_out = self.trainer.hold_out(held_out)
+        self._recent: list[Stepped] = []
+        self._loaded: tuple[tuple[int, int], list[list[Text]]] | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        """Answered so far, each counted once."""
+        return min(len(self.state.passes) * SHARD_PROMPTS, self._num_prompts)
+
+    def learn(self) -> None:
+        """Until the limit, then one more look."""
+        limit = self.settings.tokens or self.settings.seconds
+        saved = time.monotonic()
+        with track(limit) as advance:
+            advance(min(self._done, limit), "training")
+            if not self.state.curve:
+                self._check()  # what training starts from
+            while (before := self._done) < limit:
+                if self._wants_answers():
+                    self._answer()
+                else:
+                    self._train(before / limit)
+                    if self.state.num_steps % self.settings.check_every == 0:
+                        self._check()
+                if time.monotonic() - saved >= SAVE_EVERY_S:
+                    self._save()
+                    saved = time.monotonic()
+                advance(min(self._done, limit) - min(before, limit), self._label())
+        if self.state.curve[-1].num_steps < self.state.num_steps:
+            self._check()
+        self._save()
+
+    @property
+    def _done(self) -> int:
+        state = self.state
+        return state.num_tokens if self.settings.tokens else round(state.answering + state.training)
+
+    def _wants_answers(self) -> bool:
+        settings, state = self.settings, self.state
+        if settings.tokens:
+            return state.shard < 0 and min(state.passes) >= settings.repeats
+        return state.answering < settings.share * (state.answering + state.training)
+
+    def _answer(self) -> None:
+        started = time.perf_counter()
+        self._add_shard()
+        self._count(answering=time.perf_counter() - started)
+
+    def _add_shard(self) -> None:
+        index = len(self.state.passes)
+        texts = self._answers.shard(index)
+        if not texts:
+            raise ValueError(
+                f"prompts: none of {SHARD_PROMPTS} was answered within max_len "
+                f"{self.settings.max_len} and the target's context; give shorter ones"
+            )
+        num_answered = self.state.num_answered + sum(text.num_answer for text in texts)
+        self._update(passes=(*self.state.passes, 0), num_answered=num_answered)
+
+    def _train(self, progress: float) -> None:
+        started = time.perf_counter()
+        if self.state.shard < 0:  # the one that was trained on least, the newest of those
+            passes = self.state.passes
+            shard = max(range(len(passes)), key=lambda index: (-passes[index], index))
+            counted = (*passes[:shard], passes[shard] + 1, *passes[shard + 1 :])
+            self._update(shard=shard, cursor=0, passes=counted)
+        state = self.state
+        parts = self._batches(state.shard, state.passes[state.shard])
+        result = self.trainer.step(parts[state.cursor], progress)
+        self._recent.append(result)
+        last = state.cursor + 1 == len(parts)
+        self._update(
+            num_steps=self.trainer.num_steps,
+            num_tokens=state.num_tokens + result.num_tokens,
+            shard=-1 if last else state.shard,
+            cursor=0 if last else state.cursor + 1,
+        )
+        self._count(training=time.perf_counter() - started)
+
+    def _batches(self, shard: int, number: int) -> list[list[Text]]:
+        if self._loaded is None or self._loaded[0] != (shard, number):
+            texts = self._answers.shard(shard)
+            seed = (self.settings.seed, shard, number)
+            self._loaded = ((shard, number), batches(texts, self.settings.step_tokens, seed))
+        return self._loaded[1]
+
+    def _check(self) -> None:
+        """The averaged weights on held-out answers; exported where they are the best so far."""
+        started = time.perf_counter()
+        checked, recent, state = self.trainer.check(self._held_out), self._recent, self.state
+        point = EaglePoint(
+            num_steps=state.num_steps,
+            num_tokens=state.num_tokens,
+            num_answered=state.num_answered,
+            seconds=round(state.answering + state.training),
+            loss=float(np.mean([step.loss for step in recent])) if recent else None,
+            accepted=tuple(np.mean([s.accepted for s in recent], 0).tolist()) if recent else (),
+            coverage=float(np.mean([s.coverage for s in recent])) if recent else None,
+            tau=checked.tau,
+            conditional=checked.conditional,
+        )
+        if not state.curve or checked.tau > max(point.tau for point in state.curve):
+            write_head(
+                self._out,
+                self.trainer.head.shape,
+                self.trainer.average.state_dict(),
+                self.trainer.rows,
+                self.trainer.token_ids,
+                self._target,
+                self.settings.depth,
+            )
+        self._recent = []
+        self._update(curve=(*state.curve, point))
+        draw_curve(self.state.curve, self._out / CURVE)
+        self._count(training=time.perf_counter() - started)
+
+    def _save(self) -> None:
+        self.state = save(self._out, self.state, self.trainer.tensors())
+
+    def _trainer(self, taps: tuple[int, ...]) -> Trainer:
+        shape, texts = self.llm.engine.shape, self._answers.shard(0)
+        saved = load_tensors(self._out, self.state)
+        token_ids = saved["vocab.ids"] if saved else self._vocabulary(texts)
+        checkpoint = read_checkpoint(self._target)
+        trainer = Trainer(
+            self.settings,
+            head_shape(shape, taps, len(token_ids)),
+            self._teacher,
+            token_ids,
+            head_rows(checkpoint, shape, token_ids),
+        )
+        if saved:
+            trainer.load(saved, self.state.num_steps)
+        else:
+            last = self._teacher.read(texts[:8]).last
+            start_from_target(trainer.head, checkpoint, shape, last, self.settings.seed)
+            trainer.begin()
+        return trainer
+
+    def _vocabulary(self, texts: list[Text]) -> Tensor:
+        counts = self._answers.prompt_counts(self.llm.engine.shape.vocab_size)
+        return draft_vocabulary(texts, counts, self._teacher, self.settings.draft_vocab)
+
+    def _label(self) -> str:
+        label = f"step {self.state.num_steps}"
+        if self.state.curve[-1].num_steps < self.state.num_steps:
+            label += f", loss {self._recent[-1].loss:.2f}"
+        if self.state.curve:
+            point = self.state.curve[-1]
+            label += f", held-out tau {point.tau:.2f}, c_1 {point.conditional[0]:.2f}"
+        return label
+
+    def _count(self, answering: float = 0.0, training: float = 0.0) -> None:
+        state = self.state
+        self._update(answering=state.answering + answering, training=state.training + training)
+
+    def _update(self, **changes: Any) -> None:
+        self.state = msgspec.structs.replace(self.state, **changes)
+
+
+def _open(settings: EagleSettings, target: dict[str, Any]) -> LLM:
+    with show_progress() as progress:
+        return LLM(
+            draft="none",
+            max_num_seqs=settings.batch,
+            max_batch_rows=max(settings.batch, ScheduleConfig().max_batch_rows),
+            prefix_caching=False,
+            progress=progress,
+            **target,
+        )

@@ -1,0 +1,117 @@
+"""The target while a head learns from it: taps of whole texts, and what it held likely.
+
+A second copy of the weights beside the engine's: the engine answers, this one reads answers back.
+Nothing of it is kept: reading is cheaper than storing what was read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from specserve.batch import SegmentRows, build_batch, chain_segments
+from specserve.cache.storage import KVStorage
+from specserve.cache.table import BlockTable
+from specserve.engine.device import Platform
+from specserve.models.loader import load_model
+from specserve.types import Quantization
+from specserve_drafts.tune.eagle_batch import Text
+
+_BLOCK: Final = 16
+_PASS_ROWS: Final = 1024  # slots of one pass, if no text alone needs more
+_LOGIT_ROWS: Final = 256  # whose logits over the whole vocabulary exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What the target made of some texts; N pairs and M answer tokens, as in `ChainBatch`."""
+
+    taps: Tensor  # [N, num_taps * hidden_size] float32
+    last: Tensor  # [M, hidden_size], leaving the last layer, where answer tokens are decided
+
+
+class Teacher:
+    """`taps`: the layers entered, as the head wants them."""
+
+    def __init__(
+        self,
+        target: Path,
+        platform: Platform,
+        quantization: Quantization,
+        taps: tuple[int, ...],
+        max_len: int,
+    ) -> None:
+        self.model = load_model(
+            target,
+            kernels=platform.kernels,
+            dtype=platform.dtype,
+            device=platform.device,
+            exact=platform.exact,
+            quantization=quantization,
+            packed_dtype=platform.packed_dtype,
+        )
+        self.device = platform.device
+        shape = self.model.shape
+        self._all_taps = tuple(sorted({*taps, shape.num_layers}))
+        size = shape.hidden_size
+        places = [self._all_taps.index(tap) for tap in taps]
+        self._columns = torch.cat([torch.arange(size) + place * size for place in places])
+        self._columns = self._columns.to(self.device)
+        self._last = slice(len(self._all_taps) * size - size, None)
+        num_slots = max(_PASS_ROWS, max_len + _BLOCK)
+        self._storage = KVStorage(self.model.kv_spec, num_slots, self.device)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[n] int64 -> [n, hidden_size] float32, fit for autograd."""
+        return self.model.embed(ids).float().clone()
+
+    def read(self, texts: Sequence[Text]) -> Lesson:
+        taps, last = [], []
+        for part in _passes(texts):
+            rows = self._pass(part)
+            start = 0
+            for text in part:
+                end = start + len(text.tokens)
+                taps.append(rows[start : start + text.num_pairs][:, self._columns].float())
+                last.append(rows[start + text.num_prompt - 1 : end - 1, self._last])
+                start = end
+        return Lesson(torch.cat(taps), torch.cat(last))
+
+    def likely(self, last: Tensor, token_ids: Tensor | None) -> Tensor:
+        """[M, hidden_size] -> [M, draft_vocab] float32: probabilities of `token_ids`, or of all."""
+        parts = []
+        for rows in torch.split(last, _LOGIT_ROWS):
+            p = self.model.logits(rows).softmax(-1)
+            parts.append(p if token_ids is None else p[:, token_ids])
+        return torch.cat(parts)
+
+    def _pass(self, texts: Sequence[Text]) -> Tensor:
+        """[tokens, num_taps * hidden_size], of `_all_taps`."""
+        segments: list[SegmentRows] = []
+        first = 0
+        for text in texts:
+            num_blocks = _num_slots(text) // _BLOCK
+            table = BlockTable(_BLOCK, list(range(first, first + num_blocks)))
+            first += num_blocks
+            segments += chain_segments(table, 0, text.tokens.tolist())
+        batch = build_batch(segments, _BLOCK, self.model.row_multiple, self.device)
+        out = self.model(batch, self._storage, taps=self._all_taps)
+        assert out.taps is not None
+        return out.taps
+
+
+def _passes(texts: Sequence[Text]) -> Iterator[list[Text]]:
+    part: list[Text] = []
+    for text in texts:
+        if part and sum(map(_num_slots, part)) + _num_slots(text) > _PASS_ROWS:
+            yield part
+            part = []
+        part.append(text)
+    yield part
+
+
+def _num_slots(text: Text) -> int:
+    return -(-len(text.tokens) // _BLOCK) * _BLOCK

@@ -1,0 +1,212 @@
+"""One optimiser step, the average of the weights, and a look at held-out answers.
+
+Knows no files and no time: how far a run is comes as a fraction with each step.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.tune.eagle_batch import ChainBatch, Text, build_chains
+from specserve_drafts.tune.eagle_loss import head_loss
+from specserve_drafts.tune.eagle_model import EagleHead
+from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.eagle_teacher import Teacher
+from specserve_drafts.tune.muon import MuonAdamW
+
+_STEP_WEIGHT: Final = 0.8  # of each step of the chain against the one before (EAGLE-3)
+_WARM_UP: Final = 0.04  # share of the run in which learning rates rise
+_CLIP: Final = 1.0  # norm of all gradients together
+_EMA: Final = 0.999
+_LOGIT_ROWS: Final = 512
+
+
+class Stepped(Struct, frozen=True):
+    """What a step saw before it changed anything."""
+
+    num_tokens: int  # of answers
+    loss: float
+    accepted: tuple[float, ...]  # per step of the chain: mean of sum min(p, q), at temperature 1
+    coverage: float  # the target's mass on the draft vocabulary
+
+
+class Checked(Struct, frozen=True):
+    """Greedy answers drafted for by chains, with the averaged weights."""
+
+    tau: float  # tokens per pass, the target's own included
+    conditional: tuple[float, ...]  # c_k: token k right, given those before it were
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Some texts, and what the target gave for them."""
+
+    batch: ChainBatch
+    taps: Tensor  # [N, num_taps * hidden_size]
+    answers: Tensor  # [M] int64
+
+
+class Trainer:
+    """`rows` is the target's head for `token_ids`, and stays as it is."""
+
+    def __init__(
+        self,
+        settings: EagleSettings,
+        shape: HeadShape,
+        teacher: Teacher,
+        token_ids: Tensor,  # [draft_vocab] int64
+        rows: Tensor,  # [draft_vocab, hidden_size] float32
+    ) -> None:
+        self._settings, self._teacher = settings, teacher
+        self.device = teacher.device
+        self.head = EagleHead(shape, self.device)
+        self.average = EagleHead(shape, self.device).requires_grad_(False)
+        self.token_ids = token_ids.to(self.device)
+        self.rows = rows.to(self.device)
+        dtype = torch.float32 if settings.precision == "float32" else torch.bfloat16
+        self._rows = self.rows.to(dtype)
+        self._autocast = dtype != torch.float32
+        self._parameters = dict(self.head.named_parameters())
+        self._optimiser = MuonAdamW(self._parameters, weight_decay=settings.weight_decay)
+        self.num_steps = 0
+
+    def begin(self) -> None:
+        """Once the first weights are in `head`."""
+        self.average.load_state_dict(self.head.state_dict())
+
+    def step(self, texts: Sequence[Text], progress: float) -> Stepped:
+        """Learn from texts; `progress` from 0 to 1 sets the learning rates and the loss."""
+        settings = self._settings
+        lesson = self._teacher.read(texts)
+        p = self._teacher.likely(lesson.last, self.token_ids)
+        batch = build_chains(texts, self.device)
+        hybrid = progress >= settings.kl_first
+        loss, accepted = torch.zeros((), device=self.device), []
+        with self._cast():
+            chain = self.head.chain(batch, lesson.taps, self._teacher.embed, settings.depth)
+            for step, out in enumerate(chain):
+                valid = (batch.left > step).float()
+                mean = valid / valid.sum().clamp_min(1)
+                weights = mean * _STEP_WEIGHT**step
+                part, shares = head_loss(out, self._rows, p, batch.step_rows(step), weights, hybrid)
+                loss = loss + part
+                accepted.append(shares @ mean)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), _CLIP)
+        rate = schedule(progress)
+        self._optimiser.step(matrix_lr=rate * settings.matrix_lr, other_lr=rate * settings.other_lr)
+        self.head.zero_grad()
+        self.num_steps += 1
+        self._follow()
+        means = torch.stack(accepted).tolist()
+        return Stepped(len(p), loss.item(), tuple(means), p.sum(-1).mean().item())
+
+    def hold_out(self, texts: Sequence[Text]) -> list[HeldOut]:
+        """Read once; a step's worth at a time."""
+        held, part = [], list[Text]()
+        for index, text in enumerate(texts):
+            part.append(text)
+            if sum(t.num_answer for t in part) >= self._settings.step_tokens or (
+                index + 1 == len(texts)
+            ):
+                held.append(self._hold(part))
+                part = []
+        return held
+
+    @torch.no_grad()
+    def check(self, held: Sequence[HeldOut]) -> Checked:
+        depth = self._settings.depth
+        hits, left = [], []
+        for part in held:
+            with self._cast():
+                chain = self.average.chain(part.batch, part.taps, self._teacher.embed, depth)
+                steps = [self._guesses(out) for out in chain]
+            right = [
+                (guess == part.answers[part.batch.step_rows(k)]) & (part.batch.left > k)
+                for k, guess in enumerate(steps)
+            ]
+            hits.append(torch.stack(right, 1).cpu().numpy())
+            left.append(part.batch.left.cpu().numpy())
+        return chain_acceptance(np.concatenate(hits), np.concatenate(left))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that going on takes."""
+        parts = {
+            "head": self.head.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self._optimiser.tensors(),
+            "vocab": {"ids": self.token_ids},
+        }
+        return {
+            f"{kind}.{name}": tensor.detach().cpu().contiguous()
+            for kind, tensors in parts.items()
+            for name, tensor in tensors.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
+        def of(kind: str) -> dict[str, Tensor]:
+            prefix = f"{kind}."
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        self.head.load_state_dict(of("head"))
+        self.average.load_state_dict(of("average"))
+        self._optimiser.load(of("optimiser"))
+        self.num_steps = num_steps
+
+    def _cast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+
+    def _hold(self, texts: Sequence[Text]) -> HeldOut:
+        answers = np.concatenate([text.tokens[text.num_prompt :] for text in texts])
+        return HeldOut(
+            build_chains(texts, self.device),
+            self._teacher.read(texts).taps,
+            torch.from_numpy(answers.astype(np.int64)).to(self.device),
+        )
+
+    def _guesses(self, out: Tensor) -> Tensor:
+        """[n, hidden_size] -> [n] int64, the best tokens."""
+        head = self._rows.T
+        best = [(x.to(head.dtype) @ head).argmax(-1) for x in torch.split(out, _LOGIT_ROWS)]
+        return self.token_ids[torch.cat(best)]
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The average forgets its beginning fast while the run is young."""
+        decay = min(_EMA, (1 + self.num_steps) / (10 + self.num_steps))
+        for own, new in zip(self.average.parameters(), self.head.parameters(), strict=True):
+            own.lerp_(new, 1 - decay)
+
+
+def schedule(progress: float) -> float:
+    """Up in a line, down in a cosine (Loshchilov and Hutter 2017)."""
+    if progress < _WARM_UP:
+        return (progress + 0.1 * _WARM_UP) / (1.1 * _WARM_UP)
+    done = min(1.0, (progress - _WARM_UP) / (1 - _WARM_UP))
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def chain_acceptance(hits: npt.NDArray[np.bool_], left: npt.NDArray[np.int64]) -> Checked:
+    """`hits`: [M, depth], step k of chain m drafted the right token; `left`: [M], answer tokens
+    from there on. Every text is walked as serving would: what was accepted, and one more."""
+    alive = np.logical_and.accumulate(hits, 1)
+    conditional = []
+    for step in range(hits.shape[1]):
+        tried = left > step
+        if step:
+            tried = tried & alive[:, step - 1]
+        conditional.append(float(alive[tried, step].mean()) if tried.any() else 0.0)
+    lengths = alive.sum(1)
+    place = num_passes = 0
+    while place < len(left):
+        num_passes += 1
+        place += min(int(lengths[place]) + 1, int(left[place]))
+    return Checked(len(left) / max(num_passes, 1), tuple(conditional))

@@ -1,0 +1,208 @@
+"""`specserve tune eagle`: what it writes, that it resumes, and that the draft is one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_chat import write_tiny_chat
+
+from specserve.cli.main import main as specserve
+from specserve.drafting.registry import create_drafter
+from specserve.llm import LLM
+from specserve.types import SamplingParams
+from specserve_drafts.eagle import EagleDrafter
+from specserve_drafts.tune import eagle, eagle_data, eagle_run
+from specserve_drafts.tune.eagle_card import EagleMade
+from specserve_drafts.tune.eagle_run import Run
+from specserve_drafts.tune.eagle_settings import EagleSettings, read_settings
+from specserve_drafts.tune.eagle_state import State
+
+FLAGS = "--dtype float32 --device cpu --max-model-len 128 --max-tokens 24 --max-len 32 --depth 3"
+RECIPE = "--draft-vocab 60 --step-tokens 100 --check-every 40 --matrix-lr 0.02 --other-lr 0.01"
+NUM_PROMPTS = 28
+EXPERIMENTS = Path(__file__).parents[2] / "drafts" / "experiments"
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With a model and prompts for three shards."""
+    monkeypatch.setattr(eagle_run, "SHARD_PROMPTS", 8)
+    monkeypatch.setattr(eagle_data, "SHARD_PROMPTS", 8)
+    monkeypatch.setattr(eagle_run, "HELD_OUT", 4)
+    write_predictable(tiny_model, tmp_path / "tiny")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(text) for text in prompts()))
+    return tmp_path
+
+
+def write_predictable(model: Path, directory: Path) -> None:
+    """The tiny model, its layers turned down: the next token hardly depends on but the last."""
+    write_tiny_chat(model, directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name in tensors:
+        if "o_proj" in name or "down_proj" in name:
+            tensors[name] *= 0.05
+    save_file(tensors, directory / "model.safetensors")
+
+
+def prompts() -> list[str]:
+    return [f"w{n} w{n + 1} w{n + 2}" for n in range(NUM_PROMPTS)]
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    files = ["--prompts", str(folder / "prompts.jsonl"), "--out", str(folder / "out")]
+    target = ["--target", str(folder / "tiny")]
+    return [*files, *target, *FLAGS.split(), *RECIPE.split(), *arguments]
+
+
+def made(folder: Path) -> EagleMade:
+    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=EagleMade)
+
+
+def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first point of the curve is the head before it learned anything."""
+    arguments = command(folder, "--tokens", "12000", "--repeats", "20")
+    assert specserve(["tune", "eagle", *arguments]) == 0
+    assert "tokens per pass on prompts that were kept back" in capsys.readouterr().out
+    run, out = made(folder), folder / "out"
+    first, last = run.curve[0], run.curve[-1]
+    assert (first.num_steps, first.num_tokens, first.loss) == (0, 0, None)
+    assert last.num_tokens >= 12000
+    assert run.num_prompts == NUM_PROMPTS - 4
+    assert run.best.conditional[0] > first.conditional[0] + 0.3
+    assert run.best.tau > first.tau + 0.4
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert run.provenance.command in (out / "README.md").read_text()
+    written = "".join(file.read_text() for file in out.glob("*.[jm][sd]*"))
+    assert str(folder) not in written
+    assert not list(out.rglob("*.part"))
+    assert load_file(out / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert_it_drafts(folder)
+
+
+def assert_it_drafts(folder: Path) -> None:
+    """For its target, by its directory: on prompts it was trained on, most of it is right."""
+    drafter = create_drafter(str(folder / "out"), {}, folder / "tiny", Path)
+    assert isinstance(drafter, EagleDrafter)
+    assert drafter.needs_taps == (1, 2)
+    settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB"}
+    llm = LLM(str(folder / "tiny"), draft=(str(folder / "out"),), pricing="off", **settings)
+    chats = [[{"role": "user", "content": text}] for text in prompts()]
+    answers = llm.generate(chats, SamplingParams(temperature=0.0, max_tokens=24))
+    passes = sum(answer.stats.num_spec_steps for answer in answers)
+    tokens = sum(answer.stats.num_emitted_tokens for answer in answers)
+    assert tokens / passes > 1.5
+
+
+def test_a_run_goes_on_where_it_stopped(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the middle of the second shard, after its last save; the head is the same."""
+    arguments = ["--tokens", "1200", "--repeats", "2"]
+    assert eagle.main(command(folder, *arguments)) == 0
+    (folder / "out").rename(folder / "whole")
+    train, steps = Run._train, list[float]()
+
+    def stop(run: Run, progress: float) -> None:
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        train(run, progress)
+        steps.append(progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train", stop)
+        patch.setattr(eagle_run, "SAVE_EVERY_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            eagle.main(command(folder, *arguments))
+    assert eagle.main(command(folder, *arguments)) == 2
+    assert "holds a run; add --resume" in capsys.readouterr().err
+    assert eagle.main(command(folder, *arguments, "--resume", "--depth", "2")) == 2
+    assert "depth: 2 goes on with a run that had 3" in capsys.readouterr().err
+    assert eagle.main(command(folder, *arguments, "--resume")) == 0
+    whole, own = (state(folder / name) for name in ("whole", "out"))
+    assert own.num_steps == whole.num_steps > 10
+    assert (own.num_tokens, own.passes) == (whole.num_tokens, whole.passes)
+    assert own.tensors is not None
+    assert own.tensors == whole.tensors
+    expected = load_file(folder / "whole" / own.tensors)
+    for name, tensor in load_file(folder / "out" / own.tensors).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def state(folder: Path) -> State:
+    return msgspec.json.decode((folder / "state.json").read_bytes(), type=State)
+
+
+def test_a_run_that_was_killed_before_it_saved_begins_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(run: Run, progress: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            eagle.main(command(folder, "--tokens", "200"))
+    assert eagle.main(command(folder, "--tokens", "200", "--resume")) == 0
+    assert made(folder).curve[-1].num_tokens >= 200
+
+
+def test_minutes_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the time, as it was asked for, whatever it came to in tokens."""
+    monkeypatch.setattr(EagleSettings, "seconds", 3)
+    assert eagle.main(command(folder, "--minutes", "1", "--share", "0.2")) == 0
+    end = state(folder / "out")
+    assert end.answering + end.training >= 2.5
+    assert len(end.passes) >= 1
+    assert end.training > end.answering
+
+
+def test_an_experiment_is_a_file_of_settings(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flags win, a limit over the other limit too."""
+    file = folder / "recipe.toml"
+    file.write_text('minutes = 5\ndepth = 2\nseed = 7\ndevice = "cpu"\ntaps = [0, 2]\n')
+    arguments = command(folder, "--experiment", str(file), "--tokens", "100")
+    assert eagle.main(arguments) == 0
+    settings = made(folder).settings
+    assert (settings["depth"], settings["seed"], settings["taps"]) == (3, 7, [0, 2])
+    file.write_text("dephts = 2\n")
+    assert eagle.main(arguments) == 2
+    assert "dephts: unknown setting; did you mean 'depth'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_experiments_are_ones(file: Path) -> None:
+    line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
+    settings, _ = read_settings(eagle.build_parser().parse_args(line))
+    assert settings.minutes is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "nothing.jsonl"], "nothing.jsonl cannot be read"),
+        (["--resume"], "state.json cannot be read"),
+        (["--depth", "0"], "depth: 0 is out of range; expected 1 to 16"),
+        (["--temperature", "3"], "temperature: [3.0]"),
+        (["--taps", "0", "3"], "taps: [0, 3]; expected different layers of 0 to 2"),
+        (["--experiment", "nothing.toml"], "experiment: nothing.toml cannot be read"),
+        (["--max-len", "8", "--max-tokens", "2", "--prompts", "long.jsonl"], "within max_len 8"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(folder)
+    long = [" ".join(f"w{(n + k) % 90}" for k in range(20)) for n in range(20)]
+    (folder / "long.jsonl").write_text("\n".join(json.dumps(text) for text in long))
+    assert eagle.main(command(folder, *arguments)) == 2
+    assert message in capsys.readouterr().err
