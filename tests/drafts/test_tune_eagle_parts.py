@@ -258,7 +258,7 @@ def test_the_loss_falls(tiny_model: Path, teacher: Teacher, precision: str) -> N
     )
     start_from_target(trainer.head, checkpoint, shape, teacher.read(some).last, 0)
     trainer.begin()
-    steps = [trainer.step(some, step / 120 * 0.29) for step in range(120)]
+    steps = [trainer.step(some, step / 80 * 0.29) for step in range(80)]
     assert steps[-1].loss < 0.5 * steps[0].loss
     assert all(b > a + 0.1 for a, b in zip(steps[0].accepted, steps[-1].accepted, strict=True))
     assert steps[0].num_tokens == 80

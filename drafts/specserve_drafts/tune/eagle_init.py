@@ -1,8 +1,8 @@
 """Where a head begins: as the target's last layer over its own final row.
 
 `fc` lets the last tap through, so that the first row is the one the target's head reads; the layer
-has the weights of the target's last one on that half of its input, and next to nothing on the half
-of the embedding. With the last tap after the last layer, that is close to EAGLE-1 (Li et al. 2024).
+has the weights of the target's last one on that half of its input, and noise on the half of the
+embedding. With the last tap after the last layer, that is close to EAGLE-1 (Li et al. 2024).
 """
 
 import torch
@@ -13,7 +13,9 @@ from specserve.models.shape import ModelShape
 from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.eagle_model import EagleHead
 
-_EMBEDDING_SHARE = 0.1  # standard deviation of the embedding's half, against the other half's
+_EMBEDDING_SHARE = 1.0  # standard deviation of the embedding's half, against the other half's
+# The last row's own token is what the head is sure of at first, and wrong: logits begin softer.
+_SOFTER = 0.5
 _SMALLEST = 0.1  # of a norm's weights that are divided by, against their mean
 
 
@@ -66,7 +68,7 @@ def start_from_target(
     final = checkpoint.floats("model.norm.weight").float()
     size = last.float().square().mean(-1).sqrt().median().item()
     weights = {
-        "norm.weight": final,
+        "norm.weight": _SOFTER * final,
         "layers.0.post_attention_layernorm.weight": floats("post_attention_layernorm"),
         "layers.0.self_attn.o_proj.weight": floats("self_attn.o_proj") / size,
         "layers.0.mlp.gate_proj.weight": floats("mlp.gate_proj"),

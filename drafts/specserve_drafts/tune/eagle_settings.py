@@ -71,10 +71,10 @@ class EagleSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_tokens: int = 256
     max_len: int = 512
     temperature: tuple[float, ...] = (0.0, 0.7, 0.0, 1.0)
-    step_tokens: int = 2048
+    step_tokens: int = 1024
     share: float = 0.35
     repeats: int = 2
-    matrix_lr: float = 2e-3
+    matrix_lr: float = 6e-3
     other_lr: float = 1e-3
     weight_decay: float = 0.01
     kl_first: float = 0.3
