@@ -140,13 +140,6 @@ class Sampler:
         noisy = torch.tensor([not row.state.params.greedy for row in rows], device=self.device)
         return processed + noise * noisy[:, None]
 
-    def noise(self, seed: int, position: int, tokens: Sequence[int]) -> list[float]:
-        """The noise of some tokens at one position."""
-        place = torch.tensor([[seed], [position]], device=self.device)
-        ids = torch.tensor([tokens], device=self.device)
-        noise: list[float] = self._kernels.gumbel_noise(place[0], place[1], ids)[0].tolist()
-        return noise
-
     def _keys(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         seeds = torch.tensor([row.state.seed for row in rows], device=self.device)
         positions = torch.tensor([row.position for row in rows], device=self.device)

@@ -114,9 +114,10 @@ class MeasuredPolicy:
     def _is_worth(self, seq_id: str, meanwhile: float) -> bool:
         """`meanwhile`: tokens the batch emits in the time of drafting for one sequence."""
         record = self._records.get(seq_id)
-        if record is None or record.gain >= meanwhile:
-            if record is not None:
-                record.pause, record.next_pause = 0, _PAUSES[0]
+        if record is None:
+            return True
+        if record.gain >= meanwhile:
+            record.pause, record.next_pause = 0, _PAUSES[0]
             return True
         if record.pause == 0:
             record.pause = record.next_pause

@@ -13,6 +13,7 @@ from pathlib import Path
 from specserve_drafts.tune.eagle_card import EagleMade, write_card
 from specserve_drafts.tune.eagle_run import Run
 from specserve_drafts.tune.eagle_settings import add_settings, read_settings
+from specserve_drafts.tune.prompts import add_run_flags
 from specserve_evals import provenance
 
 
@@ -49,17 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train an EAGLE-3.1 head for a target on the target's own answers.",
         allow_abbrev=False,
     )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument(
-        "--exclude",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE.jsonl",
-        help="leave out prompts that share 13 words in a row with one of these; repeatable",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the draft")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    add_run_flags(parser)
     parser.add_argument(
         "--experiment", type=Path, metavar="FILE.toml", help="settings; flags override it"
     )

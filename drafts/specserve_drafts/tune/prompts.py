@@ -1,5 +1,6 @@
 """What a draft is trained on: prompts of a file, without those that an evaluation asks."""
 
+import argparse
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,21 @@ from specserve_evals.prompts import load_prompts
 
 NGRAM: Final = 13  # words in a row that make a prompt one of an evaluation's (Brown et al. 2020, C)
 _WORDS: Final = re.compile(r"\w+")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What every method asks: which prompts, where to, and whether to go on."""
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--exclude",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.jsonl",
+        help="leave out prompts that share 13 words in a row with one of these; repeatable",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the draft")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
 
 
 def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> tuple[list[Messages], int]:

@@ -26,7 +26,7 @@ from specserve_drafts.fit import DraftConfig
 from specserve_drafts.recycle import RecycleDrafter
 from specserve_drafts.successors import TABLE, SuccessorTable
 from specserve_drafts.tune.card import Made, Point, write_draft
-from specserve_drafts.tune.prompts import training_prompts
+from specserve_drafts.tune.prompts import add_run_flags, training_prompts
 from specserve_evals import provenance
 from specserve_evals.progress import track
 from specserve_evals.runs import at_least_one
@@ -200,20 +200,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fill a recycling table with what the target says to training prompts.",
         allow_abbrev=False,
     )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument(
-        "--exclude",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE.jsonl",
-        help="leave out prompts that share 13 words in a row with one of these; repeatable",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the draft")
+    add_run_flags(parser)
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--minutes", type=at_least_one, default=20, metavar="N")
     limit.add_argument("--tokens", type=at_least_one, metavar="N", help="of answers, instead")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     parser.add_argument("--contexts", type=at_least_one, default=2**19, metavar="N")
     parser.add_argument("--max-nodes", type=at_least_one, default=8, metavar="N")
     parser.add_argument("--batch", type=at_least_one, default=32, metavar="N")
