@@ -76,11 +76,18 @@ class RecycleDrafter:
 
     def _first_table(self, path: Path | None, contexts: int) -> SuccessorTable:
         """What the file holds, else what the draft's directory holds, else nothing."""
-        vocab_size = self.target.vocab_size
-        if self._file is not None and self._file.exists():
-            return SuccessorTable.load(self._file, vocab_size)
-        if path is not None:
-            return SuccessorTable.load(path / TABLE, vocab_size)
+        vocab_size, field = self.target.vocab_size, "draft"
+        try:
+            if self._file is not None:
+                field = "draft.options.recycle.file"
+                if not self._file.parent.is_dir():
+                    raise ValueError(f"{self._file.parent} is no directory; make it first")
+                if self._file.exists():
+                    return SuccessorTable.load(self._file, vocab_size)
+            if path is not None:
+                return SuccessorTable.load(path / TABLE, vocab_size)
+        except ValueError as error:
+            raise DraftError(f"{field}: {error}") from error
         return SuccessorTable(contexts, vocab_size)
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:

@@ -210,6 +210,8 @@ def test_logits_that_are_no_numbers_teach_nothing(
         ({"contexts": 1000}, r"draft\.options\.recycle\.contexts: 1000; expected a power of two"),
         ({"contexts": 2**30}, "expected a power of two from 8"),
         ({"min_probability": 2.0}, r"min_probability: 2.0; use 0 to 1"),
+        ({"file": "/nowhere/table"}, r"recycle\.file: /nowhere is no directory; make it first"),
+        ({"file": __file__}, r"draft\.options\.recycle\.file: .*cannot be read"),
         ({"context": 8}, r"draft\.options\.recycle: .*context"),
     ],
 )
