@@ -132,6 +132,16 @@ def test_a_run_goes_on_where_it_stopped(
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
 
 
+def test_the_embedding_comes_along_if_asked_for(folder: Path) -> None:
+    arguments = ["--tokens", "100", "--embedding", "own"]
+    assert eagle.main(command(folder, *arguments)) == 0
+    written = load_file(folder / "out" / "model.safetensors")["embed_tokens.weight"]
+    target = load_file(folder / "tiny" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(written, target.bfloat16())
+    drafter = create_drafter(str(folder / "out"), {}, folder / "tiny", Path)
+    assert isinstance(drafter, EagleDrafter)
+
+
 def state(folder: Path) -> State:
     return msgspec.json.decode((folder / "state.json").read_bytes(), type=State)
 

@@ -1,6 +1,7 @@
 """A trained head as a checkpoint in the layout of vllm-project/speculators, which `formats` reads.
 
-The embedding is the target's and is left out: the engine has it already.
+The embedding is the target's. Engines have it already, and vLLM too takes it from the target if a
+file has none; speculators itself has it in every file and needs it there.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from specserve_drafts.head_shape import HeadShape
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
-_LAYOUT: Final = "0.5.0"  # of speculators, whose fields these are
+_LAYOUT: Final = "0.7.0"  # the first speculators with all of these fields
 _ROPE: Final = ("rope_theta", "rope_scaling", "rope_parameters")  # as the target says it
 
 
@@ -30,20 +31,34 @@ def write_head(
     target: Path,
     depth: int,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    embedding: Tensor | None = None,  # [vocab_size, hidden_size], the target's; None: left out
 ) -> None:
     """model.safetensors and config.json; a reader never sees half a file."""
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
+    if embedding is not None:
+        tensors["embed_tokens.weight"] = embedding.to("cpu", dtype)
     tensors["lm_head.weight"] = head.to("cpu", dtype)
-    ids = token_ids.cpu()
-    tensors["d2t"] = ids - torch.arange(len(ids))
-    tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
+    if len(ids := token_ids.cpu()) < shape.vocab_size:
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
     part = folder / f"{WEIGHTS}.part"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     part.replace(folder / WEIGHTS)
-    config = head_config(shape, read_json(target / CONFIG), target.name, depth, dtype)
+    name = public_name(target)
+    config = head_config(shape, read_json(target / CONFIG), name, depth, dtype)
     part = folder / f"{CONFIG}.part"
     part.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2))
     part.replace(folder / CONFIG)
+
+
+def public_name(target: Path) -> str:
+    """By which others find a target: the hub id of which the directory is a copy, else the
+    directory's name. Never a path of this machine."""
+    parts = target.absolute().parts
+    if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    return parts[-1]
 
 
 def head_config(

@@ -192,11 +192,17 @@ class Run:
                 self.trainer.token_ids,
                 self._target,
                 self.settings.depth,
+                embedding=self._embedding(),
             )
         self._recent = []
         self._update(curve=(*state.curve, point))
         draw_curve(self.state.curve, self._out / CURVE)
         self._count(training=time.perf_counter() - started)
+
+    def _embedding(self) -> Tensor | None:
+        if self.settings.embedding == "target":
+            return None
+        return read_checkpoint(self._target).floats("model.embed_tokens.weight")
 
     def _save(self) -> None:
         self.state = save(self._out, self.state, self.trainer.tensors())

@@ -33,6 +33,7 @@ HELP: Final = {
     "kl_first": "share of the run before the loss turns from KL to the acceptance itself",
     "check_every": "steps between two looks at the held-out answers",
     "precision": "of the products in training",
+    "embedding": "own: the file holds the target's too, as speculators needs it; engines do not",
     "seed": "of the order of prompts, of answers and of the first weights",
 }
 RANGES: Final = {
@@ -56,7 +57,7 @@ RANGES: Final = {
 _LISTS: Final = frozenset({"temperature", "taps"})  # written as a list behind one flag
 _LIMITS: Final = frozenset({"minutes", "tokens"})
 # What may change when a run goes on.
-_FREE: Final = _LIMITS | {"batch", "check_every"}
+_FREE: Final = _LIMITS | {"batch", "check_every", "embedding"}
 
 
 class EagleSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,6 +81,7 @@ class EagleSettings(Struct, frozen=True, forbid_unknown_fields=True):
     kl_first: float = 0.3
     check_every: int = 25
     precision: Literal["float32", "bfloat16"] = "float32"
+    embedding: Literal["target", "own"] = "target"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,85 @@
+"""A bound EAGLE head, and its chains of draft steps with the tokens given: for comparing logits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specserve.cache.storage import KVStorage
+from specserve.drafting.base import DraftContext
+from specserve.drafting.registry import create_drafter
+from specserve.models.shape import ModelShape
+from specserve.sampling import Sampler
+from specserve.tree import WORD
+from specserve_drafts.eagle import EagleDrafter
+from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_kernels.dispatch import select_kernels
+
+CPU = torch.device("cpu")
+_BLOCK_SIZE = 16
+
+
+def bound_drafter(path: Path, target: Path, embed: Callable[[Tensor], Tensor]) -> EagleDrafter:
+    """As an engine in float32 makes it of `--draft path`, for a target that only embeds."""
+
+    def nothing(*_: Any) -> Any:
+        raise AssertionError("the head asked its target for more than the embedding")
+
+    drafter = create_drafter(str(path), {}, target, Path)
+    assert isinstance(drafter, EagleDrafter)
+    kernels, spec = select_kernels(CPU), drafter.kv_spec(torch.float32)
+    assert spec is not None
+    context = DraftContext(
+        device=CPU,
+        dtype=torch.float32,
+        kernels=kernels,
+        exact=True,
+        quantization="none",
+        vocab_size=ModelShape.from_dir(target).vocab_size,
+        block_size=_BLOCK_SIZE,
+        sampler=Sampler(kernels, CPU),
+        sampling_state=nothing,
+        storage=KVStorage(spec, _BLOCK_SIZE, CPU),
+        source=1,
+        taps=drafter.needs_taps,
+        embed=embed,
+        final_norm=nothing,
+        unembed=nothing,
+    )
+    drafter.bind(context)
+    return drafter
+
+
+def chain_logits(
+    head: DraftHead,
+    ids: Tensor,  # [n] int64
+    taps: Tensor,  # [n, num_taps * target_hidden_size]
+    num_steps: int,
+) -> list[Tensor]:
+    """Per step [n - step, draft_vocab_size]: pair i is taps i with token i, and step k of the chain
+    it begins goes on with token i + k and the head's own row. As a drafter runs them."""
+    n, tokens = len(ids), ids.tolist()
+    kv = KVStorage(head_kv_spec(head.shape, torch.float32), n * num_steps, CPU)
+    words = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], WORD)
+    own = np.arange(n, n * num_steps).reshape(n, -1)  # slots of each chain after its first pair
+    pairs = HeadRows(np.arange(n), 0, 0, tokens, np.arange(n), words[:n])
+    rows = head(lay_out([pairs], CPU), head.fuse(taps), kv)
+    logits = [head.logits(rows)]
+    for step in range(1, num_steps):
+        nodes = [
+            HeadRows(
+                np.concatenate((np.arange(i + 1), own[i])),
+                i,
+                step,
+                [tokens[i + step]],
+                np.array([i + step]),
+                words[step : step + 1],
+            )
+            for i in range(n - step)
+        ]
+        rows = head(lay_out(nodes, CPU), rows[: n - step], kv)
+        logits.append(head.logits(rows))
+    return logits
