@@ -52,7 +52,7 @@ clean: ## remove everything that make made
 	find $(PACKAGES) tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first and by itself: it is most of the download.
-$(VENV)/.ready: pyproject.toml constraints.txt $(wildcard kernels/specserve_kernels/cpu/csrc/*)
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard kernels/specserve_kernels/*/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The kernel tests with native builds that watch every access (address) and every operation whose
+# The kernel and host tests with native builds that watch every access (address) and every operation whose
 # result C++ does not define (undefined). Usage: sanitize.sh PYTHON [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,6 +28,9 @@ if [ "$(uname -m)" = x86_64 ]; then
     build avx512 -march=x86-64-v4 -mavx512vnni
 fi
 
+"$cxx" "${common[@]}" $("$python" -m pybind11 --includes) "$copy"/specserve_kernels/host/csrc/*.cpp \
+    -o "$copy/specserve_kernels/host/_native$suffix"
+
 # The runtime has to be there before the interpreter, which is not built with it. The interpreter
 # keeps memory to its end on purpose: no report of leaks. It also throws through torch's own frames.
 # The C++ library goes beside it: the runtime looks for what it wraps there when it starts.
@@ -38,4 +41,5 @@ export PYTHONPATH="$PWD/$copy${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=2
 import specserve_kernels, sys
 sys.exit('$copy' not in specserve_kernels.__file__ and specserve_kernels.__file__ + ' is not the copy')"
 # A report goes to descriptor 2 and ends the process: pytest must not have put a file in its place.
-"$python" -m pytest -q --capture=sys tests/kernels -k 'not triton' -p no:cacheprovider "$@"
+"$python" -m pytest -q --capture=sys tests/kernels tests/drafts/test_host_twins.py \
+    -k 'not triton' -p no:cacheprovider "$@"

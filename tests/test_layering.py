@@ -38,7 +38,14 @@ LEVELS: list[list[str]] = [
         "specserve.cache.storage",
         "specserve.sampling",
     ],
-    ["specserve.drafting.base", "specserve.batch", "specserve.models"],
+    [
+        "specserve.drafting.base",
+        "specserve.drafting.lookup",
+        "specserve.drafting.lookup",
+        "specserve.drafting.prediction",
+        "specserve.batch",
+        "specserve.models",
+    ],
     [
         "specserve.schedule",
         "specserve.verify",
@@ -67,6 +74,7 @@ WITHIN_A_LEVEL = {
     ("specserve.text", "specserve.types"),
     ("specserve.step", "specserve.sequence"),
     ("specserve.drafting.base", "specserve.batch"),
+    ("specserve.drafting.prediction", "specserve.drafting.lookup"),
     ("specserve.models", "specserve.batch"),
     ("specserve.drafting.compose", "specserve.drafting.counts"),
     ("specserve.drafting.compose", "specserve.drafting.calibration"),
@@ -101,6 +109,7 @@ DRAFTS_MAY_USE = {
     "specserve.step",
     "specserve.sampling",
     "specserve.drafting.base",
+    "specserve.drafting.lookup",
     "specserve.batch",
     "specserve.models",
 }

@@ -5,16 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specserve.cache.table import BlockTable
 from specserve.drafting.calibration import Calibration
 from specserve.schedule.cost import PassCosts
-from specserve.schedule.selection import worthwhile
-from specserve.sequence import Sequence
-from specserve.tree import DraftTree, build_tree, chain_tree
-from specserve.types import Request, SamplingParams
+from specserve.schedule.selection import Selection
+from specserve.tree import MAX_NODES, DraftTree, build_tree, chain_tree
 
 FLAT = PassCosts({1: 1.0, 64: 1.0})
 STEEP = PassCosts({1: 1.0, 2: 2.0, 4: 4.0})
+
+
+def worthwhile(
+    trees: dict[str, DraftTree], num_rows: int, costs: PassCosts
+) -> dict[str, DraftTree]:
+    return Selection(costs).worthwhile(trees, num_rows)
 
 
 def chain(*chances: float) -> DraftTree:
@@ -70,38 +73,36 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
     assert rate == pytest.approx(rates.max(), rel=1e-5)
 
 
-def sequence(name: str, temperature: float = 0.0) -> Sequence:
-    sampling = SamplingParams(temperature=temperature, seed=0)
-    return Sequence(Request(name, (7,), sampling), [7], BlockTable(16))
+def chances(calibration: Calibration, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
+    return calibration.merged(seq_id, noisy, [tree], MAX_NODES).shares
 
 
 def test_chances_follow_what_is_emitted_for_all_and_for_the_request() -> None:
     calibration = Calibration()
     tree = chain(0.9, 0.9)
-    lucky, unlucky, other = (sequence(name) for name in "abc")
-    sampled = sequence("d", temperature=1.0)
-    assert calibration.shares(lucky, tree)[0] == 1.0
+    assert chances(calibration, "lucky", False, tree)[0] == 1.0
     for _ in range(60):
-        calibration.settle(lucky, tree, [0, 1, 5])  # all come true
-        calibration.settle(unlucky, tree, [3])  # none does
-        calibration.settle(sampled, tree, [3])
-    good, bad, new = (calibration.shares(seq, tree) for seq in (lucky, unlucky, other))
+        calibration.settle("lucky", False, [tree], [0, 1, 5])  # all come true
+        calibration.settle("unlucky", False, [tree], [3])  # none does
+        calibration.settle("sampled", True, [tree], [3])
+    good, bad, new = (
+        chances(calibration, seq_id, False, tree) for seq_id in ("lucky", "unlucky", "new")
+    )
     assert good[2] > 0.8
     assert bad[1] < 0.15
     assert bad[1] < new[1] < good[1]
-    assert calibration.shares(sequence("e", 0.5), tree)[1] < new[1], "sampling is harder"
-    calibration.forget("a")
-    assert calibration.shares(lucky, tree) == new
+    assert chances(calibration, "other", True, tree)[1] < new[1], "sampling is harder"
+    calibration.forget("lucky")
+    assert chances(calibration, "lucky", False, tree) == new
 
 
 def test_what_never_had_a_chance_is_not_counted() -> None:
     calibration = Calibration()
     tree = chain(0.9, 0.7)
-    seq = sequence("a")
-    before = calibration.shares(seq, tree)
+    before = chances(calibration, "a", False, tree)
     for _ in range(9):
-        calibration.settle(seq, tree, [4])
-    after = calibration.shares(seq, tree)
+        calibration.settle("a", False, [tree], [4])
+    after = chances(calibration, "a", False, tree)
     assert after[1] < before[1]
     # The source is trusted less; the second node has no record of its own to be judged by.
     assert after[1] < after[2] < before[2]

@@ -7,14 +7,22 @@ Corbato 1968): most contexts never come again. Host only.
 """
 
 import struct
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
+from specserve.tree import DraftTree
+from specserve_drafts.best_first import grow_best_first
+from specserve_kernels.dispatch import native_host
+
+if TYPE_CHECKING:
+    from specserve_kernels.host import _native
 
 ORDERS: Final = 3  # contexts of 1 .. ORDERS tokens
 WIDTH: Final = 4  # successors of each
@@ -33,6 +41,8 @@ _NO_TOKEN: Final = 0xFFFFFFFF  # before the first one of a text
 _MULTIPLIER: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio (Knuth, TAOCP 3, section 6.4)
 _WORD: Final = 2**64 - 1
 
+Context = tuple[int, ...]  # the last token first
+
 
 class SuccessorTable:
     """`num_rows` contexts, a power of two."""
@@ -46,6 +56,17 @@ class SuccessorTable:
         rows = np.zeros(num_rows, fields)
         assert rows.itemsize == self._row.size
         self._buffer = rows.view(np.uint8).data
+        host = native_host()
+        self._native: _native.SuccessorTable | None = None
+        if host is not None:
+            self._native = host.SuccessorTable(
+                rows.view(np.uint8),
+                token_bytes=rows.dtype["tokens"].base.itemsize,
+                shares=_SHARE_LIST,
+                steps_per_octave=_PER_OCTAVE,
+                news=_NEWS,
+                trust=_TRUST,
+            )
         self._tags: npt.NDArray[np.uint16] = rows["tags"]  # 0: never written
         self._tokens: npt.NDArray[np.unsignedinteger[Any]] = rows["tokens"]
         self._shares: npt.NDArray[np.uint8] = rows["shares"]  # in steps below 1
@@ -53,6 +74,52 @@ class SuccessorTable:
     @property
     def num_filled(self) -> int:
         return int(np.count_nonzero(self._tags))
+
+    def grow(
+        self,
+        salts: Seq[int],
+        context: Seq[int],
+        max_nodes: int,
+        min_probability: float,
+        source: int,
+    ) -> DraftTree:
+        """The likely paths from the last token of a context, which stands first in it.
+
+        What is found under an earlier salt goes before what is found under a later one.
+        """
+        if self._native is not None:
+            return DraftTree(*self._native.grow(salts, context, max_nodes, min_probability, source))
+
+        def expand(known: Context, depth: int) -> Iterator[tuple[int, float, Context]]:
+            for token, share in self.candidates(salts, known):
+                yield token, share, (token, *known[: ORDERS - 1])
+
+        known = tuple(context[:ORDERS])
+        return grow_best_first(known[0], known, expand, max_nodes, min_probability, source)
+
+    def learn(
+        self,
+        salt: int,
+        before: Seq[int],
+        tree: DraftTree,
+        best: npt.NDArray[np.int64],
+        logits: npt.NDArray[np.float32],
+    ) -> None:
+        """What the target says at every node of a tree.
+
+        before: the tokens before the root, the latest first. best, logits: [nodes, WIDTH], the
+        best next tokens and their logits. Rows without tokens or numbers are left out.
+        """
+        if self._native is not None:
+            self._native.learn(salt, before, tree, best, logits)
+            return
+        with np.errstate(invalid="ignore"):
+            shares = np.exp(logits - logits[:, :1])
+            shares /= shares.sum(1, keepdims=True)
+        sound = np.isfinite(shares).all(1) & (best >= 0).all(1)
+        contexts = np.array(_contexts(tree, before), np.int64)
+        salts = np.full(len(tree), salt, np.uint64)
+        self.write(salts[sound], contexts[sound], best[sound], shares[sound])
 
     def write(
         self,
@@ -63,28 +130,33 @@ class SuccessorTable:
     ) -> None:
         """salts [n]; contexts [n, ORDERS], the last token first, -1 before the text; tokens and
         shares [n, WIDTH], the best first."""
-        states = np.empty((ORDERS, len(salts)), np.uint64)
         state = salts
         for order in range(ORDERS):
-            state = (
-                state ^ (contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN))
-            ) * np.uint64(_MULTIPLIER)
+            token = contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN)
+            state = (state ^ token) * np.uint64(_MULTIPLIER)
             state = state ^ (state >> np.uint64(29))
-            states[order] = state
-        rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64).ravel()
-        tags = _tags(states).ravel()
+            self._write(state, np.float32(_NEWS[order]), tokens, shares)
+
+    def _write(
+        self,
+        states: npt.NDArray[np.uint64],
+        news: np.float32,
+        tokens: npt.NDArray[np.int64],
+        shares: npt.NDArray[np.float32],
+    ) -> None:
+        """Contexts of one length, by their states."""
+        rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64)
+        tags = _tags(states)
         there = self._tags[rows]
         known = there & ~_AGAIN == tags
         spared = ~known & (there & _AGAIN > 0)
         self._tags[rows[spared]] = there[spared] & ~_AGAIN
-        news = np.repeat(np.array(_NEWS, np.float32), len(salts))
-        news = np.where(known, news, np.float32(1.0))[:, None]
-        before = (1.0 - news) * _SHARES[self._shares[rows]]
+        weights = np.where(known, news, np.float32(1.0))[:, None]
         merged = _merged(
-            np.tile(tokens, (ORDERS, 1)).astype(self._tokens.dtype),
-            news * np.tile(shares, (ORDERS, 1)),
+            tokens.astype(self._tokens.dtype),
+            weights * shares,
             self._tokens[rows],
-            before,
+            (np.float32(1.0) - weights) * _SHARES[self._shares[rows]],
         )
         mine = rows[~spared]
         self._tags[mine] = np.where(known, tags | _AGAIN, tags)[~spared]
@@ -168,6 +240,16 @@ def _steps(shares: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     steps = -_PER_OCTAVE * np.log2(np.maximum(shares, np.float32(1e-9)))
     rounded: npt.NDArray[np.uint8] = np.clip(steps, 0, 255).round().astype(np.uint8)
     return rounded
+
+
+def _contexts(tree: DraftTree, before: Seq[int]) -> list[Context]:
+    """Of every node: the last tokens of its path, its own first; -1 before the text."""
+    above = (*before[: ORDERS - 1], *[-1] * (ORDERS - 1 - len(before)))
+    contexts: list[Context] = []
+    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
+        context = above if parent < 0 else contexts[parent][: ORDERS - 1]
+        contexts.append((token, *context))
+    return contexts
 
 
 def _states(salt: int, context: Seq[int]) -> list[int]:

@@ -1,6 +1,8 @@
 """Which backend runs on which device. The only reader of SPECSERVE_KERNELS."""
 
+import importlib
 import os
+from typing import Any
 
 import torch
 
@@ -21,6 +23,16 @@ def select_kernels(device: torch.device) -> Kernels:
     if device.type == "cuda":
         return named_kernels("triton")
     return named_kernels("cpu" if device.type == "cpu" and _fast_builds() else "torch")
+
+
+def native_host() -> Any:
+    """The compiled work on the host, `specserve_kernels.host._native`; None: Python serves."""
+    if os.environ.get(VARIABLE) == "torch":
+        return None
+    try:
+        return importlib.import_module("specserve_kernels.host._native")
+    except ImportError:
+        return None
 
 
 def named_kernels(name: str) -> Kernels:

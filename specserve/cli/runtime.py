@@ -18,6 +18,7 @@ from specserve.models import quant
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
+from specserve_kernels.dispatch import native_host
 
 
 def look(config: EngineConfig) -> list[Check]:
@@ -103,7 +104,15 @@ def _use(platform: Platform) -> list[Check]:
         ),
         Check("use", "threads", f"{torch.get_num_threads()} on the CPU"),
         Check("use", "drafters", ", ".join(drafter_names())),
+        _host_kernels(),
     ]
+
+
+def _host_kernels() -> Check:
+    if native_host() is not None:
+        return Check("use", "drafting", "compiled")
+    fix = "unset SPECSERVE_KERNELS, or install specserve again with a C++ compiler"
+    return Check("use", "drafting", "in Python, which takes three times as long", "note", fix)
 
 
 def _reason(reason: str, value: str) -> str:

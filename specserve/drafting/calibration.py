@@ -7,10 +7,13 @@ Whole proposals count, verified or not: the text tells what would have come of t
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from specserve.sequence import Sequence
-from specserve.tree import DraftTree
+from specserve.tree import DraftTree, merge
+from specserve_kernels.dispatch import native_host
+
+if TYPE_CHECKING:
+    from specserve_kernels.host import _native
 
 # Source, depth, twentieths of the node's share, temperature above 0.
 _Key = tuple[int, int, int, bool]
@@ -40,9 +43,22 @@ class _Counts:
 
 
 class Calibration:
-    """The same for every drafter; a request's own record outweighs that of all once it is long."""
+    """The same for every drafter; a request's own record outweighs that of all once it is long.
+
+    `noisy` requests sample. Compiled where it is built, see `specserve_kernels.host`.
+    """
 
     def __init__(self) -> None:
+        host = native_host()
+        self._native: _native.Calibration | None = None
+        if host is not None:
+            self._native = host.Calibration(
+                max_depth=_MAX_DEPTH,
+                guess_share=_GUESS_SHARE,
+                guess_weight=_GUESS_WEIGHT,
+                memory=_MEMORY,
+                request_memory=_REQUEST_MEMORY,
+            )
         self._all: defaultdict[_Key, _Counts] = defaultdict(_Counts)
         # Of all nodes of a source: how often they came true for each time they claimed to.
         self._claims: defaultdict[int, _Counts] = defaultdict(_Counts)
@@ -50,19 +66,35 @@ class Calibration:
             lambda: defaultdict(_Counts)
         )
 
-    def shares(self, seq: Sequence, tree: DraftTree) -> list[float]:
+    def merged(self, seq_id: str, noisy: bool, trees: Seq[DraftTree], max_nodes: int) -> DraftTree:
+        """One tree of proposals with the same root; its scores are calibrated."""
+        if self._native is not None:
+            return DraftTree(*self._native.merged(seq_id, noisy, trees, max_nodes))
+        return merge(trees, [self._shares(seq_id, noisy, tree) for tree in trees], max_nodes)
+
+    def settle(self, seq_id: str, noisy: bool, trees: Seq[DraftTree], emitted: Seq[int]) -> None:
+        """Count the nodes of proposals whose parents were emitted."""
+        if self._native is not None:
+            self._native.settle(seq_id, noisy, trees, emitted)
+            return
+        for tree in trees:
+            self._settle(seq_id, noisy, tree, emitted)
+
+    def forget(self, seq_id: str) -> None:
+        self._own.pop(seq_id, None)
+        if self._native is not None:
+            self._native.forget(seq_id)
+
+    def _shares(self, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
         """Per node, how likely it comes true once its parent has; 1 for the root."""
-        own, shares = self._own[seq.id], [1.0]
-        for key, share in _keys(seq, tree):
+        own, shares = self._own[seq_id], [1.0]
+        for key, share in _keys(noisy, tree):
             guess = self._claims[key[0]].rate(_GUESS_SHARE) * share
             shares.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
         return shares
 
-    def settle(self, seq: Sequence, tree: DraftTree, emitted: Seq[int]) -> None:
-        """Count the nodes of a proposal whose parents were emitted."""
-        if len(tree) == 1:
-            return
-        own, node, keys = self._own[seq.id], 0, _keys(seq, tree)
+    def _settle(self, seq_id: str, noisy: bool, tree: DraftTree, emitted: Seq[int]) -> None:
+        own, node, keys = self._own[seq_id], 0, _keys(noisy, tree)
         for token in emitted:
             children = tree.children[node]
             for drafted, child in children.items():
@@ -74,13 +106,9 @@ class Calibration:
                 return
             node = children[token]
 
-    def forget(self, seq_id: str) -> None:
-        self._own.pop(seq_id, None)
 
-
-def _keys(seq: Sequence, tree: DraftTree) -> list[tuple[_Key, float]]:
+def _keys(noisy: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
     """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
-    noisy = not seq.request.sampling.greedy
     nodes = zip(tree.source.tolist(), tree.depths.tolist(), tree.shares, strict=True)
     next(nodes)
     return [

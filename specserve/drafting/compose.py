@@ -13,8 +13,10 @@ from typing import Final
 from specserve.drafting.base import Drafter, Feedback
 from specserve.drafting.calibration import Calibration
 from specserve.drafting.counts import SourceCounts
+from specserve.drafting.prediction import PredictedTexts
 from specserve.sequence import Sequence
-from specserve.tree import DraftTree, merge, root_tree
+from specserve.tree import DraftTree, root_tree
+from specserve_kernels.dispatch import native_host
 
 MAX_FAILURES: Final = 3
 logger = logging.getLogger(__name__)
@@ -31,7 +33,10 @@ class ComposedDrafter:
         self._off: set[str] = set()
         self.counts = SourceCounts(len(drafters))
         self._calibration = Calibration()
+        self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
         self._proposed: dict[str, list[DraftTree]] = {}  # for this step, by sequence id
+        host = native_host()
+        self._validate = DraftTree.validate if host is None else host.validate
 
     @property
     def active(self) -> list[str]:
@@ -54,9 +59,10 @@ class ComposedDrafter:
                 for index, tree in zip(asked, trees, strict=False):
                     if len(tree) > 1:
                         proposals[index].append(tree)
+        self._add_predictions(seqs, budgets, proposals)
         self._proposed = {seq.id: trees for seq, trees in zip(seqs, proposals, strict=True)}
         return [
-            merge(trees, [self._calibration.shares(seq, tree) for tree in trees], budget)
+            self._calibration.merged(seq.id, not seq.request.sampling.greedy, trees, budget)
             if trees
             else root_tree(seq.tokens[-1])
             for seq, trees, budget in zip(seqs, proposals, budgets, strict=True)
@@ -66,9 +72,10 @@ class ComposedDrafter:
         verified = [feedback.trees[seq_id] for seq_id in feedback.verdicts]
         self.counts.settle(verified, feedback.verdicts.values())
         for entry in feedback.entries:
-            if (verdict := feedback.verdicts.get(entry.seq.id)) is not None:
-                for tree in self._proposed[entry.seq.id]:
-                    self._calibration.settle(entry.seq, tree, verdict.emitted)
+            seq, verdict = entry.seq, feedback.verdicts.get(entry.seq.id)
+            if verdict is not None and (trees := self._proposed[seq.id]):
+                noisy = not seq.request.sampling.greedy
+                self._calibration.settle(seq.id, noisy, trees, verdict.emitted)
         for name in self.active:
             try:
                 self.drafters[name].observe(feedback)
@@ -78,12 +85,24 @@ class ComposedDrafter:
 
     def forget(self, seq_id: str) -> None:
         self._calibration.forget(seq_id)
+        if self._predictions is not None:
+            self._predictions.forget(seq_id)
         for name, drafter in self.drafters.items():
             try:
                 drafter.forget(seq_id)
                 self._failures[name, "forget"] = 0
             except Exception:
                 self._failed(name, "forget")
+
+    def _add_predictions(
+        self, seqs: Seq[Sequence], budgets: Seq[int], proposals: Seq[list[DraftTree]]
+    ) -> None:
+        if self._predictions is None:
+            return
+        for seq, budget, trees in zip(seqs, budgets, proposals, strict=True):
+            if budget > 1 and (tree := self._predictions.propose(seq, budget)) is not None:
+                self.counts.propose([tree])
+                trees.append(tree)
 
     def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         """The drafter's trees, checked; none at all if it fails."""
@@ -92,7 +111,7 @@ class ComposedDrafter:
             if len(trees) != len(seqs):
                 raise ValueError(f"{len(trees)} trees for {len(seqs)} sequences")
             for seq, tree, budget in zip(seqs, trees, budgets, strict=True):
-                tree.validate(self._vocab_size, budget)
+                self._validate(tree, self._vocab_size, budget)
                 if tree.tokens[0] != seq.tokens[-1]:
                     raise ValueError("the root is not the sequence's last token")
             self.counts.propose(trees)

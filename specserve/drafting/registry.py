@@ -24,7 +24,7 @@ BUILTIN = {
     "eagle": "specserve_drafts.eagle:EagleDrafter",
     "medusa": "specserve_drafts.medusa:MedusaDrafter",
 }
-AUTO = ("recycle", "suffix", "ngram")  # what "auto" stands for; the surest first
+AUTO = ("recycle", "suffix")  # what "auto" stands for
 ENTRY_POINT_GROUP = "specserve.drafters"
 
 

@@ -34,7 +34,7 @@ from specserve.sampling import Sampler
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import FixedPolicy, MeasuredPolicy, Policy
 from specserve.schedule.scheduler import Scheduler
-from specserve.schedule.selection import worthwhile
+from specserve.schedule.selection import Selection
 from specserve.step import Ending, StepPlan, Verdict
 from specserve.text import Tokenizer
 from specserve.tree import MAX_NODES, DraftTree
@@ -94,7 +94,7 @@ class Engine:
         )
         wanted = {tap for drafter in self._drafters.values() for tap in drafter.needs_taps}
         self._taps = tuple(sorted(wanted))
-        self._costs: PassCosts | None = None  # not measured: every drafted node is verified
+        self._costs: PassCosts | None = None  # not measured
         self._start_over(num_blocks)
         on_stage(f"making room for {self.kv.num_slots} tokens")
         self._storages: list[KVStorage] = []
@@ -245,10 +245,10 @@ class Engine:
             [entry.seq for entry in entries], [entry.num_nodes for entry in entries]
         )
         proposed = {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
-        if self._costs is None:
+        if self._selection is None:
             return proposed
         num_rows = sum(entry.num_chain + (entry.num_nodes > 0) for entry in plan.entries)
-        return worthwhile(proposed, num_rows, self._costs)
+        return self._selection.worthwhile(proposed, num_rows)
 
     def _forward(
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
@@ -309,8 +309,10 @@ class Engine:
         self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size)
         most = config.draft.max_nodes
         self._policy: Policy = FixedPolicy(most)
+        self._selection: Selection | None = None  # every drafted node is verified
         if self._costs is not None:
             self._policy = MeasuredPolicy(most, self._costs)
+            self._selection = Selection(self._costs)
         self.scheduler = Scheduler(self.kv, self._policy, config.schedule, self.drafter.forget)
         self._times = StepTimes()
 

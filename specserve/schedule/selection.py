@@ -1,36 +1,58 @@
 """Which drafted nodes are worth their rows: the policy's last word, once proposals are there.
 
 Greedy over all sequences together: nodes by falling probability, as many as give the most tokens
-per second. Path probabilities fall along a path, so what is kept of a tree is a tree. Host only.
+per second. Path probabilities fall along a path, so what is kept of a tree is a tree. Host only,
+compiled where it is built; `kept_nodes` is the twin.
 """
 
 from collections import Counter
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 from specserve.schedule.cost import PassCosts
 from specserve.tree import DraftTree, prune
+from specserve_kernels.dispatch import native_host
 
 
-def worthwhile(
-    trees: Mapping[str, DraftTree], num_rows: int, costs: PassCosts
-) -> dict[str, DraftTree]:
-    """The trees without the nodes that are not worth it; scores are calibrated probabilities.
+class Selection:
+    def __init__(self, costs: PassCosts) -> None:
+        self._costs = costs
+        self._host = native_host()
 
-    `num_rows` of the pass are there without any drafted node, the roots among them. Maximises
-    (roots + sum of the nodes' scores) / seconds.
-    """
+    def worthwhile(self, trees: Mapping[str, DraftTree], num_rows: int) -> dict[str, DraftTree]:
+        """The trees without the nodes that are not worth it; scores are calibrated probabilities.
+
+        `num_rows` of the pass are there without any drafted node, the roots among them. Maximises
+        (roots + sum of the nodes' scores) / seconds.
+        """
+        proposed = list(trees.values())
+        num_drafted = sum(map(len, proposed)) - len(proposed)
+        if not num_drafted:
+            return dict(trees)
+        seconds = self._costs.seconds(num_rows, num_rows + num_drafted)
+        if self._host is not None:
+            pruned = self._host.worthwhile(proposed, seconds)
+            kept = [
+                tree if fields is None else DraftTree(*fields)
+                for tree, fields in zip(proposed, pruned, strict=True)
+            ]
+        else:
+            counts = kept_nodes(proposed, seconds)
+            kept = [prune(tree, count) for tree, count in zip(proposed, counts, strict=True)]
+        return dict(zip(trees, kept, strict=True))
+
+
+def kept_nodes(trees: Seq[DraftTree], seconds: Seq[float]) -> list[int]:
+    """Per tree the number of nodes to keep; `seconds[n]`: of a pass with n drafted nodes."""
     drafted = sorted(
-        ((score, seq_id) for seq_id, tree in trees.items() for score in tree.scores.tolist()[1:]),
+        ((score, index) for index, tree in enumerate(trees) for score in tree.scores.tolist()[1:]),
         key=lambda node: -node[0],
     )
-    if not drafted:
-        return dict(trees)
-    seconds = costs.seconds(num_rows, num_rows + len(drafted))
     expected = float(len(trees))
     best, best_rate = 0, expected / seconds[0]
     for count, (score, _) in enumerate(drafted, start=1):
         expected += score
         if expected / seconds[count] > best_rate:
             best, best_rate = count, expected / seconds[count]
-    kept = Counter(seq_id for _, seq_id in drafted[:best])
-    return {seq_id: prune(tree, 1 + kept[seq_id]) for seq_id, tree in trees.items()}
+    kept = Counter(index for _, index in drafted[:best])
+    return [1 + kept[index] for index in range(len(trees))]

@@ -195,11 +195,12 @@ def test_a_model_drafting_for_itself_is_always_right(
                 assert output.sources == (1, 1, 1, 1, 1, 0)
 
 
-def test_ngram_reads_the_prediction(make_engine: EngineFactory) -> None:
+@pytest.mark.parametrize("draft", ["ngram", "suffix"])
+def test_a_prediction_is_read_whoever_drafts(make_engine: EngineFactory, draft: str) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=40, seed=0)
     plain = ids(run(make_engine("none"), [PROMPTS[1]], params)[0])
     told = run(
-        make_engine("ngram", max_nodes=8),
+        make_engine(draft, max_nodes=8),
         [PROMPTS[1]],
         params,
         speculation=SpeculationParams(prediction=plain),
@@ -243,7 +244,7 @@ def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFacto
 def test_auto_stands_for_all_that_need_no_model(
     tiny_model: Path, make_engine: EngineFactory
 ) -> None:
-    together = ("recycle", "suffix", "ngram")
+    together = ("recycle", "suffix")
     assert make_engine("auto").drafter.names == together
     assert make_engine(["ngram", "auto", str(tiny_model)]).drafter.names == (
         *("ngram", "recycle", "suffix"),

@@ -16,8 +16,9 @@ from specserve.sequence import Sequence, Status
 from specserve.step import Entry
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
-from specserve_drafts import suffix
+from specserve_drafts import suffix_search
 from specserve_drafts.suffix import PastOutputs, SuffixDrafter, SuffixOptions
+from specserve_drafts.token_log import TokenLog
 
 Way = tuple[int, ...]
 ANSWER = [30, 31, 32, 33, 34, 35]
@@ -99,7 +100,7 @@ def test_the_tree_is_the_best_of_all_that_can_be_counted(
     """Against every position and every path, counted one by one."""
     options = {"min_match": min_match, "max_match": min_match + more, "min_probability": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suffix, "_ENOUGH", 10_000)  # all of them count
+        patch.setattr(suffix_search, "_ENOUGH", 10_000)  # all of them count
         found = paths(propose(drafter(**options), text, budget))
     expected = counted(text, budget - 1, min_match, min_match + more)
     for path, score in found.items():
@@ -214,14 +215,21 @@ def test_asked_again_the_answer_is_known(make_engine: EngineFactory) -> None:
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
-    past = PastOutputs(1000, (4, 2, 1))
+    made: list[TokenLog] = []
+
+    def new_log() -> TokenLog:
+        made.append(TokenLog((4, 2, 1)))
+        return made[-1]
+
+    past = PastOutputs(1000, new_log)
     for index in range(2000):
         salt = f"salt-{index % 37}" if index % 2 else f"fresh-{index}"
         past.add(salt, [10 * index + offset for offset in range(index % 23)])
         logs = [*past._young.values(), *past._old.values()]
         assert sum(len(log) for log in logs) <= 1000
         assert len(logs) <= 1000 // 64
-        entries = [len(latest) for log in logs for latest, _ in log._chains.values()]
+        kept = [log for log in made if log in logs]
+        entries = [len(latest) for log in kept for latest, _ in log._chains.values()]
         assert sum(entries) <= 3 * 1000
         assert len(past.logs(salt)) >= 1
     assert not past.logs("fresh-1900")

@@ -1,0 +1,88 @@
+"""Trees: objects with the arrays of `specserve.tree.DraftTree`; they come back as its fields."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Fields = tuple[
+    npt.NDArray[np.int32], npt.NDArray[np.int16], npt.NDArray[np.float32], npt.NDArray[np.uint8]
+]
+
+class Calibration:
+    def __init__(
+        self,
+        *,
+        max_depth: int,
+        guess_share: float,
+        guess_weight: float,
+        memory: float,
+        request_memory: float,
+    ) -> None: ...
+    def merged(self, id: str, noisy: bool, trees: Sequence[Any], max_nodes: int, /) -> Fields: ...
+    def settle(
+        self, id: str, noisy: bool, trees: Sequence[Any], emitted: Sequence[int], /
+    ) -> None: ...
+    def forget(self, id: str, /) -> None: ...
+
+class SuccessorTable:
+    def __init__(
+        self,
+        rows: npt.NDArray[np.uint8],
+        *,
+        token_bytes: int,
+        shares: Sequence[float],
+        steps_per_octave: float,
+        news: Sequence[float],
+        trust: Sequence[float],
+    ) -> None: ...
+    def grow(
+        self,
+        salts: Sequence[int],
+        context: Sequence[int],
+        max_nodes: int,
+        min_probability: float,
+        source: int,
+        /,
+    ) -> Fields: ...
+    def learn(
+        self,
+        salt: int,
+        before: Sequence[int],
+        tree: Any,
+        best: npt.NDArray[np.int64],
+        logits: npt.NDArray[np.float32],
+        /,
+    ) -> None: ...
+
+def best_logits(
+    best: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], width: int, /
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
+def worthwhile(trees: Sequence[Any], seconds: Sequence[float], /) -> list[Fields | None]: ...
+def validate(tree: Any, vocab_size: int, max_nodes: int, /) -> None: ...
+
+class TokenLog:
+    def __init__(self, sizes: Sequence[int], /) -> None: ...
+    def __len__(self) -> int: ...
+    def extend(self, tokens: Sequence[int], /) -> None: ...
+
+class SuffixSearch:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        max_matches: int,
+        enough: int,
+        longer: float,
+        doubt: float,
+        min_probability: float,
+    ) -> None: ...
+    def tree(
+        self,
+        logs: Sequence[TokenLog],
+        recent: Sequence[int],
+        max_nodes: int,
+        source: int,
+        /,
+    ) -> Fields: ...

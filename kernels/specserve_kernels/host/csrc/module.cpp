@@ -1,0 +1,254 @@
+// What Python sees of the host kernels; `__init__.pyi` beside the module has the types.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "calibration.h"
+#include "successors.h"
+#include "suffix.h"
+#include "token_log.h"
+#include "tree.h"
+
+namespace py = pybind11;
+
+namespace specserve {
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T, class U>
+Array<T> array_of(const std::vector<U>& values) {
+    Array<T> array(py::ssize_t(values.size()));
+    std::copy(values.begin(), values.end(), array.mutable_data());
+    return array;
+}
+
+// The fields of a DraftTree, in their order.
+py::tuple fields_of(const Tree& tree) {
+    return py::make_tuple(
+        array_of<int32_t>(tree.tokens),
+        array_of<int16_t>(tree.parents),
+        array_of<float>(tree.scores),
+        array_of<uint8_t>(tree.sources));
+}
+
+// DraftTrees, and what keeps their arrays alive.
+class Trees {
+public:
+    explicit Trees(const py::sequence& trees) {
+        for (const py::handle tree : trees) add(tree);
+    }
+
+    const std::vector<TreeView>& views() const { return views_; }
+
+private:
+    template <class T>
+    const T* array(const py::handle& tree, const char* name, py::ssize_t size) {
+        auto array = py::cast<Array<T>>(tree.attr(name));
+        if (array.ndim() != 1 || (size >= 0 && array.size() != size))
+            throw std::invalid_argument(std::string("tree arrays differ in length: ") + name);
+        kept_.push_back(array);
+        return array.data();
+    }
+
+    void add(const py::handle& tree) {
+        const auto* tokens = array<int32_t>(tree, "tokens", -1);
+        const py::ssize_t size = kept_.back().size();
+        const auto* parents = array<int16_t>(tree, "parents", size);
+        const auto* scores = array<float>(tree, "scores", size);
+        const auto* sources = array<uint8_t>(tree, "source", size);
+        views_.push_back({int(size), tokens, parents, scores, sources});
+    }
+
+    std::vector<py::array> kept_;
+    std::vector<TreeView> views_;
+};
+
+// The first `width` of each row's best tokens, and their logits: [rows, width] both. A token of -1
+// has the logit of token 0.
+py::tuple best_logits(const Array<int64_t>& best, const Array<float>& logits, int width) {
+    if (best.ndim() != 2 || logits.ndim() != 2 || best.shape(0) != logits.shape(0) ||
+        best.shape(1) < width)
+        throw std::invalid_argument("best, logits: expected as many rows, and `width` best ones");
+    Array<int64_t> tokens({best.shape(0), py::ssize_t(width)});
+    Array<float> picked({best.shape(0), py::ssize_t(width)});
+    int64_t* token = tokens.mutable_data();
+    float* logit = picked.mutable_data();
+    for (py::ssize_t row = 0; row < best.shape(0); ++row)
+        for (int i = 0; i < width; ++i) {
+            *token = best.at(row, i);
+            *logit++ = logits.at(row, std::max<int64_t>(*token++, 0));
+        }
+    return py::make_tuple(tokens, picked);
+}
+
+// Per tree what is worth its rows, None if that is all of it; see tree.h.
+py::list worthwhile_trees(const py::sequence& trees, const std::vector<double>& seconds) {
+    const Trees all(trees);
+    const std::vector<int> kept = worthwhile(all.views(), seconds);
+    py::list result;
+    for (size_t index = 0; index < kept.size(); ++index) {
+        const TreeView& tree = all.views()[index];
+        if (kept[index] == tree.size)
+            result.append(py::none());
+        else
+            result.append(fields_of(pruned(tree, kept[index])));
+    }
+    return result;
+}
+
+// A table of successors over a numpy array's memory.
+class BoundTable {
+public:
+    BoundTable(
+        Array<uint8_t> rows,
+        int token_bytes,
+        const std::array<float, 256>& shares,
+        double steps_per_octave,
+        const std::array<float, kOrders>& news,
+        const std::array<double, kOrders>& trust)
+        : rows_(std::move(rows)),
+          table_(
+              rows_.mutable_data(),
+              rows_.size(),
+              token_bytes,
+              {shares, steps_per_octave, news, trust}) {}
+
+    py::tuple grow(
+        const std::vector<uint64_t>& salts,
+        const std::vector<int64_t>& context,
+        int max_nodes,
+        double min_probability,
+        uint8_t source) const {
+        if (context.empty()) throw std::invalid_argument("context: no token");
+        Context known{-1, -1, -1};
+        const int num_known = std::min(int(context.size()), kOrders);
+        std::copy_n(context.begin(), num_known, known.begin());
+        return fields_of(table_.grow(salts, known, num_known, max_nodes, min_probability, source));
+    }
+
+    void learn(
+        uint64_t salt,
+        const std::vector<int64_t>& before,
+        const py::object& tree,
+        const Array<int64_t>& best,
+        const Array<float>& logits) const {
+        std::array<int64_t, kOrders - 1> latest{-1, -1};
+        std::copy_n(before.begin(), std::min(before.size(), latest.size()), latest.begin());
+        const Trees trees(py::make_tuple(tree));
+        const TreeView& view = trees.views()[0];
+        if (best.size() != view.size * kWidth || logits.size() != view.size * kWidth)
+            throw std::invalid_argument("best, logits: expected a row of 4 per node");
+        table_.learn(salt, latest, view, best.data(), logits.data());
+    }
+
+private:
+    Array<uint8_t> rows_;
+    SuccessorTable table_;
+};
+
+}  // namespace
+}  // namespace specserve
+
+PYBIND11_MODULE(_native, module) {
+    using namespace specserve;
+
+    py::class_<Calibration>(module, "Calibration")
+        .def(
+            py::init([](int max_depth,
+                        double guess_share,
+                        double guess_weight,
+                        double memory,
+                        double request_memory) {
+                return std::make_unique<Calibration>(CalibrationNumbers{
+                    max_depth, guess_share, guess_weight, memory, request_memory});
+            }),
+            py::kw_only(),
+            py::arg("max_depth"),
+            py::arg("guess_share"),
+            py::arg("guess_weight"),
+            py::arg("memory"),
+            py::arg("request_memory"))
+        .def(
+            "merged",
+            [](Calibration& self,
+               const std::string& id,
+               bool noisy,
+               const py::sequence& trees,
+               int max_nodes) {
+                return fields_of(self.merged(id, noisy, Trees(trees).views(), max_nodes));
+            })
+        .def(
+            "settle",
+            [](Calibration& self,
+               const std::string& id,
+               bool noisy,
+               const py::sequence& trees,
+               const std::vector<int32_t>& emitted) {
+                self.settle(id, noisy, Trees(trees).views(), emitted);
+            })
+        .def("forget", &Calibration::forget);
+
+    module.def("best_logits", &best_logits);
+    module.def("worthwhile", &worthwhile_trees);
+    module.def("validate", [](const py::object& tree, int vocab_size, int max_nodes) {
+        validate(Trees(py::make_tuple(tree)).views()[0], vocab_size, max_nodes);
+    });
+
+    py::class_<BoundTable>(module, "SuccessorTable")
+        .def(
+            py::init<
+                Array<uint8_t>,
+                int,
+                const std::array<float, 256>&,
+                double,
+                const std::array<float, kOrders>&,
+                const std::array<double, kOrders>&>(),
+            py::arg("rows").noconvert(),
+            py::kw_only(),
+            py::arg("token_bytes"),
+            py::arg("shares"),
+            py::arg("steps_per_octave"),
+            py::arg("news"),
+            py::arg("trust"))
+        .def("grow", &BoundTable::grow)
+        .def("learn", &BoundTable::learn);
+
+    py::class_<TokenLog>(module, "TokenLog")
+        .def(py::init<const std::vector<int>&>())
+        .def("__len__", &TokenLog::size)
+        .def("extend", &TokenLog::extend);
+
+    py::class_<SuffixSearch>(module, "SuffixSearch")
+        .def(
+            py::init([](const std::vector<int>& sizes,
+                        int max_matches,
+                        int enough,
+                        double longer,
+                        double doubt,
+                        double min_probability) {
+                return std::make_unique<SuffixSearch>(SuffixNumbers{
+                    sizes, max_matches, enough, longer, doubt, min_probability});
+            }),
+            py::arg("sizes"),
+            py::kw_only(),
+            py::arg("max_matches"),
+            py::arg("enough"),
+            py::arg("longer"),
+            py::arg("doubt"),
+            py::arg("min_probability"))
+        .def(
+            "tree",
+            [](const SuffixSearch& self,
+               const std::vector<const TokenLog*>& logs,
+               const std::vector<int32_t>& recent,
+               int max_nodes,
+               uint8_t source) { return fields_of(self.tree(logs, recent, max_nodes, source)); });
+}

@@ -1,0 +1,194 @@
+#include "successors.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace specserve {
+
+namespace {
+
+// A tag: the upper bits of a context's state, and two more.
+constexpr uint16_t kWritten = 1, kAgain = 2, kTagBits = 0xFFFC;
+
+// What identifies the contexts of 1, 2 ... tokens.
+std::array<uint64_t, kOrders> states_of(uint64_t salt, const Context& context) {
+    std::array<uint64_t, kOrders> states;
+    uint64_t state = salt;
+    for (int order = 0; order < kOrders; ++order) {
+        state = (state ^ uint32_t(context[order])) * 0x9E3779B97F4A7C15u;
+        state ^= state >> 29;
+        states[order] = state;
+    }
+    return states;
+}
+
+uint16_t tag_of(uint64_t state) { return (uint16_t(state >> 48) & kTagBits) | kWritten; }
+
+struct Candidate {
+    int32_t token;
+    double share;
+};
+
+void add_to(std::vector<Candidate>& mixed, int32_t token, double share) {
+    for (Candidate& candidate : mixed) {
+        if (candidate.token != token) continue;
+        candidate.share += share;
+        return;
+    }
+    mixed.push_back({token, share});
+}
+
+void sort_by_share(std::vector<Candidate>& mixed) {
+    std::stable_sort(mixed.begin(), mixed.end(), [](const Candidate& a, const Candidate& b) {
+        return a.share > b.share;
+    });
+    if (mixed.size() > kWidth) mixed.resize(kWidth);
+}
+
+}  // namespace
+
+SuccessorTable::Row SuccessorTable::read(int64_t row) const {
+    const uint8_t* at = rows_ + row * row_bytes_;
+    Row read;
+    std::memcpy(&read.tag, at, sizeof read.tag);
+    at += sizeof read.tag;
+    for (uint32_t& token : read.tokens) {
+        token = 0;
+        std::memcpy(&token, at, token_bytes_);  // little-endian, as the table is
+        at += token_bytes_;
+    }
+    std::memcpy(read.shares, at, sizeof read.shares);
+    return read;
+}
+
+void SuccessorTable::put(int64_t row, const Row& value) const {
+    uint8_t* at = rows_ + row * row_bytes_;
+    std::memcpy(at, &value.tag, sizeof value.tag);
+    at += sizeof value.tag;
+    for (const uint32_t& token : value.tokens) {
+        std::memcpy(at, &token, token_bytes_);
+        at += token_bytes_;
+    }
+    std::memcpy(at, value.shares, sizeof value.shares);
+}
+
+uint8_t SuccessorTable::step_of(float share) const {
+    const float steps = float(-numbers_.steps_per_octave) * std::log2(std::max(share, 1e-9f));
+    return uint8_t(std::nearbyint(std::min(std::max(steps, 0.0f), 255.0f)));
+}
+
+void SuccessorTable::write(
+    uint64_t salt, const Context& context, const int64_t* tokens, const float* shares) const {
+    const auto states = states_of(salt, context);
+    for (int order = 0; order < kOrders; ++order) {
+        const int64_t index = states[order] & (num_rows_ - 1);
+        const uint16_t tag = tag_of(states[order]);
+        Row row = read(index);
+        const bool known = (row.tag & ~kAgain) == tag;
+        if (!known && (row.tag & kAgain)) {  // spared this once
+            row.tag &= ~kAgain;
+            put(index, row);
+            continue;
+        }
+        const float news = known ? numbers_.news[order] : 1.0f;
+        float said[2 * kWidth];
+        uint32_t named[2 * kWidth];
+        int count = kWidth;
+        for (int i = 0; i < kWidth; ++i) {
+            named[i] = uint32_t(tokens[i]);
+            said[i] = news * shares[i];
+        }
+        for (int i = 0; i < kWidth; ++i) {
+            const float before = (1.0f - news) * numbers_.shares[row.shares[i]];
+            int at = 0;
+            while (at < kWidth && named[at] != row.tokens[i]) ++at;
+            if (at < kWidth) {
+                said[at] += before;
+            } else {
+                named[count] = row.tokens[i];
+                said[count++] = before;
+            }
+        }
+        std::array<int, 2 * kWidth> best;
+        for (int i = 0; i < count; ++i) best[i] = i;
+        std::stable_sort(
+            best.begin(), best.begin() + count, [&](int a, int b) { return said[a] > said[b]; });
+        row.tag = known ? tag | kAgain : tag;
+        for (int i = 0; i < kWidth; ++i) {
+            row.tokens[i] = named[best[i]];
+            row.shares[i] = step_of(said[best[i]]);
+        }
+        put(index, row);
+    }
+}
+
+void SuccessorTable::learn(
+    uint64_t salt,
+    const std::array<int64_t, kOrders - 1>& before,
+    const TreeView& tree,
+    const int64_t* best,
+    const float* logits) const {
+    std::vector<Context> contexts(tree.size);
+    for (int node = 0; node < tree.size; ++node, best += kWidth, logits += kWidth) {
+        const int parent = tree.parents[node];
+        const int64_t* above = parent < 0 ? before.data() : contexts[parent].data();
+        contexts[node] = {tree.tokens[node], above[0], above[1]};
+        float shares[kWidth], sum = 0.0f;
+        bool sound = true;
+        for (int i = 0; i < kWidth; ++i) {
+            sum += shares[i] = std::exp(logits[i] - logits[0]);
+            sound = sound && best[i] >= 0 && std::isfinite(shares[i]);
+        }
+        if (!sound) continue;
+        for (float& share : shares) share /= sum;
+        write(salt, contexts[node], best, shares);
+    }
+}
+
+Tree SuccessorTable::grow(
+    const std::vector<uint64_t>& salts,
+    const Context& context,
+    int num_known,
+    int max_nodes,
+    double min_probability,
+    uint8_t source) const {
+    struct Known {
+        Context tokens;
+        int count;
+    };
+    std::vector<Candidate> mixed;
+    std::vector<std::array<uint64_t, kOrders>> states;
+    const auto expand = [&](const Known& known, int, auto&& add) {
+        mixed.clear();
+        states.clear();
+        for (const uint64_t salt : salts) states.push_back(states_of(salt, known.tokens));
+        double left = 1.0;
+        for (int order = known.count - 1; order >= 0; --order) {
+            for (const auto& of_salt : states) {
+                const Row row = read(of_salt[order] & (num_rows_ - 1));
+                if ((row.tag & ~kAgain) != tag_of(of_salt[order])) continue;
+                const double weight = left * numbers_.trust[order];
+                for (int i = 0; i < kWidth; ++i)
+                    add_to(mixed, row.tokens[i], weight * double(numbers_.shares[row.shares[i]]));
+                left -= weight;
+                break;
+            }
+        }
+        sort_by_share(mixed);
+        for (const Candidate& next : mixed) {
+            const Context& before = known.tokens;
+            add(next.token,
+                next.share,
+                Known{{next.token, before[0], before[1]}, std::min(known.count + 1, kOrders)});
+        }
+    };
+    return grow_best_first(
+        int32_t(context[0]),
+        Known{context, num_known},
+        max_nodes,
+        min_probability,
+        source,
+        expand);
+}
+
+}  // namespace specserve

@@ -1,0 +1,46 @@
+"""Looking a text's last tokens up in another text, and copying what followed them there."""
+
+from collections.abc import Sequence as Seq
+
+from specserve.tree import DraftTree, chain_tree
+
+
+class TextIndex:
+    """n-gram -> the position after its latest occurrence that something follows."""
+
+    def __init__(self, min_match: int, max_match: int) -> None:
+        self._sizes = range(max_match, min_match - 1, -1)
+        self._next: dict[tuple[int, ...], int] = {}
+        self._num_indexed = 0
+
+    def extend(self, tokens: Seq[int]) -> None:
+        """Index the n-grams that end before the last token; `tokens` only ever grows."""
+        for end in range(max(self._num_indexed, 1), len(tokens)):
+            for size in self._sizes:
+                if size <= end:
+                    self._next[tuple(tokens[end - size : end])] = end
+        self._num_indexed = len(tokens)
+
+    def find(self, context: Seq[int]) -> tuple[int, int] | None:
+        """(match length, position of the continuation) for the longest suffix of `context`."""
+        for size in self._sizes:
+            if size <= len(context):
+                position = self._next.get(tuple(context[len(context) - size :]))
+                if position is not None:
+                    return size, position
+        return None
+
+
+def copied_text(
+    root: int, text: Seq[int], position: int, match: int, budget: int, source: int
+) -> DraftTree:
+    """A chain of `text` from `position` on, after `match` tokens that were the same.
+
+    Where it runs into the end of the text it goes on with what it has just drafted.
+    """
+    drafted = list(text[position : position + budget - 1])
+    for index in range(budget - 1 - len(drafted)):
+        drafted.append(drafted[index])
+    per_token = 1.0 - 0.5 ** (match + 1)
+    scores = [per_token ** (depth + 1) for depth in range(len(drafted))]
+    return chain_tree(root, drafted, scores, source)

@@ -1,0 +1,38 @@
+"""Drafting from the text that a caller expects as the answer, whichever drafters run: from its
+start to begin with, then from where the output's last tokens occur in it.
+"""
+
+from typing import Final
+
+from specserve.drafting.lookup import TextIndex, copied_text
+from specserve.sequence import Sequence
+from specserve.tree import PREDICTION, DraftTree
+
+_MAX_MATCH: Final = 4  # tokens
+
+
+class PredictedTexts:
+    """Of all running requests. Host only."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[str, TextIndex] = {}  # by sequence id
+
+    def propose(self, seq: Sequence, budget: int) -> DraftTree | None:
+        """What the prediction goes on with; None without one, or where it has been left."""
+        text = seq.request.speculation.prediction
+        if not text:
+            return None
+        if seq.num_output == 0:
+            return copied_text(seq.tokens[-1], text, 0, _MAX_MATCH, budget, PREDICTION)
+        index = self._indexes.get(seq.id)
+        if index is None:
+            index = self._indexes[seq.id] = TextIndex(1, _MAX_MATCH)
+            index.extend(text)
+        found = index.find(seq.tokens[-min(_MAX_MATCH, seq.num_output) :])
+        if found is None:
+            return None
+        match, position = found
+        return copied_text(seq.tokens[-1], text, position, match, budget, PREDICTION)
+
+    def forget(self, seq_id: str) -> None:
+        self._indexes.pop(seq_id, None)

@@ -1,0 +1,215 @@
+"""The compiled work of drafting and its twins in Python say the same, to the bit."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specserve.drafting.calibration import Calibration
+from specserve.schedule.cost import PassCosts
+from specserve.schedule.selection import Selection
+from specserve.tree import MAX_NODES, DraftTree, build_tree
+from specserve_drafts.successors import WIDTH, SuccessorTable
+from specserve_drafts.suffix_search import SuffixSearch
+from specserve_drafts.token_log import END
+from specserve_kernels.dispatch import VARIABLE, native_host
+
+pytestmark = pytest.mark.skipif(native_host() is None, reason="not built, or switched off")
+
+T = TypeVar("T")
+tokens = st.integers(0, 5)
+
+
+def both(make: Callable[[], T]) -> tuple[T, T]:
+    """Compiled, and in Python."""
+    compiled = make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "torch")
+        return compiled, make()
+
+
+def assert_same(compiled: DraftTree, python: DraftTree) -> None:
+    for name in ("tokens", "parents", "scores", "source"):
+        ours, theirs = getattr(compiled, name), getattr(python, name)
+        assert ours.dtype == theirs.dtype
+        assert ours.tolist() == theirs.tolist(), name
+
+
+@st.composite
+def trees(draw: st.DrawFn, max_nodes: int = 12) -> DraftTree:
+    """With the root 3, scores from few values, so that some are the same."""
+    nodes: dict[tuple[int, int], float] = {}
+    scores = [1.0]
+    for _ in range(draw(st.integers(0, max_nodes - 1))):
+        key = (draw(st.integers(0, len(nodes))), draw(tokens))
+        if key not in nodes:
+            nodes[key] = scores[key[0]] * draw(st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.9, 1.0]))
+            scores.append(nodes[key])
+    drafted, parents = [3], [-1]
+    for parent, token in nodes:
+        drafted.append(token)
+        parents.append(parent)
+    return build_tree(drafted, parents, scores, draw(st.sampled_from([1, 2, 255])))
+
+
+Step = tuple[str, bool, list[DraftTree], list[int], int]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"),
+            st.booleans(),
+            st.lists(trees(), min_size=1, max_size=3),
+            st.lists(tokens, min_size=1, max_size=4),
+            st.integers(1, 20),
+        ),
+        max_size=12,
+    )
+)
+def test_calibrated_trees(steps: list[Step]) -> None:
+    compiled, python = both(Calibration)
+    for seq_id, noisy, proposed, emitted, budget in steps:
+        ours, theirs = (each.merged(seq_id, noisy, proposed, budget) for each in (compiled, python))
+        assert_same(ours, theirs)
+        ours.validate(6, budget)
+        for each in (compiled, python):
+            each.settle(seq_id, noisy, proposed, emitted)
+            if emitted[0] == 0:
+                each.forget(seq_id)
+
+
+@given(st.lists(trees(), max_size=4), st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5))
+def test_nodes_that_are_worth_their_rows(proposed: list[DraftTree], prices: list[float]) -> None:
+    costs = PassCosts({1 + 8 * at: price for at, price in enumerate(prices)})
+    compiled, python = both(lambda: Selection(costs))
+    named = {str(index): tree for index, tree in enumerate(proposed)}
+    ours, theirs = (each.worthwhile(named, len(proposed)) for each in (compiled, python))
+    assert ours.keys() == theirs.keys()
+    for name, tree in ours.items():
+        assert_same(tree, theirs[name])
+
+
+@given(trees(), st.integers(0, 2), st.integers(0, 5), st.integers(-2, 99), st.floats(-1, 2))
+def test_trees_that_are_none(
+    tree: DraftTree, which: int, at: int, value: int, score: float
+) -> None:
+    """Whatever is wrong with one, both say the same of it."""
+    broken = DraftTree(tree.tokens, tree.parents.copy(), tree.scores.copy(), tree.source)
+    changed = (broken.tokens, broken.parents, broken.scores)[which]
+    changed[at % len(tree)] = score if which == 2 else value
+    said: list[str] = []
+    for validate in (DraftTree.validate, native_host().validate):
+        try:
+            validate(broken, 6, 8)
+            said.append("sound")
+        except ValueError as error:
+            said.append(str(error))
+    assert said[0] == said[1]
+
+
+Lesson = tuple[int, list[int], DraftTree, list[list[tuple[int, float]]]]
+row = st.lists(
+    st.tuples(st.integers(0, 9), st.floats(0.0, 4.0, width=16)),
+    min_size=WIDTH,
+    max_size=WIDTH,
+    unique_by=lambda pair: pair[0],
+)
+
+
+@pytest.mark.parametrize("vocab_size", [10, 70_000])
+@given(
+    lessons=st.lists(
+        st.tuples(
+            st.sampled_from([0, 11, 2**64 - 5]),
+            st.lists(tokens, max_size=2),
+            trees(max_nodes=3),
+            st.lists(row, min_size=3, max_size=3),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    num_rows=st.sampled_from([8, 64, 2**12]),
+)
+def test_tables_of_successors(lessons: list[Lesson], num_rows: int, vocab_size: int) -> None:
+    compiled, python = both(lambda: SuccessorTable(num_rows, vocab_size))
+    for salt, before, tree, rows in lessons:
+        # One node at a time: the twin writes all rows of a call by what it found before the call.
+        root = build_tree([int(tree.tokens[0])], [-1], [1.0], 1)
+        ranked = sorted(rows[0], key=lambda pair: -pair[1])
+        best = np.array([[token for token, _ in ranked]], np.int64)
+        logits = np.array([[logit for _, logit in ranked]], np.float32)
+        for each in (compiled, python):
+            each.learn(salt, before, root, best, logits)
+        np.testing.assert_array_equal(compiled._tags, python._tags)
+        # A share is stored in steps; the last bit of a logarithm may turn one.
+        np.testing.assert_allclose(compiled._shares, python._shares.astype(int), atol=1)
+        python._shares[:], python._tokens[:] = compiled._shares, compiled._tokens
+        salts, context = (salt, 0) if salt else (0,), [int(tree.tokens[0]), *before]
+        for floor in (0.0, 0.05):
+            ours, theirs = (each.grow(salts, context, 8, floor, 2) for each in (compiled, python))
+            assert_same(ours, theirs)
+            ours.validate(vocab_size, 8)
+
+
+def test_a_whole_tree_is_learned_from() -> None:
+    """Contexts of a path that forks, and rows that are nothing to learn from."""
+    tree = build_tree([7, 1, 2, 3], [-1, 0, 0, 1], [1.0, 0.9, 0.5, 0.4], 1)
+    best = np.arange(16).reshape(4, 4)
+    best[2, 3] = -1
+    logits = np.zeros((4, 4), np.float32)
+    logits[3] = np.nan
+    for table in both(lambda: SuccessorTable(2**10, 100)):
+        table.learn(5, [8, 9], tree, best, logits)
+        assert [token for token, _ in table.candidates([5], (7, 8, 9))] == [0, 1, 2, 3]
+        assert [token for token, _ in table.candidates([5], (1, 7, 8))] == [4, 5, 6, 7]
+        assert table.candidates([5], (int(tree.tokens[2]), 7, 8)) == []
+        assert table.candidates([5], (int(tree.tokens[3]),)) == []
+        assert table.num_filled == 6
+
+
+@given(
+    logs=st.lists(st.lists(st.one_of(tokens, st.just(END)), max_size=40), min_size=1, max_size=3),
+    pieces=st.integers(1, 4),
+    sizes=st.sampled_from([(4, 2, 1), (1,), (4, 2), (3,)]),
+    recent=st.lists(tokens, min_size=1, max_size=16),
+    budget=st.integers(2, MAX_NODES),
+)
+def test_trees_of_suffixes(
+    logs: list[list[int]], pieces: int, sizes: Sequence[int], recent: list[int], budget: int
+) -> None:
+    searches = both(lambda: SuffixSearch(sizes, 0.02))
+    trees = []
+    for search in searches:
+        filled = []
+        for text in [*logs, recent]:
+            log = search.new_log()
+            for start in range(0, len(text), pieces):
+                log.extend(text[start : start + pieces])
+            assert len(log) == len(text)
+            filled.append(log)
+        trees.append(search.tree(filled, recent, budget, 3))
+    assert_same(*trees)
+    trees[0].validate(6, budget)
+
+
+def test_a_long_log_finds_the_latest(rng: np.random.Generator) -> None:
+    """More n-grams than a hash table begins with room for."""
+    text = rng.integers(0, 30, 20_000).tolist()
+    compiled, python = both(lambda: SuffixSearch((4, 2, 1), 0.02))
+    trees = []
+    for search in (compiled, python):
+        log = search.new_log()
+        log.extend(text)
+        trees.append([search.tree([log], text[at : at + 9], 24, 1) for at in range(0, 9000, 97)])
+    for ours, theirs in zip(*trees, strict=True):
+        assert_same(ours, theirs)
+        assert len(ours) > 4
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
