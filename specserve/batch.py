@@ -8,18 +8,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from specserve.cache.table import BlockTable
 from specserve.step import Entry
-from specserve.tree import WORD, DraftTree
+from specserve.tree import DraftTree
 from specserve_kernels.ops import MAX_SEGMENT_ROWS, Segments
 
 # Words of a chain: node i sees nodes 0..i.
-_CHAIN_WORDS = np.array([(2 << i) - 1 for i in range(MAX_SEGMENT_ROWS)], WORD)
-_CHAIN_DEPTHS = np.arange(MAX_SEGMENT_ROWS, dtype=np.int32)
+_CHAIN_WORDS = [(2 << i) - 1 for i in range(MAX_SEGMENT_ROWS)]
+_CHAIN_DEPTHS = list(range(MAX_SEGMENT_ROWS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +48,9 @@ class SegmentRows:
     table: BlockTable
     context_len: int
     first_node: int  # nodes before it are in the cache already
-    tokens: Seq[int] | npt.NDArray[np.int32]
-    depths: npt.NDArray[np.int32]
-    ancestors: npt.NDArray[np.uint64]
+    tokens: Seq[int]
+    depths: Seq[int]
+    ancestors: Seq[int]  # words, as in `DraftTree`
     wants_logits: bool
 
 
@@ -80,7 +79,7 @@ def tree_segment(
         table,
         context_len,
         first_node,
-        tree.tokens[first_node:],
+        tree.tokens[first_node:].tolist(),
         tree.depths[first_node:],
         tree.ancestors[first_node:],
         True,
@@ -101,45 +100,46 @@ def build_batch(
     rows: Seq[SegmentRows], block_size: int, row_multiple: int, device: torch.device
 ) -> ForwardBatch:
     """Flatten segments, padded to a multiple of `row_multiple` rows."""
-    lengths = [len(segment.tokens) for segment in rows]
-    num_used = sum(lengths)
-    num_rows = -(-num_used // row_multiple) * row_multiple
-    ids = np.zeros(num_rows, np.int64)
-    positions = np.zeros(num_rows, np.int64)
-    slots = np.full(num_rows, -1, np.int64)
-    cu_rows = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(lengths, out=cu_rows[1:])
-    logit_rows: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-    for segment, start, end in zip(rows, cu_rows[:-1], cu_rows[1:], strict=True):
-        ids[start:end] = segment.tokens
-        positions[start:end] = segment.context_len + segment.depths
-        slots[start:end] = segment.table.slots(
-            segment.context_len + segment.first_node, end - start
-        )
+    # Lists, and one array of each in the end: between passes a call of numpy costs microseconds.
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    logit_rows: list[int] = []
+    cu_rows = [0]
+    for segment in rows:
+        first, context_len = len(ids), segment.context_len
+        ids += segment.tokens
+        positions += [context_len + depth for depth in segment.depths]
+        slots += segment.table.slots(context_len + segment.first_node, len(ids) - first)
         if segment.wants_logits:
-            logit_rows.append(np.arange(start, end, dtype=np.int64))
+            logit_rows += range(first, len(ids))
+        cu_rows.append(len(ids))
+    num_rows = -(-len(ids) // row_multiple) * row_multiple
+    padding = num_rows - len(ids)
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.as_tensor(np.array(values, np.int64), device=device)
+
     return ForwardBatch(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(positions).to(device),
-        torch.from_numpy(slots).to(device),
-        torch.from_numpy(np.concatenate(logit_rows)).to(device),
+        tensor(ids + [0] * padding),
+        tensor(positions + [0] * padding),
+        tensor(slots + [-1] * padding),
+        tensor(logit_rows),
         _segments(rows, cu_rows, num_rows, block_size),
     )
 
 
 def _segments(
-    rows: Seq[SegmentRows], cu_rows: npt.NDArray[np.int32], num_rows: int, block_size: int
+    rows: Seq[SegmentRows], cu_rows: list[int], num_rows: int, block_size: int
 ) -> Segments:
-    widest = max(len(segment.table.block_ids) for segment in rows)
-    tables = np.zeros((len(rows), widest), np.int32)
-    for index, segment in enumerate(rows):
-        tables[index, : len(segment.table.block_ids)] = segment.table.block_ids
+    tables = [segment.table.block_ids for segment in rows]
+    widest = max(map(len, tables))
     return Segments(
-        cu_rows=cu_rows,
+        cu_rows=np.array(cu_rows, np.int32),
         context_lens=np.array([segment.context_len for segment in rows], np.int32),
         first_nodes=np.array([segment.first_node for segment in rows], np.int32),
-        ancestors=np.concatenate([segment.ancestors for segment in rows]),
-        block_tables=tables,
+        ancestors=np.array([word for segment in rows for word in segment.ancestors], np.uint64),
+        block_tables=np.array([ids + [0] * (widest - len(ids)) for ids in tables], np.int32),
         num_rows=num_rows,
         block_size=block_size,
     )

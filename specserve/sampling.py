@@ -44,19 +44,10 @@ class SamplingState:
             self._prompt_mask[torch.tensor(request.prompt_ids, device=device)] = True
             self._counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
 
-    @property
-    def processed(self) -> bool:
-        """Whether anything but the noise stands between the logits and the draw."""
-        params = self.params
-        if params.logit_bias or params.min_tokens or params.penalised:
-            return True
-        filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-        return not params.greedy and (params.temperature != 1.0 or filtered)
-
-    @property
-    def takes_best(self) -> bool:
-        """Whether what is drawn is the token of the largest logit, as the model gave them."""
-        return self.params.greedy and not self.processed
+        # Whether anything but the noise stands between the logits and the draw.
+        self.processed = _processes(params)
+        # Whether what is drawn is the token of the largest logit, as the model gave them.
+        self.takes_best = params.greedy and not self.processed
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Count the tokens emitted since the last call; `tokens` is prompt and output."""
@@ -82,6 +73,13 @@ class SamplingState:
         """Prompt mask [vocab_size] bool and output counts [vocab_size] int32, `path` included."""
         assert self._counts is not None
         return self._prompt_mask, self._counted(path) if path else self._counts
+
+
+def _processes(params: SamplingParams) -> bool:
+    if params.logit_bias or params.min_tokens or params.penalised:
+        return True
+    filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+    return not params.greedy and (params.temperature != 1.0 or filtered)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_NODES: Final = 64
-WORD: Final = np.uint64  # ancestor word: bit j of node i is set iff j is i or an ancestor of i
 
 PREDICTION: Final = 255  # `source` of nodes taken from the text the caller predicted
 TARGET_SOURCE: Final = 0  # `source` of the root, and of tokens the target drew itself
@@ -33,12 +32,12 @@ class DraftTree:
         return len(self.tokens)
 
     @cached_property
-    def depths(self) -> npt.NDArray[np.int32]:
+    def depths(self) -> list[int]:
         """[n] distance from the root."""
         depths = [0]
         for parent in self.parents.tolist()[1:]:
             depths.append(depths[parent] + 1)
-        return np.array(depths, np.int32)
+        return depths
 
     @cached_property
     def shares(self) -> list[float]:
@@ -51,12 +50,12 @@ class DraftTree:
         ]
 
     @cached_property
-    def ancestors(self) -> npt.NDArray[np.uint64]:
-        """[n] ancestor words."""
+    def ancestors(self) -> list[int]:
+        """[n] ancestor words: bit j of node i is set iff j is i or an ancestor of i."""
         words = [1]
         for node, parent in enumerate(self.parents.tolist()[1:], start=1):
             words.append(words[parent] | 1 << node)
-        return np.array(words, WORD)
+        return words
 
     @cached_property
     def children(self) -> list[dict[int, int]]:

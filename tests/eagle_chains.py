@@ -13,7 +13,6 @@ from specserve.drafting.base import DraftContext
 from specserve.drafting.registry import create_drafter
 from specserve.models.shape import ModelShape
 from specserve.sampling import Sampler
-from specserve.tree import WORD
 from specserve_drafts.eagle import EagleDrafter
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
 from specserve_kernels.dispatch import select_kernels
@@ -63,7 +62,7 @@ def chain_logits(
     it begins goes on with token i + k and the head's own row. As a drafter runs them."""
     n, tokens = len(ids), ids.tolist()
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), n * num_steps, CPU)
-    words = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], WORD)
+    words = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], np.uint64)
     own = np.arange(n, n * num_steps).reshape(n, -1)  # slots of each chain after its first pair
     pairs = HeadRows(np.arange(n), 0, 0, tokens, np.arange(n), words[:n])
     rows = head(lay_out([pairs], CPU), head.fuse(taps), kv)

@@ -51,7 +51,7 @@ class KVMachine(RuleBasedStateMachine):
 
     def write(self, owner: Owner, first_slot: int, tokens: list[int], context: list[int]) -> None:
         """KV of `tokens` behind `context`, at consecutive slots of the owner's table."""
-        slots = owner.table.slots(first_slot, len(tokens)).tolist()
+        slots = owner.table.slots(first_slot, len(tokens))
         for index, slot in enumerate(slots):
             self.written[slot] = (owner.salt, (*context, *tokens[: index + 1]))
 
@@ -111,14 +111,13 @@ class KVMachine(RuleBasedStateMachine):
         path = sorted({0} | set(later))
         drafted = [data.draw(st.integers(0, 2)) for _ in path[1:]]
         root = start + chain
-        node_slots = table.slots(root, num_nodes).tolist()
+        node_slots = table.slots(root, num_nodes)
         for node in range(1, num_nodes):
             self.written[node_slots[node]] = ("rejected", ())
         for depth, node in enumerate(path[1:]):
             content = (*owner.tokens, *drafted[: depth + 1])
             self.written[node_slots[node]] = (owner.salt, content)
-        src, dst = self.kv.commit(table, chain, path)
-        for source, destination in zip(src.tolist(), dst.tolist(), strict=True):
+        for source, destination in self.kv.commit(table, chain, path):
             self.written[destination] = self.written[source]
         owner.tokens += [*drafted, 1]
         assert owner.pending == 1
@@ -153,7 +152,7 @@ class KVMachine(RuleBasedStateMachine):
         self.kv.check_integrity(owner.table for owner in self.live)
         for owner in self.live:
             committed = owner.table.num_committed
-            for position, slot in enumerate(owner.table.slots(0, committed).tolist()):
+            for position, slot in enumerate(owner.table.slots(0, committed)):
                 expected = (owner.salt, tuple(owner.tokens[: position + 1]))
                 assert self.written[slot] == expected, "a committed slot holds another's KV"
 

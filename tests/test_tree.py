@@ -69,7 +69,7 @@ def test_ancestor_words_follow_the_parents(tree: DraftTree) -> None:
         while above >= 0:
             word |= 1 << above
             above = int(tree.parents[above])
-        assert int(tree.ancestors[node]) == word
+        assert tree.ancestors[node] == word
         assert tree.depths[node] == word.bit_count() - 1
 
 

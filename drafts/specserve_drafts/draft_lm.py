@@ -10,7 +10,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,7 +22,7 @@ from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve.sequence import Sequence
 from specserve.text import Tokenizer, same_vocabulary
-from specserve.tree import MAX_NODES, WORD, DraftTree
+from specserve.tree import MAX_NODES, DraftTree
 from specserve_drafts.growth import Growth, rank
 
 _MAX_CATCH_UP_ROWS = 256  # rows of one pass over tokens the draft has not seen
@@ -142,7 +141,7 @@ def _fresh_rows(growth: Growth) -> SegmentRows:
         growth.seq.num_tokens - 1,
         growth.num_done,
         [node.token for node in fresh],
-        np.array([node.depth for node in fresh], np.int32),
-        np.array([node.word for node in fresh], WORD),
+        [node.depth for node in fresh],
+        [node.word for node in fresh],
         wants_logits=True,
     )

@@ -23,7 +23,7 @@ from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.sequence import Sequence
 from specserve.step import Entry
-from specserve.tree import MAX_NODES, WORD, DraftTree, root_tree
+from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve_drafts.formats import read_head
 from specserve_drafts.growth import Growth, rank, take
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
@@ -59,7 +59,7 @@ class _Draft:
             growth.num_done,
             [node.token for node in growth.fresh],
             root - 1 + depths,
-            np.array([node.word for node in growth.fresh], WORD),
+            np.array([node.word for node in growth.fresh], np.uint64),
         )
 
     def inputs(self) -> list[Tensor]:

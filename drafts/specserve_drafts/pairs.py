@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from specserve.cache.table import BlockTable
-from specserve.tree import MAX_NODES, WORD
+from specserve.tree import MAX_NODES
 from specserve_drafts.heads import HeadRows
 
-_CHAIN_WORDS = np.array([(2 << i) - 1 for i in range(MAX_NODES)], WORD)
+_CHAIN_WORDS = np.array([(2 << i) - 1 for i in range(MAX_NODES)], np.uint64)
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class Track:
     def lane(self, table: BlockTable, end: int) -> npt.NDArray[np.int64]:
         """Slots of all pairs before token `end`, there or to be written."""
         first, last = self.hole
-        return np.concatenate((table.slots(1, first - 1), table.slots(last, end - last)))
+        return np.array(table.slots(1, first - 1) + table.slots(last, end - last), np.int64)
 
     def count(self, end: int) -> int:
         """Pairs before token `end`."""

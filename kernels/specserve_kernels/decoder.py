@@ -82,7 +82,7 @@ class DecoderWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderPass:
-    """One pass. Every row belongs to a segment."""
+    """One pass. Every row belongs to a segment; the tensors are contiguous."""
 
     input_ids: Tensor  # [num_rows] int64
     positions: Tensor  # [num_rows] int64

@@ -6,14 +6,9 @@ Host only: it says which slots move, somebody else moves the tensors.
 import enum
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from specserve.cache.pool import BlockPool
 from specserve.cache.prefix import PrefixCache, chain_hash, root_hash
 from specserve.cache.table import BlockTable
-
-_NO_SLOTS = np.empty(0, np.int64)
 
 
 class Denied(enum.Enum):
@@ -74,18 +69,16 @@ class KVCacheManager:
 
     def commit(
         self, table: BlockTable, num_chain: int, path: Sequence[int]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    ) -> list[tuple[int, int]]:
         """Commit `num_chain` rows and then the tree nodes on `path` (ascending, the root first).
 
-        Rolls the rest back. Returns the slot moves (src, dst), in ascending order, that close the
-        path up; node i was written to slot num_committed + num_chain + i.
+        Rolls the rest back. Returns the slot moves, from and to, in ascending order, that close
+        the path up; node i was written to slot num_committed + num_chain + i.
         """
-        moves = (_NO_SLOTS, _NO_SLOTS)
+        moves = []
         if path and path[-1] >= len(path):  # some node before the last was not accepted
-            nodes = np.array(path, np.int64)
-            moved = np.flatnonzero(nodes != np.arange(len(nodes)))
             slots = table.slots(table.num_committed + num_chain, path[-1] + 1)
-            moves = (slots[nodes[moved]], slots[moved])
+            moves = [(slots[node], slots[at]) for at, node in enumerate(path) if node != at]
         table.commit(num_chain + len(path))
         if path:  # an unfinished prompt keeps the room it was admitted with
             table.rollback(self.pool)

@@ -6,9 +6,6 @@ capacity are reserved and may hold anything; only full committed blocks carry a 
 
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from specserve.cache.pool import BlockPool
 
 
@@ -49,10 +46,8 @@ class BlockTable:
             pool.release(block_id, keep=False)
         del self.block_ids[needed:]
 
-    def slots(self, start: int, count: int) -> npt.NDArray[np.int64]:
+    def slots(self, start: int, count: int) -> list[int]:
         """[count] storage slots of positions start, start + 1, ..."""
-        size, first = self.block_size, start // self.block_size
-        blocks = np.array(self.block_ids[first : (start + count - 1) // size + 1], np.int64)
-        positions = np.arange(start - first * size, start - first * size + count)
-        slots: npt.NDArray[np.int64] = blocks[positions // size] * size + positions % size
-        return slots
+        size, blocks = self.block_size, self.block_ids
+        positions = range(start, start + count)
+        return [blocks[position // size] * size + position % size for position in positions]

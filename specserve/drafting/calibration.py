@@ -109,7 +109,7 @@ class Calibration:
 
 def _keys(noisy: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
     """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
-    nodes = zip(tree.source.tolist(), tree.depths.tolist(), tree.shares, strict=True)
+    nodes = zip(tree.source.tolist(), tree.depths, tree.shares, strict=True)
     next(nodes)
     return [
         ((source, min(depth, _MAX_DEPTH), round(20 * share), noisy), share)

@@ -28,7 +28,7 @@ class SourceCounts:
         """Merged trees, and what verification made of them."""
         last = self.num_drafters + 1
         for tree in trees:
-            nodes = zip(tree.source.tolist(), tree.depths.tolist(), strict=True)
+            nodes = zip(tree.source.tolist(), tree.depths, strict=True)
             next(nodes)
             for source, depth in nodes:
                 self.verified[min(source, last)][depth] += 1

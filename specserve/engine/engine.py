@@ -279,22 +279,14 @@ class Engine:
 
     def _commit_kv(self, plan: StepPlan, verdicts: dict[str, Verdict]) -> None:
         """Move the accepted paths together, in the target's storage, and roll the rest back."""
-        sources, destinations = [], []
+        moves: list[tuple[int, int]] = []
         for entry in plan.entries:
             verdict = verdicts.get(entry.seq.id)
-            if verdict is None:
-                self.kv.commit(entry.seq.table, entry.num_chain, ())
-                continue
-            src, dst = self.kv.commit(entry.seq.table, entry.num_chain, verdict.path)
-            sources.extend(src.tolist())
-            destinations.extend(dst.tolist())
-        if sources:
-            device = self.platform.device
-            self.platform.kernels.kv_commit(
-                self._storages[0].data,
-                torch.tensor(sources, device=device),
-                torch.tensor(destinations, device=device),
-            )
+            path = () if verdict is None else verdict.path
+            moves += self.kv.commit(entry.seq.table, entry.num_chain, path)
+        if moves:
+            source, destination = torch.tensor(moves, device=self.platform.device).T.contiguous()
+            self.platform.kernels.kv_commit(self._storages[0].data, source, destination)
 
     def _storage(self, spec: KVSpec) -> KVStorage:
         self._storages.append(KVStorage(spec, self.kv.num_slots, self.platform.device))

@@ -113,7 +113,7 @@ class Scheduler:
             if verdict is not None:
                 seq.tokens.extend(verdict.emitted)
                 tree = trees[seq.id]
-                depth = int(tree.depths.max())
+                depth = max(tree.depths)
                 for counts in (seq.counts, self.counts):
                     counts.record(len(tree) - 1, depth, verdict.num_accepted, len(verdict.emitted))
             self._kv.publish(seq.table, seq.tokens, seq.request.cache_salt)

@@ -57,7 +57,7 @@ class Verifier:
         states = [self.state(entry.seq) for entry in entries]
         walks = [Walk(tree) for tree in trees]
         first_rows = list(accumulate((len(tree) for tree in trees), initial=0))
-        best = None if out.topk is None else out.topk[:, 0].tolist()
+        best = None if out.topk is None else out.topk.cpu().numpy()[:, 0].tolist()
         while live := [index for index, walk in enumerate(walks) if walk.node is not None]:
             rows, picked, drawing = [], [], []
             for index in live:
@@ -66,7 +66,7 @@ class Verifier:
                 at = first_rows[index] + walk.node
                 if best is not None and states[index].takes_best:
                     drawn = best[at] if best[at] >= 0 else _NOT_NUMBERS
-                    self._emit(walk, seq, drawn, out.logits[at])
+                    self._emit(walk, seq, drawn, out.logits, at)
                     continue
                 path = tuple(walk.emitted)
                 rows.append(Row(states[index], seq.num_tokens + len(path), path))
@@ -76,8 +76,8 @@ class Verifier:
                 continue
             at_nodes = out.logits[picked]
             tokens = self._draw(at_nodes, rows)
-            for index, token, row_logits in zip(drawing, tokens, at_nodes, strict=True):
-                self._emit(walks[index], entries[index].seq, token, row_logits)
+            for row, (index, token) in enumerate(zip(drawing, tokens, strict=True)):
+                self._emit(walks[index], entries[index].seq, token, at_nodes, row)
         return [walk.verdict() for walk in walks]
 
     def _draw(self, logits: Tensor, rows: Seq[Row]) -> list[int | str]:
@@ -91,11 +91,12 @@ class Verifier:
             return [self._draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
         return [token if ok else _NOT_NUMBERS for token, ok in zip(tokens, finite, strict=True)]
 
-    def _emit(self, walk: Walk, seq: Sequence, drawn: int | str, logits: Tensor) -> None:
+    def _emit(self, walk: Walk, seq: Sequence, drawn: int | str, logits: Tensor, row: int) -> None:
+        """`logits[row]` is where `drawn` was drawn."""
         if isinstance(drawn, str):
             walk.fail(drawn)
             return
         num_top = seq.request.sampling.logprobs
         if num_top is not None:
-            walk.logprobs.append(token_logprobs(logits, drawn, num_top))
+            walk.logprobs.append(token_logprobs(logits[row], drawn, num_top))
         walk.emit(drawn, self._stops[seq.id].feed(drawn))

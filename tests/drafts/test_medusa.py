@@ -162,7 +162,7 @@ def test_the_tree_is_the_best_of_the_product(shares: list[list[float]], budget: 
     best = sorted((score for score in every if score > 0.0), reverse=True)[: budget - 1]
     assert sorted(tree.scores[1:].tolist(), reverse=True) == pytest.approx(best, rel=1e-5)
     for node in range(1, len(tree)):
-        parent, depth = int(tree.parents[node]), int(tree.depths[node]) - 1
+        parent, depth = int(tree.parents[node]), tree.depths[node] - 1
         share = dict(depths[depth])[int(tree.tokens[node])]
         assert tree.scores[node] == pytest.approx(tree.scores[parent] * share, rel=1e-5)
     assert tree.source.tolist() == [0] + [3] * (len(tree) - 1)
@@ -204,7 +204,7 @@ def test_fewer_heads_make_a_shallower_tree(heads: Medusa, make_engine: EngineFac
     proposals, logits = watched(engine)
     run(engine, PROMPTS, GREEDY)
     assert max(len(row) for row in logits) == 2
-    assert max(int(tree.depths.max()) for _, tree, _ in proposals) == 2
+    assert max(max(tree.depths) for _, tree, _ in proposals) == 2
     assert max(len(children) for _, tree, _ in proposals for children in tree.children) == 3
 
 

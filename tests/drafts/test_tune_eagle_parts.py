@@ -13,7 +13,6 @@ from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
-from specserve.tree import WORD
 from specserve_drafts.formats import read_head
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
 from specserve_drafts.tune.eagle_batch import Text, build_chains
@@ -106,14 +105,14 @@ def served_chain(head: DraftHead, text: Text, taps: Tensor, start: int, depth: i
     """[depth, draft_vocab] logits of a chain from pair `start`, as the drafter runs it."""
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), 64, CPU)
     lane = np.arange(64)
-    words = np.array([(2 << i) - 1 for i in range(start + 1)], WORD)
+    words = np.array([(2 << i) - 1 for i in range(start + 1)], np.uint64)
     tokens = text.tokens.tolist()
     rows = head.fuse(taps[: start + 1])
     true = HeadRows(lane, 0, 0, tokens[1 : start + 2], np.arange(start + 1), words)
     out = head(lay_out([true], CPU), rows, kv)[-1:]
     logits = [head.logits(out)]
     for step in range(1, depth):  # nodes under the root, whose pair is node 0 of the tree
-        word = np.array([(2 << step) - 1], WORD)
+        word = np.array([(2 << step) - 1], np.uint64)
         token, position = tokens[start + 1 + step], np.array([start + step])
         node = HeadRows(lane, start, step, [token], position, word)
         out = head(lay_out([node], CPU), out, kv)

@@ -1,6 +1,7 @@
 """A whole pass in one native call. Owns the C structures, field by field as in decoder.h."""
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,6 +104,22 @@ class _Head(ctypes.Structure):
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """What a pass has to know of the tensor that holds K and V."""
+
+    kv: Tensor
+    address: int
+    num_slots: int
+    wide: bool  # float32
+
+    @classmethod
+    def of(cls, kv: Tensor) -> "_Cache":
+        assert kv.is_contiguous(), "the cache must be contiguous"
+        assert kv.dtype in (torch.float32, torch.bfloat16), f"K and V are {kv.dtype}"
+        return cls(kv, kv.data_ptr(), kv.shape[2], kv.dtype == torch.float32)
+
+
 class CpuDecoder:
     """Implements `PackedDecoder`; a row's bits do not depend on the other rows."""
 
@@ -110,6 +127,10 @@ class CpuDecoder:
         self._library = library
         self._weights = weights
         self._kept: list[Tensor] = []  # what the structures point to
+        # Made once: every touch of torch between two passes finds the caches empty.
+        self._cache: _Cache | None = None
+        self._taps: dict[tuple[int, ...], Tensor] = {}
+        self._residual = torch.empty(0, weights.hidden_size)
         self._layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers))
         self._decoder = _Decoder(
             len(weights.layers),
@@ -132,15 +153,14 @@ class CpuDecoder:
         num_rows = batch.input_ids.shape[0]
         assert num_rows == segments.num_rows == segments.cu_rows[-1], "every row has a segment"
         assert 0 <= batch.num_top <= min(MAX_TOP, weights.vocab_size), "num_top is out of range"
-        assert batch.kv.is_contiguous(), "the cache must be contiguous"
-        assert batch.kv.dtype in (torch.float32, torch.bfloat16), f"K and V are {batch.kv.dtype}"
-        taps = torch.tensor(batch.taps, dtype=torch.int64)
+        if self._cache is None or self._cache.kv is not batch.kv:
+            self._cache = _Cache.of(batch.kv)
+        if batch.taps not in self._taps:
+            self._taps[batch.taps] = torch.tensor(batch.taps, dtype=torch.int64)
+        if num_rows > len(self._residual):
+            self._residual = torch.empty(num_rows, weights.hidden_size)
         tapped = torch.empty(num_rows, len(batch.taps), weights.hidden_size)
-        residual = torch.empty(num_rows, weights.hidden_size)
         logits, top, head = self._head(batch.logit_rows, batch.num_top)
-        ids, positions, slots = (
-            x.contiguous() for x in (batch.input_ids, batch.positions, batch.slots)
-        )
         task = _Pass(
             _Segments(
                 segments.cu_rows.ctypes.data,
@@ -152,13 +172,13 @@ class CpuDecoder:
                 segments.block_size,
             ),
             num_rows,
-            ids.data_ptr(),
-            positions.data_ptr(),
-            slots.data_ptr(),
-            batch.kv.data_ptr(),
-            batch.kv.shape[2],
-            batch.kv.dtype == torch.float32,
-            taps.data_ptr(),
+            batch.input_ids.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.slots.data_ptr(),
+            self._cache.address,
+            self._cache.num_slots,
+            self._cache.wide,
+            self._taps[batch.taps].data_ptr(),
             len(batch.taps),
             tapped.data_ptr(),
         )
@@ -166,7 +186,7 @@ class CpuDecoder:
             ctypes.byref(self._decoder),
             ctypes.byref(task),
             ctypes.byref(head),
-            residual.data_ptr(),
+            self._residual.data_ptr(),
             num_threads(),
         )
         return DecoderOutput(logits, top, tapped)
@@ -196,7 +216,9 @@ class CpuDecoder:
         head = _Head(
             num_rows, rows.data_ptr(), vocab_size, logits.data_ptr(), num_top, top.data_ptr()
         )
-        return logits[:, :vocab_size], top, head
+        if logits.shape[1] > vocab_size:
+            logits = logits[:, :vocab_size]
+        return logits, top, head
 
     def _layer(self, layer: LayerWeights) -> _Layer:
         linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
