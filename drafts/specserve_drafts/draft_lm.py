@@ -23,7 +23,7 @@ from specserve.models.shape import ModelShape
 from specserve.sequence import Sequence
 from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree
-from specserve_drafts.growth import Growth, rank
+from specserve_drafts.growth import Growth, rank, take
 
 _MAX_CATCH_UP_ROWS = 256  # rows of one pass over tokens the draft has not seen
 
@@ -87,7 +87,7 @@ class DraftLM:
         while growing := [growth for growth in growths if growth.num_done < len(growth.nodes)]:
             logits = self._forward(missed + [_fresh_rows(growth) for growth in growing])
             missed = []
-            rank(growing, logits, self._context.sampler, self._options.branching)
+            take(growing, *rank(growing, logits, self._context.sampler, self._options.branching))
             for growth in growing:
                 growth.pick(self._options.beam, self._options.max_depth)
         for seq in seqs:

@@ -24,6 +24,7 @@ from specserve.models.shape import ModelShape
 from specserve.sequence import Sequence
 from specserve.step import Entry
 from specserve.tree import MAX_NODES, DraftTree, root_tree
+from specserve_drafts.fit import shipped_head
 from specserve_drafts.formats import read_head
 from specserve_drafts.growth import Growth, rank, take
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
@@ -31,12 +32,15 @@ from specserve_drafts.pairs import BlockContents, Track
 
 _MAX_WAITING = 32  # pairs of a sequence that may wait for the next proposal
 _MAX_ROWS = 512  # of one pass over waiting pairs
+# Of static trees: how likely a candidate is by its rank, about what heads of all sizes come to.
+_STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
 
 
 class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     branching: int = 4  # candidates kept per node; 1 drafts a chain
     beam: int = 2  # nodes looked at per draft pass
     max_depth: int = 8
+    static: bool = False  # one shape for every tree, whatever the head says: to compare with
     draft_vocab: int | None = None  # rows of the head to keep, the first ones
     taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
 
@@ -77,8 +81,12 @@ class EagleDrafter:
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
         assert isinstance(options, EagleOptions)
+        path = path or shipped_head(target)
         if path is None:
-            raise DraftError("draft: 'eagle' needs a checkpoint; give its directory or alias")
+            raise DraftError(
+                "draft: no 'eagle' head ships for this target; give the directory of one, or make "
+                "one: specserve tune eagle --help"
+            )
         for name in ("branching", "beam", "max_depth"):
             if not 1 <= (value := getattr(options, name)) <= MAX_NODES:
                 raise DraftError(
@@ -213,14 +221,17 @@ class EagleDrafter:
         """logits: [num_fresh, draft_vocab_size]."""
         branching, ids = min(self._options.branching, logits.shape[1]), self._token_ids
         if all(growth.state.takes_best for growth in growing):
-            best = logits.log_softmax(-1).topk(branching)
-            take(growing, best.indices if ids is None else ids[best.indices], best.values)
-            return
-        if ids is not None or logits.shape[1] < self._context.vocab_size:
-            whole = logits.new_full((len(logits), self._context.vocab_size), -torch.inf)
-            whole[:, slice(logits.shape[1]) if ids is None else ids] = logits
-            logits = whole
-        rank(growing, logits, self._context.sampler, branching)
+            scores, best = logits.log_softmax(-1).topk(branching)
+            tokens = best if ids is None else ids[best]
+        else:
+            if ids is not None or logits.shape[1] < self._context.vocab_size:
+                whole = logits.new_full((len(logits), self._context.vocab_size), -torch.inf)
+                whole[:, slice(logits.shape[1]) if ids is None else ids] = logits
+                logits = whole
+            tokens, scores = rank(growing, logits, self._context.sampler, branching)
+        if self._options.static:
+            scores = _STATIC[:branching].to(scores.device).log().expand_as(scores)
+        take(growing, tokens, scores)
 
 
 @dataclass(frozen=True, slots=True)

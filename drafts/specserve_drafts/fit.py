@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from specserve.drafting.base import DraftError
+from specserve.models.fields import read_json
 from specserve.models.shape import ModelShape
 from specserve.text import Tokenizer
 
@@ -62,7 +63,17 @@ def check_fit(directory: Path, target: Target) -> None:
 def shipped(method: str, target: Target) -> Path | None:
     """The draft of this kind that ships for a target."""
     for path in sorted(ZOO.glob("*/config.json")):
-        config = read_config(path.parent)
-        if config.specserve_method == method and config.target == target:
+        if "specserve_method" in read_json(path):
+            config = read_config(path.parent)
+            if config.specserve_method == method and config.target == target:
+                return path.parent
+    return None
+
+
+def shipped_head(target: Path) -> Path | None:
+    """The trained head that ships for a target, which its layout knows by name alone."""
+    for path in sorted(ZOO.glob("*/config.json")):
+        verifier = read_json(path).get("speculators_config", {}).get("verifier", {})
+        if verifier.get("name_or_path") == target.name:
             return path.parent
     return None

@@ -83,15 +83,18 @@ class Growth:
         return tuple(reversed(tokens))
 
 
-def rank(growing: Seq[Growth], logits: Tensor, sampler: Sampler, branching: int) -> None:
+def rank(
+    growing: Seq[Growth], logits: Tensor, sampler: Sampler, branching: int
+) -> tuple[Tensor, Tensor]:
     """Candidates of the nodes just looked at, by log q + g with the target's own noise.
 
-    logits: [num_fresh, vocab_size of the target] float32, growth after growth.
+    logits: [num_fresh, vocab_size of the target] float32, growth after growth. Returns tokens and
+    log probabilities, [num_fresh, branching].
     """
     rows = [row for growth in growing for row in growth.sampler_rows()]
     perturbed = sampler.perturb(sampler.process(logits, rows), rows)
     best = perturbed.log_softmax(-1).topk(branching)
-    take(growing, best.indices, best.values)
+    return best.indices, best.values
 
 
 def take(growing: Seq[Growth], tokens: Tensor, scores: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What an EAGLE head computes on its way through an engine, against the plain definition."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from specserve.engine.engine import Engine
 from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.packed_llama import PackedLlama
+from specserve.sequence import Sequence
+from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
 from specserve_drafts.eagle import EagleDrafter
 from specserve_kernels.dispatch import select_kernels
@@ -242,3 +245,22 @@ def test_a_head_that_knows_the_target_is_always_right(
     for outputs in run(engine, PROMPTS, GREEDY):
         for output in outputs[1:-1]:  # the first token comes before any row is known
             assert len(output.new_ids) == 6
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_static_trees_have_one_shape(
+    static: bool, one_head: Written, make_engine: EngineFactory
+) -> None:
+    engine = make_engine(str(one_head.path), options={"eagle": {"static": static}}, max_nodes=8)
+    (drafter,) = engine.drafter.drafters.values()
+    propose, shapes = drafter.propose, set[tuple[int, ...]]()
+
+    def noted(seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        trees = propose(seqs, budgets)
+        shapes.update(tuple(tree.parents.tolist()) for tree in trees if len(tree) == 8)
+        return trees
+
+    drafter.propose = noted  # type: ignore[method-assign]
+    for params in (GREEDY, NOISY):
+        run(engine, PROMPTS, params)
+    assert (len(shapes) == 1) == static, shapes

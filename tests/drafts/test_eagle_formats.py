@@ -11,6 +11,7 @@ from tiny import TINY_VOCAB, write_tiny_llama
 from specserve.drafting.base import DraftError
 from specserve.drafting.registry import checkpoint_method, create_drafter
 from specserve.models.shape import ModelShape
+from specserve_drafts import fit
 from specserve_drafts.eagle import EagleDrafter
 from specserve_drafts.formats import read_head
 
@@ -159,9 +160,16 @@ def test_options_out_of_range_are_refused(
         create_drafter(str(tmp_path), {"eagle": options}, tiny_model, Path)
 
 
-def test_without_a_checkpoint_there_is_no_head(tiny_model: Path) -> None:
-    with pytest.raises(DraftError, match="'eagle' needs a checkpoint"):
+def test_without_a_checkpoint_it_is_the_head_that_ships(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DraftError, match="no 'eagle' head ships for this target"):
         create_drafter("eagle", {}, tiny_model, Path)
+    written = write_eagle(tmp_path / "a-head", "speculators")
+    written.config["speculators_config"] = {"verifier": {"name_or_path": tiny_model.name}}
+    save(written)
+    monkeypatch.setattr(fit, "ZOO", tmp_path)
+    assert isinstance(create_drafter("eagle", {}, tiny_model, Path), EagleDrafter)
 
 
 def test_it_asks_for_the_layers_it_reads(tiny_model: Path, tmp_path: Path) -> None:
