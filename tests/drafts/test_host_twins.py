@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specserve.drafting.calibration import Calibration
@@ -121,6 +121,7 @@ row = st.lists(
 
 
 @pytest.mark.parametrize("vocab_size", [10, 70_000])
+@settings(deadline=None)
 @given(
     lessons=st.lists(
         st.tuples(
