@@ -41,6 +41,17 @@ def test_nodes_that_cost_nothing_are_all_kept_and_dear_ones_are_not() -> None:
     assert worthwhile({}, 3, FLAT) == {}
 
 
+def test_the_hosts_share_is_there_whatever_is_drafted() -> None:
+    """What a step takes anyway makes every node cheaper beside it."""
+    trees = {"a": chain(0.4, 0.9)}
+    costs = PassCosts({1: 1.0, 2: 1.5, 4: 2.5})
+    assert len(worthwhile(trees, 1, costs)["a"]) == 1
+    for seconds in (1.0, *[3.0] * 200):
+        costs.add_host(seconds)
+    assert costs.seconds(1, 2) == pytest.approx([4.0, 4.5], rel=0.01)
+    assert len(worthwhile(trees, 1, costs)["a"]) == 3
+
+
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, 9), st.floats(0.0, 1.0)), max_size=9),

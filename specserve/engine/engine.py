@@ -186,7 +186,7 @@ class Engine:
         outputs = self._drain_inbox()
         plan = self.scheduler.plan()
         if plan.entries:
-            times = self._times
+            times, started = self._times, time.perf_counter()
             with times.draft:
                 trees = self._propose(plan)
             with times.forward:
@@ -201,6 +201,8 @@ class Engine:
             with times.commit:
                 outputs += self.scheduler.commit(plan, trees, verdicts)
             times.num_steps += 1
+            if self._costs is not None:
+                self._costs.add_host(time.perf_counter() - started - times.forward.last)
         for output in outputs:
             if output.finish is not None:
                 self.verifier.forget(output.id)

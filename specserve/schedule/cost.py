@@ -1,12 +1,16 @@
-"""What a pass costs by its number of rows, as it was measured. Host only."""
+"""What a step costs by the number of rows of its pass, as it was measured. Host only."""
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
+_MEMORY: Final = 32.0  # steps that the host's share is a mean of
+
 
 class PassCosts:
-    """Seconds of a pass. Between two measured sizes a straight line; past the last, its slope."""
+    """Seconds of a step: the host's share, and the pass. Between two measured sizes of passes a
+    straight line; past the last, its slope."""
 
     def __init__(self, samples: Mapping[int, float]) -> None:
         assert samples, "nothing was measured"
@@ -15,12 +19,17 @@ class PassCosts:
         # More rows never cost less: what says so is noise.
         self._seconds = np.maximum.accumulate([samples[count] for count in rows])
         self._known: list[float] = []  # by number of rows, as far as anyone has asked
+        self._host = 0.0
 
     def seconds(self, first: int, last: int) -> list[float]:
-        """Of passes of `first` .. `last` rows."""
+        """Of steps with passes of `first` .. `last` rows."""
         if len(self._known) <= last:
             self._known = self._computed(2 * last)
-        return self._known[first : last + 1]
+        return [self._host + seconds for seconds in self._known[first : last + 1]]
+
+    def add_host(self, seconds: float) -> None:
+        """A step has taken so long besides its pass: what every row of a pass shares."""
+        self._host += (seconds - self._host) / (_MEMORY if self._host else 1.0)
 
     def _computed(self, last: int) -> list[float]:
         rows = np.arange(last + 1)
