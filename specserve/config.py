@@ -55,7 +55,7 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DraftConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    draft: tuple[str, ...] = ("ngram",)  # drafter names and checkpoints, merged into one tree
+    draft: tuple[str, ...] = ("auto",)  # drafter names and checkpoints, merged into one tree
     max_nodes: int = 8  # tree budget per sequence, root included
     pricing: Literal["measured", "off"] = "measured"  # off: every drafted node is verified
     options: dict[str, dict[str, Any]] = {}  # per drafter name

@@ -1,6 +1,6 @@
 """The offline API: a model, an engine in this process, `generate`.
 
-llm = LLM("smollm2-135m", draft="ngram")
+llm = LLM("smollm2-135m")
 for result in llm.generate(["Once upon a time"], SamplingParams(temperature=0)):
     print(result.text)
 """
