@@ -58,14 +58,15 @@ class DraftTree:
         return words
 
     @cached_property
-    def children(self) -> list[dict[int, int]]:
-        """Per node: token -> child node."""
-        children: list[dict[int, int]] = [{} for _ in range(len(self))]
-        nodes = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
-        for node, (parent, token) in enumerate(nodes):
-            if parent >= 0:
-                children[parent][token] = node
-        return children
+    def child_of(self) -> dict[tuple[int, int], int]:
+        """(node, token) -> the child of the node that carries the token."""
+        edges = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
+        return {edge: node for node, edge in enumerate(edges)}
+
+    def children(self, node: int) -> dict[int, int]:
+        """token -> child node."""
+        edges = self.child_of.items()
+        return {token: child for (parent, token), child in edges if parent == node}
 
     def validate(self, vocab_size: int, max_nodes: int = MAX_NODES) -> None:
         """Raise ValueError unless this is a tree that the verifier may walk."""

@@ -143,7 +143,7 @@ def test_a_biased_verifier_fails_the_test(
     generator = torch.Generator().manual_seed(0)
 
     def biased(walk: Walk, token: int, ending: Ending | None) -> None:
-        children = walk.tree.children[walk.node or 0]
+        children = walk.tree.children(walk.node or 0)
         if children and token not in children and torch.rand((), generator=generator) < 0.05:
             token = next(iter(children))
         emit(walk, token, ending)

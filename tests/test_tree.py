@@ -53,8 +53,8 @@ def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
 def test_built_trees_are_valid_and_chain_first(tree: DraftTree) -> None:
     tree.validate(VOCAB)
     node, expected = 0, 0
-    while tree.children[node]:  # the best child of each node follows it directly
-        children = list(tree.children[node].values())
+    while tree.children(node):  # the best child of each node follows it directly
+        children = list(tree.children(node).values())
         best = max(float(tree.scores[child]) for child in children)
         node, expected = node + 1, expected + 1
         assert node in children

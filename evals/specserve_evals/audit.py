@@ -40,7 +40,7 @@ class Acceptance:
             _count(self.accepted, depth)
         # The last token came from the target although the draft had proposed one there.
         drawn_by_target = bool(verdict.sources) and verdict.sources[-1] == TARGET_SOURCE
-        if drawn_by_target and tree.children[verdict.path[-1]]:
+        if drawn_by_target and tree.children(verdict.path[-1]):
             _count(self.rejected, verdict.num_accepted)
 
 

@@ -96,7 +96,7 @@ class Calibration:
     def _settle(self, seq_id: str, noisy: bool, tree: DraftTree, emitted: Seq[int]) -> None:
         own, node, keys = self._own[seq_id], 0, _keys(noisy, tree)
         for token in emitted:
-            children = tree.children[node]
+            children = tree.children(node)
             for drafted, child in children.items():
                 key, share = keys[child - 1]
                 self._all[key].add(drafted == token, 1.0, _MEMORY)

@@ -1,7 +1,7 @@
 """Verification of all trees of a pass together, depth by depth.
 
-Each round draws one token for every walk that is not over. A row that cannot be drawn fails its
-own request and no other.
+Walks that take the best token go to their end at once; of the others each round draws one token
+for every walk that is not over. A row that cannot be drawn fails its own request and no other.
 """
 
 from collections.abc import Sequence as Seq
@@ -57,26 +57,24 @@ class Verifier:
         states = [self.state(entry.seq) for entry in entries]
         walks = [Walk(tree) for tree in trees]
         first_rows = list(accumulate((len(tree) for tree in trees), initial=0))
-        best = None if out.topk is None else out.topk.cpu().numpy()[:, 0].tolist()
-        while live := [index for index, walk in enumerate(walks) if walk.node is not None]:
-            rows, picked, drawing = [], [], []
-            for index in live:
-                walk, seq = walks[index], entries[index].seq
-                assert walk.node is not None
-                at = first_rows[index] + walk.node
-                if best is not None and states[index].takes_best:
+        if out.topk is not None:
+            best = out.topk.cpu().numpy()[:, 0].tolist()
+            for walk, state, entry, first in zip(walks, states, entries, first_rows, strict=False):
+                while state.takes_best and walk.node is not None:
+                    at = first + walk.node
                     drawn = best[at] if best[at] >= 0 else _NOT_NUMBERS
-                    self._emit(walk, seq, drawn, out.logits, at)
-                    continue
+                    self._emit(walk, entry.seq, drawn, out.logits, at)
+        while live := [index for index, walk in enumerate(walks) if walk.node is not None]:
+            rows, picked = [], []
+            for index in live:
+                walk = walks[index]
+                assert walk.node is not None
                 path = tuple(walk.emitted)
-                rows.append(Row(states[index], seq.num_tokens + len(path), path))
-                picked.append(at)
-                drawing.append(index)
-            if not rows:
-                continue
+                rows.append(Row(states[index], entries[index].seq.num_tokens + len(path), path))
+                picked.append(first_rows[index] + walk.node)
             at_nodes = out.logits[picked]
             tokens = self._draw(at_nodes, rows)
-            for row, (index, token) in enumerate(zip(drawing, tokens, strict=True)):
+            for row, (index, token) in enumerate(zip(live, tokens, strict=True)):
                 self._emit(walks[index], entries[index].seq, token, at_nodes, row)
         return [walk.verdict() for walk in walks]
 

@@ -33,7 +33,7 @@ class Walk:
     def emit(self, token: int, ending: Ending | None) -> None:
         """The target drew `token` at the current node; `ending` cuts the walk right there."""
         assert self.node is not None
-        child = self.tree.children[self.node].get(token)
+        child = self.tree.child_of.get((self.node, token))
         self.emitted.append(token)
         self.sources.append(TARGET_SOURCE if child is None else int(self.tree.source[child]))
         self.ending = ending

@@ -205,7 +205,7 @@ def test_fewer_heads_make_a_shallower_tree(heads: Medusa, make_engine: EngineFac
     run(engine, PROMPTS, GREEDY)
     assert max(len(row) for row in logits) == 2
     assert max(max(tree.depths) for _, tree, _ in proposals) == 2
-    assert max(len(children) for _, tree, _ in proposals for children in tree.children) == 3
+    assert max(len(tree.children(0)) for _, tree, _ in proposals) == 3
 
 
 def test_only_the_heads_that_a_budget_reaches_run(
