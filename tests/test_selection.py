@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specserve.drafting.calibration import Calibration
-from specserve.schedule.cost import PassCosts
+from specserve.schedule.cost import PassCosts, PerToken
 from specserve.schedule.selection import Selection
 from specserve.tree import MAX_NODES, DraftTree, build_tree, chain_tree
 
@@ -29,6 +29,18 @@ def test_costs_are_lines_between_what_was_measured_and_never_fall() -> None:
     assert costs.seconds(1, 4) == pytest.approx([2.0, 2.0, 3.0, 4.0])
     assert costs.seconds(6, 10)[::2] == pytest.approx([5.0, 6.0, 6.0 + 2 * 4 / 6])
     assert PassCosts({4: 2.0}).seconds(1, 8) == [2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.5, 4.0]
+
+
+def test_what_stands_before_a_row_has_its_price() -> None:
+    costs = PassCosts({1: 1.0, 8: 2.0}, context=100, per_token=PerToken(0.002, 0.001))
+    assert costs.seconds(1, 8)[::7] == pytest.approx([1.0, 2.0])
+    assert costs.seconds(1, 8, 100)[::7] == pytest.approx([1.0, 2.0])
+    assert costs.seconds(1, 8, 1100)[::7] == pytest.approx([1.0 + 2 + 1, 2.0 + 2 + 8])
+    # A node that is worth its row after little text is not after much.
+    trees = {"a": chain(0.25)}
+    selection = Selection(costs)
+    assert len(selection.worthwhile(trees, 1, 100)["a"]) == 2
+    assert len(selection.worthwhile(trees, 1, 1100)["a"]) == 1
 
 
 def test_nodes_that_cost_nothing_are_all_kept_and_dear_ones_are_not() -> None:

@@ -250,7 +250,8 @@ class Engine:
         if self._selection is None:
             return proposed
         num_rows = sum(entry.num_chain + (entry.num_nodes > 0) for entry in plan.entries)
-        return self._selection.worthwhile(proposed, num_rows)
+        context = sum(entry.seq.num_committed for entry in entries) / max(len(entries), 1)
+        return self._selection.worthwhile(proposed, num_rows, context)
 
     def _forward(
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]

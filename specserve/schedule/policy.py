@@ -75,12 +75,15 @@ class MeasuredPolicy:
         self._gain = 1.0  # of all sequences; to begin with, any
         self._seconds = 0.0  # of drafting for one sequence
         self._asked: set[str] = set()  # in this step
+        self._context = 0.0  # tokens before the rows of this step, in the mean
 
     def budgets(self, seqs: Seq[Sequence], spare_rows: int) -> list[int]:
         budgets = self._equal.budgets(seqs, spare_rows)
         if not seqs:
             return budgets
-        meanwhile = self._seconds * len(seqs) / self._costs.seconds(len(seqs), len(seqs))[0]
+        self._context = sum(seq.num_committed for seq in seqs) / len(seqs)
+        step = self._costs.seconds(len(seqs), len(seqs), self._context)[0]
+        meanwhile = self._seconds * len(seqs) / step
         chosen = [
             budget if budget > 1 and self._is_worth(seq.id, meanwhile) else 1
             for seq, budget in zip(seqs, budgets, strict=True)
@@ -98,7 +101,7 @@ class MeasuredPolicy:
             _MEMORY if self._seconds else 1.0
         )
         num_nodes = sum(len(tree) for tree in trees.values()) - len(trees)
-        costs = self._costs.seconds(len(trees), len(trees) + num_nodes)
+        costs = self._costs.seconds(len(trees), len(trees) + num_nodes, self._context)
         price = (costs[-1] / costs[0] - 1.0) * len(trees) / max(num_nodes, 1)  # tokens a node
         for seq_id in asked:
             # What was to be expected of the nodes, not what came of them: the same, less noisy.

@@ -19,17 +19,20 @@ class Selection:
         self._costs = costs
         self._host = native_host()
 
-    def worthwhile(self, trees: Mapping[str, DraftTree], num_rows: int) -> dict[str, DraftTree]:
+    def worthwhile(
+        self, trees: Mapping[str, DraftTree], num_rows: int, context: float | None = None
+    ) -> dict[str, DraftTree]:
         """The trees without the nodes that are not worth it; scores are calibrated probabilities.
 
-        `num_rows` of the pass are there without any drafted node, the roots among them. Maximises
-        (roots + sum of the nodes' scores) / seconds.
+        `num_rows` of the pass are there without any drafted node, the roots among them; `context`
+        tokens stand before them in the mean. Maximises (roots + sum of the nodes' scores) /
+        seconds.
         """
         proposed = list(trees.values())
         num_drafted = sum(map(len, proposed)) - len(proposed)
         if not num_drafted:
             return dict(trees)
-        seconds = self._costs.seconds(num_rows, num_rows + num_drafted)
+        seconds = self._costs.seconds(num_rows, num_rows + num_drafted, context)
         if self._host is not None:
             pruned = self._host.worthwhile(proposed, seconds)
             kept = [
