@@ -217,7 +217,7 @@ def test_more_than_the_pool_holds(pressed: LiveServer) -> None:
         for more in ({}, {"stream": True}, {"n": 2}):
             assert_refused(pressed.ask(COMPLETION, fields | more), 400, param)
     prompts = [f"{index} " * 1000 for index in range(3)]
-    bodies = [long_request(60, prompt=prompt, speculation={}) for prompt in prompts]
+    bodies = [long_request(200, prompt=prompt, speculation={}) for prompt in prompts]
     expected = [pressed.ask(COMPLETION, body).json()["choices"] for body in bodies]
     before = pressed.metric("vllm:num_preemptions_total")
     with ThreadPoolExecutor(len(bodies)) as pool:

@@ -64,7 +64,7 @@ def test_every_accepted_request_is_finished(long_model: Path) -> None:
     with start_server(long_model, "--batch", "2") as server, Connection(server) as connection:
         children = pids(server)
         assert connection.ask("/v1/completions", SHORT).status == 200
-        bodies = [long_request(150, stream=index % 2 == 0) for index in range(8)]
+        bodies = [long_request(400, stream=index % 2 == 0) for index in range(8)]
         with under_way(server, bodies) as replies:
             server.process.send_signal(signal.SIGTERM)
             server.process.send_signal(signal.SIGTERM)  # so soon it is the same one
@@ -83,7 +83,7 @@ def test_every_accepted_request_is_finished(long_model: Path) -> None:
                 ids = streamed_ids(reply.body)
             else:
                 ids = reply.json()["choices"][0]["token_ids"]
-            assert len(ids) == 150
+            assert len(ids) == 400
         assert_ended(server, SOON, children)
 
 
