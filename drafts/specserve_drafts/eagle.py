@@ -32,7 +32,7 @@ from specserve_drafts.pairs import BlockContents, Track
 
 _MAX_WAITING = 32  # pairs of a sequence that may wait for the next proposal
 _MAX_ROWS = 512  # of one pass over waiting pairs
-# Of static trees: how likely a candidate is by its rank, about what heads of all sizes come to.
+# Of static trees: how likely a candidate is taken to be, by its rank alone. Falling guesses.
 _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
 
 

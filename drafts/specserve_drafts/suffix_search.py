@@ -1,7 +1,6 @@
 """What followed the last tokens wherever they occurred before, as a tree.
 
-Long matches count more, frequent continuations are tried first. Compiled where that is built, see
-`specserve_kernels.host`; the twin is here.
+Compiled where that is built, see `specserve_kernels.host`; the twin is here, and so are the numbers.
 """
 
 from collections.abc import Iterator
@@ -55,6 +54,7 @@ class SuffixSearch:
             )
 
     def new_log(self) -> Log:
+        """Of the kind that this search reads, compiled or not."""
         log: Log = TokenLog(self._sizes) if self._host is None else self._host.TokenLog(self._sizes)
         return log
 
