@@ -1,6 +1,6 @@
 """What followed the last tokens wherever they occurred before, as a tree.
 
-Compiled where that is built, see `specserve_kernels.host`; the twin is here, and so are the numbers.
+Compiled where that is built, see `specserve_kernels.host`; the twin and all numbers are here.
 """
 
 from collections.abc import Iterator
