@@ -44,6 +44,8 @@ class SamplingState:
             self._prompt_mask[torch.tensor(request.prompt_ids, device=device)] = True
             self._counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
 
+        # Whether tokens named or drawn before change the logits.
+        self.shaped = _shapes(params)
         # Whether anything but the noise stands between the logits and the draw.
         self.processed = _processes(params)
         # Whether what is drawn is the token of the largest logit, as the model gave them.
@@ -75,8 +77,12 @@ class SamplingState:
         return self._prompt_mask, self._counted(path) if path else self._counts
 
 
+def _shapes(params: SamplingParams) -> bool:
+    return bool(params.logit_bias or params.min_tokens or params.penalised)
+
+
 def _processes(params: SamplingParams) -> bool:
-    if params.logit_bias or params.min_tokens or params.penalised:
+    if _shapes(params):
         return True
     filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
     return not params.greedy and (params.temperature != 1.0 or filtered)

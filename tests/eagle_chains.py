@@ -15,6 +15,7 @@ from specserve.models.shape import ModelShape
 from specserve.sampling import Sampler
 from specserve_drafts.eagle import EagleDrafter
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.packed_head import PackedHead
 from specserve_kernels.dispatch import select_kernels
 
 CPU = torch.device("cpu")
@@ -44,6 +45,7 @@ def bound_drafter(path: Path, target: Path, embed: Callable[[Tensor], Tensor]) -
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
         source=1,
         taps=drafter.needs_taps,
+        packed_embedding=None,
         embed=embed,
         final_norm=nothing,
         unembed=nothing,
@@ -53,7 +55,7 @@ def bound_drafter(path: Path, target: Path, embed: Callable[[Tensor], Tensor]) -
 
 
 def chain_logits(
-    head: DraftHead,
+    head: DraftHead | PackedHead,
     ids: Tensor,  # [n] int64
     taps: Tensor,  # [n, num_taps * target_hidden_size]
     num_steps: int,
@@ -63,14 +65,15 @@ def chain_logits(
     n, tokens = len(ids), ids.tolist()
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), n * num_steps, CPU)
     words = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], np.uint64)
-    own = np.arange(n, n * num_steps).reshape(n, -1)  # slots of each chain after its first pair
-    pairs = HeadRows(np.arange(n), 0, 0, tokens, np.arange(n), words[:n])
+    slots = np.arange(n * num_steps, dtype=np.int32)
+    own = slots[n:].reshape(n, -1)  # slots of each chain after its first pair
+    pairs = HeadRows(slots[:n], 0, 0, tokens, np.arange(n), words[:n])
     rows = head(lay_out([pairs], CPU), head.fuse(taps), kv)
     logits = [head.logits(rows)]
     for step in range(1, num_steps):
         nodes = [
             HeadRows(
-                np.concatenate((np.arange(i + 1), own[i])),
+                np.concatenate((slots[: i + 1], own[i])),
                 i,
                 step,
                 [tokens[i + step]],

@@ -53,8 +53,8 @@ class Written:
         return ids
 
 
-def write_eagle(directory: Path, layout: str, *, seed: int = 3) -> Written:
-    """For the tiny target: 2 layers of width 32, 97 tokens."""
+def write_eagle(directory: Path, layout: str, *, seed: int = 3, inner: int = INNER) -> Written:
+    """For the tiny target: 2 layers of width 32, 97 tokens. `inner` of 64 can be packed."""
     generator = torch.Generator().manual_seed(seed)
 
     def weights(*shape: int) -> Tensor:
@@ -75,9 +75,9 @@ def write_eagle(directory: Path, layout: str, *, seed: int = 3) -> Written:
             "self_attn.k_proj": (KV_HEADS * HEAD_DIM, width),
             "self_attn.v_proj": (KV_HEADS * HEAD_DIM, width),
             "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-            "mlp.gate_proj": (INNER, HIDDEN),
-            "mlp.up_proj": (INNER, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INNER),
+            "mlp.gate_proj": (inner, HIDDEN),
+            "mlp.up_proj": (inner, HIDDEN),
+            "mlp.down_proj": (HIDDEN, inner),
         }
         tensors |= {f"{prefix}{name}.weight": weights(*size) for name, size in sizes.items()}
         if layout == "specforge":
@@ -111,7 +111,7 @@ def write_eagle(directory: Path, layout: str, *, seed: int = 3) -> Written:
         "norm_output": layout == "eagle31",
         "norm_before_residual": layout == "speculators",
     }
-    config = _config(layout, num_layers, draft_vocab)
+    config = _config(layout, num_layers, draft_vocab, inner)
     directory.mkdir(parents=True, exist_ok=True)
     written = Written(directory, layout, tensors, config, flags)
     save(written)
@@ -126,12 +126,12 @@ def save(written: Written) -> None:
     (written.path / "config.json").write_text(json.dumps(written.config))
 
 
-def _config(layout: str, num_layers: int, draft_vocab: int) -> dict[str, Any]:
+def _config(layout: str, num_layers: int, draft_vocab: int, inner: int) -> dict[str, Any]:
     layer = {
         "model_type": "qwen3" if layout == "speculators_qwen3" else "llama",
         "vocab_size": TINY_VOCAB,
         "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "intermediate_size": inner,
         "num_hidden_layers": num_layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,

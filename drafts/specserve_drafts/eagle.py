@@ -23,12 +23,14 @@ from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.sequence import Sequence
 from specserve.step import Entry
-from specserve.tree import MAX_NODES, DraftTree, root_tree
+from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.fit import shipped_head
 from specserve_drafts.formats import read_head
 from specserve_drafts.growth import Growth, rank, take
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.packed_head import PackedHead, can_be_packed
 from specserve_drafts.pairs import BlockContents, Track
+from specserve_kernels.draft_head import Drawing, Growing, Grown, GrowShape
 
 _MAX_WAITING = 32  # pairs of a sequence that may wait for the next proposal
 _MAX_ROWS = 512  # of one pass over waiting pairs
@@ -40,6 +42,7 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     branching: int = 4  # candidates kept per node; 1 drafts a chain
     beam: int = 2  # nodes looked at per draft pass
     max_depth: int = 8
+    min_score: float = 0.1  # nodes whose path is less likely are not looked at
     static: bool = False  # one shape for every tree, whatever the head says: to compare with
     draft_vocab: int | None = None  # rows of the head to keep, the first ones
     taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
@@ -51,8 +54,9 @@ class _Draft:
 
     growth: Growth
     track: Track
-    lane: npt.NDArray[np.int64]  # slots of the pairs before the root, and of the nodes
+    lane: npt.NDArray[np.int32]  # slots of the pairs before the root, and of the nodes
     rows: list[Tensor] = field(default_factory=list)  # each [hidden_size], out of the nodes so far
+    grown: Grown | None = None  # at once
 
     def fresh(self) -> HeadRows:
         growth, root = self.growth, self.growth.seq.num_tokens - 1
@@ -65,6 +69,31 @@ class _Draft:
             root - 1 + depths,
             np.array([node.word for node in growth.fresh], np.uint64),
         )
+
+    def growing(self) -> Growing:
+        """The task for the kernel that grows it at once."""
+        growth, track = self.growth, self.track
+        root, params = growth.seq.num_tokens - 1, growth.state.params
+        assert track.row is not None
+        return Growing(
+            self.lane,
+            track.count(root),
+            torch.tensor(track.tokens, dtype=torch.int64),
+            torch.cat([*track.rows, track.row[None]]),
+            growth.seq.tokens[-1],
+            root - 1,
+            growth.budget,
+            Drawing(
+                params.temperature, params.top_k, params.top_p, params.min_p, growth.state.seed
+            ),
+            growth.seq.num_tokens,
+        )
+
+    def tree(self, source: int) -> DraftTree:
+        grown = self.grown
+        if grown is None:
+            return self.growth.tree(source)
+        return build_tree(grown.tokens, grown.parents, grown.scores, source)
 
     def inputs(self) -> list[Tensor]:
         """A row [hidden_size] for every fresh node: what its parent gave."""
@@ -98,6 +127,9 @@ class EagleDrafter:
         except ModelError as error:
             raise DraftError(f"draft: {error}") from error
         self._options = options
+        self._shape = GrowShape(
+            options.branching, options.beam, options.max_depth, options.min_score
+        )
         self._file = read_head(path, shape, taps=options.taps, draft_vocab=options.draft_vocab)
         self._num_positions = max(
             shape.max_position_embeddings, self._file.shape.max_position_embeddings
@@ -112,16 +144,7 @@ class EagleDrafter:
         assert context.storage is not None
         self._context, self._storage = context, context.storage
         sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
-        self.head = DraftHead(
-            self._file,
-            context.kernels,
-            dtype=sample.dtype,
-            device=context.device,
-            num_positions=self._num_positions,
-            embed=context.embed,
-            final_norm=context.final_norm,
-            unembed=context.unembed,
-        )
+        self.head = self._load(sample.dtype)
         ids = self._file.token_ids
         self._token_ids = None if ids is None else ids.to(context.device)
         size = self._file.shape.target_hidden_size
@@ -134,6 +157,22 @@ class EagleDrafter:
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
         drafts = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         ready = [draft for draft in drafts if draft is not None]
+        if isinstance(self.head, PackedHead) and not self._options.static:
+            at_once = [draft for draft in ready if not draft.growth.state.shaped]
+            self._grow_at_once(self.head, at_once)
+            self._grow([draft for draft in ready if draft.growth.state.shaped])
+        else:
+            self._grow(ready)
+        for draft in ready:
+            draft.track.settle(1)  # the root's pair was with the target's own row
+        source = self._context.source
+        return [
+            root_tree(seq.tokens[-1]) if draft is None else draft.tree(source)
+            for seq, draft in zip(seqs, drafts, strict=True)
+        ]
+
+    def _grow(self, ready: Seq[_Draft]) -> None:
+        options = self._options
         chains = [chain for draft in ready for chain in draft.track.waiting(draft.lane)]
         rows = [row for draft in ready for row in draft.track.rows]
         while growing := [d for d in ready if d.growth.num_done < len(d.growth.nodes)]:
@@ -147,14 +186,32 @@ class EagleDrafter:
             done = iter(out.unbind())
             for draft in growing:
                 draft.rows += [next(done) for _ in draft.growth.fresh]
-                draft.growth.pick(self._options.beam, self._options.max_depth)
-        for draft in ready:
-            draft.track.settle(1)  # the root's pair was with the target's own row
-        source = self._context.source
-        return [
-            root_tree(seq.tokens[-1]) if draft is None else draft.growth.tree(source)
-            for seq, draft in zip(seqs, drafts, strict=True)
-        ]
+                draft.growth.pick(options.beam, options.max_depth, options.min_score)
+
+    def _grow_at_once(self, head: PackedHead, ready: Seq[_Draft]) -> None:
+        if ready:
+            trees = [draft.growing() for draft in ready]
+            for draft, grown in zip(
+                ready, head.grow(self._shape, self._storage, trees), strict=True
+            ):
+                draft.grown = grown
+
+    def _load(self, dtype: torch.dtype) -> DraftHead | PackedHead:
+        """With packed weights where the target's are."""
+        context, make = self._context, self._context.kernels.packed_draft_head
+        embedding = context.packed_embedding
+        if make is not None and embedding is not None and can_be_packed(self._file.shape):
+            return PackedHead(self._file, make, self._num_positions, embedding)
+        return DraftHead(
+            self._file,
+            context.kernels,
+            dtype=dtype,
+            device=context.device,
+            num_positions=self._num_positions,
+            embed=context.embed,
+            final_norm=context.final_norm,
+            unembed=context.unembed,
+        )
 
     def observe(self, feedback: Feedback) -> None:
         """Take in the rows of everything that was committed; long stretches at once, the rest with

@@ -32,15 +32,16 @@ class Growth:
         self.pool: list[Node] = []  # not evaluated; `word` is the parent's
         self.num_done = 0  # nodes whose KV and candidates are there
 
-    def pick(self, beam: int, max_depth: int) -> bool:
+    def pick(self, beam: int, max_depth: int, min_score: float = 0.0) -> bool:
         """Move the best candidates to the nodes of the next pass; False if there are none.
 
         One node of the budget is left for a leaf: evaluating all would be evaluating in vain.
+        Compiled: kernels/specserve_kernels/cpu/csrc/draft_head.cpp.
         """
         self.num_done = len(self.nodes)
         room = min(beam, self.budget - 1 - len(self.nodes))
-        deep_enough = [node for node in self.pool if node.depth < max_depth]
-        for node in sorted(deep_enough, key=lambda node: -node.score)[: max(room, 0)]:
+        worth = [n for n in self.pool if n.depth < max_depth and n.score >= min_score]
+        for node in sorted(worth, key=lambda node: -node.score)[: max(room, 0)]:
             self.pool.remove(node)
             self.nodes.append(replace(node, word=node.word | 1 << len(self.nodes)))
         return len(self.nodes) > self.num_done

@@ -27,7 +27,7 @@ from specserve_kernels.ops import Kernels, Plan, Segments
 class HeadRows:
     """One segment of a pass. `lane` lists the slots of all pairs it may see, in order."""
 
-    lane: npt.NDArray[np.int64]  # the segment's own rows are lane[context_len + first_node:]
+    lane: npt.NDArray[np.int32]  # the segment's own rows are lane[context_len + first_node:]
     context_len: int  # pairs before the tree, or before the chain
     first_node: int
     tokens: Seq[int]

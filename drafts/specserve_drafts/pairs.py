@@ -47,16 +47,22 @@ class Track:
         self.row = rows[-1]
         self.num_seen += len(tokens)
 
-    def lane(self, table: BlockTable, end: int) -> npt.NDArray[np.int64]:
+    def lane(self, table: BlockTable, end: int) -> npt.NDArray[np.int32]:
         """Slots of all pairs before token `end`, there or to be written."""
+        size = table.block_size
+        blocks = np.array(table.block_ids[: -(-end // size)], np.int32)
+        offsets = np.arange(size, dtype=np.int32)
+        slots: npt.NDArray[np.int32] = np.add.outer(blocks * size, offsets).ravel()
         first, last = self.hole
-        return np.array(table.slots(1, first - 1) + table.slots(last, end - last), np.int64)
+        if first == last:
+            return slots[1:end]
+        return np.concatenate((slots[1:first], slots[last:end]))
 
     def count(self, end: int) -> int:
         """Pairs before token `end`."""
         return self.hole[0] - 1 + end - self.hole[1]
 
-    def waiting(self, lane: npt.NDArray[np.int64]) -> Iterator[HeadRows]:
+    def waiting(self, lane: npt.NDArray[np.int32]) -> Iterator[HeadRows]:
         """The waiting pairs as chains."""
         for offset in range(0, len(self.tokens), MAX_NODES):
             piece = self.tokens[offset : offset + MAX_NODES]

@@ -57,6 +57,10 @@ class DecoderWeights:
     layers: Sequence[LayerWeights]
     norm: Tensor  # [hidden_size] float32
     head: PackedLinear
+    # Of a draft head (`draft_head`): the first layer attends from the token's embedding and the
+    # pass's row side by side, each behind a norm of its own, this one the row's.
+    row_norm: Tensor | None = None  # [hidden_size] float32
+    normed_residual: bool = False  # the stream goes on from the row after that norm
 
     @property
     def hidden_size(self) -> int:
@@ -92,6 +96,7 @@ class DecoderPass:
     logit_rows: Tensor  # [num_logit_rows] int64
     num_top: int = 0
     taps: tuple[int, ...] = ()  # layers whose input is wanted; num_layers: the last one's output
+    rows: Tensor | None = None  # [num_rows, hidden_size] float32, of a draft head alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from specserve_kernels.decoder import DecoderWeights, PackedDecoder
+    from specserve_kernels.draft_head import DraftHeadWeights, PackedDraftHead
 
 MAX_SEGMENT_ROWS = 64
 
@@ -59,6 +60,11 @@ class Kernels(Protocol):
     @property
     def packed_decoder(self) -> "Callable[[DecoderWeights], PackedDecoder] | None":
         """Makes a model with packed weights ready to run; None: this backend has no such kernel."""
+        ...
+
+    @property
+    def packed_draft_head(self) -> "Callable[[DraftHeadWeights], PackedDraftHead] | None":
+        """The same for a draft head; a backend has both or neither."""
         ...
 
     def plan_attention(self, segments: Segments, num_kv_heads: int, group_size: int) -> Plan:

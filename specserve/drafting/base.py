@@ -22,6 +22,7 @@ from specserve.step import Entry, Verdict
 from specserve.tree import DraftTree
 from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
+from specserve_kernels.packing import PackedWeight
 
 
 class DraftError(ValueError):
@@ -45,6 +46,7 @@ class DraftContext:
     source: int  # the number under which its nodes are counted
     taps: tuple[int, ...]  # the layers in `ModelOutput.taps`: what all drafters want, ascending
     # Of the target; rows of `hidden_size` in the dtype of its activations.
+    packed_embedding: PackedWeight | None  # where its weights are packed
     embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
     final_norm: Callable[[Tensor], Tensor]  # [n, hidden_size] -> the same
     unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32

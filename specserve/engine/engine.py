@@ -328,6 +328,7 @@ class Engine:
                     storage=None if spec is None else self._storage(spec),
                     source=source,
                     taps=self._taps,
+                    packed_embedding=model.packed_embedding,
                     embed=model.embed,
                     final_norm=model.final_norm,
                     unembed=model.unembed,

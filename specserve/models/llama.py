@@ -94,6 +94,8 @@ class LlamaModel:
     a multiple of `row_multiple` rows.
     """
 
+    packed_embedding: None = None
+
     def __init__(
         self,
         shape: ModelShape,

@@ -8,6 +8,7 @@ from torch import Tensor
 from specserve.batch import ForwardBatch, ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.models.shape import ModelShape
+from specserve_kernels.packing import PackedWeight
 
 
 class Model(Protocol):
@@ -27,6 +28,11 @@ class Model(Protocol):
     def row_multiple(self) -> int: ...
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def packed_embedding(self) -> PackedWeight | None:
+        """[vocab_size, hidden_size]; None: the weights are not packed."""
+        ...
+
     @property
     def kv_spec(self) -> KVSpec: ...
 

@@ -58,7 +58,7 @@ class PackedLlama:
         )
         self.num_bytes = weights.num_bytes
         assert kernels.packed_decoder is not None, f"{kernels.name} has no packed weights"
-        self._embed, self._norm = embed, weights.norm
+        self.packed_embedding, self._norm = embed, weights.norm
         self._decoder = kernels.packed_decoder(weights)
 
     @property
@@ -101,7 +101,7 @@ class PackedLlama:
 
     def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size] float32
         """See `Model`."""
-        return unpack_rows(self._embed, ids)
+        return unpack_rows(self.packed_embedding, ids)
 
     def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32, same shape back
         """See `Model`."""

@@ -1,10 +1,12 @@
 """What an EAGLE head computes on its way through an engine, against the plain definition."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from eagle_heads import HIDDEN, LAYOUTS, TAPS, Written, plain_logits, save, write_eagle
@@ -20,10 +22,13 @@ from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.packed_llama import PackedLlama
 from specserve.sequence import Sequence
-from specserve.tree import DraftTree
+from specserve.tree import DraftTree, build_tree
 from specserve.types import Quantization, Request, SamplingParams
 from specserve_drafts.eagle import EagleDrafter
+from specserve_drafts.growth import Growth
+from specserve_drafts.packed_head import PackedHead
 from specserve_kernels.dispatch import select_kernels
+from specserve_kernels.draft_head import Grown
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)
 NOISY = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
@@ -125,6 +130,7 @@ def test_logits_are_those_of_the_definition(
 def test_a_quantised_target_lends_what_it_has(
     one_head: Written, tmp_path: Path, make_engine: EngineFactory
 ) -> None:
+    """To a head that is not packed itself: its width is no multiple of 32."""
     target = write_tiny_llama(tmp_path, seed=1, head_dim=16)
     engine = make_engine(str(one_head.path), target=target, max_nodes=6, quantization="int8")
     model = engine.runner._model
@@ -240,11 +246,89 @@ def test_a_head_that_knows_the_target_is_always_right(
     tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)), 1)
     tensors["fc.bias"] = torch.zeros(HIDDEN)
     save(head)
-    chain = {"eagle": {"branching": 1, "beam": 1}}
+    chain = {"eagle": {"branching": 1, "beam": 1, "min_score": 0.0}}
     engine = make_engine(str(head.path), target=target, options=chain, max_nodes=6)
     for outputs in run(engine, PROMPTS, GREEDY):
         for output in outputs[1:-1]:  # the first token comes before any row is known
             assert len(output.new_ids) == 6
+
+
+@dataclass(frozen=True)
+class Grew:
+    """One tree as the kernel has it, and as `growth` has it from passes of the same head."""
+
+    num_waiting: int
+    at_once: Grown
+    by_passes: Growth
+
+
+def watched_growth(engine: Engine) -> list[Grew]:
+    """Every tree that the engine's drafter grows at once from now on, grown both ways."""
+    (drafter,) = engine.drafter.drafters.values()
+    assert isinstance(drafter, EagleDrafter)
+    grow, seen = drafter._grow_at_once, list[Grew]()
+
+    def both(head: PackedHead, ready: Seq[Any]) -> None:
+        grow(head, ready)
+        for draft in ready:
+            growth = Growth(draft.growth.seq, draft.growth.state, draft.growth.budget)
+            drafter._grow([replace(draft, growth=growth, rows=[])])
+            seen.append(Grew(len(draft.track.tokens), draft.grown, growth))
+
+    drafter._grow_at_once = both  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "eagle1"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        NOISY,
+        msgspec.structs.replace(NOISY, temperature=0.6, top_k=20),
+        msgspec.structs.replace(NOISY, temperature=0.3, top_p=0.7, min_p=0.02),
+    ],
+    ids=["greedy", "noisy", "top-k", "top-p"],
+)
+def test_packed_heads_grow_the_same_trees_at_once(
+    layout: str, sampling: SamplingParams, tmp_path: Path, make_engine: EngineFactory
+) -> None:
+    target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
+    head = write_eagle(tmp_path / "head", layout, inner=64)
+    options = {"eagle": {"branching": 3, "min_score": 0.02}}
+    engine = make_engine(
+        str(head.path), target=target, options=options, max_nodes=8, quantization="int8"
+    )
+    seen = watched_growth(engine)
+    run(engine, PROMPTS, sampling)
+    assert len(seen) > 20
+    assert {grew.num_waiting > 0 for grew in seen} == {False, True}
+    for grew in seen:
+        expected = grew.by_passes.tree(1)
+        ours = build_tree(grew.at_once.tokens, grew.at_once.parents, grew.at_once.scores, 1)
+        assert ours.tokens.tolist() == expected.tokens.tolist()
+        assert ours.parents.tolist() == expected.parents.tolist()
+        np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-4)
+    assert max(len(grew.at_once.tokens) for grew in seen) == 8
+    assert max(max(grew.at_once.parents) for grew in seen) >= 2
+
+
+@pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")
+def test_requests_that_shape_their_logits_grow_by_passes(
+    tmp_path: Path, make_engine: EngineFactory
+) -> None:
+    """What bias and penalties make of the candidates the kernel does not know."""
+    target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
+    head = write_eagle(tmp_path / "head", "speculators", inner=64)
+    engine = make_engine(str(head.path), target=target, max_nodes=6, quantization="int8")
+    at_once, looked = watched_growth(engine), watched(engine)
+    shaped = msgspec.structs.replace(GREEDY, repetition_penalty=1.3)
+    run(engine, PROMPTS[:1], shaped)
+    assert looked
+    assert not at_once
+    run(engine, PROMPTS[:1], GREEDY)
+    assert at_once
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from specserve_kernels.cpu import attention, sampler
 from specserve_kernels.cpu.decoder import CpuDecoder
+from specserve_kernels.cpu.draft_head import CpuDraftHead
 from specserve_kernels.cpu.native import load
 from specserve_kernels.decoder import DecoderWeights
+from specserve_kernels.draft_head import DraftHeadWeights
 from specserve_kernels.ops import Plan
 from specserve_kernels.torch_ref import TorchKernels
 
@@ -37,6 +39,11 @@ class CpuKernels:
     def packed_decoder(self) -> Callable[[DecoderWeights], CpuDecoder]:
         """See `Kernels.packed_decoder`."""
         return partial(CpuDecoder, self._library)
+
+    @property
+    def packed_draft_head(self) -> Callable[[DraftHeadWeights], CpuDraftHead]:
+        """See `Kernels.packed_draft_head`."""
+        return partial(CpuDraftHead, self._library)
 
     def paged_tree_attention(
         self,

@@ -32,7 +32,7 @@ class _Weight(ctypes.Structure):
     ]
 
 
-class _Linear(ctypes.Structure):
+class CLinear(ctypes.Structure):
     _fields_ = [("weight", _Weight), ("bias", _ADDRESS)]
 
 
@@ -42,7 +42,7 @@ class _Layer(ctypes.Structure):
         ("mlp_norm", _ADDRESS),
         ("q_norm", _ADDRESS),
         ("k_norm", _ADDRESS),
-        *((name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, CLinear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         ("window", _SIZE),
     ]
 
@@ -61,7 +61,9 @@ class _Decoder(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         ("norm", _ADDRESS),
         ("embed", _Weight),
-        ("head", _Linear),
+        ("head", CLinear),
+        ("row_norm", _ADDRESS),
+        ("normed_residual", _SIZE),
     ]
 
 
@@ -84,6 +86,7 @@ class _Pass(ctypes.Structure):
         ("input_ids", _ADDRESS),
         ("positions", _ADDRESS),
         ("slots", _ADDRESS),
+        ("rows", _ADDRESS),
         ("kv", _ADDRESS),
         ("num_slots", _SIZE),
         ("wide", _SIZE),
@@ -105,7 +108,7 @@ class _Head(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class _Cache:
+class CacheView:
     """What a pass has to know of the tensor that holds K and V."""
 
     kv: Tensor
@@ -114,7 +117,7 @@ class _Cache:
     wide: bool  # float32
 
     @classmethod
-    def of(cls, kv: Tensor) -> "_Cache":
+    def of(cls, kv: Tensor) -> "CacheView":
         assert kv.is_contiguous(), "the cache must be contiguous"
         assert kv.dtype in (torch.float32, torch.bfloat16), f"K and V are {kv.dtype}"
         return cls(kv, kv.data_ptr(), kv.shape[2], kv.dtype == torch.float32)
@@ -128,11 +131,11 @@ class CpuDecoder:
         self._weights = weights
         self._kept: list[Tensor] = []  # what the structures point to
         # Made once: every touch of torch between two passes finds the caches empty.
-        self._cache: _Cache | None = None
+        self._cache: CacheView | None = None
         self._taps: dict[tuple[int, ...], Tensor] = {}
         self._residual = torch.empty(0, weights.hidden_size)
         self._layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers))
-        self._decoder = _Decoder(
+        self.structure = _Decoder(
             len(weights.layers),
             weights.hidden_size,
             weights.layers[0].down.weight.num_inputs,
@@ -140,12 +143,14 @@ class CpuDecoder:
             weights.num_kv_heads,
             weights.head_dim,
             weights.rms_norm_eps,
-            self._floats(weights.cos),
-            self._floats(weights.sin),
+            self.floats(weights.cos),
+            self.floats(weights.sin),
             self._layers,
-            self._floats(weights.norm),
+            self.floats(weights.norm),
             self._weight(weights.embed),
-            self._linear(weights.head),
+            self.linear(weights.head),
+            self.floats(weights.row_norm),
+            weights.normed_residual,
         )
 
     def __call__(self, batch: DecoderPass) -> DecoderOutput:
@@ -154,7 +159,7 @@ class CpuDecoder:
         assert num_rows == segments.num_rows == segments.cu_rows[-1], "every row has a segment"
         assert 0 <= batch.num_top <= min(MAX_TOP, weights.vocab_size), "num_top is out of range"
         if self._cache is None or self._cache.kv is not batch.kv:
-            self._cache = _Cache.of(batch.kv)
+            self._cache = CacheView.of(batch.kv)
         if batch.taps not in self._taps:
             self._taps[batch.taps] = torch.tensor(batch.taps, dtype=torch.int64)
         if num_rows > len(self._residual):
@@ -175,6 +180,7 @@ class CpuDecoder:
             batch.input_ids.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
+            None if batch.rows is None else batch.rows.data_ptr(),
             self._cache.address,
             self._cache.num_slots,
             self._cache.wide,
@@ -183,7 +189,7 @@ class CpuDecoder:
             tapped.data_ptr(),
         )
         self._library.specserve_decode(
-            ctypes.byref(self._decoder),
+            ctypes.byref(self.structure),
             ctypes.byref(task),
             ctypes.byref(head),
             self._residual.data_ptr(),
@@ -197,7 +203,7 @@ class CpuDecoder:
         rows = torch.arange(x.shape[0])
         logits, _, head = self._head(rows, 0)
         self._library.specserve_decode_head(
-            ctypes.byref(self._decoder), ctypes.byref(head), residual.data_ptr(), num_threads()
+            ctypes.byref(self.structure), ctypes.byref(head), residual.data_ptr(), num_threads()
         )
         return logits
 
@@ -210,7 +216,7 @@ class CpuDecoder:
     def _head(self, rows: Tensor, num_top: int) -> tuple[Tensor, Tensor, _Head]:
         """Logits, the best of them, and the structure that tells where both go."""
         num_rows = rows.shape[0]
-        logits = torch.empty(num_rows, self._decoder.head.weight.num_outputs)
+        logits = torch.empty(num_rows, self.structure.head.weight.num_outputs)
         top = torch.empty(num_rows, num_top, dtype=torch.int64)
         vocab_size = self._weights.vocab_size
         head = _Head(
@@ -223,19 +229,19 @@ class CpuDecoder:
     def _layer(self, layer: LayerWeights) -> _Layer:
         linears = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
         return _Layer(
-            self._floats(layer.attention_norm),
-            self._floats(layer.mlp_norm),
-            self._floats(layer.q_norm),
-            self._floats(layer.k_norm),
-            *map(self._linear, linears),
+            self.floats(layer.attention_norm),
+            self.floats(layer.mlp_norm),
+            self.floats(layer.q_norm),
+            self.floats(layer.k_norm),
+            *map(self.linear, linears),
             layer.window,
         )
 
-    def _linear(self, linear: PackedLinear) -> _Linear:
+    def linear(self, linear: PackedLinear) -> CLinear:
         bias = linear.bias
         if bias is not None:
             bias = torch.nn.functional.pad(bias.float(), (0, -bias.shape[0] % PANEL))
-        return _Linear(self._weight(linear.weight), self._floats(bias))
+        return CLinear(self._weight(linear.weight), self.floats(bias))
 
     def _weight(self, weight: PackedWeight) -> _Weight:
         self._kept.append(weight.panels)
@@ -246,7 +252,7 @@ class CpuDecoder:
             weight.panels.shape[0] * PANEL,
         )
 
-    def _floats(self, x: Tensor | None) -> Any:
+    def floats(self, x: Tensor | None) -> Any:
         """The address of `x` as float32, kept alive; None for None."""
         if x is None:
             return None

@@ -9,6 +9,7 @@ class TorchKernels:
     name: str = "torch"
     exact: bool = True
     packed_decoder: None = None
+    packed_draft_head: None = None
 
     plan_attention = staticmethod(tiles.AttentionPlan)
     paged_tree_attention = staticmethod(attention.paged_tree_attention)

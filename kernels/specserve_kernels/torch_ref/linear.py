@@ -29,4 +29,5 @@ def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     rows = torch.unflatten(values.double(), -1, (-1, GROUP)) * scales.double()[..., None]
     # One row at a time: a row's bits must not depend on the others.
     columns = unpack(weight).double()
-    return torch.stack([columns @ row for row in rows.flatten(1)]).float()
+    products = [columns @ row for row in rows.flatten(1)]
+    return torch.stack(products).float() if products else x.new_empty(0, weight.num_outputs)

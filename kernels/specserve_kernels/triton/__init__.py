@@ -11,6 +11,7 @@ class TritonKernels:
     name: str = "triton"
     exact: bool = False
     packed_decoder: None = None
+    packed_draft_head: None = None
 
     plan_attention = staticmethod(AttentionPlan)
     paged_tree_attention = staticmethod(paged_tree_attention)

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "decoder.h"
+#include "draft_head.h"
 #include "lanes.h"
 #include "linear.h"
 #include "sampler.h"
@@ -140,6 +141,18 @@ void specserve_decode(const specserve::Decoder* decoder, const specserve::Pass* 
 void specserve_decode_head(const specserve::Decoder* decoder, const specserve::Head* head,
                            const float* residual, int32_t num_threads) {
     specserve::decode_head(*decoder, *head, residual, num_threads);
+}
+
+// See draft_head.h, whose structs `draft_head.py` mirrors.
+void specserve_fuse(const specserve::DraftHead* head, const float* taps, int64_t num_rows,
+                    float* rows, int32_t num_threads) {
+    specserve::fuse(*head, taps, num_rows, rows, num_threads);
+}
+
+void specserve_grow(const specserve::DraftHead* head, const specserve::GrowShape* shape,
+                    const specserve::DraftCache* cache, specserve::Growing* trees,
+                    int64_t num_trees, int32_t num_threads) {
+    specserve::grow(*head, *shape, *cache, trees, num_trees, num_threads);
 }
 
 }  // extern "C"

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "norm.h"
 #include "team.h"
 
 namespace specserve {
@@ -22,14 +23,6 @@ constexpr int64_t kRowsInUnit = 8;              // of a segment, in attention
 constexpr int64_t kUnitsPerThread = 4;          // fewer, and attention is shared out by splits
 constexpr int64_t kPhasesPerLayer = 9;
 static_assert(kColumns == kGroup);
-
-void rms_norm(const float* x, const float* weight, int64_t size, double eps, float* y) {
-    Floats sum = zero_floats();
-    for (int64_t i = 0; i < size; i += kLanes) sum = mul_add(load(x + i), load(x + i), sum);
-    const float scale = 1.0f / std::sqrt(lane_sum(sum) / float(size) + float(eps));
-    for (int64_t i = 0; i < size; i += kLanes)
-        store(y + i, mul(mul(load(x + i), broadcast(scale)), load(weight + i)));
-}
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     int64_t i = 0;
@@ -64,12 +57,14 @@ void embed(const Weight& weight, int64_t token, float* x) {
 struct Stream {
     Stream(const Decoder& d, int64_t num_rows)
         : heads_size((d.num_heads + 2 * d.num_kv_heads) * d.head_dim),
+          wide(d.row_norm ? num_rows : 0, 2 * d.hidden_size),
           normed(num_rows, d.hidden_size),
           heads(new float[num_rows * heads_size]),
           mixed(num_rows, d.num_heads * d.head_dim),
           gated(num_rows, d.intermediate_size) {}
 
     int64_t heads_size;
+    RowBuffer wide;  // what the first layer of a draft head attends from
     RowBuffer normed;
     std::unique_ptr<float[]> heads;  // [num_rows][heads_size]: q, k, v
     RowBuffer mixed;
@@ -96,7 +91,10 @@ class PassOf {
 
     void run(Team& team) {
         team.share(pass_.num_rows, [&](int64_t row) {
-            embed(d_.embed, pass_.input_ids[row], x_ + row * d_.hidden_size);
+            if (d_.row_norm)
+                join(row);
+            else
+                embed(d_.embed, pass_.input_ids[row], x_ + row * d_.hidden_size);
         });
         for (int64_t index = 0; index < d_.num_layers; ++index) layer(team, index);
         team.share(pass_.num_rows, [&](int64_t row) { tap(row, d_.num_layers); });
@@ -105,7 +103,9 @@ class PassOf {
    private:
     void layer(Team& team, int64_t index) {
         const Layer& l = d_.layers[index];
-        team.share(pass_.num_rows, [&](int64_t row) {
+        const bool joined = d_.row_norm && index == 0;
+        const RowBuffer& entering = joined ? stream_.wide : stream_.normed;
+        team.share(joined ? 0 : pass_.num_rows, [&](int64_t row) {
             tap(row, index);
             normalise(row, l.attention_norm);
         });
@@ -117,12 +117,12 @@ class PassOf {
             if (pass_.num_rows <= kRowBlock)
                 fetch_context(pass_.segments, keys, values, kv_size, unit, q_units + 2 * kv_units);
             if (unit < q_units)
-                project(l.q, stream_.normed, unit, stream_.heads.get(), stream_.heads_size);
+                project(l.q, entering, unit, stream_.heads.get(), stream_.heads_size);
             else if (unit < q_units + kv_units)
-                project(l.k, stream_.normed, unit - q_units, stream_.heads.get() + q_size,
+                project(l.k, entering, unit - q_units, stream_.heads.get() + q_size,
                         stream_.heads_size);
             else
-                project(l.v, stream_.normed, unit - q_units - kv_units,
+                project(l.v, entering, unit - q_units - kv_units,
                         stream_.heads.get() + q_size + kv_size, stream_.heads_size);
         });
         team.share(pass_.num_rows, [&](int64_t row) { place(l, row, keys, values); });
@@ -142,6 +142,21 @@ class PassOf {
             if (pass_.taps[t] == index)
                 std::memcpy(pass_.tapped + (row * pass_.num_taps + t) * d_.hidden_size,
                             x_ + row * d_.hidden_size, d_.hidden_size * sizeof *x_);
+    }
+
+    // What a draft head begins with: see `Decoder::row_norm`.
+    void join(int64_t row) {
+        const int64_t size = d_.hidden_size;
+        thread_local std::vector<float> y;
+        y.resize(2 * size);
+        const float* given = pass_.rows + row * size;
+        float* token = y.data();
+        float* normed = token + size;
+        embed(d_.embed, pass_.input_ids[row], token);
+        rms_norm(token, d_.layers[0].attention_norm, size, d_.eps, token);
+        rms_norm(given, d_.row_norm, size, d_.eps, normed);
+        quantize_row(token, stream_.wide.rows(), row);
+        std::memcpy(x_ + row * size, d_.normed_residual ? normed : given, size * sizeof *x_);
     }
 
     void normalise(int64_t row, const float* weight) {

@@ -37,6 +37,10 @@ struct Decoder {
     const float* norm;  // [hidden_size]
     Weight embed;       // [vocab_size][hidden_size]
     Linear head;        // outputs up to a whole panel
+    // Of a draft head, null otherwise: the first layer attends from the token's embedding and the
+    // pass's row side by side, each behind a norm of its own, this one the row's.
+    const float* row_norm;    // [hidden_size]
+    int64_t normed_residual;  // the stream goes on from the row after that norm
 };
 
 struct Pass {
@@ -45,6 +49,7 @@ struct Pass {
     const int64_t* input_ids;  // [num_rows]
     const int64_t* positions;  // [num_rows]
     const int64_t* slots;      // [num_rows], -1: K and V are not kept
+    const float* rows;         // [num_rows][hidden_size], of a draft head alone
     void* kv;                  // [num_layers][2][num_slots][num_kv_heads][head_dim]
     int64_t num_slots;
     int64_t wide;  // K and V are float, else bfloat16

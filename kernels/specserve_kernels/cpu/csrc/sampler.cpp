@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 namespace specserve {
 namespace {
@@ -11,27 +12,38 @@ constexpr int kTokens = 4 * kBlocks;
 constexpr float kMostNoise = 22.9f;  // -log(-log(1 - 2^-33)) is 22.87
 constexpr float kLog2 = 0.693148f;   // rounded up
 
-// words[i][b]: word i of counter first + b (Philox4x32-10, Salmon et al., SC'11).
-void philox(const Key& key, uint32_t first, uint32_t (&words)[4][kBlocks]) {
-    uint32_t seed_low = uint32_t(key.seed), seed_high = uint32_t(key.seed >> 32);
+// words[i][b]: word i of counters[b] (Philox4x32-10, Salmon et al., SC'11).
+void philox(const Key& key, const uint32_t (&counters)[kBlocks], uint32_t (&words)[4][kBlocks]) {
+    constexpr uint64_t kLow = 0xffffffff;
+    uint64_t seed_low = key.seed & kLow, seed_high = key.seed >> 32;
+    uint64_t w[4][kBlocks];  // 64 bits from the start: widening and narrowing every round is dearer
     for (int b = 0; b < kBlocks; ++b) {
-        words[0][b] = first + uint32_t(b);
-        words[1][b] = uint32_t(key.position);
-        words[2][b] = uint32_t(key.position >> 32);
-        words[3][b] = 0;
+        w[0][b] = counters[b];
+        w[1][b] = key.position & kLow;
+        w[2][b] = key.position >> 32;
+        w[3][b] = 0;
     }
     for (int round = 0; round < 10; ++round) {
         for (int b = 0; b < kBlocks; ++b) {
-            const uint64_t even = uint64_t(0xD2511F53u) * words[0][b];
-            const uint64_t odd = uint64_t(0xCD9E8D57u) * words[2][b];
-            words[0][b] = uint32_t(odd >> 32) ^ words[1][b] ^ seed_low;
-            words[1][b] = uint32_t(odd);
-            words[2][b] = uint32_t(even >> 32) ^ words[3][b] ^ seed_high;
-            words[3][b] = uint32_t(even);
+            const uint64_t even = (w[0][b] & kLow) * uint64_t(0xD2511F53);
+            const uint64_t odd = (w[2][b] & kLow) * uint64_t(0xCD9E8D57);
+            w[0][b] = (odd >> 32) ^ w[1][b] ^ seed_low;
+            w[1][b] = odd & kLow;
+            w[2][b] = (even >> 32) ^ w[3][b] ^ seed_high;
+            w[3][b] = even & kLow;
         }
-        seed_low += 0x9E3779B9u;
-        seed_high += 0xBB67AE85u;
+        seed_low = (seed_low + 0x9E3779B9) & kLow;
+        seed_high = (seed_high + 0xBB67AE85) & kLow;
     }
+    for (int i = 0; i < 4; ++i)
+        for (int b = 0; b < kBlocks; ++b) words[i][b] = uint32_t(w[i][b]);
+}
+
+// Counters that follow one another.
+void philox(const Key& key, uint32_t first, uint32_t (&words)[4][kBlocks]) {
+    uint32_t counters[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) counters[b] = first + uint32_t(b);
+    philox(key, counters, words);
 }
 
 float noise_of(uint32_t word) {
@@ -45,7 +57,63 @@ float noise_bound(uint32_t word) {
     return kLog2 * float(rest ? __builtin_clz(rest) + 1 : 33);
 }
 
+uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// a where all bits of the mask are set, b where none is: for compilers to put side by side.
+float either(uint32_t mask, float a, float b) {
+    return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+
+// -log(u), by log x = 2 atanh((x - 1) / (x + 1)): of 1 - u where u is above one half, which float32
+// tells from 0, else of u's mantissa.
+float exponential_of(uint32_t word) {
+    const uint32_t high = 0 - (word >> 31);
+    const float x = (float(int32_t(word ^ high)) + 0.5f) * 0x1p-32f;
+    const float exponent = 0.69314718f * float(int32_t(bits_of(x) >> 23) - 127);
+    const float mantissa = float_of((bits_of(x) & 0x7fffff) | 0x3f800000);
+    const float s = either(high, x, mantissa - 1.0f) / either(high, 2.0f - x, mantissa + 1.0f);
+    const float q = s * s;
+    const float series = 1 + q * (1 / 3.f + q * (1 / 5.f + q * (1 / 7.f + q * (1 / 9.f + q / 11))));
+    const float log = 2.0f * s * series;
+    return either(high, log, -exponent - log);
+}
+
 }  // namespace
+
+void exponentials(const Key& key, const int64_t* tokens, int64_t count, float* values) {
+    constexpr int64_t kPiece = 512;
+    uint32_t of_token[kPiece], words[4][kBlocks], counters[kBlocks] = {};
+    uint8_t block[kPiece];
+    for (int64_t first = 0; first < count; first += kPiece) {
+        const int64_t last = std::min(first + kPiece, count);
+        for (int64_t i = first; i < last;) {
+            const int64_t from = i;
+            int used = 0;
+            for (; i < last; ++i) {
+                const auto counter = uint32_t(tokens[i] >> 2);
+                if (!used || counters[used - 1] != counter) {
+                    if (used == kBlocks) break;
+                    counters[used++] = counter;
+                }
+                block[i - first] = uint8_t(used - 1);
+            }
+            philox(key, counters, words);
+            for (int64_t j = from; j < i; ++j)
+                of_token[j - first] = words[tokens[j] & 3][block[j - first]];
+        }
+        for (int64_t i = first; i < last; ++i) values[i] = exponential_of(of_token[i - first]);
+    }
+}
 
 void gumbel_noise(const Key& key, const int64_t* tokens, int64_t count, float* noise) {
     uint32_t words[4][kBlocks];

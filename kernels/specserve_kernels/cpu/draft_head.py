@@ -1,0 +1,186 @@
+"""A draft head by the native kernels. Owns the C structures, field by field as in draft_head.h."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specserve_kernels.cpu.decoder import CacheView, CLinear, CpuDecoder
+from specserve_kernels.cpu.native import num_threads
+from specserve_kernels.decoder import DecoderPass
+from specserve_kernels.draft_head import (
+    MAX_BRANCHING,
+    DraftHeadWeights,
+    Growing,
+    Grown,
+    GrowShape,
+)
+
+_ADDRESS = ctypes.c_void_p
+_SIZE = ctypes.c_int64
+_FLOAT = ctypes.c_float
+
+
+class _DraftHead(ctypes.Structure):
+    _fields_ = [
+        ("decoder", _ADDRESS),
+        ("fc", CLinear),
+        ("tap_norms", _ADDRESS),
+        ("num_norms", _SIZE),
+        ("norm_output", _SIZE),
+        ("logit_scale", _FLOAT),
+        ("token_ids", _ADDRESS),
+        ("vocab_size", _SIZE),
+    ]
+
+
+class _GrowShape(ctypes.Structure):
+    _fields_ = [
+        ("branching", _SIZE),
+        ("beam", _SIZE),
+        ("max_depth", _SIZE),
+        ("min_score", ctypes.c_double),
+    ]
+
+
+class _Growing(ctypes.Structure):
+    _fields_ = [
+        ("lane", _ADDRESS),
+        ("num_context", _SIZE),
+        ("num_waiting", _SIZE),
+        ("waiting", _ADDRESS),
+        ("rows", _ADDRESS),
+        ("root", _SIZE),
+        ("position", _SIZE),
+        ("budget", _SIZE),
+        ("temperature", _FLOAT),
+        ("top_p", _FLOAT),
+        ("min_p", _FLOAT),
+        ("top_k", _SIZE),
+        ("seed", ctypes.c_uint64),
+        ("draw_position", _SIZE),
+        ("num_nodes", _SIZE),
+        ("tokens", _ADDRESS),
+        ("parents", _ADDRESS),
+        ("scores", _ADDRESS),
+    ]
+
+
+class _DraftCache(ctypes.Structure):
+    _fields_ = [("kv", _ADDRESS), ("num_slots", _SIZE), ("wide", _SIZE)]
+
+
+class CpuDraftHead:
+    """Implements `PackedDraftHead`."""
+
+    def __init__(self, library: ctypes.CDLL, weights: DraftHeadWeights) -> None:
+        self._library = library
+        self._weights = weights
+        self._decoder = decoder = CpuDecoder(library, weights.decoder)
+        norms = torch.cat([norm.float() for norm in weights.tap_norms] or [torch.empty(0)])
+        self._head = _DraftHead(
+            ctypes.addressof(decoder.structure),
+            decoder.linear(weights.fc),
+            decoder.floats(norms),
+            len(weights.tap_norms),
+            weights.norm_output,
+            weights.logit_scale,
+            weights.token_ids.data_ptr(),
+            len(weights.token_ids),
+        )
+        self._cache: CacheView | None = None
+
+    def fuse(self, taps: Tensor) -> Tensor:
+        """See `PackedDraftHead.fuse`."""
+        taps = taps.float().contiguous()
+        rows = torch.empty(len(taps), self._head.fc.weight.num_outputs)
+        self._library.specserve_fuse(
+            ctypes.byref(self._head), taps.data_ptr(), len(taps), rows.data_ptr(), num_threads()
+        )
+        return rows[:, : self._weights.fc.weight.num_outputs]
+
+    def __call__(self, batch: DecoderPass) -> Tensor:
+        """See `PackedDraftHead`."""
+        weights = self._weights
+        none = torch.empty(0, dtype=torch.int64)
+        taps = (len(weights.decoder.layers),)
+        rows = self._decoder(replace(batch, logit_rows=none, num_top=0, taps=taps)).tapped[:, 0]
+        return self._norm(rows) if weights.norm_output else rows
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """See `PackedDraftHead.logits`."""
+        normed = rows if self._weights.norm_output else self._norm(rows)
+        return self._decoder.unembed(normed) * self._weights.logit_scale
+
+    def grow(self, shape: GrowShape, kv: Tensor, trees: Sequence[Growing]) -> list[Grown]:
+        """See `PackedDraftHead.grow`."""
+        assert 1 <= shape.branching <= MAX_BRANCHING, "branching is out of range"
+        if self._cache is None or self._cache.kv is not kv:
+            self._cache = CacheView.of(kv)
+        cache = _DraftCache(self._cache.address, self._cache.num_slots, self._cache.wide)
+        total = sum(tree.budget for tree in trees)
+        tokens, parents = np.empty(total, np.int64), np.empty(total, np.int64)
+        scores = np.empty(total)
+        addresses = [8 * sum(tree.budget for tree in trees[:i]) for i in range(len(trees))]
+        tasks = (_Growing * len(trees))(
+            *(
+                self._task(
+                    tree,
+                    tokens.ctypes.data + at,
+                    parents.ctypes.data + at,
+                    scores.ctypes.data + at,
+                )
+                for tree, at in zip(trees, addresses, strict=True)
+            )
+        )
+        self._library.specserve_grow(
+            ctypes.byref(self._head),
+            ctypes.byref(_GrowShape(shape.branching, shape.beam, shape.max_depth, shape.min_score)),
+            ctypes.byref(cache),
+            tasks,
+            len(trees),
+            num_threads(),
+        )
+        grown = []
+        for task, at in zip(tasks, addresses, strict=True):
+            part = slice(at // 8, at // 8 + task.num_nodes)
+            grown.append(
+                Grown(tokens[part].tolist(), parents[part].tolist(), scores[part].tolist())
+            )
+        return grown
+
+    def _task(self, tree: Growing, tokens: int, parents: int, scores: int) -> _Growing:
+        drawing, num_waiting = tree.drawing, len(tree.waiting)
+        rows = tree.rows
+        assert rows.is_contiguous(), "rows must follow one another in memory"
+        assert rows.dtype == torch.float32, f"rows are float32, not {rows.dtype}"
+        assert len(rows) == num_waiting + 1, "every waiting pair has a row, and the root's"
+        assert len(tree.lane) >= tree.num_context + tree.budget - 1, "the lane is too short"
+        return _Growing(
+            tree.lane.ctypes.data,
+            tree.num_context,
+            num_waiting,
+            tree.waiting.data_ptr(),
+            rows.data_ptr(),
+            tree.root,
+            tree.position,
+            tree.budget,
+            drawing.temperature,
+            drawing.top_p,
+            drawing.min_p,
+            drawing.top_k,
+            drawing.seed % 2**64,
+            tree.draw_position,
+            0,
+            tokens,
+            parents,
+            scores,
+        )
+
+    def _norm(self, x: Tensor) -> Tensor:
+        weight = self._weights.decoder.norm
+        return F.rms_norm(x, weight.shape, weight, self._weights.decoder.rms_norm_eps)

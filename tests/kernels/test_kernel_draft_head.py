@@ -1,0 +1,255 @@
+"""Packed draft heads: every build against the definition. How trees grow: tests/drafts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from specserve_kernels.cases import ancestor_words
+from specserve_kernels.cpu.draft_head import CpuDraftHead
+from specserve_kernels.cpu.native import load, runnable_builds
+from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, PackedLinear
+from specserve_kernels.draft_head import (
+    DraftHeadWeights,
+    Drawing,
+    Growing,
+    GrowShape,
+)
+from specserve_kernels.ops import Segments
+from specserve_kernels.packing import quantize_int4, quantize_int8
+from specserve_kernels.torch_ref import TorchKernels
+from specserve_kernels.torch_ref.draft_head import TorchDraftHead
+
+HIDDEN, INNER, HEADS, KV_HEADS, DIM = 64, 96, 4, 2, 32
+VOCAB, DRAFT_VOCAB = 300, 250
+NUM_SLOTS = 200
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_layers: int = 1
+    num_taps: int = 3
+    num_norms: int = 3
+    norm_output: bool = True
+    normed_residual: bool = True
+    bias: bool = False
+    qk_norm: bool = False
+    logit_scale: float = 1.0
+    kv_dtype: torch.dtype = torch.float32
+
+
+SHAPES = (
+    Shape(),
+    Shape(num_norms=0, norm_output=False, normed_residual=False, kv_dtype=torch.bfloat16),
+    Shape(2, 2, 1, bias=True, qk_norm=True, normed_residual=False, logit_scale=0.7),
+)
+
+
+class Head:
+    """Random weights."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._generator = torch.Generator().manual_seed(11)
+        self._shape = shape
+        angles = torch.arange(NUM_SLOTS)[:, None] * 0.3 ** torch.arange(DIM // 2)
+        ids = torch.randperm(VOCAB, generator=self._generator)[:DRAFT_VOCAB].sort().values
+        size = HIDDEN * shape.num_taps
+        self.weights = DraftHeadWeights(
+            DecoderWeights(
+                HEADS,
+                KV_HEADS,
+                DIM,
+                1e-5,
+                angles.cos(),
+                angles.sin(),
+                quantize_int4(self._normal(VOCAB, HIDDEN)),
+                [self._layer(2 * HIDDEN if i == 0 else HIDDEN) for i in range(shape.num_layers)],
+                self._norm(HIDDEN),
+                self._linear(DRAFT_VOCAB, HIDDEN, scale=4.0),
+                self._norm(HIDDEN),
+                shape.normed_residual,
+            ),
+            self._linear(HIDDEN, size),
+            [self._norm(size // shape.num_norms) for _ in range(shape.num_norms)],
+            shape.norm_output,
+            shape.logit_scale,
+            ids,
+        )
+
+    def rows(self, count: int) -> Tensor:
+        return self._normal(count, HIDDEN)
+
+    def cache(self) -> Tensor:
+        size = (self._shape.num_layers, 2, NUM_SLOTS, KV_HEADS, DIM)
+        return torch.full(size, torch.nan, dtype=self._shape.kv_dtype)
+
+    def _layer(self, width: int) -> LayerWeights:
+        return LayerWeights(
+            self._norm(HIDDEN),
+            self._norm(HIDDEN),
+            self._linear(HEADS * DIM, width),
+            self._linear(KV_HEADS * DIM, width),
+            self._linear(KV_HEADS * DIM, width),
+            self._linear(HIDDEN, HEADS * DIM),
+            self._linear(INNER, HIDDEN),
+            self._linear(INNER, HIDDEN),
+            self._linear(HIDDEN, INNER),
+            self._norm(DIM) if self._shape.qk_norm else None,
+            self._norm(DIM) if self._shape.qk_norm else None,
+        )
+
+    def _normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self._generator)
+
+    def _norm(self, size: int) -> Tensor:
+        return 0.5 + torch.rand(size, generator=self._generator)
+
+    def _linear(self, num_outputs: int, num_inputs: int, scale: float = 1.0) -> PackedLinear:
+        weight = quantize_int8(self._normal(num_outputs, num_inputs) * scale * num_inputs**-0.5)
+        return PackedLinear(weight, self._normal(num_outputs) if self._shape.bias else None)
+
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
+
+
+@pytest.fixture(params=runnable_builds())
+def build(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def run(
+    head: CpuDraftHead | TorchDraftHead,
+    kv: Tensor,
+    start: int,
+    ids: Sequence[int],
+    parents: list[int],
+    rows: Tensor,
+) -> Tensor:
+    """Nodes of one tree behind `start` pairs, each pair in the slot of its number."""
+    words = ancestor_words(parents)
+    depths = np.array([bin(word).count("1") - 1 for word in words.tolist()])
+    segments = Segments(
+        np.array([0, len(ids)], np.int32),
+        np.array([start], np.int32),
+        np.zeros(1, np.int32),
+        words,
+        np.arange(start + len(ids), dtype=np.int32)[None],
+        len(ids),
+        1,
+    )
+    return head(
+        DecoderPass(
+            torch.tensor(ids),
+            torch.from_numpy(start + depths),
+            torch.arange(start, start + len(ids)),
+            segments,
+            kv,
+            torch.empty(0, dtype=torch.int64),
+            rows=rows,
+        )
+    )
+
+
+def close(ours: Tensor, expected: Tensor) -> bool:
+    """A value on the edge of two integers goes either way, by a step of 1/127 of its group."""
+    difference = (ours - expected).abs()
+    return bool(
+        difference.max() < 0.03 * expected.abs().max()
+        and difference.mean() < 0.003 * expected.abs().mean()
+    )
+
+
+@each_shape
+def test_agrees_with_the_definition(shape: Shape, build: str) -> None:
+    head = Head(shape)
+    ours, twin = CpuDraftHead(load(build), head.weights), TorchDraftHead(head.weights)
+    taps = torch.randn(19, HIDDEN * shape.num_taps)
+    rows = twin.fuse(taps)
+    assert close(ours.fuse(taps), rows)
+    kv, twin_kv = head.cache(), head.cache()
+    out, expected = (
+        run(model, cache, 0, range(19), list(range(-1, 18)), rows)
+        for model, cache in ((ours, kv), (twin, twin_kv))
+    )
+    assert close(out, expected)
+    for _ in range(3):  # a tree goes on from what the head itself gave
+        rows = expected[[-1, -1, 2, 0]].contiguous()
+        out, expected = (
+            run(model, cache, 19, [7, 1, 299, 30], [-1, 0, 0, 2], rows)
+            for model, cache in ((ours, kv), (twin, twin_kv))
+        )
+        assert close(out, expected)
+    assert close(ours.logits(expected), twin.logits(expected))
+
+
+@each_shape
+def test_a_tree_of_one_pass_has_the_most_likely_tokens(shape: Shape, build: str) -> None:
+    """Shares are probabilities, at temperature 1 those of the logits and the noise together."""
+    head = Head(shape)
+    ours = CpuDraftHead(load(build), head.weights)
+    ids, rows = [5, 9, 200, 31, 8], head.rows(5)
+    out = run(ours, head.cache(), 0, ids, list(range(-1, 4)), rows)
+    logits = torch.full((VOCAB,), -torch.inf)
+    logits[head.weights.token_ids] = ours.logits(out[-1:])[0]
+    noise = TorchKernels.gumbel_noise(
+        torch.tensor([77]), torch.tensor([41]), torch.arange(VOCAB)[None]
+    )
+    for temperature, scores in (
+        (0.0, logits),
+        (1.0, logits + noise[0]),
+        (0.5, 2 * logits + noise[0]),
+    ):
+        task = Growing(
+            np.arange(12, dtype=np.int32), 4, torch.tensor(ids[:4]), rows, ids[4], 4, 6,
+            Drawing(temperature, seed=77), 41,
+        )  # fmt: skip
+        (grown,) = ours.grow(GrowShape(8, 2, 1, 0.0), head.cache(), [task])
+        best = scores.softmax(0).topk(5)
+        assert grown.tokens == [8, *best.indices.tolist()]
+        assert grown.parents == [-1, 0, 0, 0, 0, 0]
+        np.testing.assert_allclose(grown.scores[1:], best.values, rtol=1e-4)
+
+
+def test_trees_grow_beside_others_as_alone(build: str) -> None:
+    head = Head(Shape())
+    ours = CpuDraftHead(load(build), head.weights)
+    shape = GrowShape(4, 2, 8, 0.01)
+    tasks = []
+    for index, (num_waiting, budget) in enumerate([(0, 9), (70, 4), (1, 2), (3, 16)]):
+        lane = np.arange(NUM_SLOTS, dtype=np.int32)[index * 40 :][: num_waiting + budget]
+        if num_waiting > 64:
+            lane = np.arange(NUM_SLOTS, dtype=np.int32)[::-1][: num_waiting + budget].copy()
+        tasks.append(
+            Growing(
+                lane,
+                num_waiting,
+                torch.arange(num_waiting) + index,
+                head.rows(num_waiting + 1),
+                index,
+                num_waiting,
+                budget,
+                Drawing(float(index % 2), seed=index),
+                num_waiting + 2,
+            )
+        )
+    together = ours.grow(shape, head.cache(), tasks)
+    for task, grown in zip(tasks, together, strict=True):
+        assert ours.grow(shape, head.cache(), [task]) == [grown]
+        assert len(grown.tokens) == task.budget
+        assert all(parent < node for node, parent in enumerate(grown.parents))
+
+
+def test_logits_that_are_no_numbers_give_no_candidates(build: str) -> None:
+    head = Head(Shape())
+    ours = CpuDraftHead(load(build), head.weights)
+    rows = torch.full((1, HIDDEN), torch.nan)
+    for temperature in (0.0, 1.0):
+        task = Growing(
+            np.arange(8, dtype=np.int32), 0, torch.empty(0, dtype=torch.int64), rows, 1, 0, 8,
+            Drawing(temperature), 1,
+        )  # fmt: skip
+        (grown,) = ours.grow(GrowShape(4, 2, 8, 0.0), head.cache(), [task])
+        assert grown.tokens == [1]
