@@ -22,7 +22,8 @@ from specserve_drafts.tune.eagle_batch import Text
 
 _BLOCK: Final = 16
 _PASS_ROWS: Final = 1024  # slots of one pass, if no text alone needs more
-_LOGIT_ROWS: Final = 256  # whose logits over the whole vocabulary exist at once
+# Rows whose logits over the whole vocabulary exist at once: on a CPU they stay in its cache.
+_LOGIT_ROWS: Final = {"cpu": 32, "cuda": 256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,9 @@ class Teacher:
     def likely(self, last: Tensor, token_ids: Tensor | None) -> Tensor:
         """[M, hidden_size] -> [M, draft_vocab] float32: probabilities of `token_ids`, or of all."""
         parts = []
-        for rows in torch.split(last, _LOGIT_ROWS):
+        for rows in torch.split(last, _LOGIT_ROWS[last.device.type]):
             p = self.model.logits(rows).softmax(-1)
-            parts.append(p if token_ids is None else p[:, token_ids])
+            parts.append(p if token_ids is None else p.index_select(1, token_ids))
         return torch.cat(parts)
 
     def _pass(self, texts: Sequence[Text]) -> Tensor:
