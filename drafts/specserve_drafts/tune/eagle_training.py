@@ -176,7 +176,7 @@ class Trainer:
     def _guesses(self, out: Tensor) -> Tensor:
         """[n, hidden_size] -> [n] int64, the best tokens."""
         head = self._rows.T
-        best = [(x.to(head.dtype) @ head).argmax(-1) for x in torch.split(out, _LOGIT_ROWS)]
+        best = [(x.to(head.dtype) @ head).float().argmax(-1) for x in torch.split(out, _LOGIT_ROWS)]
         return self.token_ids[torch.cat(best)]
 
     @torch.no_grad()
