@@ -11,8 +11,9 @@ The tiles of 16 outputs, one after the other along the inputs, are a panel: what
 one go. Outputs that are missing in the last panel are zero.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from typing import Final
 
 import torch
@@ -106,28 +107,43 @@ def quantize_int4(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs],
 
 def unpack(weight: PackedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
     """The weights that the packed ones stand for."""
-    tiles = weight.panels
-    if weight.format is WeightFormat.INT4:
-        scale, minimum, packed = (
-            part.contiguous() for part in torch.split(tiles, [32, 32, 256], -1)
-        )
-        chunks = torch.unflatten(packed, -1, (4, PANEL, 4))
-        halves = torch.stack([chunks & 15, chunks >> 4], 3)  # [..., c, half, n, i]
-        values = halves.permute(0, 1, 4, 2, 3, 5).flatten(3)
-        offset = minimum.view(torch.float16).float()[..., None]
-    else:
-        scale, packed = (part.contiguous() for part in torch.split(tiles, [32, 512], -1))
-        chunks = torch.unflatten(packed.view(torch.int8), -1, (8, PANEL, 4))
-        values, offset = chunks.transpose(2, 3).flatten(3), torch.zeros(())
-    floats = values.float() * scale.view(torch.float16).float()[..., None] + offset
+    floats = _floats(weight.format, weight.panels, PANEL)
     return floats.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs]
 
 
 def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
     """`unpack` of some rows [n] int64 alone: [n, num_inputs] float32."""
-    panels = weight.panels[rows // PANEL]  # [n, num_groups, tile_bytes]
-    unpacked = unpack(replace(weight, num_outputs=PANEL * len(rows), panels=panels))
-    return unpacked.view(-1, PANEL, weight.num_inputs)[torch.arange(len(rows)), rows % PANEL]
+    groups = torch.arange(weight.panels.shape[1])
+    places = _row_bytes(weight.format)[rows % PANEL]
+    tiles = weight.panels[(rows // PANEL)[:, None, None], groups[:, None], places[:, None]]
+    return _floats(weight.format, tiles, 1).flatten(1)
+
+
+def _floats(weight_format: WeightFormat, tiles: Tensor, width: int) -> Tensor:
+    """Tiles [n, num_groups, bytes] of `width` outputs -> [n, num_groups, width, GROUP] float32."""
+    if weight_format is WeightFormat.INT4:
+        sizes = [2 * width, 2 * width, 16 * width]
+        scale, minimum, packed = (part.contiguous() for part in torch.split(tiles, sizes, -1))
+        chunks = torch.unflatten(packed, -1, (4, width, 4))
+        halves = torch.stack([chunks & 15, chunks >> 4], 3)  # [..., c, half, n, i]
+        values = halves.permute(0, 1, 4, 2, 3, 5).flatten(3)
+        offset = minimum.view(torch.float16).float()[..., None]
+    else:
+        sizes = [2 * width, 32 * width]
+        scale, packed = (part.contiguous() for part in torch.split(tiles, sizes, -1))
+        chunks = torch.unflatten(packed.view(torch.int8), -1, (8, width, 4))
+        values, offset = chunks.transpose(2, 3).flatten(3), torch.zeros(())
+    return values.float() * scale.view(torch.float16).float()[..., None] + offset
+
+
+@cache
+def _row_bytes(weight_format: WeightFormat) -> Tensor:
+    """[PANEL, n] int64: where in a tile the bytes of each output are; a tile of one, in order."""
+    places = torch.arange(weight_format.tile_bytes)
+    num_heads = 2 if weight_format is WeightFormat.INT4 else 1
+    heads, chunks = places[: 2 * PANEL * num_heads], places[2 * PANEL * num_heads :]
+    by_output = (heads.view(num_heads, PANEL, 2), chunks.view(-1, PANEL, 4))
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in by_output], 1)
 
 
 def _tiles_check(values: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class Engine:
         wanted = {tap for drafter in self._drafters.values() for tap in drafter.needs_taps}
         self._taps = tuple(sorted(wanted))
         self._costs: PassCosts | None = None  # not measured
+        self._watcher: Callable[[Feedback], None] | None = None
         self._start_over(num_blocks)
         on_stage(f"making room for {self.kv.num_slots} tokens")
         self._storages: list[KVStorage] = []
@@ -165,6 +166,12 @@ class Engine:
                 self._costs = measure_costs(self.scheduler, self.kv, self.runner, room)
         self._start_over(self.kv.pool.num_blocks)
 
+    def watch(self, taps: tuple[int, ...], observe: Callable[[Feedback], None]) -> None:
+        """From now on `observe` hears of every pass what drafters hear, with these taps; for an
+        engine whose drafters want none."""
+        assert not self._taps, "the drafters have taps of their own"
+        self.runner.taps, self._watcher = taps, observe
+
     def submit(self, request: Request) -> None:
         """Queue a request for the next step. Raises RequestError if it can never be served."""
         self.limits.check(request)
@@ -197,7 +204,10 @@ class Engine:
                 self._commit_kv(plan, verdicts)
             with times.draft:
                 self._policy.settle(trees, verdicts, times.draft.last)
-                self.drafter.observe(Feedback(plan.entries, trees, verdicts, out))
+                feedback = Feedback(plan.entries, trees, verdicts, out)
+                self.drafter.observe(feedback)
+                if self._watcher is not None:
+                    self._watcher(feedback)
             with times.commit:
                 outputs += self.scheduler.commit(plan, trees, verdicts)
             times.num_steps += 1

@@ -27,14 +27,14 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._num_top = num_top  # best tokens of a row that are wanted, where they cost nothing
-        self._taps = taps  # layers whose input the drafters want, see `Model`
+        self.taps = taps  # layers whose input is wanted, see `Model`
 
     def forward(self, entries: Seq[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
         """Prompt chunks and all trees together. One logits row per tree node, in entry order; one
         row of taps per row of the pass, padding left out."""
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
-        out = self._model(batch, self._storage, taps=self._taps, num_top=self._num_top)
+        out = self._model(batch, self._storage, taps=self.taps, num_top=self._num_top)
         if out.taps is None:
             return out
         return replace(out, taps=out.taps[: batch.segments.cu_rows[-1]])

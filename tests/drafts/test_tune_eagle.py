@@ -20,6 +20,7 @@ from specserve_drafts.tune.eagle_card import EagleMade
 from specserve_drafts.tune.eagle_run import Run
 from specserve_drafts.tune.eagle_settings import EagleSettings, read_settings
 from specserve_drafts.tune.eagle_state import State
+from specserve_drafts.tune.eagle_teacher import Teacher
 
 FLAGS = "--dtype float32 --device cpu --max-model-len 128 --max-tokens 24 --max-len 32 --depth 3"
 RECIPE = "--draft-vocab 60 --step-tokens 100 --check-every 40 --matrix-lr 0.02 --other-lr 0.01"
@@ -95,6 +96,29 @@ def assert_it_drafts(folder: Path) -> None:
     passes = sum(answer.stats.num_spec_steps for answer in answers)
     tokens = sum(answer.stats.num_emitted_tokens for answer in answers)
     assert tokens / passes > 1.5
+
+
+def test_answers_come_with_the_rows_a_teacher_would_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, prompts in pieces and cut answers included; only so may training skip reading."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_memory": "4MiB"}
+    llm = LLM(str(folder / "tiny"), draft="none", max_num_seqs=3, max_batch_rows=8, **options)
+    settings = EagleSettings(max_tokens=24, max_len=32)
+
+    def teacher() -> Teacher:
+        return Teacher(folder / "tiny", llm.engine.platform, "none", (0, 1, 2), settings.max_len)
+
+    keeps, reads = teacher(), teacher()
+    chats = [[{"role": "user", "content": text}] for text in prompts()]
+    texts = eagle_data.Answers(llm, chats, settings, folder / "data", keeps).shard(0)
+    assert len(texts) > 1
+    monkeypatch.setattr(keeps, "_pass", pytest.fail)
+    kept, read = keeps.read(texts), reads.read(texts)
+    assert kept.taps.equal(read.taps)
+    assert kept.last.equal(read.last)
+    monkeypatch.setattr(reads, "_pass", pytest.fail)
+    assert reads.read(texts[::-1]).last[-1].equal(read.last[texts[0].num_answer - 1])
 
 
 def test_a_run_goes_on_where_it_stopped(

@@ -19,7 +19,7 @@ from specserve_drafts.tune.eagle_batch import Text, build_chains
 from specserve_drafts.tune.eagle_data import batches, read_texts, write_texts
 from specserve_drafts.tune.eagle_export import write_head
 from specserve_drafts.tune.eagle_init import head_rows, head_shape, start_from_target
-from specserve_drafts.tune.eagle_loss import head_loss
+from specserve_drafts.tune.eagle_loss import Wanted, head_loss
 from specserve_drafts.tune.eagle_model import EagleHead
 from specserve_drafts.tune.eagle_settings import EagleSettings
 from specserve_drafts.tune.eagle_teacher import Teacher
@@ -145,7 +145,7 @@ def test_the_gradient_by_hand_is_the_gradient(hybrid: bool) -> None:
     x, head, p = random(9, 6), random(11, 6), random(5, 14).softmax(-1)[:, :11]
     rows, weights = torch.tensor([0, 1, 2, 3, 4, 4, 3, 2, 1]), random(9).abs()
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
-    loss, accepted = head_loss(one, head, p, rows, weights, hybrid)
+    loss, accepted = head_loss(one, head, Wanted.of(p), rows, weights, hybrid)
     torch.autograd.backward(loss * 2)
     q, target = (other @ head.T).softmax(-1), p[rows]
     expected = (target * (target / q).log()).sum(-1)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from specserve.cli.prompts import Messages
+from specserve.drafting.base import Feedback
 from specserve.llm import LLM
 from specserve.types import RequestError, SamplingParams
 from specserve_drafts.tune.eagle_batch import Text
@@ -28,13 +29,25 @@ _PROMPT_SHARE: Final = 0.5  # what words of prompts count against likely words o
 
 
 class Answers:
-    """The shards of one run. Prompt n is answered with seed + n; prompts come round again."""
+    """The shards of one run. Prompt n is answered with seed + n; prompts come round again.
+
+    `teacher` gets the rows that the engine has anyway while it answers, where they are the same
+    to the bit.
+    """
 
     def __init__(
-        self, llm: LLM, prompts: Sequence[Messages], settings: EagleSettings, folder: Path
+        self,
+        llm: LLM,
+        prompts: Sequence[Messages],
+        settings: EagleSettings,
+        folder: Path,
+        teacher: Teacher,
     ) -> None:
         self._llm, self._prompts, self._settings = llm, prompts, settings
-        self._folder = folder
+        self._folder, self._teacher = folder, teacher
+        self._rows: dict[str, tuple[Sequence[int], list[Tensor]]] = {}  # tokens and rows, by id
+        if llm.engine.platform.exact:
+            llm.engine.watch(teacher.layers, self._observe)
         folder.mkdir(parents=True, exist_ok=True)
 
     def shard(self, index: int) -> list[Text]:
@@ -77,6 +90,11 @@ class Answers:
             for number in numbers
         ]
         answers = self._llm.generate([prompts[n % len(prompts)] for n in numbers], sampling)
+        for ids, rows in self._rows.values():
+            tokens = np.array(ids[: settings.max_len - 1], np.int32)
+            known = torch.cat(rows)[: len(tokens)]
+            self._teacher.keep(tokens[: len(known)], known)
+        self._rows = {}
         texts = []
         for answer in answers:
             num_prompt = len(answer.prompt_ids)
@@ -85,6 +103,17 @@ class Answers:
             if answer.error is None and num_prompt >= 2 and text.num_answer >= 1:
                 texts.append(text)
         return texts
+
+    def _observe(self, feedback: Feedback) -> None:
+        """Chains and roots in order; who had to give way in between begins again."""
+        taps, first = feedback.output.taps, 0
+        assert taps is not None
+        for entry in feedback.entries:
+            seq, end = entry.seq, first + entry.num_chain + min(entry.num_nodes, 1)
+            if seq.num_committed == end - first:
+                self._rows[seq.id] = (seq.tokens, [])
+            self._rows[seq.id][1].append(taps[first:end])
+            first = end
 
 
 def write_texts(path: Path, texts: Sequence[Text]) -> None:

@@ -6,6 +6,7 @@ as soon as the logits are.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -15,13 +16,29 @@ _CHUNK: Final = {"cpu": 128, "cuda": 4096}  # rows whose logits exist at once: t
 _ETA: Final = 3.0  # how fast the hybrid turns to the acceptance itself
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the target held likely, and what every step of the chain needs to know of it."""
+
+    p: Tensor  # [m, draft_vocab] float32
+    mass: Tensor  # [m], sum_v p: at most 1, as what other tokens have is missing
+    log_p: Tensor  # [m], sum_v p log p
+
+    @classmethod
+    def of(cls, p: Tensor) -> "Wanted":
+        tiny = torch.finfo(p.dtype).tiny
+        parts = torch.split(p, _CHUNK[p.device.type])
+        log_p = [torch.linalg.vecdot(part, part.clamp_min(tiny).log_()) for part in parts]
+        return cls(p, p.sum(-1), torch.cat(log_p))
+
+
 class HeadLoss(torch.autograd.Function):
     """sum_n weights[n] * loss[n], and the acceptance sum_v min(p, q) of each row.
 
-    p is the target's distribution over the draft vocabulary (its mass elsewhere is missing, so
-    sum_v p <= 1), q = softmax(head x). The loss is the forward KL sum_v p log(p / q); as a hybrid
-    it is lambda KL + (1 - lambda) TV with lambda = exp(-3 acceptance) per row, the acceptance held
-    fixed (LK losses, arXiv 2602.23881): total variation alone has no gradient to begin with.
+    p is the target's distribution over the draft vocabulary, q = softmax(head x). The loss is the
+    forward KL sum_v p log(p / q); as a hybrid it is lambda KL + (1 - lambda) TV with lambda =
+    exp(-3 acceptance) per row, the acceptance held fixed (LK losses, arXiv 2602.23881): total
+    variation alone has no gradient to begin with.
     """
 
     @staticmethod
@@ -29,8 +46,8 @@ class HeadLoss(torch.autograd.Function):
         ctx: Any,
         x: Tensor,  # [n, hidden_size]
         head: Tensor,  # [draft_vocab, hidden_size], in the dtype of the products
-        p: Tensor,  # [m, draft_vocab] float32
-        rows: Tensor,  # [n] int64, of p
+        wanted: Wanted,
+        rows: Tensor,  # [n] int64, of `wanted`
         weights: Tensor,  # [n] float32
         hybrid: bool,
     ) -> tuple[Tensor, Tensor]:  # scalar, [n]
@@ -38,11 +55,14 @@ class HeadLoss(torch.autograd.Function):
         accepted = x.new_empty(len(x), dtype=torch.float32)
         total = x.new_zeros((), dtype=torch.float32)
         chunk = _CHUNK[x.device.type]
-        for start in range(0, len(x), chunk):
-            part = slice(start, start + chunk)
-            loss, accepted[part], slope = _rows(x[part].to(head.dtype), head, p[rows[part]], hybrid)
-            total += loss @ weights[part]
-            grad[part] = (slope.mul_(weights[part, None]).to(head.dtype) @ head).to(x.dtype)
+        # Only the products by the head are rounded, never the sums over the rows.
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), chunk):
+                part = slice(start, start + chunk)
+                own = x[part].to(head.dtype)
+                loss, accepted[part], slope = _rows(own, head, wanted, rows[part], hybrid)
+                total += loss @ weights[part]
+                grad[part] = slope.mul_(weights[part, None]).to(head.dtype) @ head
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(accepted)
         return total, accepted
@@ -53,23 +73,25 @@ class HeadLoss(torch.autograd.Function):
         return grad * grads[0], None, None, None, None, None
 
 
-# (x, head, p, rows, weights, hybrid) -> (loss, acceptance [n]), see `HeadLoss`.
+# (x, head, wanted, rows, weights, hybrid) -> (loss, acceptance [n]), see `HeadLoss`.
 head_loss: Final[Callable[..., tuple[Tensor, Tensor]]] = HeadLoss.apply
 
 
-def _rows(x: Tensor, head: Tensor, p: Tensor, hybrid: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _rows(
+    x: Tensor, head: Tensor, wanted: Wanted, rows: Tensor, hybrid: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [n], acceptance [n] and d loss / d logits [n, draft_vocab]."""
+    p, mass = wanted.p.index_select(0, rows), wanted.mass[rows]
     log_q = (x @ head.T).float().log_softmax(-1)
-    q = log_q.exp()
-    loss = torch.xlogy(p, p).sub_(log_q.mul_(p)).sum(-1)
+    loss = wanted.log_p[rows] - torch.linalg.vecdot(p, log_q)
+    q = log_q.exp_()
     accepted = torch.minimum(p, q).sum(-1)
-    mass = p.sum(-1)
     if not hybrid:
         return loss, accepted, q.mul_(mass[:, None]).sub_(p)
     share = torch.exp(-_ETA * accepted)
     loss = share * loss + (1 - share) * (1 - accepted)
     # Of TV = 1 - sum min(p, q): only tokens with q < p pull, against their own mean.
-    below = torch.where(q < p, q, 0.0)
+    below = (p - q).sign_().relu_().mul_(q)
     pull = share * mass + (1 - share) * below.sum(-1)
     slope = q.mul_(pull[:, None]).addcmul_(p, share[:, None], value=-1)
     return loss, accepted, slope.addcmul_(below, (1 - share)[:, None], value=-1)

@@ -72,7 +72,9 @@ class Run:
             taps,
             settings.max_len,
         )
-        self._answers = Answers(self.llm, prompts[:-HELD_OUT], settings, args.out / "data")
+        self._answers = Answers(
+            self.llm, prompts[:-HELD_OUT], settings, args.out / "data", self._teacher
+        )
         self._num_prompts = len(prompts) - HELD_OUT
         started = time.perf_counter()
         held_out = self._answers.held_out(prompts[-HELD_OUT:])

@@ -1,7 +1,8 @@
 """The target while a head learns from it: taps of whole texts, and what it held likely.
 
 A second copy of the weights beside the engine's: the engine answers, this one reads answers back.
-Nothing of it is kept: reading is cheaper than storing what was read.
+On a CPU reading costs as much as learning, so the rows of the newest texts stay in memory, those
+that the engine had while it answered among them; on disk they would be 7 KB a token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,13 @@ from specserve.cache.table import BlockTable
 from specserve.engine.device import Platform
 from specserve.models.loader import load_model
 from specserve.types import Quantization
-from specserve_drafts.tune.eagle_batch import Text
+from specserve_drafts.tune.eagle_batch import Ids, Text
 
 _BLOCK: Final = 16
 _PASS_ROWS: Final = 1024  # slots of one pass, if no text alone needs more
-_LOGIT_ROWS: Final = 256  # whose logits over the whole vocabulary exist at once
+# Rows whose logits over the whole vocabulary exist at once: on a CPU they stay in its cache.
+_LOGIT_ROWS: Final = {"cpu": 32, "cuda": 256}
+_KEPT_BYTES: Final = {"cpu": 2**29, "cuda": 0}  # of rows that were read
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,37 +58,51 @@ class Teacher:
         )
         self.device = platform.device
         shape = self.model.shape
-        self._all_taps = tuple(sorted({*taps, shape.num_layers}))
+        # Those whose rows it reads: its taps, and the end.
+        self.layers = tuple(sorted({*taps, shape.num_layers}))
         size = shape.hidden_size
-        places = [self._all_taps.index(tap) for tap in taps]
+        places = [self.layers.index(tap) for tap in taps]
         self._columns = torch.cat([torch.arange(size) + place * size for place in places])
         self._columns = self._columns.to(self.device)
-        self._last = slice(len(self._all_taps) * size - size, None)
+        self._last = slice(len(self.layers) * size - size, None)
         num_slots = max(_PASS_ROWS, max_len + _BLOCK)
         self._storage = KVStorage(self.model.kv_spec, num_slots, self.device)
+        self._kept: dict[bytes, Tensor] = {}  # by a text's tokens but the last, the oldest first
+        self._num_kept_bytes = 0
 
     def embed(self, ids: Tensor) -> Tensor:
         """[n] int64 -> [n, hidden_size] float32, fit for autograd."""
         return self.model.embed(ids).float().clone()
 
     def read(self, texts: Sequence[Text]) -> Lesson:
-        taps, last = [], []
-        for part in _passes(texts):
-            rows = self._pass(part)
-            start = 0
-            for text in part:
-                end = start + len(text.tokens)
-                taps.append(rows[start : start + text.num_pairs][:, self._columns].float())
-                last.append(rows[start + text.num_prompt - 1 : end - 1, self._last])
-                start = end
+        rows = {key: self._kept[key] for key in map(_key, texts) if key in self._kept}
+        for part in _passes([text for text in texts if _key(text) not in rows]):
+            lengths = [len(text.tokens) for text in part]
+            read = self._pass(part)[: sum(lengths)]
+            for text, own in zip(part, torch.split(read, lengths), strict=True):
+                rows[_key(text)] = own[:-1]
+                self.keep(text.tokens[:-1], own[:-1])
+        pairs = [(text, rows[_key(text)]) for text in texts]
+        taps = [own[: text.num_pairs, self._columns].float() for text, own in pairs]
+        last = [own[text.num_prompt - 1 :, self._last] for text, own in pairs]
         return Lesson(torch.cat(taps), torch.cat(last))
+
+    def keep(self, tokens: Ids, rows: Tensor) -> None:
+        """Rows of `layers` [len(tokens), num_layers * hidden_size] of a text without its last
+        token, so that they need not be read; the oldest give way."""
+        key = tokens.tobytes()
+        if key not in self._kept and rows.nbytes <= _KEPT_BYTES[self.device.type]:
+            self._kept[key] = rows.clone()
+            self._num_kept_bytes += rows.nbytes
+        while self._num_kept_bytes > _KEPT_BYTES[self.device.type]:
+            self._num_kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
 
     def likely(self, last: Tensor, token_ids: Tensor | None) -> Tensor:
         """[M, hidden_size] -> [M, draft_vocab] float32: probabilities of `token_ids`, or of all."""
         parts = []
-        for rows in torch.split(last, _LOGIT_ROWS):
+        for rows in torch.split(last, _LOGIT_ROWS[last.device.type]):
             p = self.model.logits(rows).softmax(-1)
-            parts.append(p if token_ids is None else p[:, token_ids])
+            parts.append(p if token_ids is None else p.index_select(1, token_ids))
         return torch.cat(parts)
 
     def _pass(self, texts: Sequence[Text]) -> Tensor:
@@ -98,7 +115,7 @@ class Teacher:
             first += num_blocks
             segments += chain_segments(table, 0, text.tokens.tolist())
         batch = build_batch(segments, _BLOCK, self.model.row_multiple, self.device)
-        out = self.model(batch, self._storage, taps=self._all_taps)
+        out = self.model(batch, self._storage, taps=self.layers)
         assert out.taps is not None
         return out.taps
 
@@ -110,7 +127,12 @@ def _passes(texts: Sequence[Text]) -> Iterator[list[Text]]:
             yield part
             part = []
         part.append(text)
-    yield part
+    if part:
+        yield part
+
+
+def _key(text: Text) -> bytes:
+    return text.tokens[:-1].tobytes()
 
 
 def _num_slots(text: Text) -> int:

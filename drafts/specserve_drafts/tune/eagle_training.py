@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.eagle_batch import ChainBatch, Text, build_chains
-from specserve_drafts.tune.eagle_loss import head_loss
+from specserve_drafts.tune.eagle_loss import Wanted, head_loss
 from specserve_drafts.tune.eagle_model import EagleHead
 from specserve_drafts.tune.eagle_settings import EagleSettings
 from specserve_drafts.tune.eagle_teacher import Teacher
@@ -86,7 +86,7 @@ class Trainer:
         """Learn from texts; `progress` from 0 to 1 sets the learning rates and the loss."""
         settings = self._settings
         lesson = self._teacher.read(texts)
-        p = self._teacher.likely(lesson.last, self.token_ids)
+        wanted = Wanted.of(self._teacher.likely(lesson.last, self.token_ids))
         batch = build_chains(texts, self.device)
         hybrid = progress >= settings.kl_first
         loss, accepted = torch.zeros((), device=self.device), []
@@ -96,9 +96,10 @@ class Trainer:
                 valid = (batch.left > step).float()
                 mean = valid / valid.sum().clamp_min(1)
                 weights = mean * _STEP_WEIGHT**step
-                part, shares = head_loss(out, self._rows, p, batch.step_rows(step), weights, hybrid)
+                rows = batch.step_rows(step)
+                part, shares = head_loss(out, self._rows, wanted, rows, weights, hybrid)
                 loss = loss + part
-                accepted.append(shares @ mean)
+                accepted.append((shares * mean).sum())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _CLIP)
         rate = schedule(progress)
@@ -107,7 +108,7 @@ class Trainer:
         self.num_steps += 1
         self._follow()
         means = torch.stack(accepted).tolist()
-        return Stepped(len(p), loss.item(), tuple(means), p.sum(-1).mean().item())
+        return Stepped(len(lesson.last), loss.item(), tuple(means), wanted.mass.mean().item())
 
     def hold_out(self, texts: Sequence[Text]) -> list[HeldOut]:
         """Read once; a step's worth at a time."""
@@ -175,7 +176,7 @@ class Trainer:
     def _guesses(self, out: Tensor) -> Tensor:
         """[n, hidden_size] -> [n] int64, the best tokens."""
         head = self._rows.T
-        best = [(x.to(head.dtype) @ head).argmax(-1) for x in torch.split(out, _LOGIT_ROWS)]
+        best = [(x.to(head.dtype) @ head).float().argmax(-1) for x in torch.split(out, _LOGIT_ROWS)]
         return self.token_ids[torch.cat(best)]
 
     @torch.no_grad()
