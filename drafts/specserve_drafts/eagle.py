@@ -32,8 +32,7 @@ from specserve_drafts.packed_head import PackedHead, can_be_packed
 from specserve_drafts.pairs import BlockContents, Track
 from specserve_kernels.draft_head import Drawing, Growing, Grown, GrowShape
 
-_MAX_WAITING = 32  # pairs of a sequence that may wait for the next proposal
-_MAX_ROWS = 512  # of one pass over waiting pairs
+_MAX_WAITING = 128  # pairs of a sequence that may wait for the next proposal
 # Of static trees: how likely a candidate is taken to be, by its rank alone. Falling guesses.
 _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
 
@@ -55,7 +54,9 @@ class _Draft:
     growth: Growth
     track: Track
     lane: npt.NDArray[np.int32]  # slots of the pairs before the root, and of the nodes
-    rows: list[Tensor] = field(default_factory=list)  # each [hidden_size], out of the nodes so far
+    # Each [hidden_size]: what the root goes on from, and what came out of the nodes so far.
+    row: Tensor | None = None
+    rows: list[Tensor] = field(default_factory=list)
     grown: Grown | None = None  # at once
 
     def fresh(self) -> HeadRows:
@@ -73,20 +74,20 @@ class _Draft:
     def growing(self) -> Growing:
         """The task for the kernel that grows it at once."""
         growth, track = self.growth, self.track
-        root, params = growth.seq.num_tokens - 1, growth.state.params
-        assert track.row is not None
+        tokens, params = growth.seq.tokens, growth.state.params
+        root = len(tokens) - 1
         return Growing(
             self.lane,
             track.count(root),
-            torch.tensor(track.tokens, dtype=torch.int64),
-            torch.cat([*track.rows, track.row[None]]),
-            growth.seq.tokens[-1],
+            tokens[root - track.num_waiting : root],
+            track.latest(),
+            tokens[root],
             root - 1,
             growth.budget,
             Drawing(
                 params.temperature, params.top_k, params.top_p, params.min_p, growth.state.seed
             ),
-            growth.seq.num_tokens,
+            root + 1,
         )
 
     def tree(self, source: int) -> DraftTree:
@@ -97,10 +98,9 @@ class _Draft:
 
     def inputs(self) -> list[Tensor]:
         """A row [hidden_size] for every fresh node: what its parent gave."""
-        assert self.track.row is not None
+        assert self.row is not None
         return [
-            self.track.row if node.parent < 0 else self.rows[node.parent]
-            for node in self.growth.fresh
+            self.row if node.parent < 0 else self.rows[node.parent] for node in self.growth.fresh
         ]
 
 
@@ -150,9 +150,9 @@ class EagleDrafter:
         size = self._file.shape.target_hidden_size
         places = [context.taps.index(tap) for tap in self._file.shape.taps]
         self._columns = [slice(place * size, (place + 1) * size) for place in places]
+        self._takes_all = places == list(range(len(context.taps)))
         num_blocks = self._storage.data.shape[2] // context.block_size
-        hidden_size = self._file.shape.hidden_size
-        self._contents = BlockContents(num_blocks, context.block_size, hidden_size, sample)
+        self._contents = BlockContents(num_blocks, context.block_size, len(places) * size, sample)
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
         drafts = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
@@ -173,8 +173,16 @@ class EagleDrafter:
 
     def _grow(self, ready: Seq[_Draft]) -> None:
         options = self._options
-        chains = [chain for draft in ready for chain in draft.track.waiting(draft.lane)]
-        rows = [row for draft in ready for row in draft.track.rows]
+        if not ready:
+            return
+        chains: list[HeadRows] = []
+        rows: list[Tensor] = []
+        fused = self.head.fuse(torch.cat([draft.track.latest() for draft in ready]))
+        sizes = [draft.track.num_waiting + 1 for draft in ready]
+        for draft, piece in zip(ready, torch.split(fused, sizes), strict=True):
+            chains += draft.track.waiting(draft.growth.seq.tokens, draft.lane)
+            rows.append(piece[:-1])
+            draft.row = piece[-1]
         while growing := [d for d in ready if d.growth.num_done < len(d.growth.nodes)]:
             fresh = [row for draft in growing for row in draft.inputs()]
             out = self._forward(
@@ -214,26 +222,26 @@ class EagleDrafter:
         )
 
     def observe(self, feedback: Feedback) -> None:
-        """Take in the rows of everything that was committed; long stretches at once, the rest with
-        the next proposal."""
+        """Keep the rows of everything that was committed until the next proposal."""
         taps = feedback.output.taps
         if taps is None:
             return  # what is missed becomes a hole
-        settled, places, first = [], [], 0
+        self._catch_up([entry.seq for entry in feedback.entries])
+        first = 0
         for entry in feedback.entries:
-            part = _settled(entry, feedback, first)
-            first += part.num_rows
-            settled.append(part)
-            places += part.places
-        if not places:
-            return
-        chosen = taps[torch.tensor(places, device=taps.device)]
-        rows = self.head.fuse(torch.cat([chosen[:, columns] for columns in self._columns], dim=-1))
-        pieces = torch.split(rows, [len(part.places) for part in settled])
-        for part, piece in zip(settled, pieces, strict=True):
-            if part.places:
-                self._follow(part, piece)
-        self._catch_up([part.seq for part in settled])
+            start, places = _settled(entry, feedback)
+            if places:
+                rows = taps[torch.tensor([first + place for place in places], device=taps.device)]
+                self._follow(entry.seq, start, self._wanted(rows))
+            first += entry.num_chain
+            if entry.num_nodes:
+                first += len(feedback.trees[entry.seq.id])
+
+    def _wanted(self, taps: Tensor) -> Tensor:
+        """The head's own of what all drafters want together."""
+        if self._takes_all:
+            return taps
+        return torch.cat([taps[:, columns] for columns in self._columns], dim=-1)
 
     def forget(self, seq_id: str) -> None:
         self._tracks.pop(seq_id, None)
@@ -242,32 +250,29 @@ class EagleDrafter:
         """None where the row before the root is not known: the target has yet to compute it."""
         track = self._tracks.get(seq.id)
         root = seq.num_tokens - 1
-        if track is None or track.row is None or track.num_seen != root:
+        if track is None or not track.rows or track.num_seen != root:
             return None
         self._contents.name(track, seq.table)
         growth = Growth(seq, self._context.sampling_state(seq), budget)
         return _Draft(growth, track, track.lane(seq.table, root + max(budget - 1, 1)))
 
-    def _follow(self, part: "_Settled", rows: Tensor) -> None:
-        seq = part.seq
+    def _follow(self, seq: Sequence, start: int, rows: Tensor) -> None:
+        """The target has computed tokens start, start + 1, ... of a sequence."""
         track = self._tracks.get(seq.id)
-        if track is None or track.num_seen != part.start:
-            track = self._tracks[seq.id] = self._contents.begin(seq.table, part.start)
+        if track is None or track.num_seen != start:
+            track = self._tracks[seq.id] = self._contents.begin(seq.table, start)
         self._contents.name(track, seq.table)
-        self._contents.write(seq.table, part.start, rows)
-        track.extend(part.tokens, rows)
+        self._contents.write(seq.table, start, rows)
+        track.extend(rows)
 
     def _catch_up(self, seqs: Seq[Sequence]) -> None:
+        """Of sequences that nobody asks for drafts: what waits takes memory."""
         for seq in seqs:
             track = self._tracks.get(seq.id)
-            if track is None or len(track.tokens) < _MAX_WAITING:
+            if track is None or track.num_waiting < _MAX_WAITING:
                 continue
-            chains = list(track.waiting(track.lane(seq.table, track.num_seen)))
-            rows = torch.cat(track.rows)
-            per_pass = _MAX_ROWS // MAX_NODES
-            for index in range(0, len(chains), per_pass):
-                first = index * MAX_NODES
-                self._forward(chains[index : index + per_pass], rows[first : first + _MAX_ROWS])
+            chains = list(track.waiting(seq.tokens, track.lane(seq.table, track.num_seen)))
+            self._forward(chains, self.head.fuse(track.latest()[:-1]))
             track.settle()
 
     def _forward(self, parts: Seq[HeadRows], rows: Tensor) -> Tensor:
@@ -291,26 +296,12 @@ class EagleDrafter:
         take(growing, tokens, scores)
 
 
-@dataclass(frozen=True, slots=True)
-class _Settled:
-    """What a pass has committed of one sequence."""
-
-    seq: Sequence
-    start: int  # position of the first token
-    tokens: list[int]
-    places: list[int]  # [len(tokens)] rows of the pass
-    num_rows: int  # of the sequence in the pass
-
-
-def _settled(entry: Entry, feedback: Feedback, first: int) -> _Settled:
-    """`first`: the entry's first row; chains come before trees, as `plan_segments` has them."""
+def _settled(entry: Entry, feedback: Feedback) -> tuple[int, list[int]]:
+    """What a pass has committed of a sequence: the first token's position, and the rows among its
+    own; chains come before trees, as `plan_segments` has them."""
     seq, num_chain = entry.seq, entry.num_chain
-    places = list(range(first, first + num_chain))
+    places = list(range(num_chain))
     if not entry.num_nodes:
-        start = seq.num_committed - num_chain
-        return _Settled(seq, start, seq.tokens[start : start + num_chain], places, num_chain)
-    tree, path = feedback.trees[seq.id], feedback.verdicts[seq.id].path
-    start = seq.num_tokens - 1 - num_chain
-    tokens = seq.tokens[start : start + num_chain] + tree.tokens[list(path)].tolist()
-    places += [first + num_chain + node for node in path]
-    return _Settled(seq, start, tokens, places, num_chain + len(tree))
+        return seq.num_committed - num_chain, places
+    path = feedback.verdicts[seq.id].path
+    return seq.num_tokens - 1 - num_chain, places + [num_chain + node for node in path]

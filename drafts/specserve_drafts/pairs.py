@@ -25,27 +25,32 @@ _CHAIN_WORDS = np.array([(2 << i) - 1 for i in range(MAX_NODES)], np.uint64)
 
 @dataclass(slots=True)
 class Track:
-    """One sequence. Pairs [1, hole[0]) and [hole[1], num_done) are in the cache."""
+    """One sequence. Pairs [1, hole[0]) and [hole[1], num_done) are in the cache, the pairs
+    num_done .. num_seen - 1 are waiting."""
 
     hole: tuple[int, int]  # tokens without a pair, 1 <= hole[0] <= hole[1] <= num_done
     num_done: int
-    num_seen: int  # tokens whose rows were seen; pairs num_done .. num_seen - 1 are waiting
-    row: Tensor | None = None  # [hidden_size], of token num_seen - 1
-    tokens: list[int] = field(default_factory=list)  # of the waiting pairs
-    rows: list[Tensor] = field(default_factory=list)  # each [n, hidden_size], of the tokens before
+    num_seen: int  # tokens whose rows were seen
+    # Each [n, row_size], the last one's last of token num_seen - 1; as many as pairs can need.
+    rows: list[Tensor] = field(default_factory=list)
     num_named: int = 0  # leading blocks that `BlockContents` has seen the names of
 
-    def extend(self, tokens: Seq[int], rows: Tensor) -> None:
-        """The target has computed the next tokens; rows: [len(tokens), hidden_size]."""
-        known = self.num_done - self.num_seen  # pairs that are there already, or never will be
-        before = rows[:-1] if self.row is None else torch.cat((self.row[None], rows[:-1]))
-        missing = len(tokens) - len(before)
-        start = max(known, missing, 0)
-        self.tokens += tokens[start:]
-        if start < len(tokens):
-            self.rows.append(before[start - missing :])
-        self.row = rows[-1]
-        self.num_seen += len(tokens)
+    def extend(self, rows: Tensor) -> None:
+        """The target has computed the next tokens; rows: [num_tokens, row_size]."""
+        self.rows.append(rows)
+        self.num_seen += len(rows)
+
+    @property
+    def num_waiting(self) -> int:
+        return max(self.num_seen - self.num_done, 0)
+
+    def latest(self) -> Tensor:
+        """[num_waiting + 1, row_size]: rows of the waiting pairs, and of the one after them."""
+        count = self.num_waiting + 1
+        if len(self.rows[-1]) < count:
+            self.rows = [torch.cat(self.rows)]
+        rows = self.rows[-1]
+        return rows if len(rows) == count else rows[-count:]
 
     def lane(self, table: BlockTable, end: int) -> npt.NDArray[np.int32]:
         """Slots of all pairs before token `end`, there or to be written."""
@@ -62,11 +67,10 @@ class Track:
         """Pairs before token `end`."""
         return self.hole[0] - 1 + end - self.hole[1]
 
-    def waiting(self, lane: npt.NDArray[np.int32]) -> Iterator[HeadRows]:
-        """The waiting pairs as chains."""
-        for offset in range(0, len(self.tokens), MAX_NODES):
-            piece = self.tokens[offset : offset + MAX_NODES]
-            first = self.num_done + offset
+    def waiting(self, tokens: Seq[int], lane: npt.NDArray[np.int32]) -> Iterator[HeadRows]:
+        """The waiting pairs as chains; `tokens` are the sequence's."""
+        for first in range(self.num_done, self.num_seen, MAX_NODES):
+            piece = tokens[first : min(first + MAX_NODES, self.num_seen)]
             yield HeadRows(
                 lane,
                 self.count(first),
@@ -78,19 +82,18 @@ class Track:
 
     def settle(self, num_more: int = 0) -> None:
         """The waiting pairs are in the cache, and `num_more` after them."""
-        self.tokens.clear()
-        self.rows.clear()
         self.num_done = max(self.num_done, self.num_seen + num_more)
+        self.rows = [self.rows[-1][-1:]]
 
 
 class BlockContents:
     """The blocks with draft KV by the names the prefix cache has for their content, and the
     target's row of each one's last token, which the pair after it needs."""
 
-    def __init__(self, num_blocks: int, block_size: int, hidden_size: int, like: Tensor) -> None:
+    def __init__(self, num_blocks: int, block_size: int, row_size: int, like: Tensor) -> None:
         self._block_size = block_size
         self._names: dict[int, bytes] = {}
-        self._last_rows = like.new_zeros(num_blocks, hidden_size)
+        self._last_rows = like.new_zeros(num_blocks, row_size)
 
     def begin(self, table: BlockTable, num_cached: int) -> Track:
         """A sequence whose first `num_cached` tokens came with the prefix cache."""
@@ -101,7 +104,7 @@ class BlockContents:
             num_shared += self._block_size
         if 0 < num_shared == num_cached:
             last = table.block_ids[num_cached // self._block_size - 1]
-            return Track((1, 1), num_cached, num_cached, self._last_rows[last].clone())
+            return Track((1, 1), num_cached, num_cached, [self._last_rows[last : last + 1].clone()])
         hole = (max(min(num_shared, num_cached), 1), num_cached + 1)
         return Track(hole, num_cached + 1, num_cached)
 
@@ -115,7 +118,7 @@ class BlockContents:
             track.num_named = index + 1
 
     def write(self, table: BlockTable, start: int, rows: Tensor) -> None:
-        """Rows [n, hidden_size] of tokens start, start + 1, ...: the blocks they are in change."""
+        """Rows [n, row_size] of tokens start, start + 1, ...: the blocks they are in change."""
         size, end = self._block_size, start + len(rows)
         for index in range(start // size, (end - 1) // size + 1):
             self._names.pop(table.block_ids[index], None)

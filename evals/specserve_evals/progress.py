@@ -47,13 +47,18 @@ class _Lines:
     def __init__(self, total: int) -> None:
         self._total = total
         self._done = 0
-        self._started = self._last = time.monotonic()
+        self._last = time.monotonic()
+        # What a run that goes on says first was done long ago.
+        self._first: tuple[int, float] | None = None
 
     def __call__(self, count: int, label: str) -> None:
-        self._done += count
         now = time.monotonic()
-        if now - self._last >= LINE_EVERY_S and self._done:
-            left = (now - self._started) / self._done * (self._total - self._done)
+        self._done += count
+        if self._first is None:
+            self._first = self._done, now
+        done = self._done - self._first[0]
+        if now - self._last >= LINE_EVERY_S and done:
+            left = (now - self._first[1]) / done * (self._total - self._done)
             line = f"{self._done} of {self._total}, about {left / 60:.0f} min left: {label}"
             print(line, file=sys.stderr, flush=True)
             self._last = now

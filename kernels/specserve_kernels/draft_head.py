@@ -54,8 +54,8 @@ class Growing:
 
     lane: npt.NDArray[np.int32]  # slots of all pairs before the root, then of the nodes
     num_context: int  # pairs before the root, the waiting ones the last of them
-    waiting: Tensor  # [num_waiting] int64, tokens of pairs that are not in the cache yet
-    rows: Tensor  # [num_waiting + 1, hidden_size] float32: of those pairs, and of the root's
+    waiting: Sequence[int]  # tokens of pairs that are not in the cache yet
+    taps: Tensor  # [num_waiting + 1, inputs of fc] float32: of those pairs, and of the root's
     root: int
     position: int  # of the root's pair, for RoPE
     budget: int  # nodes, the root included

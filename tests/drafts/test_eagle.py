@@ -273,7 +273,7 @@ def watched_growth(engine: Engine) -> list[Grew]:
         for draft in ready:
             growth = Growth(draft.growth.seq, draft.growth.state, draft.growth.budget)
             drafter._grow([replace(draft, growth=growth, rows=[])])
-            seen.append(Grew(len(draft.track.tokens), draft.grown, growth))
+            seen.append(Grew(draft.track.num_waiting, draft.grown, growth))
 
     drafter._grow_at_once = both  # type: ignore[method-assign]
     return seen

@@ -79,8 +79,8 @@ class Head:
             ids,
         )
 
-    def rows(self, count: int) -> Tensor:
-        return self._normal(count, HIDDEN)
+    def taps(self, count: int) -> Tensor:
+        return self._normal(count, HIDDEN * self._shape.num_taps)
 
     def cache(self) -> Tensor:
         size = (self._shape.num_layers, 2, NUM_SLOTS, KV_HEADS, DIM)
@@ -190,8 +190,8 @@ def test_a_tree_of_one_pass_has_the_most_likely_tokens(shape: Shape, build: str)
     """Shares are probabilities, at temperature 1 those of the logits and the noise together."""
     head = Head(shape)
     ours = CpuDraftHead(load(build), head.weights)
-    ids, rows = [5, 9, 200, 31, 8], head.rows(5)
-    out = run(ours, head.cache(), 0, ids, list(range(-1, 4)), rows)
+    ids, taps = [5, 9, 200, 31, 8], head.taps(5)
+    out = run(ours, head.cache(), 0, ids, list(range(-1, 4)), ours.fuse(taps))
     logits = torch.full((VOCAB,), -torch.inf)
     logits[head.weights.token_ids] = ours.logits(out[-1:])[0]
     noise = TorchKernels.gumbel_noise(
@@ -203,7 +203,7 @@ def test_a_tree_of_one_pass_has_the_most_likely_tokens(shape: Shape, build: str)
         (0.5, 2 * logits + noise[0]),
     ):
         task = Growing(
-            np.arange(12, dtype=np.int32), 4, torch.tensor(ids[:4]), rows, ids[4], 4, 6,
+            np.arange(12, dtype=np.int32), 4, ids[:4], taps, ids[4], 4, 6,
             Drawing(temperature, seed=77), 41,
         )  # fmt: skip
         (grown,) = ours.grow(GrowShape(8, 2, 1, 0.0), head.cache(), [task])
@@ -226,8 +226,8 @@ def test_trees_grow_beside_others_as_alone(build: str) -> None:
             Growing(
                 lane,
                 num_waiting,
-                torch.arange(num_waiting) + index,
-                head.rows(num_waiting + 1),
+                range(index, index + num_waiting),
+                head.taps(num_waiting + 1),
                 index,
                 num_waiting,
                 budget,
@@ -245,10 +245,10 @@ def test_trees_grow_beside_others_as_alone(build: str) -> None:
 def test_logits_that_are_no_numbers_give_no_candidates(build: str) -> None:
     head = Head(Shape())
     ours = CpuDraftHead(load(build), head.weights)
-    rows = torch.full((1, HIDDEN), torch.nan)
+    taps = torch.full((1, 3 * HIDDEN), torch.nan)
     for temperature in (0.0, 1.0):
         task = Growing(
-            np.arange(8, dtype=np.int32), 0, torch.empty(0, dtype=torch.int64), rows, 1, 0, 8,
+            np.arange(8, dtype=np.int32), 0, [], taps, 1, 0, 8,
             Drawing(temperature), 1,
         )  # fmt: skip
         (grown,) = ours.grow(GrowShape(4, 2, 8, 0.0), head.cache(), [task])

@@ -53,7 +53,7 @@ class _Growing(ctypes.Structure):
         ("num_context", _SIZE),
         ("num_waiting", _SIZE),
         ("waiting", _ADDRESS),
-        ("rows", _ADDRESS),
+        ("taps", _ADDRESS),
         ("root", _SIZE),
         ("position", _SIZE),
         ("budget", _SIZE),
@@ -125,6 +125,7 @@ class CpuDraftHead:
         total = sum(tree.budget for tree in trees)
         tokens, parents = np.empty(total, np.int64), np.empty(total, np.int64)
         scores = np.empty(total)
+        kept: list[ctypes.Array[_SIZE]] = []
         addresses = [8 * sum(tree.budget for tree in trees[:i]) for i in range(len(trees))]
         tasks = (_Growing * len(trees))(
             *(
@@ -133,6 +134,7 @@ class CpuDraftHead:
                     tokens.ctypes.data + at,
                     parents.ctypes.data + at,
                     scores.ctypes.data + at,
+                    kept,
                 )
                 for tree, at in zip(trees, addresses, strict=True)
             )
@@ -153,19 +155,24 @@ class CpuDraftHead:
             )
         return grown
 
-    def _task(self, tree: Growing, tokens: int, parents: int, scores: int) -> _Growing:
+    def _task(
+        self, tree: Growing, tokens: int, parents: int, scores: int, kept: list[ctypes.Array[_SIZE]]
+    ) -> _Growing:
+        """`kept`: what the structure points to and nobody else holds."""
         drawing, num_waiting = tree.drawing, len(tree.waiting)
-        rows = tree.rows
-        assert rows.is_contiguous(), "rows must follow one another in memory"
-        assert rows.dtype == torch.float32, f"rows are float32, not {rows.dtype}"
-        assert len(rows) == num_waiting + 1, "every waiting pair has a row, and the root's"
+        taps = tree.taps
+        assert taps.is_contiguous(), "taps must follow one another in memory"
+        assert taps.dtype == torch.float32, f"taps are float32, not {taps.dtype}"
+        assert len(taps) == num_waiting + 1, "every waiting pair has taps, and the root's"
         assert len(tree.lane) >= tree.num_context + tree.budget - 1, "the lane is too short"
+        waiting = (_SIZE * num_waiting)(*tree.waiting)
+        kept.append(waiting)
         return _Growing(
             tree.lane.ctypes.data,
             tree.num_context,
             num_waiting,
-            tree.waiting.data_ptr(),
-            rows.data_ptr(),
+            ctypes.addressof(waiting),
+            taps.data_ptr(),
             tree.root,
             tree.position,
             tree.budget,

@@ -86,7 +86,9 @@ struct Node {
 // One tree while it grows: evaluated nodes in cache order, and the candidates they brought.
 class Tree {
    public:
-    Tree(Growing& task, int64_t hidden_size) : task(task), hidden_size_(hidden_size) {
+    // `entering` [num_waiting + 1][hidden_size]: rows of the waiting pairs and the root's.
+    Tree(Growing& task, const float* entering, int64_t hidden_size)
+        : task(task), entering(entering), hidden_size_(hidden_size) {
         nodes.push_back({task.root, -1, 1.0, 0, 1});
     }
 
@@ -95,7 +97,7 @@ class Tree {
 
     // What a node goes on from.
     const float* row(const Node& node) const {
-        return node.parent < 0 ? task.rows + task.num_waiting * hidden_size_
+        return node.parent < 0 ? entering + task.num_waiting * hidden_size_
                                : rows_.data() + node.parent * hidden_size_;
     }
 
@@ -141,6 +143,7 @@ class Tree {
     }
 
     Growing& task;
+    const float* entering;
     std::vector<Node> nodes;
     int64_t num_done = 0;  // nodes whose K, V and candidates are there
 
@@ -207,7 +210,9 @@ class Grower {
     void run(Growing* tasks, int64_t num_trees) {
         std::vector<Tree> trees;
         trees.reserve(num_trees);
-        for (int64_t i = 0; i < num_trees; ++i) trees.emplace_back(tasks[i], d_.hidden_size);
+        const std::vector<float> entering = fused(tasks, num_trees);
+        for (int64_t i = 0, first = 0; i < num_trees; first += tasks[i++].num_waiting + 1)
+            trees.emplace_back(tasks[i], entering.data() + first * d_.hidden_size, d_.hidden_size);
         std::vector<Tree*> growing;
         for (Tree& tree : trees) growing.push_back(&tree);
         for (bool first = true; !growing.empty(); first = false) {
@@ -232,12 +237,24 @@ class Grower {
         int64_t node;
     };
 
+    // The rows of all trees, one after the other.
+    std::vector<float> fused(const Growing* tasks, int64_t num_trees) const {
+        const int64_t width = head_.fc.weight.num_inputs;
+        std::vector<float> taps;
+        for (int64_t i = 0; i < num_trees; ++i)
+            taps.insert(taps.end(), tasks[i].taps, tasks[i].taps + (tasks[i].num_waiting + 1) * width);
+        const auto num_rows = int64_t(taps.size()) / width;
+        std::vector<float> rows(num_rows * d_.hidden_size);
+        fuse(head_, taps.data(), num_rows, rows.data(), num_threads_);
+        return rows;
+    }
+
     // One pass over the fresh nodes, and in the first over what waits.
     void look(const std::vector<Tree*>& growing, bool first) {
         Batch batch;
         const int64_t size = d_.hidden_size;
         for (Tree* tree : growing)
-            if (first) add_waiting(batch, tree->task);
+            if (first) add_waiting(batch, *tree);
         std::vector<int64_t> wanted;
         std::vector<Fresh> fresh;
         for (Tree* tree : growing) {
@@ -274,7 +291,8 @@ class Grower {
         rank(fresh);
     }
 
-    void add_waiting(Batch& batch, const Growing& task) const {
+    void add_waiting(Batch& batch, const Tree& tree) const {
+        const Growing& task = tree.task;
         const int64_t before = task.num_context - task.num_waiting;
         for (int64_t top = 0; top < task.num_waiting; top += kMaxSegmentRows) {
             const int64_t count = std::min(kMaxSegmentRows, task.num_waiting - top);
@@ -282,7 +300,7 @@ class Grower {
                 batch.add_row(task.waiting[top + i], task.position - task.num_waiting + top + i,
                               task.lane[before + top + i],
                               ~uint64_t(0) >> (kMaxSegmentRows - 1 - i),
-                              task.rows + (top + i) * d_.hidden_size, d_.hidden_size);
+                              tree.entering + (top + i) * d_.hidden_size, d_.hidden_size);
             batch.end_segment(task.lane, before + top, before + top + count);
         }
     }

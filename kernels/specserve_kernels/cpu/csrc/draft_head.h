@@ -33,7 +33,7 @@ struct Growing {
     int64_t num_context;    // pairs before the root
     int64_t num_waiting;    // the last ones of them, which are not in the cache yet
     const int64_t* waiting; // [num_waiting] their tokens
-    const float* rows;      // [num_waiting + 1][hidden_size], of those pairs and the root's
+    const float* taps;      // [num_waiting + 1][inputs of fc], of those pairs and the root's
     int64_t root;
     int64_t position;  // of the root's pair, for RoPE
     int64_t budget;    // nodes, the root included
