@@ -16,6 +16,7 @@ import numpy.typing as npt
 MAX_NODES: Final = 64
 
 PREDICTION: Final = 255  # `source` of nodes taken from the text the caller predicted
+_MAX_SOURCE: Final = 31  # of those that `United` tells apart
 TARGET_SOURCE: Final = 0  # `source` of the root, and of tokens the target drew itself
 
 
@@ -153,48 +154,63 @@ def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
     return DraftTree(tree.tokens[keep], parents, tree.scores[keep], tree.source[keep])
 
 
-def merge(
-    trees: Sequence[DraftTree], shares: Sequence[Sequence[float]], max_nodes: int
-) -> DraftTree:
-    """One tree from several with the same root: nodes unite by (parent, token).
+@dataclass(frozen=True)
+class United:
+    """Several trees with the same root as one: nodes unite by (parent, token)."""
 
-    `shares[i]` has for every node of `trees[i]` how likely it is, given its parent. A united node
-    is as likely as the surest of its proposers says, whose source it takes; paths multiply. The
-    best `max_nodes` stay.
-    """
-    tokens, parents, given, sources = [int(trees[0].tokens[0])], [-1], [1.0], [TARGET_SOURCE]
+    tokens: list[int]
+    parents: list[int]
+    shares: list[float]  # given its parent, what the surest of a node's proposers says
+    sources: list[int]  # that proposer
+    proposers: list[int]  # bit s: source s proposed the node
+    present: list[int]  # bit s: source s proposed something beside it, or the node itself
+
+    def tree(self, shares: Sequence[float], max_nodes: int) -> DraftTree:
+        """The best `max_nodes`, where a node is as likely as `shares` says; paths multiply."""
+        scores = [1.0]
+        for share, parent in zip(shares[1:], self.parents[1:], strict=True):
+            scores.append(share * scores[parent])
+        # Stable on (score, index): a child never ranks before its parent.
+        ranked = sorted(range(len(scores)), key=lambda node: -scores[node])
+        keep = sorted(ranked[:max_nodes])
+        new_index = {node: index for index, node in enumerate(keep)}
+        return build_tree(
+            [self.tokens[node] for node in keep],
+            [-1] + [new_index[self.parents[node]] for node in keep[1:]],
+            [scores[node] for node in keep],
+            [self.sources[node] for node in keep],
+        )
+
+
+def unite(trees: Sequence[DraftTree], shares: Sequence[Sequence[float]]) -> United:
+    """`shares[i]` has for every node of `trees[i]` how likely it is, given its parent."""
+    united = United([int(trees[0].tokens[0])], [-1], [1.0], [TARGET_SOURCE], [0], [0])
     index_of: dict[tuple[int, int], int] = {}
+    under = [0]  # per node, who proposed something under it
     for tree, of_tree in zip(trees, shares, strict=True):
         nodes = zip(
             tree.tokens.tolist(), tree.parents.tolist(), of_tree, tree.source.tolist(), strict=True
         )
         next(nodes)
-        merged = [0]
+        place = [0]
         for token, parent, share, source in nodes:
-            key = (merged[parent], token)
-            index = index_of.setdefault(key, len(tokens))
-            if index == len(tokens):
-                tokens.append(token)
-                parents.append(key[0])
-                given.append(share)
-                sources.append(source)
-            elif share > given[index]:
-                given[index], sources[index] = share, source
-            merged.append(index)
-    scores = [1.0]
-    for share, parent in zip(given[1:], parents[1:], strict=True):
-        scores.append(share * scores[parent])
-    if len(tokens) <= max_nodes:
-        return build_tree(tokens, parents, scores, sources)
-    # Stable on (score, index): a child never ranks before its parent.
-    keep = sorted(sorted(range(len(tokens)), key=lambda node: -scores[node])[:max_nodes])
-    new_index = {node: index for index, node in enumerate(keep)}
-    return build_tree(
-        [tokens[node] for node in keep],
-        [-1] + [new_index[parents[node]] for node in keep[1:]],
-        [scores[node] for node in keep],
-        [sources[node] for node in keep],
-    )
+            key = (place[parent], token)
+            index = index_of.setdefault(key, len(under))
+            if index == len(under):
+                united.tokens.append(token)
+                united.parents.append(key[0])
+                united.shares.append(share)
+                united.sources.append(source)
+                united.proposers.append(0)
+                under.append(0)
+            elif share > united.shares[index]:
+                united.shares[index], united.sources[index] = share, source
+            bit = 1 << min(source, _MAX_SOURCE)
+            united.proposers[index] |= bit
+            under[key[0]] |= bit
+            place.append(index)
+    united.present.extend(under[parent] for parent in united.parents[1:])
+    return united
 
 
 def _freeze(

@@ -65,7 +65,7 @@ def chain_logits(
     n, tokens = len(ids), ids.tolist()
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), n * num_steps, CPU)
     words = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], np.uint64)
-    slots = np.arange(n * num_steps, dtype=np.int32)
+    slots = torch.arange(n * num_steps, dtype=torch.int32)
     own = slots[n:].reshape(n, -1)  # slots of each chain after its first pair
     pairs = HeadRows(slots[:n], 0, 0, tokens, np.arange(n), words[:n])
     rows = head(lay_out([pairs], CPU), head.fuse(taps), kv)
@@ -73,7 +73,7 @@ def chain_logits(
     for step in range(1, num_steps):
         nodes = [
             HeadRows(
-                np.concatenate((slots[: i + 1], own[i])),
+                torch.cat((slots[: i + 1], own[i])),
                 i,
                 step,
                 [tokens[i + step]],

@@ -41,7 +41,6 @@ LEVELS: list[list[str]] = [
     [
         "specserve.drafting.base",
         "specserve.drafting.lookup",
-        "specserve.drafting.lookup",
         "specserve.drafting.prediction",
         "specserve.batch",
         "specserve.models",
@@ -53,6 +52,7 @@ LEVELS: list[list[str]] = [
         "specserve.drafting.registry",
         "specserve.drafting.compose",
         "specserve.drafting.counts",
+        "specserve.drafting.worth",
         "specserve.drafting.calibration",
         "specserve_drafts",
     ],
@@ -75,6 +75,7 @@ WITHIN_A_LEVEL = {
     ("specserve.step", "specserve.sequence"),
     ("specserve.drafting.base", "specserve.batch"),
     ("specserve.drafting.prediction", "specserve.drafting.lookup"),
+    ("specserve.drafting.compose", "specserve.drafting.worth"),
     ("specserve.models", "specserve.batch"),
     ("specserve.drafting.compose", "specserve.drafting.counts"),
     ("specserve.drafting.compose", "specserve.drafting.calibration"),

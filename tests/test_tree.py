@@ -12,9 +12,9 @@ from specserve.tree import (
     DraftTree,
     build_tree,
     chain_tree,
-    merge,
     prune,
     root_tree,
+    unite,
 )
 
 VOCAB = 12
@@ -86,7 +86,8 @@ def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
 
 @given(st.lists(trees(), min_size=1, max_size=4))
 def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
-    merged = merge(proposals, [tree.shares for tree in proposals], MAX_NODES)
+    united = unite(proposals, [tree.shares for tree in proposals])
+    merged = united.tree(united.shares, MAX_NODES)
     merged.validate(VOCAB)
     surest: dict[tuple[int, ...], float] = {}
     for tree in proposals:
@@ -95,20 +96,23 @@ def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
             above = scores.get(path[:-1], 1.0)
             share = score / above if above else 0.0
             surest[path] = max(share, surest.get(path, 0.0))
-    united = paths(merged)
-    assert united.keys() <= surest.keys()
-    for path, score in united.items():
+    found = paths(merged)
+    assert found.keys() <= surest.keys()
+    for path, score in found.items():
         shares = [surest[path[: end + 1]] for end in range(len(path))]
         assert score == pytest.approx(math.prod(shares), rel=1e-4, abs=1e-30)
     if len(surest) <= MAX_NODES:
-        assert united.keys() == surest.keys()
+        assert found.keys() == surest.keys()
 
 
 def test_a_merged_node_names_the_source_that_scored_it_best() -> None:
     sure, unsure = chain_tree(3, [5, 6], [0.9, 0.8], 1), chain_tree(3, [5, 7], [0.5, 0.4], 2)
-    merged = merge([unsure, sure], [unsure.shares, sure.shares], MAX_NODES)
+    united = unite([unsure, sure], [unsure.shares, sure.shares])
+    merged = united.tree(united.shares, MAX_NODES)
     assert merged.tokens.tolist() == [3, 5, 6, 7]
     assert merged.source.tolist() == [0, 1, 1, 2]
+    assert united.proposers == [0, 0b110, 0b100, 0b010]
+    assert united.present == [0, 0b110, 0b110, 0b110]
 
 
 def test_scores_never_exceed_the_parent() -> None:

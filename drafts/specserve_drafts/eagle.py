@@ -7,13 +7,13 @@ tree (arXiv 2406.16858, section 4) cut to the budget as it grows. Candidates are
 temperature 0, else by log q / T + g with the noise of the target.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from specserve.cache.storage import KVSpec
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
+from specserve.sampling import SamplingState
 from specserve.sequence import Sequence
 from specserve.step import Entry
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
@@ -30,7 +31,7 @@ from specserve_drafts.growth import Growth, rank, take
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
 from specserve_drafts.packed_head import PackedHead, can_be_packed
 from specserve_drafts.pairs import BlockContents, Track
-from specserve_kernels.draft_head import Drawing, Growing, Grown, GrowShape
+from specserve_kernels.draft_head import Drawing, Growing, GrowShape
 
 _MAX_WAITING = 128  # pairs of a sequence that may wait for the next proposal
 # Of static trees: how likely a candidate is taken to be, by its rank alone. Falling guesses.
@@ -47,34 +48,19 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
 
 
-@dataclass(slots=True)
-class _Draft:
-    """One tree while it grows."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A sequence that a tree is wanted for, and can be had."""
 
-    growth: Growth
+    seq: Sequence
+    state: SamplingState
+    budget: int
     track: Track
-    lane: npt.NDArray[np.int32]  # slots of the pairs before the root, and of the nodes
-    # Each [hidden_size]: what the root goes on from, and what came out of the nodes so far.
-    row: Tensor | None = None
-    rows: list[Tensor] = field(default_factory=list)
-    grown: Grown | None = None  # at once
+    lane: Tensor  # int32, slots of the pairs before the root, and of the nodes
 
-    def fresh(self) -> HeadRows:
-        growth, root = self.growth, self.growth.seq.num_tokens - 1
-        depths = np.array([node.depth for node in growth.fresh], np.int64)
-        return HeadRows(
-            self.lane,
-            self.track.count(root),
-            growth.num_done,
-            [node.token for node in growth.fresh],
-            root - 1 + depths,
-            np.array([node.word for node in growth.fresh], np.uint64),
-        )
-
-    def growing(self) -> Growing:
-        """The task for the kernel that grows it at once."""
-        growth, track = self.growth, self.track
-        tokens, params = growth.seq.tokens, growth.state.params
+    def at_once(self) -> Growing:
+        """The task for the kernel that grows it in one call."""
+        tokens, params, track = self.seq.tokens, self.state.params, self.track
         root = len(tokens) - 1
         return Growing(
             self.lane,
@@ -83,25 +69,40 @@ class _Draft:
             track.latest(),
             tokens[root],
             root - 1,
-            growth.budget,
-            Drawing(
-                params.temperature, params.top_k, params.top_p, params.min_p, growth.state.seed
-            ),
+            self.budget,
+            Drawing(params.temperature, params.top_k, params.top_p, params.min_p, self.state.seed),
             root + 1,
         )
 
-    def tree(self, source: int) -> DraftTree:
-        grown = self.grown
-        if grown is None:
-            return self.growth.tree(source)
-        return build_tree(grown.tokens, grown.parents, grown.scores, source)
+
+class _Draft:
+    """One tree while it grows pass by pass. `row` [hidden_size] is what its root goes on from."""
+
+    def __init__(self, asked: _Asked, row: Tensor) -> None:
+        self.growth = Growth(asked.seq, asked.state, asked.budget)
+        self._track, self._lane, self._row = asked.track, asked.lane, row
+        self._rows: list[Tensor] = []  # each [hidden_size], out of the nodes so far
+
+    def fresh(self) -> HeadRows:
+        growth, root = self.growth, self.growth.seq.num_tokens - 1
+        depths = np.array([node.depth for node in growth.fresh], np.int64)
+        return HeadRows(
+            self._lane,
+            self._track.count(root),
+            growth.num_done,
+            [node.token for node in growth.fresh],
+            root - 1 + depths,
+            np.array([node.word for node in growth.fresh], np.uint64),
+        )
 
     def inputs(self) -> list[Tensor]:
         """A row [hidden_size] for every fresh node: what its parent gave."""
-        assert self.row is not None
-        return [
-            self.row if node.parent < 0 else self.rows[node.parent] for node in self.growth.fresh
-        ]
+        fresh = self.growth.fresh
+        return [self._row if node.parent < 0 else self._rows[node.parent] for node in fresh]
+
+    def keep(self, outputs: Iterator[Tensor]) -> None:
+        """A row [hidden_size] came out of every fresh node."""
+        self._rows += [next(outputs) for _ in self.growth.fresh]
 
 
 class EagleDrafter:
@@ -155,35 +156,46 @@ class EagleDrafter:
         self._contents = BlockContents(num_blocks, context.block_size, len(places) * size, sample)
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
-        drafts = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
-        ready = [draft for draft in drafts if draft is not None]
-        if isinstance(self.head, PackedHead) and not self._options.static:
-            at_once = [draft for draft in ready if not draft.growth.state.shaped]
-            self._grow_at_once(self.head, at_once)
-            self._grow([draft for draft in ready if draft.growth.state.shaped])
-        else:
-            self._grow(ready)
-        for draft in ready:
-            draft.track.settle(1)  # the root's pair was with the target's own row
-        source = self._context.source
-        return [
-            root_tree(seq.tokens[-1]) if draft is None else draft.tree(source)
-            for seq, draft in zip(seqs, drafts, strict=True)
-        ]
+        asked = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+        at_once: list[_Asked] = []
+        by_passes: list[_Asked] = []
+        packed = isinstance(self.head, PackedHead) and not self._options.static
+        for one in asked:
+            if one is not None:
+                # What bias and penalties make of the candidates the kernel does not know.
+                (at_once if packed and not one.state.shaped else by_passes).append(one)
+        trees = self._grow_at_once(at_once) | self._grow_by_passes(by_passes)
+        for one in (*at_once, *by_passes):
+            one.track.settle(1)  # the root's pair was with the target's own row
+        return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
-    def _grow(self, ready: Seq[_Draft]) -> None:
+    def _grow_at_once(self, asked: Seq[_Asked]) -> dict[str, DraftTree]:
+        """By sequence id."""
+        if not asked:
+            return {}
+        assert isinstance(self.head, PackedHead)
+        grown = self.head.grow(self._shape, self._storage, [one.at_once() for one in asked])
+        source = self._context.source
+        return {
+            one.seq.id: build_tree(tree.tokens, tree.parents, tree.scores, source)
+            for one, tree in zip(asked, grown, strict=True)
+        }
+
+    def _grow_by_passes(self, asked: Seq[_Asked]) -> dict[str, DraftTree]:
+        """By sequence id."""
+        if not asked:
+            return {}
         options = self._options
-        if not ready:
-            return
+        drafts: list[_Draft] = []
         chains: list[HeadRows] = []
         rows: list[Tensor] = []
-        fused = self.head.fuse(torch.cat([draft.track.latest() for draft in ready]))
-        sizes = [draft.track.num_waiting + 1 for draft in ready]
-        for draft, piece in zip(ready, torch.split(fused, sizes), strict=True):
-            chains += draft.track.waiting(draft.growth.seq.tokens, draft.lane)
+        fused = self.head.fuse(torch.cat([one.track.latest() for one in asked]))
+        sizes = [one.track.num_waiting + 1 for one in asked]
+        for one, piece in zip(asked, torch.split(fused, sizes), strict=True):
+            chains += one.track.waiting(one.seq.tokens, one.lane)
             rows.append(piece[:-1])
-            draft.row = piece[-1]
-        while growing := [d for d in ready if d.growth.num_done < len(d.growth.nodes)]:
+            drafts.append(_Draft(one, piece[-1]))
+        while growing := [d for d in drafts if d.growth.num_done < len(d.growth.nodes)]:
             fresh = [row for draft in growing for row in draft.inputs()]
             out = self._forward(
                 chains + [draft.fresh() for draft in growing],
@@ -191,18 +203,12 @@ class EagleDrafter:
             )[-len(fresh) :]
             chains, rows = [], []
             self._rank([draft.growth for draft in growing], self.head.logits(out))
-            done = iter(out.unbind())
+            outputs = iter(out.unbind())
             for draft in growing:
-                draft.rows += [next(done) for _ in draft.growth.fresh]
+                draft.keep(outputs)
                 draft.growth.pick(options.beam, options.max_depth, options.min_score)
-
-    def _grow_at_once(self, head: PackedHead, ready: Seq[_Draft]) -> None:
-        if ready:
-            trees = [draft.growing() for draft in ready]
-            for draft, grown in zip(
-                ready, head.grow(self._shape, self._storage, trees), strict=True
-            ):
-                draft.grown = grown
+        source = self._context.source
+        return {draft.growth.seq.id: draft.growth.tree(source) for draft in drafts}
 
     def _load(self, dtype: torch.dtype) -> DraftHead | PackedHead:
         """With packed weights where the target's are."""
@@ -231,8 +237,7 @@ class EagleDrafter:
         for entry in feedback.entries:
             start, places = _settled(entry, feedback)
             if places:
-                rows = taps[torch.tensor([first + place for place in places], device=taps.device)]
-                self._follow(entry.seq, start, self._wanted(rows))
+                self._follow(entry.seq, start, self._wanted(_rows(taps, first, places)))
             first += entry.num_chain
             if entry.num_nodes:
                 first += len(feedback.trees[entry.seq.id])
@@ -246,15 +251,15 @@ class EagleDrafter:
     def forget(self, seq_id: str) -> None:
         self._tracks.pop(seq_id, None)
 
-    def _begin(self, seq: Sequence, budget: int) -> _Draft | None:
+    def _begin(self, seq: Sequence, budget: int) -> _Asked | None:
         """None where the row before the root is not known: the target has yet to compute it."""
         track = self._tracks.get(seq.id)
         root = seq.num_tokens - 1
         if track is None or not track.rows or track.num_seen != root:
             return None
         self._contents.name(track, seq.table)
-        growth = Growth(seq, self._context.sampling_state(seq), budget)
-        return _Draft(growth, track, track.lane(seq.table, root + max(budget - 1, 1)))
+        lane = track.lane_up_to(root + max(budget - 1, 1), seq.table)
+        return _Asked(seq, self._context.sampling_state(seq), budget, track, lane)
 
     def _follow(self, seq: Sequence, start: int, rows: Tensor) -> None:
         """The target has computed tokens start, start + 1, ... of a sequence."""
@@ -271,7 +276,7 @@ class EagleDrafter:
             track = self._tracks.get(seq.id)
             if track is None or track.num_waiting < _MAX_WAITING:
                 continue
-            chains = list(track.waiting(seq.tokens, track.lane(seq.table, track.num_seen)))
+            chains = list(track.waiting(seq.tokens, track.lane_up_to(track.num_seen, seq.table)))
             self._forward(chains, self.head.fuse(track.latest()[:-1]))
             track.settle()
 
@@ -294,6 +299,13 @@ class EagleDrafter:
         if self._options.static:
             scores = _STATIC[:branching].to(scores.device).log().expand_as(scores)
         take(growing, tokens, scores)
+
+
+def _rows(taps: Tensor, first: int, places: Seq[int]) -> Tensor:
+    """Rows first + places[0], first + places[1], ..., ascending."""
+    if places[-1] - places[0] == len(places) - 1:  # the usual path: no copy
+        return taps[first + places[0] : first + places[-1] + 1]
+    return taps[torch.tensor([first + place for place in places], device=taps.device)]
 
 
 def _settled(entry: Entry, feedback: Feedback) -> tuple[int, list[int]]:

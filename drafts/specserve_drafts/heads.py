@@ -27,7 +27,7 @@ from specserve_kernels.ops import Kernels, Plan, Segments
 class HeadRows:
     """One segment of a pass. `lane` lists the slots of all pairs it may see, in order."""
 
-    lane: npt.NDArray[np.int32]  # the segment's own rows are lane[context_len + first_node:]
+    lane: Tensor  # int32; the segment's own rows are lane[context_len + first_node:]
     context_len: int  # pairs before the tree, or before the chain
     first_node: int
     tokens: Seq[int]
@@ -56,8 +56,9 @@ def lay_out(rows: Seq[HeadRows], device: torch.device) -> HeadBatch:
     tables = np.zeros((len(rows), max(ends)), np.int32)
     slots = np.empty(cu_rows[-1], np.int64)
     for index, (part, length, end) in enumerate(zip(rows, lengths, ends, strict=True)):
-        tables[index, :end] = part.lane[:end]
-        slots[cu_rows[index] : cu_rows[index + 1]] = part.lane[end - length : end]
+        lane = part.lane.numpy()
+        tables[index, :end] = lane[:end]
+        slots[cu_rows[index] : cu_rows[index + 1]] = lane[end - length : end]
     ids = np.concatenate([np.asarray(part.tokens, np.int64) for part in rows])
     return HeadBatch(
         torch.from_numpy(ids).to(device),

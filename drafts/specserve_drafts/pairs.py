@@ -34,6 +34,10 @@ class Track:
     # Each [n, row_size], the last one's last of token num_seen - 1; as many as pairs can need.
     rows: list[Tensor] = field(default_factory=list)
     num_named: int = 0  # leading blocks that `BlockContents` has seen the names of
+    # See `lane_up_to`; the same memory twice. Those of tokens before `_num_fixed` are there.
+    _lane: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    _numbers: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    _num_fixed: int = 0
 
     def extend(self, rows: Tensor) -> None:
         """The target has computed the next tokens; rows: [num_tokens, row_size]."""
@@ -52,22 +56,29 @@ class Track:
         rows = self.rows[-1]
         return rows if len(rows) == count else rows[-count:]
 
-    def lane(self, table: BlockTable, end: int) -> npt.NDArray[np.int32]:
-        """Slots of all pairs before token `end`, there or to be written."""
-        size = table.block_size
-        blocks = np.array(table.block_ids[: -(-end // size)], np.int32)
-        offsets = np.arange(size, dtype=np.int32)
-        slots: npt.NDArray[np.int32] = np.add.outer(blocks * size, offsets).ravel()
+    def lane_up_to(self, end: int, table: BlockTable) -> Tensor:
+        """[count(end) or more] int32: slots of all pairs before token `end`, written or not.
+
+        Those of committed tokens stay; the blocks after them are given back and taken anew.
+        """
+        if self.count(end) > len(self._lane):
+            longer = torch.empty(max(2 * self.count(end), 256), dtype=torch.int32)
+            longer[: len(self._lane)] = self._lane
+            self._lane, self._numbers = longer, longer.numpy()
         first, last = self.hole
-        if first == last:
-            return slots[1:end]
-        return np.concatenate((slots[1:first], slots[last:end]))
+        start = max(self._num_fixed, 1)
+        if start < first:
+            self._numbers[start - 1 : first - 1] = table.slots(start, first - start)
+        start = max(start, last)
+        self._numbers[self.count(start) : self.count(end)] = table.slots(start, end - start)
+        self._num_fixed = min(table.num_committed, end)
+        return self._lane
 
     def count(self, end: int) -> int:
         """Pairs before token `end`."""
         return self.hole[0] - 1 + end - self.hole[1]
 
-    def waiting(self, tokens: Seq[int], lane: npt.NDArray[np.int32]) -> Iterator[HeadRows]:
+    def waiting(self, tokens: Seq[int], lane: Tensor) -> Iterator[HeadRows]:
         """The waiting pairs as chains; `tokens` are the sequence's."""
         for first in range(self.num_done, self.num_seen, MAX_NODES):
             piece = tokens[first : min(first + MAX_NODES, self.num_seen)]

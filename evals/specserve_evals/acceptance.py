@@ -135,7 +135,9 @@ def check_drafters(args: argparse.Namespace, variants: Sequence[Variant]) -> Non
                 "give the directory of a draft as --draft instead"
             )
     target = resolve(args.target)
-    for spec in dict.fromkeys(spec for variant in variants for spec in expanded(variant.draft)):
+    for spec in dict.fromkeys(
+        spec for variant in variants for spec in expanded(variant.draft, target)
+    ):
         create_drafter(spec, options, target, resolve)
 
 

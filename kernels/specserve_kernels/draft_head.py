@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from specserve_kernels.decoder import DecoderPass, DecoderWeights, PackedLinear
@@ -52,7 +50,7 @@ class Drawing:
 class Growing:
     """One tree to grow. Pairs that wait are written to the cache, and the nodes looked at."""
 
-    lane: npt.NDArray[np.int32]  # slots of all pairs before the root, then of the nodes
+    lane: Tensor  # int32: slots of all pairs before the root, then of the nodes, then anything
     num_context: int  # pairs before the root, the waiting ones the last of them
     waiting: Sequence[int]  # tokens of pairs that are not in the cache yet
     taps: Tensor  # [num_waiting + 1, inputs of fc] float32: of those pairs, and of the root's

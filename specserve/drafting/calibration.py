@@ -2,14 +2,17 @@
 
 Owns the counts, by source, depth and the drafter's own score, over all requests and for each.
 What a drafter says is a claim; every drafter's is weighed by its record before trees are merged.
+Of a merged node it counts as well who proposed it and who did not: that another drafter looked at
+the same place and named other tokens speaks against it, and the surest is often too sure.
 Whole proposals count, verified or not: the text tells what would have come of them. Knows no costs.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Final
 
-from specserve.tree import DraftTree, merge
+from specserve.tree import DraftTree, United, unite
 from specserve_kernels.dispatch import native_host
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 # Source, depth, twentieths of the node's share, temperature above 0.
 _Key = tuple[int, int, int, bool]
+# Who proposed a merged node, who proposed anything beside it, twentieths, temperature above 0.
+_Agreement = tuple[int, int, int, bool]
 
 _MAX_DEPTH: Final = 4  # deeper nodes count together
 _GUESS_SHARE: Final = 0.5  # of the drafter's own score, before anything was seen
@@ -62,6 +67,7 @@ class Calibration:
         self._all: defaultdict[_Key, _Counts] = defaultdict(_Counts)
         # Of all nodes of a source: how often they came true for each time they claimed to.
         self._claims: defaultdict[int, _Counts] = defaultdict(_Counts)
+        self._agreement: defaultdict[_Agreement, _Counts] = defaultdict(_Counts)
         self._own: defaultdict[str, defaultdict[_Key, _Counts]] = defaultdict(
             lambda: defaultdict(_Counts)
         )
@@ -70,13 +76,23 @@ class Calibration:
         """One tree of proposals with the same root; its scores are calibrated."""
         if self._native is not None:
             return DraftTree(*self._native.merged(seq_id, noisy, trees, max_nodes))
-        return merge(trees, [self._shares(seq_id, noisy, tree) for tree in trees], max_nodes)
+        united = self._united(seq_id, noisy, trees)
+        keys = _agreements(united, noisy)
+        agreed = (
+            self._agreement[key].rate(share)
+            for key, share in zip(keys, united.shares[1:], strict=True)
+        )
+        return united.tree([1.0, *agreed], max_nodes)
 
     def settle(self, seq_id: str, noisy: bool, trees: Seq[DraftTree], emitted: Seq[int]) -> None:
         """Count the nodes of proposals whose parents were emitted."""
         if self._native is not None:
             self._native.settle(seq_id, noisy, trees, emitted)
             return
+        united = self._united(seq_id, noisy, trees)
+        keys = _agreements(united, noisy)
+        for node, hit in _followed(united.tokens, united.parents, emitted):
+            self._agreement[keys[node - 1]].add(hit, 1.0, _MEMORY)
         for tree in trees:
             self._settle(seq_id, noisy, tree, emitted)
 
@@ -93,18 +109,37 @@ class Calibration:
             shares.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
         return shares
 
+    def _united(self, seq_id: str, noisy: bool, trees: Seq[DraftTree]) -> United:
+        return unite(trees, [self._shares(seq_id, noisy, tree) for tree in trees])
+
     def _settle(self, seq_id: str, noisy: bool, tree: DraftTree, emitted: Seq[int]) -> None:
-        own, node, keys = self._own[seq_id], 0, _keys(noisy, tree)
-        for token in emitted:
-            children = tree.children(node)
-            for drafted, child in children.items():
-                key, share = keys[child - 1]
-                self._all[key].add(drafted == token, 1.0, _MEMORY)
-                self._claims[key[0]].add(drafted == token, share, _MEMORY)
-                own[key].add(drafted == token, 1.0, _REQUEST_MEMORY)
-            if token not in children:
-                return
-            node = children[token]
+        own, keys = self._own[seq_id], _keys(noisy, tree)
+        for node, hit in _followed(tree.tokens.tolist(), tree.parents.tolist(), emitted):
+            key, share = keys[node - 1]
+            self._all[key].add(hit, 1.0, _MEMORY)
+            self._claims[key[0]].add(hit, share, _MEMORY)
+            own[key].add(hit, 1.0, _REQUEST_MEMORY)
+
+
+def _followed(tokens: Seq[int], parents: Seq[int], emitted: Seq[int]) -> Iterator[tuple[int, bool]]:
+    """The children of the root and of every node that was emitted, and whether they were."""
+    at: int | None = 0
+    for token in emitted:
+        following = None
+        for node, parent in enumerate(parents):
+            if parent == at:
+                hit = tokens[node] == token
+                yield node, hit
+                following = node if hit else following
+        if following is None:
+            return
+        at = following
+
+
+def _agreements(united: United, noisy: bool) -> list[_Agreement]:
+    """Of every node but the root."""
+    nodes = zip(united.proposers[1:], united.present[1:], united.shares[1:], strict=True)
+    return [(who, beside, round(20 * share), noisy) for who, beside, share in nodes]
 
 
 def _keys(noisy: bool, tree: DraftTree) -> list[tuple[_Key, float]]:

@@ -6,6 +6,7 @@ of one of its methods: a broken draft costs speed, never a request.
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import Final
@@ -14,6 +15,7 @@ from specserve.drafting.base import Drafter, Feedback
 from specserve.drafting.calibration import Calibration
 from specserve.drafting.counts import SourceCounts
 from specserve.drafting.prediction import PredictedTexts
+from specserve.drafting.worth import Mean, Worth
 from specserve.sequence import Sequence
 from specserve.tree import DraftTree, root_tree
 from specserve_kernels.dispatch import native_host
@@ -25,7 +27,11 @@ logger = logging.getLogger(__name__)
 class ComposedDrafter:
     """Not a drafter itself: the engine's one way to talk to all of them."""
 
-    def __init__(self, drafters: dict[str, Drafter], vocab_size: int) -> None:
+    def __init__(
+        self, drafters: dict[str, Drafter], vocab_size: int, worth: Worth | None = None
+    ) -> None:
+        """`worth`: of several drafters only those are asked that earn their time."""
+        self._worth = worth if len(drafters) > 1 else None
         self.names = tuple(drafters)
         self.drafters = drafters
         self._vocab_size = vocab_size
@@ -35,6 +41,9 @@ class ComposedDrafter:
         self._calibration = Calibration()
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
         self._proposed: dict[str, list[DraftTree]] = {}  # for this step, by sequence id
+        self._begun = 0.0  # this step, in seconds
+        self._num_judged = 0
+        self._num_kept = Mean()  # nodes of a tree as it was verified
         host = native_host()
         self._validate = DraftTree.validate if host is None else host.validate
 
@@ -48,11 +57,14 @@ class ComposedDrafter:
         Its scores are calibrated: what the drafters' records make of what they claim.
         """
         proposals: list[list[DraftTree]] = [[] for _ in seqs]
+        self._begun = time.perf_counter()
+        if self._worth is not None:
+            self._worth.begin_step()
         for name in self.active:
             asked = [
                 index
                 for index, (seq, budget) in enumerate(zip(seqs, budgets, strict=True))
-                if budget > 1 and _wanted(name, seq)
+                if budget > 1 and self._asks(name, seq)
             ]
             if asked:
                 trees = self._ask(name, [seqs[i] for i in asked], [budgets[i] for i in asked])
@@ -61,12 +73,49 @@ class ComposedDrafter:
                         proposals[index].append(tree)
         self._add_predictions(seqs, budgets, proposals)
         self._proposed = {seq.id: trees for seq, trees in zip(seqs, proposals, strict=True)}
+        if self._worth is not None:
+            self._judge(self._worth, seqs, budgets)
         return [
-            self._calibration.merged(seq.id, not seq.request.sampling.greedy, trees, budget)
+            self._calibration.merged(seq.id, _is_noisy(seq), trees, budget)
             if trees
             else root_tree(seq.tokens[-1])
             for seq, trees, budget in zip(seqs, proposals, budgets, strict=True)
         ]
+
+    def _asks(self, name: str, seq: Sequence) -> bool:
+        drafters = seq.request.speculation.drafters
+        if drafters is not None:
+            return name in drafters
+        return self._worth is None or self._worth.asks(name, _is_noisy(seq))
+
+    def _judge(self, worth: Worth, seqs: Seq[Sequence], budgets: Seq[int]) -> None:
+        """What one drafter's proposal for one sequence adds to those of the others."""
+        drafted = [
+            (seq, budget)
+            for seq, budget in zip(seqs, budgets, strict=True)
+            if self._proposed[seq.id] and seq.request.speculation.drafters is None
+        ]
+        if not drafted:
+            return
+        self._num_judged += 1
+        seq, budget = drafted[self._num_judged % len(drafted)]
+        name = worth.whom_to_judge(_is_noisy(seq))
+        if name is None:
+            return
+        source, trees = 1 + self.names.index(name), self._proposed[seq.id]
+        others = [tree for tree in trees if tree.source[-1] != source]
+        gain = 0.0
+        if len(others) < len(trees):
+            budget = min(budget, max(round(self._num_kept.value), 2))
+            gain = self._expected(seq, trees, budget) - self._expected(seq, others, budget)
+        worth.judge(name, _is_noisy(seq), gain)
+
+    def _expected(self, seq: Sequence, trees: Seq[DraftTree], budget: int) -> float:
+        """Tokens of a pass over what these trees make together."""
+        if not trees:
+            return 1.0
+        merged = self._calibration.merged(seq.id, _is_noisy(seq), trees, budget)
+        return float(merged.scores.sum())
 
     def observe(self, feedback: Feedback) -> None:
         verified = [feedback.trees[seq_id] for seq_id in feedback.verdicts]
@@ -74,14 +123,17 @@ class ComposedDrafter:
         for entry in feedback.entries:
             seq, verdict = entry.seq, feedback.verdicts.get(entry.seq.id)
             if verdict is not None and (trees := self._proposed[seq.id]):
-                noisy = not seq.request.sampling.greedy
-                self._calibration.settle(seq.id, noisy, trees, verdict.emitted)
+                self._calibration.settle(seq.id, _is_noisy(seq), trees, verdict.emitted)
         for name in self.active:
             try:
                 self.drafters[name].observe(feedback)
                 self._failures[name, "observe"] = 0
             except Exception:
                 self._failed(name, "observe")
+        if self._worth is not None and verified:
+            self._num_kept.add(sum(map(len, verified)) / len(verified))
+            num_tokens = sum(len(verdict.emitted) for verdict in feedback.verdicts.values())
+            self._worth.end_step(time.perf_counter() - self._begun, num_tokens)
 
     def forget(self, seq_id: str) -> None:
         self._calibration.forget(seq_id)
@@ -106,6 +158,7 @@ class ComposedDrafter:
 
     def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         """The drafter's trees, checked; none at all if it fails."""
+        started = time.perf_counter()
         try:
             trees = self.drafters[name].propose(seqs, budgets)
             if len(trees) != len(seqs):
@@ -119,6 +172,10 @@ class ComposedDrafter:
             self._failed(name, "propose")
             return []
         self._failures[name, "propose"] = 0
+        if self._worth is not None:
+            seconds = (time.perf_counter() - started) / len(seqs)
+            for noisy in {_is_noisy(seq) for seq in seqs}:
+                self._worth.took(name, noisy, seconds)
         return trees
 
     def _failed(self, name: str, method: str) -> None:
@@ -129,6 +186,5 @@ class ComposedDrafter:
         logger.exception("drafter %r failed in %s (%s)", name, method, fate)
 
 
-def _wanted(name: str, seq: Sequence) -> bool:
-    drafters = seq.request.speculation.drafters
-    return drafters is None or name in drafters
+def _is_noisy(seq: Sequence) -> bool:
+    return not seq.request.sampling.greedy

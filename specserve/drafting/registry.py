@@ -24,7 +24,8 @@ BUILTIN = {
     "eagle": "specserve_drafts.eagle:EagleDrafter",
     "medusa": "specserve_drafts.medusa:MedusaDrafter",
 }
-AUTO = ("recycle", "suffix")  # what "auto" stands for
+# What "auto" stands for; where a function finds what ships for a target, if something does.
+AUTO = {"recycle": None, "suffix": None, "eagle": "specserve_drafts.fit:shipped_head"}
 ENTRY_POINT_GROUP = "specserve.drafters"
 
 
@@ -33,9 +34,10 @@ def drafter_names() -> list[str]:
     return sorted({*BUILTIN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def expanded(specs: Sequence[str]) -> list[str]:
+def expanded(specs: Sequence[str], target: Path) -> list[str]:
     """The same with the drafters that "auto" stands for in its place, each once."""
-    names = [name for spec in specs for name in (AUTO if spec == "auto" else (spec,))]
+    automatic = [name for name, finder in AUTO.items() if not finder or _load(finder)(target)]
+    names = [name for spec in specs for name in (automatic if spec == "auto" else (spec,))]
     return [
         name for index, name in enumerate(names) if name not in AUTO or name not in names[:index]
     ]
@@ -44,8 +46,7 @@ def expanded(specs: Sequence[str]) -> list[str]:
 def load_drafter(name: str) -> type[Drafter]:
     """The class registered under `name`. Raises DraftError if there is none."""
     if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].partition(":")
-        return cast(type[Drafter], getattr(importlib.import_module(module), attribute))
+        return cast(type[Drafter], _load(BUILTIN[name]))
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return cast(type[Drafter], point.load())
     close = get_close_matches(name, ["auto", *drafter_names()], n=1)
@@ -54,6 +55,11 @@ def load_drafter(name: str) -> type[Drafter]:
         f"draft: {name!r} is neither a drafter ({', '.join(['auto', *drafter_names()])}) "
         f"nor a checkpoint directory{hint}"
     )
+
+
+def _load(place: str) -> Any:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def public_names(specs: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from specserve.config import ConfigError, EngineConfig
 from specserve.drafting.base import DraftContext, Feedback
 from specserve.drafting.compose import ComposedDrafter
 from specserve.drafting.registry import create_drafter, expanded, public_names
+from specserve.drafting.worth import Worth
 from specserve.engine.device import choose_platform
 from specserve.engine.limits import Limits
 from specserve.engine.measure import measure_costs
@@ -64,7 +65,7 @@ class Engine:
         if config.target.threads is not None:
             torch.set_num_threads(config.target.threads)
         on_stage("preparing the drafters")
-        specs = expanded(config.draft.draft)
+        specs = expanded(config.draft.draft, target)
         self._drafters = {
             name: create_drafter(spec, config.draft.options, target, resolve)
             for name, spec in zip(public_names(specs), specs, strict=True)
@@ -311,7 +312,8 @@ class Engine:
         self.kv = KVCacheManager(
             num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching
         )
-        self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size)
+        worth = None if self._costs is None else Worth()
+        self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size, worth)
         most = config.draft.max_nodes
         self._policy: Policy = FixedPolicy(most)
         self._selection: Selection | None = None  # every drafted node is verified

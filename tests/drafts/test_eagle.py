@@ -1,7 +1,7 @@
 """What an EAGLE head computes on its way through an engine, against the plain definition."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,10 @@ from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.packed_llama import PackedLlama
 from specserve.sequence import Sequence
-from specserve.tree import DraftTree, build_tree
+from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
 from specserve_drafts.eagle import EagleDrafter
-from specserve_drafts.growth import Growth
-from specserve_drafts.packed_head import PackedHead
 from specserve_kernels.dispatch import select_kernels
-from specserve_kernels.draft_head import Grown
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)
 NOISY = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
@@ -258,8 +255,8 @@ class Grew:
     """One tree as the kernel has it, and as `growth` has it from passes of the same head."""
 
     num_waiting: int
-    at_once: Grown
-    by_passes: Growth
+    at_once: DraftTree
+    by_passes: DraftTree
 
 
 def watched_growth(engine: Engine) -> list[Grew]:
@@ -268,12 +265,13 @@ def watched_growth(engine: Engine) -> list[Grew]:
     assert isinstance(drafter, EagleDrafter)
     grow, seen = drafter._grow_at_once, list[Grew]()
 
-    def both(head: PackedHead, ready: Seq[Any]) -> None:
-        grow(head, ready)
-        for draft in ready:
-            growth = Growth(draft.growth.seq, draft.growth.state, draft.growth.budget)
-            drafter._grow([replace(draft, growth=growth, rows=[])])
-            seen.append(Grew(draft.track.num_waiting, draft.grown, growth))
+    def both(asked: Seq[Any]) -> dict[str, DraftTree]:
+        grown = grow(asked)
+        expected = drafter._grow_by_passes(asked)
+        for one in asked:
+            trees = grown[one.seq.id], expected[one.seq.id]
+            seen.append(Grew(one.track.num_waiting, *trees))
+        return grown
 
     drafter._grow_at_once = both  # type: ignore[method-assign]
     return seen
@@ -305,13 +303,12 @@ def test_packed_heads_grow_the_same_trees_at_once(
     assert len(seen) > 20
     assert {grew.num_waiting > 0 for grew in seen} == {False, True}
     for grew in seen:
-        expected = grew.by_passes.tree(1)
-        ours = build_tree(grew.at_once.tokens, grew.at_once.parents, grew.at_once.scores, 1)
+        ours, expected = grew.at_once, grew.by_passes
         assert ours.tokens.tolist() == expected.tokens.tolist()
         assert ours.parents.tolist() == expected.parents.tolist()
         np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-4)
-    assert max(len(grew.at_once.tokens) for grew in seen) == 8
-    assert max(max(grew.at_once.parents) for grew in seen) >= 2
+    assert max(len(grew.at_once) for grew in seen) == 8
+    assert max(max(grew.at_once.depths) for grew in seen) >= 2
 
 
 @pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")

@@ -104,7 +104,7 @@ def test_training_computes_what_serving_computes(
 def served_chain(head: DraftHead, text: Text, taps: Tensor, start: int, depth: int) -> Tensor:
     """[depth, draft_vocab] logits of a chain from pair `start`, as the drafter runs it."""
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), 64, CPU)
-    lane = np.arange(64, dtype=np.int32)
+    lane = torch.arange(64, dtype=torch.int32)
     words = np.array([(2 << i) - 1 for i in range(start + 1)], np.uint64)
     tokens = text.tokens.tolist()
     rows = head.fuse(taps[: start + 1])

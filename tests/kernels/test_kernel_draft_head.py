@@ -203,7 +203,7 @@ def test_a_tree_of_one_pass_has_the_most_likely_tokens(shape: Shape, build: str)
         (0.5, 2 * logits + noise[0]),
     ):
         task = Growing(
-            np.arange(12, dtype=np.int32), 4, ids[:4], taps, ids[4], 4, 6,
+            torch.arange(12, dtype=torch.int32), 4, ids[:4], taps, ids[4], 4, 6,
             Drawing(temperature, seed=77), 41,
         )  # fmt: skip
         (grown,) = ours.grow(GrowShape(8, 2, 1, 0.0), head.cache(), [task])
@@ -219,9 +219,13 @@ def test_trees_grow_beside_others_as_alone(build: str) -> None:
     shape = GrowShape(4, 2, 8, 0.01)
     tasks = []
     for index, (num_waiting, budget) in enumerate([(0, 9), (70, 4), (1, 2), (3, 16)]):
-        lane = np.arange(NUM_SLOTS, dtype=np.int32)[index * 40 :][: num_waiting + budget]
+        lane = torch.arange(NUM_SLOTS, dtype=torch.int32)[index * 40 :][: num_waiting + budget]
         if num_waiting > 64:
-            lane = np.arange(NUM_SLOTS, dtype=np.int32)[::-1][: num_waiting + budget].copy()
+            lane = (
+                torch.arange(NUM_SLOTS, dtype=torch.int32)
+                .flip(0)[: num_waiting + budget]
+                .contiguous()
+            )
         tasks.append(
             Growing(
                 lane,
@@ -248,7 +252,7 @@ def test_logits_that_are_no_numbers_give_no_candidates(build: str) -> None:
     taps = torch.full((1, 3 * HIDDEN), torch.nan)
     for temperature in (0.0, 1.0):
         task = Growing(
-            np.arange(8, dtype=np.int32), 0, [], taps, 1, 0, 8,
+            torch.arange(8, dtype=torch.int32), 0, [], taps, 1, 0, 8,
             Drawing(temperature), 1,
         )  # fmt: skip
         (grown,) = ours.grow(GrowShape(4, 2, 8, 0.0), head.cache(), [task])

@@ -3,8 +3,8 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Final
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +23,7 @@ from specserve_kernels.draft_head import (
 _ADDRESS = ctypes.c_void_p
 _SIZE = ctypes.c_int64
 _FLOAT = ctypes.c_float
+_MAX_NODES: Final = 64  # an ancestor word each
 
 
 class _DraftHead(ctypes.Structure):
@@ -74,6 +75,16 @@ class _DraftCache(ctypes.Structure):
     _fields_ = [("kv", _ADDRESS), ("num_slots", _SIZE), ("wide", _SIZE)]
 
 
+class _Output:
+    """Where a tree goes."""
+
+    def __init__(self) -> None:
+        self.tokens, self.parents = (_SIZE * _MAX_NODES)(), (_SIZE * _MAX_NODES)()
+        self.scores = (ctypes.c_double * _MAX_NODES)()
+        parts = (self.tokens, self.parents, self.scores)
+        self.addresses = tuple(ctypes.addressof(part) for part in parts)
+
+
 class CpuDraftHead:
     """Implements `PackedDraftHead`."""
 
@@ -92,7 +103,10 @@ class CpuDraftHead:
             weights.token_ids.data_ptr(),
             len(weights.token_ids),
         )
-        self._cache: CacheView | None = None
+        # Made once: every touch of Python between two passes finds the caches empty.
+        self._shape: tuple[GrowShape, _GrowShape] | None = None
+        self._cache: tuple[Tensor, _DraftCache] | None = None
+        self._outputs: list[_Output] = []
 
     def fuse(self, taps: Tensor) -> Tensor:
         """See `PackedDraftHead.fuse`."""
@@ -118,57 +132,49 @@ class CpuDraftHead:
 
     def grow(self, shape: GrowShape, kv: Tensor, trees: Sequence[Growing]) -> list[Grown]:
         """See `PackedDraftHead.grow`."""
-        assert 1 <= shape.branching <= MAX_BRANCHING, "branching is out of range"
-        if self._cache is None or self._cache.kv is not kv:
-            self._cache = CacheView.of(kv)
-        cache = _DraftCache(self._cache.address, self._cache.num_slots, self._cache.wide)
-        total = sum(tree.budget for tree in trees)
-        tokens, parents = np.empty(total, np.int64), np.empty(total, np.int64)
-        scores = np.empty(total)
-        kept: list[ctypes.Array[_SIZE]] = []
-        addresses = [8 * sum(tree.budget for tree in trees[:i]) for i in range(len(trees))]
+        if self._shape is None or self._shape[0] is not shape:
+            assert 1 <= shape.branching <= MAX_BRANCHING, "branching is out of range"
+            of_shape = (shape.branching, shape.beam, shape.max_depth, shape.min_score)
+            self._shape = shape, _GrowShape(*of_shape)
+        if self._cache is None or self._cache[0] is not kv:
+            view = CacheView.of(kv)
+            self._cache = kv, _DraftCache(view.address, view.num_slots, view.wide)
+        while len(self._outputs) < len(trees):
+            self._outputs.append(_Output())
+        kept: list[Any] = []
         tasks = (_Growing * len(trees))(
-            *(
-                self._task(
-                    tree,
-                    tokens.ctypes.data + at,
-                    parents.ctypes.data + at,
-                    scores.ctypes.data + at,
-                    kept,
-                )
-                for tree, at in zip(trees, addresses, strict=True)
-            )
+            *(self._task(*each, kept) for each in zip(trees, self._outputs, strict=False))
         )
         self._library.specserve_grow(
             ctypes.byref(self._head),
-            ctypes.byref(_GrowShape(shape.branching, shape.beam, shape.max_depth, shape.min_score)),
-            ctypes.byref(cache),
+            ctypes.byref(self._shape[1]),
+            ctypes.byref(self._cache[1]),
             tasks,
             len(trees),
             num_threads(),
         )
-        grown = []
-        for task, at in zip(tasks, addresses, strict=True):
-            part = slice(at // 8, at // 8 + task.num_nodes)
-            grown.append(
-                Grown(tokens[part].tolist(), parents[part].tolist(), scores[part].tolist())
+        return [
+            Grown(
+                output.tokens[: task.num_nodes],
+                output.parents[: task.num_nodes],
+                output.scores[: task.num_nodes],
             )
-        return grown
+            for task, output in zip(tasks, self._outputs, strict=False)
+        ]
 
-    def _task(
-        self, tree: Growing, tokens: int, parents: int, scores: int, kept: list[ctypes.Array[_SIZE]]
-    ) -> _Growing:
+    def _task(self, tree: Growing, output: "_Output", kept: list[Any]) -> _Growing:
         """`kept`: what the structure points to and nobody else holds."""
-        drawing, num_waiting = tree.drawing, len(tree.waiting)
-        taps = tree.taps
+        drawing, taps, num_waiting = tree.drawing, tree.taps, len(tree.waiting)
         assert taps.is_contiguous(), "taps must follow one another in memory"
         assert taps.dtype == torch.float32, f"taps are float32, not {taps.dtype}"
         assert len(taps) == num_waiting + 1, "every waiting pair has taps, and the root's"
         assert len(tree.lane) >= tree.num_context + tree.budget - 1, "the lane is too short"
+        assert tree.lane.dtype == torch.int32, f"lanes are int32, not {tree.lane.dtype}"
+        assert tree.budget <= _MAX_NODES, "the budget is out of range"
         waiting = (_SIZE * num_waiting)(*tree.waiting)
         kept.append(waiting)
         return _Growing(
-            tree.lane.ctypes.data,
+            tree.lane.data_ptr(),
             tree.num_context,
             num_waiting,
             ctypes.addressof(waiting),
@@ -183,9 +189,7 @@ class CpuDraftHead:
             drawing.seed % 2**64,
             tree.draw_position,
             0,
-            tokens,
-            parents,
-            scores,
+            *output.addresses,
         )
 
     def _norm(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ namespace specserve {
 
 namespace {
 
+constexpr int kMaxSource = 31;  // of those that are told apart
 constexpr int kSteps = 21;  // twentieths of a share, 0 and 1 included
 
 // The node that `token` is under `parent`, or -1.
@@ -13,6 +14,28 @@ int child_of(const Tree& tree, int parent, int32_t token) {
     for (int node = parent + 1; node < tree.size(); ++node)
         if (tree.parents[node] == parent && tree.tokens[node] == token) return node;
     return -1;
+}
+
+// Calls seen(node, hit) for the children of the root and of every node that was emitted.
+template <class Seen>
+void follow(
+    const int16_t* parents,
+    const int32_t* tokens,
+    int size,
+    const std::vector<int32_t>& emitted,
+    Seen&& seen) {
+    int at_node = 0;
+    for (const int32_t token : emitted) {
+        int next = -1;
+        for (int node = at_node + 1; node < size; ++node) {
+            if (parents[node] != at_node) continue;
+            const bool hit = tokens[node] == token;
+            seen(node, hit);
+            if (hit) next = node;
+        }
+        if (next < 0) break;
+        at_node = next;
+    }
 }
 
 }  // namespace
@@ -48,12 +71,12 @@ Counts& Calibration::at(Table& table, const Key& key) const {
     return rows[key.row];
 }
 
-Tree Calibration::merged(
-    const std::string& id, bool noisy, const std::vector<TreeView>& trees, int max_nodes) {
+Calibration::United Calibration::united(
+    const std::string& id, bool noisy, const std::vector<TreeView>& trees) {
     Table& own = own_[id];
     const double weight = numbers_.guess_weight;
-    Tree merged(trees[0].tokens[0]);
-    std::vector<double> shares{1.0};
+    United all{Tree(trees[0].tokens[0]), {1.0}, {0}, {0}};
+    std::vector<uint32_t> under{0};  // per node, who proposed something under it
     for (const TreeView& tree : trees) {
         const std::vector<Key> keys = this->keys(tree, noisy);
         std::vector<int> place(tree.size, 0);
@@ -63,22 +86,44 @@ Tree Calibration::merged(
                 claims_[key.source].rate(numbers_.guess_share, weight) * tree.share(node);
             const double common = at(all_, key).rate(std::min(claim, 1.0), weight);
             const double share = at(own, key).rate(common, weight);
+            const uint32_t bit = uint32_t(1) << std::min(key.source, kMaxSource);
             const int parent = place[tree.parents[node]];
             int& index = place[node];
-            index = child_of(merged, parent, tree.tokens[node]);
+            index = child_of(all.tree, parent, tree.tokens[node]);
             if (index < 0) {
-                index = merged.size();
-                merged.add(tree.tokens[node], parent, 0.0, tree.sources[node]);
-                shares.push_back(share);
-            } else if (share > shares[index]) {
-                shares[index] = share;
-                merged.sources[index] = tree.sources[node];
+                index = all.tree.size();
+                all.tree.add(tree.tokens[node], parent, 0.0, tree.sources[node]);
+                all.shares.push_back(share);
+                all.proposers.push_back(0);
+                under.push_back(0);
+            } else if (share > all.shares[index]) {
+                all.shares[index] = share;
+                all.tree.sources[index] = tree.sources[node];
             }
+            all.proposers[index] |= bit;
+            under[parent] |= bit;
         }
     }
-    for (int node = 1; node < merged.size(); ++node)
-        merged.scores[node] = shares[node] * merged.scores[merged.parents[node]];
-    return pruned(merged, max_nodes);
+    for (int node = 1; node < all.tree.size(); ++node)
+        all.present.push_back(under[all.tree.parents[node]]);
+    return all;
+}
+
+Counts& Calibration::agreed(const United& united, int node, bool noisy) {
+    const uint64_t who = uint64_t(united.present[node]) << 32 | united.proposers[node];
+    std::vector<Counts>& rows = agreement_[who];
+    if (rows.empty()) rows.resize(kSteps * 2);
+    return rows[int(std::nearbyint(20 * united.shares[node])) * 2 + noisy];
+}
+
+Tree Calibration::merged(
+    const std::string& id, bool noisy, const std::vector<TreeView>& trees, int max_nodes) {
+    United all = united(id, noisy, trees);
+    for (int node = 1; node < all.tree.size(); ++node) {
+        const double share = agreed(all, node, noisy).rate(all.shares[node], numbers_.guess_weight);
+        all.tree.scores[node] = share * all.tree.scores[all.tree.parents[node]];
+    }
+    return pruned(all.tree, max_nodes);
 }
 
 void Calibration::settle(
@@ -86,23 +131,17 @@ void Calibration::settle(
     bool noisy,
     const std::vector<TreeView>& trees,
     const std::vector<int32_t>& emitted) {
+    const United all = united(id, noisy, trees);
+    follow(all.tree.parents.data(), all.tree.tokens.data(), all.tree.size(), emitted,
+           [&](int node, bool hit) { agreed(all, node, noisy).add(hit, 1.0, numbers_.memory); });
     Table& own = own_[id];
     for (const TreeView& tree : trees) {
         const std::vector<Key> keys = this->keys(tree, noisy);
-        int at_node = 0;
-        for (const int32_t token : emitted) {
-            int next = -1;
-            for (int node = at_node + 1; node < tree.size; ++node) {
-                if (tree.parents[node] != at_node) continue;
-                const bool hit = tree.tokens[node] == token;
-                at(all_, keys[node]).add(hit, 1.0, numbers_.memory);
-                claims_[keys[node].source].add(hit, tree.share(node), numbers_.memory);
-                at(own, keys[node]).add(hit, 1.0, numbers_.request_memory);
-                if (hit) next = node;
-            }
-            if (next < 0) break;
-            at_node = next;
-        }
+        follow(tree.parents, tree.tokens, tree.size, emitted, [&](int node, bool hit) {
+            at(all_, keys[node]).add(hit, 1.0, numbers_.memory);
+            claims_[keys[node].source].add(hit, tree.share(node), numbers_.memory);
+            at(own, keys[node]).add(hit, 1.0, numbers_.request_memory);
+        });
     }
 }
 

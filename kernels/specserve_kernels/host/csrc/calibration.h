@@ -50,11 +50,24 @@ private:
     // By source, then by row.
     using Table = std::unordered_map<int, std::vector<Counts>>;
 
+    // Several trees with the same root as one, and per node: how likely it is once its parent is
+    // right, by the surest of its proposers; who they are; who proposed anything beside it.
+    struct United {
+        Tree tree;
+        std::vector<double> shares;
+        std::vector<uint32_t> proposers, present;
+    };
+
+    United united(const std::string& id, bool noisy, const std::vector<TreeView>& trees);
+    Counts& agreed(const United& united, int node, bool noisy);
+
     std::vector<Key> keys(const TreeView& tree, bool noisy) const;
     Counts& at(Table& table, const Key& key) const;
 
     CalibrationNumbers numbers_;
     Table all_;
+    // By who proposed a node and who did not, then by twentieths of the share and noise.
+    std::unordered_map<uint64_t, std::vector<Counts>> agreement_;
     std::unordered_map<int, Counts> claims_;
     std::unordered_map<std::string, Table> own_;
 };
