@@ -45,6 +45,7 @@ def bound_drafter(path: Path, target: Path, embed: Callable[[Tensor], Tensor]) -
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
         source=1,
         taps=drafter.needs_taps,
+        step_seconds=lambda: None,
         packed_embedding=None,
         embed=embed,
         final_norm=nothing,

@@ -7,6 +7,7 @@ tree (arXiv 2406.16858, section 4) cut to the budget as it grows. Candidates are
 temperature 0, else by log q / T + g with the noise of the target.
 """
 
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from specserve.step import Entry
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.fit import shipped_head
 from specserve_drafts.formats import read_head
-from specserve_drafts.growth import Growth, rank, take
+from specserve_drafts.growth import Growth, LookPrice, rank, take
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
 from specserve_drafts.packed_head import PackedHead, can_be_packed
 from specserve_drafts.pairs import BlockContents, Track
@@ -39,10 +40,10 @@ _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
 
 
 class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    branching: int = 4  # candidates kept per node; 1 drafts a chain
+    branching: int = 8  # candidates kept per node; 1 drafts a chain
     beam: int = 2  # nodes looked at per draft pass
     max_depth: int = 8
-    min_score: float = 0.1  # nodes whose path is less likely are not looked at
+    min_score: float = 0.1  # nodes whose path is less likely are never looked at
     static: bool = False  # one shape for every tree, whatever the head says: to compare with
     draft_vocab: int | None = None  # rows of the head to keep, the first ones
     taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
@@ -128,9 +129,6 @@ class EagleDrafter:
         except ModelError as error:
             raise DraftError(f"draft: {error}") from error
         self._options = options
-        self._shape = GrowShape(
-            options.branching, options.beam, options.max_depth, options.min_score
-        )
         self._file = read_head(path, shape, taps=options.taps, draft_vocab=options.draft_vocab)
         self._num_positions = max(
             shape.max_position_embeddings, self._file.shape.max_position_embeddings
@@ -144,6 +142,7 @@ class EagleDrafter:
     def bind(self, context: DraftContext) -> None:
         assert context.storage is not None
         self._context, self._storage = context, context.storage
+        self._price = LookPrice(self._options.min_score, context.step_seconds)
         sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
         self.head = self._load(sample.dtype)
         ids = self._file.token_ids
@@ -174,8 +173,11 @@ class EagleDrafter:
         if not asked:
             return {}
         assert isinstance(self.head, PackedHead)
-        grown = self.head.grow(self._shape, self._storage, [one.at_once() for one in asked])
-        source = self._context.source
+        options, source = self._options, self._context.source
+        shape = GrowShape(options.branching, options.beam, options.max_depth, self._price.min_score)
+        tasks, started = [one.at_once() for one in asked], time.perf_counter()
+        grown = self.head.grow(shape, self._storage, tasks)
+        self._price.took(time.perf_counter() - started, max(tree.num_passes for tree in grown))
         return {
             one.seq.id: build_tree(tree.tokens, tree.parents, tree.scores, source)
             for one, tree in zip(asked, grown, strict=True)
@@ -185,7 +187,8 @@ class EagleDrafter:
         """By sequence id."""
         if not asked:
             return {}
-        options = self._options
+        options, started, num_passes = self._options, time.perf_counter(), 0
+        min_score = self._price.min_score
         drafts: list[_Draft] = []
         chains: list[HeadRows] = []
         rows: list[Tensor] = []
@@ -206,7 +209,9 @@ class EagleDrafter:
             outputs = iter(out.unbind())
             for draft in growing:
                 draft.keep(outputs)
-                draft.growth.pick(options.beam, options.max_depth, options.min_score)
+                draft.growth.pick(options.beam, options.max_depth, min_score)
+            num_passes += 1
+        self._price.took(time.perf_counter() - started, num_passes)
         source = self._context.source
         return {draft.growth.seq.id: draft.growth.tree(source) for draft in drafts}
 

@@ -4,14 +4,21 @@ proposes, go on with the best of them.
 Knows the nodes and their scores; which model looks at them, and how, is the drafter's matter.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Final
 
 from torch import Tensor
 
 from specserve.sampling import Row, Sampler, SamplingState
 from specserve.sequence import Sequence
 from specserve.tree import DraftTree, build_tree
+
+# What a look is worth: tokens that the successors of a node that comes true add to a pass, beside
+# those that emit one now.
+_GAIN, _TOKENS = 0.4, 1.8
+_MEMORY: Final = 32.0  # drafts that the seconds of a pass are a mean of
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,29 @@ class Growth:
             tokens.append(node.token)
             node = self.nodes[node.parent]
         return tuple(reversed(tokens))
+
+
+class LookPrice:
+    """How likely a node's path has to be for a pass of the draft over it to be worth its time.
+
+    `least` at any rate; more where `step_seconds` tells what a step of the target takes.
+    """
+
+    def __init__(self, least: float, step_seconds: Callable[[], float | None]) -> None:
+        self._least, self._step_seconds = least, step_seconds
+        self._seconds = 0.0  # of a pass
+
+    def took(self, seconds: float, num_passes: int) -> None:
+        if num_passes:
+            known = seconds / num_passes
+            self._seconds += (known - self._seconds) / (_MEMORY if self._seconds else 1.0)
+
+    @property
+    def min_score(self) -> float:
+        step = self._step_seconds()
+        if not step:
+            return self._least
+        return max(self._least, round(_TOKENS / _GAIN * self._seconds / step, 2))
 
 
 def rank(

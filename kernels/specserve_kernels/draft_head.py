@@ -68,6 +68,7 @@ class Grown:
     tokens: list[int]
     parents: list[int]  # -1: the root's
     scores: list[float]  # probabilities of paths
+    num_passes: int  # in which nodes of it were looked at
 
 
 class PackedDraftHead(Protocol):

@@ -323,6 +323,9 @@ class Engine:
         self.scheduler = Scheduler(self.kv, self._policy, config.schedule, self.drafter.forget)
         self._times = StepTimes()
 
+    def _step_seconds(self) -> float | None:
+        return None if self._costs is None else self._costs.seconds(1, 1)[0]
+
     def _bind(self, specs: dict[str, KVSpec | None], sampler: Sampler, model: Model) -> None:
         for source, (name, drafter) in enumerate(self._drafters.items(), start=1):
             spec = specs[name]
@@ -340,6 +343,7 @@ class Engine:
                     storage=None if spec is None else self._storage(spec),
                     source=source,
                     taps=self._taps,
+                    step_seconds=self._step_seconds,
                     packed_embedding=model.packed_embedding,
                     embed=model.embed,
                     final_norm=model.final_norm,

@@ -64,6 +64,7 @@ class _Growing(ctypes.Structure):
         ("top_k", _SIZE),
         ("seed", ctypes.c_uint64),
         ("draw_position", _SIZE),
+        ("num_passes", _SIZE),
         ("num_nodes", _SIZE),
         ("tokens", _ADDRESS),
         ("parents", _ADDRESS),
@@ -132,7 +133,7 @@ class CpuDraftHead:
 
     def grow(self, shape: GrowShape, kv: Tensor, trees: Sequence[Growing]) -> list[Grown]:
         """See `PackedDraftHead.grow`."""
-        if self._shape is None or self._shape[0] is not shape:
+        if self._shape is None or self._shape[0] != shape:
             assert 1 <= shape.branching <= MAX_BRANCHING, "branching is out of range"
             of_shape = (shape.branching, shape.beam, shape.max_depth, shape.min_score)
             self._shape = shape, _GrowShape(*of_shape)
@@ -158,6 +159,7 @@ class CpuDraftHead:
                 output.tokens[: task.num_nodes],
                 output.parents[: task.num_nodes],
                 output.scores[: task.num_nodes],
+                task.num_passes,
             )
             for task, output in zip(tasks, self._outputs, strict=False)
         ]
@@ -188,6 +190,7 @@ class CpuDraftHead:
             drawing.top_k,
             drawing.seed % 2**64,
             tree.draw_position,
+            0,
             0,
             *output.addresses,
         )

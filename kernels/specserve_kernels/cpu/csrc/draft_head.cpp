@@ -115,6 +115,7 @@ class Tree {
     // The best candidates become the nodes of the next pass. One node of the budget is left for a
     // leaf: looking at all would be looking in vain.
     void pick(const GrowShape& shape) {
+        ++task.num_passes;
         num_done = int64_t(nodes.size());
         const int64_t room = std::min(shape.beam, task.budget - 1 - num_done);
         for (int64_t i = 0; i < room; ++i) {

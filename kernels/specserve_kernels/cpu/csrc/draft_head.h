@@ -44,6 +44,7 @@ struct Growing {
     uint64_t seed;
     int64_t draw_position;  // of the root's successors, for the noise
     // What comes out: num_nodes of them, parents first.
+    int64_t num_passes;  // in which nodes of it were looked at
     int64_t num_nodes;
     int64_t* tokens;   // [budget]
     int64_t* parents;  // [budget], -1 the root's
