@@ -1,0 +1,21 @@
+"""When a draft that runs a model goes on looking."""
+
+import pytest
+
+from specserve_drafts.growth import LookPrice
+
+
+def test_where_time_does_not_count_the_option_says() -> None:
+    price = LookPrice(0.1, lambda: None)
+    price.took(1.0, 4)
+    assert price.min_score == 0.1
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0001, 0.1), (0.001, 0.45), (0.005, 2.25)])
+def test_a_look_has_to_be_worth_its_pass(seconds: float, expected: float) -> None:
+    """Of a target whose steps take 10 ms; above 1, nothing but the root is looked at."""
+    price = LookPrice(0.1, lambda: 0.01)
+    assert price.min_score == 0.1
+    for num_passes in (1, 2, 5):
+        price.took(seconds * num_passes, num_passes)
+    assert price.min_score == pytest.approx(expected)
