@@ -1,79 +1,16 @@
 #include "draft_head.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <vector>
 
-#include "lanes.h"
+#include "candidates.h"
 #include "norm.h"
-#include "sampler.h"
 #include "team.h"
 
 namespace specserve {
 namespace {
 
-constexpr int64_t kPiece = 1024;     // logits of a row, for one thread
-constexpr int64_t kNucleus = 64;     // candidates, and what top-k, top-p and min-p look among
 constexpr int64_t kPanelsInUnit = 2;
-constexpr float kLog2e = 1.4426950408889634f;
-
-float largest(const float* x, int64_t count) {
-    Floats most = broadcast(x[0]);
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) most = max(most, load(x + i));
-    float result = lane_max(most);
-    for (; i < count; ++i) result = std::max(result, x[i]);
-    return result;
-}
-
-// y = 2^((x - most) * scale); returns their sum.
-float exponents(const float* x, int64_t count, float most, float scale, float* y) {
-    const Floats from = broadcast(most), by = broadcast(scale);
-    Floats sum = zero_floats();
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const Floats value = exp2(mul(sub(load(x + i), from), by));
-        store(y + i, value);
-        sum = add(sum, value);
-    }
-    float result = lane_sum(sum);
-    for (; i < count; ++i) result += y[i] = std::exp2((x[i] - most) * scale);
-    return result;
-}
-
-// x /= y; returns the sum.
-float quotients(float* x, const float* y, int64_t count) {
-    Floats sum = zero_floats();
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        const Floats value = div(load(x + i), load(y + i));
-        store(x + i, value);
-        sum = add(sum, value);
-    }
-    float result = lane_sum(sum);
-    for (; i < count; ++i) result += x[i] /= y[i];
-    return result;
-}
-
-// The places of the `wanted` largest values, the largest first, the first among equals.
-int64_t best_of(const float* values, int64_t count, int64_t wanted, int64_t* best) {
-    int64_t found = 0;
-    auto offer = [&](int64_t i) {
-        if (found == wanted && !(values[i] > values[best[found - 1]])) return;
-        int64_t at = found < wanted ? found++ : found - 1;
-        for (; at > 0 && values[i] > values[best[at - 1]]; --at) best[at] = best[at - 1];
-        best[at] = i;
-    };
-    constexpr int64_t kBlock = 64;
-    for (int64_t first = 0; first < count; first += kBlock) {
-        const int64_t last = std::min(first + kBlock, count);
-        if (found == wanted && !(largest(values + first, last - first) > values[best[found - 1]]))
-            continue;
-        for (int64_t i = first; i < last; ++i) offer(i);
-    }
-    return found;
-}
 
 struct Node {
     int64_t token;
@@ -205,8 +142,7 @@ class Grower {
           d_(*head.decoder),
           shape_(shape),
           cache_(cache),
-          num_threads_(num_threads),
-          branching_(std::min(shape.branching, head.vocab_size)) {}
+          num_threads_(num_threads) {}
 
     void run(Growing* tasks, int64_t num_trees) {
         std::vector<Tree> trees;
@@ -227,12 +163,6 @@ class Grower {
     }
 
    private:
-    struct Found {  // candidates of a row, the best first
-        int64_t count;
-        int64_t tokens[kNucleus];
-        float shares[kNucleus];
-    };
-
     struct Fresh {
         Tree* tree;
         int64_t node;
@@ -307,94 +237,19 @@ class Grower {
     }
 
     void rank(const std::vector<Fresh>& fresh) {
-        const int64_t num_fresh = int64_t(fresh.size());
-        const int64_t num_pieces = (head_.vocab_size + kPiece - 1) / kPiece;
-        weights_.resize(num_fresh * head_.vocab_size);
-        sums_.resize(num_fresh * num_pieces);
-        found_.resize(num_fresh);
-        run_team(2, num_threads_, [&](Team& team) {
-            team.share(num_fresh * num_pieces, [&](int64_t unit) {
-                weigh(fresh[unit / num_pieces], unit, num_pieces);
-            });
-            team.share(num_fresh, [&](int64_t row) { choose(fresh[row], row, num_pieces); });
-        });
-        for (int64_t row = 0; row < num_fresh; ++row)
-            for (int64_t i = 0; i < found_[row].count; ++i)
-                fresh[row].tree->add(fresh[row].node, found_[row].tokens[i], found_[row].shares[i]);
-    }
-
-    static bool is_filtered(const Growing& task) {
-        return task.temperature > 0.0f && (task.top_k > 0 || task.top_p < 1.0f || task.min_p > 0.0f);
-    }
-
-    static Key key(const Fresh& fresh) {
-        const Growing& task = fresh.tree->task;
-        return {task.seed, uint64_t(task.draw_position + fresh.tree->nodes[fresh.node].depth)};
-    }
-
-    // exp(log q / T + g) of a piece of a row, times any constant, and their sum. Filtered rows get
-    // their noise when it is known for which tokens.
-    void weigh(const Fresh& fresh, int64_t unit, int64_t num_pieces) {
-        const Growing& task = fresh.tree->task;
-        const int64_t row = unit / num_pieces, first = unit % num_pieces * kPiece;
-        const int64_t count = std::min(kPiece, head_.vocab_size - first);
-        const float* logits = logits_.data() + row * stride_;
-        float* weights = weights_.data() + row * head_.vocab_size + first;
-        const float temperature = task.temperature > 0.0f ? task.temperature : 1.0f;
-        float sum = exponents(logits + first, count, largest(logits, head_.vocab_size),
-                              head_.logit_scale * kLog2e / temperature, weights);
-        if (task.temperature > 0.0f && !is_filtered(task)) {
-            float noise[kPiece];
-            exponentials(key(fresh), head_.token_ids + first, count, noise);
-            sum = quotients(weights, noise, count);
+        std::vector<Draw> draws;
+        for (const Fresh& one : fresh) {
+            const Growing& task = one.tree->task;
+            const int64_t position = task.draw_position + one.tree->nodes[one.node].depth;
+            draws.push_back({task.temperature, task.top_p, task.min_p, task.top_k,
+                             {task.seed, uint64_t(position)}});
         }
-        sums_[unit] = sum;
-    }
-
-    void choose(const Fresh& fresh, int64_t row, int64_t num_pieces) {
-        const float* weights = weights_.data() + row * head_.vocab_size;
-        float sum = 0.0f;
-        for (int64_t i = 0; i < num_pieces; ++i) sum += sums_[row * num_pieces + i];
-        Found& found = found_[row];
-        found.count = 0;
-        if (!std::isfinite(sum)) return;  // logits that are no numbers give no candidates
-        if (is_filtered(fresh.tree->task)) return filter(fresh, weights, sum, found);
-        int64_t places[kNucleus];
-        found.count = best_of(weights, head_.vocab_size, branching_, places);
-        for (int64_t i = 0; i < found.count; ++i) {
-            found.tokens[i] = head_.token_ids[places[i]];
-            found.shares[i] = weights[places[i]] / sum;
-        }
-    }
-
-    // Those that top-k, then top-p, then min-p leave among the kNucleus best, by their noise.
-    void filter(const Fresh& fresh, const float* weights, float sum, Found& found) const {
-        const Growing& task = fresh.tree->task;
-        const int64_t most = task.top_k > 0 ? std::min(task.top_k, kNucleus) : kNucleus;
-        int64_t places[kNucleus] = {}, tokens[kNucleus] = {};
-        float noisy[kNucleus], noise[kNucleus];
-        const int64_t num_best =
-            best_of(weights, head_.vocab_size, std::min(most, head_.vocab_size), places);
-        if (task.top_k > 0 && task.top_k <= kNucleus) {
-            sum = 0.0f;
-            for (int64_t i = 0; i < num_best; ++i) sum += weights[places[i]];
-        }
-        float before = 0.0f;
-        int64_t count = 0;
-        for (; count < num_best; ++count) {
-            const float weight = weights[places[count]];
-            if (count && (before >= task.top_p * sum || weight < task.min_p * noisy[0])) break;
-            tokens[count] = head_.token_ids[places[count]];
-            noisy[count] = weight;
-            before += weight;
-        }
-        exponentials(key(fresh), tokens, count, noise);
-        const float total = quotients(noisy, noise, count);
-        found.count = best_of(noisy, count, std::min(branching_, count), places);
-        for (int64_t i = 0; i < found.count; ++i) {
-            found.tokens[i] = tokens[places[i]];
-            found.shares[i] = noisy[places[i]] / total;
-        }
+        const DraftVocabulary vocabulary{head_.token_ids, head_.vocab_size, head_.logit_scale};
+        const std::vector<Candidates> found = find_candidates(
+            vocabulary, logits_.data(), stride_, draws, shape_.branching, num_threads_);
+        for (size_t row = 0; row < fresh.size(); ++row)
+            for (int64_t i = 0; i < found[row].count; ++i)
+                fresh[row].tree->add(fresh[row].node, found[row].tokens[i], found[row].shares[i]);
     }
 
     const DraftHead& head_;
@@ -402,10 +257,8 @@ class Grower {
     const GrowShape& shape_;
     const DraftCache& cache_;
     int num_threads_;
-    int64_t branching_;  // at most kNucleus
     int64_t stride_ = 0;
-    std::vector<float> logits_, residual_, weights_, sums_;
-    std::vector<Found> found_;
+    std::vector<float> logits_, residual_;
 };
 
 }  // namespace

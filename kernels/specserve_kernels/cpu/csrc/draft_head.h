@@ -21,7 +21,7 @@ struct DraftHead {
 };
 
 struct GrowShape {
-    int64_t branching;  // candidates kept per node
+    int64_t branching;  // candidates kept per node, at most kMaxCandidates
     int64_t beam;       // nodes of a tree looked at per pass
     int64_t max_depth;
     double min_score;  // nodes less likely are not looked at

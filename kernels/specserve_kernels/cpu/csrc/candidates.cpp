@@ -1,0 +1,180 @@
+#include "candidates.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lanes.h"
+#include "team.h"
+
+namespace specserve {
+namespace {
+
+constexpr int64_t kPiece = 1024;  // logits of a row, for one thread
+constexpr float kLog2e = 1.4426950408889634f;
+
+float largest(const float* x, int64_t count) {
+    Floats most = broadcast(x[0]);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) most = max(most, load(x + i));
+    float result = lane_max(most);
+    for (; i < count; ++i) result = std::max(result, x[i]);
+    return result;
+}
+
+// y = 2^((x - most) * scale); returns their sum.
+float exponents(const float* x, int64_t count, float most, float scale, float* y) {
+    const Floats from = broadcast(most), by = broadcast(scale);
+    Floats sum = zero_floats();
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Floats value = exp2(mul(sub(load(x + i), from), by));
+        store(y + i, value);
+        sum = add(sum, value);
+    }
+    float result = lane_sum(sum);
+    for (; i < count; ++i) result += y[i] = std::exp2((x[i] - most) * scale);
+    return result;
+}
+
+// x /= y; returns the sum.
+float quotients(float* x, const float* y, int64_t count) {
+    Floats sum = zero_floats();
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Floats value = div(load(x + i), load(y + i));
+        store(x + i, value);
+        sum = add(sum, value);
+    }
+    float result = lane_sum(sum);
+    for (; i < count; ++i) result += x[i] /= y[i];
+    return result;
+}
+
+// The places of the `wanted` largest values, the largest first, the first among equals.
+int64_t best_of(const float* values, int64_t count, int64_t wanted, int64_t* best) {
+    int64_t found = 0;
+    auto offer = [&](int64_t i) {
+        if (found == wanted && !(values[i] > values[best[found - 1]])) return;
+        int64_t at = found < wanted ? found++ : found - 1;
+        for (; at > 0 && values[i] > values[best[at - 1]]; --at) best[at] = best[at - 1];
+        best[at] = i;
+    };
+    constexpr int64_t kBlock = 64;
+    for (int64_t first = 0; first < count; first += kBlock) {
+        const int64_t last = std::min(first + kBlock, count);
+        if (found == wanted && !(largest(values + first, last - first) > values[best[found - 1]]))
+            continue;
+        for (int64_t i = first; i < last; ++i) offer(i);
+    }
+    return found;
+}
+
+bool is_filtered(const Draw& draw) {
+    return draw.temperature > 0.0f && (draw.top_k > 0 || draw.top_p < 1.0f || draw.min_p > 0.0f);
+}
+
+class Search {
+   public:
+    Search(const DraftVocabulary& vocabulary, const float* logits, int64_t stride,
+           const std::vector<Draw>& draws, int64_t wanted)
+        : v_(vocabulary),
+          logits_(logits),
+          stride_(stride),
+          draws_(draws),
+          wanted_(std::min(wanted, vocabulary.size)),
+          num_rows_(int64_t(draws.size())),
+          num_pieces_((vocabulary.size + kPiece - 1) / kPiece),
+          weights_(num_rows_ * vocabulary.size),
+          sums_(num_rows_ * num_pieces_),
+          found_(num_rows_) {}
+
+    std::vector<Candidates> run(int num_threads) {
+        run_team(2, num_threads, [&](Team& team) {
+            team.share(num_rows_ * num_pieces_, [&](int64_t unit) { weigh(unit); });
+            team.share(num_rows_, [&](int64_t row) { choose(row); });
+        });
+        return std::move(found_);
+    }
+
+   private:
+    // exp(log q / T + g) of a piece of a row, times any constant, and their sum. Filtered rows get
+    // their noise when it is known for which tokens.
+    void weigh(int64_t unit) {
+        const int64_t row = unit / num_pieces_, first = unit % num_pieces_ * kPiece;
+        const int64_t count = std::min(kPiece, v_.size - first);
+        const Draw& draw = draws_[row];
+        const float* logits = logits_ + row * stride_;
+        float* weights = weights_.data() + row * v_.size + first;
+        const float temperature = draw.temperature > 0.0f ? draw.temperature : 1.0f;
+        float sum = exponents(logits + first, count, largest(logits, v_.size),
+                              v_.logit_scale * kLog2e / temperature, weights);
+        if (draw.temperature > 0.0f && !is_filtered(draw)) {
+            float noise[kPiece];
+            exponentials(draw.key, v_.token_ids + first, count, noise);
+            sum = quotients(weights, noise, count);
+        }
+        sums_[unit] = sum;
+    }
+
+    void choose(int64_t row) {
+        const float* weights = weights_.data() + row * v_.size;
+        float sum = 0.0f;
+        for (int64_t i = 0; i < num_pieces_; ++i) sum += sums_[row * num_pieces_ + i];
+        Candidates& found = found_[row];
+        found.count = 0;
+        if (!std::isfinite(sum)) return;
+        if (is_filtered(draws_[row])) return filter(draws_[row], weights, sum, found);
+        int64_t places[kMaxCandidates];
+        found.count = best_of(weights, v_.size, wanted_, places);
+        for (int64_t i = 0; i < found.count; ++i) {
+            found.tokens[i] = v_.token_ids[places[i]];
+            found.shares[i] = weights[places[i]] / sum;
+        }
+    }
+
+    // Those that the filters leave among the kMaxCandidates best, by their noise.
+    void filter(const Draw& draw, const float* weights, float sum, Candidates& found) const {
+        const int64_t most = draw.top_k > 0 ? std::min(draw.top_k, kMaxCandidates) : kMaxCandidates;
+        int64_t places[kMaxCandidates] = {}, tokens[kMaxCandidates] = {};
+        float noisy[kMaxCandidates], noise[kMaxCandidates];
+        const int64_t num_best = best_of(weights, v_.size, std::min(most, v_.size), places);
+        if (draw.top_k > 0 && draw.top_k <= kMaxCandidates) {
+            sum = 0.0f;
+            for (int64_t i = 0; i < num_best; ++i) sum += weights[places[i]];
+        }
+        float before = 0.0f;
+        int64_t count = 0;
+        for (; count < num_best; ++count) {
+            const float weight = weights[places[count]];
+            if (count && (before >= draw.top_p * sum || weight < draw.min_p * noisy[0])) break;
+            tokens[count] = v_.token_ids[places[count]];
+            noisy[count] = weight;
+            before += weight;
+        }
+        exponentials(draw.key, tokens, count, noise);
+        const float total = quotients(noisy, noise, count);
+        found.count = best_of(noisy, count, std::min(wanted_, count), places);
+        for (int64_t i = 0; i < found.count; ++i) {
+            found.tokens[i] = tokens[places[i]];
+            found.shares[i] = noisy[places[i]] / total;
+        }
+    }
+
+    const DraftVocabulary& v_;
+    const float* logits_;
+    int64_t stride_;
+    const std::vector<Draw>& draws_;
+    int64_t wanted_, num_rows_, num_pieces_;
+    std::vector<float> weights_, sums_;
+    std::vector<Candidates> found_;
+};
+
+}  // namespace
+
+std::vector<Candidates> find_candidates(const DraftVocabulary& vocabulary, const float* logits,
+                                        int64_t stride, const std::vector<Draw>& draws,
+                                        int64_t wanted, int num_threads) {
+    return Search(vocabulary, logits, stride, draws, wanted).run(num_threads);
+}
+
+}  // namespace specserve
