@@ -47,6 +47,8 @@ def write_card(folder: Path, shape: HeadShape, made: EagleMade) -> None:
 
 def model_card(shape: HeadShape, made: EagleMade) -> str:
     settings, best, last = made.settings, made.best, made.curve[-1]
+    # A run that goes on may end without another step.
+    coverage = next((p.coverage for p in reversed(made.curve) if p.coverage is not None), 0.0)
     chances = ", ".join(f"{chance:.2f}" for chance in best.conditional)
     return "\n".join(
         [
@@ -55,7 +57,7 @@ def model_card(shape: HeadShape, made: EagleMade) -> str:
             f"A head over the rows entering layers {', '.join(map(str, shape.taps))} of "
             f"{settings['target']}: one layer of width {shape.hidden_size}, and the target's own "
             f"head for {shape.draft_vocab_size} of its {shape.vocab_size} tokens, which hold "
-            f"{last.coverage or 0:.1%} of what it finds likely. Embedding and head are the "
+            f"{coverage:.1%} of what it finds likely. Embedding and head are the "
             "target's and were not trained.",
             "",
             f"- trained on {last.num_tokens} tokens, {last.num_answered} different ones: the "
