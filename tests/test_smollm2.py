@@ -103,6 +103,18 @@ def test_ngram_writes_what_plain_decoding_writes(setting: str, plain: LLM, ngram
     assert alone == expected[4:6]
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_auto_writes_what_plain_decoding_writes(setting: str, plain: LLM) -> None:
+    """With the head that ships, however it draws."""
+    auto = LLM("smollm2-135m", device="cpu", kv_memory="256MiB", pricing="off")
+    assert list(auto.engine.drafter.names) == ["recycle", "suffix", "eagle"]
+    chats, params = CHATS[:4], SETTINGS[setting]
+    expected = [result.token_ids for result in plain.generate(chats, params)]
+    assert [result.token_ids for result in auto.generate(chats, params)] == expected
+    accepted = {drafter.name: drafter.num_accepted for drafter in auto.engine.stats().drafters}
+    assert accepted["eagle"] > 5
+
+
 def test_a_bad_request_in_a_batch_ends_alone(plain: LLM, ngram: LLM) -> None:
     good = SETTINGS["greedy"]
     prompts: list[Prompt] = [

@@ -71,9 +71,14 @@ def shipped(method: str, target: Target) -> Path | None:
 
 
 def shipped_head(target: Path) -> Path | None:
-    """The trained head that ships for a target, which its layout knows by name alone."""
+    """The trained head that ships for a target. Its layout knows the target's name and sizes; of
+    another model with both, the head is a poor draft and no error."""
     for path in sorted(ZOO.glob("*/config.json")):
-        verifier = read_json(path).get("speculators_config", {}).get("verifier", {})
+        config = read_json(path)
+        verifier = config.get("speculators_config", {}).get("verifier", {})
         if verifier.get("name_or_path") == target.name:
-            return path.parent
+            shape, layer = ModelShape.from_dir(target), config["transformer_layer_config"]
+            hidden_size = config.get("target_hidden_size") or layer["hidden_size"]
+            if (shape.hidden_size, shape.vocab_size) == (hidden_size, layer["vocab_size"]):
+                return path.parent
     return None
