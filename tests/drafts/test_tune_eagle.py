@@ -15,12 +15,12 @@ from specserve.drafting.registry import create_drafter
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.eagle import EagleDrafter
-from specserve_drafts.tune import eagle, eagle_data, eagle_run
+from specserve_drafts.tune import answers, eagle, eagle_run
 from specserve_drafts.tune.eagle_card import EagleMade
 from specserve_drafts.tune.eagle_run import Run
 from specserve_drafts.tune.eagle_settings import EagleSettings, read_settings
-from specserve_drafts.tune.eagle_state import State
-from specserve_drafts.tune.eagle_teacher import Teacher
+from specserve_drafts.tune.head_state import State
+from specserve_drafts.tune.teacher import Teacher
 
 FLAGS = "--dtype float32 --device cpu --max-model-len 128 --max-tokens 24 --max-len 32 --depth 3"
 RECIPE = "--draft-vocab 60 --step-tokens 100 --check-every 40 --matrix-lr 0.02 --other-lr 0.01"
@@ -32,7 +32,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "drafts" / "experiments"
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With a model and prompts for three shards."""
     monkeypatch.setattr(eagle_run, "SHARD_PROMPTS", 8)
-    monkeypatch.setattr(eagle_data, "SHARD_PROMPTS", 8)
+    monkeypatch.setattr(answers, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(eagle_run, "HELD_OUT", 4)
     write_predictable(tiny_model, tmp_path / "tiny")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(text) for text in prompts()))
@@ -111,7 +111,7 @@ def test_answers_come_with_the_rows_a_teacher_would_read(
 
     keeps, reads = teacher(), teacher()
     chats = [[{"role": "user", "content": text}] for text in prompts()]
-    texts = eagle_data.Answers(llm, chats, settings, folder / "data", keeps).shard(0)
+    texts = answers.Answers(llm, chats, settings, folder / "data", keeps).shard(0)
     assert len(texts) > 1
     monkeypatch.setattr(keeps, "_pass", pytest.fail)
     kept, read = keeps.read(texts), reads.read(texts)

@@ -15,16 +15,17 @@ from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.formats import read_head
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
-from specserve_drafts.tune.eagle_batch import Text, build_chains
-from specserve_drafts.tune.eagle_data import batches, read_texts, write_texts
+from specserve_drafts.tune.eagle_batch import build_chains
 from specserve_drafts.tune.eagle_export import write_head
-from specserve_drafts.tune.eagle_init import head_rows, head_shape, start_from_target
-from specserve_drafts.tune.eagle_loss import Wanted, head_loss
+from specserve_drafts.tune.eagle_init import head_shape, start_from_target
 from specserve_drafts.tune.eagle_model import EagleHead
 from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.eagle_teacher import Teacher
 from specserve_drafts.tune.eagle_training import Trainer, chain_acceptance, schedule
+from specserve_drafts.tune.head_loss import Wanted, head_loss
 from specserve_drafts.tune.muon import MuonAdamW, orthogonalised
+from specserve_drafts.tune.teacher import Teacher
+from specserve_drafts.tune.texts import Text, batches, read_texts, write_texts
+from specserve_drafts.tune.vocabulary import head_rows
 
 CPU = torch.device("cpu")
 TAPS = (0, 1, 2)

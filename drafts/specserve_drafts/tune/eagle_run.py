@@ -17,29 +17,24 @@ from specserve.config import ScheduleConfig, TargetConfig
 from specserve.hub import resolve
 from specserve.llm import LLM
 from specserve.models.checkpoint import read_checkpoint
+from specserve_drafts.tune.answers import HELD_OUT, SHARD_PROMPTS, Answers
 from specserve_drafts.tune.card import CURVE
-from specserve_drafts.tune.eagle_batch import Text
 from specserve_drafts.tune.eagle_card import EaglePoint, draw_curve
-from specserve_drafts.tune.eagle_data import (
-    HELD_OUT,
-    SHARD_PROMPTS,
-    Answers,
-    batches,
-    draft_vocabulary,
-)
 from specserve_drafts.tune.eagle_export import write_head
-from specserve_drafts.tune.eagle_init import default_taps, head_rows, head_shape, start_from_target
+from specserve_drafts.tune.eagle_init import default_taps, head_shape, start_from_target
 from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.eagle_state import (
+from specserve_drafts.tune.eagle_training import Stepped, Trainer
+from specserve_drafts.tune.head_state import (
     begun,
     lasting_settings,
     load_tensors,
     resumed,
     save,
 )
-from specserve_drafts.tune.eagle_teacher import Teacher
-from specserve_drafts.tune.eagle_training import Stepped, Trainer
 from specserve_drafts.tune.prompts import training_prompts
+from specserve_drafts.tune.teacher import Teacher
+from specserve_drafts.tune.texts import Text, batches
+from specserve_drafts.tune.vocabulary import draft_vocabulary, head_rows
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0

@@ -15,12 +15,13 @@ from msgspec import Struct
 from torch import Tensor
 
 from specserve_drafts.head_shape import HeadShape
-from specserve_drafts.tune.eagle_batch import ChainBatch, Text, build_chains
-from specserve_drafts.tune.eagle_loss import Wanted, head_loss
+from specserve_drafts.tune.eagle_batch import ChainBatch, build_chains
 from specserve_drafts.tune.eagle_model import EagleHead
 from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.eagle_teacher import Teacher
+from specserve_drafts.tune.head_loss import Wanted, head_loss
 from specserve_drafts.tune.muon import MuonAdamW
+from specserve_drafts.tune.teacher import Teacher
+from specserve_drafts.tune.texts import Text
 
 _STEP_WEIGHT: Final = 0.8  # of each step of the chain against the one before (EAGLE-3)
 _WARM_UP: Final = 0.04  # share of the run in which learning rates rise

@@ -19,7 +19,7 @@ from specserve.cache.table import BlockTable
 from specserve.engine.device import Platform
 from specserve.models.loader import load_model
 from specserve.types import Quantization
-from specserve_drafts.tune.eagle_batch import Ids, Text
+from specserve_drafts.tune.texts import Ids, Text
 
 _BLOCK: Final = 16
 _PASS_ROWS: Final = 1024  # slots of one pass, if no text alone needs more
