@@ -15,10 +15,11 @@ from specserve.drafting.registry import create_drafter
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.eagle import EagleDrafter
-from specserve_drafts.tune import answers, eagle, eagle_run
-from specserve_drafts.tune.eagle_card import EagleMade
-from specserve_drafts.tune.eagle_run import Run
-from specserve_drafts.tune.eagle_settings import EagleSettings, read_settings
+from specserve_drafts.tune import answers, eagle, head_run
+from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.head_card import HeadMade
+from specserve_drafts.tune.head_run import Run
+from specserve_drafts.tune.head_settings import read_settings
 from specserve_drafts.tune.head_state import State
 from specserve_drafts.tune.teacher import Teacher
 
@@ -31,9 +32,9 @@ EXPERIMENTS = Path(__file__).parents[2] / "drafts" / "experiments"
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With a model and prompts for three shards."""
-    monkeypatch.setattr(eagle_run, "SHARD_PROMPTS", 8)
+    monkeypatch.setattr(head_run, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(answers, "SHARD_PROMPTS", 8)
-    monkeypatch.setattr(eagle_run, "HELD_OUT", 4)
+    monkeypatch.setattr(head_run, "HELD_OUT", 4)
     write_predictable(tiny_model, tmp_path / "tiny")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(text) for text in prompts()))
     return tmp_path
@@ -59,8 +60,8 @@ def command(folder: Path, *arguments: str) -> list[str]:
     return [*files, *target, *FLAGS.split(), *RECIPE.split(), *arguments]
 
 
-def made(folder: Path) -> EagleMade:
-    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=EagleMade)
+def made(folder: Path) -> HeadMade:
+    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=HeadMade)
 
 
 def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +139,7 @@ def test_a_run_goes_on_where_it_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_train", stop)
-        patch.setattr(eagle_run, "SAVE_EVERY_S", 0.0)
+        patch.setattr(head_run, "SAVE_EVERY_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             eagle.main(command(folder, *arguments))
     assert eagle.main(command(folder, *arguments)) == 2
@@ -212,7 +213,7 @@ def test_an_experiment_is_a_file_of_settings(
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda file: file.stem)
 def test_the_experiments_are_ones(file: Path) -> None:
     line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
-    settings, _ = read_settings(eagle.build_parser().parse_args(line))
+    settings, _ = read_settings(eagle.build_parser().parse_args(line), EagleSettings)
     assert settings.minutes is not None
 
 

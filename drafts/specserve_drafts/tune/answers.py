@@ -16,7 +16,7 @@ from specserve.cli.prompts import Messages
 from specserve.drafting.base import Feedback
 from specserve.llm import LLM
 from specserve.types import RequestError, SamplingParams
-from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text, read_texts, write_texts
 
@@ -36,7 +36,7 @@ class Answers:
         self,
         llm: LLM,
         prompts: Sequence[Messages],
-        settings: EagleSettings,
+        settings: HeadSettings,
         folder: Path,
         teacher: Teacher,
     ) -> None:
