@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_chat import write_tiny_chat
+from safetensors.torch import load_file
+from tune_target import NUM_PROMPTS, prompts, write_predictable
 
 from specserve.cli.main import main as specserve
 from specserve.drafting.registry import create_drafter
@@ -25,7 +25,6 @@ from specserve_drafts.tune.teacher import Teacher
 
 FLAGS = "--dtype float32 --device cpu --max-model-len 128 --max-tokens 24 --max-len 32 --depth 3"
 RECIPE = "--draft-vocab 60 --step-tokens 100 --check-every 40 --matrix-lr 0.02 --other-lr 0.01"
-NUM_PROMPTS = 28
 EXPERIMENTS = Path(__file__).parents[2] / "drafts" / "experiments"
 
 
@@ -38,20 +37,6 @@ def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_predictable(tiny_model, tmp_path / "tiny")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(text) for text in prompts()))
     return tmp_path
-
-
-def write_predictable(model: Path, directory: Path) -> None:
-    """The tiny model, its layers turned down: the next token hardly depends on but the last."""
-    write_tiny_chat(model, directory)
-    tensors = load_file(directory / "model.safetensors")
-    for name in tensors:
-        if "o_proj" in name or "down_proj" in name:
-            tensors[name] *= 0.05
-    save_file(tensors, directory / "model.safetensors")
-
-
-def prompts() -> list[str]:
-    return [f"w{n} w{n + 1} w{n + 2}" for n in range(NUM_PROMPTS)]
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
@@ -210,7 +195,7 @@ def test_an_experiment_is_a_file_of_settings(
     assert "dephts: unknown setting; did you mean 'depth'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*-eagle.toml")), ids=lambda f: f.stem)
 def test_the_experiments_are_ones(file: Path) -> None:
     line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
     settings, _ = read_settings(eagle.build_parser().parse_args(line), EagleSettings)

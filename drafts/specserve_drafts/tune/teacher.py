@@ -74,6 +74,11 @@ class Teacher:
         """[n] int64 -> [n, hidden_size] float32, fit for autograd."""
         return self.model.embed(ids).float().clone()
 
+    def normed(self, last: Tensor) -> Tensor:
+        """[M, hidden_size] as in `Lesson` -> float32 of the same shape, as the target's own head
+        reads it, fit for autograd."""
+        return self.model.final_norm(last).float().clone()
+
     def read(self, texts: Sequence[Text]) -> Lesson:
         rows = {key: self._kept[key] for key in map(_key, texts) if key in self._kept}
         for part in _passes([text for text in texts if _key(text) not in rows]):

@@ -1,0 +1,43 @@
+"""Trained Medusa heads as a checkpoint in vLLM's layout, which `medusa_file` reads.
+
+With original_lm_head all heads have one unembedding, so the file holds it once, for the tokens of
+token_map alone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specserve_drafts.tune.export import public_name, write_checkpoint
+
+
+def write_heads(
+    folder: Path,
+    weights: Mapping[str, Tensor],  # blocks.{head}.layers.0.{weight,bias}
+    head: Tensor,  # [draft_vocab, hidden_size], the target's own
+    token_ids: Tensor,  # [draft_vocab] int64, ascending
+    vocab_size: int,
+    target: Path,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """See `write_checkpoint`."""
+    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
+    tensors["lm_heads.0.weight"] = head.to("cpu", dtype)
+    if len(token_ids) < vocab_size:
+        tensors["token_map"] = token_ids.cpu()
+    config = {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": head.shape[1],
+        "vocab_size": vocab_size,
+        "truncated_vocab_size": len(token_ids),
+        "num_heads": sum(name.endswith(".weight") for name in weights),
+        "num_hidden_layers": 1,
+        "medusa_fc_bias": True,
+        "original_lm_head": True,
+        "base_model_name_or_path": public_name(target),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    write_checkpoint(folder, tensors, config)
