@@ -94,12 +94,11 @@ def assert_it_drafts(folder: Path) -> None:
     assert isinstance(drafter, MedusaDrafter)
     untrained = folder / "untrained"
     untrained.mkdir()
-    tensors = load_file(folder / "out" / "model.safetensors")
-    weights = {
-        name: tensor.zero_() for name, tensor in tensors.items() if name.startswith("blocks.")
-    }
-    head, ids = tensors["lm_heads.0.weight"], tensors["token_map"]
-    write_heads(untrained, weights, head, ids, TINY_VOCAB, folder / "tiny")
+    shape = ModelShape.from_dir(folder / "tiny")
+    ids = load_file(folder / "out" / "model.safetensors")["token_map"]
+    rows = head_rows(read_checkpoint(folder / "tiny"), shape, ids)
+    weights = MedusaHeads(shape.hidden_size, 3, CPU).tensors(rows)
+    write_heads(untrained, weights, ids, TINY_VOCAB, folder / "tiny")
     plain, _ = answered(folder, "none", 0.0)
     guessed, rate = answered(folder, str(folder / "out"), 0.0)
     assert guessed == plain
@@ -135,10 +134,9 @@ def test_training_computes_what_serving_computes(
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     token_ids = torch.arange(TINY_VOCAB - draft_vocab, TINY_VOCAB)
     rows = head_rows(read_checkpoint(tiny_model), shape, token_ids)
-    weights = heads.state_dict()
-    write_heads(tmp_path, weights, rows, token_ids, TINY_VOCAB, tiny_model, torch.float32)
+    weights = heads.tensors(rows)
+    write_heads(tmp_path, weights, token_ids, TINY_VOCAB, tiny_model, torch.float32)
     file = read_medusa(tmp_path, shape)
-    assert file.shared_unembedding
     assert (file.token_ids is None) == (draft_vocab == TINY_VOCAB)
     last = teacher.read([text]).last
     chains = lay_out([text], teacher.normed(last))

@@ -47,18 +47,19 @@ class MedusaMethod:
         return lay_out(texts, teacher.normed(lesson.last))
 
     def export(self, folder: Path, target: Path, trainer: Trainer) -> None:
-        vocab_size = ModelShape.from_dir(target).vocab_size
-        weights = trainer.average.state_dict()
-        write_heads(folder, weights, trainer.rows, trainer.token_ids, vocab_size, target)
+        heads, vocab_size = trainer.average, ModelShape.from_dir(target).vocab_size
+        assert isinstance(heads, MedusaHeads)
+        write_heads(folder, heads.tensors(trainer.rows), trainer.token_ids, vocab_size, target)
 
     def describe(self, trainer: Trainer, made: HeadMade) -> Description:
         num_tokens, width = trainer.rows.shape
         return Description(
             kind="Medusa-1",
             about=f"{self._settings.heads} heads over the row of {made.settings['target']} that "
-            f"its own head reads: a residual block of width {width} each, and the target's own "
-            f"head for {num_tokens} of its tokens, which hold {made.curve[-1].coverage or 0:.1%} "
-            "of what it finds likely. That head is the target's, shared, and was not trained.",
+            f"its own head reads: each a residual block of width {width} and an unembedding, which "
+            "began as the target's and was trained up to a square matrix behind it, for "
+            f"{num_tokens} tokens, which hold {made.curve[-1].coverage or 0:.1%} of what the "
+            "target finds likely.",
             layout="The layout is vLLM's.",
         )
 
