@@ -42,17 +42,15 @@ def lay_out(
 ) -> MedusaChains:
     lengths = np.array([text.num_answer for text in texts])
     firsts = np.cumsum(lengths) - lengths
-    places, left = (
-        torch.from_numpy(np.concatenate(arrays)).to(rows.device)
-        for arrays in (
-            [first + np.arange(n - 1) for first, n in zip(firsts, lengths, strict=True)],
-            [np.arange(n - 1, 0, -1) for n in lengths],
-        )
-    )
-    return MedusaChains(rows[places], places, left)
+    places = [first + np.arange(n - 1) for first, n in zip(firsts, lengths, strict=True)]
+    left = [np.arange(n - 1, 0, -1) for n in lengths]
+    where = torch.from_numpy(np.concatenate(places)).to(rows.device)
+    return MedusaChains(rows[where], where, torch.from_numpy(np.concatenate(left)).to(rows.device))
 
 
 class ResidualBlock(nn.Module):
+    """One layer, in a list for its name; it begins as nothing, as the authors' does."""
+
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
