@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from specserve_drafts.tune.texts import Text
 
 # The token that is told is what a head is sure of at first, and wrong: logits begin softer.
-_SOFTER: Final = 0.5
+_SOFTER: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
