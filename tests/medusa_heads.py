@@ -11,8 +11,9 @@ from tiny import TINY_VOCAB
 from torch import Tensor
 
 HIDDEN, NUM_HEADS, NUM_LAYERS, MAPPED = 32, 3, 2, 40
-# vLLM's files may have a head for all tokens beside the map of those that are drafted.
-LAYOUTS = ("authors", "vllm", "vllm_mapped", "vllm_mapped_whole")
+# vLLM's files may have a head for all tokens beside the map of those that are drafted, and one
+# unembedding for all heads.
+LAYOUTS = ("authors", "vllm", "vllm_mapped", "vllm_mapped_whole", "vllm_mapped_shared")
 
 
 @dataclass
@@ -36,7 +37,7 @@ def write_medusa(directory: Path, layout: str = "authors", *, seed: int = 4) -> 
     def weights(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).mul(shape[-1] ** -0.5)
 
-    vocab = MAPPED if layout == "vllm_mapped" else TINY_VOCAB
+    vocab = MAPPED if layout in ("vllm_mapped", "vllm_mapped_shared") else TINY_VOCAB
     tensors: dict[str, Tensor] = {}
     for head in range(NUM_HEADS):
         for layer in range(NUM_LAYERS):
@@ -44,7 +45,8 @@ def write_medusa(directory: Path, layout: str = "authors", *, seed: int = 4) -> 
             tensors[f"{name}.weight"] = weights(HIDDEN, HIDDEN)
             if layout != "vllm":
                 tensors[f"{name}.bias"] = weights(HIDDEN)
-        tensors[_head_name(layout, head)] = weights(vocab, HIDDEN) * 3
+        if head == 0 or not _shared(layout):
+            tensors[_head_name(layout, head)] = weights(vocab, HIDDEN) * 3
     if layout.startswith("vllm_mapped"):
         tensors["token_map"] = torch.randperm(TINY_VOCAB, generator=generator)[:MAPPED]
     config: dict[str, Any] = {
@@ -62,6 +64,7 @@ def write_medusa(directory: Path, layout: str = "authors", *, seed: int = 4) -> 
             "num_heads": NUM_HEADS,
             "num_hidden_layers": NUM_LAYERS,
             "medusa_fc_bias": layout != "vllm",
+            "original_lm_head": _shared(layout),
         }
     directory.mkdir(parents=True, exist_ok=True)
     medusa = Medusa(directory, layout, tensors, config)
@@ -90,4 +93,9 @@ def _layer_name(layout: str, head: int, layer: int) -> str:
 
 
 def _head_name(layout: str, head: int) -> str:
-    return f"{head}.{NUM_LAYERS}.weight" if layout == "authors" else f"lm_heads.{head}.weight"
+    owner = 0 if _shared(layout) else head
+    return f"{owner}.{NUM_LAYERS}.weight" if layout == "authors" else f"lm_heads.{owner}.weight"
+
+
+def _shared(layout: str) -> bool:
+    return layout.endswith("_shared")

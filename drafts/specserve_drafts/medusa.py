@@ -166,21 +166,26 @@ class MedusaHeads:
             self._layers.append(
                 [Linear(put(weight), None if bias is None else put(bias)) for weight, bias in parts]
             )
-        self._unembed = [Linear(put(file.unembedding(head))) for head in range(num_heads)]
+        num_unembeddings = 1 if file.shared_unembedding else num_heads
+        self._unembed = [Linear(put(file.unembedding(head))) for head in range(num_unembeddings)]
 
     def __call__(self, rows: Tensor, num_heads: int) -> Tensor:
         """Normed rows of the target [n, hidden_size] -> logits [n, num_heads, draft_vocab_size]
         float32."""
         rows = rows.to(self._dtype)
-        logits = []
-        for layers, unembed in zip(
-            self._layers[:num_heads], self._unembed[:num_heads], strict=True
-        ):
+        outs = []
+        for layers in self._layers[:num_heads]:
             x = rows
             for layer in layers:
                 x = x + F.silu(layer(x))
-            logits.append(unembed(x).float())
-        return torch.stack(logits, dim=1) * self._scale
+            outs.append(x)
+        if len(self._unembed) == 1:  # read once for all heads
+            (unembed,) = self._unembed
+            logits = unembed(torch.stack(outs, dim=1).flatten(0, 1)).view(len(rows), num_heads, -1)
+        else:
+            parts = zip(outs, self._unembed[:num_heads], strict=True)
+            logits = torch.stack([unembed(x) for x, unembed in parts], dim=1)
+        return logits.float() * self._scale
 
 
 def product_tree(root: int, depths: Seq[Candidates], budget: int, source: int) -> DraftTree:

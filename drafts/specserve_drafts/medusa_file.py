@@ -3,7 +3,8 @@
 Owns who calls what by which name: the authors (Cai et al. 2024, arXiv 2401.10774;
 github.com/FasterDecoding/Medusa) write {head}.{layer}.linear and, after the last layer,
 {head}.{num_layers}; vLLM writes blocks.{head}.layers.{layer}, lm_heads.{head} and, for fewer tokens
-than the target has, token_map. The authors' names are ours. Safetensors only.
+than the target has, token_map; with original_lm_head in its config, all heads have lm_heads.0. The
+authors' names are ours. Safetensors only.
 """
 
 import re
@@ -39,6 +40,7 @@ class MedusaFile:
     num_layers: int  # residual layers of a head, before its own unembedding
     token_ids: Tensor | None  # [draft_vocab_size] int64, what each row is to the target; None: same
     logit_scale: float
+    shared_unembedding: bool  # one for all heads, that of head 0
     _checkpoint: SafetensorsCheckpoint
     _names: Mapping[str, str]  # ours -> the file's
 
@@ -50,7 +52,8 @@ class MedusaFile:
 
     def unembedding(self, head: int) -> Tensor:
         """[draft_vocab_size, hidden_size], as it is stored."""
-        weight = self._tensor(f"{head}.{self.num_layers}.weight")
+        owner = 0 if self.shared_unembedding else head
+        weight = self._tensor(f"{owner}.{self.num_layers}.weight")
         if self.token_ids is not None and len(weight) != len(self.token_ids):
             return weight[self.token_ids]  # of all tokens, of which the map takes some
         return weight
@@ -81,6 +84,7 @@ def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
             num_layers,
             _token_ids(path, checkpoint, target.vocab_size),
             config.number("logit_scale", 1.0),
+            config.flag("original_lm_head", False),
             checkpoint,
             names,
         )
@@ -128,9 +132,10 @@ def _check_names(path: Path, file: MedusaFile, found: set[str]) -> None:
         for head in range(file.num_heads)
         for layer in range(file.num_layers)
     ]
+    unembeddings = [f"{head}.{file.num_layers}.weight" for head in range(file.num_heads)]
     wanted = {f"{layer}.weight" for layer in layers}
-    wanted |= {f"{head}.{file.num_layers}.weight" for head in range(file.num_heads)}
-    allowed = wanted | {f"{layer}.bias" for layer in layers} | {_TOKEN_MAP}
+    wanted |= set(unembeddings[:1] if file.shared_unembedding else unembeddings)
+    allowed = wanted | {f"{layer}.bias" for layer in layers} | {*unembeddings, _TOKEN_MAP}
     lists = [
         f"{kind}: {', '.join(sorted(some)[:4])}{', ...' if len(some) > 4 else ''}"
         for kind, some in (("missing", wanted - found), ("unexpected", found - allowed))

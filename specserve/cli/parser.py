@@ -95,6 +95,7 @@ EVALS: Final = {
 TUNES: Final = {
     "recycle": "a table of what the target holds likely after the last tokens",
     "eagle": "a head over the target's own layers, trained on its answers",
+    "medusa": "heads over the target's last row alone, trained on its answers",
 }
 
 

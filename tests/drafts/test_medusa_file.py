@@ -39,6 +39,9 @@ def test_the_weights_say_how_many_heads_there_are(tiny_model: Path, tmp_path: Pa
         ("authors", {"medusa_num_layers": 1}, {}, r"missing: 0\.1\.weight.*medusa_num_layers"),
         ("authors", {"logit_scale": "x"}, {}, r"logit_scale = 'x': expected a number"),
         ("authors", {}, {"1.0.linear.weight": None}, r"missing: 1\.0\.linear\.weight"),
+        ("vllm_mapped_shared", {}, {"lm_heads.0.weight": None}, r"missing: 0\.2\.weight"),
+        ("vllm_mapped_shared", {"original_lm_head": False}, {}, r"missing: 1\.2\.weight"),
+        ("vllm", {"original_lm_head": 2}, {}, r"original_lm_head = 2: expected true or false"),
         ("authors", {}, {"lm_head.weight": torch.zeros(2)}, r"unexpected: lm_head\.weight"),
         (
             "authors",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from specserve.models.shape import ModelShape
 from specserve_drafts.formats import HeadFile, read_head
-from specserve_drafts.tune.eagle_export import public_name, write_head
+from specserve_drafts.tune.eagle_export import write_head
+from specserve_drafts.tune.export import public_name
 
 GOLDEN = Path(__file__).with_name("golden") / "speculators"
 TARGET = GOLDEN / "target"

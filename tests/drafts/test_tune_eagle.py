@@ -7,50 +7,36 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_chat import write_tiny_chat
+from safetensors.torch import load_file
+from tune_target import NUM_PROMPTS, prompts, write_predictable
 
 from specserve.cli.main import main as specserve
 from specserve.drafting.registry import create_drafter
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.eagle import EagleDrafter
-from specserve_drafts.tune import eagle, eagle_data, eagle_run
-from specserve_drafts.tune.eagle_card import EagleMade
-from specserve_drafts.tune.eagle_run import Run
-from specserve_drafts.tune.eagle_settings import EagleSettings, read_settings
-from specserve_drafts.tune.eagle_state import State
-from specserve_drafts.tune.eagle_teacher import Teacher
+from specserve_drafts.tune import answers, eagle, head_run
+from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.head_card import HeadMade
+from specserve_drafts.tune.head_run import Run
+from specserve_drafts.tune.head_settings import read_settings
+from specserve_drafts.tune.head_state import State
+from specserve_drafts.tune.teacher import Teacher
 
 FLAGS = "--dtype float32 --device cpu --max-model-len 128 --max-tokens 24 --max-len 32 --depth 3"
 RECIPE = "--draft-vocab 60 --step-tokens 100 --check-every 40 --matrix-lr 0.02 --other-lr 0.01"
-NUM_PROMPTS = 28
 EXPERIMENTS = Path(__file__).parents[2] / "drafts" / "experiments"
 
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With a model and prompts for three shards."""
-    monkeypatch.setattr(eagle_run, "SHARD_PROMPTS", 8)
-    monkeypatch.setattr(eagle_data, "SHARD_PROMPTS", 8)
-    monkeypatch.setattr(eagle_run, "HELD_OUT", 4)
+    monkeypatch.setattr(head_run, "SHARD_PROMPTS", 8)
+    monkeypatch.setattr(answers, "SHARD_PROMPTS", 8)
+    monkeypatch.setattr(head_run, "HELD_OUT", 4)
     write_predictable(tiny_model, tmp_path / "tiny")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(text) for text in prompts()))
     return tmp_path
-
-
-def write_predictable(model: Path, directory: Path) -> None:
-    """The tiny model, its layers turned down: the next token hardly depends on but the last."""
-    write_tiny_chat(model, directory)
-    tensors = load_file(directory / "model.safetensors")
-    for name in tensors:
-        if "o_proj" in name or "down_proj" in name:
-            tensors[name] *= 0.05
-    save_file(tensors, directory / "model.safetensors")
-
-
-def prompts() -> list[str]:
-    return [f"w{n} w{n + 1} w{n + 2}" for n in range(NUM_PROMPTS)]
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
@@ -59,8 +45,8 @@ def command(folder: Path, *arguments: str) -> list[str]:
     return [*files, *target, *FLAGS.split(), *RECIPE.split(), *arguments]
 
 
-def made(folder: Path) -> EagleMade:
-    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=EagleMade)
+def made(folder: Path) -> HeadMade:
+    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=HeadMade)
 
 
 def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +97,7 @@ def test_answers_come_with_the_rows_a_teacher_would_read(
 
     keeps, reads = teacher(), teacher()
     chats = [[{"role": "user", "content": text}] for text in prompts()]
-    texts = eagle_data.Answers(llm, chats, settings, folder / "data", keeps).shard(0)
+    texts = answers.Answers(llm, chats, settings, folder / "data", keeps).shard(0)
     assert len(texts) > 1
     monkeypatch.setattr(keeps, "_pass", pytest.fail)
     kept, read = keeps.read(texts), reads.read(texts)
@@ -138,7 +124,7 @@ def test_a_run_goes_on_where_it_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_train", stop)
-        patch.setattr(eagle_run, "SAVE_EVERY_S", 0.0)
+        patch.setattr(head_run, "SAVE_EVERY_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             eagle.main(command(folder, *arguments))
     assert eagle.main(command(folder, *arguments)) == 2
@@ -209,10 +195,10 @@ def test_an_experiment_is_a_file_of_settings(
     assert "dephts: unknown setting; did you mean 'depth'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*-eagle.toml")), ids=lambda f: f.stem)
 def test_the_experiments_are_ones(file: Path) -> None:
     line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
-    settings, _ = read_settings(eagle.build_parser().parse_args(line))
+    settings, _ = read_settings(eagle.build_parser().parse_args(line), EagleSettings)
     assert settings.minutes is not None
 
 

@@ -15,16 +15,18 @@ from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.formats import read_head
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
-from specserve_drafts.tune.eagle_batch import Text, build_chains
-from specserve_drafts.tune.eagle_data import batches, read_texts, write_texts
+from specserve_drafts.tune.eagle import EagleMethod
+from specserve_drafts.tune.eagle_batch import build_chains
 from specserve_drafts.tune.eagle_export import write_head
-from specserve_drafts.tune.eagle_init import head_rows, head_shape, start_from_target
-from specserve_drafts.tune.eagle_loss import Wanted, head_loss
-from specserve_drafts.tune.eagle_model import EagleHead
+from specserve_drafts.tune.eagle_init import head_shape, start_from_target
+from specserve_drafts.tune.eagle_model import EagleChains, EagleHead
 from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.eagle_teacher import Teacher
-from specserve_drafts.tune.eagle_training import Trainer, chain_acceptance, schedule
+from specserve_drafts.tune.head_loss import Wanted, head_loss
+from specserve_drafts.tune.head_training import Trainer, chain_acceptance, schedule
 from specserve_drafts.tune.muon import MuonAdamW, orthogonalised
+from specserve_drafts.tune.teacher import Teacher
+from specserve_drafts.tune.texts import Text, batches, read_texts, write_texts
+from specserve_drafts.tune.vocabulary import head_rows
 
 CPU = torch.device("cpu")
 TAPS = (0, 1, 2)
@@ -86,7 +88,7 @@ def test_training_computes_what_serving_computes(
     )
     with torch.no_grad():
         batch, lesson = build_chains(some, CPU, per_group), teacher.read(some)
-        steps = list(head.chain(batch, lesson.taps, teacher.embed, 4))
+        steps = list(head(EagleChains(batch, lesson.taps, teacher.embed, 4)))
         logits = [out @ rows.T for out in steps]
     pair = chain = 0
     for text in some:
@@ -245,18 +247,17 @@ def test_batches_hold_every_text_once() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_loss_falls(tiny_model: Path, teacher: Teacher, precision: str) -> None:
     """A few texts over and over."""
-    settings = EagleSettings(depth=3, precision=precision, matrix_lr=0.02, other_lr=0.01)  # type: ignore[arg-type]
+    settings = EagleSettings(depth=3, taps=TAPS, precision=precision, matrix_lr=0.02, other_lr=0.01)  # type: ignore[arg-type]
     shape, some = ModelShape.from_dir(tiny_model), texts((4, 40), (4, 40))
-    checkpoint = read_checkpoint(tiny_model)
+    checkpoint, method = read_checkpoint(tiny_model), EagleMethod(settings)
     trainer = Trainer(
         settings,
-        head_shape(shape, TAPS, len(DRAFT_IDS)),
+        method.begin(checkpoint, shape, teacher, teacher.read(some).last, len(DRAFT_IDS)),
+        lambda texts, lesson: method.lay_out(texts, lesson, teacher),
         teacher,
         DRAFT_IDS,
         head_rows(checkpoint, shape, DRAFT_IDS),
     )
-    start_from_target(trainer.head, checkpoint, shape, teacher.read(some).last, 0)
-    trainer.begin()
     steps = [trainer.step(some, step / 80 * 0.29) for step in range(80)]
     assert steps[-1].loss < 0.5 * steps[0].loss
     assert all(b > a + 0.1 for a, b in zip(steps[0].accepted, steps[-1].accepted, strict=True))

@@ -10,52 +10,92 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from specserve_drafts.tune.eagle_card import EagleMade, write_card
-from specserve_drafts.tune.eagle_run import Run
-from specserve_drafts.tune.eagle_settings import add_settings, read_settings
-from specserve_drafts.tune.prompts import add_run_flags
-from specserve_evals import provenance
+from torch import Tensor
+
+from specserve.models.checkpoint import Checkpoint, read_checkpoint
+from specserve.models.shape import ModelShape
+from specserve_drafts.tune.eagle_batch import build_chains
+from specserve_drafts.tune.eagle_export import write_head
+from specserve_drafts.tune.eagle_init import default_taps, head_shape, start_from_target
+from specserve_drafts.tune.eagle_model import EagleChains, EagleHead
+from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.head_card import Description, HeadMade
+from specserve_drafts.tune.head_command import head_parser, train
+from specserve_drafts.tune.head_training import Trainer
+from specserve_drafts.tune.teacher import Lesson, Teacher
+from specserve_drafts.tune.texts import Text
+
+
+class EagleMethod:
+    name = "eagle"
+
+    def __init__(self, settings: EagleSettings) -> None:
+        self._settings = settings
+
+    def taps(self, target: ModelShape) -> tuple[int, ...]:
+        taps = self._settings.taps or default_taps(target.num_layers)
+        if not all(0 <= tap <= target.num_layers for tap in taps) or len(set(taps)) < len(taps):
+            raise ValueError(
+                f"taps: {list(taps)}; expected different layers of 0 to {target.num_layers}"
+            )
+        return taps
+
+    def begin(
+        self,
+        checkpoint: Checkpoint,
+        target: ModelShape,
+        teacher: Teacher,
+        last: Tensor,
+        draft_vocab: int,
+    ) -> EagleHead:
+        head = EagleHead(head_shape(target, self.taps(target), draft_vocab), teacher.device)
+        start_from_target(head, checkpoint, target, last, self._settings.seed)
+        return head
+
+    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> EagleChains:
+        batch = build_chains(texts, teacher.device)
+        return EagleChains(batch, lesson.taps, teacher.embed, self._settings.depth)
+
+    def export(self, folder: Path, target: Path, trainer: Trainer) -> None:
+        head, settings = trainer.average, self._settings
+        assert isinstance(head, EagleHead)
+        embedding = None
+        if settings.embedding == "own":
+            embedding = read_checkpoint(target).floats("model.embed_tokens.weight")
+        write_head(
+            folder,
+            head.shape,
+            head.state_dict(),
+            trainer.rows,
+            trainer.token_ids,
+            target,
+            settings.depth,
+            embedding=embedding,
+        )
+
+    def describe(self, trainer: Trainer, made: HeadMade) -> Description:
+        head = trainer.average
+        assert isinstance(head, EagleHead)
+        shape, target = head.shape, made.settings["target"]
+        return Description(
+            kind="EAGLE-3.1",
+            about=f"A head over the rows entering layers {', '.join(map(str, shape.taps))} of "
+            f"{target}: one layer of width {shape.hidden_size}, and the target's own "
+            f"head for {shape.draft_vocab_size} of its {shape.vocab_size} tokens, which hold "
+            f"{made.coverage:.1%} of what it finds likely. Embedding and head are "
+            "the target's and were not trained.",
+            layout="The layout is that of vllm-project/speculators.",
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: made; 2: wrong usage."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(arguments)
-    try:
-        settings, target = read_settings(args)
-        run = Run(args, settings, target)
-        run.learn()
-    except ValueError as error:
-        print(f"tune eagle: error: {error}", file=sys.stderr)
-        return 2
-    made = EagleMade(
-        method="eagle",
-        provenance=provenance.collect(
-            "specserve.cli", ["tune", "eagle", *arguments], run.llm.engine.platform, args.prompts
-        ),
-        settings=run.state.settings,
-        num_prompts=run.num_prompts,
-        num_excluded=run.num_excluded,
-        best=max(run.state.curve, key=lambda point: point.tau),
-        curve=run.state.curve,
-    )
-    write_card(args.out, run.trainer.head.shape, made)
-    print(f"{args.out}: {made.best.tau:.2f} tokens per pass on prompts that were kept back")
-    return 0
+    return train(build_parser(), EagleSettings, EagleMethod, argv)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="specserve tune eagle",
-        description="Train an EAGLE-3.1 head for a target on the target's own answers.",
-        allow_abbrev=False,
+    return head_parser(
+        "eagle", "Train an EAGLE-3.1 head for a target on the target's own answers.", EagleSettings
     )
-    add_run_flags(parser)
-    parser.add_argument(
-        "--experiment", type=Path, metavar="FILE.toml", help="settings; flags override it"
-    )
-    add_settings(parser)
-    return parser
 
 
 if __name__ == "__main__":

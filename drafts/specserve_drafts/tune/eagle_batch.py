@@ -14,23 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Ids = npt.NDArray[np.int32]
+from specserve_drafts.tune.texts import Text
+
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    tokens: Ids  # [n], the prompt first
-    num_prompt: int
-
-    @property
-    def num_answer(self) -> int:
-        return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_pairs(self) -> int:
-        """Of those that some chain sees."""
-        return len(self.tokens) - 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from specserve.models.fields import read_json
 from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.tune.export import CONFIG, public_name, write_checkpoint
 
-WEIGHTS: Final = "model.safetensors"
-CONFIG: Final = "config.json"
 _LAYOUT: Final = "0.7.0"  # the first speculators with all of these fields
 _ROPE: Final = ("rope_theta", "rope_scaling", "rope_parameters")  # as the target says it
 
@@ -34,7 +31,7 @@ def write_head(
     *,
     embedding: Tensor | None = None,  # [vocab_size, hidden_size], the target's; None: left out
 ) -> None:
-    """model.safetensors and config.json; a reader never sees half a file."""
+    """See `write_checkpoint`."""
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
     if embedding is not None:
         tensors["embed_tokens.weight"] = embedding.to("cpu", dtype)
@@ -42,23 +39,9 @@ def write_head(
     if len(ids := token_ids.cpu()) < shape.vocab_size:
         tensors["d2t"] = ids - torch.arange(len(ids))
         tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
-    part = folder / f"{WEIGHTS}.part"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    part.replace(folder / WEIGHTS)
     name = public_name(target)
     config = head_config(shape, read_json(target / CONFIG), name, depth, dtype)
-    part = folder / f"{CONFIG}.part"
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2))
-    part.replace(folder / CONFIG)
-
-
-def public_name(target: Path) -> str:
-    """By which others find a target: the hub id of which the directory is a copy, else the
-    directory's name. Never a path of this machine."""
-    parts = target.absolute().parts
-    if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        return parts[-3].removeprefix("models--").replace("--", "/")
-    return parts[-1]
+    write_checkpoint(folder, tensors, config)
 
 
 def head_config(

@@ -47,12 +47,6 @@ def head_shape(target: ModelShape, taps: tuple[int, ...], draft_vocab: int) -> H
     )
 
 
-def head_rows(checkpoint: Checkpoint, target: ModelShape, token_ids: Tensor) -> Tensor:
-    """[len(token_ids), hidden_size] float32: the target's head, as far as it is drafted from."""
-    name = "model.embed_tokens.weight" if target.tied_head else "lm_head.weight"
-    return checkpoint.floats(name)[token_ids.cpu()].float()
-
-
 @torch.no_grad()
 def start_from_target(
     head: EagleHead, checkpoint: Checkpoint, target: ModelShape, last: Tensor, seed: int

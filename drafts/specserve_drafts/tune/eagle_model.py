@@ -7,6 +7,7 @@ chain's start and its own chain, which is what it sees while serving.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,23 @@ from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.eagle_batch import ChainBatch, Group
 
 Embed = Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
+
+
+@dataclass(frozen=True, slots=True)
+class EagleChains:
+    """What `depth` steps of some chains are made of."""
+
+    batch: ChainBatch
+    taps: Tensor  # [N, num_taps * hidden_size], of the pairs
+    embed: Embed
+    depth: int
+
+    @property
+    def left(self) -> Tensor:  # [M] int64
+        return self.batch.left
+
+    def step_rows(self, step: int) -> Tensor:  # [M] int64
+        return self.batch.step_rows(step)
 
 
 class Norm(nn.Module):
@@ -103,24 +121,19 @@ class EagleHead(nn.Module):
         rows: Tensor = self.fc(torch.cat(normed, -1))
         return rows
 
-    def chain(
-        self,
-        batch: ChainBatch,
-        taps: Tensor,  # [N, num_taps * hidden_size], of the pairs
-        embed: Embed,
-        depth: int,
-    ) -> Iterator[Tensor]:
+    def forward(self, chains: EagleChains) -> Iterator[Tensor]:
         """Rows [M, hidden_size] of steps 0 to depth - 1, ready for the head."""
         (layer,) = self.layers
         assert isinstance(layer, Layer)
-        wide, residual = layer.wide(embed(batch.next_ids), self.fuse(taps))
+        batch, embed = chains.batch, chains.embed
+        wide, residual = layer.wide(embed(batch.next_ids), self.fuse(chains.taps))
         angles = self._rotary.angles(batch.positions)
         true = layer.self_attn.key_value(wide, angles)
         seen = _Seen(batch, *true)
         positions = batch.positions[batch.starts]
         # Of pairs before a chain only K and V are of use: there is no second layer.
         wide, rows = wide[batch.starts], residual[batch.starts]
-        for step in range(depth):
+        for step in range(chains.depth):
             angles = self._rotary.angles(positions + step)
             if step:
                 ids = batch.ids[batch.step_rows(step)]

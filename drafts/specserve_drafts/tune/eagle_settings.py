@@ -1,162 +1,21 @@
-"""What a training run can be told, by flags or by an experiment file in TOML."""
+"""What the training of an EAGLE head can be told besides."""
 
-import argparse
-import tomllib
-from collections.abc import Iterable
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, Final, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
-import msgspec
-from msgspec import Struct
-
-from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
-from specserve.config import TargetConfig
-
-HELP: Final = {
-    "minutes": "how long to answer and train together; 20 without --tokens",
-    "tokens": "answer tokens to train on, repeats counted, instead of minutes",
-    "draft_vocab": "tokens the head can propose: those that the target finds likely most often",
-    "taps": "layers entered whose rows the head reads; not given: 2, the middle one, the end",
-    "depth": "steps of the training-time test: how far ahead it learns to draft",
-    "batch": "prompts answered together",
-    "max_tokens": "of an answer",
-    "max_len": "tokens of a prompt and its answer that are trained on",
-    "temperature": "of the answers, in turn",
-    "step_tokens": "answer tokens of one optimiser step",
-    "share": "of the time for answering, with --minutes",
-    "repeats": "times an answer is trained on before more are asked for, with --tokens",
-    "matrix_lr": "learning rate of matrices (Muon)",
-    "other_lr": "learning rate of norms (AdamW)",
-    "weight_decay": "of matrices",
-    "kl_first": "share of the run before the loss turns from KL to the acceptance itself",
-    "check_every": "steps between two looks at the held-out answers",
-    "precision": "of the products in training",
-    "embedding": "own: the file holds the target's too, as speculators needs it; engines do not",
-    "seed": "of the order of prompts, of answers and of the first weights",
-}
-RANGES: Final = {
-    "minutes": (1, 10**6),
-    "tokens": (1, 10**12),
-    "draft_vocab": (2, 2**24),
-    "depth": (1, 16),
-    "batch": (1, 4096),
-    "max_tokens": (2, 2**20),
-    "max_len": (8, 2**20),
-    "step_tokens": (1, 2**20),
-    "share": (0.05, 0.95),
-    "repeats": (1, 1000),
-    "matrix_lr": (0.0, 1.0),
-    "other_lr": (0.0, 1.0),
-    "weight_decay": (0.0, 1.0),
-    "kl_first": (0.0, 1.0),
-    "check_every": (1, 10**6),
-    "seed": (0, 2**31),
-}
-_LISTS: Final = frozenset({"temperature", "taps"})  # written as a list behind one flag
-_LIMITS: Final = frozenset({"minutes", "tokens"})
-# What may change when a run goes on.
-_FREE: Final = _LIMITS | {"batch", "check_every", "embedding"}
+from specserve_drafts.tune.head_settings import HELP, RANGES, HeadSettings
 
 
-class EagleSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """Defaults are those of a CPU; see drafts/experiments."""
+class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
+    HELP: ClassVar[Mapping[str, str]] = HELP | {
+        "taps": "layers entered whose rows the head reads; not given: 2, the middle one, the end",
+        "depth": "steps of the training-time test: how far ahead it learns to draft",
+        "embedding": "own: the file holds the target's too, as speculators needs it; "
+        "engines do not",
+    }
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES | {"depth": (1, 16)}
+    FREE: ClassVar[frozenset[str]] = HeadSettings.FREE | {"embedding"}
 
-    minutes: int | None = None
-    tokens: int | None = None
-    draft_vocab: int = 8192
     taps: tuple[int, ...] | None = None
     depth: int = 4
-    batch: int = 32
-    max_tokens: int = 256
-    max_len: int = 512
-    temperature: tuple[float, ...] = (0.0, 0.7, 0.0, 1.0)
-    step_tokens: int = 1024
-    share: float = 0.35
-    repeats: int = 2
-    matrix_lr: float = 6e-3
-    other_lr: float = 1e-3
-    weight_decay: float = 0.01
-    kl_first: float = 0.3
-    check_every: int = 25
-    precision: Literal["float32", "bfloat16"] = "float32"
     embedding: Literal["target", "own"] = "target"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}: {value} is out of range; expected {low} to {high}")
-        if self.minutes is not None and self.tokens is not None:
-            raise ValueError("minutes: not together with tokens; give one of them")
-        if not self.temperature or any(not 0 <= t <= 2 for t in self.temperature):
-            raise ValueError(f"temperature: {list(self.temperature)}; expected some of 0 to 2")
-
-    @property
-    def seconds(self) -> int:
-        return 60 * (self.minutes or 20)
-
-    def lasting(self) -> dict[str, Any]:
-        """What must not change when a run goes on, as JSON has it."""
-        values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return {name: value for name, value in values.items() if name not in _FREE}
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    limit = parser.add_mutually_exclusive_group()
-    for name in ("minutes", "tokens"):
-        limit.add_argument(
-            f"--{name}", type=int, default=argparse.SUPPRESS, metavar="N", help=HELP[name]
-        )
-    for name, kind in (("temperature", float), ("taps", int)):
-        parser.add_argument(
-            f"--{name}",
-            type=kind,
-            nargs="+",
-            default=argparse.SUPPRESS,
-            metavar="N" if kind is int else "T",
-            help=HELP[name],
-        )
-    group = parser.add_argument_group("recipe")
-    add_flags(group, EagleSettings, HELP, skip=_LIMITS | _LISTS)
-    add_flags(
-        parser.add_argument_group("target"), TargetConfig, ENGINE_HELP | {"target": TARGET_HELP}
-    )
-
-
-def read_settings(args: argparse.Namespace) -> tuple[EagleSettings, dict[str, Any]]:
-    """The experiment file under the flags, and the target's settings. Raises ValueError."""
-    file: Path | None = args.experiment
-    values = {} if file is None else _read_toml(file)
-    flags = given(args, EagleSettings)
-    if _LIMITS & set(flags):
-        values = {name: value for name, value in values.items() if name not in _LIMITS}
-    values |= flags | given(args, TargetConfig)
-    target = {name: values.pop(name) for name in TargetConfig.__struct_fields__ if name in values}
-    try:
-        msgspec.convert(target, TargetConfig)
-        return msgspec.convert(values, EagleSettings), target
-    except msgspec.ValidationError as error:
-        reason = error.__cause__ or error  # our own words, where it was our check
-        raise ValueError(f"{'' if file is None else f'{file}: '}{reason}") from error
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"experiment: {file} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"experiment: {file} is not valid TOML: {error}") from error
-    known = (*EagleSettings.__struct_fields__, *TargetConfig.__struct_fields__)
-    for name in values:
-        if name not in known:
-            raise ValueError(f"{file}: {name}: unknown setting; {_hint(name, known)}")
-    return values
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -10,22 +10,19 @@ from typing import Final
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from specserve.cli.prompts import Messages
 from specserve.drafting.base import Feedback
 from specserve.llm import LLM
 from specserve.types import RequestError, SamplingParams
-from specserve_drafts.tune.eagle_batch import Text
-from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.eagle_teacher import Teacher
+from specserve_drafts.tune.head_settings import HeadSettings
+from specserve_drafts.tune.teacher import Teacher
+from specserve_drafts.tune.texts import Text, read_texts, write_texts
 
 SHARD_PROMPTS: Final = 64  # answered between two saves: less than a minute
 HELD_OUT: Final = 32  # prompts that are never learned from
 _COUNTED_PROMPTS: Final = 4000
-_COUNTED_ROWS: Final = 4096
-_PROMPT_SHARE: Final = 0.5  # what words of prompts count against likely words of answers
 
 
 class Answers:
@@ -39,7 +36,7 @@ class Answers:
         self,
         llm: LLM,
         prompts: Sequence[Messages],
-        settings: EagleSettings,
+        settings: HeadSettings,
         folder: Path,
         teacher: Teacher,
     ) -> None:
@@ -114,53 +111,3 @@ class Answers:
                 self._rows[seq.id] = (seq.tokens, [])
             self._rows[seq.id][1].append(taps[first:end])
             first = end
-
-
-def write_texts(path: Path, texts: Sequence[Text]) -> None:
-    part = path.with_name(path.name + ".part")
-    lengths = [(text.num_prompt, len(text.tokens)) for text in texts]
-    arrays = {
-        "tokens": np.concatenate([np.empty(0, np.int32), *(text.tokens for text in texts)]),
-        "lengths": np.array(lengths, np.int32).reshape(-1, 2),
-    }
-    save_file(arrays, part)
-    part.replace(path)
-
-
-def read_texts(path: Path) -> list[Text]:
-    arrays = load_file(path)
-    ends = np.cumsum(arrays["lengths"][:, 1])
-    pieces = np.split(arrays["tokens"], ends[:-1]) if len(ends) else []
-    prompts = arrays["lengths"][:, 0].tolist()
-    return [Text(piece, num) for piece, num in zip(pieces, prompts, strict=True)]
-
-
-def batches(texts: Sequence[Text], step_tokens: int, seed: Sequence[int]) -> list[list[Text]]:
-    """In random order, about `step_tokens` answer tokens each."""
-    order = np.random.default_rng(seed).permutation(len(texts))
-    num_tokens = sum(text.num_answer for text in texts)
-    num_batches = max(1, round(num_tokens / step_tokens))
-    parts: list[list[Text]] = [[]]
-    done = 0
-    for index in order:
-        if done >= len(parts) * num_tokens / num_batches and len(parts) < num_batches:
-            parts.append([])
-        parts[-1].append(texts[index])
-        done += texts[index].num_answer
-    return [part for part in parts if part]
-
-
-def draft_vocabulary(
-    texts: Sequence[Text], prompt_counts: Tensor, teacher: Teacher, size: int
-) -> Tensor:
-    """[size] int64 ascending: the tokens with the most mass where the target answers; what is
-    rare there goes by the prompts, then by rank: BPE merges what is frequent first."""
-    last = teacher.read(texts).last[:_COUNTED_ROWS]
-    mass = torch.zeros_like(prompt_counts)
-    for rows in torch.split(last, 256):
-        mass += teacher.likely(rows, None).sum(0).cpu()
-    mass = mass / len(last) + _PROMPT_SHARE * prompt_counts
-    eos = list(teacher.model.shape.eos_token_ids)
-    mass[eos] = torch.inf
-    best = mass.argsort(descending=True, stable=True)[: min(size, len(mass))]
-    return best.sort().values

@@ -6,52 +6,81 @@ takes the same steps again.
 
 import argparse
 import time
-from typing import Any, Final
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 import msgspec
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from specserve.cli.progress import show_progress
 from specserve.config import ScheduleConfig, TargetConfig
 from specserve.hub import resolve
 from specserve.llm import LLM
-from specserve.models.checkpoint import read_checkpoint
+from specserve.models.checkpoint import Checkpoint, read_checkpoint
+from specserve.models.shape import ModelShape
+from specserve_drafts.tune.answers import HELD_OUT, SHARD_PROMPTS, Answers
 from specserve_drafts.tune.card import CURVE
-from specserve_drafts.tune.eagle_batch import Text
-from specserve_drafts.tune.eagle_card import EaglePoint, draw_curve
-from specserve_drafts.tune.eagle_data import (
-    HELD_OUT,
-    SHARD_PROMPTS,
-    Answers,
-    batches,
-    draft_vocabulary,
-)
-from specserve_drafts.tune.eagle_export import write_head
-from specserve_drafts.tune.eagle_init import default_taps, head_rows, head_shape, start_from_target
-from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.eagle_state import (
+from specserve_drafts.tune.head_card import Description, HeadMade, HeadPoint, draw_curve
+from specserve_drafts.tune.head_settings import HeadSettings
+from specserve_drafts.tune.head_state import (
     begun,
     lasting_settings,
     load_tensors,
     resumed,
     save,
 )
-from specserve_drafts.tune.eagle_teacher import Teacher
-from specserve_drafts.tune.eagle_training import Stepped, Trainer
+from specserve_drafts.tune.head_training import Chains, Stepped, Trainer
 from specserve_drafts.tune.prompts import training_prompts
+from specserve_drafts.tune.teacher import Lesson, Teacher
+from specserve_drafts.tune.texts import Text, batches
+from specserve_drafts.tune.vocabulary import draft_vocabulary, head_rows
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0
+
+
+class Method(Protocol):
+    """A kind of heads."""
+
+    name: str  # of the subcommand
+
+    def taps(self, target: ModelShape) -> tuple[int, ...]:
+        """The layers entered whose rows the heads read. Raises ValueError."""
+        ...
+
+    def begin(
+        self,
+        checkpoint: Checkpoint,  # the target's
+        target: ModelShape,
+        teacher: Teacher,
+        last: Tensor,  # [n, hidden_size], some rows that leave the target's last layer
+        draft_vocab: int,
+    ) -> nn.Module:
+        """The heads that training starts from; see `Trainer` for what they are called with."""
+        ...
+
+    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> Chains: ...
+
+    def export(self, folder: Path, target: Path, trainer: Trainer) -> None:
+        """Weights and config of the average; a reader never sees half a file."""
+        ...
+
+    def describe(self, trainer: Trainer, made: HeadMade) -> Description: ...
 
 
 class Run:
     """From its beginning or from where an earlier one stopped. Raises ValueError."""
 
     def __init__(
-        self, args: argparse.Namespace, settings: EagleSettings, target: dict[str, Any]
+        self,
+        args: argparse.Namespace,
+        settings: HeadSettings,
+        target: dict[str, Any],
+        method: Method,
     ) -> None:
-        self.settings, self._out = settings, args.out
+        self.settings, self._out, self._method = settings, args.out, method
         prompts, self.num_excluded = training_prompts(args.prompts, args.exclude, settings.seed)
         if len(prompts) <= HELD_OUT:
             raise ValueError(f"prompts: {len(prompts)} are too few; give more than {HELD_OUT}")
@@ -59,17 +88,11 @@ class Run:
         self.state = resumed(args.out, lasting) if args.resume else begun(args.out, lasting)
         self.llm = _open(settings, target)
         self._target = resolve(target.get("target", TargetConfig().target))
-        shape = self.llm.engine.shape
-        taps = settings.taps or default_taps(shape.num_layers)
-        if not all(0 <= tap <= shape.num_layers for tap in taps) or len(set(taps)) < len(taps):
-            raise ValueError(
-                f"taps: {list(taps)}; expected different layers of 0 to {shape.num_layers}"
-            )
         self._teacher = Teacher(
             self._target,
             self.llm.engine.platform,
             self.llm.config.target.quantization,
-            taps,
+            method.taps(self.llm.engine.shape),
             settings.max_len,
         )
         self._answers = Answers(
@@ -83,7 +106,7 @@ class Run:
         if not held_out:
             raise ValueError(f"max_len: {settings.max_len} has no room for the prompts' answers")
         self._count(answering=time.perf_counter() - started)
-        self.trainer = self._trainer(taps)
+        self.trainer = self._trainer()
         self._held_out = self.trainer.hold_out(held_out)
         self._recent: list[Stepped] = []
         self._loaded: tuple[tuple[int, int], list[list[Text]]] | None = None
@@ -174,7 +197,7 @@ class Run:
         """The averaged weights on held-out answers; exported where they are the best so far."""
         started = time.perf_counter()
         checked, recent, state = self.trainer.check(self._held_out), self._recent, self.state
-        point = EaglePoint(
+        point = HeadPoint(
             num_steps=state.num_steps,
             num_tokens=state.num_tokens,
             num_answered=state.num_answered,
@@ -186,47 +209,30 @@ class Run:
             conditional=checked.conditional,
         )
         if not state.curve or checked.tau > max(point.tau for point in state.curve):
-            write_head(
-                self._out,
-                self.trainer.head.shape,
-                self.trainer.average.state_dict(),
-                self.trainer.rows,
-                self.trainer.token_ids,
-                self._target,
-                self.settings.depth,
-                embedding=self._embedding(),
-            )
+            self._method.export(self._out, self._target, self.trainer)
         self._recent = []
         self._update(curve=(*state.curve, point))
         draw_curve(self.state.curve, self._out / CURVE)
         self._count(training=time.perf_counter() - started)
 
-    def _embedding(self) -> Tensor | None:
-        if self.settings.embedding == "target":
-            return None
-        return read_checkpoint(self._target).floats("model.embed_tokens.weight")
-
     def _save(self) -> None:
         self.state = save(self._out, self.state, self.trainer.tensors())
 
-    def _trainer(self, taps: tuple[int, ...]) -> Trainer:
+    def _trainer(self) -> Trainer:
         shape, texts = self.llm.engine.shape, self._answers.shard(0)
         saved = load_tensors(self._out, self.state)
         token_ids = saved["vocab.ids"] if saved else self._vocabulary(texts)
-        checkpoint = read_checkpoint(self._target)
+        checkpoint, last = read_checkpoint(self._target), self._teacher.read(texts[:8]).last
         trainer = Trainer(
             self.settings,
-            head_shape(shape, taps, len(token_ids)),
+            self._method.begin(checkpoint, shape, self._teacher, last, len(token_ids)),
+            lambda texts, lesson: self._method.lay_out(texts, lesson, self._teacher),
             self._teacher,
             token_ids,
             head_rows(checkpoint, shape, token_ids),
         )
         if saved:
             trainer.load(saved, self.state.num_steps)
-        else:
-            last = self._teacher.read(texts[:8]).last
-            start_from_target(trainer.head, checkpoint, shape, last, self.settings.seed)
-            trainer.begin()
         return trainer
 
     def _vocabulary(self, texts: list[Text]) -> Tensor:
@@ -250,7 +256,7 @@ class Run:
         self.state = msgspec.structs.replace(self.state, **changes)
 
 
-def _open(settings: EagleSettings, target: dict[str, Any]) -> LLM:
+def _open(settings: HeadSettings, target: dict[str, Any]) -> LLM:
     with show_progress() as progress:
         return LLM(
             draft="none",

@@ -19,7 +19,7 @@ from specserve.cache.table import BlockTable
 from specserve.engine.device import Platform
 from specserve.models.loader import load_model
 from specserve.types import Quantization
-from specserve_drafts.tune.eagle_batch import Ids, Text
+from specserve_drafts.tune.texts import Ids, Text
 
 _BLOCK: Final = 16
 _PASS_ROWS: Final = 1024  # slots of one pass, if no text alone needs more
@@ -73,6 +73,11 @@ class Teacher:
     def embed(self, ids: Tensor) -> Tensor:
         """[n] int64 -> [n, hidden_size] float32, fit for autograd."""
         return self.model.embed(ids).float().clone()
+
+    def normed(self, last: Tensor) -> Tensor:
+        """[M, hidden_size] as in `Lesson` -> float32 of the same shape, as the target's own head
+        reads it, fit for autograd."""
+        return self.model.final_norm(last).float().clone()
 
     def read(self, texts: Sequence[Text]) -> Lesson:
         rows = {key: self._kept[key] for key in map(_key, texts) if key in self._kept}

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specserve.config import TargetConfig
-from specserve_drafts.tune.eagle_card import EaglePoint
-from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.head_card import HeadPoint
+from specserve_drafts.tune.head_settings import HeadSettings
 
 STATE: Final = "state.json"
 
@@ -29,7 +29,7 @@ class State(Struct, frozen=True):
     cursor: int = 0  # batches of it that are done
     answering: float = 0.0  # seconds
     training: float = 0.0  # seconds, checks included
-    curve: tuple[EaglePoint, ...] = ()
+    curve: tuple[HeadPoint, ...] = ()
     tensors: str | None = None  # file beside this one
 
 
@@ -55,7 +55,7 @@ def resumed(out: Path, lasting: dict[str, Any]) -> State:
 
 
 def lasting_settings(
-    args: argparse.Namespace, settings: EagleSettings, target: dict[str, Any]
+    args: argparse.Namespace, settings: HeadSettings, target: dict[str, Any]
 ) -> dict[str, Any]:
     files = {"prompts": args.prompts.name, "exclude": [path.name for path in args.exclude]}
     name = Path(target.get("target", TargetConfig().target)).name

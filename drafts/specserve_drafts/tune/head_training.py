@@ -1,26 +1,26 @@
 """One optimiser step, the average of the weights, and a look at held-out answers.
 
-Knows no files and no time: how far a run is comes as a fraction with each step.
+Knows no files, no time and no method: how far a run is comes as a fraction with each step, and
+heads are any module that makes rows for the target's own head of what it finds in `Chains`.
 """
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from msgspec import Struct
-from torch import Tensor
+from torch import Tensor, nn
 
-from specserve_drafts.head_shape import HeadShape
-from specserve_drafts.tune.eagle_batch import ChainBatch, Text, build_chains
-from specserve_drafts.tune.eagle_loss import Wanted, head_loss
-from specserve_drafts.tune.eagle_model import EagleHead
-from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.eagle_teacher import Teacher
+from specserve_drafts.tune.head_loss import Wanted, head_loss
+from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.muon import MuonAdamW
+from specserve_drafts.tune.teacher import Lesson, Teacher
+from specserve_drafts.tune.texts import Text
 
 _STEP_WEIGHT: Final = 0.8  # of each step of the chain against the one before (EAGLE-3)
 _WARM_UP: Final = 0.04  # share of the run in which learning rates rise
@@ -34,7 +34,7 @@ class Stepped(Struct, frozen=True):
 
     num_tokens: int  # of answers
     loss: float
-    accepted: tuple[float, ...]  # per step of the chain: mean of sum min(p, q), at temperature 1
+    accepted: tuple[float, ...]  # per token of the chain: mean of sum min(p, q), at temperature 1
     coverage: float  # the target's mass on the draft vocabulary
 
 
@@ -45,30 +45,45 @@ class Checked(Struct, frozen=True):
     conditional: tuple[float, ...]  # c_k: token k right, given those before it were
 
 
+class Chains(Protocol):
+    """M chains over some texts, one text after the other, with all that a head reads of them."""
+
+    @property
+    def left(self) -> Tensor: ...  # [M] int64, answer tokens from a chain's first guess on
+
+    def step_rows(self, step: int) -> Tensor:
+        """[M] int64: the answer token that each chain guesses at `step`, of those of all texts;
+        the last one of its text past the end."""
+
+
+LayOut = Callable[[Sequence[Text], Lesson], Chains]
+
+
 @dataclass(frozen=True, slots=True)
 class HeldOut:
     """Some texts, and what the target gave for them."""
 
-    batch: ChainBatch
-    taps: Tensor  # [N, num_taps * hidden_size]
-    answers: Tensor  # [M] int64
+    chains: Chains
+    answers: Tensor  # [num_answer_tokens] int64
 
 
 class Trainer:
-    """`rows` is the target's head for `token_ids`, and stays as it is."""
+    """`head`, called with `Chains`, yields rows [M, hidden_size] per step. `rows` is the target's
+    head for `token_ids`, and stays as it is."""
 
     def __init__(
         self,
-        settings: EagleSettings,
-        shape: HeadShape,
+        settings: HeadSettings,
+        head: nn.Module,
+        lay_out: LayOut,
         teacher: Teacher,
         token_ids: Tensor,  # [draft_vocab] int64
         rows: Tensor,  # [draft_vocab, hidden_size] float32
     ) -> None:
-        self._settings, self._teacher = settings, teacher
+        self._settings, self._teacher, self._lay_out = settings, teacher, lay_out
         self.device = teacher.device
-        self.head = EagleHead(shape, self.device)
-        self.average = EagleHead(shape, self.device).requires_grad_(False)
+        self.head = head
+        self.average = copy.deepcopy(head).requires_grad_(False)
         self.token_ids = token_ids.to(self.device)
         self.rows = rows.to(self.device)
         dtype = torch.float32 if settings.precision == "float32" else torch.bfloat16
@@ -78,25 +93,20 @@ class Trainer:
         self._optimiser = MuonAdamW(self._parameters, weight_decay=settings.weight_decay)
         self.num_steps = 0
 
-    def begin(self) -> None:
-        """Once the first weights are in `head`."""
-        self.average.load_state_dict(self.head.state_dict())
-
     def step(self, texts: Sequence[Text], progress: float) -> Stepped:
         """Learn from texts; `progress` from 0 to 1 sets the learning rates and the loss."""
         settings = self._settings
         lesson = self._teacher.read(texts)
         wanted = Wanted.of(self._teacher.likely(lesson.last, self.token_ids))
-        batch = build_chains(texts, self.device)
+        chains = self._lay_out(texts, lesson)
         hybrid = progress >= settings.kl_first
         loss, accepted = torch.zeros((), device=self.device), []
         with self._cast():
-            chain = self.head.chain(batch, lesson.taps, self._teacher.embed, settings.depth)
-            for step, out in enumerate(chain):
-                valid = (batch.left > step).float()
+            for step, out in enumerate(self.head(chains)):
+                valid = (chains.left > step).float()
                 mean = valid / valid.sum().clamp_min(1)
                 weights = mean * _STEP_WEIGHT**step
-                rows = batch.step_rows(step)
+                rows = chains.step_rows(step)
                 part, shares = head_loss(out, self._rows, wanted, rows, weights, hybrid)
                 loss = loss + part
                 accepted.append((shares * mean).sum())
@@ -124,18 +134,16 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, held: Sequence[HeldOut]) -> Checked:
-        depth = self._settings.depth
         hits, left = [], []
         for part in held:
             with self._cast():
-                chain = self.average.chain(part.batch, part.taps, self._teacher.embed, depth)
-                steps = [self._guesses(out) for out in chain]
+                steps = [self._guesses(out) for out in self.average(part.chains)]
             right = [
-                (guess == part.answers[part.batch.step_rows(k)]) & (part.batch.left > k)
+                (guess == part.answers[part.chains.step_rows(k)]) & (part.chains.left > k)
                 for k, guess in enumerate(steps)
             ]
             hits.append(torch.stack(right, 1).cpu().numpy())
-            left.append(part.batch.left.cpu().numpy())
+            left.append(part.chains.left.cpu().numpy())
         return chain_acceptance(np.concatenate(hits), np.concatenate(left))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -168,8 +176,7 @@ class Trainer:
     def _hold(self, texts: Sequence[Text]) -> HeldOut:
         answers = np.concatenate([text.tokens[text.num_prompt :] for text in texts])
         return HeldOut(
-            build_chains(texts, self.device),
-            self._teacher.read(texts).taps,
+            self._lay_out(texts, self._teacher.read(texts)),
             torch.from_numpy(answers.astype(np.int64)).to(self.device),
         )
 

@@ -1,18 +1,18 @@
-"""What lies beside the weights of a head: provenance, model card, learning curve."""
+"""What lies beside the weights of trained heads: provenance, model card, learning curve."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.card import CURVE, PROVENANCE
 from specserve_evals import provenance
 
 
-class EaglePoint(Struct, frozen=True):
+class HeadPoint(Struct, frozen=True):
     """A look at held-out answers."""
 
     num_steps: int
@@ -20,59 +20,68 @@ class EaglePoint(Struct, frozen=True):
     num_answered: int  # different ones
     seconds: int  # of answering and training
     loss: float | None  # mean since the point before, as are the next two; None: no step yet
-    accepted: tuple[float, ...]  # per step of the chain, at temperature 1
+    accepted: tuple[float, ...]  # per token of the chain, at temperature 1
     coverage: float | None  # the target's mass on the draft vocabulary
     tau: float  # a chain's tokens per pass on greedy answers to prompts that were kept back
     conditional: tuple[float, ...]  # c_1, c_2, ... there
 
 
-class EagleMade(Struct, frozen=True):
-    """How a head was made."""
+class HeadMade(Struct, frozen=True):
+    """How heads were made."""
 
     method: str
     provenance: provenance.Provenance
     settings: dict[str, Any]
     num_prompts: int
     num_excluded: int
-    best: EaglePoint  # the one that was kept
-    curve: tuple[EaglePoint, ...]
+    best: HeadPoint  # the one that was kept
+    curve: tuple[HeadPoint, ...]
+
+    @property
+    def coverage(self) -> float:
+        """The target's mass on the draft vocabulary, of late; a run that goes on may end without
+        another step."""
+        known = [point.coverage for point in self.curve if point.coverage is not None]
+        return known[-1] if known else 0.0
 
 
-def write_card(folder: Path, shape: HeadShape, made: EagleMade) -> None:
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a card says of a kind of heads."""
+
+    kind: str
+    about: str  # what they read and hold
+    layout: str  # of the file, a sentence
+
+
+def write_card(folder: Path, description: Description, made: HeadMade) -> None:
     """Everything but weights and config."""
     (folder / PROVENANCE).write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2))
-    (folder / "README.md").write_text(model_card(shape, made))
+    (folder / "README.md").write_text(model_card(description, made))
     draw_curve(made.curve, folder / CURVE)
 
 
-def model_card(shape: HeadShape, made: EagleMade) -> str:
+def model_card(description: Description, made: HeadMade) -> str:
     settings, best, last = made.settings, made.best, made.curve[-1]
-    # A run that goes on may end without another step.
-    coverage = next((p.coverage for p in reversed(made.curve) if p.coverage is not None), 0.0)
     chances = ", ".join(f"{chance:.2f}" for chance in best.conditional)
     return "\n".join(
         [
-            f"# A draft for {settings['target']}: EAGLE-3.1",
+            f"# A draft for {settings['target']}: {description.kind}",
             "",
-            f"A head over the rows entering layers {', '.join(map(str, shape.taps))} of "
-            f"{settings['target']}: one layer of width {shape.hidden_size}, and the target's own "
-            f"head for {shape.draft_vocab_size} of its {shape.vocab_size} tokens, which hold "
-            f"{coverage:.1%} of what it finds likely. Embedding and head are the "
-            "target's and were not trained.",
+            description.about,
             "",
             f"- trained on {last.num_tokens} tokens, {last.num_answered} different ones: the "
             f"target's own answers to {made.num_prompts} prompts, temperatures "
             f"{settings['temperature']}",
             f"- left out: {made.num_excluded} prompts that share 13 words in a row with "
             f"{', '.join(settings['exclude']) or 'nothing'}",
-            f"- {best.tau:.2f} tokens per pass, greedy, as a chain of {settings['depth']}, on "
+            f"- {best.tau:.2f} tokens per pass, greedy, as a chain of {len(best.conditional)}, on "
             f"prompts that were kept back; token by token, given those before, {chances} are "
             f"right ({CURVE}: while it learned)",
             f"- the average of the weights after step {best.num_steps} of {last.num_steps}",
             f"- made in {last.seconds / 60:.0f} minutes",
             "",
-            "The layout is that of vllm-project/speculators. It only guesses: whatever it "
-            "proposes, the target decides.",
+            f"{description.layout} It only guesses: whatever it proposes, the target decides.",
             "",
             provenance.markdown(made.provenance),
             "",
@@ -80,8 +89,8 @@ def model_card(shape: HeadShape, made: EagleMade) -> str:
     )
 
 
-def draw_curve(curve: Sequence[EaglePoint], path: Path) -> None:
-    """Acceptance of held-out text while a head learns. Needs matplotlib."""
+def draw_curve(curve: Sequence[HeadPoint], path: Path) -> None:
+    """Acceptance of held-out text while heads learn. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")

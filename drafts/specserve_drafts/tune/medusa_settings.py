@@ -1,0 +1,15 @@
+"""What the training of Medusa heads can be told besides."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from specserve_drafts.tune.head_settings import HELP, RANGES, HeadSettings
+
+
+class MedusaSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
+    HELP: ClassVar[Mapping[str, str]] = HELP | {
+        "heads": "how many: head i guesses the token i + 1 after the one that the target tells",
+    }
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES | {"heads": (1, 16)}
+
+    heads: int = 3

@@ -1,0 +1,60 @@
+"""Prompts and what the target answered to them, as token ids: on disk, and in batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    tokens: Ids  # [n], the prompt first
+    num_prompt: int
+
+    @property
+    def num_answer(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pairs(self) -> int:
+        """Of those that some chain sees."""
+        return len(self.tokens) - 2
+
+
+def write_texts(path: Path, texts: Sequence[Text]) -> None:
+    part = path.with_name(path.name + ".part")
+    lengths = [(text.num_prompt, len(text.tokens)) for text in texts]
+    arrays = {
+        "tokens": np.concatenate([np.empty(0, np.int32), *(text.tokens for text in texts)]),
+        "lengths": np.array(lengths, np.int32).reshape(-1, 2),
+    }
+    save_file(arrays, part)
+    part.replace(path)
+
+
+def read_texts(path: Path) -> list[Text]:
+    arrays = load_file(path)
+    ends = np.cumsum(arrays["lengths"][:, 1])
+    pieces = np.split(arrays["tokens"], ends[:-1]) if len(ends) else []
+    prompts = arrays["lengths"][:, 0].tolist()
+    return [Text(piece, num) for piece, num in zip(pieces, prompts, strict=True)]
+
+
+def batches(texts: Sequence[Text], step_tokens: int, seed: Sequence[int]) -> list[list[Text]]:
+    """In random order, about `step_tokens` answer tokens each."""
+    order = np.random.default_rng(seed).permutation(len(texts))
+    num_tokens = sum(text.num_answer for text in texts)
+    num_batches = max(1, round(num_tokens / step_tokens))
+    parts: list[list[Text]] = [[]]
+    done = 0
+    for index in order:
+        if done >= len(parts) * num_tokens / num_batches and len(parts) < num_batches:
+            parts.append([])
+        parts[-1].append(texts[index])
+        done += texts[index].num_answer
+    return [part for part in parts if part]
