@@ -43,7 +43,7 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     branching: int = 8  # candidates kept per node; 1 drafts a chain
     beam: int = 2  # nodes looked at per draft pass
     max_depth: int = 8
-    min_score: float = 0.1  # nodes whose path is less likely are never looked at
+    min_score: float = 0.05  # nodes whose path is less likely are never looked at
     static: bool = False  # one shape for every tree, whatever the head says: to compare with
     draft_vocab: int | None = None  # rows of the head to keep, the first ones
     taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
