@@ -19,7 +19,7 @@ def asked(worth: Worth, steps: int, seconds: float, gain: float, *, noisy: bool 
 
 
 def test_a_drafter_that_earns_its_time_is_always_asked() -> None:
-    assert asked(Worth(), 2000, 0.0005, 0.3) == 2000
+    assert asked(Worth(), 2000, 0.0005, 0.5) == 2000
 
 
 def test_one_that_does_not_is_tried_ever_more_rarely() -> None:
@@ -39,7 +39,7 @@ def test_it_is_back_once_the_text_suits_it() -> None:
 def test_sampled_requests_are_judged_apart() -> None:
     worth = Worth()
     assert asked(worth, 200, 0.0005, 0.0) < 200
-    assert asked(worth, 200, 0.0005, 0.4, noisy=True) == 200
+    assert asked(worth, 200, 0.0005, 0.5, noisy=True) == 200
 
 
 def test_nothing_is_decided_before_a_trial() -> None:

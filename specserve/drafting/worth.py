@@ -14,6 +14,9 @@ _TRIAL: Final = 12  # drafts that are looked at before anything is decided
 _MEMORY: Final = 48.0  # drafts that a mean is of
 _PAUSES: Final = (32, 512)  # passes without it: the first time, and at most
 _EVERY: Final = 4  # passes, in one of which somebody is judged: that takes a tree without them
+# What is expected of trees is too much by a few percent, the more so the more drafters, and what a
+# drafter adds by a third of it (drafts/LOG.md).
+_DOUBT: Final = 1.5
 _CHEAP: Final = 0.02  # of a pass: who takes less is not worth judging
 
 
@@ -88,7 +91,8 @@ class Worth:
         record.gain.add(gain)
         if record.gain.count < _TRIAL or not self._step.value:
             return
-        if record.gain.value * self._step.value >= record.seconds.value * self._tokens.value:
+        needed = _DOUBT * record.seconds.value * self._tokens.value
+        if record.gain.value * self._step.value >= needed:
             record.next_pause = _PAUSES[0]
             return
         record.pause = record.next_pause
