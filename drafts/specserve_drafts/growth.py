@@ -17,7 +17,8 @@ from specserve.tree import DraftTree, build_tree
 
 # What a look is worth: tokens that the successors of a node that comes true add to a pass, beside
 # those that emit one now.
-_GAIN, _TOKENS = 0.4, 1.8
+_GAIN: Final = 0.4
+_TOKENS: Final = 1.8
 _MEMORY: Final = 32.0  # drafts that the seconds of a pass are a mean of
 
 

@@ -79,8 +79,8 @@ class PackedDraftHead(Protocol):
         ...
 
     def __call__(self, batch: DecoderPass) -> Tensor:
-        """Rows [num_rows, hidden_size] to go on from; writes K and V. `batch` has rows; what it
-        wants of logits and taps is not looked at."""
+        """Rows [num_rows, hidden_size] to go on from; writes K and V. `batch` has rows, and wants
+        no logits: see `logits`."""
         ...
 
     def logits(self, rows: Tensor) -> Tensor:

@@ -121,9 +121,8 @@ class CpuDraftHead:
     def __call__(self, batch: DecoderPass) -> Tensor:
         """See `PackedDraftHead`."""
         weights = self._weights
-        none = torch.empty(0, dtype=torch.int64)
         taps = (len(weights.decoder.layers),)
-        rows = self._decoder(replace(batch, logit_rows=none, num_top=0, taps=taps)).tapped[:, 0]
+        rows = self._decoder(replace(batch, taps=taps)).tapped[:, 0]
         return self._norm(rows) if weights.norm_output else rows
 
     def logits(self, rows: Tensor) -> Tensor:
