@@ -5,6 +5,9 @@ next tokens there. A table keeps them by the last tokens, and a tree is grown fr
 (after Luo et al. 2024, "Turning Trash into Treasure: Accelerating Inference of Large Language
 Models with Token Recycling", arXiv 2408.08696, who keep them by the last token alone).
 
+Beside the table of all requests each one has its own, which begins with its prompt and believes
+more in what it heard last: a text repeats itself. What is in a prompt is nobody else's.
+
 What requests of one `cache_salt` have taught is not found by another's; what was taught without a
 salt, and so what a table was tuned on, is there for all. Host only.
 """
@@ -26,10 +29,10 @@ from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feed
 from specserve.sequence import Sequence
 from specserve.tree import DraftTree
 from specserve_drafts.fit import Target, check_fit, shipped
-from specserve_drafts.successors import ORDERS, TABLE, WIDTH, SuccessorTable
+from specserve_drafts.successors import NO_SALT, ORDERS, OWN, TABLE, WIDTH, SuccessorTable
 from specserve_kernels.dispatch import native_host
 
-_PUBLIC: Final = 0
+_OWN_CONTEXTS: Final = 2**14  # of a request; 230 kB, which stay in the cache
 _SAVE_INTERVAL: Final = 60.0  # seconds
 
 _Best = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
@@ -66,6 +69,7 @@ class RecycleDrafter:
         elif options.shipped:
             path = shipped("recycle", self.target)
         self.table = self._first_table(path, options.contexts)
+        self._own: dict[str, SuccessorTable] = {}  # by sequence id
         self._saved_at = time.monotonic()
 
     def _first_table(self, path: Path | None, contexts: int) -> SuccessorTable:
@@ -105,6 +109,7 @@ class RecycleDrafter:
                 budget,
                 self._min_probability,
                 source,
+                self._own_table(seq),
             )
             for seq, budget in zip(seqs, budgets, strict=True)
         ]
@@ -121,13 +126,24 @@ class RecycleDrafter:
             salt = _salts(seq.request.cache_salt)[0]
             before = seq.tokens[-2 : -ORDERS - 1 : -1]
             self.table.learn(salt, before, tree, best[rows], logits[rows])
+            if own := self._own.get(seq.id):
+                own.learn(NO_SALT, before, tree, best[rows], logits[rows])
             first = rows.stop
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
             self.table.save(self._file)
             self._saved_at = time.monotonic()
 
     def forget(self, seq_id: str) -> None:
-        """Nothing is kept for a request, but what it taught is there for the next one."""
+        """What a request taught is there for the next one, but for its own table."""
+        self._own.pop(seq_id, None)
+
+    def _own_table(self, seq: Sequence) -> SuccessorTable:
+        own = self._own.get(seq.id)
+        if own is None:
+            own = SuccessorTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)
+            own.learn_text(seq.tokens)
+            self._own[seq.id] = own
+        return own
 
     def _best(self, output: ModelOutput) -> _Best:
         """[rows, WIDTH] the best next tokens and their logits."""
@@ -146,6 +162,6 @@ class RecycleDrafter:
 def _salts(cache_salt: str) -> tuple[int, ...]:
     """Where a request looks; the first is where it writes."""
     if not cache_salt:
-        return (_PUBLIC,)
+        return (NO_SALT,)
     digest = hashlib.blake2b(cache_salt.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little"), _PUBLIC
+    return int.from_bytes(digest, "little"), NO_SALT

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +30,9 @@ TABLE: Final = "table.safetensors"  # in the directory of a draft
 _PER_OCTAVE: Final = 16  # steps of a stored share in which it halves
 _SHARES: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # of a step
 _SHARE_LIST: Final[list[float]] = _SHARES.tolist()
-# By order. What is said again counts this much against all before: long contexts come seldom and
-# mean what they last meant. When read, a context counts this much against the shorter ones. Both
-# measured on greedy answers of SmolLM2: drafts/LOG.md.
-_NEWS: Final = (0.1, 0.2, 0.4)
-_TRUST: Final = (1.0, 0.5, 0.6)
 # A tag: the upper bits of a context's state, and two more.
 _WRITTEN, _AGAIN, _TAG_BITS = np.uint16(1), np.uint16(2), np.uint16(0xFFFC)
+NO_SALT: Final = 0
 _NO_TOKEN: Final = 0xFFFFFFFF  # before the first one of a text
 _MULTIPLIER: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio (Knuth, TAOCP 3, section 6.4)
 _WORD: Final = 2**64 - 1
@@ -44,11 +40,27 @@ _WORD: Final = 2**64 - 1
 Context = tuple[int, ...]  # the last token first
 
 
+class Manner(NamedTuple):
+    """How a table takes in what it is told, by order; measured in drafts/LOG.md.
+
+    news: what is said again counts this much against all before; long contexts come seldom and mean
+    what they last meant. trust: when read, a context counts this much against the shorter ones.
+    """
+
+    news: tuple[float, ...]
+    trust: tuple[float, ...]
+
+
+SHARED: Final = Manner(news=(0.1, 0.2, 0.4), trust=(1.0, 0.5, 0.6))
+OWN: Final = Manner(news=(0.5, 0.6, 0.8), trust=(0.6, 0.6, 0.7))  # of a single text
+
+
 class SuccessorTable:
     """`num_rows` contexts, a power of two."""
 
-    def __init__(self, num_rows: int, vocab_size: int) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, manner: Manner = SHARED) -> None:
         assert num_rows.bit_count() == 1, f"{num_rows} is no power of two"
+        self._manner = manner
         token = "H" if vocab_size <= 2**16 else "I"
         self._row = struct.Struct(f"<H{WIDTH}{token}{WIDTH}B")
         # A row lies together: reading one misses the cache once.
@@ -64,8 +76,8 @@ class SuccessorTable:
                 token_bytes=rows.dtype["tokens"].base.itemsize,
                 shares=_SHARE_LIST,
                 steps_per_octave=_PER_OCTAVE,
-                news=_NEWS,
-                trust=_TRUST,
+                news=manner.news,
+                trust=manner.trust,
             )
         self._tags: npt.NDArray[np.uint16] = rows["tags"]  # 0: never written
         self._tokens: npt.NDArray[np.unsignedinteger[Any]] = rows["tokens"]
@@ -82,16 +94,21 @@ class SuccessorTable:
         max_nodes: int,
         min_probability: float,
         source: int,
+        own: "SuccessorTable | None" = None,
     ) -> DraftTree:
         """The likely paths from the last token of a context, which stands first in it.
 
-        What is found under an earlier salt goes before what is found under a later one.
+        What is found under an earlier salt goes before what is found under a later one. `own` is
+        of the text alone, without salts; it is mixed in at every length of context.
         """
         if self._native is not None:
-            return DraftTree(*self._native.grow(salts, context, max_nodes, min_probability, source))
+            of_text = None if own is None else own._native
+            return DraftTree(
+                *self._native.grow(salts, context, max_nodes, min_probability, source, of_text)
+            )
 
         def expand(known: Context, depth: int) -> Iterator[tuple[int, float, Context]]:
-            for token, share in self.candidates(salts, known):
+            for token, share in self.candidates(salts, known, own):
                 yield token, share, (token, *known[: ORDERS - 1])
 
         known = tuple(context[:ORDERS])
@@ -121,6 +138,17 @@ class SuccessorTable:
         salts = np.full(len(tree), salt, np.uint64)
         self.write(salts[sound], contexts[sound], best[sound], shares[sound])
 
+    def learn_text(self, tokens: Seq[int]) -> None:
+        """That every token surely follows those before it; without a salt."""
+        if self._native is not None:
+            self._native.learn_text(tokens)
+            return
+        salt, shares = np.zeros(1, np.uint64), np.eye(1, WIDTH, dtype=np.float32)
+        for end in range(1, len(tokens)):
+            before = tokens[max(end - ORDERS, 0) : end][::-1]
+            context = np.array([(*before, *[-1] * (ORDERS - len(before)))], np.int64)
+            self.write(salt, context, np.array([[tokens[end]] + [0] * (WIDTH - 1)]), shares)
+
     def write(
         self,
         salts: npt.NDArray[np.uint64],
@@ -135,7 +163,7 @@ class SuccessorTable:
             token = contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN)
             state = (state ^ token) * np.uint64(_MULTIPLIER)
             state = state ^ (state >> np.uint64(29))
-            self._write(state, np.float32(_NEWS[order]), tokens, shares)
+            self._write(state, np.float32(self._manner.news[order]), tokens, shares)
 
     def _write(
         self,
@@ -163,26 +191,31 @@ class SuccessorTable:
         self._tokens[mine] = merged[0][~spared]
         self._shares[mine] = _steps(merged[1])[~spared]
 
-    def candidates(self, salts: Seq[int], context: Seq[int]) -> list[tuple[int, float]]:
-        """At most WIDTH tokens and how likely they are, the best first.
-
-        `context` has the last token first; what is found under an earlier salt goes before.
-        """
+    def candidates(
+        self, salts: Seq[int], context: Seq[int], own: "SuccessorTable | None" = None
+    ) -> list[tuple[int, float]]:
+        """At most WIDTH tokens and how likely they are, the best first; see `grow`."""
         mixed: dict[int, float] = {}
         left = 1.0
         states = [_states(salt, context) for salt in salts]
+        states_of_text = _states(NO_SALT, context)
         for order in reversed(range(len(context))):
-            for of_salt in states:
-                row = of_salt[order] & (len(self._tags) - 1)
-                tag, *said = self._row.unpack_from(self._buffer, row * self._row.size)
-                if tag & 0xFFFD != of_salt[order] >> 48 & 0xFFFC | 1:
+            of_text = None if own is None else own._said(states_of_text[order])
+            found = (said for state in states if (said := self._said(state[order])) is not None)
+            for table, said in ((own, of_text), (self, next(found, None))):
+                if table is None or said is None:
                     continue
-                weight = left * _TRUST[order]
+                weight = left * table._manner.trust[order]
                 for token, step in zip(said[:WIDTH], said[WIDTH:], strict=True):
                     mixed[token] = mixed.get(token, 0.0) + weight * _SHARE_LIST[step]
                 left -= weight
-                break
         return sorted(mixed.items(), key=lambda item: -item[1])[:WIDTH]
+
+    def _said(self, state: int) -> list[int] | None:
+        """The tokens of a context's row and their steps; None: it has none."""
+        row = state & (len(self._tags) - 1)
+        tag, *said = self._row.unpack_from(self._buffer, row * self._row.size)
+        return said if tag & 0xFFFD == state >> 48 & 0xFFFC | 1 else None
 
     def save(self, path: Path) -> None:
         """As safetensors; a reader never sees half a file."""
@@ -223,6 +256,7 @@ def _merged(
 ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float32]]:
     """The WIDTH best of both, row by row; a token in both has the sum of its shares."""
     same = new[:, :, None] == old[:, None, :]
+    same &= same.cumsum(1) == 1  # a token that fills up new rows is there more than once
     both = new_shares + (same * old_shares[:, None, :]).sum(2)
     alone = np.where(same.any(1), np.float32(0.0), old_shares)
     shares = np.concatenate([both, alone], 1)

@@ -12,7 +12,7 @@ from specserve.drafting.calibration import Calibration
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.selection import Selection
 from specserve.tree import MAX_NODES, DraftTree, build_tree
-from specserve_drafts.successors import WIDTH, SuccessorTable
+from specserve_drafts.successors import OWN, WIDTH, SuccessorTable
 from specserve_drafts.suffix_search import SuffixSearch
 from specserve_drafts.token_log import END
 from specserve_kernels.dispatch import VARIABLE, native_host
@@ -137,6 +137,7 @@ row = st.lists(
 )
 def test_tables_of_successors(lessons: list[Lesson], num_rows: int, vocab_size: int) -> None:
     compiled, python = both(lambda: SuccessorTable(num_rows, vocab_size))
+    own = both(lambda: SuccessorTable(64, vocab_size, OWN))
     for salt, before, tree, rows in lessons:
         # One node at a time: the twin writes all rows of a call by what it found before the call.
         root = build_tree([int(tree.tokens[0])], [-1], [1.0], 1)
@@ -150,8 +151,14 @@ def test_tables_of_successors(lessons: list[Lesson], num_rows: int, vocab_size: 
         np.testing.assert_allclose(compiled._shares, python._shares.astype(int), atol=1)
         python._shares[:], python._tokens[:] = compiled._shares, compiled._tokens
         salts, context = (salt, 0) if salt else (0,), [int(tree.tokens[0]), *before]
-        for floor in (0.0, 0.05):
-            ours, theirs = (each.grow(salts, context, 8, floor, 2) for each in (compiled, python))
+        for of_text in own:
+            of_text.learn_text([*before, *tree.tokens.tolist()])
+        np.testing.assert_array_equal(own[0]._buffer, own[1]._buffer)
+        for floor, of_texts in ((0.0, (None, None)), (0.05, (None, None)), (0.0, own)):
+            ours, theirs = (
+                each.grow(salts, context, 8, floor, 2, of_text)
+                for each, of_text in zip((compiled, python), of_texts, strict=True)
+            )
             assert_same(ours, theirs)
             ours.validate(vocab_size, 8)
 

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from tiny import EngineFactory, ids, run
 
 from specserve.batch import ModelOutput
+from specserve.cache.table import BlockTable
 from specserve.drafting.base import DraftError
 from specserve.drafting.registry import create_drafter
 from specserve.engine.engine import Engine
+from specserve.sequence import Sequence
 from specserve.types import Request, SamplingParams
 from specserve_drafts.recycle import RecycleDrafter
-from specserve_drafts.successors import ORDERS, SuccessorTable
+from specserve_drafts.successors import ORDERS, OWN, SuccessorTable
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, seed=0, ignore_eos=True)
 PROMPT = tuple(range(20, 60))
@@ -73,6 +75,21 @@ def test_salts_are_apart_and_what_has_none_is_for_all() -> None:
     write(table, (5, 6, 7), [8, 2, 3, 4])
     assert 8 not in dict(table.candidates([11, 0], (5, 6, 7)))
     assert dict(table.candidates([12, 0], (5, 6, 7)))[8] > 0
+
+
+def test_a_text_of_its_own_is_mixed_in() -> None:
+    """It has the say where it knows more, and none where it knows nothing."""
+    table, own = SuccessorTable(2**10, 100), SuccessorTable(2**10, 100, OWN)
+    write(table, (7, 6, 5), [1, 2, 3, 4])
+    own.learn_text([5, 6, 7, 50])
+    assert own.candidates([0], (7, 6, 5))[0][0] == 50
+    mixed = dict(table.candidates([0], (7, 6, 5), own))
+    assert mixed[50] > mixed[1] > 0
+    assert dict(table.candidates([0], (8, 6, 5), own)) == {}
+    assert table.candidates([0], (7, 6, 5), SuccessorTable(8, 100, OWN)) == table.candidates(
+        [0], (7, 6, 5)
+    )
+    assert dict(SuccessorTable(8, 100).candidates([0], (50,), own)) == {}, "nothing follows the end"
 
 
 def test_a_small_table_forgets_and_never_mixes_up() -> None:
@@ -160,6 +177,24 @@ def test_rejected_nodes_teach_too(make_engine: EngineFactory) -> None:
     assert stats is not None
     assert stats.num_draft_tokens > stats.num_accepted_draft_tokens, "nothing was rejected"
     assert recycled(engine).table.num_filled > len(contexts)
+
+
+def test_what_a_prompt_says_is_drafted_and_stays_with_the_request(
+    make_engine: EngineFactory,
+) -> None:
+    drafter = recycled(make_engine("recycle", max_nodes=8))
+    prompt = (*PROMPT, 9, *PROMPT[:4])
+    seqs = [
+        Sequence(Request(name, tokens, GREEDY), list(tokens), BlockTable(16))
+        for name, tokens in (("a", prompt), ("b", PROMPT[:4]))
+    ]
+    own, others = drafter.propose(seqs, [8, 8])
+    assert own.tokens.tolist() == list(PROMPT[3:11])
+    assert others.tokens.tolist() == [PROMPT[3]]
+    assert drafter.table.num_filled == 0
+    for seq in seqs:
+        drafter.forget(seq.id)
+    assert not drafter._own
 
 
 def test_requests_of_other_salts_learn_nothing(make_engine: EngineFactory) -> None:

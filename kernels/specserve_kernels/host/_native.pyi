@@ -44,8 +44,10 @@ class SuccessorTable:
         max_nodes: int,
         min_probability: float,
         source: int,
+        own: SuccessorTable | None,
         /,
     ) -> Fields: ...
+    def learn_text(self, tokens: Sequence[int], /) -> None: ...
     def learn(
         self,
         salt: int,

@@ -126,13 +126,23 @@ public:
         const std::vector<int64_t>& context,
         int max_nodes,
         double min_probability,
-        uint8_t source) const {
+        uint8_t source,
+        const BoundTable* own) const {
         if (context.empty()) throw std::invalid_argument("context: no token");
         Context known{-1, -1, -1};
         const int num_known = std::min(int(context.size()), kOrders);
         std::copy_n(context.begin(), num_known, known.begin());
-        return fields_of(table_.grow(salts, known, num_known, max_nodes, min_probability, source));
+        return fields_of(table_.grow(
+            salts,
+            known,
+            num_known,
+            max_nodes,
+            min_probability,
+            source,
+            own ? &own->table_ : nullptr));
     }
+
+    void learn_text(const std::vector<int64_t>& tokens) const { table_.learn_text(tokens); }
 
     void learn(
         uint64_t salt,
@@ -219,7 +229,8 @@ PYBIND11_MODULE(_native, module) {
             py::arg("news"),
             py::arg("trust"))
         .def("grow", &BoundTable::grow)
-        .def("learn", &BoundTable::learn);
+        .def("learn", &BoundTable::learn)
+        .def("learn_text", &BoundTable::learn_text);
 
     py::class_<TokenLog>(module, "TokenLog")
         .def(py::init<const std::vector<int>&>())

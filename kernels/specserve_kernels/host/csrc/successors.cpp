@@ -8,6 +8,7 @@ namespace specserve {
 namespace {
 
 // A tag: the upper bits of a context's state, and two more.
+constexpr uint64_t kNoSalt = 0;
 constexpr uint16_t kWritten = 1, kAgain = 2, kTagBits = 0xFFFC;
 
 // What identifies the contexts of 1, 2 ... tokens.
@@ -59,6 +60,11 @@ SuccessorTable::Row SuccessorTable::read(int64_t row) const {
     }
     std::memcpy(read.shares, at, sizeof read.shares);
     return read;
+}
+
+bool SuccessorTable::find(uint64_t state, Row& row) const {
+    row = read(state & (num_rows_ - 1));
+    return (row.tag & ~kAgain) == tag_of(state);
 }
 
 void SuccessorTable::put(int64_t row, const Row& value) const {
@@ -145,13 +151,24 @@ void SuccessorTable::learn(
     }
 }
 
+void SuccessorTable::learn_text(const std::vector<int64_t>& tokens) const {
+    const float surely[kWidth] = {1.0f};
+    Context context{-1, -1, -1};
+    for (size_t at = 0; at + 1 < tokens.size(); ++at) {
+        context = {tokens[at], context[0], context[1]};
+        const int64_t next[kWidth] = {tokens[at + 1]};
+        write(kNoSalt, context, next, surely);
+    }
+}
+
 Tree SuccessorTable::grow(
     const std::vector<uint64_t>& salts,
     const Context& context,
     int num_known,
     int max_nodes,
     double min_probability,
-    uint8_t source) const {
+    uint8_t source,
+    const SuccessorTable* own) const {
     struct Known {
         Context tokens;
         int count;
@@ -162,15 +179,20 @@ Tree SuccessorTable::grow(
         mixed.clear();
         states.clear();
         for (const uint64_t salt : salts) states.push_back(states_of(salt, known.tokens));
+        const auto own_states = states_of(kNoSalt, known.tokens);
         double left = 1.0;
+        const auto take = [&](const SuccessorTable& table, int order, const Row& row) {
+            const double weight = left * table.numbers_.trust[order];
+            for (int i = 0; i < kWidth; ++i)
+                add_to(mixed, row.tokens[i], weight * double(numbers_.shares[row.shares[i]]));
+            left -= weight;
+        };
+        Row row;
         for (int order = known.count - 1; order >= 0; --order) {
+            if (own && own->find(own_states[order], row)) take(*own, order, row);
             for (const auto& of_salt : states) {
-                const Row row = read(of_salt[order] & (num_rows_ - 1));
-                if ((row.tag & ~kAgain) != tag_of(of_salt[order])) continue;
-                const double weight = left * numbers_.trust[order];
-                for (int i = 0; i < kWidth; ++i)
-                    add_to(mixed, row.tokens[i], weight * double(numbers_.shares[row.shares[i]]));
-                left -= weight;
+                if (!find(of_salt[order], row)) continue;
+                take(*this, order, row);
                 break;
             }
         }

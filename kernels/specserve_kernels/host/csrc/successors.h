@@ -48,15 +48,20 @@ public:
         const int64_t* best,
         const float* logits) const;
 
+    // That every token surely follows those before it; without a salt.
+    void learn_text(const std::vector<int64_t>& tokens) const;
+
     // The likely paths from the last token of a context. What is found under an earlier salt goes
-    // before what is found under a later one.
+    // before what is found under a later one. `own`, if any, is of the text alone, without salts; it
+    // is mixed in at every length of context.
     Tree grow(
         const std::vector<uint64_t>& salts,
         const Context& context,
         int num_known,  // tokens of the context that are there
         int max_nodes,
         double min_probability,
-        uint8_t source) const;
+        uint8_t source,
+        const SuccessorTable* own) const;
 
 private:
     struct Row {
@@ -66,6 +71,7 @@ private:
     };
 
     Row read(int64_t row) const;
+    bool find(uint64_t state, Row& row) const;
     void put(int64_t row, const Row& value) const;
     uint8_t step_of(float share) const;
 
