@@ -31,6 +31,29 @@ def test_costs_are_lines_between_what_was_measured_and_never_fall() -> None:
     assert PassCosts({4: 2.0}).seconds(1, 8) == [2.0, 2.0, 2.0, 2.0, 2.5, 3.0, 3.5, 4.0]
 
 
+@pytest.mark.parametrize("rows", [(1, 6), (1, 1, 1, 6), (6,) * 7 + (1,)])
+def test_costs_are_learned_from_the_passes_of_a_run(rows: tuple[int, ...]) -> None:
+    """The pace is soon that of the passes, whichever sizes are seen; the shape takes longer."""
+    costs = PassCosts({1: 1.0, 4: 1.5, 8: 2.0}, context=100, per_token=PerToken(0.001, 0.0))
+    costs.add_host(0.5)
+    truth = {1: 2.0, 6: 5.0}  # twice the price of a row, and 20/7 the price of six
+    for step in range(3200):
+        size = rows[step % len(rows)]
+        costs.add_pass(size, 1100.0, truth[size] + truth[1] * (1.0 if step % 50 else 9.0))
+    learned = [costs.seconds(size, size, 1100.0)[0] - 0.5 for size in truth]
+    means = [2 * truth[1], truth[6] + truth[1]]
+    assert learned[1] / learned[0] == pytest.approx(means[1] / means[0], rel=0.05)
+    assert learned == pytest.approx(means, rel=0.1)
+    assert costs.seconds(8, 8)[0] > costs.seconds(6, 6)[0]
+
+
+def test_sizes_that_are_not_seen_keep_pace() -> None:
+    costs = PassCosts({1: 1.0, 8: 2.0})
+    for _ in range(320):
+        costs.add_pass(1, 0.0, 3.0)
+    assert costs.seconds(1, 8)[::7] == pytest.approx([3.0, 6.0], rel=0.02)
+
+
 def test_what_stands_before_a_row_has_its_price() -> None:
     costs = PassCosts({1: 1.0, 8: 2.0}, context=100, per_token=PerToken(0.002, 0.001))
     assert costs.seconds(1, 8)[::7] == pytest.approx([1.0, 2.0])

@@ -1,6 +1,20 @@
 """Which drafters are asked: those that earn their time, others now and then."""
 
+from collections.abc import Sequence as Seq
+from typing import ClassVar
+
+import torch
+
+from specserve.batch import ModelOutput
+from specserve.cache.storage import KVSpec
+from specserve.cache.table import BlockTable
+from specserve.drafting.base import DraftContext, DraftOptions, Feedback
+from specserve.drafting.compose import ComposedDrafter
 from specserve.drafting.worth import Worth
+from specserve.sequence import Sequence
+from specserve.step import Entry
+from specserve.tree import DraftTree, root_tree
+from specserve.types import Request, SamplingParams, SpeculationParams
 
 STEP = 0.004  # seconds, for two tokens
 
@@ -44,3 +58,60 @@ def test_sampled_requests_are_judged_apart() -> None:
 
 def test_nothing_is_decided_before_a_trial() -> None:
     assert asked(Worth(), 11, 1.0, 0.0) == 11
+
+
+class Listener:
+    """A drafter that proposes nothing and remembers what it was told."""
+
+    Options: ClassVar[type[DraftOptions]] = DraftOptions
+    needs_topk = 0
+
+    def __init__(self, *taps: int) -> None:
+        self.needs_taps = taps
+        self.asked: list[str] = []
+        self.heard: list[str] = []
+
+    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
+        return None
+
+    def bind(self, context: DraftContext) -> None: ...
+
+    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        self.asked += [seq.id for seq in seqs]
+        return [root_tree(seq.tokens[-1]) for seq in seqs]
+
+    def observe(self, feedback: Feedback) -> None:
+        self.heard += [entry.seq.id for entry in feedback.entries]
+
+    def forget(self, seq_id: str) -> None: ...
+
+
+def test_a_paused_head_does_not_follow_new_requests() -> None:
+    worth, table, head = Worth(), Listener(), Listener(0, 1)
+    drafters = ComposedDrafter({"table": table, "head": head}, 10, worth)
+
+    def passes(name: str, count: int, *, wanted: tuple[str, ...] | None = None) -> None:
+        request = Request(
+            name, (7,), SamplingParams(temperature=0.0), SpeculationParams(drafters=wanted)
+        )
+        seq = Sequence(request, [7], BlockTable(16))
+        for _ in range(count):
+            drafters.propose([seq], [8])
+            drafters.observe(Feedback([Entry(seq, 1, 0)], {}, {}, ModelOutput(torch.empty(0, 10))))
+
+    passes("before", 1)
+    while worth.asks("head", False):
+        worth.took("head", False, STEP)
+        worth.end_step(STEP, 2)
+        worth.judge("head", False, 0.0)
+    passes("before", 1)
+    passes("new", 1)
+    passes("by name", 1, wanted=("head",))
+    assert table.heard == ["before", "before", "new", "by name"]
+    assert head.heard == ["before", "before", "by name"], "what it follows it goes on with"
+    assert head.asked == ["before", "by name"]
+    passes("new", 40)
+    assert worth.asks("head", False), "the pause is over"
+    assert "new" not in head.asked, "it missed the beginning"
+    passes("later", 1)
+    assert head.asked[-1] == head.heard[-1] == "later"

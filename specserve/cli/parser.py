@@ -48,7 +48,7 @@ ENGINE_HELP: Final = {
     "block_size": "tokens per KV block",
     "kv_memory": "KV memory, such as 2GiB; not given: measured",
     "prefix_caching": "share the KV of equal prompt beginnings",
-    "draft": "none, ngram, another drafter, a draft's directory, or auto: recycle and suffix; "
+    "draft": "none, ngram, another drafter, a draft's directory, or auto: what ships; "
     "repeatable, merged into one tree",
     "max_nodes": "tree nodes per sequence and pass",
     "pricing": "measured: verify the drafted nodes that are worth their time; off: all of them",

@@ -41,6 +41,7 @@ class ComposedDrafter:
         self._calibration = Calibration()
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
         self._proposed: dict[str, list[DraftTree]] = {}  # for this step, by sequence id
+        self._left_out: dict[str, frozenset[str]] = {}  # drafters, by sequence id
         self._begun = 0.0  # this step, in seconds
         self._num_judged = 0
         self._num_kept = Mean()  # nodes of a tree as it was verified
@@ -86,7 +87,27 @@ class ComposedDrafter:
         drafters = seq.request.speculation.drafters
         if drafters is not None:
             return name in drafters
-        return self._worth is None or self._worth.asks(name, _is_noisy(seq))
+        if self._worth is None:
+            return True
+        return name not in self._out(seq) and self._worth.asks(name, _is_noisy(seq))
+
+    def _out(self, seq: Sequence) -> frozenset[str]:
+        """Drafters that follow the target's rows, and were paused when the request came.
+
+        For such following is a part of the price. What they miss of a text they cannot make up
+        for, so they are tried again in another request.
+        """
+        if (out := self._left_out.get(seq.id)) is None:
+            paused: list[str] = []
+            if self._worth is not None and seq.request.speculation.drafters is None:
+                noisy = _is_noisy(seq)
+                paused = [
+                    name
+                    for name, drafter in self.drafters.items()
+                    if drafter.needs_taps and not self._worth.asks(name, noisy)
+                ]
+            out = self._left_out[seq.id] = frozenset(paused)
+        return out
 
     def _judge(self, worth: Worth, seqs: Seq[Sequence], budgets: Seq[int]) -> None:
         """What one drafter's proposal for one sequence adds to those of the others."""
@@ -100,7 +121,7 @@ class ComposedDrafter:
         self._num_judged += 1
         seq, budget = drafted[self._num_judged % len(drafted)]
         name = worth.whom_to_judge(_is_noisy(seq))
-        if name is None:
+        if name is None or name in self._out(seq):
             return
         source, trees = 1 + self.names.index(name), self._proposed[seq.id]
         others = [tree for tree in trees if tree.source[-1] != source]
@@ -125,18 +146,21 @@ class ComposedDrafter:
             if verdict is not None and (trees := self._proposed[seq.id]):
                 self._calibration.settle(seq.id, _is_noisy(seq), trees, verdict.emitted)
         for name in self.active:
+            if all(name in self._out(entry.seq) for entry in feedback.entries):
+                continue
             try:
                 self.drafters[name].observe(feedback)
                 self._failures[name, "observe"] = 0
             except Exception:
                 self._failed(name, "observe")
-        if self._worth is not None and verified:
+        if self._worth is not None and verified and not any(e.num_chain for e in feedback.entries):
             self._num_kept.add(sum(map(len, verified)) / len(verified))
             num_tokens = sum(len(verdict.emitted) for verdict in feedback.verdicts.values())
             self._worth.end_step(time.perf_counter() - self._begun, num_tokens)
 
     def forget(self, seq_id: str) -> None:
         self._calibration.forget(seq_id)
+        self._left_out.pop(seq_id, None)
         if self._predictions is not None:
             self._predictions.forget(seq_id)
         for name, drafter in self.drafters.items():

@@ -25,7 +25,7 @@ BUILTIN = {
     "medusa": "specserve_drafts.medusa:MedusaDrafter",
 }
 # What "auto" stands for; where a function finds what ships for a target, if something does.
-AUTO = {"recycle": None, "suffix": None, "eagle": "specserve_drafts.fit:shipped_head"}
+AUTO = {"recycle": None, "eagle": "specserve_drafts.fit:shipped_head"}
 ENTRY_POINT_GROUP = "specserve.drafters"
 
 

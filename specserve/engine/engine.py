@@ -6,7 +6,7 @@ Whatever goes wrong with one request ends that request; the others in the batch 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import FixedPolicy, MeasuredPolicy, Policy
 from specserve.schedule.scheduler import Scheduler
 from specserve.schedule.selection import Selection
-from specserve.step import Ending, StepPlan, Verdict
+from specserve.step import Ending, Entry, StepPlan, Verdict
 from specserve.text import Tokenizer
 from specserve.tree import MAX_NODES, DraftTree
 from specserve.types import Abort, Request, RequestError, StepOutput
@@ -199,6 +199,7 @@ class Engine:
                 trees = self._propose(plan)
             with times.forward:
                 plan, out = self._forward(plan, trees, outputs)
+            self._price(plan, trees, times.forward.last)
             with times.sample:
                 verdicts = self._verify(plan, trees, out)
             with times.commit:
@@ -261,8 +262,7 @@ class Engine:
         if self._selection is None:
             return proposed
         num_rows = sum(entry.num_chain + (entry.num_nodes > 0) for entry in plan.entries)
-        context = sum(entry.seq.num_committed for entry in entries) / max(len(entries), 1)
-        return self._selection.worthwhile(proposed, num_rows, context)
+        return self._selection.worthwhile(proposed, num_rows, _mean_context(entries))
 
     def _forward(
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
@@ -283,6 +283,14 @@ class Engine:
                     outputs.append(self.scheduler.finish(entry.seq.id, Ending("error"), reason))
             plan, out = StepPlan(tuple(survivors)), joined(outs)
         return plan, out
+
+    def _price(self, plan: StepPlan, trees: dict[str, DraftTree], seconds: float) -> None:
+        """Learn from a pass what such passes cost; not from those that had prompts to compute."""
+        entries = plan.decoding
+        if self._costs is None or not entries or any(entry.num_chain for entry in plan.entries):
+            return
+        num_rows = sum(len(trees[entry.seq.id]) for entry in entries)
+        self._costs.add_pass(num_rows, _mean_context(entries), seconds)
 
     def _verify(
         self, plan: StepPlan, trees: dict[str, DraftTree], out: ModelOutput
@@ -350,6 +358,11 @@ class Engine:
                     unembed=model.unembed,
                 )
             )
+
+
+def _mean_context(entries: Sequence[Entry]) -> float:
+    """Tokens before the rows of a pass."""
+    return sum(entry.seq.num_committed for entry in entries) / max(len(entries), 1)
 
 
 def _context(max_model_len: int | None, shape: ModelShape) -> int:

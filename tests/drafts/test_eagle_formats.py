@@ -165,21 +165,16 @@ def test_without_a_checkpoint_it_is_the_head_that_ships(
 ) -> None:
     with pytest.raises(DraftError, match="no 'eagle' head ships for this target"):
         create_drafter("eagle", {}, tiny_model, Path)
-    assert expanded(["auto"], tiny_model) == ["recycle", "suffix"]
+    assert expanded(["auto"], tiny_model) == ["recycle"]
     written = write_eagle(tmp_path / "a-head", "speculators")
     written.config["speculators_config"] = {"verifier": {"name_or_path": tiny_model.name}}
     save(written)
     monkeypatch.setattr(fit, "ZOO", tmp_path)
     assert isinstance(create_drafter("eagle", {}, tiny_model, Path), EagleDrafter)
-    assert expanded(["auto", "none", "recycle"], tiny_model) == [
-        "recycle",
-        "suffix",
-        "eagle",
-        "none",
-    ]
+    assert expanded(["auto", "none", "recycle"], tiny_model) == ["recycle", "eagle", "none"]
     written.config["transformer_layer_config"]["vocab_size"] += 1  # another model of that name
     save(written)
-    assert expanded(["auto"], tiny_model) == ["recycle", "suffix"]
+    assert expanded(["auto"], tiny_model) == ["recycle"]
 
 
 def test_it_asks_for_the_layers_it_reads(tiny_model: Path, tmp_path: Path) -> None:
