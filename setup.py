@@ -17,6 +17,7 @@ BUILDS = {
     "portable": ["-O2"],
     "avx2": ["-O3", "-march=x86-64-v3"],
     "avx512": ["-O3", "-march=x86-64-v4", "-mavx512vnni"],
+    "avx512bf16": ["-O3", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
 }
 
 

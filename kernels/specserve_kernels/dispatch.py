@@ -9,7 +9,7 @@ import torch
 from specserve_kernels.ops import Kernels
 
 VARIABLE = "SPECSERVE_KERNELS"
-CHOICES = ("torch", "cpu", "cpu-portable", "cpu-avx2", "cpu-avx512", "triton")
+CHOICES = ("torch", "cpu", "cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "triton")
 
 
 def select_kernels(device: torch.device) -> Kernels:

@@ -83,6 +83,7 @@ class Kernels(Protocol):
     ) -> Tensor:  # [num_rows, num_heads, head_dim], dtype of q
         """softmax(scale * q k) v over the slots each row sees, accumulated in float32.
 
+        q and the weights of v are rounded to the dtype of the cache before they meet it.
         `window` > 0 (sliding window): a row at position p (context_len + depth) sees only
         positions above p - window. Block b of a table is slots b*block_size .. of the cache.
         """

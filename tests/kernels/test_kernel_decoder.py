@@ -193,9 +193,11 @@ def test_agrees_with_the_definition(shape: Shape, build: str) -> None:
     for step in parts:
         out, expected = run(ours, kv, *step), run(twin, twin_kv, *step)
         for a, b in ((out.logits, expected.logits), (out.tapped, expected.tapped)):
-            # A value on the edge of two integers goes either way, by a step of 1/127 of its group.
+            # A value on the edge of two integers goes either way, by a step of 1/127 of its group,
+            # and so does a weight of two bfloat16.
             assert (a - b).abs().max() < 0.03 * b.abs().max()
-            assert (a - b).abs().mean() < 0.003 * b.abs().mean()
+            mean = 0.003 if shape.kv_dtype == torch.float32 else 0.015
+            assert (a - b).abs().mean() < mean * b.abs().mean()
         chosen = expected.logits.gather(1, out.top)
         best = expected.logits.gather(1, expected.top)
         assert (chosen - best).abs().max() < 0.03 * best.abs().max()

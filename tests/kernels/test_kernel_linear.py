@@ -151,4 +151,6 @@ def test_the_best_build_is_what_the_system_says_of_the_cpu() -> None:
         expected.append("avx2")
         if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"} <= flags:
             expected.append("avx512")
+            if "avx512_bf16" in flags:
+                expected.append("avx512bf16")
     assert list(runnable_builds()) == expected

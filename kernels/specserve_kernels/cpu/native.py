@@ -17,7 +17,8 @@ _SIZE = ctypes.c_int64
 _INT = ctypes.c_int32
 _FLOAT = ctypes.c_float
 
-BUILDS: Final = ("portable", "avx2", "avx512")  # each needs more of the CPU than those before it
+# Each needs more of the CPU than those before it.
+BUILDS: Final = ("portable", "avx2", "avx512", "avx512bf16")
 _SIGNATURES: Final = {
     "specserve_quantize": [_ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 3],
     "specserve_linear": [_ADDRESS, _INT, _SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _INT],

@@ -29,7 +29,7 @@ def paged_tree_attention(
     """[num_rows, num_heads, head_dim] in q's dtype; see `Kernels.paged_tree_attention`."""
     assert isinstance(plan, AttentionPlan), "a plan belongs to the backend that made it"
     head_dim = q.shape[2]
-    queries = (q.float() * (scale * LOG2_E)).reshape(-1, head_dim)
+    queries = (q.to(k_cache.dtype).float() * (scale * LOG2_E)).reshape(-1, head_dim)
     keys, values = k_cache.view(-1, head_dim), v_cache.view(-1, head_dim)
     out = torch.zeros_like(queries)
     sums = torch.ones_like(queries[:, 0])  # padding rows: 0 / 1
@@ -75,8 +75,9 @@ def _accumulate(
     head_dim = values.shape[1]
     v = scratch.gather("kv", values, tile.slots).view(-1, KV_CHUNK, head_dim)
     chunk_out = scratch.take("out", (*tile.shape[:3], head_dim), weights)
-    torch.bmm(weights.view(-1, *tile.shape[2:]), v, out=chunk_out.view(-1, tile.num_rows, head_dim))
     chunk_sums = weights.sum(3)
+    rounded = weights.to(values.dtype).float().view(-1, *tile.shape[2:])
+    torch.bmm(rounded, v, out=chunk_out.view(-1, tile.num_rows, head_dim))
     total_out, total_sum = chunk_out[:, 0], chunk_sums[:, 0]
     if tile.continues:
         total_out += out[tile.rows].view(total_out.shape)

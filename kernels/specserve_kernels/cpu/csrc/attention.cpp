@@ -42,6 +42,29 @@ inline void touch(const Element* x, int64_t size) {
     for (int64_t at = 0; at < size * int64_t(sizeof *x); at += 64) (void)bytes[at];
 }
 
+// What a lane holds of K and V, and what that is multiplied with.
+template <typename Element>
+constexpr int kPacked = sizeof(float) / sizeof(Element);
+template <typename Element>
+using FactorOf = std::conditional_t<kPacked<Element> == 1, float, Factor>;
+
+template <typename Element>
+inline Floats dot(Floats sum, Floats lanes, const FactorOf<Element>* factors) {
+    if constexpr (kPacked<Element> == 1)
+        return mul_add(lanes, broadcast(*factors), sum);
+    else
+        return dot_pairs(sum, lanes, factors);
+}
+
+template <typename Element>
+inline void keep_factors(const float* x, int64_t size, FactorOf<Element>* to) {
+    for (int64_t i = 0; i < size; i += kLanes)
+        if constexpr (kPacked<Element> == 1)
+            store(to + i, load(x + i));
+        else
+            store_factors(to + i, load(x + i));
+}
+
 // K of some slots: a column for each slot, a lane of it for as many dimensions as fit.
 template <typename Element>
 class Columns {
@@ -49,50 +72,44 @@ class Columns {
     void load(const Element* keys, int64_t stride, int64_t dim, const int64_t* slots, int count) {
         dim_ = dim;
         for (int from = 0; from < count; from += kLanes)
-            for (int64_t d = 0; d < dim; d += kPacked * kLanes) {
+            for (int64_t d = 0; d < dim; d += kAtOnce) {
                 Floats block[kLanes];
                 for (int i = 0; i < kLanes; ++i)  // beyond the last slot: the last again
                     block[i] = lanes(keys + slots[std::min(from + i, count - 1)] * stride + d,
                                      dim - d);
                 transpose(block);
-                for (int i = 0; i < kLanes && d + kPacked * i < dim; ++i)
-                    store(keys_ + (d / kPacked + i) * kMaxColumns + from, block[i]);
+                for (int i = 0; i < kLanes && d + kPacked<Element> * i < dim; ++i)
+                    store(keys_ + (d / kPacked<Element> + i) * kMaxColumns + from, block[i]);
             }
     }
 
     // Of consecutive queries and the columns from .. to - 1; those up to the end of a chunk may
     // be filled with anything.
     template <int kQueries, int kSize>
-    void scores(const float* q, int from, int to, float (*result)[kSize]) const {
+    void scores(const FactorOf<Element>* q, float scale, int from, int to,
+                float (*result)[kSize]) const {
         constexpr int kVectors = kVectorsFor<kQueries>;
         for (; from < to; from += kVectors * kLanes) {
             Floats sums[kQueries][kVectors];
             SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors) sums[g][i] = zero_floats();
-            for (int64_t d = 0; d < dim_; d += kPacked) {
-                const float* key = keys_ + d / kPacked * kMaxColumns + from;
-                SPECSERVE_EACH(part, kPacked) {
-                    Floats keys[kVectors];
-                    const float* from_key = afresh(key);
-                    SPECSERVE_EACH(i, kVectors)
-                        keys[i] = unpacked<Element>(specserve::load(from_key + i * kLanes), part);
-                    SPECSERVE_EACH(g, kQueries) {
-                        const Floats query = broadcast(q[g * dim_ + d + part]);
-                        SPECSERVE_EACH(i, kVectors)
-                            sums[g][i] = mul_add(query, keys[i], sums[g][i]);
-                    }
-                }
+            for (int64_t d = 0; d < dim_; d += kPacked<Element>) {
+                const float* key = keys_ + d / kPacked<Element> * kMaxColumns + from;
+                Floats keys[kVectors];
+                SPECSERVE_EACH(i, kVectors) keys[i] = specserve::load(key + i * kLanes);
+                SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+                    sums[g][i] = dot<Element>(sums[g][i], keys[i], q + g * dim_ + d);
             }
             SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-                store(result[g] + from + i * kLanes, sums[g][i]);
+                store(result[g] + from + i * kLanes, mul(sums[g][i], broadcast(scale)));
         }
     }
 
    private:
-    static constexpr int kPacked = sizeof(float) / sizeof(Element);
+    static constexpr int64_t kAtOnce = kPacked<Element> * kLanes;
 
     static Floats lanes(const Element* x, int64_t size) {
-        if (size >= kPacked * kLanes) return load_lanes(x);
-        Element some[kPacked * kLanes] = {};
+        if (size >= kAtOnce) return load_lanes(x);
+        Element some[kAtOnce] = {};
         std::copy_n(x, size, some);
         return load_lanes(some);
     }
@@ -101,24 +118,55 @@ class Columns {
     alignas(64) float keys_[kMaxHeadDim * kMaxColumns];  // [dim / kPacked][kMaxColumns]
 };
 
-// out += the weighted values at first .. last - 1, in order.
-template <int kQueries, int kVectors, typename Element>
-void add_values(const float (*weights)[kChunk], const Element* const* values, int first, int last,
-                float* const* out, int64_t d) {
-    Floats sums[kQueries][kVectors];
-    SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-        sums[g][i] = load(out[g] + d + i * kLanes);
-    for (int at = first; at < last; ++at) {
-        Floats value[kVectors];
-        SPECSERVE_EACH(i, kVectors) value[i] = load(values[at] + d + i * kLanes);
-        SPECSERVE_EACH(g, kQueries) {
-            const Floats weight = broadcast(weights[g][at]);
-            SPECSERVE_EACH(i, kVectors) sums[g][i] = mul_add(weight, value[i], sums[g][i]);
+// V of a chunk: a row for as many positions as fit a lane.
+template <typename Element>
+class Values {
+   public:
+    // The places first .. last - 1 of a chunk; `first` is where a row begins.
+    void load(const Element* const* values, int64_t dim, int first, int last) {
+        dim_ = dim;
+        for (int at = first; at < last; at += kPacked<Element>) {
+            float* row = rows_ + at / kPacked<Element> * dim;
+            const Element* next = values[std::min(at + 1, last - 1)];  // beyond: weighs nothing
+            for (int64_t d = 0; d < dim; d += kLanes)
+                if constexpr (kPacked<Element> == 1)
+                    store(row + d, load_lanes(values[at] + d));
+                else
+                    store(row + d, pairs_of(values[at] + d, next + d));
         }
     }
-    SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-        store(out[g] + d + i * kLanes, sums[g][i]);
-}
+
+    // out[query] += the weighted values at first .. last - 1, in order.
+    template <int kQueries>
+    void add(const FactorOf<Element> (*weights)[kChunk], int first, int last, float* const* out) const {
+        constexpr int kVectors = kVectorsFor<kQueries>;
+        constexpr int64_t kStep = kVectors * kLanes;
+        int64_t d = 0;
+        for (; d + kStep <= dim_; d += kStep) add_at<kQueries, kVectors>(weights, first, last, out, d);
+        for (; d < dim_; d += kLanes) add_at<kQueries, 1>(weights, first, last, out, d);
+    }
+
+   private:
+    template <int kQueries, int kVectors>
+    void add_at(const FactorOf<Element> (*weights)[kChunk], int first, int last, float* const* out,
+                int64_t d) const {
+        Floats sums[kQueries][kVectors];
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+            sums[g][i] = specserve::load(out[g] + d + i * kLanes);
+        for (int at = first / kPacked<Element> * kPacked<Element>; at < last; at += kPacked<Element>) {
+            const float* row = rows_ + at / kPacked<Element> * dim_ + d;
+            Floats value[kVectors];
+            SPECSERVE_EACH(i, kVectors) value[i] = specserve::load(row + i * kLanes);
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+                sums[g][i] = dot<Element>(sums[g][i], value[i], weights[g] + at);
+        }
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+            store(out[g] + d + i * kLanes, sums[g][i]);
+    }
+
+    int64_t dim_ = 0;
+    alignas(64) float rows_[kChunk / kPacked<Element> * kMaxHeadDim];
+};
 
 struct Query {  // what online softmax keeps of one
     float top = kHidden;
@@ -202,16 +250,15 @@ class Unit {
           block_size_(segments.block_size),
           context_(segments.context_lens[segment]),
           tail_(context_ / kChunk * kChunk),
-          scaled_((last_row - first_row) * size_),
+          factors_((last_row - first_row) * size_),
           out_((last_row - first_row) * size_),
           queries_((last_row - first_row) * shape.group_size) {
         for (int64_t at = first_row; at < last_row; ++at) {
             const int64_t row = segments.cu_rows[segment] + at;
             rows_.emplace_back(segments, shape, segment, row);
             seen_ |= rows_.back().nodes;
-            const float* from = q + row * stride;
-            for (int64_t i = 0; i < size_; ++i)
-                scaled_[(at - first_row) * size_ + i] = from[i] * (shape.scale * kLog2E);
+            keep_factors<Element>(q + row * stride, size_,
+                                  factors_.data() + (at - first_row) * size_);
         }
     }
 
@@ -252,8 +299,9 @@ class Unit {
         const Element* values[kChunk];
         for (int i = 0; i < kChunk; ++i) values[i] = values_ + slots[i] * stride_;
         fetch(keys_, slots + kChunk, num_next);
-        columns_().load(keys_, stride_, shape_.head_dim, slots, kChunk);
+        near_().columns.load(keys_, stride_, shape_.head_dim, slots, kChunk);
         fetch(values_, slots + kChunk, num_next);
+        near_().values.load(values, shape_.head_dim, 0, kChunk);
         const int num_rows = int(rows_.size());
         for (int row = 0; row < num_rows;) {
             int next = row + 1;  // rows that see all of it go together
@@ -263,11 +311,11 @@ class Unit {
                 in_tiles((next - row) * shape_.group_size, [&](auto count, int64_t at) {
                     const int64_t query = row * shape_.group_size + at;
                     alignas(64) float weights[count][kChunk];
-                    columns_().template scores<count>(scaled(query), 0, kChunk, weights);
+                    scores<count>(query, 0, kChunk, weights);
                     const int first = int(std::max<int64_t>(rows_[row].begin - base, 0));
                     for (int g = 0; g < count; ++g)
                         std::fill(weights[g], weights[g] + first, kHidden);
-                    add<count>(query, weights, values, first, kChunk);
+                    add<count>(query, weights, first, kChunk);
                 });
             row = next;
         }
@@ -278,9 +326,14 @@ class Unit {
         const int num_nodes = 64 - __builtin_clzll(seen_), rest = int(context_ - tail_);
         if (!has_tail_) {
             slots_of(tail_, rest + num_nodes, tail_slots_);
-            columns_().load(keys_, stride_, shape_.head_dim, tail_slots_, rest + num_nodes);
+            near_().columns.load(keys_, stride_, shape_.head_dim, tail_slots_, rest + num_nodes);
             has_tail_ = true;
         }
+        const Element* values[kChunk];
+        // In the first chunk the same for all rows, but for a last one alone in its lane.
+        const int shared = base == tail_ ? rest / kPacked<Element> * kPacked<Element> : 0;
+        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_slots_[i] * stride_;
+        near_().values.load(values, shape_.head_dim, 0, shared);
         const int from = int(base - tail_);
         for (size_t row = 0; row < rows_.size(); ++row) {
             if (!rows_[row].sees(base, base + kChunk)) continue;
@@ -289,57 +342,62 @@ class Unit {
             int length = rest;
             for (uint64_t word = rows_[row].nodes; word; word &= word - 1)
                 path[length++] = rest + __builtin_ctzll(word);
-            walk(int64_t(row), path + from, int(std::max<int64_t>(rows_[row].begin - base, 0)),
-                 std::min(length - from, kChunk));
+            const int last = std::min(length - from, kChunk);
+            for (int i = shared; i < last; ++i)
+                values[i] = values_ + tail_slots_[path[from + i]] * stride_;
+            near_().values.load(values, shape_.head_dim, shared, last);
+            walk(int64_t(row), path + from, int(std::max<int64_t>(rows_[row].begin - base, 0)), last);
         }
     }
 
     // Positions first .. last - 1 of a chunk, which stand in these columns of the tail.
     void walk(int64_t row, const int* columns, int first, int last) {
-        const Element* values[kChunk];
-        for (int i = first; i < last; ++i) values[i] = values_ + tail_slots_[columns[i]] * stride_;
         constexpr int kStart = kVectorsFor<1> * kLanes;  // a divisor of kChunk: none beyond is filled
         in_tiles(shape_.group_size, [&](auto count, int64_t at) {
             const int64_t query = row * shape_.group_size + at;
             alignas(64) float by_column[count][kMaxColumns], weights[count][kChunk];
-            columns_().template scores<count>(scaled(query), columns[first] / kStart * kStart,
-                                              columns[last - 1] + 1, by_column);
+            scores<count>(query, columns[first] / kStart * kStart, columns[last - 1] + 1, by_column);
             for (int g = 0; g < count; ++g) {
                 std::fill(weights[g], weights[g] + kChunk, kHidden);
                 for (int i = first; i < last; ++i) weights[g][i] = by_column[g][columns[i]];
             }
-            add<count>(query, weights, values, first, last);
+            add<count>(query, weights, first, last);
         });
+    }
+
+    template <int kQueries, int kSize>
+    void scores(int64_t query, int from, int to, float (*result)[kSize]) const {
+        near_().columns.template scores<kQueries>(factors_.data() + query * shape_.head_dim,
+                                                  shape_.scale * kLog2E, from, to, result);
     }
 
     // Takes in the scores of a chunk.
     template <int kQueries>
-    void add(int64_t query, float (*weights)[kChunk], const Element* const* values, int first,
-             int last) {
-        constexpr int kVectors = kVectorsFor<kQueries>;
-        constexpr int64_t kStep = kVectors * kLanes;
-        const int64_t dim = shape_.head_dim;
+    void add(int64_t query, float (*weights)[kChunk], int first, int last) {
+        alignas(64) FactorOf<Element> factors[kQueries][kChunk];
         float* out[kQueries];
         for (int g = 0; g < kQueries; ++g) {
-            out[g] = out_.data() + (query + g) * dim;
-            weigh(queries_[query + g], weights[g], out[g], dim);
+            out[g] = out_.data() + (query + g) * shape_.head_dim;
+            weigh(queries_[query + g], weights[g], out[g], shape_.head_dim);
+            keep_factors<Element>(weights[g], kChunk, factors[g]);
         }
-        int64_t d = 0;
-        for (; d + kStep <= dim; d += kStep)
-            add_values<kQueries, kVectors>(weights, values, first, last, out, d);
-        for (; d < dim; d += kLanes) add_values<kQueries, 1>(weights, values, first, last, out, d);
+        near_().values.template add<kQueries>(factors, first, last, out);
     }
-
-    const float* scaled(int64_t query) const { return scaled_.data() + query * shape_.head_dim; }
 
     // K or V of these slots will be wanted soon.
     void fetch(const Element* cache, const int64_t* slots, int count) const {
         for (int i = 0; i < count; ++i) prefetch(cache + slots[i] * stride_, shape_.head_dim);
     }
 
-    static Columns<Element>& columns_() {  // too large for the stack of a thread
-        thread_local const std::unique_ptr<Columns<Element>> columns(new Columns<Element>);
-        return *columns;
+    // K and V of a chunk as they are worked with.
+    struct Near {
+        Columns<Element> columns;
+        Values<Element> values;
+    };
+
+    static Near& near_() {  // too large for the stack of a thread
+        thread_local const std::unique_ptr<Near> near(new Near);
+        return *near;
     }
 
     const AttentionShape& shape_;
@@ -355,7 +413,8 @@ class Unit {
     int64_t tail_slots_[kMaxColumns];
     uint64_t seen_ = 0;      // nodes
     std::vector<Row> rows_;
-    std::vector<float> scaled_, out_;  // [rows][group_size][head_dim]
+    std::vector<FactorOf<Element>> factors_;  // of queries: [rows][group_size][head_dim], as `out_`
+    std::vector<float> out_;
     std::vector<Query> queries_;       // [rows][group_size]
 };
 
@@ -405,8 +464,11 @@ void attend(const Segments& segments, const AttentionShape& shape, const float* 
                 }
     }
     for (size_t row = 0; row < unit.rows().size(); ++row)
-        for (int64_t i = 0; i < group_size * dim; ++i)
-            out[row * out_stride + i] /= totals[row * group_size + i / dim].sum;
+        for (int64_t g = 0; g < group_size; ++g) {
+            const Floats sum = broadcast(totals[row * group_size + g].sum);
+            float* of_head = out + row * out_stride + g * dim;
+            for (int64_t d = 0; d < dim; d += kLanes) store(of_head + d, div(load(of_head + d), sum));
+        }
 }
 
 template <typename Element>

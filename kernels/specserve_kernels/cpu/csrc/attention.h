@@ -1,4 +1,5 @@
-// Paged tree attention. A row's bits depend on what it sees at which position only.
+// Paged tree attention. A row's bits depend on what it sees at which position only. With bfloat16 K
+// and V the queries and the weights are rounded to that too: then a lane holds two products.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,8 @@ extern "C" int specserve_cpu_level() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    return avx2 ? (avx512 ? 2 : 1) : 0;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    return avx2 ? (avx512 ? (bf16 ? 3 : 2) : 1) : 0;
 #else
     return 0;
 #endif

@@ -62,6 +62,12 @@ inline Floats load(const bfloat16* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
 inline Floats load_lanes(const bfloat16* p) { return {_mm512_loadu_ps(p)}; }
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
+    const auto wide = [](const bfloat16* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    };
+    return {_mm512_castsi512_ps(_mm512_or_si512(wide(a), _mm512_slli_epi32(wide(b), 16)))};
+}
 inline Floats first_of_pairs(Floats x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16))};
 }
@@ -183,6 +189,12 @@ inline Floats load(const bfloat16* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
 inline Floats load_lanes(const bfloat16* p) { return load(reinterpret_cast<const float*>(p)); }
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
+    const auto wide = [](const bfloat16* p) {
+        return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    };
+    return {_mm256_castsi256_ps(_mm256_or_si256(wide(a), _mm256_slli_epi32(wide(b), 16)))};
+}
 inline Floats first_of_pairs(Floats x) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 16))};
 }
@@ -366,6 +378,14 @@ inline Floats load_lanes(const bfloat16* p) {
     std::memcpy(r.v, p, sizeof r.v);
     return r;
 }
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
+    return each<Floats>([&](int i) {
+        const uint32_t bits = uint32_t(b[i].bits) << 16 | a[i].bits;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+    });
+}
 template <typename F>
 inline Floats each_bits(const Floats& x, F f) {
     uint32_t bits[kLanes];
@@ -481,14 +501,27 @@ inline Ints dot_signed(const Ints& sum, const Bytes& w, int32_t x4) {
 
 inline Floats load_lanes(const float* p) { return load(p); }
 
-// The elements in a lane that load_lanes has filled, as numbers.
-template <typename Element>
-inline Floats unpacked(const Floats& lanes, int part) {
-    if constexpr (sizeof(Element) == sizeof(float))
-        return lanes;
-    else
-        return part == 0 ? first_of_pairs(lanes) : second_of_pairs(lanes);
+// Sums over pairs of bfloat16, of which a lane holds one: sum += a pair in every lane times the same
+// pair of factors, which are rounded to bfloat16 too.
+#if defined(__AVX512BF16__)
+using Factor = bfloat16;
+inline Floats dot_pairs(Floats sum, Floats lanes, const Factor* two) {
+    const Floats factors = broadcast(*reinterpret_cast<const float*>(two));
+    return {_mm512_dpbf16_ps(sum.v, __m512bh(lanes.v), __m512bh(factors.v))};
 }
+inline void store_factors(Factor* p, Floats x) { store(p, x); }
+#else
+using Factor = float;
+inline Floats dot_pairs(Floats sum, Floats lanes, const Factor* two) {
+    return mul_add(first_of_pairs(lanes), broadcast(two[0]),
+                   mul_add(second_of_pairs(lanes), broadcast(two[1]), sum));
+}
+inline void store_factors(Factor* p, Floats x) {
+    bfloat16 rounded[kLanes];
+    store(rounded, x);
+    store(p, load(rounded));
+}
+#endif
 
 #if defined(__AVX2__)
 inline Floats exp2_part(Floats x) {  // Taylor: the first term left out is below 2e-8
