@@ -46,7 +46,7 @@ def test_one_that_does_not_is_tried_ever_more_rarely() -> None:
 def test_it_is_back_once_the_text_suits_it() -> None:
     worth = Worth()
     asked(worth, 5000, 0.0005, 0.0)
-    asked(worth, 600, 0.0005, 0.5)  # the longest pause is over
+    asked(worth, 2100, 0.0005, 0.5)  # the longest pause is over
     assert asked(worth, 500, 0.0005, 0.5) == 500
 
 
@@ -57,7 +57,8 @@ def test_sampled_requests_are_judged_apart() -> None:
 
 
 def test_nothing_is_decided_before_a_trial() -> None:
-    assert asked(Worth(), 11, 1.0, 0.0) == 11
+    assert asked(Worth(), 11, 1.0, 400.0) == 11  # little more than half of what it takes
+    assert asked(Worth(), 11, 1.0, 0.0) == 4, "nowhere near"
 
 
 class Listener:

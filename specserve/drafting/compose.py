@@ -17,6 +17,7 @@ from specserve.drafting.counts import SourceCounts
 from specserve.drafting.prediction import PredictedTexts
 from specserve.drafting.worth import Mean, Worth
 from specserve.sequence import Sequence
+from specserve.step import Entry
 from specserve.tree import DraftTree, root_tree
 from specserve_kernels.dispatch import native_host
 
@@ -83,6 +84,15 @@ class ComposedDrafter:
             for seq, trees, budget in zip(seqs, proposals, budgets, strict=True)
         ]
 
+    def wants_taps(self, entries: Seq[Entry]) -> bool:
+        """Whether somebody follows the target's rows in a pass over these."""
+        return any(
+            self.drafters[name].needs_taps and self._hears(name, entries) for name in self.active
+        )
+
+    def _hears(self, name: str, entries: Seq[Entry]) -> bool:
+        return any(name not in self._out(entry.seq) for entry in entries)
+
     def _asks(self, name: str, seq: Sequence) -> bool:
         drafters = seq.request.speculation.drafters
         if drafters is not None:
@@ -146,7 +156,7 @@ class ComposedDrafter:
             if verdict is not None and (trees := self._proposed[seq.id]):
                 self._calibration.settle(seq.id, _is_noisy(seq), trees, verdict.emitted)
         for name in self.active:
-            if all(name in self._out(entry.seq) for entry in feedback.entries):
+            if not self._hears(name, feedback.entries):
                 continue
             try:
                 self.drafters[name].observe(feedback)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 _TRIAL: Final = 12  # drafts that are looked at before anything is decided
+_GLANCE: Final = 4  # that are enough for a drafter which is nowhere near
+_NOWHERE: Final = 0.4  # of what it has to bring
 _MEMORY: Final = 48.0  # drafts that a mean is of
-_PAUSES: Final = (32, 512)  # passes without it: the first time, and at most
+_PAUSES: Final = (32, 2048)  # passes without it: the first time, and at most
 _EVERY: Final = 4  # passes, in one of which somebody is judged: that takes a tree without them
 # What is expected of trees is too much by a few percent, the more so the more drafters, and what a
 # drafter adds by a third of it (drafts/LOG.md).
@@ -89,11 +91,14 @@ class Worth:
         """A tree had so many more tokens to be expected of it for what the drafter proposed."""
         record = self._records[name, noisy]
         record.gain.add(gain)
-        if record.gain.count < _TRIAL or not self._step.value:
+        if record.gain.count < _GLANCE or not self._step.value:
             return
+        earned = record.gain.value * self._step.value
         needed = _DOUBT * record.seconds.value * self._tokens.value
-        if record.gain.value * self._step.value >= needed:
-            record.next_pause = _PAUSES[0]
+        on_trial = record.gain.count < _TRIAL
+        if earned >= (_NOWHERE if on_trial else 1.0) * needed:
+            if not on_trial:
+                record.next_pause = _PAUSES[0]
             return
         record.pause = record.next_pause
         record.next_pause = min(2 * record.next_pause, _PAUSES[1])
