@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 
 CPU = "kernels/specserve_kernels/cpu"
 HOST = "kernels/specserve_kernels/host"
-COMMON = ["-std=c++17", "-ffp-contract=off"]
+COMMON = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
 
 # The same sources once per instruction set; cpu/native.py picks.
 BUILDS = {
@@ -41,7 +41,7 @@ setup(
         extension(
             HOST,
             "_native",
-            ["-O2", "-fvisibility=hidden"],
+            ["-O2"],
             include_dirs=[pybind11.get_include()],
         ),
     ]

@@ -46,6 +46,7 @@ void attention(const Segments& segments, const AttentionShape& shape, const floa
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // x [num_rows][size] floats -> what `Rows` has of them, row after row: values [num_rows][size],
@@ -156,3 +157,4 @@ void specserve_grow(const specserve::DraftHead* head, const specserve::GrowShape
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -1,6 +1,6 @@
 // Which of the builds this CPU can run: an index into `native.BUILDS`.
 
-extern "C" int specserve_cpu_level() {
+extern "C" __attribute__((visibility("default"))) int specserve_cpu_level() {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
