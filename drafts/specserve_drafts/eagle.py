@@ -124,6 +124,8 @@ class EagleDrafter:
                     f"draft.options.eagle.{name}: {value} is out of range; "
                     f"expected 1 to {MAX_NODES}"
                 )
+        if not 0.0 <= options.min_score <= 1.0:
+            raise DraftError(f"draft.options.eagle.min_score: {options.min_score}; use 0 to 1")
         try:
             shape = ModelShape.from_dir(target)
         except ModelError as error:

@@ -14,6 +14,7 @@ from specserve.types import SamplingParams
 from specserve_drafts.successors import TABLE, SuccessorTable
 from specserve_drafts.tune import recycle
 from specserve_drafts.tune.card import Made
+from specserve_drafts.tune.claim import LOCK, claimed
 from specserve_drafts.tune.prompts import NGRAM, training_prompts
 
 FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--max-tokens", "12"]
@@ -101,6 +102,15 @@ def test_a_run_goes_on_where_it_stopped(
     tables = [SuccessorTable.load(folder / name / TABLE, 100) for name in ("whole", "out")]
     assert tables[0].num_filled == pytest.approx(tables[1].num_filled, rel=0.01)
     assert tables[0].num_filled > 300
+
+
+def test_two_runs_in_one_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with claimed(folder / "out"):
+        assert recycle.main(command(folder, "--tokens", "50")) == 2
+        assert "out: another run is at work in" in capsys.readouterr().err
+    assert not (folder / "out").exists(), "nothing came of it"
+    assert recycle.main(command(folder, "--tokens", "50")) == 0
+    assert not (folder / "out" / LOCK).exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.head_card import HeadMade, write_card
 from specserve_drafts.tune.head_run import Method, Run
 from specserve_drafts.tune.head_settings import (
@@ -29,8 +30,9 @@ def train(
     try:
         settings, target = read_settings(args, kind)
         method = make(settings)
-        run = Run(args, settings, target, method)
-        run.learn()
+        with claimed(args.out):
+            run = Run(args, settings, target, method)
+            run.learn()
     except ValueError as error:
         print(f"{parser.prog.removeprefix('specserve ')}: error: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from specserve_drafts.fit import DraftConfig
 from specserve_drafts.recycle import RecycleDrafter
 from specserve_drafts.successors import TABLE, SuccessorTable
 from specserve_drafts.tune.card import Made, Point, write_draft
+from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.prompts import add_run_flags, training_prompts
 from specserve_evals import provenance
 from specserve_evals.progress import track
@@ -168,25 +169,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
-        run = Run(args)
-        run.learn()
-        made = Made(
-            method="recycle",
-            provenance=provenance.collect(
-                "specserve.cli",
-                ["tune", "recycle", *arguments],
-                run.llm.engine.platform,
-                args.prompts,
-            ),
-            settings=run.state.settings,
-            num_prompts=run.state.num_prompts,
-            num_excluded=run.num_excluded,
-            num_tokens=run.state.num_tokens,
-            seconds=round(run.state.seconds),
-            held_out_tau=run.held_out_tau(),
-            curve=run.state.curve,
-        )
-        write_draft(args.out, DraftConfig("recycle", run.drafter.target), made)
+        with claimed(args.out):
+            run = Run(args)
+            run.learn()
+            made = Made(
+                method="recycle",
+                provenance=provenance.collect(
+                    "specserve.cli",
+                    ["tune", "recycle", *arguments],
+                    run.llm.engine.platform,
+                    args.prompts,
+                ),
+                settings=run.state.settings,
+                num_prompts=run.state.num_prompts,
+                num_excluded=run.num_excluded,
+                num_tokens=run.state.num_tokens,
+                seconds=round(run.state.seconds),
+                held_out_tau=run.held_out_tau(),
+                curve=run.state.curve,
+            )
+            write_draft(args.out, DraftConfig("recycle", run.drafter.target), made)
     except ValueError as error:
         print(f"tune recycle: error: {error}", file=sys.stderr)
         return 2
