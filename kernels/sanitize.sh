@@ -26,6 +26,7 @@ build portable
 if [ "$(uname -m)" = x86_64 ]; then
     build avx2 -march=x86-64-v3
     build avx512 -march=x86-64-v4 -mavx512vnni
+    build avx512bf16 -march=x86-64-v4 -mavx512vnni -mavx512bf16
 fi
 
 "$cxx" "${common[@]}" $("$python" -m pybind11 --includes) "$copy"/specserve_kernels/host/csrc/*.cpp \
