@@ -46,7 +46,7 @@ def test_one_that_does_not_is_tried_ever_more_rarely() -> None:
 def test_it_is_back_once_the_text_suits_it() -> None:
     worth = Worth()
     asked(worth, 5000, 0.0005, 0.0)
-    asked(worth, 2100, 0.0005, 0.5)  # the longest pause is over
+    asked(worth, 4200, 0.0005, 0.5)  # the longest pause is over
     assert asked(worth, 500, 0.0005, 0.5) == 500
 
 
@@ -111,7 +111,7 @@ def test_a_paused_head_does_not_follow_new_requests() -> None:
     assert table.heard == ["before", "before", "new", "by name"]
     assert head.heard == ["before", "before", "by name"], "what it follows it goes on with"
     assert head.asked == ["before", "by name"]
-    passes("new", 40)
+    passes("new", 140)
     assert worth.asks("head", False), "the pause is over"
     assert "new" not in head.asked, "it missed the beginning"
     passes("later", 1)

@@ -14,7 +14,7 @@ _TRIAL: Final = 12  # drafts that are looked at before anything is decided
 _GLANCE: Final = 4  # that are enough for a drafter which is nowhere near
 _NOWHERE: Final = 0.4  # of what it has to bring
 _MEMORY: Final = 48.0  # drafts that a mean is of
-_PAUSES: Final = (32, 2048)  # passes without it: the first time, and at most
+_PAUSES: Final = (128, 4096)  # passes without it: the first time, and at most
 _EVERY: Final = 4  # passes, in one of which somebody is judged: that takes a tree without them
 # What is expected of trees is too much by a few percent, the more so the more drafters, and what a
 # drafter adds by a third of it (drafts/LOG.md).
