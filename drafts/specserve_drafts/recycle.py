@@ -126,7 +126,7 @@ class RecycleDrafter:
             salt = _salts(seq.request.cache_salt)[0]
             before = seq.tokens[-2 : -ORDERS - 1 : -1]
             self.table.learn(salt, before, tree, best[rows], logits[rows])
-            if own := self._own.get(seq.id):
+            if (own := self._own.get(seq.id)) is not None:
                 own.learn(NO_SALT, before, tree, best[rows], logits[rows])
             first = rows.stop
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:

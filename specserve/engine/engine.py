@@ -199,7 +199,7 @@ class Engine:
                 trees = self._propose(plan)
             with times.forward:
                 plan, out = self._forward(plan, trees, outputs)
-            self._price(plan, trees, times.forward.last)
+            self._learn_costs(plan, trees, times.forward.last)
             with times.sample:
                 verdicts = self._verify(plan, trees, out)
             with times.commit:
@@ -286,7 +286,7 @@ class Engine:
             plan, out = StepPlan(tuple(survivors)), joined(outs)
         return plan, out
 
-    def _price(self, plan: StepPlan, trees: dict[str, DraftTree], seconds: float) -> None:
+    def _learn_costs(self, plan: StepPlan, trees: dict[str, DraftTree], seconds: float) -> None:
         """Learn from a pass what such passes cost; not from those that had prompts to compute."""
         entries = plan.decoding
         if self._costs is None or not entries or any(entry.num_chain for entry in plan.entries):
