@@ -111,7 +111,7 @@ def test_ngram_writes_what_plain_decoding_writes(setting: str, plain: LLM, ngram
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_auto_writes_what_plain_decoding_writes(setting: str, plain: LLM, auto: LLM) -> None:
     """With the head that ships, however it draws."""
-    assert list(auto.engine.drafter.names) == ["recycle", "suffix", "eagle"]
+    assert list(auto.engine.drafter.names) == ["recycle", "eagle"]
     chats, params = CHATS[:4], SETTINGS[setting]
     expected = [result.token_ids for result in plain.generate(chats, params)]
     before = {drafter.name: drafter.num_accepted for drafter in auto.engine.stats().drafters}

@@ -119,7 +119,7 @@ def test_every_sampling_with_every_speculation_in_one_batch(survivor: LiveServer
         OFF,
         {"speculation": {"max_nodes": 1}},
         {"speculation": {"max_nodes": 64}},
-        {"speculation": {"drafters": ["suffix"]}},
+        {"speculation": {"drafters": ["recycle"]}},
         {"prediction": content("not to be, to be")},
     ]
     plain = [
@@ -198,7 +198,7 @@ SPECULATIONS: list[tuple[Any, str]] = [
     *(({"max_nodes": value}, "speculation.max_nodes") for value in (0, -1, 65, 2**70, 1.5, True)),
     *(({"drafters": value}, "speculation.drafters") for value in ([], "ngram", ["a"] * 17)),
     ({"drafters": [5]}, "speculation.drafters[0]"),
-    ({"drafters": ["suffix", "../suffix"]}, "speculation.drafters[1]"),
+    ({"drafters": ["recycle", "../recycle"]}, "speculation.drafters[1]"),
     ({"drafters": ["none"]}, "speculation.drafters[0]"),
     ({"drafters": ["\0"]}, "speculation.drafters[0]"),
     ({"method": "ngram"}, "speculation.method"),

@@ -29,7 +29,7 @@ SPECULATIONS: tuple[dict[str, Any], ...] = (
     {"enabled": False},
     {"max_nodes": 2},
     {"max_nodes": 8},
-    {"drafters": ["suffix"]},
+    {"drafters": ["recycle"]},
 )
 Choice = tuple[tuple[int, ...], str, str]  # ids, text, finish_reason
 

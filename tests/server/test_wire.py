@@ -121,7 +121,7 @@ def test_speculation_changes_no_text(live_server: LiveServer) -> None:
     assert answer["metrics"]["speculative_decoding"]["num_spec_steps"] == 80
     text = answer["choices"][0]["message"]["content"]
     assert ids({"max_nodes": 3})[0] == plain
-    assert ids({"drafters": ["suffix"]})[0] == plain
+    assert ids({"drafters": ["recycle"]})[0] == plain
     predicted, answer = ids({}, prediction={"type": "content", "content": text})
     assert predicted == plain
 
@@ -173,9 +173,9 @@ def test_small_routes(live_server: LiveServer) -> None:
     assert live_server.ask("/ready").json() == {"ready": True, "reason": None}
     assert "version" in live_server.ask("/version").json()
     report = live_server.ask("/v1/speculation").json()
-    assert report["drafters"] == ["recycle", "suffix"]
+    assert report["drafters"] == ["recycle"]
     assert report["exactness"] == "exact"
-    assert [source["name"] for source in report["sources"]] == ["recycle", "suffix", "prediction"]
+    assert [source["name"] for source in report["sources"]] == ["recycle", "prediction"]
     for source in report["sources"]:
         assert source["num_accepted"] <= source["num_verified"] <= source["num_proposed"]
     described = live_server.ask("/openapi.json").json()
