@@ -91,7 +91,7 @@ class ComposedDrafter:
         )
 
     def _hears(self, name: str, entries: Seq[Entry]) -> bool:
-        return any(name not in self._out(entry.seq) for entry in entries)
+        return any(name not in self._left_out_of(entry.seq) for entry in entries)
 
     def _asks(self, name: str, seq: Sequence) -> bool:
         drafters = seq.request.speculation.drafters
@@ -99,9 +99,9 @@ class ComposedDrafter:
             return name in drafters
         if self._worth is None:
             return True
-        return name not in self._out(seq) and self._worth.asks(name, _is_noisy(seq))
+        return name not in self._left_out_of(seq) and self._worth.asks(name, _is_noisy(seq))
 
-    def _out(self, seq: Sequence) -> frozenset[str]:
+    def _left_out_of(self, seq: Sequence) -> frozenset[str]:
         """Drafters that follow the target's rows, and were paused when the request came.
 
         For such following is a part of the price. What they miss of a text they cannot make up
@@ -131,7 +131,7 @@ class ComposedDrafter:
         self._num_judged += 1
         seq, budget = drafted[self._num_judged % len(drafted)]
         name = worth.whom_to_judge(_is_noisy(seq))
-        if name is None or name in self._out(seq):
+        if name is None or name in self._left_out_of(seq):
             return
         source, trees = 1 + self.names.index(name), self._proposed[seq.id]
         others = [tree for tree in trees if tree.source[-1] != source]

@@ -268,7 +268,7 @@ class Engine:
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
     ) -> tuple[StepPlan, ModelOutput]:
         """One pass; if it fails, one pass per request, and those that fail again are ended."""
-        if self._taps:
+        if self._taps:  # copying them takes time, even if nobody follows
             self.runner.taps = self._taps if self.drafter.wants_taps(plan.entries) else ()
         try:
             out = self.runner.forward(plan.entries, trees)

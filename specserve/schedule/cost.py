@@ -11,7 +11,7 @@ _MEMORY: Final = 32.0  # steps that the host's share is a mean of
 # among others finds less in the caches than one that was measured, and machines change their pace.
 _TOGETHER: Final = 32
 _SAMPLE_WEIGHT: Final = 64
-_OUTLIER: Final = 2.0  # a pass that took as many times longer was interrupted
+_OUTLIER: Final = 2.0  # times what was expected: a pass that took longer was interrupted
 
 
 class PerToken(Struct, frozen=True):

@@ -506,8 +506,9 @@ inline Floats load_lanes(const float* p) { return load(p); }
 #if defined(__AVX512BF16__)
 using Factor = bfloat16;
 inline Floats dot_pairs(Floats sum, Floats lanes, const Factor* two) {
-    const Floats factors = broadcast(*reinterpret_cast<const float*>(two));
-    return {_mm512_dpbf16_ps(sum.v, __m512bh(lanes.v), __m512bh(factors.v))};
+    float both;
+    std::memcpy(&both, two, sizeof both);
+    return {_mm512_dpbf16_ps(sum.v, __m512bh(lanes.v), __m512bh(broadcast(both).v))};
 }
 inline void store_factors(Factor* p, Floats x) { store(p, x); }
 #else
