@@ -20,26 +20,24 @@ namespace {
 
 constexpr int64_t kPanelsInChunk = 4;  // what a thread takes at a time
 
-constexpr int64_t kRowsInUnit = 8;    // of a segment, for one thread
-
 template <typename Element>
 void attention(const Segments& segments, const AttentionShape& shape, const float* q,
                const void* k_cache, const void* v_cache, float* out, int num_threads) {
     const auto* k = static_cast<const Element*>(k_cache);
     const auto* v = static_cast<const Element*>(v_cache);
-    constexpr int64_t kUnits = specserve::kMaxSegmentRows / kRowsInUnit;
+    constexpr int64_t kUnits = specserve::kMaxSegmentRows / specserve::kMaxUnitRows;
     const int64_t num_units = segments.num_segments * kUnits * shape.num_kv_heads;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
     for (int64_t unit = 0; unit < num_units; ++unit) {
         const int64_t kv_head = unit % shape.num_kv_heads;
         const int64_t segment = unit / shape.num_kv_heads / kUnits;
-        const int64_t first = unit / shape.num_kv_heads % kUnits * kRowsInUnit;
+        const int64_t first = unit / shape.num_kv_heads % kUnits * specserve::kMaxUnitRows;
         const int64_t num_rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
         if (first >= num_rows) continue;
         const int64_t size = shape.group_size * shape.head_dim, stride = shape.num_kv_heads * size;
         const int64_t row = segments.cu_rows[segment] + first;
         specserve::attend(segments, shape, q + kv_head * size, stride, k, v, segment, kv_head, first,
-                          std::min(first + kRowsInUnit, num_rows),
+                          std::min(first + specserve::kMaxUnitRows, num_rows),
                           out + row * stride + kv_head * size, stride);
     }
 }

@@ -1,5 +1,5 @@
-// Online softmax (Milakov and Gimelshein 2018) over the chunks of a split, and over the splits: both
-// at absolute multiples of positions along a row's path, in ascending order (Dao et al. 2023,
+// A softmax over each split, and online softmax (Milakov and Gimelshein 2018) over the splits, which
+// lie at absolute multiples of positions along a row's path, in ascending order (Dao et al. 2023,
 // Flash-Decoding). Rows of a unit share the work on K and V: a product of a query and a key is summed
 // over the dimensions in order, whatever column the key stands in.
 #include "attention.h"
@@ -9,7 +9,6 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "lanes.h"
 
@@ -57,12 +56,11 @@ inline Floats dot(Floats sum, Floats lanes, const FactorOf<Element>* factors) {
 }
 
 template <typename Element>
-inline void keep_factors(const float* x, int64_t size, FactorOf<Element>* to) {
-    for (int64_t i = 0; i < size; i += kLanes)
-        if constexpr (kPacked<Element> == 1)
-            store(to + i, load(x + i));
-        else
-            store_factors(to + i, load(x + i));
+inline void keep_factors(Floats x, FactorOf<Element>* to) {
+    if constexpr (kPacked<Element> == 1)
+        store(to, x);
+    else
+        store_factors(to, x);
 }
 
 // K of some slots: a column for each slot, a lane of it for as many dimensions as fit.
@@ -83,29 +81,36 @@ class Columns {
             }
     }
 
-    // Of consecutive queries and the columns from .. to - 1; those up to the end of a chunk may
-    // be filled with anything.
-    template <int kQueries, int kSize>
-    void scores(const FactorOf<Element>* q, float scale, int from, int to,
-                float (*result)[kSize]) const {
+    // Of consecutive queries and the columns from 0 to `count` - 1, and of some beyond, which may be
+    // filled with anything; a query's scores after `stride` floats the next one's.
+    template <int kQueries>
+    void scores(const FactorOf<Element>* q, float scale, int count, float* result,
+                int64_t stride) const {
         constexpr int kVectors = kVectorsFor<kQueries>;
-        for (; from < to; from += kVectors * kLanes) {
-            Floats sums[kQueries][kVectors];
-            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors) sums[g][i] = zero_floats();
-            for (int64_t d = 0; d < dim_; d += kPacked<Element>) {
-                const float* key = keys_ + d / kPacked<Element> * kMaxColumns + from;
-                Floats keys[kVectors];
-                SPECSERVE_EACH(i, kVectors) keys[i] = specserve::load(key + i * kLanes);
-                SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-                    sums[g][i] = dot<Element>(sums[g][i], keys[i], q + g * dim_ + d);
-            }
-            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-                store(result[g] + from + i * kLanes, mul(sums[g][i], broadcast(scale)));
-        }
+        int from = 0;
+        for (; from + kVectors * kLanes <= count; from += kVectors * kLanes)
+            scores_at<kQueries, kVectors>(q, scale, from, result, stride);
+        for (; from < count; from += kLanes) scores_at<kQueries, 1>(q, scale, from, result, stride);
     }
 
    private:
     static constexpr int64_t kAtOnce = kPacked<Element> * kLanes;
+
+    template <int kQueries, int kVectors>
+    void scores_at(const FactorOf<Element>* q, float scale, int from, float* result,
+                   int64_t stride) const {
+        Floats sums[kQueries][kVectors];
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors) sums[g][i] = zero_floats();
+        for (int64_t d = 0; d < dim_; d += kPacked<Element>) {
+            const float* key = keys_ + d / kPacked<Element> * kMaxColumns + from;
+            Floats keys[kVectors];
+            SPECSERVE_EACH(i, kVectors) keys[i] = specserve::load(key + i * kLanes);
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+                sums[g][i] = dot<Element>(sums[g][i], keys[i], q + g * dim_ + d);
+        }
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+            store(result + g * stride + from + i * kLanes, mul(sums[g][i], broadcast(scale)));
+    }
 
     static Floats lanes(const Element* x, int64_t size) {
         if (size >= kAtOnce) return load_lanes(x);
@@ -136,9 +141,9 @@ class Values {
         }
     }
 
-    // out[query] += the weighted values at first .. last - 1, in order.
+    // out [kQueries][dim] += the values at first .. last - 1, in order, by weights [kQueries][kSplit].
     template <int kQueries>
-    void add(const FactorOf<Element> (*weights)[kChunk], int first, int last, float* const* out) const {
+    void add(const FactorOf<Element>* weights, int first, int last, float* out) const {
         constexpr int kVectors = kVectorsFor<kQueries>;
         constexpr int64_t kStep = kVectors * kLanes;
         int64_t d = 0;
@@ -148,54 +153,55 @@ class Values {
 
    private:
     template <int kQueries, int kVectors>
-    void add_at(const FactorOf<Element> (*weights)[kChunk], int first, int last, float* const* out,
+    void add_at(const FactorOf<Element>* weights, int first, int last, float* out,
                 int64_t d) const {
+        out += d;
         Floats sums[kQueries][kVectors];
         SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-            sums[g][i] = specserve::load(out[g] + d + i * kLanes);
+            sums[g][i] = specserve::load(out + g * dim_ + i * kLanes);
         for (int at = first / kPacked<Element> * kPacked<Element>; at < last; at += kPacked<Element>) {
             const float* row = rows_ + at / kPacked<Element> * dim_ + d;
             Floats value[kVectors];
             SPECSERVE_EACH(i, kVectors) value[i] = specserve::load(row + i * kLanes);
             SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-                sums[g][i] = dot<Element>(sums[g][i], value[i], weights[g] + at);
+                sums[g][i] = dot<Element>(sums[g][i], value[i], weights + g * kSplit + at);
         }
         SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
-            store(out[g] + d + i * kLanes, sums[g][i]);
+            store(out + g * dim_ + i * kLanes, sums[g][i]);
     }
 
     int64_t dim_ = 0;
     alignas(64) float rows_[kChunk / kPacked<Element> * kMaxHeadDim];
 };
 
-struct Query {  // what online softmax keeps of one
+struct Query {  // what softmax keeps of one
     float top = kHidden;
     float sum = 0;
 };
 
-// Turns scores into weights, in place, and makes room for them in `out`.
-void weigh(Query& query, float (&values)[kChunk], float* out, int64_t dim) {
-    Floats most = load(values);
-    for (int at = kLanes; at < kChunk; at += kLanes) most = max(most, load(values + at));
-    const float top = std::max(query.top, lane_max(most));
+// The weights of `count` scores, and of those up to a whole number of lanes.
+template <typename Element>
+Query weigh(const float* scores, int64_t count, FactorOf<Element>* weights) {
+    Floats most = load(scores);
+    for (int64_t at = kLanes; at < count; at += kLanes) most = max(most, load(scores + at));
+    const float top = lane_max(most);
     const Floats minus_top = broadcast(-top);
     Floats sum = zero_floats();
-    for (int at = 0; at < kChunk; at += kLanes) {
-        const Floats weights = exp2(add(load(values + at), minus_top));
-        store(values + at, weights);
-        sum = add(sum, weights);
+    for (int64_t at = 0; at < count; at += kLanes) {
+        const Floats weight = exp2(add(load(scores + at), minus_top));
+        keep_factors<Element>(weight, weights + at);
+        sum = add(sum, weight);
     }
-    float rescale[kLanes];
-    store(rescale, exp2(broadcast(query.top - top)));
-    query.sum = query.sum * rescale[0] + lane_sum(sum);
-    if (rescale[0] != 1.0f)
-        for (int64_t d = 0; d < dim; d += kLanes)
-            store(out + d, mul(load(out + d), broadcast(rescale[0])));
-    query.top = top;
+    return {top, lane_sum(sum)};
 }
 
 // Takes in what lies further along.
 void merge(Query& query, float* out, const Query& next, const float* next_out, int64_t dim) {
+    if (query.top == kHidden) {
+        query = next;
+        std::copy_n(next_out, dim, out);
+        return;
+    }
     const float top = std::max(query.top, next.top);
     float ours[kLanes], theirs[kLanes];
     store(ours, exp2(broadcast(query.top - top)));
@@ -209,6 +215,7 @@ void merge(Query& query, float* out, const Query& next, const float* next_out, i
 
 // One row of a unit.
 struct Row {
+    Row() = default;
     Row(const Segments& segments, const AttentionShape& shape, int64_t segment, int64_t row)
         : nodes(segments.ancestors[row]),
           end(segments.context_lens[segment] + __builtin_popcountll(nodes)),
@@ -216,9 +223,9 @@ struct Row {
 
     bool sees(int64_t first, int64_t last) const { return begin < last && end > first; }
 
-    uint64_t nodes;  // those it sees, itself included
-    int64_t end;     // positions along its path
-    int64_t begin;
+    uint64_t nodes = 0;  // those it sees, itself included
+    int64_t end = 0;     // positions along its path
+    int64_t begin = 0;
 };
 
 // Calls f.template operator()<n>(first) for tiles of n consecutive things, n <= kQueriesTogether.
@@ -235,7 +242,27 @@ inline void in_tiles(int64_t count, const F& f) {
         }
 }
 
-// The rows of a unit on their way through the chunks of a split.
+// What a thread works with, unit after unit; too large for its stack.
+template <typename Element>
+struct Scratch {
+    static constexpr int kMaxQueries = kMaxUnitRows * kMaxHeads;
+
+    static Scratch& of_thread() {
+        thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
+        return *scratch;
+    }
+
+    Columns<Element> columns;
+    Values<Element> values;
+    alignas(64) FactorOf<Element> queries[kMaxQueries * kMaxHeadDim];  // [query][head_dim]
+    alignas(64) float scores[kMaxQueries * kSplit];                    // [query][position]
+    alignas(64) FactorOf<Element> weights[kMaxQueries * kSplit];
+    alignas(64) float by_column[kMaxQueries * kMaxColumns];            // scores of the tail
+    alignas(64) float out[kMaxQueries * kMaxHeadDim];                  // [query][head_dim]
+    Query sums[kMaxQueries];
+};
+
+// The rows of a unit on their way through the splits. Its queries: [rows][group_size].
 template <typename Element>
 class Unit {
    public:
@@ -245,40 +272,49 @@ class Unit {
           keys_(k),
           values_(v),
           stride_(shape.num_kv_heads * shape.head_dim),
-          size_(shape.group_size * shape.head_dim),
+          num_rows_(int(last_row - first_row)),
           table_(segments.block_tables + segment * segments.max_blocks),
           block_size_(segments.block_size),
           context_(segments.context_lens[segment]),
-          tail_(context_ / kChunk * kChunk),
-          factors_((last_row - first_row) * size_),
-          out_((last_row - first_row) * size_),
-          queries_((last_row - first_row) * shape.group_size) {
-        for (int64_t at = first_row; at < last_row; ++at) {
-            const int64_t row = segments.cu_rows[segment] + at;
-            rows_.emplace_back(segments, shape, segment, row);
-            seen_ |= rows_.back().nodes;
-            keep_factors<Element>(q + row * stride, size_,
-                                  factors_.data() + (at - first_row) * size_);
+          tail_(context_ / kChunk * kChunk) {
+        const int64_t size = shape.group_size * shape.head_dim;
+        for (int64_t at = 0; at < num_rows_; ++at) {
+            const int64_t row = segments.cu_rows[segment] + first_row + at;
+            rows_[at] = Row(segments, shape, segment, row);
+            seen_ |= rows_[at].nodes;
+            for (int64_t i = 0; i < size; i += kLanes)
+                keep_factors<Element>(load(q + row * stride + i), near_.queries + at * size + i);
         }
     }
 
-    const std::vector<Row>& rows() const { return rows_; }
-    const Query& query(int64_t index) const { return queries_[index]; }
-    const float* out(int64_t index) const { return out_.data() + index * shape_.head_dim; }
+    int num_rows() const { return num_rows_; }
+    const Row& row(int64_t index) const { return rows_[index]; }
+    const Query& query(int64_t index) const { return near_.sums[index]; }
+    const float* out(int64_t index) const { return near_.out + index * shape_.head_dim; }
 
-    // Leaves in `query` and `out` what its rows see between these positions.
-    void run(int64_t first, int64_t last) {
-        std::fill(queries_.begin(), queries_.end(), Query());
-        std::fill(out_.begin(), out_.end(), 0.0f);
-        for (int64_t base = first; base < last; base += kChunk) {
-            bool any = false;
-            for (const Row& row : rows_) any |= row.sees(base, base + kChunk);
-            if (!any) continue;
-            if (base < tail_)
-                whole_chunk(base);
-            else
-                tail_chunk(base);
+    // Leaves in `query` and `out` what its rows see of the split that begins here.
+    void run(int64_t first) {
+        const int64_t last = first + kSplit, num_queries = num_rows_ * shape_.group_size;
+        first_ = first;
+        if (context_ > first)
+            slots_of(first, int(std::min(context_ - first, kSplit + kChunk)), slots_);
+        std::fill_n(near_.scores, num_queries * kSplit, kHidden);
+        std::fill_n(near_.out, num_queries * shape_.head_dim, 0.0f);
+        for (int64_t base = first; base < std::min(last, tail_); base += kChunk) chunk_scores(base);
+        if (tail_ < last) tail_scores();
+        for (int64_t query = 0; query < num_queries; ++query) {
+            const Row& row = rows_[query / shape_.group_size];
+            near_.sums[query] = Query();
+            if (row.sees(first, last))
+                near_.sums[query] = weigh<Element>(near_.scores + query * kSplit,
+                                                   std::min(row.end - first, kSplit),
+                                                   near_.weights + query * kSplit);
         }
+        for (int64_t base = first; base < last; base += kChunk)
+            if (base < tail_)
+                chunk_values(base);
+            else
+                tail_values(base);
     }
 
    private:
@@ -291,97 +327,119 @@ class Unit {
         }
     }
 
-    // A chunk of the context, which has the same slots for all rows.
-    void whole_chunk(int64_t base) {
-        int64_t slots[2 * kChunk];  // its own, and those that will be wanted next
-        const int num_next = int(std::clamp<int64_t>(context_ - base - kChunk, 0, kChunk));
-        slots_of(base, kChunk + num_next, slots);
-        const Element* values[kChunk];
-        for (int i = 0; i < kChunk; ++i) values[i] = values_ + slots[i] * stride_;
-        fetch(keys_, slots + kChunk, num_next);
-        near_().columns.load(keys_, stride_, shape_.head_dim, slots, kChunk);
-        fetch(values_, slots + kChunk, num_next);
-        near_().values.load(values, shape_.head_dim, 0, kChunk);
-        const int num_rows = int(rows_.size());
-        for (int row = 0; row < num_rows;) {
-            int next = row + 1;  // rows that see all of it go together
+    // Calls f(count, query, first) for `count` consecutive queries that see a chunk of the context,
+    // from its position `first` on: rows that see all of it go together.
+    template <typename F>
+    void in_chunk(int64_t base, const F& f) const {
+        for (int row = 0; row < num_rows_;) {
+            int next = row + 1;
             if (rows_[row].begin <= base)
-                while (next < num_rows && rows_[next].begin <= base) ++next;
+                while (next < num_rows_ && rows_[next].begin <= base) ++next;
             if (rows_[row].sees(base, base + kChunk))
                 in_tiles((next - row) * shape_.group_size, [&](auto count, int64_t at) {
-                    const int64_t query = row * shape_.group_size + at;
-                    alignas(64) float weights[count][kChunk];
-                    scores<count>(query, 0, kChunk, weights);
-                    const int first = int(std::max<int64_t>(rows_[row].begin - base, 0));
-                    for (int g = 0; g < count; ++g)
-                        std::fill(weights[g], weights[g] + first, kHidden);
-                    add<count>(query, weights, first, kChunk);
+                    f(count, row * shape_.group_size + at,
+                      int(std::max<int64_t>(rows_[row].begin - base, 0)));
                 });
             row = next;
         }
     }
 
-    // A part of the rest of the context and the tree, through which every row has its own path.
-    void tail_chunk(int64_t base) {
-        const int num_nodes = 64 - __builtin_clzll(seen_), rest = int(context_ - tail_);
-        if (!has_tail_) {
-            slots_of(tail_, rest + num_nodes, tail_slots_);
-            near_().columns.load(keys_, stride_, shape_.head_dim, tail_slots_, rest + num_nodes);
-            has_tail_ = true;
-        }
-        const Element* values[kChunk];
-        // In the first chunk the same for all rows, but for a last one alone in its lane.
-        const int shared = base == tail_ ? rest / kPacked<Element> * kPacked<Element> : 0;
-        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_slots_[i] * stride_;
-        near_().values.load(values, shape_.head_dim, 0, shared);
-        const int from = int(base - tail_);
-        for (size_t row = 0; row < rows_.size(); ++row) {
-            if (!rows_[row].sees(base, base + kChunk)) continue;
-            int path[kMaxColumns];
-            for (int i = 0; i < rest; ++i) path[i] = i;
-            int length = rest;
-            for (uint64_t word = rows_[row].nodes; word; word &= word - 1)
-                path[length++] = rest + __builtin_ctzll(word);
-            const int last = std::min(length - from, kChunk);
-            for (int i = shared; i < last; ++i)
-                values[i] = values_ + tail_slots_[path[from + i]] * stride_;
-            near_().values.load(values, shape_.head_dim, shared, last);
-            walk(int64_t(row), path + from, int(std::max<int64_t>(rows_[row].begin - base, 0)), last);
-        }
+    bool seen(int64_t base) const {
+        return std::any_of(rows_, rows_ + num_rows_,
+                           [&](const Row& row) { return row.sees(base, base + kChunk); });
     }
 
-    // Positions first .. last - 1 of a chunk, which stand in these columns of the tail.
-    void walk(int64_t row, const int* columns, int first, int last) {
-        constexpr int kStart = kVectorsFor<1> * kLanes;  // a divisor of kChunk: none beyond is filled
-        in_tiles(shape_.group_size, [&](auto count, int64_t at) {
-            const int64_t query = row * shape_.group_size + at;
-            alignas(64) float by_column[count][kMaxColumns], weights[count][kChunk];
-            scores<count>(query, columns[first] / kStart * kStart, columns[last - 1] + 1, by_column);
-            for (int g = 0; g < count; ++g) {
-                std::fill(weights[g], weights[g] + kChunk, kHidden);
-                for (int i = first; i < last; ++i) weights[g][i] = by_column[g][columns[i]];
-            }
-            add<count>(query, weights, first, last);
+    // A chunk of the context, which has the same slots for all rows.
+    void chunk_scores(int64_t base) {
+        if (!seen(base)) return;
+        const int64_t* slots = slots_ + base - first_;
+        fetch(keys_, slots + kChunk, int(std::clamp<int64_t>(context_ - base - kChunk, 0, kChunk)));
+        near_.columns.load(keys_, stride_, shape_.head_dim, slots, kChunk);
+        fetch(values_, slots, kChunk);
+        in_chunk(base, [&](auto count, int64_t query, int first) {
+            float* scores = near_.scores + query * kSplit + base - first_;
+            score<count>(query, kChunk, scores, kSplit);
+            for (int g = 0; g < count; ++g) std::fill_n(scores + g * kSplit, first, kHidden);
         });
     }
 
-    template <int kQueries, int kSize>
-    void scores(int64_t query, int from, int to, float (*result)[kSize]) const {
-        near_().columns.template scores<kQueries>(factors_.data() + query * shape_.head_dim,
-                                                  shape_.scale * kLog2E, from, to, result);
+    void chunk_values(int64_t base) {
+        if (!seen(base)) return;
+        const Element* values[kChunk];
+        for (int i = 0; i < kChunk; ++i) values[i] = values_ + slots_[base - first_ + i] * stride_;
+        near_.values.load(values, shape_.head_dim, 0, kChunk);
+        in_chunk(base, [&](auto count, int64_t query, int first) {
+            add<count>(query, base, first, kChunk);
+        });
     }
 
-    // Takes in the scores of a chunk.
-    template <int kQueries>
-    void add(int64_t query, float (*weights)[kChunk], int first, int last) {
-        alignas(64) FactorOf<Element> factors[kQueries][kChunk];
-        float* out[kQueries];
-        for (int g = 0; g < kQueries; ++g) {
-            out[g] = out_.data() + (query + g) * shape_.head_dim;
-            weigh(queries_[query + g], weights[g], out[g], shape_.head_dim);
-            keep_factors<Element>(weights[g], kChunk, factors[g]);
+    // The rest of the context and the tree, through which every row has its own path.
+    void tail_scores() {
+        const int num_columns = rest() + 64 - __builtin_clzll(seen_);
+        if (!has_tail_) {
+            slots_of(tail_, num_columns, tail_slots_);
+            near_.columns.load(keys_, stride_, shape_.head_dim, tail_slots_, num_columns);
+            in_tiles(num_rows_ * shape_.group_size, [&](auto count, int64_t query) {
+                score<count>(query, num_columns, near_.by_column + query * kMaxColumns, kMaxColumns);
+            });
+            has_tail_ = true;
         }
-        near_().values.template add<kQueries>(factors, first, last, out);
+        for (int row = 0; row < num_rows_; ++row) {
+            int path[kMaxColumns];
+            path_of(rows_[row], path);
+            const int64_t from = std::max({tail_, first_, rows_[row].begin});
+            const int64_t to = std::min(rows_[row].end, first_ + kSplit);
+            for (int64_t g = 0; g < shape_.group_size; ++g) {
+                const int64_t query = row * shape_.group_size + g;
+                for (int64_t at = from; at < to; ++at)
+                    near_.scores[query * kSplit + at - first_] =
+                        near_.by_column[query * kMaxColumns + path[at - tail_]];
+            }
+        }
+    }
+
+    // A chunk of that.
+    void tail_values(int64_t base) {
+        const Element* values[kChunk];
+        // In the first chunk the same for all rows, but for a last one alone in its lane.
+        const int shared = base == tail_ ? rest() / kPacked<Element> * kPacked<Element> : 0;
+        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_slots_[i] * stride_;
+        near_.values.load(values, shape_.head_dim, 0, shared);
+        for (int row = 0; row < num_rows_; ++row) {
+            if (!rows_[row].sees(base, base + kChunk)) continue;
+            int path[kMaxColumns];
+            path_of(rows_[row], path);
+            const int last = int(std::min<int64_t>(rows_[row].end - base, kChunk));
+            for (int i = shared; i < last; ++i)
+                values[i] = values_ + tail_slots_[path[base - tail_ + i]] * stride_;
+            near_.values.load(values, shape_.head_dim, shared, last);
+            in_tiles(shape_.group_size, [&](auto count, int64_t at) {
+                add<count>(row * shape_.group_size + at, base,
+                           int(std::max<int64_t>(rows_[row].begin - base, 0)), last);
+            });
+        }
+    }
+
+    // The columns of the tail that a row sees.
+    void path_of(const Row& row, int* path) const {
+        path = std::generate_n(path, rest(), [i = 0]() mutable { return i++; });
+        for (uint64_t word = row.nodes; word; word &= word - 1)
+            *path++ = rest() + __builtin_ctzll(word);
+    }
+
+    int rest() const { return int(context_ - tail_); }
+
+    template <int kQueries>
+    void score(int64_t query, int count, float* scores, int64_t stride) const {
+        near_.columns.template scores<kQueries>(near_.queries + query * shape_.head_dim,
+                                                shape_.scale * kLog2E, count, scores, stride);
+    }
+
+    // Adds the weighted values of a chunk.
+    template <int kQueries>
+    void add(int64_t query, int64_t base, int first, int last) {
+        near_.values.template add<kQueries>(near_.weights + query * kSplit + base - first_, first, last,
+                                            near_.out + query * shape_.head_dim);
     }
 
     // K or V of these slots will be wanted soon.
@@ -389,33 +447,22 @@ class Unit {
         for (int i = 0; i < count; ++i) prefetch(cache + slots[i] * stride_, shape_.head_dim);
     }
 
-    // K and V of a chunk as they are worked with.
-    struct Near {
-        Columns<Element> columns;
-        Values<Element> values;
-    };
-
-    static Near& near_() {  // too large for the stack of a thread
-        thread_local const std::unique_ptr<Near> near(new Near);
-        return *near;
-    }
-
+    Scratch<Element>& near_ = Scratch<Element>::of_thread();
     const AttentionShape& shape_;
     const Element* keys_;
     const Element* values_;
     int64_t stride_;  // between slots
-    int64_t size_;    // of a row's queries
+    int num_rows_;
+    Row rows_[kMaxUnitRows];
+    uint64_t seen_ = 0;  // nodes
     const int32_t* table_;
     int64_t block_size_;
     int64_t context_;
     int64_t tail_;
     bool has_tail_ = false;  // in the columns
     int64_t tail_slots_[kMaxColumns];
-    uint64_t seen_ = 0;      // nodes
-    std::vector<Row> rows_;
-    std::vector<FactorOf<Element>> factors_;  // of queries: [rows][group_size][head_dim], as `out_`
-    std::vector<float> out_;
-    std::vector<Query> queries_;       // [rows][group_size]
+    int64_t first_ = 0;                // position of the split
+    int64_t slots_[kSplit + kChunk];  // of the context from there
 };
 
 }  // namespace
@@ -450,20 +497,20 @@ void attend(const Segments& segments, const AttentionShape& shape, const float* 
     const int64_t dim = shape.head_dim, group_size = shape.group_size;
     Unit<Element> unit(segments, shape, q, stride, k + kv_head * dim, v + kv_head * dim, segment,
                        first_row, last_row);
-    std::vector<Query> totals(unit.rows().size() * group_size);
-    for (size_t row = 0; row < unit.rows().size(); ++row)
+    Query totals[Scratch<Element>::kMaxQueries];
+    for (int row = 0; row < unit.num_rows(); ++row)
         std::fill_n(out + row * out_stride, group_size * dim, 0.0f);
     for (int64_t split = 0; split < num_splits(segments, segment); ++split) {
-        unit.run(split * kSplit, (split + 1) * kSplit);
-        for (size_t row = 0; row < unit.rows().size(); ++row)
-            if (unit.rows()[row].sees(split * kSplit, (split + 1) * kSplit))
+        unit.run(split * kSplit);
+        for (int row = 0; row < unit.num_rows(); ++row)
+            if (unit.row(row).sees(split * kSplit, (split + 1) * kSplit))
                 for (int64_t g = 0; g < group_size; ++g) {
                     const int64_t query = row * group_size + g;
                     merge(totals[query], out + row * out_stride + g * dim, unit.query(query),
                           unit.out(query), dim);
                 }
     }
-    for (size_t row = 0; row < unit.rows().size(); ++row)
+    for (int row = 0; row < unit.num_rows(); ++row)
         for (int64_t g = 0; g < group_size; ++g) {
             const Floats sum = broadcast(totals[row * group_size + g].sum);
             float* of_head = out + row * out_stride + g * dim;
@@ -479,7 +526,7 @@ void attend_split(const Segments& segments, const AttentionShape& shape, const f
     const int64_t dim = shape.head_dim;
     Unit<Element> unit(segments, shape, q, stride, k + kv_head * dim, v + kv_head * dim, segment,
                        first_row, last_row);
-    unit.run(split * kSplit, (split + 1) * kSplit);
+    unit.run(split * kSplit);
     for (int64_t row = first_row; row < last_row; ++row)
         for (int64_t g = 0; g < shape.group_size; ++g) {
             const int64_t query = (row - first_row) * shape.group_size + g;

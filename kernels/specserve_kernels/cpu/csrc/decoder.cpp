@@ -18,8 +18,7 @@ namespace {
 
 constexpr int64_t kPanels = 2;                  // of a unit
 constexpr int64_t kColumns = kPanels * kPanel;  // one group of quantised values
-constexpr int64_t kRowBlock = 64;               // rows a unit takes at a time
-constexpr int64_t kRowsInUnit = 8;              // of a segment, in attention
+constexpr int64_t kRowBlock = 5 * kRowsTogether;  // rows a unit takes at a time
 constexpr int64_t kUnitsPerThread = 4;          // fewer, and attention is shared out by splits
 constexpr int64_t kPhasesPerLayer = 9;
 static_assert(kColumns == kGroup);
@@ -80,7 +79,7 @@ class PassOf {
         int64_t num_units = 0, max_splits = 0;
         for (int64_t segment = 0; segment < segments.num_segments; ++segment) {
             const int64_t rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
-            num_units += (rows + kRowsInUnit - 1) / kRowsInUnit * d_.num_kv_heads;
+            num_units += (rows + kMaxUnitRows - 1) / kMaxUnitRows * d_.num_kv_heads;
             max_splits = std::max(max_splits, num_splits(segments, segment));
         }
         if (num_threads == 1 || max_splits == 1 || num_units >= kUnitsPerThread * num_threads) return;
@@ -249,15 +248,15 @@ class PassOf {
         const AttentionShape shape{d_.num_kv_heads, d_.num_heads / d_.num_kv_heads, d_.head_dim,
                                    1.0f / std::sqrt(float(d_.head_dim)), l.window};
         const Segments& segments = pass_.segments;
-        constexpr int64_t kBlocks = kMaxSegmentRows / kRowsInUnit;
+        constexpr int64_t kBlocks = kMaxSegmentRows / kMaxUnitRows;
         const int64_t num_pieces = parts_ ? partials_.max_splits : 1;
         team.share(segments.num_segments * kBlocks * d_.num_kv_heads * num_pieces, [&](int64_t unit) {
             const int64_t piece = unit % num_pieces, kv_head = unit / num_pieces % d_.num_kv_heads;
             const int64_t block = unit / num_pieces / d_.num_kv_heads, segment = block / kBlocks;
-            const int64_t first = block % kBlocks * kRowsInUnit;
+            const int64_t first = block % kBlocks * kMaxUnitRows;
             const int64_t begin = segments.cu_rows[segment];
             const int64_t last =
-                std::min(first + kRowsInUnit, int64_t(segments.cu_rows[segment + 1]) - begin);
+                std::min(first + kMaxUnitRows, int64_t(segments.cu_rows[segment + 1]) - begin);
             if (first >= last) return;
             const int64_t size = shape.group_size * d_.head_dim;
             const float* q = stream_.heads.get() + kv_head * size;
@@ -268,7 +267,7 @@ class PassOf {
                 return;
             }
             thread_local std::vector<float> out;
-            out.resize(kRowsInUnit * size);
+            out.resize(kMaxUnitRows * size);
             attend(segments, shape, q, stream_.heads_size, keys, values, segment, kv_head, first,
                    last, out.data(), size);
             for (int64_t row = first; row < last; ++row)
@@ -379,12 +378,18 @@ class HeadOf {
     float most(const float* logits, int64_t column) const {
         const int64_t count = std::min(kColumns, head_.vocab_size - column);
         if (count <= 0) return -INFINITY;
-        float largest = logits[0], nothing = 0;
-        for (int64_t c = 0; c < count; ++c) {
-            largest = std::max(largest, logits[c]);
-            nothing += logits[c] * 0.0f;
+        float some[kColumns];
+        if (count < kColumns) {  // the last unit
+            std::fill(std::copy_n(logits, count, some), some + kColumns, logits[0]);
+            logits = some;
         }
-        return nothing == 0 ? largest : NAN;
+        Floats largest = load(logits), nothing = zero_floats();
+        for (int64_t c = 0; c < kColumns; c += kLanes) {
+            const Floats x = load(logits + c);
+            largest = max(largest, x);
+            nothing = mul_add(x, zero_floats(), nothing);
+        }
+        return lane_sum(nothing) == 0 ? lane_max(largest) : NAN;
     }
 
     void best(int64_t row) {

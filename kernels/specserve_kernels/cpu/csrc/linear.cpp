@@ -9,7 +9,7 @@ namespace specserve {
 namespace {
 
 constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
-constexpr int kRowsInCache = 64;         // rows that go through all panels of a chunk together
+constexpr int kRowsInCache = 5 * kRowsTogether;  // that go through all panels of a chunk together
 constexpr int64_t kAhead = 4096;         // bytes; the hardware alone stops at every page
 
 inline int32_t four(const int8_t* p) {
@@ -114,6 +114,10 @@ void panel_block(const uint8_t* panel, const Rows& x, int64_t num_rows, float* y
         case 5: return panel_rows<kFormat, 5>(panel, x, y, stride);
         case 6: return panel_rows<kFormat, 6>(panel, x, y, stride);
         case 7: return panel_rows<kFormat, 7>(panel, x, y, stride);
+        case 8: return panel_rows<kFormat, 8>(panel, x, y, stride);
+        case 9: return panel_rows<kFormat, 9>(panel, x, y, stride);
+        case 10: return panel_rows<kFormat, 10>(panel, x, y, stride);
+        case 11: return panel_rows<kFormat, 11>(panel, x, y, stride);
         default: return panel_rows<kFormat, kRowsTogether>(panel, x, y, stride);
     }
 }

@@ -1,5 +1,6 @@
 #include "quantize.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -10,11 +11,12 @@ namespace specserve {
 RowBuffer::RowBuffer(int64_t num_rows, int64_t size) {
     const int64_t num_groups = size / kGroup;
     const int64_t num_blocks = (num_rows + kRowsTogether - 1) / kRowsTogether;
-    const int64_t count = num_blocks * num_groups * kRowsTogether;
+    const int64_t height = std::min<int64_t>(num_rows, kRowsTogether);
+    const int64_t count = num_blocks * num_groups * height;
     values_.reset(new int8_t[count * kGroup]);
     floats_.reset(new float[2 * count]);
     sums_.reset(new int32_t[count]);
-    rows_ = {values_.get(), floats_.get(), floats_.get() + count, sums_.get(), num_groups};
+    rows_ = {values_.get(), floats_.get(), floats_.get() + count, sums_.get(), num_groups, height};
 }
 
 void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group) {

@@ -1,5 +1,5 @@
-// Activations as 8-bit integers, in groups of 32 along a row; rows stand in blocks of eight, so that
-// what a tile of weights is multiplied with lies together.
+// Activations as 8-bit integers, in groups of 32 along a row; rows stand in blocks, so that what a tile
+// of weights is multiplied with lies together.
 #pragma once
 
 #include <cstdint>
@@ -8,26 +8,27 @@
 namespace specserve {
 
 constexpr int kGroup = 32;
-constexpr int kRowsTogether = 8;
+constexpr int kRowsTogether = 12;  // whose sums fit the registers of AVX-512; room for a tree of eight
 
 // The same group of the rows of a block.
 struct GroupOfRows {
-    int8_t* values;  // [kRowsTogether][kGroup], -127..127
-    float* scales;   // [kRowsTogether]; NaN where a value of the group was not finite
-    float* offsets;  // [kRowsTogether], scale * sum
-    int32_t* sums;   // [kRowsTogether], of the group's integers
+    int8_t* values;  // [height][kGroup], -127..127
+    float* scales;   // [height]; NaN where a value of the group was not finite
+    float* offsets;  // [height], scale * sum
+    int32_t* sums;   // [height], of the group's integers
 };
 
 // Quantised rows of `size` values each, a multiple of kGroup.
 struct Rows {
-    int8_t* values;  // [num_blocks][num_groups][kRowsTogether][kGroup]
-    float* scales;   // [num_blocks][num_groups][kRowsTogether], and so are these:
+    int8_t* values;  // [num_blocks][num_groups][height][kGroup]
+    float* scales;   // [num_blocks][num_groups][height], and so are these:
     float* offsets;
     int32_t* sums;
     int64_t num_groups;
+    int64_t height;  // kRowsTogether, or fewer if these are all rows
 
     GroupOfRows at(int64_t block, int64_t group) const {
-        const int64_t from = (block * num_groups + group) * kRowsTogether;
+        const int64_t from = (block * num_groups + group) * height;
         return {values + from * kGroup, scales + from, offsets + from, sums + from};
     }
 
@@ -35,7 +36,7 @@ struct Rows {
     Rows from(int64_t row) const {
         const int64_t skipped = row * num_groups;
         return {values + skipped * kGroup, scales + skipped, offsets + skipped, sums + skipped,
-                num_groups};
+                num_groups, height};
     }
 };
 
