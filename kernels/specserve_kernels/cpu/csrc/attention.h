@@ -29,7 +29,7 @@ struct AttentionShape {
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxSegmentRows = 64;
 constexpr int64_t kMaxHeads = 32;  // query heads per KV head
-constexpr int64_t kMaxUnitRows = 8;  // of a segment, for one thread at a time
+constexpr int64_t kMaxUnitRows = 16;  // of a segment, for one thread at a time
 constexpr int64_t kSplit = 128;    // positions, at absolute multiples, whose softmax is one sum
 
 // Rows first_row .. last_row - 1 of a segment, kMaxUnitRows at most, for one KV head. q: this head's queries, a row of the
