@@ -64,9 +64,13 @@ inline Floats load(const bfloat16* p) {
 inline Floats load_lanes(const bfloat16* p) { return {_mm512_loadu_ps(p)}; }
 inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
     const auto wide = [](const bfloat16* p) {
-        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     };
-    return {_mm512_castsi512_ps(_mm512_or_si512(wide(a), _mm512_slli_epi32(wide(b), 16)))};
+    alignas(64) static constexpr uint16_t kInTurn[32] = {
+        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    return {_mm512_castsi512_ps(
+        _mm512_permutex2var_epi16(wide(a), _mm512_load_si512(kInTurn), wide(b)))};
 }
 inline Floats first_of_pairs(Floats x) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16))};
@@ -510,7 +514,9 @@ inline Floats dot_pairs(Floats sum, Floats lanes, const Factor* two) {
     std::memcpy(&both, two, sizeof both);
     return {_mm512_dpbf16_ps(sum.v, __m512bh(lanes.v), __m512bh(broadcast(both).v))};
 }
-inline void store_factors(Factor* p, Floats x) { store(p, x); }
+inline void store_factors(Factor* p, Floats x) {  // what is denormal counts as zero here and there
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), __m256i(_mm512_cvtneps_pbh(x.v)));
+}
 #else
 using Factor = float;
 inline Floats dot_pairs(Floats sum, Floats lanes, const Factor* two) {
