@@ -28,12 +28,6 @@ constexpr int kVectorsFor = kQueries * 2 * kVectorsTogether <= 8
                                 ? std::min(2 * kVectorsTogether, kChunk / kLanes)
                                 : kVectorsTogether;
 
-template <typename Element>
-inline void prefetch(const Element* x, int64_t size) {
-    const char* first = reinterpret_cast<const char*>(x);
-    for (int64_t at = 0; at < size * int64_t(sizeof *x); at += 64) __builtin_prefetch(first + at);
-}
-
 // Loads: prefetches in such numbers are dropped.
 template <typename Element>
 inline void touch(const Element* x, int64_t size) {
@@ -63,22 +57,23 @@ inline void keep_factors(Floats x, FactorOf<Element>* to) {
         store_factors(to, x);
 }
 
-// K of some slots: a column for each slot, a lane of it for as many dimensions as fit.
+// K at some places: a column for each place, a lane of it for as many dimensions as fit.
 template <typename Element>
 class Columns {
    public:
-    void load(const Element* keys, int64_t stride, int64_t dim, const int64_t* slots, int count) {
+    void load(const Element* keys, int64_t dim, const int64_t* places, int count) {
         dim_ = dim;
-        for (int from = 0; from < count; from += kLanes)
-            for (int64_t d = 0; d < dim; d += kAtOnce) {
-                Floats block[kLanes];
-                for (int i = 0; i < kLanes; ++i)  // beyond the last slot: the last again
-                    block[i] = lanes(keys + slots[std::min(from + i, count - 1)] * stride + d,
-                                     dim - d);
-                transpose(block);
-                for (int i = 0; i < kLanes && d + kPacked<Element> * i < dim; ++i)
-                    store(keys_ + (d / kPacked<Element> + i) * kMaxColumns + from, block[i]);
+        for (int from = 0; from < count; from += kLanes) {
+            const Element* rows[kLanes];
+            for (int i = 0; i < kLanes; ++i)  // beyond the last place: the last again
+                rows[i] = keys + places[std::min(from + i, count - 1)];
+            for (int64_t d = 0; d < dim; d += 4 * kPacked<Element>) {
+                Floats columns[4];
+                columns_of([&](int i) { return reinterpret_cast<const float*>(rows[i] + d); }, columns);
+                for (int i = 0; i < 4; ++i)
+                    store(keys_ + (d / kPacked<Element> + i) * kMaxColumns + from, columns[i]);
             }
+        }
     }
 
     // Of consecutive queries and the columns from 0 to `count` - 1, and of some beyond, which may be
@@ -94,8 +89,6 @@ class Columns {
     }
 
    private:
-    static constexpr int64_t kAtOnce = kPacked<Element> * kLanes;
-
     template <int kQueries, int kVectors>
     void scores_at(const FactorOf<Element>* q, float scale, int from, float* result,
                    int64_t stride) const {
@@ -110,13 +103,6 @@ class Columns {
         }
         SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
             store(result + g * stride + from + i * kLanes, mul(sums[g][i], broadcast(scale)));
-    }
-
-    static Floats lanes(const Element* x, int64_t size) {
-        if (size >= kAtOnce) return load_lanes(x);
-        Element some[kAtOnce] = {};
-        std::copy_n(x, size, some);
-        return load_lanes(some);
     }
 
     int64_t dim_ = 0;
@@ -296,8 +282,7 @@ class Unit {
     void run(int64_t first) {
         const int64_t last = first + kSplit, num_queries = num_rows_ * shape_.group_size;
         first_ = first;
-        if (context_ > first)
-            slots_of(first, int(std::min(context_ - first, kSplit + kChunk)), slots_);
+        places_of(first, std::min(context_ - first, kSplit), places_);
         std::fill_n(near_.scores, num_queries * kSplit, kHidden);
         std::fill_n(near_.out, num_queries * shape_.head_dim, 0.0f);
         for (int64_t base = first; base < std::min(last, tail_); base += kChunk) chunk_scores(base);
@@ -318,12 +303,15 @@ class Unit {
     }
 
    private:
-    // Of consecutive places, without a division for each.
-    void slots_of(int64_t place, int count, int64_t* slots) const {
-        int64_t block = place / block_size_, offset = place % block_size_;
-        for (int i = 0; i < count; ++i) {
-            slots[i] = int64_t(table_[block]) * block_size_ + offset;
-            if (++offset == block_size_) offset = 0, ++block;
+    // Where in K and V consecutive positions are, in elements.
+    void places_of(int64_t position, int64_t count, int64_t* places) const {
+        int64_t block = position / block_size_, offset = position % block_size_;
+        for (; count > 0; ++block, offset = 0) {
+            const int64_t num = std::min(block_size_ - offset, count);
+            const int64_t place = (int64_t(table_[block]) * block_size_ + offset) * stride_;
+            for (int64_t i = 0; i < num; ++i) places[i] = place + i * stride_;
+            places += num;
+            count -= num;
         }
     }
 
@@ -352,10 +340,7 @@ class Unit {
     // A chunk of the context, which has the same slots for all rows.
     void chunk_scores(int64_t base) {
         if (!seen(base)) return;
-        const int64_t* slots = slots_ + base - first_;
-        fetch(keys_, slots + kChunk, int(std::clamp<int64_t>(context_ - base - kChunk, 0, kChunk)));
-        near_.columns.load(keys_, stride_, shape_.head_dim, slots, kChunk);
-        fetch(values_, slots, kChunk);
+        near_.columns.load(keys_, shape_.head_dim, places_ + base - first_, kChunk);
         in_chunk(base, [&](auto count, int64_t query, int first) {
             float* scores = near_.scores + query * kSplit + base - first_;
             score<count>(query, kChunk, scores, kSplit);
@@ -366,7 +351,7 @@ class Unit {
     void chunk_values(int64_t base) {
         if (!seen(base)) return;
         const Element* values[kChunk];
-        for (int i = 0; i < kChunk; ++i) values[i] = values_ + slots_[base - first_ + i] * stride_;
+        for (int i = 0; i < kChunk; ++i) values[i] = values_ + places_[base - first_ + i];
         near_.values.load(values, shape_.head_dim, 0, kChunk);
         in_chunk(base, [&](auto count, int64_t query, int first) {
             add<count>(query, base, first, kChunk);
@@ -377,8 +362,8 @@ class Unit {
     void tail_scores() {
         const int num_columns = rest() + 64 - __builtin_clzll(seen_);
         if (!has_tail_) {
-            slots_of(tail_, num_columns, tail_slots_);
-            near_.columns.load(keys_, stride_, shape_.head_dim, tail_slots_, num_columns);
+            places_of(tail_, num_columns, tail_places_);
+            near_.columns.load(keys_, shape_.head_dim, tail_places_, num_columns);
             in_tiles(num_rows_ * shape_.group_size, [&](auto count, int64_t query) {
                 score<count>(query, num_columns, near_.by_column + query * kMaxColumns, kMaxColumns);
             });
@@ -389,11 +374,14 @@ class Unit {
             path_of(rows_[row], path);
             const int64_t from = std::max({tail_, first_, rows_[row].begin});
             const int64_t to = std::min(rows_[row].end, first_ + kSplit);
+            const int64_t fork = std::clamp(context_, from, to);  // before it all rows' paths are one
             for (int64_t g = 0; g < shape_.group_size; ++g) {
                 const int64_t query = row * shape_.group_size + g;
-                for (int64_t at = from; at < to; ++at)
-                    near_.scores[query * kSplit + at - first_] =
-                        near_.by_column[query * kMaxColumns + path[at - tail_]];
+                const float* by_column = near_.by_column + query * kMaxColumns;
+                float* scores = near_.scores + query * kSplit;
+                std::copy(by_column + from - tail_, by_column + fork - tail_, scores + from - first_);
+                for (int64_t at = fork; at < to; ++at)
+                    scores[at - first_] = by_column[path[at - tail_]];
             }
         }
     }
@@ -403,7 +391,7 @@ class Unit {
         const Element* values[kChunk];
         // In the first chunk the same for all rows, but for a last one alone in its lane.
         const int shared = base == tail_ ? rest() / kPacked<Element> * kPacked<Element> : 0;
-        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_slots_[i] * stride_;
+        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_places_[i];
         near_.values.load(values, shape_.head_dim, 0, shared);
         for (int row = 0; row < num_rows_; ++row) {
             if (!rows_[row].sees(base, base + kChunk)) continue;
@@ -411,7 +399,7 @@ class Unit {
             path_of(rows_[row], path);
             const int last = int(std::min<int64_t>(rows_[row].end - base, kChunk));
             for (int i = shared; i < last; ++i)
-                values[i] = values_ + tail_slots_[path[base - tail_ + i]] * stride_;
+                values[i] = values_ + tail_places_[path[base - tail_ + i]];
             near_.values.load(values, shape_.head_dim, shared, last);
             in_tiles(shape_.group_size, [&](auto count, int64_t at) {
                 add<count>(row * shape_.group_size + at, base,
@@ -442,11 +430,6 @@ class Unit {
                                             near_.out + query * shape_.head_dim);
     }
 
-    // K or V of these slots will be wanted soon.
-    void fetch(const Element* cache, const int64_t* slots, int count) const {
-        for (int i = 0; i < count; ++i) prefetch(cache + slots[i] * stride_, shape_.head_dim);
-    }
-
     Scratch<Element>& near_ = Scratch<Element>::of_thread();
     const AttentionShape& shape_;
     const Element* keys_;
@@ -460,9 +443,9 @@ class Unit {
     int64_t context_;
     int64_t tail_;
     bool has_tail_ = false;  // in the columns
-    int64_t tail_slots_[kMaxColumns];
-    int64_t first_ = 0;                // position of the split
-    int64_t slots_[kSplit + kChunk];  // of the context from there
+    int64_t tail_places_[kMaxColumns];
+    int64_t first_ = 0;       // position of the split
+    int64_t places_[kSplit];  // of the context from there
 };
 
 }  // namespace

@@ -107,28 +107,25 @@ inline void store(bfloat16* p, Floats x) {  // rounded to nearest, ties to even
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
 }
 
-inline void transpose(Floats (&x)[kLanes]) {
-    __m512 pairs[kLanes], quads[kLanes];
-    for (int i = 0; i < kLanes; i += 2) {
-        pairs[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
-        pairs[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+// columns[c] lane i: number c of the four at from(i).
+template <typename From>
+inline void columns_of(const From& from, Floats (&columns)[4]) {
+    const auto four = [&](int i) { return _mm_loadu_ps(from(i)); };
+    __m512 rows[4];  // row 4 j + i stands in 128 bits j of number i
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm512_castps128_ps512(four(i));
+        rows[i] = _mm512_insertf32x4(rows[i], four(4 + i), 1);
+        rows[i] = _mm512_insertf32x4(rows[i], four(8 + i), 2);
+        rows[i] = _mm512_insertf32x4(rows[i], four(12 + i), 3);
     }
-    auto doubles = [&](int i) { return _mm512_castps_pd(pairs[i]); };
-    for (int i = 0; i < kLanes; i += 4)  // quads[i + c]: column c of each 128 bits of rows i .. i + 3
-        for (int c = 0; c < 4; ++c)
-            quads[i + c] = _mm512_castpd_ps(
-                c % 2 ? _mm512_unpackhi_pd(doubles(i + c / 2), doubles(i + c / 2 + 2))
-                      : _mm512_unpacklo_pd(doubles(i + c / 2), doubles(i + c / 2 + 2)));
-    for (int c = 0; c < 4; ++c) {
-        const __m512 a = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0x88);
-        const __m512 b = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0x88);
-        const __m512 d = _mm512_shuffle_f32x4(quads[c], quads[4 + c], 0xdd);
-        const __m512 e = _mm512_shuffle_f32x4(quads[8 + c], quads[12 + c], 0xdd);
-        x[c].v = _mm512_shuffle_f32x4(a, b, 0x88);
-        x[4 + c].v = _mm512_shuffle_f32x4(d, e, 0x88);
-        x[8 + c].v = _mm512_shuffle_f32x4(a, b, 0xdd);
-        x[12 + c].v = _mm512_shuffle_f32x4(d, e, 0xdd);
-    }
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+    columns[0] = {_mm512_castpd_ps(_mm512_unpacklo_pd(a, c))};
+    columns[1] = {_mm512_castpd_ps(_mm512_unpackhi_pd(a, c))};
+    columns[2] = {_mm512_castpd_ps(_mm512_unpacklo_pd(b, d))};
+    columns[3] = {_mm512_castpd_ps(_mm512_unpackhi_pd(b, d))};
 }
 
 inline Floats exp2(Floats x) {
@@ -255,22 +252,21 @@ inline void store(bfloat16* p, Floats x) {  // rounded to nearest, ties to even
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
 }
 
-inline void transpose(Floats (&x)[kLanes]) {
-    __m256 pairs[kLanes], quads[kLanes];
-    for (int i = 0; i < kLanes; i += 2) {
-        pairs[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
-        pairs[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
-    }
-    auto doubles = [&](int i) { return _mm256_castps_pd(pairs[i]); };
-    for (int i = 0; i < kLanes; i += 4)  // quads[i + c]: column c of each 128 bits of rows i .. i + 3
-        for (int c = 0; c < 4; ++c)
-            quads[i + c] = _mm256_castpd_ps(
-                c % 2 ? _mm256_unpackhi_pd(doubles(i + c / 2), doubles(i + c / 2 + 2))
-                      : _mm256_unpacklo_pd(doubles(i + c / 2), doubles(i + c / 2 + 2)));
-    for (int c = 0; c < 4; ++c) {
-        x[c].v = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x20);
-        x[4 + c].v = _mm256_permute2f128_ps(quads[c], quads[4 + c], 0x31);
-    }
+// columns[c] lane i: number c of the four at from(i).
+template <typename From>
+inline void columns_of(const From& from, Floats (&columns)[4]) {
+    __m256 rows[4];  // row 4 j + i stands in 128 bits j of number i
+    for (int i = 0; i < 4; ++i)
+        rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from(i))),
+                                       _mm_loadu_ps(from(4 + i)), 1);
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(rows[0], rows[1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(rows[0], rows[1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(rows[2], rows[3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(rows[2], rows[3]));
+    columns[0] = {_mm256_castpd_ps(_mm256_unpacklo_pd(a, c))};
+    columns[1] = {_mm256_castpd_ps(_mm256_unpackhi_pd(a, c))};
+    columns[2] = {_mm256_castpd_ps(_mm256_unpacklo_pd(b, d))};
+    columns[3] = {_mm256_castpd_ps(_mm256_unpackhi_pd(b, d))};
 }
 
 inline Floats exp2(Floats x) {
@@ -460,9 +456,14 @@ inline void store_bytes(int8_t* p, const Ints& x) {
 inline void store(bfloat16* p, const Floats& x) {
     for (int i = 0; i < kLanes; ++i) p[i] = round_to_bfloat16(x.v[i]);
 }
-inline void transpose(Floats (&x)[kLanes]) {
-    for (int i = 0; i < kLanes; ++i)
-        for (int j = 0; j < i; ++j) std::swap(x[i].v[j], x[j].v[i]);
+// columns[c] lane i: number c of the four at from(i).
+template <typename From>
+inline void columns_of(const From& from, Floats (&columns)[4]) {
+    for (int i = 0; i < kLanes; ++i) {
+        float four[4];
+        std::memcpy(four, from(i), sizeof four);
+        for (int c = 0; c < 4; ++c) columns[c].v[i] = four[c];
+    }
 }
 inline Floats exp2(const Floats& x) {
     return each<Floats>([&](int i) { return std::exp2(x.v[i]); });
