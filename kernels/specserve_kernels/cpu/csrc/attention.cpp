@@ -370,10 +370,11 @@ class Unit {
             has_tail_ = true;
         }
         for (int row = 0; row < num_rows_; ++row) {
-            int path[kMaxColumns];
-            path_of(rows_[row], path);
             const int64_t from = std::max({tail_, first_, rows_[row].begin});
             const int64_t to = std::min(rows_[row].end, first_ + kSplit);
+            if (from >= to) continue;
+            int path[kMaxColumns];
+            path_of(rows_[row], path);
             const int64_t fork = std::clamp(context_, from, to);  // before it all rows' paths are one
             for (int64_t g = 0; g < shape_.group_size; ++g) {
                 const int64_t query = row * shape_.group_size + g;

@@ -28,13 +28,14 @@ struct AttentionShape {
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxSegmentRows = 64;
-constexpr int64_t kMaxHeads = 32;  // query heads per KV head
+constexpr int64_t kMaxHeads = 32;     // query heads per KV head
 constexpr int64_t kMaxUnitRows = 16;  // of a segment, for one thread at a time
-constexpr int64_t kSplit = 128;    // positions, at absolute multiples, whose softmax is one sum
+constexpr int64_t kSplit = 128;       // positions, at absolute multiples, whose softmax is one sum
 
-// Rows first_row .. last_row - 1 of a segment, kMaxUnitRows at most, for one KV head. q: this head's queries, a row of the
-// pass after `stride` floats the next; K and V [num_slots][num_kv_heads][head_dim]; out: of these
-// rows alone, [group_size][head_dim] each, a row after `out_stride` floats the next.
+// Rows first_row .. last_row - 1 of a segment, kMaxUnitRows at most, for one KV head. q: this head's
+// queries, a row of the pass after `stride` floats the next; K and V
+// [num_slots][num_kv_heads][head_dim]; out: of these rows alone, [group_size][head_dim] each, a row
+// after `out_stride` floats the next.
 template <typename Element>
 void attend(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
             const Element* k, const Element* v, int64_t segment, int64_t kv_head,
