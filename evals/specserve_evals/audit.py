@@ -5,12 +5,9 @@ request ends. Tokens behind that point were neither accepted nor rejected, so th
 a stop, EOS or max_tokens cut is no fault of the draft.
 """
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from specserve.drafting.base import Feedback
-from specserve.drafting.compose import ComposedDrafter
-from specserve.sequence import Sequence
 from specserve.step import Verdict
 from specserve.tree import TARGET_SOURCE, DraftTree
 
@@ -44,34 +41,20 @@ class Acceptance:
             _count(self.rejected, verdict.num_accepted)
 
 
-class AuditedDrafter(ComposedDrafter):
-    """Passes everything on to the engine's own drafter, and counts what comes of it."""
+class Audit:
+    """Counts what verification did; its `observe` watches an engine."""
 
-    def __init__(self, inner: ComposedDrafter) -> None:
-        super().__init__({}, 0)
-        self._inner = inner
-        self.names, self.counts = inner.names, inner.counts
+    def __init__(self) -> None:
         self._acceptance = Acceptance()
-
-    @property
-    def active(self) -> list[str]:
-        return self._inner.active
 
     def take(self) -> Acceptance:
         """The counts since the last call."""
         counts, self._acceptance = self._acceptance, Acceptance()
         return counts
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
-        return self._inner.propose(seqs, budgets)
-
     def observe(self, feedback: Feedback) -> None:
         for seq_id, verdict in feedback.verdicts.items():
             self._acceptance.record(feedback.trees[seq_id], verdict)
-        self._inner.observe(feedback)
-
-    def forget(self, seq_id: str) -> None:
-        self._inner.forget(seq_id)
 
 
 def _count(by_depth: list[int], depth: int) -> None:

@@ -21,7 +21,7 @@ from specserve.cli.progress import show_progress
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_evals import provenance
-from specserve_evals.audit import AuditedDrafter
+from specserve_evals.audit import Audit
 from specserve_evals.identity import Comparison, compare, sampling_settings
 from specserve_evals.progress import Advance, plain_table, stdout_console, track
 from specserve_evals.prompts import Prompt, load_prompts, select
@@ -83,7 +83,8 @@ class Examination:
         prompts: Sequence[Prompt],
         advance: Advance,
     ) -> None:
-        audit = llm.engine.drafter = AuditedDrafter(llm.engine.drafter)
+        audit = Audit()
+        llm.engine.watch((), audit.observe)
         settings = sampling_settings(llm.tokenizer, self._args.max_tokens)
         for setting in self._args.settings:
             sampling = seeded(settings[setting], self._args.seed, len(prompts))
@@ -97,7 +98,8 @@ class Examination:
                 expected = self._reference.setdefault(setting, ids)
                 row = compare(cell, prompts, expected, completions, seconds, audit.take())
                 self.comparisons.append(replace(row, is_reference=is_reference))
-        failed = set(audit.names).difference(audit.active)
+        drafter = llm.engine.drafter
+        failed = set(drafter.names).difference(drafter.active)
         if failed:
             raise ValueError(f"draft: {sorted(failed)} failed and was switched off; see the log")
 

@@ -72,8 +72,13 @@ def markdown(provenance: Provenance) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    path = Path(argument)
-    return path.name if path.is_absolute() or ".." in path.parts else argument
+    """Of a path, or of those among several names with commas between."""
+
+    def shown(part: str) -> str:
+        path = Path(part)
+        return path.name if path.is_absolute() or ".." in path.parts else part
+
+    return ",".join(map(shown, argument.split(",")))
 
 
 def _sha256(file: Path) -> str:

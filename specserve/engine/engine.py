@@ -168,10 +168,12 @@ class Engine:
         self._start_over(self.kv.pool.num_blocks)
 
     def watch(self, taps: tuple[int, ...], observe: Callable[[Feedback], None]) -> None:
-        """From now on `observe` hears of every pass what drafters hear, with these taps; for an
-        engine whose drafters want none."""
-        assert not self._taps, "the drafters have taps of their own"
-        self.runner.taps, self._watcher = taps, observe
+        """From now on `observe` hears of every pass what drafters hear. With `taps` of its own only
+        where drafters want none."""
+        assert not (taps and self._taps), "the drafters have taps of their own"
+        if taps:
+            self.runner.taps = taps
+        self._watcher = observe
 
     def submit(self, request: Request) -> None:
         """Queue a request for the next step. Raises RequestError if it can never be served."""

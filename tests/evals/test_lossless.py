@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from eagle_heads import write_eagle
 from rich.console import Console
 from tiny import write_tiny_llama
 from tiny_chat import write_chat_prompts, write_tiny_chat
@@ -98,15 +99,16 @@ def test_another_model_makes_the_command_fail(
 
 
 def test_no_token_differs(tiny_chat: Path, prompt_file: Path, tmp_path: Path) -> None:
+    head = write_eagle(tmp_path / "head", "specforge").path  # which has the target's taps
     status, report = examine(
         tmp_path,
-        *("--target", str(tiny_chat), "--draft", "ngram", "--limit", "3", *TINY),
-        *("--batch", "1", "3", "--max-tokens", "24"),
+        *("--target", str(tiny_chat), "--draft", "ngram", "--draft", f"recycle,{head}", *TINY),
+        *("--limit", "3", "--batch", "1", "3", "--max-tokens", "24"),
     )
     assert status == 0
     assert report.num_mismatches == 0
     assert report.prompts == ("10", "11", "12")
-    assert len(report.comparisons) == 2 * 3 * 2  # drafts x settings x batch sizes
+    assert len(report.comparisons) == 3 * 3 * 2  # drafts x settings x batch sizes
     assert sum(row.is_reference for row in report.comparisons) == 3
     assert any(row.accepted_by_depth for row in report.comparisons if row.draft == "ngram")
     assert report.provenance.data is not None

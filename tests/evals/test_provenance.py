@@ -14,9 +14,12 @@ def test_provenance(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_bytes(b"abc")
     platform = choose_platform(TargetConfig(device="cpu", dtype="float32"))
-    arguments = ["--prompts", str(data), "--limit", "2", "--draft", "a b"]
+    arguments = ["--prompts", str(data), "--limit", "2", "--draft", f"a b,{tmp_path}/head"]
     found = collect("package.module", arguments, platform, data)
-    assert found.command == "python -m package.module --prompts data.jsonl --limit 2 --draft 'a b'"
+    assert (
+        found.command
+        == "python -m package.module --prompts data.jsonl --limit 2 --draft 'a b,head'"
+    )
     assert found.data is not None
     assert found.data.sha256 == hashlib.sha256(b"abc").hexdigest()
     assert found.engine["dtype"] == "float32"
