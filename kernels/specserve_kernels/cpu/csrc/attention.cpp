@@ -121,7 +121,7 @@ class Values {
             const Element* next = values[std::min(at + 1, last - 1)];  // beyond: weighs nothing
             for (int64_t d = 0; d < dim; d += kLanes)
                 if constexpr (kPacked<Element> == 1)
-                    store(row + d, load_lanes(values[at] + d));
+                    store(row + d, specserve::load(values[at] + d));
                 else
                     store(row + d, pairs_of(values[at] + d, next + d));
         }
@@ -214,7 +214,7 @@ struct Row {
     int64_t begin = 0;
 };
 
-// Calls f.template operator()<n>(first) for tiles of n consecutive things, n <= kQueriesTogether.
+// Calls f(n, first), n a constant, for tiles of n consecutive things, n <= kQueriesTogether.
 template <typename F>
 inline void in_tiles(int64_t count, const F& f) {
     for (int64_t first = 0; first < count; first += kQueriesTogether)

@@ -16,10 +16,10 @@
 namespace specserve {
 namespace {
 
-constexpr int64_t kPanels = 2;                  // of a unit
-constexpr int64_t kColumns = kPanels * kPanel;  // one group of quantised values
+constexpr int64_t kPanels = 2;                    // of a unit
+constexpr int64_t kColumns = kPanels * kPanel;    // one group of quantised values
 constexpr int64_t kRowBlock = 5 * kRowsTogether;  // rows a unit takes at a time
-constexpr int64_t kUnitsPerThread = 4;          // fewer, and attention is shared out by splits
+constexpr int64_t kUnitsPerThread = 4;            // fewer, and attention is shared out by splits
 constexpr int64_t kPhasesPerLayer = 9;
 static_assert(kColumns == kGroup);
 

@@ -61,7 +61,6 @@ inline Floats load(const bfloat16* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-inline Floats load_lanes(const bfloat16* p) { return {_mm512_loadu_ps(p)}; }
 inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
     const auto wide = [](const bfloat16* p) {
         return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -189,7 +188,6 @@ inline Floats load(const bfloat16* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
-inline Floats load_lanes(const bfloat16* p) { return load(reinterpret_cast<const float*>(p)); }
 inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
     const auto wide = [](const bfloat16* p) {
         return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -373,11 +371,6 @@ inline Floats load(const bfloat16* p) {
         return x;
     });
 }
-inline Floats load_lanes(const bfloat16* p) {
-    Floats r;
-    std::memcpy(r.v, p, sizeof r.v);
-    return r;
-}
 inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
     return each<Floats>([&](int i) {
         const uint32_t bits = uint32_t(b[i].bits) << 16 | a[i].bits;
@@ -503,8 +496,6 @@ inline Ints dot_signed(const Ints& sum, const Bytes& w, int32_t x4) {
 }
 
 #endif
-
-inline Floats load_lanes(const float* p) { return load(p); }
 
 // Sums over pairs of bfloat16, of which a lane holds one: sum += a pair in every lane times the same
 // pair of factors, which are rounded to bfloat16 too.
