@@ -41,7 +41,7 @@ lint: $(READY) ## ruff and mypy
 	$(PY) -m mypy
 
 test-gpu: $(READY) ## the tests that need a CUDA device
-	$(PY) -m pytest -q -m gpu tests
+	$(PY) -m pytest -q -m gpu tests/kernels tests/gpu
 
 bench-gpu: $(READY) ## kernels and offline generation on CUDA
 	$(PY) -m specserve_benchmarks.kernels --device cuda

@@ -96,6 +96,7 @@ TUNES: Final = {
     "recycle": "a table of what the target holds likely after the last tokens",
     "eagle": "a head over the target's own layers, trained on its answers",
     "medusa": "heads over the target's last row alone, trained on its answers",
+    "prompts": "prompts that the target makes up, where there are no others to train on",
 }
 
 

@@ -97,7 +97,7 @@ def test_answers_come_with_the_rows_a_teacher_would_read(
 
     keeps, reads = teacher(), teacher()
     chats = [[{"role": "user", "content": text}] for text in prompts()]
-    texts = answers.Answers(llm, chats, settings, folder / "data", keeps).shard(0)
+    texts = answers.Answers(llm, chats, settings, folder / "data", keeps, {}).shard(0)
     assert len(texts) > 1
     monkeypatch.setattr(keeps, "_pass", pytest.fail)
     kept, read = keeps.read(texts), reads.read(texts)

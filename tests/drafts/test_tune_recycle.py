@@ -15,7 +15,7 @@ from specserve_drafts.successors import TABLE, SuccessorTable
 from specserve_drafts.tune import recycle
 from specserve_drafts.tune.card import Made
 from specserve_drafts.tune.claim import LOCK, claimed
-from specserve_drafts.tune.prompts import NGRAM, training_prompts
+from specserve_drafts.tune.prompt_file import NGRAM, training_prompts
 
 FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--max-tokens", "12"]
 

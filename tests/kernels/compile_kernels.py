@@ -7,17 +7,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specserve_kernels.triton import attention_kernels, kv, sampler
+from specserve_kernels.triton import attention_kernels, draft_loss, kv, sampler
 
 MODEL = {"NUM_KV_HEADS": 2, "GROUP": 3, "HEAD_DIM": 80, "DIM": 128, "BLOCK_M": 16}
 SPLIT = {"BLOCK_SIZE": 16, "BLOCK_N": 32, "TREE_N": 16, "SPLIT": 256}
 # Pointers are named by what they point at, every other argument is int32 unless it is named here.
 POINTERS = {
     "*i32": "work merges segments tables ids counts",
-    "*i64": "words slots src dst seeds positions token_ids best",
+    "*i64": "words slots src dst seeds positions token_ids best rows",
     "*i1": "noisy prompt_mask",
-    "*fp32": "partial_out partial_stats tops noise logits repetition frequency presence",
-    "fp32": "scale",
+    "*fp32": "partial_out partial_stats tops noise logits repetition frequency presence "
+    "p mass log_p weights loss accepted",
+    "fp32": "scale eta",
 }
 TYPES = {name: type_name for type_name, names in POINTERS.items() for name in names.split()}
 
@@ -47,6 +48,9 @@ def main() -> None:
     for kernel in (sampler.noise_of_tokens, sampler.block_argmax, sampler.penalise):
         compile_for_hopper(kernel, size, out="*fp32")
     compile_for_hopper(sampler.first_of_best, {"SIZE": 16})
+    for hybrid in (False, True):
+        loss = {"SIZE": 2048, "HYBRID": hybrid}
+        compile_for_hopper(draft_loss.draft_loss_row, loss, logits="*bf16")
 
 
 if __name__ == "__main__":

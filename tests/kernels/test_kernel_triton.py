@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specserve_drafts.tune.head_loss import Wanted, loss_by_torch, loss_by_triton
 from specserve_kernels.cases import (
     ATTENTION_CASES,
     COMMIT_MOVES,
@@ -134,3 +135,24 @@ def test_penalties() -> None:
     )
     out = KERNELS.apply_penalties(*arguments)
     torch.testing.assert_close(out, TWIN.apply_penalties(*arguments), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("vocab_size", [7, 2048, 5000])
+def test_draft_loss(hybrid: bool, vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+
+    def logits(num_rows: int) -> torch.Tensor:
+        return 3 * torch.randn(num_rows, vocab_size, generator=generator).to(DEVICE)
+
+    whole = logits(4).softmax(-1)
+    whole[:, ::3] = 0  # tokens that cannot be drafted
+    wanted = Wanted.of(whole)
+    rows = torch.tensor([2, 0, 0, 3, 1], device=DEVICE)
+    weights = torch.tensor([0.5, 1.0, 0.0, 2.0, 0.1], device=DEVICE)
+    own = logits(5)
+    expected = loss_by_torch(own.clone(), wanted, rows, weights, hybrid)
+    for ours, theirs in zip(
+        loss_by_triton(own, wanted, rows, weights, hybrid), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

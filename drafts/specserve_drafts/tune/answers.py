@@ -1,13 +1,15 @@
 """What a head learns from: the target's own answers, as token ids in shards on disk.
 
 Shards are written once and whole, so a run that was killed finds each of them complete or not at
-all. An answer depends on its prompt's number and the seed alone.
+all. An answer depends on its prompt's number and the seed alone, so several processes can share
+the work, and a later run takes up what an earlier one left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,13 +25,14 @@ from specserve_drafts.tune.texts import Text, read_texts, write_texts
 SHARD_PROMPTS: Final = 64  # answered between two saves: less than a minute
 HELD_OUT: Final = 32  # prompts that are never learned from
 _COUNTED_PROMPTS: Final = 4000
+_SETTINGS: Final = "settings.json"
 
 
 class Answers:
     """The shards of one run. Prompt n is answered with seed + n; prompts come round again.
 
     `teacher` gets the rows that the engine has anyway while it answers, where they are the same
-    to the bit.
+    to the bit. Raises ValueError if the folder has answers that were made with other settings.
     """
 
     def __init__(
@@ -38,28 +41,48 @@ class Answers:
         prompts: Sequence[Messages],
         settings: HeadSettings,
         folder: Path,
-        teacher: Teacher,
+        teacher: Teacher | None,
+        made_with: Mapping[str, Any],  # what answers depend on, as JSON has it
     ) -> None:
         self._llm, self._prompts, self._settings = llm, prompts, settings
         self._folder, self._teacher = folder, teacher
         self._rows: dict[str, tuple[Sequence[int], list[Tensor]]] = {}  # tokens and rows, by id
-        if llm.engine.platform.exact:
+        if teacher is not None and llm.engine.platform.exact:
             llm.engine.watch(teacher.layers, self._observe)
         folder.mkdir(parents=True, exist_ok=True)
+        _check_settings(folder / _SETTINGS, made_with)
+
+    def has(self, index: int) -> bool:
+        """Whether the shard is on disk: answered by this run, or left there by another."""
+        return self._path(index).exists()
 
     def shard(self, index: int) -> list[Text]:
         """From disk, or answered now."""
-        path = self._folder / f"shard-{index:05}.safetensors"
-        if not path.exists():
-            first = index * SHARD_PROMPTS
-            write_texts(path, self._answer(self._prompts, range(first, first + SHARD_PROMPTS)))
-        return read_texts(path)
+        if not self.has(index):
+            self.answer([index])
+        return read_texts(self._path(index))
+
+    def answer(self, shards: Sequence[int]) -> None:
+        """All of them together, and onto disk."""
+        numbers = [
+            number
+            for index in shards
+            for number in range(index * SHARD_PROMPTS, (index + 1) * SHARD_PROMPTS)
+        ]
+        answers = self._answer(self._prompts, numbers)
+        for place, index in enumerate(shards):
+            own = answers[place * SHARD_PROMPTS : (place + 1) * SHARD_PROMPTS]
+            write_texts(self._path(index), [text for text in own if text is not None])
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"shard-{index:05}.safetensors"
 
     def held_out(self, prompts: Sequence[Messages]) -> list[Text]:
         """Greedy answers to prompts of their own."""
         path = self._folder / "held_out.safetensors"
         if not path.exists():
-            write_texts(path, self._answer(prompts, range(len(prompts)), temperature=0.0))
+            answers = self._answer(prompts, range(len(prompts)), temperature=0.0)
+            write_texts(path, [text for text in answers if text is not None])
         return read_texts(path)
 
     def prompt_counts(self, vocab_size: int) -> Tensor:
@@ -74,8 +97,9 @@ class Answers:
         return counts / counts.sum().clamp_min(1)
 
     def _answer(
-        self, prompts: Sequence[Messages], numbers: range, temperature: float | None = None
-    ) -> list[Text]:
+        self, prompts: Sequence[Messages], numbers: Sequence[int], temperature: float | None = None
+    ) -> list[Text | None]:
+        """None: there is no room for an answer."""
         settings = self._settings
         mix = settings.temperature if temperature is None else (temperature,)
         sampling = [
@@ -88,17 +112,18 @@ class Answers:
         ]
         answers = self._llm.generate([prompts[n % len(prompts)] for n in numbers], sampling)
         for ids, rows in self._rows.values():
+            assert self._teacher is not None
             tokens = np.array(ids[: settings.max_len - 1], np.int32)
             known = torch.cat(rows)[: len(tokens)]
             self._teacher.keep(tokens[: len(known)], known)
         self._rows = {}
-        texts = []
+        texts: list[Text | None] = []
         for answer in answers:
             num_prompt = len(answer.prompt_ids)
             tokens = np.array([*answer.prompt_ids, *answer.token_ids], np.int32)
             text = Text(tokens[: settings.max_len], num_prompt)
-            if answer.error is None and num_prompt >= 2 and text.num_answer >= 1:
-                texts.append(text)
+            served = answer.error is None and num_prompt >= 2 and text.num_answer >= 1
+            texts.append(text if served else None)
         return texts
 
     def _observe(self, feedback: Feedback) -> None:
@@ -111,3 +136,16 @@ class Answers:
                 self._rows[seq.id] = (seq.tokens, [])
             self._rows[seq.id][1].append(taps[first:end])
             first = end
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Those of the folder are these, from its first answer on. Raises ValueError."""
+    if not path.exists():
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2))
+    before = msgspec.json.decode(path.read_bytes())
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name}: {value!r}, and the answers in {path.parent} were made with "
+                f"{before.get(name)!r}; leave it, or give another directory"
+            )

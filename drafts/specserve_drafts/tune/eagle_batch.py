@@ -8,15 +8,15 @@ the target's own distribution there; step k of chain a is about row a + k.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from specserve_drafts.tune.texts import Text
 
-Ints = npt.NDArray[np.int64]
+_GPU_GROUP: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,13 @@ def build_chains(
     chains = np.array([text.num_answer for text in texts])
     prompts = np.array([text.num_prompt for text in texts])
     first_pair, first_chain = np.cumsum(pairs) - pairs, np.cumsum(chains) - chains
+    # [5, num_texts]: what `_group` needs of each.
+    about = np.stack([first_pair, pairs, first_chain, chains, prompts])
     # A GPU wants few and large products; a CPU no padding, and scores that stay in its cache.
-    size = per_group or (1 if device.type == "cpu" else len(texts))
+    size = per_group or (1 if device.type == "cpu" else _GPU_GROUP)
     groups = [
-        _group(first_pair[part], pairs[part], first_chain[part], chains[part], prompts[part])
-        for part in (slice(start, start + size) for start in range(0, len(texts), size))
+        _group(torch.from_numpy(part).to(device), int(part[1].max()), int(part[3].max()))
+        for part in (about[:, start : start + size] for start in range(0, len(texts), size))
     ]
     starts = [
         first + text.num_prompt - 2 + np.arange(text.num_answer)
@@ -78,20 +80,21 @@ def build_chains(
         first,
         ids,
         left,
-        tuple(Group(*(torch.from_numpy(array).to(device) for array in group)) for group in groups),
+        tuple(groups),
     )
 
 
-def _group(
-    first_pair: Ints, pairs: Ints, first_chain: Ints, chains: Ints, prompts: Ints
-) -> tuple[Ints, Ints, Ints, npt.NDArray[np.bool_]]:
-    """The fields of `Group` for some texts; the arguments are [B]."""
-    column, row = np.arange(pairs.max())[None], np.arange(chains.max())[None]
-    own = row < chains[:, None]  # [B, most]
-    start = np.where(own, prompts[:, None] - 2 + row, pairs.max())  # padding sees everything
-    return (
-        np.where(column < pairs[:, None], first_pair[:, None] + column, 0),
-        np.where(own, first_chain[:, None] + row, 0),
-        np.flatnonzero(own),
+def _group(about: Tensor, longest: int, most: int) -> Group:
+    """`about`: [5, B] int64, each text's first pair and number of pairs, its first chain and number
+    of chains, and the length of its prompt."""
+    first_pair, pairs, first_chain, chains, prompts = about[:, :, None]
+    column = torch.arange(longest, device=about.device)[None]
+    row = torch.arange(most, device=about.device)[None]
+    own = row < chains  # [B, most]
+    start = torch.where(own, prompts - 2 + row, longest)  # padding sees everything
+    return Group(
+        torch.where(column < pairs, first_pair + column, 0),
+        torch.where(own, first_chain + row, 0),
+        own.flatten().nonzero()[:, 0],
         column[None] > start[:, :, None],
     )

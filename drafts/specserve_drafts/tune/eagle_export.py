@@ -1,7 +1,8 @@
 """A trained head as a checkpoint in the layout of vllm-project/speculators, which `formats` reads.
 
-The embedding is the target's. Engines have it already, and vLLM too takes it from the target if a
-file has none; speculators itself has it in every file and needs it there.
+The embedding is the target's, and so is a head over the whole vocabulary. Engines have them
+already, and vLLM too takes them from the target if a file has none; speculators itself has them in
+every file and needs them there, or loads them from the target (`load_verifier_weights`).
 """
 
 from collections.abc import Mapping
@@ -29,14 +30,17 @@ def write_head(
     depth: int,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    embedding: Tensor | None = None,  # [vocab_size, hidden_size], the target's; None: left out
+    embedding: Tensor | None = None,  # [vocab_size, hidden_size], the target's; None: left out,
+    # as is a whole head
 ) -> None:
     """See `write_checkpoint`."""
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
     if embedding is not None:
         tensors["embed_tokens.weight"] = embedding.to("cpu", dtype)
-    tensors["lm_head.weight"] = head.to("cpu", dtype)
-    if len(ids := token_ids.cpu()) < shape.vocab_size:
+    is_part = len(ids := token_ids.cpu()) < shape.vocab_size
+    if is_part or embedding is not None:
+        tensors["lm_head.weight"] = head.to("cpu", dtype)
+    if is_part:
         tensors["d2t"] = ids - torch.arange(len(ids))
         tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
     name = public_name(target)

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.head_card import HeadMade, write_card
-from specserve_drafts.tune.head_run import Method, Run
+from specserve_drafts.tune.head_run import Method, Run, answer
 from specserve_drafts.tune.head_settings import (
     HeadSettings,
     Settings,
     add_settings,
     read_settings,
 )
-from specserve_drafts.tune.prompts import add_run_flags
+from specserve_drafts.tune.prompt_file import add_run_flags
 from specserve_evals import provenance
+from specserve_evals.runs import at_least_one
 
 
 def train(
@@ -24,12 +25,15 @@ def train(
     make: Callable[[Settings], Method],
     argv: Sequence[str] | None,
 ) -> int:
-    """0: made; 2: wrong usage."""
+    """0: made, or answered; 2: wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(arguments)
     try:
         settings, target = read_settings(args, kind)
         method = make(settings)
+        if args.answer:
+            answer(args, settings, target)
+            return 0
         with claimed(args.out):
             run = Run(args, settings, target, method)
             run.learn()
@@ -63,5 +67,29 @@ def head_parser(name: str, description: str, kind: type[HeadSettings]) -> argpar
     parser.add_argument(
         "--experiment", type=Path, metavar="FILE.toml", help="settings; flags override it"
     )
+    parser.add_argument(
+        "--answer",
+        type=at_least_one,
+        default=0,
+        metavar="N",
+        help="only answer the first N prompts; a later run in DIR learns from them",
+    )
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="K/N",
+        help="with --answer: this process' part of them, for N that share the work",
+    )
     add_settings(parser, kind)
     return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    try:
+        part, num_parts = map(int, text.split("/"))
+    except ValueError:
+        part, num_parts = 0, 0
+    if not 1 <= part <= num_parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected K/N with K from 1 to N")
+    return part, num_parts

@@ -59,10 +59,12 @@ class HeadLoss(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk):
                 part = slice(start, start + chunk)
-                own = x[part].to(head.dtype)
-                loss, accepted[part], slope = _rows(own, head, wanted, rows[part], hybrid)
+                logits = x[part].to(head.dtype) @ head.T
+                loss, accepted[part], slope = _RULES[x.device.type](
+                    logits, wanted, rows[part], weights[part], hybrid
+                )
                 total += loss @ weights[part]
-                grad[part] = slope.mul_(weights[part, None]).to(head.dtype) @ head
+                grad[part] = slope @ head
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(accepted)
         return total, accepted
@@ -77,21 +79,38 @@ class HeadLoss(torch.autograd.Function):
 head_loss: Final[Callable[..., tuple[Tensor, Tensor]]] = HeadLoss.apply
 
 
-def _rows(
-    x: Tensor, head: Tensor, wanted: Wanted, rows: Tensor, hybrid: bool
+def loss_by_torch(
+    logits: Tensor, wanted: Wanted, rows: Tensor, weights: Tensor, hybrid: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [n], acceptance [n] and d loss / d logits [n, draft_vocab]."""
+    """Loss [n], acceptance [n] and weights * d loss / d logits, like `logits`."""
     p, mass = wanted.p.index_select(0, rows), wanted.mass[rows]
-    log_q = (x @ head.T).float().log_softmax(-1)
+    log_q = logits.float().log_softmax(-1)
     loss = wanted.log_p[rows] - torch.linalg.vecdot(p, log_q)
     q = log_q.exp_()
     accepted = torch.minimum(p, q).sum(-1)
-    if not hybrid:
-        return loss, accepted, q.mul_(mass[:, None]).sub_(p)
-    share = torch.exp(-_ETA * accepted)
-    loss = share * loss + (1 - share) * (1 - accepted)
-    # Of TV = 1 - sum min(p, q): only tokens with q < p pull, against their own mean.
-    below = (p - q).sign_().relu_().mul_(q)
-    pull = share * mass + (1 - share) * below.sum(-1)
-    slope = q.mul_(pull[:, None]).addcmul_(p, share[:, None], value=-1)
-    return loss, accepted, slope.addcmul_(below, (1 - share)[:, None], value=-1)
+    if hybrid:
+        share = torch.exp(-_ETA * accepted)
+        loss = share * loss + (1 - share) * (1 - accepted)
+        # Of TV = 1 - sum min(p, q): only tokens with q < p pull, against their own mean.
+        below = (p - q).sign_().relu_().mul_(q)
+        pull = share * mass + (1 - share) * below.sum(-1)
+        slope = q.mul_(pull[:, None]).addcmul_(p, share[:, None], value=-1)
+        slope.addcmul_(below, (1 - share)[:, None], value=-1)
+    else:
+        slope = q.mul_(mass[:, None]).sub_(p)
+    return loss, accepted, slope.mul_(weights[:, None]).to(logits.dtype)
+
+
+def loss_by_triton(
+    logits: Tensor, wanted: Wanted, rows: Tensor, weights: Tensor, hybrid: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `loss_by_torch`; in place."""
+    from specserve_kernels.triton.draft_loss import draft_loss
+
+    loss, accepted = draft_loss(
+        logits, wanted.p, wanted.mass, wanted.log_p, rows, weights, _ETA if hybrid else None
+    )
+    return loss, accepted, logits
+
+
+_RULES: Final = {"cpu": loss_by_torch, "cuda": loss_by_triton}

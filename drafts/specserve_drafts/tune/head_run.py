@@ -25,6 +25,7 @@ from specserve_drafts.tune.card import CURVE
 from specserve_drafts.tune.head_card import Description, HeadMade, HeadPoint, draw_curve
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.head_state import (
+    answer_settings,
     begun,
     lasting_settings,
     load_tensors,
@@ -32,13 +33,15 @@ from specserve_drafts.tune.head_state import (
     save,
 )
 from specserve_drafts.tune.head_training import Chains, Stepped, Trainer
-from specserve_drafts.tune.prompts import training_prompts
+from specserve_drafts.tune.prompt_file import training_prompts
 from specserve_drafts.tune.teacher import Lesson, Teacher
 from specserve_drafts.tune.texts import Text, batches
 from specserve_drafts.tune.vocabulary import draft_vocabulary, head_rows
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0
+DATA: Final = "data"
+_BATCHES_AT_ONCE: Final = 4  # answered between two saves where nothing is learned
 
 
 class Method(Protocol):
@@ -86,7 +89,7 @@ class Run:
             raise ValueError(f"prompts: {len(prompts)} are too few; give more than {HELD_OUT}")
         lasting = lasting_settings(args, settings, target)
         self.state = resumed(args.out, lasting) if args.resume else begun(args.out, lasting)
-        self.llm = _open(settings, target)
+        self.llm = open_target(settings, target)
         self._target = resolve(target.get("target", TargetConfig().target))
         self._teacher = Teacher(
             self._target,
@@ -96,13 +99,20 @@ class Run:
             settings.max_len,
         )
         self._answers = Answers(
-            self.llm, prompts[:-HELD_OUT], settings, args.out / "data", self._teacher
+            self.llm,
+            prompts[:-HELD_OUT],
+            settings,
+            args.out / DATA,
+            self._teacher,
+            answer_settings(lasting),
         )
         self._num_prompts = len(prompts) - HELD_OUT
         started = time.perf_counter()
         held_out = self._answers.held_out(prompts[-HELD_OUT:])
         if not self.state.passes:
             self._add_shard()
+            while self._answers.has(len(self.state.passes)):  # another run's
+                self._add_shard()
         if not held_out:
             raise ValueError(f"max_len: {settings.max_len} has no room for the prompts' answers")
         self._count(answering=time.perf_counter() - started)
@@ -168,9 +178,11 @@ class Run:
 
     def _train(self, progress: float) -> None:
         started = time.perf_counter()
-        if self.state.shard < 0:  # the one that was trained on least, the newest of those
+        if self.state.shard < 0:  # one of those that were trained on least
             passes = self.state.passes
-            shard = max(range(len(passes)), key=lambda index: (-passes[index], index))
+            least = [index for index, count in enumerate(passes) if count == min(passes)]
+            rng = np.random.default_rng((self.settings.seed, sum(passes)))
+            shard = least[rng.integers(len(least))]
             counted = (*passes[:shard], passes[shard] + 1, *passes[shard + 1 :])
             self._update(shard=shard, cursor=0, passes=counted)
         state = self.state
@@ -256,8 +268,31 @@ class Run:
         self.state = msgspec.structs.replace(self.state, **changes)
 
 
-def _open(settings: HeadSettings, target: dict[str, Any]) -> LLM:
+def answer(args: argparse.Namespace, settings: HeadSettings, target: dict[str, Any]) -> None:
+    """Answer the first `args.answer` prompts, or this process' part of them, and learn nothing.
+    Raises ValueError."""
+    prompts, _ = training_prompts(args.prompts, args.exclude, settings.seed)
+    made_with = answer_settings(lasting_settings(args, settings, target))
+    llm = open_target(settings, target)
+    answers = Answers(llm, prompts[:-HELD_OUT], settings, args.out / DATA, None, made_with)
+    part, num_parts = args.part
+    if part == 1:
+        answers.held_out(prompts[-HELD_OUT:])
+    mine = range(part - 1, -(-args.answer // SHARD_PROMPTS), num_parts)
+    missing = [index for index in mine if not answers.has(index)]
+    step = max(1, _BATCHES_AT_ONCE * settings.batch // SHARD_PROMPTS)
+    with track(len(missing) * SHARD_PROMPTS) as advance:
+        for start in range(0, len(missing), step):
+            answers.answer(missing[start : start + step])
+            advance(len(missing[start : start + step]) * SHARD_PROMPTS, "answering")
+
+
+def open_target(settings: HeadSettings, target: dict[str, Any]) -> LLM:
+    """An engine with room for `settings.batch` texts of the length that is trained on."""
     with show_progress() as progress:
+        directory = resolve(target.get("target", TargetConfig().target), progress=progress)
+        room = ModelShape.from_dir(directory).max_position_embeddings
+        target = {"max_model_len": min(room, settings.max_len + settings.max_tokens)} | target
         return LLM(
             draft="none",
             max_num_seqs=settings.batch,

@@ -62,6 +62,12 @@ def lasting_settings(
     return settings.lasting() | files | {"target": name}
 
 
+def answer_settings(lasting: dict[str, Any]) -> dict[str, Any]:
+    """Those of `lasting_settings` that answers depend on."""
+    names = ("prompts", "exclude", "target", "max_tokens", "max_len", "temperature", "seed")
+    return {name: lasting[name] for name in names}
+
+
 def load_tensors(out: Path, state: State) -> dict[str, Tensor]:
     if state.tensors is None:
         return {}

@@ -27,7 +27,7 @@ from specserve_drafts.recycle import RecycleDrafter
 from specserve_drafts.successors import TABLE, SuccessorTable
 from specserve_drafts.tune.card import Made, Point, write_draft
 from specserve_drafts.tune.claim import claimed
-from specserve_drafts.tune.prompts import add_run_flags, training_prompts
+from specserve_drafts.tune.prompt_file import add_run_flags, training_prompts
 from specserve_evals import provenance
 from specserve_evals.progress import track
 from specserve_evals.runs import at_least_one

@@ -1,8 +1,9 @@
 """The target while a head learns from it: taps of whole texts, and what it held likely.
 
 A second copy of the weights beside the engine's: the engine answers, this one reads answers back.
-On a CPU reading costs as much as learning, so the rows of the newest texts stay in memory, those
-that the engine had while it answered among them; on disk they would be 7 KB a token.
+Reading costs as much as learning on a CPU, and more than there is to learn on a GPU, so the rows of
+the newest texts stay in memory; on a CPU those that the engine had while it answered among them. On
+disk they would be 7 KB a token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,15 +18,17 @@ from specserve.batch import SegmentRows, build_batch, chain_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.engine.device import Platform
+from specserve.engine.memory import free_memory
 from specserve.models.loader import load_model
 from specserve.types import Quantization
 from specserve_drafts.tune.texts import Ids, Text
 
 _BLOCK: Final = 16
-_PASS_ROWS: Final = 1024  # slots of one pass, if no text alone needs more
+_PASS_ROWS: Final = {"cpu": 1024, "cuda": 16384}  # slots of one pass, if no text needs more
 # Rows whose logits over the whole vocabulary exist at once: on a CPU they stay in its cache.
-_LOGIT_ROWS: Final = {"cpu": 32, "cuda": 256}
-_KEPT_BYTES: Final = {"cpu": 2**29, "cuda": 0}  # of rows that were read
+_LOGIT_ROWS: Final = {"cpu": 32, "cuda": 2048}
+_KEPT_BYTES: Final = 2**29  # of rows that were read, on a CPU
+_KEPT_SHARE: Final = 0.5  # of a GPU's memory that is free, for the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,12 @@ class Teacher:
         self._columns = torch.cat([torch.arange(size) + place * size for place in places])
         self._columns = self._columns.to(self.device)
         self._last = slice(len(self.layers) * size - size, None)
-        num_slots = max(_PASS_ROWS, max_len + _BLOCK)
+        num_slots = max(_PASS_ROWS[self.device.type], max_len + _BLOCK)
         self._storage = KVStorage(self.model.kv_spec, num_slots, self.device)
         self._kept: dict[bytes, Tensor] = {}  # by a text's tokens but the last, the oldest first
-        self._num_kept_bytes = 0
+        self._num_kept_bytes, self._most_kept_bytes = 0, _KEPT_BYTES
+        if self.device.type == "cuda":
+            self._most_kept_bytes = int(_KEPT_SHARE * free_memory(self.device))
 
     def embed(self, ids: Tensor) -> Tensor:
         """[n] int64 -> [n, hidden_size] float32, fit for autograd."""
@@ -81,7 +86,8 @@ class Teacher:
 
     def read(self, texts: Sequence[Text]) -> Lesson:
         rows = {key: self._kept[key] for key in map(_key, texts) if key in self._kept}
-        for part in _passes([text for text in texts if _key(text) not in rows]):
+        unread = [text for text in texts if _key(text) not in rows]
+        for part in _passes(unread, _PASS_ROWS[self.device.type]):
             lengths = [len(text.tokens) for text in part]
             read = self._pass(part)[: sum(lengths)]
             for text, own in zip(part, torch.split(read, lengths), strict=True):
@@ -96,10 +102,10 @@ class Teacher:
         """Rows of `layers` [len(tokens), num_layers * hidden_size] of a text without its last
         token, so that they need not be read; the oldest give way."""
         key = tokens.tobytes()
-        if key not in self._kept and rows.nbytes <= _KEPT_BYTES[self.device.type]:
+        if key not in self._kept and rows.nbytes <= self._most_kept_bytes:
             self._kept[key] = rows.clone()
             self._num_kept_bytes += rows.nbytes
-        while self._num_kept_bytes > _KEPT_BYTES[self.device.type]:
+        while self._num_kept_bytes > self._most_kept_bytes:
             self._num_kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
 
     def likely(self, last: Tensor, token_ids: Tensor | None) -> Tensor:
@@ -125,10 +131,10 @@ class Teacher:
         return out.taps
 
 
-def _passes(texts: Sequence[Text]) -> Iterator[list[Text]]:
+def _passes(texts: Sequence[Text], most_slots: int) -> Iterator[list[Text]]:
     part: list[Text] = []
     for text in texts:
-        if part and sum(map(_num_slots, part)) + _num_slots(text) > _PASS_ROWS:
+        if part and sum(map(_num_slots, part)) + _num_slots(text) > most_slots:
             yield part
             part = []
         part.append(text)

@@ -46,7 +46,8 @@ def read_texts(path: Path) -> list[Text]:
 
 
 def batches(texts: Sequence[Text], step_tokens: int, seed: Sequence[int]) -> list[list[Text]]:
-    """In random order, about `step_tokens` answer tokens each."""
+    """In random order, about `step_tokens` answer tokens each; in a batch the short ones first,
+    so that there is little padding."""
     order = np.random.default_rng(seed).permutation(len(texts))
     num_tokens = sum(text.num_answer for text in texts)
     num_batches = max(1, round(num_tokens / step_tokens))
@@ -57,4 +58,4 @@ def batches(texts: Sequence[Text], step_tokens: int, seed: Sequence[int]) -> lis
             parts.append([])
         parts[-1].append(texts[index])
         done += texts[index].num_answer
-    return [part for part in parts if part]
+    return [sorted(part, key=lambda text: len(text.tokens)) for part in parts if part]

@@ -20,6 +20,8 @@ def draft_vocabulary(
 ) -> Tensor:
     """[size] int64 ascending: the tokens with the most mass where the target answers; what is
     rare there goes by the prompts, then by rank: BPE merges what is frequent first."""
+    if size >= len(prompt_counts):
+        return torch.arange(len(prompt_counts))
     last = teacher.read(texts).last[:_COUNTED_ROWS]
     mass = torch.zeros_like(prompt_counts)
     for rows in torch.split(last, 256):

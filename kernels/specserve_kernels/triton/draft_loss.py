@@ -1,0 +1,114 @@
+"""The loss of a draft's logits and its gradient on CUDA: one read of them, one write in place.
+
+Rows of logits and probabilities are read three times, the second and third time from the cache.
+"""
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from specserve_kernels.triton.compile import kernel
+
+BLOCK = 2048
+
+
+def draft_loss(
+    logits: Tensor,  # [n, vocab_size]; becomes weights[i] * d loss[i] / d logits[i]
+    p: Tensor,  # [m, vocab_size] float32, what the target held likely
+    mass: Tensor,  # [m] float32, sum_v p
+    log_p: Tensor,  # [m] float32, sum_v p log p
+    rows: Tensor,  # [n] int64, of the three
+    weights: Tensor,  # [n] float32
+    hybrid: float | None,  # eta of lambda = exp(-eta * acceptance); None: KL alone
+) -> tuple[Tensor, Tensor]:
+    """Loss and acceptance sum_v min(p, q), each [n] float32. KL(p || q) with q = softmax(logits),
+    or as a hybrid lambda KL + (1 - lambda) (1 - acceptance), lambda held fixed."""
+    num_rows, vocab_size = logits.shape
+    loss = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    accepted = torch.empty_like(loss)
+    if num_rows:
+        draft_loss_row[(num_rows,)](
+            logits,
+            p,
+            mass,
+            log_p,
+            rows,
+            weights,
+            loss,
+            accepted,
+            vocab_size,
+            hybrid or 0.0,
+            HYBRID=hybrid is not None,
+            SIZE=BLOCK,
+            num_warps=8,
+        )
+    return loss, accepted
+
+
+@kernel
+def draft_loss_row(
+    logits: tl.tensor,
+    p: tl.tensor,
+    mass: tl.tensor,
+    log_p: tl.tensor,
+    rows: tl.tensor,
+    weights: tl.tensor,
+    loss: tl.tensor,
+    accepted: tl.tensor,
+    vocab_size: int,
+    eta: float,
+    HYBRID: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    """Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(rows + row)
+    own = logits + row * vocab_size
+    target = p + wanted * vocab_size
+    column = tl.arange(0, SIZE)
+
+    top = tl.full([SIZE], float("-inf"), tl.float32)
+    total = tl.zeros([SIZE], tl.float32)
+    for start in range(0, vocab_size, SIZE):
+        inside = start + column < vocab_size
+        x = tl.load(own + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, x)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - base) + tl.exp(x - base)
+        top = new_top
+    best = tl.max(top, 0)
+    log_total = best + tl.log(tl.sum(total * tl.exp(top - best), 0))
+
+    cross = tl.zeros([SIZE], tl.float32)
+    shared = tl.zeros([SIZE], tl.float32)
+    pulled = tl.zeros([SIZE], tl.float32)
+    for start in range(0, vocab_size, SIZE):
+        inside = start + column < vocab_size
+        x = tl.load(own + start + column, mask=inside, other=0.0).to(tl.float32)
+        want = tl.load(target + start + column, mask=inside, other=0.0)
+        q = tl.where(inside, tl.exp(x - log_total), 0.0)
+        cross += want * (x - log_total)
+        shared += tl.minimum(want, q)
+        pulled += tl.where(q < want, q, 0.0)
+    acceptance = tl.sum(shared, 0)
+    value = tl.load(log_p + wanted) - tl.sum(cross, 0)
+    pull = tl.load(mass + wanted)
+    share = 1.0
+    if HYBRID:
+        share = tl.exp(-eta * acceptance)
+        value = share * value + (1 - share) * (1 - acceptance)
+        pull = share * pull + (1 - share) * tl.sum(pulled, 0)
+    tl.store(loss + row, value)
+    tl.store(accepted + row, acceptance)
+
+    weight = tl.load(weights + row)
+    for start in range(0, vocab_size, SIZE):
+        inside = start + column < vocab_size
+        x = tl.load(own + start + column, mask=inside, other=0.0).to(tl.float32)
+        want = tl.load(target + start + column, mask=inside, other=0.0)
+        q = tl.exp(x - log_total)
+        slope = q * pull - share * want
+        if HYBRID:
+            slope -= tl.where(q < want, (1 - share) * q, 0.0)
+        slope *= weight
+        tl.store(own + start + column, slope.to(logits.dtype.element_ty), mask=inside)
