@@ -142,6 +142,35 @@ def test_a_run_goes_on_where_it_stopped(
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
 
 
+def test_a_head_over_the_whole_vocabulary_leaves_the_targets_own_out(folder: Path) -> None:
+    arguments = command(folder, "--tokens", "8000", "--repeats", "20", "--mlp-size", "80")
+    assert eagle.main([*arguments, "--draft-vocab", "1000"]) == 0
+    tensors = load_file(folder / "out" / "model.safetensors")
+    assert tensors["layers.0.mlp.up_proj.weight"].shape == (80, 32)
+    assert not {"lm_head.weight", "embed_tokens.weight", "d2t", "t2d"} & set(tensors)
+    assert_it_drafts(folder)
+
+
+def test_answers_can_be_made_ahead(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two processes; the run that learns from them asks for no more."""
+    for part in ("1/2", "2/2"):
+        assert eagle.main(command(folder, "--answer", "24", "--part", part)) == 0
+    written = {file.name for file in (folder / "out" / "data").iterdir()}
+    shards = {f"shard-{index:05}.safetensors" for index in range(3)}
+    assert written == {"held_out.safetensors", "settings.json"} | shards
+    assert eagle.main(command(folder, "--tokens", "100", "--seed", "1")) == 2
+    assert "seed: 1, and the answers in" in capsys.readouterr().err
+    (folder / "out" / "state.json").unlink()
+    monkeypatch.setattr(answers.Answers, "answer", pytest.fail)
+    assert eagle.main(command(folder, "--tokens", "100")) == 0
+    assert len(state(folder / "out").passes) == 3
+    with pytest.raises(SystemExit):
+        eagle.main(command(folder, "--answer", "24", "--part", "3/2"))
+    assert "--part: '3/2': expected K/N" in capsys.readouterr().err
+
+
 def test_the_embedding_comes_along_if_asked_for(folder: Path) -> None:
     arguments = ["--tokens", "100", "--embedding", "own"]
     assert eagle.main(command(folder, *arguments)) == 0

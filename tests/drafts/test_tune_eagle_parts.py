@@ -263,3 +263,18 @@ def test_the_loss_falls(tiny_model: Path, teacher: Teacher, precision: str) -> N
     assert all(b > a + 0.1 for a, b in zip(steps[0].accepted, steps[-1].accepted, strict=True))
     assert steps[0].num_tokens == 80
     assert 0.2 < steps[0].coverage < 0.8
+
+
+def test_a_wider_mlp_begins_as_the_targets(tiny_model: Path, teacher: Teacher) -> None:
+    shape, checkpoint, some = (
+        ModelShape.from_dir(tiny_model),
+        read_checkpoint(tiny_model),
+        texts((3, 9), (2, 5)),
+    )
+    lesson, chains = teacher.read(some), build_chains(some, CPU)
+    rows = []
+    for mlp_size in (None, 100):
+        method = EagleMethod(EagleSettings(taps=TAPS, mlp_size=mlp_size))
+        head = method.begin(checkpoint, shape, teacher, lesson.last, len(DRAFT_IDS))
+        rows += [*head(EagleChains(chains, lesson.taps, teacher.embed, 1))]
+    torch.testing.assert_close(rows[1], rows[0], atol=1e-5, rtol=1e-5)

@@ -48,8 +48,10 @@ class EagleMethod:
         last: Tensor,
         draft_vocab: int,
     ) -> EagleHead:
-        head = EagleHead(head_shape(target, self.taps(target), draft_vocab), teacher.device)
-        start_from_target(head, checkpoint, target, last, self._settings.seed)
+        settings = self._settings
+        shape = head_shape(target, self.taps(target), draft_vocab, settings.mlp_size)
+        head = EagleHead(shape, teacher.device)
+        start_from_target(head, checkpoint, target, last, settings.seed)
         return head
 
     def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> EagleChains:

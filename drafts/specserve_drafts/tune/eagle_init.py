@@ -24,14 +24,17 @@ def default_taps(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(2, num_layers - 1), num_layers // 2, num_layers}))
 
 
-def head_shape(target: ModelShape, taps: tuple[int, ...], draft_vocab: int) -> HeadShape:
-    """One layer as wide as the target's, without biases, whatever the target has."""
+def head_shape(
+    target: ModelShape, taps: tuple[int, ...], draft_vocab: int, mlp_size: int | None = None
+) -> HeadShape:
+    """One layer as wide as the target's, without biases, whatever the target has. `mlp_size`: its
+    MLP is wider, or narrower."""
     return HeadShape(
         kind="eagle3",
         taps=taps,
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
+        intermediate_size=mlp_size or target.intermediate_size,
         num_layers=1,
         num_heads=target.num_heads,
         num_kv_heads=target.num_kv_heads,
@@ -52,7 +55,8 @@ def start_from_target(
     head: EagleHead, checkpoint: Checkpoint, target: ModelShape, last: Tensor, seed: int
 ) -> None:
     """Fill `head` in place. `last`: some rows [n, hidden_size] that leave the target's last layer;
-    the layer works on rows of size 1, the target's on rows of their size."""
+    the layer works on rows of size 1, the target's on rows of their size. What is new in a wider
+    MLP adds nothing yet."""
     prefix = f"model.layers.{target.num_layers - 1}"
 
     def floats(name: str) -> Tensor:
@@ -65,9 +69,9 @@ def start_from_target(
         "norm.weight": _SOFTER * final,
         "layers.0.post_attention_layernorm.weight": floats("post_attention_layernorm"),
         "layers.0.self_attn.o_proj.weight": floats("self_attn.o_proj") / size,
-        "layers.0.mlp.gate_proj.weight": floats("mlp.gate_proj"),
-        "layers.0.mlp.up_proj.weight": floats("mlp.up_proj"),
-        "layers.0.mlp.down_proj.weight": floats("mlp.down_proj") / size,
+        "layers.0.mlp.down_proj.weight": _fitted(
+            floats("mlp.down_proj").T / size, head.shape.intermediate_size, None
+        ).T,
     }
     width = target.hidden_size
     fc = torch.zeros_like(head.fc.weight, device="cpu")
@@ -85,6 +89,20 @@ def start_from_target(
         own = floats(name) * floats("input_layernorm")
         noise = torch.randn(own.shape, generator=generator) * own.std() * _EMBEDDING_SHARE
         weights[f"layers.0.{name}.weight"] = torch.cat((noise, own), -1)
+    for kind in ("gate", "up"):
+        weights[f"layers.0.mlp.{kind}_proj.weight"] = _fitted(
+            floats(f"mlp.{kind}_proj"), head.shape.intermediate_size, generator
+        )
     parameters = dict(head.named_parameters())
     for name, value in weights.items():
         parameters[name].copy_(value)
+
+
+def _fitted(rows: Tensor, num_rows: int, generator: torch.Generator | None) -> Tensor:
+    """The first of `rows` [n, size], and what is missing to `num_rows` as noise of their size, or
+    zero where there is no generator."""
+    missing = max(0, num_rows - len(rows))
+    more = torch.zeros(missing, rows.shape[1])
+    if generator is not None:
+        more = torch.randn(more.shape, generator=generator) * rows.std()
+    return torch.cat((rows[:num_rows], more))

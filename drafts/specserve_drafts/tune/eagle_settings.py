@@ -9,13 +9,18 @@ from specserve_drafts.tune.head_settings import HELP, RANGES, HeadSettings
 class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
     HELP: ClassVar[Mapping[str, str]] = HELP | {
         "taps": "layers entered whose rows the head reads; not given: 2, the middle one, the end",
+        "mlp_size": "width inside the head's MLP; not given: the target's",
         "depth": "steps of the training-time test: how far ahead it learns to draft",
         "embedding": "own: the file holds the target's too, as speculators needs it; "
         "engines do not",
     }
-    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES | {"depth": (1, 16)}
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES | {
+        "mlp_size": (1, 2**20),
+        "depth": (1, 16),
+    }
     FREE: ClassVar[frozenset[str]] = HeadSettings.FREE | {"embedding"}
 
     taps: tuple[int, ...] | None = None
+    mlp_size: int | None = None
     depth: int = 4
     embedding: Literal["target", "own"] = "target"

@@ -32,7 +32,7 @@ def template_around_user(llm: LLM) -> tuple[tuple[int, ...], int]:
     one, other = (llm.encode([{"role": "user", "content": text}]) for text in ("a", "7"))
     start = _num_common(one, other)
     end = _num_common(one[::-1], other[::-1])
-    if not start or not end:
+    if not start or not end or one == other:
         raise ValueError("target: its chat template has nothing around what a user says")
     return one[:start], one[-end]
 
