@@ -28,6 +28,7 @@ from specserve.models.safetensors_checkpoint import (
 from specserve.models.shape import ModelShape
 from specserve_drafts.head_shape import HeadShape, tensor_sizes
 
+TOKEN_ORDER: Final = "token_order.safetensors"  # ours: beside a head over the whole vocabulary
 _DEFAULT_CONTEXT: Final = 2048
 # Of the target, of training, or computed here.
 _IGNORED: Final = {"d2t", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}

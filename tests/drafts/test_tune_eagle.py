@@ -1,6 +1,7 @@
 """`specserve tune eagle`: what it writes, that it resumes, and that the draft is one."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from specserve_drafts.tune.head_run import Run
 from specserve_drafts.tune.head_settings import read_settings
 from specserve_drafts.tune.head_state import State
 from specserve_drafts.tune.teacher import Teacher
+from specserve_drafts.tune.texts import read_texts
 
 FLAGS = "--dtype float32 --device cpu --max-model-len 128 --max-tokens 24 --max-len 32 --depth 3"
 RECIPE = "--draft-vocab 60 --step-tokens 100 --check-every 40 --matrix-lr 0.02 --other-lr 0.01"
@@ -143,11 +145,19 @@ def test_a_run_goes_on_where_it_stopped(
 
 
 def test_a_head_over_the_whole_vocabulary_leaves_the_targets_own_out(folder: Path) -> None:
+    assert eagle.main(command(folder, "--answer", "24")) == 0
     arguments = command(folder, "--tokens", "8000", "--repeats", "20", "--mlp-size", "80")
     assert eagle.main([*arguments, "--draft-vocab", "1000"]) == 0
     tensors = load_file(folder / "out" / "model.safetensors")
     assert tensors["layers.0.mlp.up_proj.weight"].shape == (80, 32)
     assert not {"lm_head.weight", "embed_tokens.weight", "d2t", "t2d"} & set(tensors)
+    order = load_file(folder / "out" / "token_order.safetensors")["token_ids"].tolist()
+    assert sorted(order) == list(range(97))
+    shards = (folder / "out" / "data").glob("shard-*")
+    seen = Counter(
+        token for file in shards for t in read_texts(file) for token in t.tokens.tolist()
+    )
+    assert [seen[token] for token in order] == sorted((seen[t] for t in range(97)), reverse=True)
     assert_it_drafts(folder)
 
 

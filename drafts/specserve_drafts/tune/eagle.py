@@ -15,7 +15,7 @@ from torch import Tensor
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.tune.eagle_batch import build_chains
-from specserve_drafts.tune.eagle_export import write_head
+from specserve_drafts.tune.eagle_export import write_head, write_token_order
 from specserve_drafts.tune.eagle_init import default_taps, head_shape, start_from_target
 from specserve_drafts.tune.eagle_model import EagleChains, EagleHead
 from specserve_drafts.tune.eagle_settings import EagleSettings
@@ -58,7 +58,7 @@ class EagleMethod:
         batch = build_chains(texts, teacher.device)
         return EagleChains(batch, lesson.taps, teacher.embed, self._settings.depth)
 
-    def export(self, folder: Path, target: Path, trainer: Trainer) -> None:
+    def export(self, folder: Path, target: Path, trainer: Trainer, counts: Tensor) -> None:
         head, settings = trainer.average, self._settings
         assert isinstance(head, EagleHead)
         embedding = None
@@ -74,6 +74,8 @@ class EagleMethod:
             settings.depth,
             embedding=embedding,
         )
+        if head.shape.draft_vocab_size == head.shape.vocab_size:
+            write_token_order(folder, counts)
 
     def describe(self, trainer: Trainer, made: HeadMade) -> Description:
         head = trainer.average

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from specserve.models.fields import read_json
+from specserve_drafts.formats import TOKEN_ORDER
 from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.export import CONFIG, public_name, write_checkpoint
 
@@ -46,6 +48,15 @@ def write_head(
     name = public_name(target)
     config = head_config(shape, read_json(target / CONFIG), name, depth, dtype)
     write_checkpoint(folder, tensors, config)
+
+
+def write_token_order(folder: Path, counts: Tensor) -> None:
+    """Beside a whole head: all tokens, the frequent ones first, for those who keep some of them.
+    `counts`: [vocab_size]. Where none was seen BPE's rank decides: it merges what is frequent."""
+    order = counts.argsort(descending=True, stable=True).to(torch.int32)
+    part = folder / f"{TOKEN_ORDER}.part"
+    save_file({"token_ids": order.contiguous()}, part)
+    part.replace(folder / TOKEN_ORDER)
 
 
 def head_config(

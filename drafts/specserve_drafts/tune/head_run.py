@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from specserve.cli.progress import show_progress
@@ -66,8 +67,9 @@ class Method(Protocol):
 
     def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> Chains: ...
 
-    def export(self, folder: Path, target: Path, trainer: Trainer) -> None:
-        """Weights and config of the average; a reader never sees half a file."""
+    def export(self, folder: Path, target: Path, trainer: Trainer, counts: Tensor) -> None:
+        """Weights and config of the average; a reader never sees half a file. `counts`:
+        [vocab_size] int64, how often each token stands in the texts that were learned from."""
         ...
 
     def describe(self, trainer: Trainer, made: HeadMade) -> Description: ...
@@ -109,6 +111,9 @@ class Run:
         self._num_prompts = len(prompts) - HELD_OUT
         started = time.perf_counter()
         held_out = self._answers.held_out(prompts[-HELD_OUT:])
+        self._counts = torch.zeros(self.llm.engine.shape.vocab_size, dtype=torch.int64)
+        for index in range(len(self.state.passes)):
+            self._count_tokens(self._answers.shard(index))
         if not self.state.passes:
             self._add_shard()
             while self._answers.has(len(self.state.passes)):  # another run's
@@ -173,8 +178,14 @@ class Run:
                 f"prompts: none of {SHARD_PROMPTS} was answered within max_len "
                 f"{self.settings.max_len} and the target's context; give shorter ones"
             )
+        self._count_tokens(texts)
         num_answered = self.state.num_answered + sum(text.num_answer for text in texts)
         self._update(passes=(*self.state.passes, 0), num_answered=num_answered)
+
+    def _count_tokens(self, texts: Sequence[Text]) -> None:
+        for text in texts:
+            tokens = torch.from_numpy(text.tokens.astype(np.int64))
+            self._counts += torch.bincount(tokens, minlength=len(self._counts))
 
     def _train(self, progress: float) -> None:
         started = time.perf_counter()
@@ -221,7 +232,7 @@ class Run:
             conditional=checked.conditional,
         )
         if not state.curve or checked.tau > max(point.tau for point in state.curve):
-            self._method.export(self._out, self._target, self.trainer)
+            self._method.export(self._out, self._target, self.trainer, self._counts)
         self._recent = []
         self._update(curve=(*state.curve, point))
         draw_curve(self.state.curve, self._out / CURVE)

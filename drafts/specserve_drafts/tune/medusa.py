@@ -46,7 +46,7 @@ class MedusaMethod:
     def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> MedusaChains:
         return lay_out(texts, teacher.normed(lesson.last))
 
-    def export(self, folder: Path, target: Path, trainer: Trainer) -> None:
+    def export(self, folder: Path, target: Path, trainer: Trainer, counts: Tensor) -> None:
         heads, vocab_size = trainer.average, ModelShape.from_dir(target).vocab_size
         assert isinstance(heads, MedusaHeads)
         write_heads(folder, heads.tensors(trainer.rows), trainer.token_ids, vocab_size, target)
