@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class ChainBatch:
     def step_rows(self, step: int) -> Tensor:
         """[M] int64: the row that each chain is about at `step`; the last one past the end."""
         rows = torch.arange(len(self.starts), device=self.starts.device)
-        return rows + torch.minimum(self.left - 1, self.left.new_tensor(step))
+        return rows + (self.left - 1).clamp_max(step)
 
 
 def build_chains(
@@ -59,8 +60,7 @@ def build_chains(
     # A GPU wants few and large products; a CPU no padding, and scores that stay in its cache.
     size = per_group or (1 if device.type == "cpu" else _GPU_GROUP)
     groups = [
-        _group(torch.from_numpy(part).to(device), int(part[1].max()), int(part[3].max()))
-        for part in (about[:, start : start + size] for start in range(0, len(texts), size))
+        _group(about[:, start : start + size], device) for start in range(0, len(texts), size)
     ]
     starts = [
         first + text.num_prompt - 2 + np.arange(text.num_answer)
@@ -73,7 +73,7 @@ def build_chains(
         np.concatenate([t.tokens[t.num_prompt - 1 : -1] for t in texts]).astype(np.int64),
         np.concatenate([np.arange(n, 0, -1) for n in chains]),
     )
-    next_ids, positions, first, ids, left = (torch.from_numpy(a).to(device) for a in flat)
+    next_ids, positions, first, ids, left = (_copy(array, device) for array in flat)
     return ChainBatch(
         next_ids,
         positions,
@@ -84,17 +84,25 @@ def build_chains(
     )
 
 
-def _group(about: Tensor, longest: int, most: int) -> Group:
-    """`about`: [5, B] int64, each text's first pair and number of pairs, its first chain and number
-    of chains, and the length of its prompt."""
-    first_pair, pairs, first_chain, chains, prompts = about[:, :, None]
-    column = torch.arange(longest, device=about.device)[None]
-    row = torch.arange(most, device=about.device)[None]
+def _group(about: npt.NDArray[np.int64], device: torch.device) -> Group:
+    """`about`: [5, B], each text's first pair and number of pairs, its first chain and number of
+    chains, and the length of its prompt."""
+    longest, most = int(about[1].max()), int(about[3].max())
+    places = np.flatnonzero(np.arange(most)[None] < about[3][:, None])
+    first_pair, pairs, first_chain, chains, prompts = _copy(about, device)[:, :, None]
+    column = torch.arange(longest, device=device)[None]
+    row = torch.arange(most, device=device)[None]
     own = row < chains  # [B, most]
     start = torch.where(own, prompts - 2 + row, longest)  # padding sees everything
     return Group(
         torch.where(column < pairs, first_pair + column, 0),
         torch.where(own, first_chain + row, 0),
-        own.flatten().nonzero()[:, 0],
+        _copy(places, device),
         column[None] > start[:, :, None],
     )
+
+
+def _copy(array: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """Without waiting for what the device is at."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

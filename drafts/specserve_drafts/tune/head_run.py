@@ -263,13 +263,9 @@ class Run:
         return draft_vocabulary(texts, counts, self._teacher, self.settings.draft_vocab)
 
     def _label(self) -> str:
-        label = f"step {self.state.num_steps}"
-        if self.state.curve[-1].num_steps < self.state.num_steps:
-            label += f", loss {self._recent[-1].loss:.2f}"
-        if self.state.curve:
-            point = self.state.curve[-1]
-            label += f", held-out tau {point.tau:.2f}, c_1 {point.conditional[0]:.2f}"
-        return label
+        point = self.state.curve[-1]
+        label = f"step {self.state.num_steps}, held-out tau {point.tau:.2f}"
+        return f"{label}, c_1 {point.conditional[0]:.2f}"
 
     def _count(self, answering: float = 0.0, training: float = 0.0) -> None:
         state = self.state

@@ -29,13 +29,27 @@ _EMA: Final = 0.999
 _LOGIT_ROWS: Final = 512
 
 
-class Stepped(Struct, frozen=True):
-    """What a step saw before it changed anything."""
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step saw before it changed anything. Its figures wait for the device when they are
+    read, not before: the next step can be prepared while a GPU is at work on this one."""
 
     num_tokens: int  # of answers
-    loss: float
-    accepted: tuple[float, ...]  # per token of the chain: mean of sum min(p, q), at temperature 1
-    coverage: float  # the target's mass on the draft vocabulary
+    _figures: Tensor  # [2 + depth] float32
+
+    @property
+    def loss(self) -> float:
+        return float(self._figures[0])
+
+    @property
+    def coverage(self) -> float:
+        """The target's mass on the draft vocabulary."""
+        return float(self._figures[1])
+
+    @property
+    def accepted(self) -> tuple[float, ...]:
+        """Per token of the chain: mean of sum min(p, q), at temperature 1."""
+        return tuple(self._figures[2:].tolist())
 
 
 class Checked(Struct, frozen=True):
@@ -85,6 +99,8 @@ class Trainer:
         self.head = head
         self.average = copy.deepcopy(head).requires_grad_(False)
         self.token_ids = token_ids.to(self.device)
+        whole = len(token_ids) == teacher.model.shape.vocab_size
+        self._drafted_ids = None if whole else self.token_ids
         self.rows = rows.to(self.device)
         dtype = torch.float32 if settings.precision == "float32" else torch.bfloat16
         self._rows = self.rows.to(dtype)
@@ -97,7 +113,7 @@ class Trainer:
         """Learn from texts; `progress` from 0 to 1 sets the learning rates and the loss."""
         settings = self._settings
         lesson = self._teacher.read(texts)
-        wanted = Wanted.of(self._teacher.likely(lesson.last, self.token_ids))
+        wanted = Wanted.of(self._teacher.likely(lesson.last, self._drafted_ids))
         chains = self._lay_out(texts, lesson)
         hybrid = progress >= settings.kl_first
         loss, accepted = torch.zeros((), device=self.device), []
@@ -117,8 +133,8 @@ class Trainer:
         self.head.zero_grad()
         self.num_steps += 1
         self._follow()
-        means = torch.stack(accepted).tolist()
-        return Stepped(len(lesson.last), loss.item(), tuple(means), wanted.mass.mean().item())
+        figures = torch.stack((loss.detach(), wanted.mass.mean(), *accepted))
+        return Stepped(len(lesson.last), figures)
 
     def hold_out(self, texts: Sequence[Text]) -> list[HeldOut]:
         """Read once; a step's worth at a time."""
