@@ -5,10 +5,12 @@ for result in llm.generate(["Once upon a time"], SamplingParams(temperature=0)):
     print(result.text)
 """
 
+import gc
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -147,10 +149,11 @@ class LLM:
                 job.tracks[0].on_text = partial(on_text, index)
         running = {track.id: track for job in jobs for track in job.tracks if not track.finish}
         try:
-            while running:
-                for output in self.engine.step():
-                    if output.id in running and running[output.id].take(output):
-                        del running[output.id]
+            with _old_objects_left_alone():
+                while running:
+                    for output in self.engine.step():
+                        if output.id in running and running[output.id].take(output):
+                            del running[output.id]
         finally:
             for request_id in running:  # only after an exception: leave nothing behind
                 self.engine.abort(request_id)
@@ -196,6 +199,20 @@ class LLM:
     def _next_id(self) -> str:
         self._num_requests += 1
         return f"request-{self._num_requests}"
+
+
+@contextmanager
+def _old_objects_left_alone() -> Iterator[None]:
+    """Going through what a model is made of again and again takes 2 % of the time for one sequence
+    and 10 % for hundreds. Afterwards they are collected as ever."""
+    if gc.get_freeze_count():  # somebody else's
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _Track:

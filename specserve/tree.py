@@ -7,7 +7,7 @@ first, so that the usual accepted path already lies where its KV belongs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
@@ -94,6 +94,7 @@ class DraftTree:
                 raise ValueError("a path score must be in [0, its parent's score]")
 
 
+@lru_cache(maxsize=4096)  # with all that is known of a tree once it was asked
 def root_tree(token: int) -> DraftTree:
     """No draft: the root alone."""
     return _freeze([token], [-1], [1.0], [TARGET_SOURCE])

@@ -34,6 +34,7 @@ from specserve_drafts.packed_head import PackedHead, can_be_packed
 from specserve_drafts.pairs import BlockContents, Track
 from specserve_kernels.draft_head import Drawing, Growing, GrowShape
 
+_PACKED_VOCAB = 8192  # rows of a target's head that a packed head reads: each takes time
 _MAX_WAITING = 128  # pairs of a sequence that may wait for the next proposal
 # Of static trees: how likely a candidate is taken to be, by its rank alone. Falling guesses.
 _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
@@ -45,7 +46,9 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     max_depth: int = 8
     min_score: float = 0.05  # nodes whose path is less likely are never looked at
     static: bool = False  # one shape for every tree, whatever the head says: to compare with
-    draft_vocab: int | None = None  # rows of the head to keep, the first ones
+    # Rows of the head to keep: the first ones, of a head that is the target's the frequent ones.
+    # None: all; of a packed head that is the target's as many as pay.
+    draft_vocab: int | None = None
     taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
 
 
@@ -131,7 +134,10 @@ class EagleDrafter:
         except ModelError as error:
             raise DraftError(f"draft: {error}") from error
         self._options = options
-        self._file = read_head(path, shape, taps=options.taps, draft_vocab=options.draft_vocab)
+        self._target = target
+        self._file = read_head(path, shape, taps=options.taps)
+        if options.draft_vocab is not None:
+            self._file = self._file.cut(options.draft_vocab, target)
         self._num_positions = max(
             shape.max_position_embeddings, self._file.shape.max_position_embeddings
         )
@@ -222,6 +228,9 @@ class EagleDrafter:
         context, make = self._context, self._context.kernels.packed_draft_head
         embedding = context.packed_embedding
         if make is not None and embedding is not None and can_be_packed(self._file.shape):
+            if not self._file.shape.own_head:
+                num_rows = min(_PACKED_VOCAB, self._file.shape.vocab_size)
+                self._file = self._file.cut(num_rows, self._target)
             return PackedHead(self._file, make, self._num_positions, embedding)
         return DraftHead(
             self._file,

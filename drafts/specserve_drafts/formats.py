@@ -6,6 +6,7 @@ write it, and EAGLE-3.1 (arXiv 2605.09992). A tap is "the residual stream enteri
 whatever the file means by i. Safetensors only.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Final, Literal
 
 import torch
 from msgspec.structs import replace
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from specserve.drafting.base import DraftError
@@ -29,6 +32,7 @@ from specserve.models.shape import ModelShape
 from specserve_drafts.head_shape import HeadShape, tensor_sizes
 
 TOKEN_ORDER: Final = "token_order.safetensors"  # ours: beside a head over the whole vocabulary
+_EMBEDDING: Final = "model.embed_tokens.weight"  # of targets, and the head of those that tie it
 _DEFAULT_CONTEXT: Final = 2048
 # Of the target, of training, or computed here.
 _IGNORED: Final = {"d2t", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
@@ -43,11 +47,57 @@ class HeadFile:
     token_ids: Tensor | None  # [draft_vocab_size] int64, what each row is to the target; None: same
     _checkpoint: SafetensorsCheckpoint
     _names: Mapping[str, str]  # ours -> the file's
+    _target: Path | None = None  # whose head's rows are used, if the checkpoint has none
 
     def tensor(self, name: str) -> Tensor:
         """By our name, as it is stored; the head only as far as its vocabulary is used."""
-        tensor = self._checkpoint.floats(self._names[name])
-        return tensor[: self.shape.draft_vocab_size] if name == "lm_head.weight" else tensor
+        if name != "lm_head.weight":
+            return self._checkpoint.floats(self._names[name])
+        if self._target is None:
+            return self._checkpoint.floats(self._names[name])[: self.shape.draft_vocab_size]
+        assert self.token_ids is not None
+        target = read_checkpoint(self._target)
+        own = "lm_head.weight" if "lm_head.weight" in target.entries else _EMBEDDING
+        return target.floats(own)[self.token_ids]
+
+    def cut(self, draft_vocab: int, target: Path) -> "HeadFile":
+        """With `draft_vocab` rows of its head: the first ones, as a BPE vocabulary begins with the
+        tokens it merged first. A head that is the target's keeps the tokens that stand first in
+        the file beside it, if there is one. Raises DraftError."""
+        shape = self.shape
+        if not 1 <= draft_vocab <= shape.draft_vocab_size:
+            raise DraftError(
+                f"draft.options.eagle.draft_vocab: {draft_vocab}; expected 1 to "
+                f"{shape.draft_vocab_size}, the rows of the head"
+            )
+        if shape.own_head:
+            ids = None if self.token_ids is None else self.token_ids[:draft_vocab]
+            return dataclasses.replace(
+                self, shape=replace(shape, draft_vocab_size=draft_vocab), token_ids=ids
+            )
+        return dataclasses.replace(
+            self,
+            shape=replace(shape, draft_vocab_size=draft_vocab, own_head=True),
+            token_ids=self._frequent(draft_vocab),
+            _target=target,
+        )
+
+    def _frequent(self, count: int) -> Tensor:
+        """[count] int64, ascending."""
+        path = self._checkpoint.path / TOKEN_ORDER
+        if not path.is_file():
+            return torch.arange(count)
+        try:
+            order = load_file(path)["token_ids"].long()
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DraftError(f"draft: {path} cannot be read: {error!r}") from error
+        vocab_size = self.shape.vocab_size
+        if order.sort().values.tolist() != list(range(vocab_size)):
+            raise DraftError(
+                f"draft: {path}: token_ids must hold each of {vocab_size} tokens once; fetch the "
+                "draft again"
+            )
+        return order[:count].sort().values
 
 
 def read_head(
@@ -55,13 +105,11 @@ def read_head(
     target: ModelShape,
     *,
     taps: tuple[int, ...] | None = None,
-    draft_vocab: int | None = None,
 ) -> HeadFile:
     """The head in the directory `path`, checked against its target.
 
-    `taps` overrides the layers that the file names. `draft_vocab` keeps the first rows of the head:
-    a BPE vocabulary begins with the tokens it merged first, the frequent ones. Raises DraftError
-    naming the field, its value and the fix.
+    `taps` overrides the layers that the file names. Raises DraftError naming the field, its value
+    and the fix.
     """
     try:
         config = Fields(read_json(path / "config.json"), str(path / "config.json"))
@@ -75,8 +123,6 @@ def read_head(
         _check_fit(config, shape, target, sizes["fc.weight"][1])
         _check_tensors(path, shape, sizes)
         token_ids = _token_ids(path, shape, checkpoint, names)
-        if draft_vocab is not None:
-            shape, token_ids = _cut(shape, token_ids, draft_vocab)
     except ModelError as error:
         raise DraftError(f"draft: {error}") from error
     return HeadFile(shape, token_ids, checkpoint, names)
@@ -276,15 +322,3 @@ def _token_ids(
     if len(set(ids.tolist())) != len(ids):
         raise DraftError(f"draft: {path}: d2t names a token twice; fetch the checkpoint again")
     return ids
-
-
-def _cut(
-    shape: HeadShape, token_ids: Tensor | None, draft_vocab: int
-) -> tuple[HeadShape, Tensor | None]:
-    field = f"draft.options.eagle.draft_vocab: {draft_vocab}"
-    if not shape.own_head:
-        raise DraftError(f"{field}: this head is the target's and cannot be cut; leave it out")
-    if not 1 <= draft_vocab <= shape.draft_vocab_size:
-        raise DraftError(f"{field}; expected 1 to {shape.draft_vocab_size}, the rows of the head")
-    ids = None if token_ids is None else token_ids[:draft_vocab]
-    return replace(shape, draft_vocab_size=draft_vocab), ids

@@ -1,7 +1,7 @@
 """The same head with its weights as int4, by the kernels of a backend that has such.
 
 Reading the weights is most of what a pass over one or two nodes costs, and int8 are a quarter of
-them. Owns which tensor of a head goes where. EAGLE-3 only: its head is its own.
+them. Owns which tensor of a head goes where. EAGLE-3 only, with rows for its head.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def can_be_packed(shape: HeadShape) -> bool:
         shape.head_dim,
     )
     is_whole = shape.target_hidden_size * len(shape.taps) % GROUP == 0
-    return shape.kind == "eagle3" and shape.own_head and reason is None and is_whole
+    return shape.kind == "eagle3" and reason is None and is_whole
 
 
 class PackedHead:

@@ -32,6 +32,7 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, path: Path, also: Mapping[str, int] | None = None) -> None:
+        self.path = path
         self.entries: dict[str, TensorEntry] = {}
         self.quantized = False
         self._open: dict[Path, Any] = {}

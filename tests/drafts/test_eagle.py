@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from eagle_heads import HIDDEN, LAYOUTS, TAPS, Written, plain_logits, save, write_eagle
+from eagle_heads import HIDDEN, INNER, LAYOUTS, TAPS, Written, plain_logits, save, write_eagle
 from safetensors.torch import load_file, save_file
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama
 from torch import Tensor
@@ -24,6 +24,7 @@ from specserve.models.packed_llama import PackedLlama
 from specserve.sequence import Sequence
 from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
+from specserve_drafts import eagle
 from specserve_drafts.eagle import EagleDrafter
 from specserve_kernels.dispatch import select_kernels
 
@@ -225,6 +226,50 @@ def test_a_smaller_vocabulary_keeps_the_first_rows(
     torch.testing.assert_close(looked[1][0].logits, looked[0][0].logits[:24])
     tokens = set(one_head.token_ids[:24].tolist())
     assert {token for look in looked[1] for token in look.path} <= tokens
+
+
+def write_whole(directory: Path, *, inner: int = INNER) -> tuple[Path, list[int]]:
+    """A head over the whole vocabulary, without rows of its own, and the order of tokens beside."""
+    head = write_eagle(directory, "eagle31", inner=inner)
+    for name in ("lm_head.weight", "d2t", "t2d"):
+        del head.tensors[name]
+    head.config["draft_vocab_size"] = TINY_VOCAB
+    save(head)
+    order = torch.randperm(TINY_VOCAB, generator=torch.Generator().manual_seed(0))
+    save_file({"token_ids": order.int()}, directory / "token_order.safetensors")
+    return directory, order.tolist()
+
+
+def test_a_head_that_is_the_targets_keeps_the_frequent_tokens(
+    tmp_path: Path, make_engine: EngineFactory
+) -> None:
+    path, order = write_whole(tmp_path)
+    whole, cut = (
+        make_engine(str(path), options={"eagle": options}) for options in ({}, {"draft_vocab": 24})
+    )
+    looked = [watched(engine) for engine in (whole, cut)]
+    for engine in (whole, cut):
+        run(engine, PROMPTS[:1], GREEDY)
+    kept = sorted(order[:24])
+    torch.testing.assert_close(looked[1][0].logits, looked[0][0].logits[kept])
+    assert {token for look in looked[1] for token in look.path} <= set(kept)
+
+
+@pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")
+def test_a_packed_head_that_is_the_targets_reads_as_many_rows_as_pay(
+    tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
+    path, order = write_whole(tmp_path / "head", inner=64)
+    monkeypatch.setattr(eagle, "_PACKED_VOCAB", 30)
+    settings = {"target": target, "quantization": "int8", "max_nodes": 6}
+    engine = make_engine(str(path), **settings)
+    seen = watched_growth(engine)
+    answers = [ids(each) for each in run(engine, PROMPTS, GREEDY)]
+    assert answers == [ids(each) for each in run(make_engine("none", **settings), PROMPTS, GREEDY)]
+    drafted = {token for grew in seen for token in grew.at_once.tokens[1:].tolist()}
+    assert len(drafted) > 5
+    assert drafted <= set(order[:30])
 
 
 def test_a_head_that_knows_the_target_is_always_right(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from eagle_heads import LAYOUTS, TAPS, save, write_eagle
+from safetensors.torch import save_file
 from tiny import TINY_VOCAB, write_tiny_llama
 
 from specserve.drafting.base import DraftError
@@ -148,7 +149,7 @@ def test_pickled_weights_are_never_opened(tiny_model: Path, tmp_path: Path) -> N
         ("official", {"beam": 0}, r"options\.eagle\.beam: 0 is out of range"),
         ("official", {"min_score": 1.5}, r"options\.eagle\.min_score: 1\.5; use 0 to 1"),
         ("official", {"draft_vocab": 41}, r"draft_vocab: 41; expected 1 to 40"),
-        ("eagle1", {"draft_vocab": 20}, r"draft_vocab: 20: this head is the target's"),
+        ("eagle1", {"draft_vocab": 98}, r"draft_vocab: 98; expected 1 to 97"),
         ("official", {"taps": [0, 1]}, r"\[0, 1\]: fc\.weight takes 3"),
         ("official", {"tap": [0]}, r"draft\.options\.eagle.*draft_vocab"),
     ],
@@ -159,6 +160,16 @@ def test_options_out_of_range_are_refused(
     write_eagle(tmp_path, layout)
     with pytest.raises(DraftError, match=message):
         create_drafter(str(tmp_path), {"eagle": options}, tiny_model, Path)
+
+
+@pytest.mark.parametrize("order", [range(1, 98), [0] * 97, range(96)])
+def test_an_order_of_tokens_that_is_none_is_refused(
+    order: list[int], tiny_model: Path, tmp_path: Path
+) -> None:
+    write_eagle(tmp_path, "eagle1")
+    save_file({"token_ids": torch.tensor(list(order))}, tmp_path / "token_order.safetensors")
+    with pytest.raises(DraftError, match="token_ids must hold each of 97 tokens once"):
+        create_drafter(str(tmp_path), {"eagle": {"draft_vocab": 20}}, tiny_model, Path)
 
 
 def test_without_a_checkpoint_it_is_the_head_that_ships(

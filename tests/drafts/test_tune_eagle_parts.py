@@ -25,7 +25,7 @@ from specserve_drafts.tune.head_loss import Wanted, head_loss
 from specserve_drafts.tune.head_training import Trainer, chain_acceptance, schedule
 from specserve_drafts.tune.muon import MuonAdamW, orthogonalised
 from specserve_drafts.tune.teacher import Teacher
-from specserve_drafts.tune.texts import Text, batches, read_texts, write_texts
+from specserve_drafts.tune.texts import Text, batches, read_texts, whole_texts, write_texts
 from specserve_drafts.tune.vocabulary import head_rows
 
 CPU = torch.device("cpu")
@@ -230,6 +230,15 @@ def test_texts_come_back_from_disk(tmp_path: Path) -> None:
         assert [text.num_prompt for text in back] == [text.num_prompt for text in case]
         for one, other in zip(back, case, strict=True):
             assert np.array_equal(one.tokens, other.tokens)
+
+
+def test_whole_texts_are_learned_from_where_they_differ() -> None:
+    rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8], [1, 2, 3, 4, 9, 9, 9]]
+    some = [Text(np.array(row, np.int32), 4) for row in rows]
+    assert [text.num_prompt for text in whole_texts(some)] == [3, 3, 3]
+    assert [text.num_prompt for text in whole_texts(some[:1])] == [2]
+    assert [text.num_answer for text in whole_texts(some)] == [3, 2, 4]
+    assert [text.num_prompt for text in whole_texts(texts((3, 9), (2, 5)))] == [2, 2]
 
 
 def test_batches_hold_every_text_once() -> None:

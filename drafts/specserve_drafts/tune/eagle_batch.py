@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specserve_drafts.tune.texts import Text
 
-_GPU_GROUP: Final = 32
+_GPU_GROUP: Final = 16
 
 
 @dataclass(frozen=True, slots=True)

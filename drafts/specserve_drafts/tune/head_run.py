@@ -36,13 +36,13 @@ from specserve_drafts.tune.head_state import (
 from specserve_drafts.tune.head_training import Chains, Stepped, Trainer
 from specserve_drafts.tune.prompt_file import training_prompts
 from specserve_drafts.tune.teacher import Lesson, Teacher
-from specserve_drafts.tune.texts import Text, batches
+from specserve_drafts.tune.texts import Text, batches, whole_texts
 from specserve_drafts.tune.vocabulary import draft_vocabulary, head_rows
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0
 DATA: Final = "data"
-_BATCHES_AT_ONCE: Final = 4  # answered between two saves where nothing is learned
+_BATCHES_AT_ONCE: Final = 2  # answered between two saves where nothing is learned
 
 
 class Method(Protocol):
@@ -212,6 +212,8 @@ class Run:
     def _batches(self, shard: int, number: int) -> list[list[Text]]:
         if self._loaded is None or self._loaded[0] != (shard, number):
             texts = self._answers.shard(shard)
+            if self.settings.learn == "texts":
+                texts = whole_texts(texts)
             seed = (self.settings.seed, shard, number)
             self._loaded = ((shard, number), batches(texts, self.settings.step_tokens, seed))
         return self._loaded[1]

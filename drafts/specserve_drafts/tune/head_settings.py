@@ -31,6 +31,7 @@ HELP: Final = {
     "kl_first": "share of the run before the loss turns from KL to the acceptance itself",
     "check_every": "steps between two looks at the held-out answers",
     "precision": "of the products in training",
+    "learn": "from answers alone, or from whole texts, prompts included: more of other texts",
     "seed": "of the order of prompts, of answers and of the first weights",
 }
 RANGES: Final = {
@@ -77,6 +78,7 @@ class HeadSettings(Struct, frozen=True, forbid_unknown_fields=True):
     kl_first: float = 0.3
     check_every: int = 25
     precision: Literal["float32", "bfloat16"] = "float32"
+    learn: Literal["answers", "texts"] = "answers"
     seed: int = 0
 
     def __post_init__(self) -> None:

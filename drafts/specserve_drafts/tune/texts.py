@@ -45,6 +45,15 @@ def read_texts(path: Path) -> list[Text]:
     return [Text(piece, num) for piece, num in zip(pieces, prompts, strict=True)]
 
 
+def whole_texts(texts: Sequence[Text]) -> list[Text]:
+    """As if all but what they begin with in common, from a chat template, were answers."""
+    shortest = min(len(text.tokens) for text in texts)
+    rows = np.stack([text.tokens[:shortest] for text in texts])
+    different = (rows != rows[0]).any(0)
+    start = int(different.argmax()) if different.any() else 0
+    return [Text(text.tokens, min(max(start, 2), text.num_prompt)) for text in texts]
+
+
 def batches(texts: Sequence[Text], step_tokens: int, seed: Sequence[int]) -> list[list[Text]]:
     """In random order, about `step_tokens` answer tokens each; in a batch the short ones first,
     so that there is little padding."""
