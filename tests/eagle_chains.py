@@ -22,11 +22,17 @@ CPU = torch.device("cpu")
 _BLOCK_SIZE = 16
 
 
-def bound_drafter(path: Path, target: Path, embed: Callable[[Tensor], Tensor]) -> EagleDrafter:
-    """As an engine in float32 makes it of `--draft path`, for a target that only embeds."""
+def bound_drafter(
+    path: Path,
+    target: Path,
+    embed: Callable[[Tensor], Tensor],
+    unembed: Callable[[Tensor], Tensor] | None = None,
+) -> EagleDrafter:
+    """As an engine in float32 makes it of `--draft path`, for a target that only embeds, and
+    unembeds if it is said how."""
 
     def nothing(*_: Any) -> Any:
-        raise AssertionError("the head asked its target for more than the embedding")
+        raise AssertionError("the head asked its target for more than it has")
 
     drafter = create_drafter(str(path), {}, target, Path)
     assert isinstance(drafter, EagleDrafter)
@@ -49,7 +55,7 @@ def bound_drafter(path: Path, target: Path, embed: Callable[[Tensor], Tensor]) -
         packed_embedding=None,
         embed=embed,
         final_norm=nothing,
-        unembed=nothing,
+        unembed=unembed or nothing,
     )
     drafter.bind(context)
     return drafter

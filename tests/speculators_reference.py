@@ -16,6 +16,7 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 EMBEDDING = "embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def load_reference(path: Path, target: Path | None = None) -> Any:
@@ -28,10 +29,13 @@ def load_reference(path: Path, target: Path | None = None) -> Any:
     model = Eagle3DraftModel.from_pretrained(path, config=config, dtype=torch.float32).eval()
     with safe_open(path / WEIGHTS, framework="pt") as file:
         names = set(file.keys())
-    if EMBEDDING not in names:
-        # It is the target's, and NaN tells speculators to read it there; but transformers gives
-        # what a file lacks fresh memory, whatever was there.
-        model.embed_tokens.weight.data.fill_(torch.nan)
+    # What is the target's NaN tells speculators to read there; but transformers gives what a file
+    # lacks fresh memory, whatever was there.
+    lacking = {EMBEDDING: model.embed_tokens, HEAD: model.lm_head}
+    for name, module in lacking.items():
+        if name not in names:
+            module.weight.data.fill_(torch.nan)
+    if not lacking.keys() <= names:
         model.load_verifier_weights()
     return model
 

@@ -19,15 +19,23 @@ from specserve.types import Request, SamplingParams, SpeculationParams
 STEP = 0.004  # seconds, for two tokens
 
 
-def asked(worth: Worth, steps: int, seconds: float, gain: float, *, noisy: bool = False) -> int:
+def asked(
+    worth: Worth,
+    steps: int,
+    seconds: float,
+    gain: float,
+    *,
+    noisy: bool = False,
+    promised: float = 1.0,
+) -> int:
     """Steps of so many in which a drafter that takes and gives so much is asked."""
     count = 0
     for _ in range(steps):
         worth.begin_step()
-        if worth.asks("head", noisy):
+        if worth.asks("head", noisy, promised):
             count += 1
             worth.took("head", noisy, seconds)
-            worth.judge("head", noisy, gain)
+            worth.judge("head", noisy, promised, gain)
         worth.end_step(STEP, 2)
     return count
 
@@ -39,7 +47,7 @@ def test_a_drafter_that_earns_its_time_is_always_asked() -> None:
 def test_one_that_does_not_is_tried_ever_more_rarely() -> None:
     worth = Worth()
     first, later = asked(worth, 1000, 0.0005, 0.2), asked(worth, 10_000, 0.0005, 0.2)
-    assert 12 <= first <= 80
+    assert 32 <= first <= 130
     assert 0 < later <= 10_000 * 0.03
 
 
@@ -56,9 +64,32 @@ def test_sampled_requests_are_judged_apart() -> None:
     assert asked(worth, 200, 0.0005, 0.5, noisy=True) == 200
 
 
+def test_trees_that_promise_much_are_judged_apart() -> None:
+    """A head is worth asking where the others have little to say, and followed for that."""
+    worth = Worth()
+    for _ in range(3):
+        assert asked(worth, 100, 0.0005, 0.5, promised=1.2) == 100
+        assert asked(worth, 100, 0.0005, 0.0, promised=3.5) < 10
+    assert worth.follows("head", False)
+    worth = Worth()
+    for promised in (1.2, 2.0, 2.5, 3.5):
+        asked(worth, 25, 0.0005, -0.5, promised=promised)
+    assert not worth.follows("head", False)
+
+
+def test_what_takes_no_time_is_not_judged() -> None:
+    worth = Worth()
+    assert not worth.is_dear("head", False), "it was never asked"
+    for seconds, dear in ((STEP / 100, False), (STEP / 10, True)):
+        for _ in range(100):
+            worth.took("head", False, seconds)
+            worth.end_step(STEP, 2)
+        assert worth.is_dear("head", False) == dear
+
+
 def test_nothing_is_decided_before_a_trial() -> None:
-    assert asked(Worth(), 11, 1.0, 400.0) == 11  # little more than half of what it takes
-    assert asked(Worth(), 11, 1.0, 0.0) == 4, "nowhere near"
+    assert asked(Worth(), 31, 1.0, 400.0) == 31  # little more than half of what it takes
+    assert asked(Worth(), 31, 1.0, 0.0) == 8, "nowhere near"
 
 
 class Listener:
@@ -101,10 +132,11 @@ def test_a_paused_head_does_not_follow_new_requests() -> None:
             drafters.observe(Feedback([Entry(seq, 1, 0)], {}, {}, ModelOutput(torch.empty(0, 10))))
 
     passes("before", 1)
-    while worth.asks("head", False):
-        worth.took("head", False, STEP)
-        worth.end_step(STEP, 2)
-        worth.judge("head", False, 0.0)
+    for promised in (1.0, 2.0, 2.5, 3.5):
+        while worth.asks("head", False, promised):
+            worth.took("head", False, STEP)
+            worth.end_step(STEP, 2)
+            worth.judge("head", False, promised, 0.0)
     passes("before", 1)
     passes("new", 1)
     passes("by name", 1, wanted=("head",))
@@ -112,7 +144,7 @@ def test_a_paused_head_does_not_follow_new_requests() -> None:
     assert head.heard == ["before", "before", "by name"], "what it follows it goes on with"
     assert head.asked == ["before", "by name"]
     passes("new", 140)
-    assert worth.asks("head", False), "the pause is over"
+    assert worth.follows("head", False), "the pause is over"
     assert "new" not in head.asked, "it missed the beginning"
     passes("later", 1)
     assert head.asked[-1] == head.heard[-1] == "later"

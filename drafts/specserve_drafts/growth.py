@@ -19,7 +19,7 @@ from specserve.tree import DraftTree, build_tree
 # those that emit one now.
 _GAIN: Final = 0.4
 _TOKENS: Final = 1.8
-_MEMORY: Final = 32.0  # drafts that the seconds of a pass are a mean of
+_MEMORY: Final = 64.0  # drafts that means are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +100,33 @@ class LookPrice:
 
     def __init__(self, least: float, step_seconds: Callable[[], float | None]) -> None:
         self._least, self._step_seconds = least, step_seconds
-        self._seconds = 0.0  # of a pass
+        self._num_drafts = 0
+        self._passes = self._seconds = 0.0  # of a draft, their means
+        self._variance = self._covariance = 0.0  # of passes, and of both
 
     def took(self, seconds: float, num_passes: int) -> None:
-        if num_passes:
-            known = seconds / num_passes
-            self._seconds += (known - self._seconds) / (_MEMORY if self._seconds else 1.0)
+        """A draft."""
+        self._num_drafts += 1
+        share = 1.0 / min(self._num_drafts, _MEMORY)
+        more_passes, more_seconds = num_passes - self._passes, seconds - self._seconds
+        self._passes += share * more_passes
+        self._seconds += share * more_seconds
+        self._variance += share * ((1 - share) * more_passes**2 - self._variance)
+        self._covariance += share * ((1 - share) * more_passes * more_seconds - self._covariance)
 
     @property
     def min_score(self) -> float:
         step = self._step_seconds()
         if not step:
             return self._least
-        return max(self._least, round(_TOKENS / _GAIN * self._seconds / step, 2))
+        return max(self._least, round(_TOKENS / _GAIN * self._another() / step, 2))
+
+    def _another(self) -> float:
+        """Seconds of one pass more: the first finds no weights in the cache, the others do."""
+        mean = self._seconds / max(self._passes, 1.0)
+        if self._variance < 0.01:  # drafts are all alike
+            return mean
+        return min(max(self._covariance / self._variance, 0.2 * mean), mean)
 
 
 def rank(

@@ -9,13 +9,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Final
 
 from specserve.drafting.base import Drafter, Feedback
 from specserve.drafting.calibration import Calibration
 from specserve.drafting.counts import SourceCounts
 from specserve.drafting.prediction import PredictedTexts
-from specserve.drafting.worth import Mean, Worth
+from specserve.drafting.worth import Worth
 from specserve.sequence import Sequence
 from specserve.step import Entry
 from specserve.tree import DraftTree, root_tree
@@ -23,6 +24,22 @@ from specserve_kernels.dispatch import native_host
 
 MAX_FAILURES: Final = 3
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Asking:
+    """A sequence in one step, and what was proposed for it."""
+
+    seq: Sequence
+    budget: int
+    trees: list[DraftTree] = field(default_factory=list)
+    merged: DraftTree | None = None  # of the trees; None: not yet
+    # Drafters whose time matters: the name, what the tree of those before promised, and that tree.
+    judged: list[tuple[str, float, DraftTree]] = field(default_factory=list)
+
+    def propose(self, tree: DraftTree) -> None:
+        self.trees.append(tree)
+        self.merged = None
 
 
 class ComposedDrafter:
@@ -41,11 +58,9 @@ class ComposedDrafter:
         self.counts = SourceCounts(len(drafters))
         self._calibration = Calibration()
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
-        self._proposed: dict[str, list[DraftTree]] = {}  # for this step, by sequence id
+        self._asking: dict[str, _Asking] = {}  # in this step, by sequence id
         self._left_out: dict[str, frozenset[str]] = {}  # drafters, by sequence id
         self._begun = 0.0  # this step, in seconds
-        self._num_judged = 0
-        self._num_kept = Mean()  # nodes of a tree as it was verified
         host = native_host()
         self._validate = DraftTree.validate if host is None else host.validate
 
@@ -58,31 +73,20 @@ class ComposedDrafter:
 
         Its scores are calibrated: what the drafters' records make of what they claim.
         """
-        proposals: list[list[DraftTree]] = [[] for _ in seqs]
+        asking = [_Asking(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         self._begun = time.perf_counter()
         if self._worth is not None:
             self._worth.begin_step()
         for name in self.active:
-            asked = [
-                index
-                for index, (seq, budget) in enumerate(zip(seqs, budgets, strict=True))
-                if budget > 1 and self._asks(name, seq)
-            ]
+            asked = [one for one in asking if one.budget > 1 and self._asks(name, one)]
             if asked:
-                trees = self._ask(name, [seqs[i] for i in asked], [budgets[i] for i in asked])
-                for index, tree in zip(asked, trees, strict=False):
+                trees = self._ask(name, [o.seq for o in asked], [o.budget for o in asked])
+                for one, tree in zip(asked, trees, strict=False):
                     if len(tree) > 1:
-                        proposals[index].append(tree)
-        self._add_predictions(seqs, budgets, proposals)
-        self._proposed = {seq.id: trees for seq, trees in zip(seqs, proposals, strict=True)}
-        if self._worth is not None:
-            self._judge(self._worth, seqs, budgets)
-        return [
-            self._calibration.merged(seq.id, _is_noisy(seq), trees, budget)
-            if trees
-            else root_tree(seq.tokens[-1])
-            for seq, trees, budget in zip(seqs, proposals, budgets, strict=True)
-        ]
+                        one.propose(tree)
+        self._add_predictions(asking)
+        self._asking = {one.seq.id: one for one in asking}
+        return [self._merged(one) for one in asking]
 
     def wants_taps(self, entries: Seq[Entry]) -> bool:
         """Whether somebody follows the target's rows in a pass over these."""
@@ -93,13 +97,33 @@ class ComposedDrafter:
     def _hears(self, name: str, entries: Seq[Entry]) -> bool:
         return any(name not in self._left_out_of(entry.seq) for entry in entries)
 
-    def _asks(self, name: str, seq: Sequence) -> bool:
+    def _asks(self, name: str, one: "_Asking") -> bool:
+        seq, worth = one.seq, self._worth
         drafters = seq.request.speculation.drafters
         if drafters is not None:
             return name in drafters
-        if self._worth is None:
+        if worth is None:
             return True
-        return name not in self._left_out_of(seq) and self._worth.asks(name, _is_noisy(seq))
+        if name in self._left_out_of(seq):
+            return False
+        if not worth.is_dear(name, noisy := _is_noisy(seq)):
+            return True
+        before = self._merged(one)
+        promised = float(before.scores.sum())
+        if not worth.asks(name, noisy, promised):
+            return False
+        one.judged.append((name, promised, before))
+        return True
+
+    def _merged(self, one: "_Asking") -> DraftTree:
+        """What was proposed so far as one tree."""
+        if one.merged is None:
+            one.merged = (
+                self._calibration.merged(one.seq.id, _is_noisy(one.seq), one.trees, one.budget)
+                if one.trees
+                else root_tree(one.seq.tokens[-1])
+            )
+        return one.merged
 
     def _left_out_of(self, seq: Sequence) -> frozenset[str]:
         """Drafters that follow the target's rows, and were paused when the request came.
@@ -114,47 +138,28 @@ class ComposedDrafter:
                 paused = [
                     name
                     for name, drafter in self.drafters.items()
-                    if drafter.needs_taps and not self._worth.asks(name, noisy)
+                    if drafter.needs_taps and not self._worth.follows(name, noisy)
                 ]
             out = self._left_out[seq.id] = frozenset(paused)
         return out
 
-    def _judge(self, worth: Worth, seqs: Seq[Sequence], budgets: Seq[int]) -> None:
-        """What one drafter's proposal for one sequence adds to those of the others."""
-        drafted = [
-            (seq, budget)
-            for seq, budget in zip(seqs, budgets, strict=True)
-            if self._proposed[seq.id] and seq.request.speculation.drafters is None
-        ]
-        if not drafted:
-            return
-        self._num_judged += 1
-        seq, budget = drafted[self._num_judged % len(drafted)]
-        name = worth.whom_to_judge(_is_noisy(seq))
-        if name is None or name in self._left_out_of(seq):
-            return
-        source, trees = 1 + self.names.index(name), self._proposed[seq.id]
-        others = [tree for tree in trees if tree.source[-1] != source]
-        gain = 0.0
-        if len(others) < len(trees):
-            budget = min(budget, max(round(self._num_kept.value), 2))
-            gain = self._expected(seq, trees, budget) - self._expected(seq, others, budget)
-        worth.judge(name, _is_noisy(seq), gain)
-
-    def _expected(self, seq: Sequence, trees: Seq[DraftTree], budget: int) -> float:
-        """Tokens of a pass over what these trees make together."""
-        if not trees:
-            return 1.0
-        merged = self._calibration.merged(seq.id, _is_noisy(seq), trees, budget)
-        return float(merged.scores.sum())
+    def _judge(self, worth: Worth, one: "_Asking", tree: DraftTree, emitted: Seq[int]) -> None:
+        """What each of the dear ones added; the others' tree is cut to the size of this one."""
+        after = len(emitted)
+        for name, promised, before in reversed(one.judged):
+            without = _num_emitted(before, len(tree), emitted)
+            worth.judge(name, _is_noisy(one.seq), promised, after - without)
+            after = without
 
     def observe(self, feedback: Feedback) -> None:
         verified = [feedback.trees[seq_id] for seq_id in feedback.verdicts]
         self.counts.settle(verified, feedback.verdicts.values())
         for entry in feedback.entries:
             seq, verdict = entry.seq, feedback.verdicts.get(entry.seq.id)
-            if verdict is not None and (trees := self._proposed[seq.id]):
-                self._calibration.settle(seq.id, _is_noisy(seq), trees, verdict.emitted)
+            if verdict is not None and (one := self._asking[seq.id]).trees:
+                self._calibration.settle(seq.id, _is_noisy(seq), one.trees, verdict.emitted)
+                if self._worth is not None:
+                    self._judge(self._worth, one, feedback.trees[seq.id], verdict.emitted)
         for name in self.active:
             if not self._hears(name, feedback.entries):
                 continue
@@ -164,7 +169,6 @@ class ComposedDrafter:
             except Exception:
                 self._failed(name, "observe")
         if self._worth is not None and verified and not any(e.num_chain for e in feedback.entries):
-            self._num_kept.add(sum(map(len, verified)) / len(verified))
             num_tokens = sum(len(verdict.emitted) for verdict in feedback.verdicts.values())
             self._worth.end_step(time.perf_counter() - self._begun, num_tokens)
 
@@ -180,15 +184,15 @@ class ComposedDrafter:
             except Exception:
                 self._failed(name, "forget")
 
-    def _add_predictions(
-        self, seqs: Seq[Sequence], budgets: Seq[int], proposals: Seq[list[DraftTree]]
-    ) -> None:
+    def _add_predictions(self, asking: Seq["_Asking"]) -> None:
         if self._predictions is None:
             return
-        for seq, budget, trees in zip(seqs, budgets, proposals, strict=True):
-            if budget > 1 and (tree := self._predictions.propose(seq, budget)) is not None:
+        for one in asking:
+            if one.budget <= 1:
+                continue
+            if (tree := self._predictions.propose(one.seq, one.budget)) is not None:
                 self.counts.propose([tree])
-                trees.append(tree)
+                one.propose(tree)
 
     def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         """The drafter's trees, checked; none at all if it fails."""
@@ -218,6 +222,17 @@ class ComposedDrafter:
             self._off.add(name)
         fate = "switched off" if name in self._off else "skipped in this step"
         logger.exception("drafter %r failed in %s (%s)", name, method, fate)
+
+
+def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Seq[int]) -> int:
+    """Tokens of a pass over the best `num_nodes` of a tree, where the target drew `emitted`."""
+    node = count = 0
+    for token in emitted:
+        child = tree.child_of.get((node, token))
+        if child is None or (tree.scores > tree.scores[child]).sum() >= num_nodes:
+            break
+        node, count = child, count + 1
+    return count + 1
 
 
 def _is_noisy(seq: Sequence) -> bool:

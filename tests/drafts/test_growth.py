@@ -19,3 +19,14 @@ def test_a_look_has_to_be_worth_its_pass(seconds: float, expected: float) -> Non
     for num_passes in (1, 2, 5):
         price.took(seconds * num_passes, num_passes)
     assert price.min_score == pytest.approx(expected)
+
+
+def test_the_first_pass_is_dearer_than_another() -> None:
+    """It finds no weights in the cache: what counts is what one more takes."""
+    price = LookPrice(0.01, lambda: 0.01)
+    for num_passes in (1, 3, 2, 4, 1, 5) * 20:
+        price.took(0.0004 + 0.0001 * num_passes, num_passes)
+    assert price.min_score == pytest.approx(0.05, abs=0.011)
+    for _ in range(500):
+        price.took(0.0006, 2)
+    assert price.min_score == pytest.approx(0.14, abs=0.011), "all alike: their mean"

@@ -93,13 +93,16 @@ def test_an_export_is_what_speculators_saves(embedding: bool, tmp_path: Path) ->
     assert {name for name in ours if ours[name] != theirs.get(name)} == OTHERWISE
 
 
-def test_an_export_of_the_whole_vocabulary_has_no_map(tmp_path: Path) -> None:
-    """Speculators has no place for one."""
+@pytest.mark.parametrize("own", [False, True])
+def test_an_export_of_the_whole_vocabulary_has_no_map(own: bool, tmp_path: Path) -> None:
+    """Speculators has no place for one; and the head is the target's, as the embedding is."""
     names, file = set(load_file(GOLDEN / "qwen3" / "model.safetensors")), read_golden("qwen3")
     assert not names & {"d2t", "t2d"}
     rows, ids = file.tensor("lm_head.weight"), torch.arange(file.shape.vocab_size)
-    write_head(tmp_path, file.shape, {}, rows, ids, TARGET, STEPS)
-    assert set(load_file(tmp_path / "model.safetensors")) == {"lm_head.weight"}
+    weights, embedding = {"norm.weight": file.tensor("norm.weight")}, rows if own else None
+    write_head(tmp_path, file.shape, weights, rows, ids, TARGET, STEPS, embedding=embedding)
+    more = {EMBEDDING, "lm_head.weight"} if own else set()
+    assert set(load_file(tmp_path / "model.safetensors")) == {"norm.weight"} | more
 
 
 @pytest.mark.parametrize(

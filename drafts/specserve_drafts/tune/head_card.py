@@ -70,8 +70,7 @@ def model_card(description: Description, made: HeadMade) -> str:
             "",
             description.about,
             "",
-            f"- trained on {last.num_tokens} tokens, {last.num_answered} different ones: the "
-            f"target's own answers to {made.num_prompts} prompts, temperatures "
+            f"- trained on {last.num_tokens} tokens{_origin(made)}, temperatures "
             f"{settings['temperature']}",
             f"- left out: {made.num_excluded} prompts that share 13 words in a row with "
             f"{', '.join(settings['exclude']) or 'nothing'}",
@@ -87,6 +86,16 @@ def model_card(description: Description, made: HeadMade) -> str:
             "",
         ]
     )
+
+
+def _origin(made: HeadMade) -> str:
+    num_answered = made.curve[-1].num_answered
+    if made.settings.get("learn") == "texts":
+        return (
+            f" of {made.num_prompts} prompts and the target's own answers to them, which have "
+            f"{num_answered}"
+        )
+    return f", {num_answered} different ones: the target's own answers to {made.num_prompts} prompts"
 
 
 def draw_curve(curve: Sequence[HeadPoint], path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from eagle_chains import bound_drafter, chain_logits
 from safetensors.torch import load_file, save_file
-from speculators_reference import EMBEDDING, WEIGHTS, load_reference, reference_logits
+from speculators_reference import EMBEDDING, HEAD, WEIGHTS, load_reference, reference_logits
 from torch import Tensor
 
 from specserve.hub import resolve
@@ -30,8 +30,8 @@ STEPS: Final = 3
 NUM_TOKENS: Final = 32
 TOLERANCE: Final = 1e-4
 CONFIG: Final = "config.json"
-# Of the target, which speculators reads there; the first only where the file has none.
-BORROWED: Final = {EMBEDDING, "verifier_norm.weight", "verifier_lm_head.weight"}
+# Of the target, which speculators reads there; the first two only where the file has none.
+BORROWED: Final = {EMBEDDING, HEAD, "verifier_norm.weight", "verifier_lm_head.weight"}
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
     args = parser.parse_args()
     target = resolve(args.target)
     with TemporaryDirectory() as scratch:
-        embedding = write_plain(target, Path(scratch))
+        embedding, head = write_plain(target, Path(scratch))
         model = load_reference(args.head, Path(scratch))
     saved, loaded = load_file(args.head / WEIGHTS), model.state_dict()
     missing, unexpected = set(loaded) - set(saved) - BORROWED, set(saved) - set(loaded)
@@ -51,16 +51,21 @@ def main() -> int:
         if not torch.equal(loaded[name], saved[name].to(loaded[name].dtype))
     ]
     print(f"missing: {sorted(missing)}, unexpected: {sorted(unexpected)}, changed: {changed}")
-    print(f"embedding: {'in the file' if EMBEDDING in saved else 'of the target'}")
+    for name in (EMBEDDING, HEAD):
+        print(f"{name}: {'in the file' if name in saved else 'of the target'}")
 
     def embed(ids: Tensor) -> Tensor:
         return F.embedding(ids, embedding)
+
+    def unembed(rows: Tensor) -> Tensor:
+        return F.linear(rows, head)
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(embedding), (NUM_TOKENS,), generator=generator)
     taps = torch.randn(NUM_TOKENS, model.fc.in_features, generator=generator)
     theirs = reference_logits(model, ids, taps, STEPS)
-    ours = chain_logits(bound_drafter(args.head, target, embed).head, ids, taps, STEPS)
+    drafter = bound_drafter(args.head, target, embed, unembed)
+    ours = chain_logits(drafter.head, ids, taps, STEPS)
     worst = 0.0
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.isfinite(other).all()
@@ -70,8 +75,8 @@ def main() -> int:
     return int(bool(missing or unexpected or changed) or worst > TOLERANCE)
 
 
-def write_plain(target: Path, folder: Path) -> Tensor:
-    """What speculators reads of a target, as files that it reads; and the embedding."""
+def write_plain(target: Path, folder: Path) -> tuple[Tensor, Tensor]:
+    """What speculators reads of a target, as files that it reads; embedding and head."""
     config = json.loads((target / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config))
     checkpoint = read_checkpoint(target)
@@ -79,7 +84,7 @@ def write_plain(target: Path, folder: Path) -> Tensor:
     names += [] if config.get("tie_word_embeddings", False) else ["lm_head.weight"]
     tensors = {name: checkpoint.floats(name).float().contiguous() for name in names}
     save_file(tensors, folder / WEIGHTS)
-    return tensors[names[0]]
+    return tensors[names[0]], tensors.get("lm_head.weight", tensors[names[0]])
 
 
 if __name__ == "__main__":
