@@ -95,7 +95,9 @@ def _origin(made: HeadMade) -> str:
             f" of {made.num_prompts} prompts and the target's own answers to them, which have "
             f"{num_answered}"
         )
-    return f", {num_answered} different ones: the target's own answers to {made.num_prompts} prompts"
+    return (
+        f", {num_answered} different ones: the target's own answers to {made.num_prompts} prompts"
+    )
 
 
 def draw_curve(curve: Sequence[HeadPoint], path: Path) -> None:
