@@ -32,6 +32,7 @@ from specserve_drafts.growth import Growth, LookPrice, rank, take
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
 from specserve_drafts.packed_head import PackedHead, can_be_packed
 from specserve_drafts.pairs import BlockContents, Track
+from specserve_kernels.dispatch import native_host
 from specserve_kernels.draft_head import Drawing, Growing, GrowShape
 
 _PACKED_VOCAB = 8192  # rows of a target's head that a packed head reads: each takes time
@@ -143,6 +144,8 @@ class EagleDrafter:
         )
         self.needs_taps: tuple[int, ...] = tuple(sorted(set(self._file.shape.taps)))
         self._tracks: dict[str, Track] = {}  # by sequence id
+        host = native_host()
+        self._lay_out = None if host is None else host.build_tree
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return head_kv_spec(self._file.shape, dtype)
@@ -187,7 +190,9 @@ class EagleDrafter:
         grown = self.head.grow(shape, self._storage, tasks)
         self._price.took(time.perf_counter() - started, max(tree.num_passes for tree in grown))
         return {
-            one.seq.id: build_tree(tree.tokens, tree.parents, tree.scores, source)
+            one.seq.id: DraftTree(*self._lay_out(tree.tokens, tree.parents, tree.scores, source))
+            if self._lay_out is not None
+            else build_tree(tree.tokens, tree.parents, tree.scores, source)
             for one, tree in zip(asked, grown, strict=True)
         }
 

@@ -19,6 +19,7 @@ from specserve.tree import DraftTree, build_tree
 # those that emit one now.
 _GAIN: Final = 0.4
 _TOKENS: Final = 1.8
+_NEXT: Final = 0.6  # how likely the best successor of a node is, if the node comes true
 _MEMORY: Final = 64.0  # drafts that means are of
 
 
@@ -95,10 +96,13 @@ class Growth:
 class LookPrice:
     """How likely a node's path has to be for a pass of the draft over it to be worth its time.
 
-    `least` at any rate; more where `step_seconds` tells what a step of the target takes.
+    `least` at any rate; more where `step_seconds` tells what a step of the target takes, and a
+    node more: it has to be worth the pass, and its successors have to be worth their rows.
     """
 
-    def __init__(self, least: float, step_seconds: Callable[[], float | None]) -> None:
+    def __init__(
+        self, least: float, step_seconds: Callable[[], tuple[float, float] | None]
+    ) -> None:
         self._least, self._step_seconds = least, step_seconds
         self._num_drafts = 0
         self._passes = self._seconds = 0.0  # of a draft, their means
@@ -116,10 +120,12 @@ class LookPrice:
 
     @property
     def min_score(self) -> float:
-        step = self._step_seconds()
-        if not step:
+        seconds = self._step_seconds()
+        if seconds is None:
             return self._least
-        return max(self._least, round(_TOKENS / _GAIN * self._another() / step, 2))
+        step, row = seconds
+        dearer = max(self._another() / _GAIN, row / _NEXT)
+        return max(self._least, round(_TOKENS * dearer / step, 2))
 
     def _another(self) -> float:
         """Seconds of one pass more: the first finds no weights in the cache, the others do."""

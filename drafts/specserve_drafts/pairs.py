@@ -31,7 +31,7 @@ class Track:
     hole: tuple[int, int]  # tokens without a pair, 1 <= hole[0] <= hole[1] <= num_done
     num_done: int
     num_seen: int  # tokens whose rows were seen
-    # Each [n, row_size], the last one's last of token num_seen - 1; as many as pairs can need.
+    # Each [n, row_size], the last one's last of token num_seen - 1; what pairs can need, or more.
     rows: list[Tensor] = field(default_factory=list)
     num_named: int = 0  # leading blocks that `BlockContents` has seen the names of
     # See `lane_up_to`; the same memory twice. Those of tokens before `_num_fixed` are there.
@@ -94,7 +94,7 @@ class Track:
     def settle(self, num_more: int = 0) -> None:
         """The waiting pairs are in the cache, and `num_more` after them."""
         self.num_done = max(self.num_done, self.num_seen + num_more)
-        self.rows = [self.rows[-1][-1:]]
+        del self.rows[:-1]  # of the last ones one is enough, but cutting takes time
 
 
 class BlockContents:

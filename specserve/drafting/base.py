@@ -45,7 +45,8 @@ class DraftContext:
     storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
     source: int  # the number under which its nodes are counted
     taps: tuple[int, ...]  # the layers in `ModelOutput.taps`: what all drafters want, ascending
-    step_seconds: Callable[[], float | None]  # of a step without drafts; None: time does not count
+    # Of a step without drafts, and of a node more; None: time does not count.
+    step_seconds: Callable[[], tuple[float, float] | None]
     # Of the target; rows of `hidden_size` in the dtype of its activations.
     packed_embedding: PackedWeight | None  # where its weights are packed
     embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]

@@ -335,8 +335,11 @@ class Engine:
         self.scheduler = Scheduler(self.kv, self._policy, config.schedule, self.drafter.forget)
         self._times = StepTimes()
 
-    def _step_seconds(self) -> float | None:
-        return None if self._costs is None else self._costs.seconds(1, 1)[0]
+    def _step_seconds(self) -> tuple[float, float] | None:
+        if self._costs is None:
+            return None
+        seconds = self._costs.seconds(1, 8)
+        return seconds[0], (seconds[7] - seconds[3]) / 4
 
     def _bind(self, specs: dict[str, KVSpec | None], sampler: Sampler, model: Model) -> None:
         for source, (name, drafter) in enumerate(self._drafters.items(), start=1):

@@ -93,6 +93,12 @@ def test_nodes_that_are_worth_their_rows(proposed: list[DraftTree], prices: list
         assert_same(tree, theirs[name])
 
 
+@given(trees())
+def test_trees_are_laid_out(tree: DraftTree) -> None:
+    arguments = (tree.tokens.tolist(), tree.parents.tolist(), tree.scores.tolist(), 3)
+    assert_same(DraftTree(*native_host().build_tree(*arguments)), build_tree(*arguments))
+
+
 @given(trees(), st.integers(0, 2), st.integers(0, 5), st.integers(-2, 99), st.floats(-1, 2))
 def test_trees_that_are_none(
     tree: DraftTree, which: int, at: int, value: int, score: float

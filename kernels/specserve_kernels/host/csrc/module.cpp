@@ -39,6 +39,20 @@ py::tuple fields_of(const Tree& tree) {
         array_of<uint8_t>(tree.sources));
 }
 
+py::tuple build_tree(
+    const std::vector<int32_t>& tokens, const std::vector<int>& parents,
+    const std::vector<double>& scores, uint8_t source) {
+    if (tokens.empty() || parents.size() != tokens.size() || scores.size() != tokens.size())
+        throw std::invalid_argument("build_tree: expected a root, and as much of everything");
+    Tree tree(tokens[0]);
+    for (size_t node = 1; node < tokens.size(); ++node) {
+        if (parents[node] < 0 || parents[node] >= int(node))
+            throw std::invalid_argument("build_tree: a node's parent must come before it");
+        tree.add(tokens[node], parents[node], scores[node], source);
+    }
+    return fields_of(laid_out(tree));
+}
+
 // DraftTrees, and what keeps their arrays alive.
 class Trees {
 public:
@@ -207,6 +221,7 @@ PYBIND11_MODULE(_native, module) {
         .def("forget", &Calibration::forget);
 
     module.def("best_logits", &best_logits);
+    module.def("build_tree", &build_tree);
     module.def("worthwhile", &worthwhile_trees);
     module.def("validate", [](const py::object& tree, int vocab_size, int max_nodes) {
         validate(Trees(py::make_tuple(tree)).views()[0], vocab_size, max_nodes);
