@@ -58,6 +58,13 @@ def test_it_is_back_once_the_text_suits_it() -> None:
     assert asked(worth, 500, 0.0005, 0.5) == 500
 
 
+def test_following_the_text_is_part_of_the_price() -> None:
+    for following, expected in ((0.0, 200), (0.001, 32)):
+        worth = Worth()
+        worth.followed("head", False, following)
+        assert asked(worth, 200, 0.0005, 0.5) in (expected, expected + 32)
+
+
 def test_sampled_requests_are_judged_apart() -> None:
     worth = Worth()
     assert asked(worth, 200, 0.0005, 0.0) < 200

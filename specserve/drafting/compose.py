@@ -163,11 +163,16 @@ class ComposedDrafter:
         for name in self.active:
             if not self._hears(name, feedback.entries):
                 continue
+            started = time.perf_counter()
             try:
                 self.drafters[name].observe(feedback)
                 self._failures[name, "observe"] = 0
             except Exception:
                 self._failed(name, "observe")
+            if self._worth is not None and verified:
+                seconds = (time.perf_counter() - started) / len(feedback.entries)
+                for noisy in {_is_noisy(entry.seq) for entry in feedback.entries}:
+                    self._worth.followed(name, noisy, seconds)
         if self._worth is not None and verified and not any(e.num_chain for e in feedback.entries):
             num_tokens = sum(len(verdict.emitted) for verdict in feedback.verdicts.values())
             self._worth.end_step(time.perf_counter() - self._begun, num_tokens)

@@ -17,6 +17,7 @@ _GLANCE: Final = 8  # that are enough for a drafter which is nowhere near
 _NOWHERE: Final = 0.4  # of what it has to bring
 _MEMORY: Final = 96.0  # drafts that a mean is of: what each brings is a small whole number
 _PAUSES: Final = (128, 4096)  # passes without it: the first time, and at most
+_MARGIN: Final = 1.1  # who brings just what it takes need not be asked
 _CHEAP: Final = 0.02  # of a pass: who takes less is not worth judging
 _LEVELS: Final = (1.5, 2.2, 3.0)  # tokens that the others' tree promises: a record for each range
 
@@ -48,6 +49,7 @@ class _Known:
     """Of a drafter, in requests of one kind."""
 
     seconds: Mean = field(default_factory=Mean)  # for one sequence
+    following: Mean = field(default_factory=Mean)  # seconds of taking in a pass, for one sequence
     levels: list[_Record] = field(
         default_factory=lambda: [_Record() for _ in range(len(_LEVELS) + 1)]
     )
@@ -88,6 +90,10 @@ class Worth:
         """Drafting for one sequence."""
         self._known[name, noisy].seconds.add(seconds)
 
+    def followed(self, name: str, noisy: bool, seconds: float) -> None:
+        """Taking in what a pass brought for one sequence."""
+        self._known[name, noisy].following.add(seconds)
+
     def judge(self, name: str, noisy: bool, promised: float, gain: float) -> None:
         """It was asked, and so many more tokens were emitted for what it proposed."""
         known = self._known[name, noisy]
@@ -96,7 +102,8 @@ class Worth:
         if record.gain.count < _GLANCE or not self._step.value:
             return
         earned = record.gain.value * self._step.value
-        needed = known.seconds.value * self._tokens.value
+        seconds = known.seconds.value + known.following.value
+        needed = _MARGIN * seconds * self._tokens.value
         on_trial = record.gain.count < _TRIAL
         if earned >= (_NOWHERE if on_trial else 1.0) * needed:
             if not on_trial:
