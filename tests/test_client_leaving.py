@@ -262,7 +262,9 @@ assert "torch" not in sys.modules
         done = subprocess.run(
             [*line, peer.url], capture_output=True, text=True, timeout=30, check=False
         )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "a\n", "")
+        # On a busy machine a loop in debug mode tells of callbacks that took long.
+        said = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]
+        assert (done.returncode, done.stdout, said) == (0, "a\n", [])
         assert peer.gone.wait(5)
 
 
