@@ -35,7 +35,7 @@ from specserve_drafts.pairs import BlockContents, Track
 from specserve_kernels.dispatch import native_host
 from specserve_kernels.draft_head import Drawing, Growing, GrowShape
 
-_PACKED_VOCAB = 8192  # rows of a target's head that a packed head reads: each takes time
+_PACKED_VOCAB = 12288  # rows of a target's head that a packed head reads: each takes time
 _MAX_WAITING = 128  # pairs of a sequence that may wait for the next proposal
 # Of static trees: how likely a candidate is taken to be, by its rank alone. Falling guesses.
 _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
