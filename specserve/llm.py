@@ -204,7 +204,7 @@ class LLM:
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
     """Going through what a model is made of again and again takes 2 % of the time for one sequence
-    and 10 % for hundreds. Afterwards they are collected as ever."""
+    and a fifth for hundreds. Afterwards they are collected as ever."""
     if gc.get_freeze_count():  # somebody else's
         yield
         return

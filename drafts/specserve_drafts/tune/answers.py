@@ -5,6 +5,7 @@ all. An answer depends on its prompt's number and the seed alone, so several pro
 the work, and a later run takes up what an earlier one left.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -141,7 +142,9 @@ class Answers:
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Those of the folder are these, from its first answer on. Raises ValueError."""
     if not path.exists():
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2))
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may begin as well
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2))
+        part.replace(path)
     before = msgspec.json.decode(path.read_bytes())
     for name, value in settings.items():
         if before.get(name) != value:

@@ -8,7 +8,7 @@ users ask (Magpie, Xu et al. 2024, arXiv 2406.08464).
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -87,12 +87,11 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"out: {args.out} cannot be made: {error.strerror}") from error
     with file, track(args.count) as advance:
-        for _ in _write(llm, args, file, advance):
-            file.flush()
+        _write(llm, args, file, advance)
     print(f"{args.out}: {args.count} prompts")
 
 
-def _write(llm: LLM, args: argparse.Namespace, file: TextIO, advance: Advance) -> Iterator[None]:
+def _write(llm: LLM, args: argparse.Namespace, file: TextIO, advance: Advance) -> None:
     """Different ones, as they come."""
     sampling = SamplingParams(
         temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed
@@ -103,13 +102,15 @@ def _write(llm: LLM, args: argparse.Namespace, file: TextIO, advance: Advance) -
         made = own_prompts(llm, range(first, first + step), sampling)
         new = [text for text in dict.fromkeys(made) if text not in known]
         if not new:
-            raise ValueError(f"temperature: {step} attempts made nothing new; raise it")
+            raise ValueError(
+                f"temperature: {step} attempts at {args.temperature} made nothing new; raise it"
+            )
         new = new[: args.count - len(known)]
         known.update(new)
         file.writelines(msgspec.json.encode({"prompt": t}).decode() + "\n" for t in new)
         first += step
+        file.flush()
         advance(len(new), f"{first} attempts")
-        yield
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,9 +1,9 @@
 """The target while a head learns from it: taps of whole texts, and what it held likely.
 
 A second copy of the weights beside the engine's: the engine answers, this one reads answers back.
-Reading costs as much as learning on a CPU, and more than there is to learn on a GPU, so the rows of
-the newest texts stay in memory; on a CPU those that the engine had while it answered among them. On
-disk they would be 7 KB a token.
+On a CPU reading costs as much as learning, so the rows of the newest texts stay in memory, those
+that the engine had while it answered among them; a GPU has room for more. On disk they would be
+7 KB a token.
 """
 
 from collections.abc import Iterator, Sequence
