@@ -31,3 +31,4 @@ def test_a_template_without_turns_is_an_error(
     settings = ["--target", str(target), "--dtype", "float32", "--max-model-len", "128"]
     assert specserve(["tune", "prompts", "--count", "2", "--out", str(out), *settings]) == 2
     assert "target: its chat template has nothing around" in capsys.readouterr().err
+    assert not out.exists()

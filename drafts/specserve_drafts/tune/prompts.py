@@ -74,6 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError."""
+    try:
+        file = args.out.open("x")
+    except OSError as error:
+        raise ValueError(f"out: {args.out} cannot be made: {error.strerror}") from error
+    with file:
+        try:
+            _make(args, file)
+        finally:
+            if not file.tell():
+                args.out.unlink()  # so that the same command can be given again
+    print(f"{args.out}: {args.count} prompts")
+
+
+def _make(args: argparse.Namespace, file: TextIO) -> None:
     with show_progress() as progress:
         llm = LLM(
             draft="none",
@@ -82,13 +96,8 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
             **given(args, TargetConfig),
         )
-    try:
-        file = args.out.open("x")
-    except OSError as error:
-        raise ValueError(f"out: {args.out} cannot be made: {error.strerror}") from error
-    with file, track(args.count) as advance:
+    with track(args.count) as advance:
         _write(llm, args, file, advance)
-    print(f"{args.out}: {args.count} prompts")
 
 
 def _write(llm: LLM, args: argparse.Namespace, file: TextIO, advance: Advance) -> None:
