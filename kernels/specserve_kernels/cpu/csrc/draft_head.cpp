@@ -10,8 +10,6 @@
 namespace specserve {
 namespace {
 
-constexpr int64_t kPanelsInUnit = 2;
-
 struct Node {
     int64_t token;
     int64_t parent;  // among the evaluated nodes, -1 for the root
@@ -279,9 +277,9 @@ void fuse(const DraftHead& head, const float* taps, int64_t num_rows, float* row
                          y.data() + i * size);
             quantize_row(head.num_norms ? y.data() : x, buffer.rows(), row);
         });
-        team.share((num_panels + kPanelsInUnit - 1) / kPanelsInUnit, [&](int64_t unit) {
-            const int64_t first = unit * kPanelsInUnit;
-            const int64_t last = std::min(first + kPanelsInUnit, num_panels);
+        team.share((num_panels + kPanels - 1) / kPanels, [&](int64_t unit) {
+            const int64_t first = unit * kPanels;
+            const int64_t last = std::min(first + kPanels, num_panels);
             float* y = rows + first * kPanel;
             linear_panels(weight, buffer.rows(), num_rows, first, last, y, weight.num_outputs);
             if (!head.fc.bias) return;

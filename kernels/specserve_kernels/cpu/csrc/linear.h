@@ -28,6 +28,12 @@ struct Weight {
 void linear_panels(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
                    int64_t last_panel, float* y, int64_t stride);
 
+// How products are shared out: units of so many panels, for so many rows at a time.
+constexpr int64_t kPanels = 2;
+constexpr int64_t kColumns = kPanels * kPanel;
+constexpr int64_t kRowBlock = 5 * kRowsTogether;
+static_assert(kColumns == kGroup);  // what a unit gives can be quantised at once
+
 // The weights of one output for the inputs of one group, as floats.
 void unpack_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]);
 

@@ -1,0 +1,291 @@
+// Some rows of a segment and a KV head on their way through the splits: they share the work on K and V.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <type_traits>
+
+#include "attention.h"
+#include "kv_tiles.h"
+#include "lanes.h"
+
+namespace specserve {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+static_assert(kSplit % kChunk == 0);
+
+struct Query {  // what softmax keeps of one
+    float top = kHidden;
+    float sum = 0;
+};
+
+// The weights of `count` scores, and of those up to a whole number of lanes.
+template <typename Element>
+Query weigh(const float* scores, int64_t count, FactorOf<Element>* weights) {
+    Floats most = load(scores);
+    for (int64_t at = kLanes; at < count; at += kLanes) most = max(most, load(scores + at));
+    const float top = lane_max(most);
+    const Floats minus_top = broadcast(-top);
+    Floats sum = zero_floats();
+    for (int64_t at = 0; at < count; at += kLanes) {
+        const Floats weight = exp2(add(load(scores + at), minus_top));
+        keep_factors<Element>(weight, weights + at);
+        sum = add(sum, weight);
+    }
+    return {top, lane_sum(sum)};
+}
+
+// One row of a unit.
+struct Row {
+    Row() = default;
+    Row(const Segments& segments, const AttentionShape& shape, int64_t segment, int64_t row)
+        : nodes(segments.ancestors[row]),
+          end(segments.context_lens[segment] + __builtin_popcountll(nodes)),
+          begin(shape.window ? std::max<int64_t>(end - shape.window, 0) : 0) {}
+
+    bool sees(int64_t first, int64_t last) const { return begin < last && end > first; }
+
+    uint64_t nodes = 0;  // those it sees, itself included
+    int64_t end = 0;     // positions along its path
+    int64_t begin = 0;
+};
+
+// Calls f(n, first), n a constant, for tiles of n consecutive things, n <= kQueriesTogether.
+template <typename F>
+inline void in_tiles(int64_t count, const F& f) {
+    for (int64_t first = 0; first < count; first += kQueriesTogether)
+        switch (std::min<int64_t>(count - first, kQueriesTogether)) {
+            case 1: f(std::integral_constant<int, 1>(), first); break;
+            case 2: f(std::integral_constant<int, 2>(), first); break;
+            case 3: f(std::integral_constant<int, 3>(), first); break;
+            case 4: f(std::integral_constant<int, 4>(), first); break;
+            case 5: f(std::integral_constant<int, 5>(), first); break;
+            default: f(std::integral_constant<int, kQueriesTogether>(), first);
+        }
+}
+
+// What a thread works with, unit after unit; too large for its stack.
+template <typename Element>
+struct Scratch {
+    static constexpr int kMaxQueries = kMaxUnitRows * kMaxHeads;
+
+    static Scratch& of_thread() {
+        thread_local const std::unique_ptr<Scratch> scratch(new Scratch);
+        return *scratch;
+    }
+
+    Columns<Element> columns;
+    Values<Element> values;
+    alignas(64) FactorOf<Element> queries[kMaxQueries * kMaxHeadDim];  // [query][head_dim]
+    alignas(64) float scores[kMaxQueries * kSplit];                    // [query][position]
+    alignas(64) FactorOf<Element> weights[kMaxQueries * kSplit];
+    alignas(64) float by_column[kMaxQueries * kMaxColumns];            // scores of the tail
+    alignas(64) float out[kMaxQueries * kMaxHeadDim];                  // [query][head_dim]
+    Query sums[kMaxQueries];
+};
+
+// The rows of a unit on their way through the splits. Its queries: [rows][group_size].
+template <typename Element>
+class Unit {
+   public:
+    Unit(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
+         const Element* k, const Element* v, int64_t segment, int64_t first_row, int64_t last_row)
+        : shape_(shape),
+          keys_(k),
+          values_(v),
+          stride_(shape.num_kv_heads * shape.head_dim),
+          num_rows_(int(last_row - first_row)),
+          table_(segments.block_tables + segment * segments.max_blocks),
+          block_size_(segments.block_size),
+          context_(segments.context_lens[segment]),
+          tail_(context_ / kChunk * kChunk) {
+        const int64_t size = shape.group_size * shape.head_dim;
+        for (int64_t at = 0; at < num_rows_; ++at) {
+            const int64_t row = segments.cu_rows[segment] + first_row + at;
+            rows_[at] = Row(segments, shape, segment, row);
+            seen_ |= rows_[at].nodes;
+            for (int64_t i = 0; i < size; i += kLanes)
+                keep_factors<Element>(load(q + row * stride + i), near_.queries + at * size + i);
+        }
+    }
+
+    int num_rows() const { return num_rows_; }
+    const Row& row(int64_t index) const { return rows_[index]; }
+    const Query& query(int64_t index) const { return near_.sums[index]; }
+    const float* out(int64_t index) const { return near_.out + index * shape_.head_dim; }
+
+    // Leaves in `query` and `out` what its rows see of the split that begins here.
+    void run(int64_t first) {
+        const int64_t last = first + kSplit, num_queries = num_rows_ * shape_.group_size;
+        first_ = first;
+        places_of(first, std::min(context_ - first, kSplit), places_);
+        std::fill_n(near_.scores, num_queries * kSplit, kHidden);
+        std::fill_n(near_.out, num_queries * shape_.head_dim, 0.0f);
+        for (int64_t base = first; base < std::min(last, tail_); base += kChunk) chunk_scores(base);
+        if (tail_ < last) tail_scores();
+        for (int64_t query = 0; query < num_queries; ++query) {
+            const Row& row = rows_[query / shape_.group_size];
+            near_.sums[query] = Query();
+            if (row.sees(first, last))
+                near_.sums[query] = weigh<Element>(near_.scores + query * kSplit,
+                                                   std::min(row.end - first, kSplit),
+                                                   near_.weights + query * kSplit);
+        }
+        for (int64_t base = first; base < last; base += kChunk)
+            if (base < tail_)
+                chunk_values(base);
+            else
+                tail_values(base);
+    }
+
+   private:
+    // Where in K and V consecutive positions are, in elements.
+    void places_of(int64_t position, int64_t count, int64_t* places) const {
+        int64_t block = position / block_size_, offset = position % block_size_;
+        for (; count > 0; ++block, offset = 0) {
+            const int64_t num = std::min(block_size_ - offset, count);
+            const int64_t place = (int64_t(table_[block]) * block_size_ + offset) * stride_;
+            for (int64_t i = 0; i < num; ++i) places[i] = place + i * stride_;
+            places += num;
+            count -= num;
+        }
+    }
+
+    // Calls f(count, query, first) for `count` consecutive queries that see a chunk of the context,
+    // from its position `first` on: rows that see all of it go together.
+    template <typename F>
+    void in_chunk(int64_t base, const F& f) const {
+        for (int row = 0; row < num_rows_;) {
+            int next = row + 1;
+            if (rows_[row].begin <= base)
+                while (next < num_rows_ && rows_[next].begin <= base) ++next;
+            if (rows_[row].sees(base, base + kChunk))
+                in_tiles((next - row) * shape_.group_size, [&](auto count, int64_t at) {
+                    f(count, row * shape_.group_size + at,
+                      int(std::max<int64_t>(rows_[row].begin - base, 0)));
+                });
+            row = next;
+        }
+    }
+
+    bool seen(int64_t base) const {
+        return std::any_of(rows_, rows_ + num_rows_,
+                           [&](const Row& row) { return row.sees(base, base + kChunk); });
+    }
+
+    // A chunk of the context, which has the same slots for all rows.
+    void chunk_scores(int64_t base) {
+        if (!seen(base)) return;
+        near_.columns.load(keys_, shape_.head_dim, places_ + base - first_, kChunk);
+        in_chunk(base, [&](auto count, int64_t query, int first) {
+            float* scores = near_.scores + query * kSplit + base - first_;
+            score<count>(query, kChunk, scores, kSplit);
+            for (int g = 0; g < count; ++g) std::fill_n(scores + g * kSplit, first, kHidden);
+        });
+    }
+
+    void chunk_values(int64_t base) {
+        if (!seen(base)) return;
+        const Element* values[kChunk];
+        for (int i = 0; i < kChunk; ++i) values[i] = values_ + places_[base - first_ + i];
+        near_.values.load(values, shape_.head_dim, 0, kChunk);
+        in_chunk(base, [&](auto count, int64_t query, int first) {
+            add<count>(query, base, first, kChunk);
+        });
+    }
+
+    // The rest of the context and the tree, through which every row has its own path.
+    void tail_scores() {
+        const int num_columns = rest() + 64 - __builtin_clzll(seen_);
+        if (!has_tail_) {
+            places_of(tail_, num_columns, tail_places_);
+            near_.columns.load(keys_, shape_.head_dim, tail_places_, num_columns);
+            in_tiles(num_rows_ * shape_.group_size, [&](auto count, int64_t query) {
+                score<count>(query, num_columns, near_.by_column + query * kMaxColumns, kMaxColumns);
+            });
+            has_tail_ = true;
+        }
+        for (int row = 0; row < num_rows_; ++row) {
+            const int64_t from = std::max({tail_, first_, rows_[row].begin});
+            const int64_t to = std::min(rows_[row].end, first_ + kSplit);
+            if (from >= to) continue;
+            int path[kMaxColumns];
+            path_of(rows_[row], path);
+            const int64_t fork = std::clamp(context_, from, to);  // before it all rows' paths are one
+            for (int64_t g = 0; g < shape_.group_size; ++g) {
+                const int64_t query = row * shape_.group_size + g;
+                const float* by_column = near_.by_column + query * kMaxColumns;
+                float* scores = near_.scores + query * kSplit;
+                std::copy(by_column + from - tail_, by_column + fork - tail_, scores + from - first_);
+                for (int64_t at = fork; at < to; ++at)
+                    scores[at - first_] = by_column[path[at - tail_]];
+            }
+        }
+    }
+
+    // A chunk of that.
+    void tail_values(int64_t base) {
+        const Element* values[kChunk];
+        // In the first chunk the same for all rows, but for a last one alone in its lane.
+        const int shared = base == tail_ ? rest() / kPacked<Element> * kPacked<Element> : 0;
+        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_places_[i];
+        near_.values.load(values, shape_.head_dim, 0, shared);
+        for (int row = 0; row < num_rows_; ++row) {
+            if (!rows_[row].sees(base, base + kChunk)) continue;
+            int path[kMaxColumns];
+            path_of(rows_[row], path);
+            const int last = int(std::min<int64_t>(rows_[row].end - base, kChunk));
+            for (int i = shared; i < last; ++i)
+                values[i] = values_ + tail_places_[path[base - tail_ + i]];
+            near_.values.load(values, shape_.head_dim, shared, last);
+            in_tiles(shape_.group_size, [&](auto count, int64_t at) {
+                add<count>(row * shape_.group_size + at, base,
+                           int(std::max<int64_t>(rows_[row].begin - base, 0)), last);
+            });
+        }
+    }
+
+    // The columns of the tail that a row sees.
+    void path_of(const Row& row, int* path) const {
+        path = std::generate_n(path, rest(), [i = 0]() mutable { return i++; });
+        for (uint64_t word = row.nodes; word; word &= word - 1)
+            *path++ = rest() + __builtin_ctzll(word);
+    }
+
+    int rest() const { return int(context_ - tail_); }
+
+    template <int kQueries>
+    void score(int64_t query, int count, float* scores, int64_t stride) const {
+        near_.columns.template scores<kQueries>(near_.queries + query * shape_.head_dim,
+                                                shape_.scale * kLog2E, count, scores, stride);
+    }
+
+    // Adds the weighted values of a chunk.
+    template <int kQueries>
+    void add(int64_t query, int64_t base, int first, int last) {
+        near_.values.template add<kQueries>(near_.weights + query * kSplit + base - first_, first, last,
+                                            near_.out + query * shape_.head_dim);
+    }
+
+    Scratch<Element>& near_ = Scratch<Element>::of_thread();
+    const AttentionShape& shape_;
+    const Element* keys_;
+    const Element* values_;
+    int64_t stride_;  // between slots
+    int num_rows_;
+    Row rows_[kMaxUnitRows];
+    uint64_t seen_ = 0;  // nodes
+    const int32_t* table_;
+    int64_t block_size_;
+    int64_t context_;
+    int64_t tail_;
+    bool has_tail_ = false;  // in the columns
+    int64_t tail_places_[kMaxColumns];
+    int64_t first_ = 0;       // position of the split
+    int64_t places_[kSplit];  // of the context from there
+};
+
+}  // namespace specserve

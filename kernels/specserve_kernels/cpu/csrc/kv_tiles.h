@@ -1,0 +1,149 @@
+// A piece of K as columns and a piece of V as rows, and their products with several queries at once.
+// A sum runs over the dimensions or positions in order, whatever column a key stands in.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "attention.h"
+#include "lanes.h"
+
+namespace specserve {
+
+constexpr int kChunk = 64;
+constexpr int kMaxColumns = kChunk + kMaxSegmentRows;  // the context's last chunk, and a tree
+
+// As many vectors of columns or dimensions as go with so many queries: enough sums to be busy with,
+// and registers for all.
+template <int kQueries>
+constexpr int kVectorsFor = kQueries * 2 * kVectorsTogether <= 8
+                                ? std::min(2 * kVectorsTogether, kChunk / kLanes)
+                                : kVectorsTogether;
+
+// What a lane holds of K and V, and what that is multiplied with.
+template <typename Element>
+constexpr int kPacked = sizeof(float) / sizeof(Element);
+template <typename Element>
+using FactorOf = std::conditional_t<kPacked<Element> == 1, float, Factor>;
+
+template <typename Element>
+inline Floats dot(Floats sum, Floats lanes, const FactorOf<Element>* factors) {
+    if constexpr (kPacked<Element> == 1)
+        return mul_add(lanes, broadcast(*factors), sum);
+    else
+        return dot_pairs(sum, lanes, factors);
+}
+
+template <typename Element>
+inline void keep_factors(Floats x, FactorOf<Element>* to) {
+    if constexpr (kPacked<Element> == 1)
+        store(to, x);
+    else
+        store_factors(to, x);
+}
+
+// K at some places: a column for each place, a lane of it for as many dimensions as fit.
+template <typename Element>
+class Columns {
+   public:
+    void load(const Element* keys, int64_t dim, const int64_t* places, int count) {
+        dim_ = dim;
+        for (int from = 0; from < count; from += kLanes) {
+            const Element* rows[kLanes];
+            for (int i = 0; i < kLanes; ++i)  // beyond the last place: the last again
+                rows[i] = keys + places[std::min(from + i, count - 1)];
+            for (int64_t d = 0; d < dim; d += 4 * kPacked<Element>) {
+                Floats columns[4];
+                columns_of([&](int i) { return reinterpret_cast<const float*>(rows[i] + d); }, columns);
+                for (int i = 0; i < 4; ++i)
+                    store(keys_ + (d / kPacked<Element> + i) * kMaxColumns + from, columns[i]);
+            }
+        }
+    }
+
+    // Of consecutive queries and the columns from 0 to `count` - 1, and of some beyond, which may be
+    // filled with anything; a query's scores after `stride` floats the next one's.
+    template <int kQueries>
+    void scores(const FactorOf<Element>* q, float scale, int count, float* result,
+                int64_t stride) const {
+        constexpr int kVectors = kVectorsFor<kQueries>;
+        int from = 0;
+        for (; from + kVectors * kLanes <= count; from += kVectors * kLanes)
+            scores_at<kQueries, kVectors>(q, scale, from, result, stride);
+        for (; from < count; from += kLanes) scores_at<kQueries, 1>(q, scale, from, result, stride);
+    }
+
+   private:
+    template <int kQueries, int kVectors>
+    void scores_at(const FactorOf<Element>* q, float scale, int from, float* result,
+                   int64_t stride) const {
+        Floats sums[kQueries][kVectors];
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors) sums[g][i] = zero_floats();
+        for (int64_t d = 0; d < dim_; d += kPacked<Element>) {
+            const float* key = keys_ + d / kPacked<Element> * kMaxColumns + from;
+            Floats keys[kVectors];
+            SPECSERVE_EACH(i, kVectors) keys[i] = specserve::load(key + i * kLanes);
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+                sums[g][i] = dot<Element>(sums[g][i], keys[i], q + g * dim_ + d);
+        }
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+            store(result + g * stride + from + i * kLanes, mul(sums[g][i], broadcast(scale)));
+    }
+
+    int64_t dim_ = 0;
+    alignas(64) float keys_[kMaxHeadDim * kMaxColumns];  // [dim / kPacked][kMaxColumns]
+};
+
+// V of a chunk: a row for as many positions as fit a lane.
+template <typename Element>
+class Values {
+   public:
+    // The places first .. last - 1 of a chunk; `first` is where a row begins.
+    void load(const Element* const* values, int64_t dim, int first, int last) {
+        dim_ = dim;
+        for (int at = first; at < last; at += kPacked<Element>) {
+            float* row = rows_ + at / kPacked<Element> * dim;
+            const Element* next = values[std::min(at + 1, last - 1)];  // beyond: weighs nothing
+            for (int64_t d = 0; d < dim; d += kLanes)
+                if constexpr (kPacked<Element> == 1)
+                    store(row + d, specserve::load(values[at] + d));
+                else
+                    store(row + d, pairs_of(values[at] + d, next + d));
+        }
+    }
+
+    // out [kQueries][dim] += the values at first .. last - 1, in order, by weights [kQueries][kSplit].
+    template <int kQueries>
+    void add(const FactorOf<Element>* weights, int first, int last, float* out) const {
+        constexpr int kVectors = kVectorsFor<kQueries>;
+        constexpr int64_t kStep = kVectors * kLanes;
+        int64_t d = 0;
+        for (; d + kStep <= dim_; d += kStep) add_at<kQueries, kVectors>(weights, first, last, out, d);
+        for (; d < dim_; d += kLanes) add_at<kQueries, 1>(weights, first, last, out, d);
+    }
+
+   private:
+    template <int kQueries, int kVectors>
+    void add_at(const FactorOf<Element>* weights, int first, int last, float* out,
+                int64_t d) const {
+        out += d;
+        Floats sums[kQueries][kVectors];
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+            sums[g][i] = specserve::load(out + g * dim_ + i * kLanes);
+        for (int at = first / kPacked<Element> * kPacked<Element>; at < last; at += kPacked<Element>) {
+            const float* row = rows_ + at / kPacked<Element> * dim_ + d;
+            Floats value[kVectors];
+            SPECSERVE_EACH(i, kVectors) value[i] = specserve::load(row + i * kLanes);
+            SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+                sums[g][i] = dot<Element>(sums[g][i], value[i], weights + g * kSplit + at);
+        }
+        SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
+            store(out + g * dim_ + i * kLanes, sums[g][i]);
+    }
+
+    int64_t dim_ = 0;
+    alignas(64) float rows_[kChunk / kPacked<Element> * kMaxHeadDim];
+};
+
+}  // namespace specserve
