@@ -51,6 +51,7 @@ def bound_drafter(
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
         source=1,
         taps=drafter.needs_taps,
+        priced=False,
         step_seconds=lambda: None,
         packed_embedding=None,
         embed=embed,

@@ -35,7 +35,7 @@ from specserve_drafts.pairs import BlockContents, Track
 from specserve_kernels.dispatch import native_host
 from specserve_kernels.draft_head import Drawing, Growing, GrowShape
 
-_PACKED_VOCAB = 12288  # rows of a target's head that a packed head reads: each takes time
+_PRICED_VOCAB = 12288  # rows of a target's head that a packed head reads where time counts
 _MAX_WAITING = 128  # pairs of a sequence that may wait for the next proposal
 # Of static trees: how likely a candidate is taken to be, by its rank alone. Falling guesses.
 _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
@@ -48,7 +48,7 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     min_score: float = 0.05  # nodes whose path is less likely are never looked at
     static: bool = False  # one shape for every tree, whatever the head says: to compare with
     # Rows of the head to keep: the first ones, of a head that is the target's the frequent ones.
-    # None: all; of a packed head that is the target's as many as pay.
+    # None: all; where time counts, of a packed head that is the target's as many as pay.
     draft_vocab: int | None = None
     taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
 
@@ -234,7 +234,9 @@ class EagleDrafter:
         embedding = context.packed_embedding
         if make is not None and embedding is not None and can_be_packed(self._file.shape):
             if not self._file.shape.own_head:
-                num_rows = min(_PACKED_VOCAB, self._file.shape.vocab_size)
+                num_rows = self._file.shape.vocab_size
+                if context.priced:
+                    num_rows = min(_PRICED_VOCAB, num_rows)
                 self._file = self._file.cut(num_rows, self._target)
             return PackedHead(self._file, make, self._num_positions, embedding)
         return DraftHead(

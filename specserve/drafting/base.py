@@ -45,7 +45,8 @@ class DraftContext:
     storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
     source: int  # the number under which its nodes are counted
     taps: tuple[int, ...]  # the layers in `ModelOutput.taps`: what all drafters want, ascending
-    # Of a step without drafts, and of a node more; None: time does not count.
+    priced: bool  # False: time does not count, every node is verified
+    # Of a step without drafts, and of a node more; None: not measured.
     step_seconds: Callable[[], tuple[float, float] | None]
     # Of the target; rows of `hidden_size` in the dtype of its activations.
     packed_embedding: PackedWeight | None  # where its weights are packed

@@ -160,7 +160,7 @@ class Engine:
 
         From then on, drafted nodes that are not worth their rows are left out of a pass.
         """
-        if self._drafters and self.config.draft.pricing == "measured":
+        if self._drafters and self._priced:
             on_stage("measuring what a pass costs")
             room = min(self.max_model_len, self.kv.num_slots) - MAX_NODES
             if room > 0:
@@ -335,6 +335,10 @@ class Engine:
         self.scheduler = Scheduler(self.kv, self._policy, config.schedule, self.drafter.forget)
         self._times = StepTimes()
 
+    @property
+    def _priced(self) -> bool:
+        return self.config.draft.pricing == "measured"
+
     def _step_seconds(self) -> tuple[float, float] | None:
         if self._costs is None:
             return None
@@ -358,6 +362,7 @@ class Engine:
                     storage=None if spec is None else self._storage(spec),
                     source=source,
                     taps=self._taps,
+                    priced=self._priced,
                     step_seconds=self._step_seconds,
                     packed_embedding=model.packed_embedding,
                     embed=model.embed,

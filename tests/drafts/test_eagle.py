@@ -256,20 +256,21 @@ def test_a_head_that_is_the_targets_keeps_the_frequent_tokens(
 
 
 @pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")
+@pytest.mark.parametrize("pricing", ["measured", "off"])
 def test_a_packed_head_that_is_the_targets_reads_as_many_rows_as_pay(
-    tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, pricing: str
 ) -> None:
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
     path, order = write_whole(tmp_path / "head", inner=64)
-    monkeypatch.setattr(eagle, "_PACKED_VOCAB", 30)
-    settings = {"target": target, "quantization": "int8", "max_nodes": 6}
+    monkeypatch.setattr(eagle, "_PRICED_VOCAB", 30)
+    settings = {"target": target, "quantization": "int8", "max_nodes": 6, "pricing": pricing}
     engine = make_engine(str(path), **settings)
     seen = watched_growth(engine)
     answers = [ids(each) for each in run(engine, PROMPTS, GREEDY)]
     assert answers == [ids(each) for each in run(make_engine("none", **settings), PROMPTS, GREEDY)]
     drafted = {token for grew in seen for token in grew.at_once.tokens[1:].tolist()}
     assert len(drafted) > 5
-    assert drafted <= set(order[:30])
+    assert (drafted <= set(order[:30])) == (pricing == "measured")
 
 
 def test_a_head_that_knows_the_target_is_always_right(
