@@ -6,7 +6,7 @@ Whatever goes wrong with one request ends that request; the others in the batch 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,10 +33,9 @@ from specserve.runner.runner import Runner
 from specserve.runner.warmup import NUM_PASSES, warmup_rounds
 from specserve.sampling import Sampler
 from specserve.schedule.cost import PassCosts
-from specserve.schedule.policy import FixedPolicy, MeasuredPolicy, Policy
+from specserve.schedule.pricing import Pricing
 from specserve.schedule.scheduler import Scheduler
-from specserve.schedule.selection import Selection
-from specserve.step import Ending, Entry, StepPlan, Verdict
+from specserve.step import Ending, StepPlan, Verdict
 from specserve.text import Tokenizer
 from specserve.tree import MAX_NODES, DraftTree
 from specserve.types import Abort, Request, RequestError, StepOutput
@@ -201,13 +200,13 @@ class Engine:
                 trees = self._propose(plan)
             with times.forward:
                 plan, out = self._forward(plan, trees, outputs)
-            self._learn_costs(plan, trees, times.forward.last)
+            self._pricing.learn_pass(plan, trees, times.forward.last)
             with times.sample:
                 verdicts = self._verify(plan, trees, out)
             with times.commit:
                 self._commit_kv(plan, verdicts)
             with times.draft:
-                self._policy.settle(trees, verdicts, times.draft.last)
+                self._pricing.policy.settle(trees, verdicts, times.draft.last)
                 feedback = Feedback(plan.entries, trees, verdicts, out)
                 self.drafter.observe(feedback)
                 if self._watcher is not None:
@@ -215,12 +214,11 @@ class Engine:
             with times.commit:
                 outputs += self.scheduler.commit(plan, trees, verdicts)
             times.num_steps += 1
-            if self._costs is not None:
-                self._costs.add_host(time.perf_counter() - started - times.forward.last)
+            self._pricing.learn_host(time.perf_counter() - started - times.forward.last)
         for output in outputs:
             if output.finish is not None:
                 self.verifier.forget(output.id)
-                self._policy.forget(output.id)
+                self._pricing.policy.forget(output.id)
                 self._ids.discard(output.id)
         if not self.scheduler.has_work:
             self.check_integrity()
@@ -261,10 +259,7 @@ class Engine:
             [entry.seq for entry in entries], [entry.num_nodes for entry in entries]
         )
         proposed = {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
-        if self._selection is None:
-            return proposed
-        num_rows = sum(entry.num_chain + (entry.num_nodes > 0) for entry in plan.entries)
-        return self._selection.worthwhile(proposed, num_rows, _mean_context(entries))
+        return self._pricing.worthwhile(plan, proposed)
 
     def _forward(
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
@@ -287,14 +282,6 @@ class Engine:
                     outputs.append(self.scheduler.finish(entry.seq.id, Ending("error"), reason))
             plan, out = StepPlan(tuple(survivors)), joined(outs)
         return plan, out
-
-    def _learn_costs(self, plan: StepPlan, trees: dict[str, DraftTree], seconds: float) -> None:
-        """Learn from a pass what such passes cost; not from those that had prompts to compute."""
-        entries = plan.decoding
-        if self._costs is None or not entries or any(entry.num_chain for entry in plan.entries):
-            return
-        num_rows = sum(len(trees[entry.seq.id]) for entry in entries)
-        self._costs.add_pass(num_rows, _mean_context(entries), seconds)
 
     def _verify(
         self, plan: StepPlan, trees: dict[str, DraftTree], out: ModelOutput
@@ -326,24 +313,15 @@ class Engine:
         )
         worth = None if self._costs is None else Worth()
         self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size, worth)
-        most = config.draft.max_nodes
-        self._policy: Policy = FixedPolicy(most)
-        self._selection: Selection | None = None  # every drafted node is verified
-        if self._costs is not None:
-            self._policy = MeasuredPolicy(most, self._costs)
-            self._selection = Selection(self._costs)
-        self.scheduler = Scheduler(self.kv, self._policy, config.schedule, self.drafter.forget)
+        self._pricing = Pricing(config.draft.max_nodes, self._costs)
+        self.scheduler = Scheduler(
+            self.kv, self._pricing.policy, config.schedule, self.drafter.forget
+        )
         self._times = StepTimes()
 
     @property
     def _priced(self) -> bool:
         return self.config.draft.pricing == "measured"
-
-    def _step_seconds(self) -> tuple[float, float] | None:
-        if self._costs is None:
-            return None
-        seconds = self._costs.seconds(1, 8)
-        return seconds[0], (seconds[7] - seconds[3]) / 4
 
     def _bind(self, specs: dict[str, KVSpec | None], sampler: Sampler, model: Model) -> None:
         for source, (name, drafter) in enumerate(self._drafters.items(), start=1):
@@ -363,18 +341,13 @@ class Engine:
                     source=source,
                     taps=self._taps,
                     priced=self._priced,
-                    step_seconds=self._step_seconds,
+                    step_seconds=lambda: self._pricing.step_seconds(),
                     packed_embedding=model.packed_embedding,
                     embed=model.embed,
                     final_norm=model.final_norm,
                     unembed=model.unembed,
                 )
             )
-
-
-def _mean_context(entries: Sequence[Entry]) -> float:
-    """Tokens before the rows of a pass."""
-    return sum(entry.seq.num_committed for entry in entries) / max(len(entries), 1)
 
 
 def _context(max_model_len: int | None, shape: ModelShape) -> int:
