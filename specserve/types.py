@@ -118,7 +118,7 @@ class SpeculationParams(Struct, frozen=True, forbid_unknown_fields=True):
     """What one request may ask of speculation.
 
     `max_nodes` caps the tree, root included. `prediction` is text the caller expects, as token
-    ids; the n-gram drafter also looks there. `drafters` names those to ask (None: all).
+    ids, drafted from beside what the drafters propose. `drafters` names those to ask (None: all).
     """
 
     enabled: bool = True

@@ -3,6 +3,7 @@
 python -m specserve_benchmarks.demo
 """
 
+import argparse
 import sys
 from typing import Final
 
@@ -26,6 +27,7 @@ SAMPLING: Final = SamplingParams(temperature=0.0, max_tokens=80)
 
 def main() -> int:
     """Print texts and figures; 1 if any token differs."""
+    argparse.ArgumentParser(description="SmolLM2 with and without speculation.").parse_args()
     console = Console(highlight=False)
     table = Table("prompt", "draft", "tokens", "passes", "per pass", "tokens/s", "TTFT", "TPOT")
     plain_llm, draft_llm = load("none"), load("ngram")

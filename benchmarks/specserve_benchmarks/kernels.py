@@ -181,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         choices=CHOICES,
-        help="repeatable; default: torch, and triton where it is used",
+        help="repeatable; default: torch, and the kernels in use",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     skip = frozenset({"target", "max_model_len"})

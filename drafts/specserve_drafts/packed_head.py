@@ -1,7 +1,7 @@
 """The same head with its weights as int4, by the kernels of a backend that has such.
 
-Reading the weights is most of what a pass over one or two nodes costs, and int8 are a quarter of
-them. Owns which tensor of a head goes where. EAGLE-3 only, with rows for its head.
+Reading the weights is most of what a pass over one or two nodes costs, and of floats they are an
+eighth. Owns which tensor of a head goes where. EAGLE-3 only, with rows for its head.
 """
 
 from collections.abc import Callable

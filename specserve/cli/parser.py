@@ -40,7 +40,8 @@ SAMPLING_HELP: Final = {
 
 ENGINE_HELP: Final = {
     "dtype": "of weights and KV; auto: what the device is fast at (bfloat16 KV beside int4, int8)",
-    "quantization": "of the weights; auto: GGUF files as they are, anything else not quantised",
+    "quantization": "of the weights; auto: GGUF files as they are (int8 where that cannot be), "
+    "anything else not quantised",
     "device": "auto, cpu, cuda or cuda:N",
     "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
     "exactness": "exact: a result never depends on what else is in the batch",

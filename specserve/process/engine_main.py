@@ -34,7 +34,7 @@ from specserve.process.messages import (
     ToEngine,
 )
 from specserve.text import TextError, Tokenizer
-from specserve.types import Abort, Request, RequestError
+from specserve.types import Abort, Request, RequestError, StepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,11 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
     boarding, places = Boarding(frames, HEARTBEAT_S), 0
     while (boarded := boarding.receive(running=engine.has_work, places=places)) is not None:
         _take(engine, frames, boarded)
-        started = time.perf_counter()
-        outputs = engine.step() if engine.has_work else []
-        boarding.passed(time.perf_counter() - started)
+        outputs: list[StepOutput] = []
+        if engine.has_work:  # a round without says nothing about the next pass
+            started = time.perf_counter()
+            outputs = engine.step()
+            boarding.passed(time.perf_counter() - started)
         stats = engine.stats()
         frames.send(Stepped(tuple(outputs), stats))
         finished = sum(output.finish is not None for output in outputs)
