@@ -2,7 +2,8 @@
 
 Its KV lives in the target's blocks, in a storage of its own. Candidates are ranked by
 log q + g with the target's sampler and the target's noise, so a draft that agrees with the target
-is accepted whatever the temperature. The tree grows best-first by path score.
+is accepted whatever the temperature. The tree grows best-first by path score. Past the draft's own
+context it proposes nothing.
 """
 
 from collections.abc import Sequence as Seq
@@ -22,7 +23,7 @@ from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve.sequence import Sequence
 from specserve.text import Tokenizer, same_vocabulary
-from specserve.tree import MAX_NODES, DraftTree
+from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve_drafts.growth import Growth, rank, take
 
 _MAX_CATCH_UP_ROWS = 256  # rows of one pass over tokens the draft has not seen
@@ -79,33 +80,48 @@ class DraftLM:
         )
 
     def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+        context = self._shape.max_position_embeddings
+        rooms = [min(b, context + 1 - s.num_tokens) for s, b in zip(seqs, budgets, strict=True)]
+        asked = [(seq, room) for seq, room in zip(seqs, rooms, strict=True) if room > 1]
+        trees = self._grow(asked)
+        return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
+
+    def _grow(self, asked: Seq[tuple[Sequence, int]]) -> dict[str, DraftTree]:
+        """Trees of so many nodes at most, by sequence id."""
         growths = [
-            Growth(seq, self._context.sampling_state(seq), budget)
-            for seq, budget in zip(seqs, budgets, strict=True)
+            Growth(seq, self._context.sampling_state(seq), budget) for seq, budget in asked
         ]
-        missed = [segment for seq in seqs for segment in self._catch_up(seq, seq.num_tokens - 1)]
+        missed = [row for seq, _ in asked for row in self._catch_up(seq, seq.num_tokens - 1)]
         while growing := [growth for growth in growths if growth.num_done < len(growth.nodes)]:
             logits = self._forward(missed + [_fresh_rows(growth) for growth in growing])
             missed = []
             take(growing, *rank(growing, logits, self._context.sampler, self._options.branching))
             for growth in growing:
                 growth.pick(self._options.beam, self._options.max_depth)
-        for seq in seqs:
+        for seq, _ in asked:
             self._num_valid[seq.id] = seq.num_tokens  # the root is in the cache too
-        return [growth.tree(self._context.source) for growth in growths]
+        return {growth.seq.id: growth.tree(self._context.source) for growth in growths}
 
     def observe(self, feedback: Feedback) -> None:
         """Follow prompt chunks, so that the first proposal does not have the prompt to read."""
         chunks = [entry.seq for entry in feedback.entries if not entry.num_nodes]
-        missed = [segment for seq in chunks for segment in self._catch_up(seq, seq.num_committed)]
+        ends = [min(seq.num_committed, self._shape.max_position_embeddings) for seq in chunks]
+        missed = [
+            segment
+            for seq, end in zip(chunks, ends, strict=True)
+            for segment in self._catch_up(seq, end)
+        ]
         if missed:
             self._forward(missed)
+        for seq, end in zip(chunks, ends, strict=True):
+            self._num_valid[seq.id] = max(self._num_valid[seq.id], end)
 
     def forget(self, seq_id: str) -> None:
         self._num_valid.pop(seq_id, None)
 
     def _catch_up(self, seq: Sequence, end: int) -> list[SegmentRows]:
-        """Rows for the tokens before `end` that the draft has not seen; they count as seen."""
+        """Rows for the tokens before `end` that the draft has not seen; the caller counts them as
+        seen when they are computed."""
         table = seq.table
         if seq.id not in self._num_valid:
             self._num_valid[seq.id] = self._num_shared(table)
@@ -116,7 +132,6 @@ class DraftLM:
         while sum(len(segment.tokens) for segment in segments) > _MAX_CATCH_UP_ROWS:
             self._forward(segments[: _MAX_CATCH_UP_ROWS // MAX_NODES])
             del segments[: _MAX_CATCH_UP_ROWS // MAX_NODES]
-        self._num_valid[seq.id] = max(start, end)
         return segments
 
     def _num_shared(self, table: BlockTable) -> int:
