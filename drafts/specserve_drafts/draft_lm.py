@@ -88,9 +88,7 @@ class DraftLM:
 
     def _grow(self, asked: Seq[tuple[Sequence, int]]) -> dict[str, DraftTree]:
         """Trees of so many nodes at most, by sequence id."""
-        growths = [
-            Growth(seq, self._context.sampling_state(seq), budget) for seq, budget in asked
-        ]
+        growths = [Growth(seq, self._context.sampling_state(seq), budget) for seq, budget in asked]
         missed = [row for seq, _ in asked for row in self._catch_up(seq, seq.num_tokens - 1)]
         while growing := [growth for growth in growths if growth.num_done < len(growth.nodes)]:
             logits = self._forward(missed + [_fresh_rows(growth) for growth in growing])

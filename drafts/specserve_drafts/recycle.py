@@ -13,6 +13,7 @@ salt, and so what a table was tuned on, is there for all. Host only.
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Sequence as Seq
 from functools import lru_cache
@@ -22,6 +23,7 @@ from typing import ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec
@@ -34,6 +36,8 @@ from specserve_kernels.dispatch import native_host
 
 _OWN_CONTEXTS: Final = 2**14  # of a request; 230 kB, which stay in the cache
 _SAVE_INTERVAL: Final = 60.0  # seconds
+
+logger = logging.getLogger(__name__)
 
 _Best = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
@@ -130,12 +134,19 @@ class RecycleDrafter:
                 own.learn(NO_SALT, before, tree, best[rows], logits[rows])
             first = rows.stop
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
-            self.table.save(self._file)
             self._saved_at = time.monotonic()
+            self._save(self._file)
 
     def forget(self, seq_id: str) -> None:
         """What a request taught is there for the next one, but for its own table."""
         self._own.pop(seq_id, None)
+
+    def _save(self, file: Path) -> None:
+        """Whatever becomes of the file, the table goes on."""
+        try:
+            self.table.save(file)
+        except (OSError, SafetensorError) as error:
+            logger.warning("draft.options.recycle.file: %s cannot be written: %s", file, error)
 
     def _own_table(self, seq: Sequence) -> SuccessorTable:
         own = self._own.get(seq.id)

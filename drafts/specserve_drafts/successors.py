@@ -157,39 +157,48 @@ class SuccessorTable:
         shares: npt.NDArray[np.float32],
     ) -> None:
         """salts [n]; contexts [n, ORDERS], the last token first, -1 before the text; tokens and
-        shares [n, WIDTH], the best first."""
-        state = salts
+        shares [n, WIDTH], the best first.
+
+        What is new under a salt begins with what is known without one, if anything is."""
+        state, without = salts, np.full_like(salts, NO_SALT)
         for order in range(ORDERS):
             token = contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN)
-            state = (state ^ token) * np.uint64(_MULTIPLIER)
-            state = state ^ (state >> np.uint64(29))
-            self._write(state, np.float32(self._manner.news[order]), tokens, shares)
+            state, without = _next_states(state, token), _next_states(without, token)
+            self._write(state, without, np.float32(self._manner.news[order]), tokens, shares)
 
     def _write(
         self,
         states: npt.NDArray[np.uint64],
+        without: npt.NDArray[np.uint64],
         news: np.float32,
         tokens: npt.NDArray[np.int64],
         shares: npt.NDArray[np.float32],
     ) -> None:
-        """Contexts of one length, by their states."""
-        rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64)
-        tags = _tags(states)
-        there = self._tags[rows]
-        known = there & ~_AGAIN == tags
+        """Contexts of one length, by their states with and without their salt."""
+        rows, known = self._find(states)
+        before, told = self._find(without)
+        tags, there = _tags(states), self._tags[rows]
         spared = ~known & (there & _AGAIN > 0)
         self._tags[rows[spared]] = there[spared] & ~_AGAIN
-        weights = np.where(known, news, np.float32(1.0))[:, None]
+        weights = np.where(known | told, news, np.float32(1.0))[:, None]
+        source = np.where(known, rows, before)
         merged = _merged(
             tokens.astype(self._tokens.dtype),
             weights * shares,
-            self._tokens[rows],
-            (np.float32(1.0) - weights) * _SHARES[self._shares[rows]],
+            self._tokens[source],
+            (np.float32(1.0) - weights) * _SHARES[self._shares[source]],
         )
         mine = rows[~spared]
         self._tags[mine] = np.where(known, tags | _AGAIN, tags)[~spared]
         self._tokens[mine] = merged[0][~spared]
         self._shares[mine] = _steps(merged[1])[~spared]
+
+    def _find(
+        self, states: npt.NDArray[np.uint64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Where contexts have their rows, and whether these are theirs."""
+        rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64)
+        return rows, self._tags[rows] & ~_AGAIN == _tags(states)
 
     def candidates(
         self, salts: Seq[int], context: Seq[int], own: "SuccessorTable | None" = None
@@ -286,8 +295,16 @@ def _contexts(tree: DraftTree, before: Seq[int]) -> list[Context]:
     return contexts
 
 
+def _next_states(
+    states: npt.NDArray[np.uint64], tokens: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Of contexts that are longer by a token."""
+    states = (states ^ tokens) * np.uint64(_MULTIPLIER)
+    return states ^ (states >> np.uint64(29))
+
+
 def _states(salt: int, context: Seq[int]) -> list[int]:
-    """What identifies the contexts of 1, 2 ... tokens; `write` computes the same in numpy."""
+    """What identifies the contexts of 1, 2 ... tokens; as `_next_states`."""
     states, state = [], salt
     for token in context:
         state = ((state ^ (token & _NO_TOKEN)) * _MULTIPLIER) & _WORD

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -16,6 +17,7 @@ from specserve.drafting.base import DraftError
 from specserve.drafting.registry import create_drafter
 from specserve.engine.engine import Engine
 from specserve.sequence import Sequence
+from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams
 from specserve_drafts.recycle import RecycleDrafter
 from specserve_drafts.successors import ORDERS, OWN, SuccessorTable
@@ -34,6 +36,12 @@ def write(
         np.array([tokens]),
         np.array([[0.5, 0.25, 0.125, 0.0625]], np.float32),
     )
+
+
+def said(tokens: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Of one node, as `learn` takes it: each half as likely as the one before."""
+    logits = -np.log(2) * np.arange(len(tokens))
+    return np.array([tokens], np.int64), logits[None].astype(np.float32)
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 60)] * ORDERS), min_size=1, max_size=40, unique=True))
@@ -75,6 +83,21 @@ def test_salts_are_apart_and_what_has_none_is_for_all() -> None:
     write(table, (5, 6, 7), [8, 2, 3, 4])
     assert 8 not in dict(table.candidates([11, 0], (5, 6, 7)))
     assert dict(table.candidates([12, 0], (5, 6, 7)))[8] > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_salt_adds_does_not_hide_what_all_know(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setenv("SPECSERVE_KERNELS", "torch")
+    table = SuccessorTable(2**10, vocab_size=100)
+    table.learn(0, [6, 7], root_tree(5), *said([1, 2, 3, 4]))
+    table.learn(11, [6, 7], root_tree(5), *said([9, 8, 3, 4]))
+    mixed = dict(table.candidates([11, 0], (5, 6, 7)))
+    assert mixed.keys() >= {1, 9}
+    assert mixed[1] > 0.3
+    assert 9 not in dict(table.candidates([12, 0], (5, 6, 7)))
 
 
 def test_a_text_of_its_own_is_mixed_in() -> None:
@@ -219,6 +242,23 @@ def test_a_table_is_kept_between_runs(
     run(engine, [PROMPT], GREEDY)
     again = make_engine("recycle", options=options)
     assert recycled(again).table.num_filled == recycled(engine).table.num_filled > 0
+
+
+def test_a_table_that_cannot_be_kept_goes_on(
+    make_engine: EngineFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("specserve_drafts.recycle._SAVE_INTERVAL", 0.0)
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    options = {"recycle": {"file": str(folder / "table.safetensors"), "contexts": 2**12}}
+    engine = make_engine("recycle", options=options)
+    folder.rmdir()
+    run(engine, [PROMPT], GREEDY)
+    assert engine.drafter.active == ["recycle"]
+    assert "draft.options.recycle.file: " in caplog.text
 
 
 def test_logits_that_are_no_numbers_teach_nothing(

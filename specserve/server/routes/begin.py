@@ -67,7 +67,7 @@ async def _begin(
         ),
         speculation=fields.speculation_params(await _prediction(service, fields)),
         key=caller.name,
-        cache_salt=f"{caller.cache_salt}/{fields.cache_salt or ''}",
+        cache_salt=_salt(caller.cache_salt, fields.cache_salt or ""),
         priority=fields.priority or 0,
         deadline=time.monotonic() + _timeout(service, fields.request_timeout),
         deadline_asked=fields.request_timeout is not None,
@@ -77,6 +77,11 @@ async def _begin(
     _check_drafters(service, job.speculation.drafters)
     _check_prompts(service, job)  # before any of them runs
     return Generation(service, job)
+
+
+def _salt(of_key: str, of_request: str) -> str:
+    """Nothing without either: what such requests teach drafters is there for all."""
+    return f"{of_key}/{of_request}" if of_key or of_request else ""
 
 
 async def _prediction(service: Service, fields: GenerationFields) -> tuple[int, ...]:

@@ -86,17 +86,19 @@ uint8_t SuccessorTable::step_of(float share) const {
 void SuccessorTable::write(
     uint64_t salt, const Context& context, const int64_t* tokens, const float* shares) const {
     const auto states = states_of(salt, context);
+    const auto without = salt == kNoSalt ? states : states_of(kNoSalt, context);
     for (int order = 0; order < kOrders; ++order) {
         const int64_t index = states[order] & (num_rows_ - 1);
         const uint16_t tag = tag_of(states[order]);
-        Row row = read(index);
-        const bool known = (row.tag & ~kAgain) == tag;
+        Row row;
+        const bool known = find(states[order], row);
         if (!known && (row.tag & kAgain)) {  // spared this once
             row.tag &= ~kAgain;
             put(index, row);
             continue;
         }
-        const float news = known ? numbers_.news[order] : 1.0f;
+        const bool told = known || find(without[order], row);
+        const float news = told ? numbers_.news[order] : 1.0f;
         float said[2 * kWidth];
         uint32_t named[2 * kWidth];
         int count = kWidth;

@@ -35,7 +35,8 @@ public:
           num_rows_(num_bytes / row_bytes_),
           numbers_(numbers) {}
 
-    // tokens, shares: [kWidth], the best first.
+    // tokens, shares: [kWidth], the best first. What is new under a salt begins with what is known
+    // without one.
     void write(
         uint64_t salt, const Context& context, const int64_t* tokens, const float* shares) const;
 
