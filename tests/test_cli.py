@@ -202,12 +202,23 @@ def test_every_kind_of_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ["{", "3", "{}", '{"turns": []}', '{"messages": "x"}', '{"prompt": 1}', "[1, 2]"]
+    "row",
+    [
+        *("{", "3", "{}", "[1, 2]", '{"turns": []}', '{"prompt": 1}'),
+        *('{"messages": "x"}', '{"messages": []}', '{"messages": [{"role": "user"}]}'),
+    ],
 )
 def test_a_row_that_is_no_prompt_is_named(tmp_path: Path, row: str) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'"fine"\n{row}\n')
     with pytest.raises(ConfigError, match=r"prompts\.jsonl:2 .*expected"):
+        read_prompts([], file)
+
+
+def test_a_file_without_prompts_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match=r"prompts: .*prompts\.jsonl is empty"):
         read_prompts([], file)
 
 

@@ -23,7 +23,6 @@ from typing import ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec
@@ -145,8 +144,8 @@ class RecycleDrafter:
         """Whatever becomes of the file, the table goes on."""
         try:
             self.table.save(file)
-        except (OSError, SafetensorError) as error:
-            logger.warning("draft.options.recycle.file: %s cannot be written: %s", file, error)
+        except ValueError as error:
+            logger.warning("draft.options.recycle.file: %s", error)
 
     def _own_table(self, seq: Sequence) -> SuccessorTable:
         own = self._own.get(seq.id)

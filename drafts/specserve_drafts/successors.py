@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from specserve.tree import DraftTree
 from specserve_drafts.best_first import grow_best_first
+from specserve_drafts.whole_file import whole_file
 from specserve_kernels.dispatch import native_host
 
 if TYPE_CHECKING:
@@ -228,10 +229,9 @@ class SuccessorTable:
 
     def save(self, path: Path) -> None:
         """As safetensors; a reader never sees half a file."""
-        part = path.with_name(path.name + ".part")
         columns = {"tags": self._tags, "tokens": self._tokens, "shares": self._shares}
-        save_file({name: column.copy() for name, column in columns.items()}, part)
-        part.replace(path)
+        with whole_file(path) as part:
+            save_file({name: column.copy() for name, column in columns.items()}, part)
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> "SuccessorTable":

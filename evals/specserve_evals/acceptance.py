@@ -35,6 +35,7 @@ from specserve_evals.acceptance_figures import Report
 from specserve_evals.acceptance_report import markdown, show
 from specserve_evals.progress import stdout_console, track
 from specserve_evals.prompts import Prompt, Selection, load_prompts, select
+from specserve_evals.provenance import checkpoint_label
 from specserve_evals.runs import (
     PLAIN,
     Variant,
@@ -193,6 +194,9 @@ def settings(args: argparse.Namespace, variants: Sequence[Variant]) -> dict[str,
     kept = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
     kept["target"] = Path(args.target).name
     kept["draft"] = [variant.name for variant in variants]
+    folders = [Path(part) for variant in variants for part in variant.draft if Path(part).is_dir()]
+    if folders:  # a draft may be trained anew where it was
+        kept["checkpoints"] = {folder.name: checkpoint_label(folder) for folder in folders}
     decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(kept))
     return decoded
 
@@ -202,7 +206,7 @@ def identity(report: Report) -> dict[str, Any]:
     origin = report.provenance
     assert origin.data is not None
     return report.settings | {
-        "prompts": f"{origin.data.name} (sha256 {origin.data.sha256[:12]}...)",
+        "prompts": origin.data.label,
         "processor": origin.processor,
         "gpu": origin.gpu,
         "engine": origin.engine,

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from specserve.cli.prompts import Messages, as_chat, read_prompts
+from specserve.cli.prompts import Messages, as_chat, read_rows
 
 UNLABELLED = "all"
 
@@ -46,17 +46,11 @@ class _Labels(Struct, frozen=True):
 
 def load_prompts(file: Path) -> list[Prompt]:
     """Every prompt of a JSONL file. Raises ValueError naming the file and the line."""
-    chats = [as_chat(prompt) for prompt in read_prompts([], file)]
-    rows = [
-        (number, line)
-        for number, line in enumerate(file.read_text().split("\n"), start=1)
-        if line.strip()
-    ]
     prompts = []
-    for index, ((number, line), chat) in enumerate(zip(rows, chats, strict=True)):
-        labels = _read_labels(line, f"{file}:{number}")
+    for index, row in enumerate(read_rows(file)):
+        labels = _read_labels(row.line, row.place)
         name = index if labels.question_id is None else labels.question_id
-        prompts.append(Prompt(str(name), labels.category, chat))
+        prompts.append(Prompt(str(name), labels.category, as_chat(row.prompt)))
     return prompts
 
 

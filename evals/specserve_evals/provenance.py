@@ -20,6 +20,30 @@ class DataFile(Struct, frozen=True):
     name: str
     sha256: str
 
+    @classmethod
+    def of(cls, file: Path) -> "DataFile":
+        """Raises ValueError if it cannot be read."""
+        try:
+            with file.open("rb") as stream:
+                return cls(file.name, hashlib.file_digest(stream, "sha256").hexdigest())
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (sha256 {self.sha256[:12]}...)"
+
+
+def checkpoint_label(folder: Path) -> str:
+    """What tells a checkpoint from another: its config and tensors, not what lies beside them."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    hashes = [
+        f"{file.name} {DataFile.of(file).sha256}"
+        for file in files
+        if file.is_file() and not file.name.startswith("run-")  # of a run of `specserve tune`
+    ]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:12]
+
 
 class Provenance(Struct, frozen=True):
     date: str  # UTC, ISO 8601
@@ -51,7 +75,7 @@ def collect(
             "exactness": "exact" if platform.exact else "fast",
             "threads": str(torch.get_num_threads()),
         },
-        data=None if data is None else DataFile(data.name, _sha256(data)),
+        data=None if data is None else DataFile.of(data),
     )
 
 
@@ -79,11 +103,6 @@ def _without_folder(argument: str) -> str:
         return path.name if path.is_absolute() or ".." in path.parts else part
 
     return ",".join(map(shown, argument.split(",")))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _revision() -> str | None:

@@ -66,7 +66,10 @@ def _find(source: Path) -> Path:
         return source
     if not source.is_dir():
         raise ConvertError(f"convert: {source} does not exist; give a directory or a weights file")
-    found = sorted(file.name for file in source.iterdir() if file.suffix in _SUFFIXES)
+    try:
+        found = sorted(file.name for file in source.iterdir() if file.suffix in _SUFFIXES)
+    except OSError as error:
+        raise ConvertError(f"convert: {source} cannot be read ({error.strerror})") from error
     named = [name for name in found if name in _NAMES]
     chosen = named if len(named) == 1 else found
     if len(chosen) == 1:

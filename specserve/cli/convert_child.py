@@ -120,7 +120,7 @@ def _reason(error: Exception, memory: int) -> str:
         return text
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return f"it needs more than the {memory / 2**30:.1f} GiB that a file of its size may have"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or "I/O error" in text:  # the latter is safetensors'
         return f"it cannot be read, or the result not be written ({_shown(text)})"
     if wanted := re.search(r"GLOBAL (\S+)", text):
         return (

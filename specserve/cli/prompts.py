@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -12,23 +12,38 @@ Messages = list[dict[str, str]]
 EXPECTED = 'a JSON string, {"prompt": ...}, {"messages": [...]} or {"turns": [...]}'
 
 
+class Row(NamedTuple):
+    place: str  # FILE:LINE
+    line: str
+    prompt: str | Messages
+
+
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages]:
     """The prompts of the flags, then those of the file. Raises ConfigError."""
     prompts: list[str | Messages] = list(texts)
     if file is not None:
-        try:
-            lines = file.read_text().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ConfigError(f"prompts: {file} cannot be read: {reason}") from error
-        prompts += [
-            _read_row(line, f"{file}:{number}")
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
+        prompts += [row.prompt for row in read_rows(file)]
     if not prompts:
         raise ConfigError("prompt: there is none; give --prompt TEXT or --prompts FILE.jsonl")
     return prompts
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The prompts of a JSONL file, empty lines left out. Raises ConfigError."""
+    try:
+        lines = file.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"prompts: {file} cannot be read: {reason}") from error
+    places = [f"{file}:{number}" for number in range(1, len(lines) + 1)]
+    rows = [
+        Row(place, line, _read_row(line, place))
+        for place, line in zip(places, lines, strict=True)
+        if line.strip()
+    ]
+    if not rows:
+        raise ConfigError(f"prompts: {file} is empty; expected lines of {EXPECTED}")
+    return rows
 
 
 def as_chat(prompt: str | Messages) -> Messages:
@@ -60,7 +75,9 @@ def _prompt_of(row: Any) -> str | Messages | None:
         return None
     try:
         if "messages" in row:
-            return msgspec.convert(row["messages"], Messages)
+            messages = msgspec.convert(row["messages"], Messages)
+            whole = all({"role", "content"} <= message.keys() for message in messages)
+            return messages if messages and whole else None
         if "turns" in row:
             return next(iter(msgspec.convert(row["turns"], list[str])), None)
         return msgspec.convert(row.get("prompt"), str)

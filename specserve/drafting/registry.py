@@ -107,9 +107,13 @@ def checkpoint_method(path: Path) -> str:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise DraftError(f"draft: {path}/config.json cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise DraftError(f"draft: {path}/config.json holds no object; it does not describe a draft")
     if isinstance(method := config.get("specserve_method"), str):
         return method
     architectures = config.get("architectures") or ["(none)"]
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     if "medusa_num_heads" in config or config.get("model_type") == "medusa":
         return "medusa"
     if _is_eagle(path, config, str(architectures[0])):

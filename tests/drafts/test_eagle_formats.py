@@ -1,5 +1,6 @@
 """Reading heads as they are published, and refusing those that do not fit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def test_nested_flags_count(shape: ModelShape, tmp_path: Path) -> None:
     written.config["eagle_config"]["norm_output"] = True
     save(written)
     assert read_head(tmp_path, shape).shape.norm_output
+
+
+@pytest.mark.parametrize("config", [[], {"architectures": 5}, {"architectures": {"0": "x"}}])
+def test_a_config_that_describes_no_draft_is_an_error(tmp_path: Path, config: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftError, match=r"config\.json h"):
+        checkpoint_method(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from specserve.drafting.registry import create_drafter
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.eagle import EagleDrafter
-from specserve_drafts.tune import answers, eagle, head_run
+from specserve_drafts.tune import answers, eagle, head_run, head_training, prompt_file
 from specserve_drafts.tune.eagle_settings import EagleSettings
 from specserve_drafts.tune.head_card import HeadMade
 from specserve_drafts.tune.head_run import Run
@@ -35,7 +35,7 @@ def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """With a model and prompts for three shards."""
     monkeypatch.setattr(head_run, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(answers, "SHARD_PROMPTS", 8)
-    monkeypatch.setattr(head_run, "HELD_OUT", 4)
+    monkeypatch.setattr(prompt_file, "HELD_OUT", 4)
     write_predictable(tiny_model, tmp_path / "tiny")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(text) for text in prompts()))
     return tmp_path
@@ -209,6 +209,45 @@ def test_a_run_that_was_killed_before_it_saved_begins_again(
     assert made(folder).curve[-1].num_tokens >= 200
 
 
+def test_a_run_goes_on_with_what_it_had(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert eagle.main(command(folder, "--tokens", "100", "--target", str(folder / "tinny"))) == 2
+    assert eagle.main(command(folder, "--tokens", "100")) == 0, "what failed left nothing"
+    left = folder / "out" / "run-9999.safetensors"
+    left.write_bytes(b"of a run that was killed while it saved")
+    file = folder / "prompts.jsonl"
+    before = file.read_text()
+    file.write_text(before + '\n"w1 w5 w9"')
+    assert eagle.main(command(folder, "--tokens", "200", "--resume")) == 2
+    assert "prompts: 'prompts.jsonl (sha256 " in capsys.readouterr().err
+    file.write_text(before)
+    assert eagle.main(command(folder, "--tokens", "200", "--resume")) == 0
+    assert not left.exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not before the best head so far is there."""
+    monkeypatch.setattr(head_training, "_CLIP", float("nan"))
+    assert eagle.main(command(folder, "--tokens", "2000", "--check-every", "3")) == 2
+    assert "matrix_lr: at 0.02 (other_lr 0.01) the loss is no number" in capsys.readouterr().err
+    assert all(weight.isfinite().all() for weight in load_file(weights(folder)).values())
+
+
+def weights(folder: Path) -> Path:
+    return folder / "out" / "model.safetensors"
+
+
+def test_texts_may_fill_the_targets_context(folder: Path) -> None:
+    """Chains that begin at their end go beyond it."""
+    path = folder / "tiny" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 27}))
+    arguments = command(folder, "--tokens", "200", "--max-model-len", "27", "--depth", "16")
+    assert eagle.main(arguments) == 0
+    texts = read_texts(folder / "out" / "data" / "shard-00000.safetensors")
+    assert max(len(text.tokens) for text in texts) == 27
+
+
 def test_minutes_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the time, as it was asked for, whatever it came to in tokens."""
     monkeypatch.setattr(EagleSettings, "seconds", 3)
@@ -250,6 +289,8 @@ def test_the_experiments_are_ones(file: Path) -> None:
         (["--temperature", "3"], "temperature: [3.0]"),
         (["--taps", "0", "3"], "taps: [0, 3]; expected different layers of 0 to 2"),
         (["--experiment", "nothing.toml"], "experiment: nothing.toml cannot be read"),
+        (["--out", "long.jsonl"], "out: long.jsonl cannot be used: "),
+        (["--answer", "8", "--prompts", "few.jsonl"], "few.jsonl has 4 different ones"),
         (["--max-len", "8", "--max-tokens", "2", "--prompts", "long.jsonl"], "within max_len 8"),
     ],
 )
@@ -263,5 +304,6 @@ def test_what_is_wrong_is_said(
     monkeypatch.chdir(folder)
     long = [" ".join(f"w{(n + k) % 90}" for k in range(20)) for n in range(20)]
     (folder / "long.jsonl").write_text("\n".join(json.dumps(text) for text in long))
+    (folder / "few.jsonl").write_text("\n".join(json.dumps(text) for text in [*prompts()[:4]] * 3))
     assert eagle.main(command(folder, *arguments)) == 2
     assert message in capsys.readouterr().err

@@ -23,7 +23,7 @@ from specserve.types import SamplingParams, SpecStats
 from specserve_drafts import medusa as served
 from specserve_drafts.medusa import MedusaDrafter
 from specserve_drafts.medusa_file import read_medusa
-from specserve_drafts.tune import answers, head_run, medusa
+from specserve_drafts.tune import answers, head_run, medusa, prompt_file
 from specserve_drafts.tune.head_card import HeadMade
 from specserve_drafts.tune.head_run import Run
 from specserve_drafts.tune.head_settings import read_settings
@@ -47,7 +47,7 @@ def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """With a model and prompts for three shards."""
     monkeypatch.setattr(head_run, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(answers, "SHARD_PROMPTS", 8)
-    monkeypatch.setattr(head_run, "HELD_OUT", 4)
+    monkeypatch.setattr(prompt_file, "HELD_OUT", 4)
     write_predictable(tiny_model, tmp_path / "tiny")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(text) for text in prompts()))
     return tmp_path

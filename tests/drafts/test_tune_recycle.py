@@ -12,7 +12,7 @@ from specserve.cli.main import main as specserve
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.successors import TABLE, SuccessorTable
-from specserve_drafts.tune import recycle
+from specserve_drafts.tune import prompt_file, recycle
 from specserve_drafts.tune.card import Made
 from specserve_drafts.tune.claim import LOCK, claimed
 from specserve_drafts.tune.prompt_file import NGRAM, training_prompts
@@ -24,7 +24,7 @@ FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--m
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """With a model and prompts enough for two chunks."""
     monkeypatch.setattr(recycle, "CHUNK", 8)
-    monkeypatch.setattr(recycle, "HELD_OUT", 3)
+    monkeypatch.setattr(prompt_file, "HELD_OUT", 3)
     write_tiny_chat(tiny_model, tmp_path / "tiny")
     rows = [json.dumps({"prompt": f"w{n} w{n + 1} w{n + 2}"}) for n in range(20)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
@@ -119,25 +119,35 @@ def test_two_runs_in_one_directory(folder: Path, capsys: pytest.CaptureFixture[s
         (["--prompts", "nothing.jsonl"], "nothing.jsonl cannot be read"),
         (["--resume"], "state.json cannot be read"),
         (["--contexts", "1000"], "contexts: 1000"),
+        (["--max-tokens", "200", "--tokens", "9"], "none of 8 was answered: max_tokens"),
+        (["--out", "prompts.jsonl"], "out: prompts.jsonl cannot be used: "),
     ],
 )
 def test_what_is_wrong_is_said(
-    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(folder)
     assert recycle.main(command(folder, *arguments)) == 2
     assert message in capsys.readouterr().err
 
 
-def test_prompts_of_an_evaluation_are_left_out(tmp_path: Path) -> None:
+def test_prompts_of_an_evaluation_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_file, "HELD_OUT", 1)
     words = [f"word{n}" for n in range(40)]
     same = " ".join(words[:NGRAM]).upper() + ", and then something else"
-    rows = [same, " ".join(words[: NGRAM - 1]) + " other words", "hello", "hello there"]
+    rows = [same, " ".join(words[: NGRAM - 1]) + " other words", "hello", *["hello there"] * 3]
     file, asked = tmp_path / "prompts.jsonl", tmp_path / "asked.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
     asked.write_text(json.dumps({"turns": ["so: " + " ".join(words)]}) + '\n"Hello!"')
-    kept, num_excluded = training_prompts(file, [asked], seed=0)
-    texts = {prompt[0]["content"] for prompt in kept}
-    assert texts == {rows[1], "hello there"}
-    assert num_excluded == 2
-    with pytest.raises(ValueError, match="every prompt"):
+    kept = training_prompts(file, [asked], seed=0)
+    texts = [prompt[0]["content"] for prompt in (*kept.learned, *kept.held_out)]
+    assert sorted(texts) == sorted((rows[1], "hello there"))
+    assert kept.num_excluded == 2
+    with pytest.raises(ValueError, match="0 different ones that are in no --exclude"):
         training_prompts(asked, [asked], seed=0)

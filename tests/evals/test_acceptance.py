@@ -1,6 +1,7 @@
 """The acceptance eval: its figures by hand, and whole runs on a tiny model."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence as Seq
@@ -190,6 +191,18 @@ def test_another_run_in_the_same_place_is_refused(
     assert acceptance.main(command(folder, *few)) == 2
     assert "prompts.jsonl (sha256" in capsys.readouterr().err
     assert (folder / "out" / "acceptance.json").read_bytes() == before
+
+
+def test_a_draft_that_is_another_by_now_is_refused(
+    folder: Path, tiny_model: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, model in (("a", tiny_draft), ("b", tiny_model)):
+        shutil.copytree(model, folder / name / "draft")
+    few = ["--limit", "1", "--budget", "4", "--no-plots"]
+    assert acceptance.main(command(folder, *few, "--draft", str(folder / "a" / "draft"))) == 0
+    assert acceptance.main(command(folder, *few, "--draft", str(folder / "a" / "draft"))) == 0
+    assert acceptance.main(command(folder, *few, "--draft", str(folder / "b" / "draft"))) == 2
+    assert "holds a run with checkpoints {'draft': " in capsys.readouterr().err
 
 
 def test_drafters_of_one_tree_are_told_apart(folder: Path, tiny_draft: Path) -> None:

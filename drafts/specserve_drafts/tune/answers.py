@@ -5,7 +5,6 @@ all. An answer depends on its prompt's number and the seed alone, so several pro
 the work, and a later run takes up what an earlier one left.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +21,9 @@ from specserve.types import RequestError, SamplingParams
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text, read_texts, write_texts
+from specserve_drafts.whole_file import write_json
 
 SHARD_PROMPTS: Final = 64  # answered between two saves: less than a minute
-HELD_OUT: Final = 32  # prompts that are never learned from
 _COUNTED_PROMPTS: Final = 4000
 _SETTINGS: Final = "settings.json"
 
@@ -142,9 +141,7 @@ class Answers:
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Those of the folder are these, from its first answer on. Raises ValueError."""
     if not path.exists():
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may begin as well
-        part.write_bytes(msgspec.json.format(msgspec.json.encode(settings), indent=2))
-        part.replace(path)
+        write_json(path, settings)
     before = msgspec.json.decode(path.read_bytes())
     for name, value in settings.items():
         if before.get(name) != value:

@@ -1,12 +1,13 @@
 """What lies beside the weights of a draft: config, provenance, model card, learning curve."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from msgspec import Struct
 
 from specserve_drafts.fit import DraftConfig
+from specserve_drafts.whole_file import whole_file, write_json
 from specserve_evals import provenance
 
 CURVE: Final = "curve.png"
@@ -38,9 +39,10 @@ class Made(Struct, frozen=True):
 
 def write_draft(folder: Path, config: DraftConfig, made: Made) -> None:
     """Everything but the weights."""
-    for name, value in (("config.json", config), (PROVENANCE, made)):
-        (folder / name).write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
-    (folder / "README.md").write_text(model_card(config, made))
+    write_json(folder / "config.json", config)
+    write_json(folder / PROVENANCE, made)
+    with whole_file(folder / "README.md") as part:
+        part.write_text(model_card(config, made))
     draw_curve(made.curve, folder / CURVE)
 
 
@@ -71,6 +73,15 @@ def model_card(config: DraftConfig, made: Made) -> str:
     )
 
 
+def check_curve() -> None:
+    """Raises ValueError, before anything is learned, if no curve can be drawn."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "out: its curve needs matplotlib, which is not installed; "
+            "pip install 'specserve[evals]'"
+        )
+
+
 def draw_curve(curve: tuple[Point, ...], path: Path) -> None:
     """Acceptance of new text while a draft learns. Needs matplotlib."""
     from matplotlib.figure import Figure
@@ -81,4 +92,5 @@ def draw_curve(curve: tuple[Point, ...], path: Path) -> None:
     axes.set_xlabel("tokens learned from")
     axes.set_ylabel("tokens per pass, greedy answers")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=150, format="png")

@@ -15,9 +15,13 @@ def claimed(directory: Path) -> Iterator[None]:
 
     A run that dies lets go of it, whatever became of the file.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    with path.open("w") as file:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise ValueError(f"out: {directory} cannot be used: {error.strerror}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

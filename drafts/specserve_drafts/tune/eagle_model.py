@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specserve.models.layers import Rotary, rotate
 from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.eagle_batch import ChainBatch, Group
+from specserve_drafts.tune.eagle_settings import MAX_DEPTH
 
 Embed = Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
 
@@ -113,7 +114,9 @@ class EagleHead(nn.Module):
         self.layers = nn.ModuleList([Layer(shape)])
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.to(device)
-        self._rotary = Rotary(shape.rope, shape.head_dim, shape.max_position_embeddings, device)
+        # Chains end beyond the texts they begin in.
+        num_positions = shape.max_position_embeddings + MAX_DEPTH
+        self._rotary = Rotary(shape.rope, shape.head_dim, num_positions, device)
 
     def fuse(self, taps: Tensor) -> Tensor:  # [n, num_taps * hidden_size] -> [n, hidden_size]
         parts = taps.chunk(len(self.fc_norm), -1)

@@ -1,9 +1,11 @@
 """What the training of an EAGLE head can be told besides."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from specserve_drafts.tune.head_settings import HELP, RANGES, HeadSettings
+
+MAX_DEPTH: Final = 16
 
 
 class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
@@ -16,7 +18,7 @@ class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
     }
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES | {
         "mlp_size": (1, 2**20),
-        "depth": (1, 16),
+        "depth": (1, MAX_DEPTH),
     }
     FREE: ClassVar[frozenset[str]] = HeadSettings.FREE | {"embedding"}
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 from safetensors.torch import save_file
 from torch import Tensor
+
+from specserve_drafts.whole_file import whole_file, write_json
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
@@ -16,12 +17,9 @@ def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
     """model.safetensors and config.json; a reader never sees half a file."""
-    part = folder / f"{WEIGHTS}.part"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    part.replace(folder / WEIGHTS)
-    part = folder / f"{CONFIG}.part"
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2))
-    part.replace(folder / CONFIG)
+    with whole_file(folder / WEIGHTS) as part:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    write_json(folder / CONFIG, config)
 
 
 def public_name(target: Path) -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from specserve_drafts.tune.card import CURVE, PROVENANCE
+from specserve_drafts.whole_file import whole_file, write_json
 from specserve_evals import provenance
 
 
@@ -56,8 +56,9 @@ class Description:
 
 def write_card(folder: Path, description: Description, made: HeadMade) -> None:
     """Everything but weights and config."""
-    (folder / PROVENANCE).write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=2))
-    (folder / "README.md").write_text(model_card(description, made))
+    write_json(folder / PROVENANCE, made)
+    with whole_file(folder / "README.md") as part:
+        part.write_text(model_card(description, made))
     draw_curve(made.curve, folder / CURVE)
 
 
@@ -116,6 +117,5 @@ def draw_curve(curve: Sequence[HeadPoint], path: Path) -> None:
     below.legend()
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    part = path.with_name(f".{path.name}")
-    figure.savefig(part, dpi=120, format="png")
-    part.replace(path)
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=120, format="png")

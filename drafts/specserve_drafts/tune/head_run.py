@@ -5,6 +5,7 @@ takes the same steps again.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ from specserve.hub import resolve
 from specserve.llm import LLM
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.shape import ModelShape
-from specserve_drafts.tune.answers import HELD_OUT, SHARD_PROMPTS, Answers
-from specserve_drafts.tune.card import CURVE
+from specserve_drafts.tune.answers import SHARD_PROMPTS, Answers
+from specserve_drafts.tune.card import CURVE, check_curve
 from specserve_drafts.tune.head_card import Description, HeadMade, HeadPoint, draw_curve
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.head_state import (
+    STATE,
     answer_settings,
     begun,
     lasting_settings,
@@ -38,6 +40,7 @@ from specserve_drafts.tune.prompt_file import training_prompts
 from specserve_drafts.tune.teacher import Lesson, Teacher
 from specserve_drafts.tune.texts import Text, batches, whole_texts
 from specserve_drafts.tune.vocabulary import draft_vocabulary, head_rows
+from specserve_drafts.whole_file import write_json
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0
@@ -86,9 +89,9 @@ class Run:
         method: Method,
     ) -> None:
         self.settings, self._out, self._method = settings, args.out, method
-        prompts, self.num_excluded = training_prompts(args.prompts, args.exclude, settings.seed)
-        if len(prompts) <= HELD_OUT:
-            raise ValueError(f"prompts: {len(prompts)} are too few; give more than {HELD_OUT}")
+        check_curve()
+        prompts = training_prompts(args.prompts, args.exclude, settings.seed)
+        self.num_excluded, self._num_prompts = prompts.num_excluded, len(prompts.learned)
         lasting = lasting_settings(args, settings, target)
         self.state = resumed(args.out, lasting) if args.resume else begun(args.out, lasting)
         self.llm = open_target(settings, target)
@@ -100,17 +103,18 @@ class Run:
             method.taps(self.llm.engine.shape),
             settings.max_len,
         )
+        if not args.resume:
+            write_json(args.out / STATE, self.state)
         self._answers = Answers(
             self.llm,
-            prompts[:-HELD_OUT],
+            prompts.learned,
             settings,
             args.out / DATA,
             self._teacher,
             answer_settings(lasting),
         )
-        self._num_prompts = len(prompts) - HELD_OUT
         started = time.perf_counter()
-        held_out = self._answers.held_out(prompts[-HELD_OUT:])
+        held_out = self._answers.held_out(prompts.held_out)
         self._counts = torch.zeros(self.llm.engine.shape.vocab_size, dtype=torch.int64)
         for index in range(len(self.state.passes)):
             self._count_tokens(self._answers.shard(index))
@@ -221,7 +225,14 @@ class Run:
     def _check(self) -> None:
         """The averaged weights on held-out answers; exported where they are the best so far."""
         started = time.perf_counter()
-        checked, recent, state = self.trainer.check(self._held_out), self._recent, self.state
+        recent, state = self._recent, self.state
+        if not all(math.isfinite(step.loss) for step in recent):
+            raise ValueError(
+                f"matrix_lr: at {self.settings.matrix_lr} (other_lr {self.settings.other_lr}) the "
+                f"loss is no number by step {state.num_steps}; {self._out} has the best head so "
+                "far, begin another with lower ones"
+            )
+        checked = self.trainer.check(self._held_out)
         point = HeadPoint(
             num_steps=state.num_steps,
             num_tokens=state.num_tokens,
@@ -280,13 +291,13 @@ class Run:
 def answer(args: argparse.Namespace, settings: HeadSettings, target: dict[str, Any]) -> None:
     """Answer the first `args.answer` prompts, or this process' part of them, and learn nothing.
     Raises ValueError."""
-    prompts, _ = training_prompts(args.prompts, args.exclude, settings.seed)
+    prompts = training_prompts(args.prompts, args.exclude, settings.seed)
     made_with = answer_settings(lasting_settings(args, settings, target))
     llm = open_target(settings, target)
-    answers = Answers(llm, prompts[:-HELD_OUT], settings, args.out / DATA, None, made_with)
+    answers = Answers(llm, prompts.learned, settings, args.out / DATA, None, made_with)
     part, num_parts = args.part
     if part == 1:
-        answers.held_out(prompts[-HELD_OUT:])
+        answers.held_out(prompts.held_out)
     mine = range(part - 1, -(-args.answer // SHARD_PROMPTS), num_parts)
     missing = [index for index in mine if not answers.has(index)]
     step = max(1, _BATCHES_AT_ONCE * settings.batch // SHARD_PROMPTS)

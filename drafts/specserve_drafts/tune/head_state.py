@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specserve.config import TargetConfig
 from specserve_drafts.tune.head_card import HeadPoint
 from specserve_drafts.tune.head_settings import HeadSettings
+from specserve_drafts.tune.prompt_file import DATA_SETTINGS, data_settings
+from specserve_drafts.whole_file import whole_file, write_json
 
 STATE: Final = "state.json"
 
@@ -34,12 +35,10 @@ class State(Struct, frozen=True):
 
 
 def begun(out: Path, lasting: dict[str, Any]) -> State:
+    """Not on disk yet. Raises ValueError."""
     if (out / STATE).exists():
         raise ValueError(f"out: {out} holds a run; add --resume, or give another directory")
-    out.mkdir(parents=True, exist_ok=True)
-    state = State(lasting)
-    _write(out / STATE, state)
-    return state
+    return State(lasting)
 
 
 def resumed(out: Path, lasting: dict[str, Any]) -> State:
@@ -51,20 +50,21 @@ def resumed(out: Path, lasting: dict[str, Any]) -> State:
     for name, value in lasting.items():
         if (before := state.settings.get(name)) != value:
             raise ValueError(f"{name}: {value!r} goes on with a run that had {before!r}; leave it")
+    for left in out.glob("run-*.safetensors"):  # of a run that was killed while it saved
+        if left.name != state.tensors:
+            left.unlink()
     return state
 
 
 def lasting_settings(
     args: argparse.Namespace, settings: HeadSettings, target: dict[str, Any]
 ) -> dict[str, Any]:
-    files = {"prompts": args.prompts.name, "exclude": [path.name for path in args.exclude]}
-    name = Path(target.get("target", TargetConfig().target)).name
-    return settings.lasting() | files | {"target": name}
+    return settings.lasting() | data_settings(args, target)
 
 
 def answer_settings(lasting: dict[str, Any]) -> dict[str, Any]:
     """Those of `lasting_settings` that answers depend on."""
-    names = ("prompts", "exclude", "target", "max_tokens", "max_len", "temperature", "seed")
+    names = ("max_tokens", "max_len", "temperature", "seed", *DATA_SETTINGS)
     return {name: lasting[name] for name in names}
 
 
@@ -82,17 +82,10 @@ def save(out: Path, state: State, tensors: dict[str, Tensor]) -> State:
     other. Gives the state as it was written."""
     before, name = state.tensors, f"run-{state.num_steps}.safetensors"
     if name != before:
-        part = out / f"{name}.part"
-        save_file(tensors, part)
-        part.replace(out / name)
+        with whole_file(out / name) as part:
+            save_file(tensors, part)
     state = msgspec.structs.replace(state, tensors=name)
-    _write(out / STATE, state)
+    write_json(out / STATE, state)
     if before is not None and before != name:
         (out / before).unlink(missing_ok=True)
     return state
-
-
-def _write(path: Path, value: Struct) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
-    part.replace(path)

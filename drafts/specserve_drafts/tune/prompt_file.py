@@ -3,15 +3,27 @@
 import argparse
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from specserve.cli.prompts import Messages
+from specserve.config import TargetConfig
 from specserve_evals.prompts import load_prompts
+from specserve_evals.provenance import DataFile
 
 NGRAM: Final = 13  # words in a row that make a prompt one of an evaluation's (Brown et al. 2020, C)
+HELD_OUT: Final = 32  # prompts that are never learned from
+DATA_SETTINGS: Final = ("prompts", "exclude", "target", "quantization", "dtype")
 _WORDS: Final = re.compile(r"\w+")
+
+
+class Prompts(NamedTuple):
+    learned: list[Messages]  # in random order
+    held_out: list[Messages]
+    num_excluded: int
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +41,22 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
 
 
-def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> tuple[list[Messages], int]:
-    """The prompts of `file` in random order, and how many were left out for being in `exclude`.
+def data_settings(args: argparse.Namespace, target: Mapping[str, Any]) -> dict[str, Any]:
+    """`DATA_SETTINGS`: of which prompts and which target, as JSON has it."""
+    default = TargetConfig()
+    return {
+        "prompts": DataFile.of(args.prompts).label,
+        "exclude": [DataFile.of(path).label for path in args.exclude],
+        "target": Path(target.get("target", default.target)).name,
+        "quantization": target.get("quantization", default.quantization),
+        "dtype": target.get("dtype", default.dtype),
+    }
 
-    Raises ValueError if nothing is left.
+
+def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> Prompts:
+    """The prompts of `file`, each once, without those that share an n-gram with one of `exclude`.
+
+    Raises ValueError if too few are left.
     """
     asked = {
         ngram
@@ -40,12 +64,15 @@ def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> tuple[li
         for prompt in load_prompts(other)
         for ngram in _ngrams(prompt.messages)
     }
-    prompts = [prompt.messages for prompt in load_prompts(file)]
-    kept = [prompt for prompt in prompts if asked.isdisjoint(_ngrams(prompt))]
-    if not kept:
-        raise ValueError(f"prompts: every prompt of {file} is in {[str(path) for path in exclude]}")
+    prompts = {msgspec.json.encode(each.messages): each.messages for each in load_prompts(file)}
+    kept = [prompt for prompt in prompts.values() if asked.isdisjoint(_ngrams(prompt))]
+    if len(kept) <= HELD_OUT:
+        raise ValueError(
+            f"prompts: {file} has {len(kept)} different ones that are in no --exclude; "
+            f"give more than {HELD_OUT}"
+        )
     random.Random(seed).shuffle(kept)
-    return kept, len(prompts) - len(kept)
+    return Prompts(kept[:-HELD_OUT], kept[-HELD_OUT:], len(prompts) - len(kept))
 
 
 def _ngrams(prompt: Messages) -> Iterator[tuple[str, ...]]:

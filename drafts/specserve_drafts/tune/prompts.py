@@ -45,18 +45,17 @@ def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def own_prompts(llm: LLM, numbers: range, sampling: SamplingParams) -> list[str]:
     """What came of attempt n, made with seed + n; those that do not end, or say nothing, fall out.
-    `sampling` has a seed."""
+    `sampling` has a seed. Raises ValueError if the target does not take it."""
     prefix, end = template_around_user(llm)
     assert sampling.seed is not None
-    each = [
+    params = [
         msgspec.structs.replace(sampling, seed=sampling.seed + n, stop_token_ids=(end,))
         for n in numbers
     ]
-    made = [
-        generation.text.strip()
-        for generation in llm.generate([prefix] * len(numbers), each)
-        if generation.finish_reason == "stop"
-    ]
+    generations = llm.generate([prefix] * len(numbers), params)
+    if error := generations[0].error:
+        raise ValueError(error)
+    made = [each.text.strip() for each in generations if each.finish_reason == "stop"]
     return [text for text in made if len(text.split()) >= _SHORTEST]
 
 

@@ -10,7 +10,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -25,15 +24,15 @@ from specserve.types import SamplingParams, SpecStats
 from specserve_drafts.fit import DraftConfig
 from specserve_drafts.recycle import RecycleDrafter
 from specserve_drafts.successors import TABLE, SuccessorTable
-from specserve_drafts.tune.card import Made, Point, write_draft
+from specserve_drafts.tune.card import Made, Point, check_curve, write_draft
 from specserve_drafts.tune.claim import claimed
-from specserve_drafts.tune.prompt_file import add_run_flags, training_prompts
+from specserve_drafts.tune.prompt_file import add_run_flags, data_settings, training_prompts
+from specserve_drafts.whole_file import write_json
 from specserve_evals import provenance
 from specserve_evals.progress import track
 from specserve_evals.runs import at_least_one
 
 STATE: Final = "state.json"
-HELD_OUT: Final = 32  # prompts that are never learned from
 CHUNK: Final = 96  # prompts between two saves: less than a minute
 
 
@@ -52,10 +51,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        prompts, self.num_excluded = training_prompts(args.prompts, args.exclude, args.seed)
-        if len(prompts) <= HELD_OUT:
-            raise ValueError(f"prompts: {len(prompts)} are too few; give more than {HELD_OUT}")
-        self._prompts, self._held_out = prompts[:-HELD_OUT], prompts[-HELD_OUT:]
+        check_curve()
+        prompts = training_prompts(args.prompts, args.exclude, args.seed)
+        self._prompts, self._held_out, self.num_excluded = prompts
         self.state = _resumed(args) if args.resume else _begun(args)
         self.llm = _open(args)
         drafter = self.llm.engine.drafter.drafters["recycle"]
@@ -72,7 +70,7 @@ class Run:
             while (before := self._done) < limit:
                 self._answer_chunk()
                 self.drafter.table.save(self._args.out / TABLE)
-                _write(self._args.out / STATE, self.state)
+                write_json(self._args.out / STATE, self.state)
                 tau = f"greedy answers: tau {self.state.curve[-1].tau:.2f}"
                 advance(min(self._done, limit) - before, tau)
 
@@ -81,6 +79,11 @@ class Run:
         greedy = SamplingParams(temperature=0.0, max_tokens=self._args.max_tokens)
         answers = self.llm.generate(self._held_out, greedy)
         return _pooled_tau([answer.stats for answer in answers if answer.error is None])
+
+    @property
+    def num_prompts(self) -> int:
+        """Answered so far, each counted once."""
+        return min(self.state.num_prompts, len(self._prompts))
 
     @property
     def _done(self) -> int:
@@ -102,6 +105,8 @@ class Run:
         answers = list(zip(self.llm.generate(prompts, sampling), sampling, strict=True))
         seconds = state.seconds + time.perf_counter() - started
         served = [(answer, params) for answer, params in answers if answer.error is None]
+        if not served:
+            raise ValueError(f"prompts: none of {CHUNK} was answered: {answers[0][0].error}")
         num_tokens = state.num_tokens + sum(len(answer.token_ids) for answer, _ in served)
         tau = _pooled_tau([answer.stats for answer, params in served if params.greedy])
         point = Point(num_tokens, round(seconds), self.drafter.table.num_filled, tau)
@@ -136,11 +141,8 @@ def _resumed(args: argparse.Namespace) -> State:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run must not change halfway, as JSON has it."""
     names = ("temperature", "max_tokens", "max_nodes", "contexts", "seed")
-    files = {"prompts": args.prompts.name, "exclude": [path.name for path in args.exclude]}
-    target = given(args, TargetConfig).get("target", TargetConfig().target)
-    chosen = {name: getattr(args, name) for name in names} | files | {"target": Path(target).name}
-    settings: dict[str, Any] = msgspec.to_builtins(chosen)
-    return settings
+    chosen = {name: getattr(args, name) for name in names}
+    return chosen | data_settings(args, given(args, TargetConfig))
 
 
 def _open(args: argparse.Namespace) -> LLM:
@@ -156,12 +158,6 @@ def _open(args: argparse.Namespace) -> LLM:
             progress=progress,
             **given(args, TargetConfig),
         )
-
-
-def _write(path: Path, value: Struct) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
-    part.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     args.prompts,
                 ),
                 settings=run.state.settings,
-                num_prompts=run.state.num_prompts,
+                num_prompts=run.num_prompts,
                 num_excluded=run.num_excluded,
                 num_tokens=run.state.num_tokens,
                 seconds=round(run.state.seconds),

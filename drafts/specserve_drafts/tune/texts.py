@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from specserve_drafts.whole_file import whole_file
+
 Ids = npt.NDArray[np.int32]
 
 
@@ -27,14 +29,13 @@ class Text:
 
 
 def write_texts(path: Path, texts: Sequence[Text]) -> None:
-    part = path.with_name(path.name + ".part")
     lengths = [(text.num_prompt, len(text.tokens)) for text in texts]
     arrays = {
         "tokens": np.concatenate([np.empty(0, np.int32), *(text.tokens for text in texts)]),
         "lengths": np.array(lengths, np.int32).reshape(-1, 2),
     }
-    save_file(arrays, part)
-    part.replace(path)
+    with whole_file(path) as part:
+        save_file(arrays, part)
 
 
 def read_texts(path: Path) -> list[Text]:

@@ -1,0 +1,31 @@
+"""Files that are there whole or not at all, whoever else writes and whenever a run is killed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` if nothing is raised. Raises ValueError, naming the
+    file, if it cannot be written."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # safetensors makes files that only their owner may read
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    with whole_file(path) as part:
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))
