@@ -255,7 +255,6 @@ class EagleDrafter:
         taps = feedback.output.taps
         if taps is None:
             return  # what is missed becomes a hole
-        self._catch_up([entry.seq for entry in feedback.entries])
         first = 0
         for entry in feedback.entries:
             start, places = _settled(entry, feedback)
@@ -289,19 +288,13 @@ class EagleDrafter:
         track = self._tracks.get(seq.id)
         if track is None or track.num_seen != start:
             track = self._tracks[seq.id] = self._contents.begin(seq.table, start)
-        self._contents.name(track, seq.table)
-        self._contents.write(seq.table, start, rows)
-        track.extend(rows)
-
-    def _catch_up(self, seqs: Seq[Sequence]) -> None:
-        """Of sequences that nobody asks for drafts: what waits takes memory."""
-        for seq in seqs:
-            track = self._tracks.get(seq.id)
-            if track is None or track.num_waiting < _MAX_WAITING:
-                continue
+        if track.num_waiting >= _MAX_WAITING:  # nobody asks for drafts; what waits takes memory
             chains = list(track.waiting(seq.tokens, track.lane_up_to(track.num_seen, seq.table)))
             self._forward(chains, self.head.fuse(track.latest()[:-1]))
             track.settle()
+        self._contents.name(track, seq.table)
+        self._contents.write(track, seq.table, rows)
+        track.extend(rows)
 
     def _forward(self, parts: Seq[HeadRows], rows: Tensor) -> Tensor:
         """rows: [num_rows, hidden_size], and so is the result."""

@@ -128,10 +128,12 @@ class BlockContents:
                 self._names[table.block_ids[index]] = table.hashes[index]
             track.num_named = index + 1
 
-    def write(self, table: BlockTable, start: int, rows: Tensor) -> None:
-        """Rows [n, row_size] of tokens start, start + 1, ...: the blocks they are in change."""
-        size, end = self._block_size, start + len(rows)
-        for index in range(start // size, (end - 1) // size + 1):
+    def write(self, track: Track, table: BlockTable, rows: Tensor) -> None:
+        """Rows [n, row_size] of the track's next tokens: the blocks they are in change."""
+        size, start = self._block_size, track.num_seen
+        end = start + len(rows)
+        goes_on = bool(track.rows) and start % size > 0  # in a block without a name
+        for index in range(start // size + goes_on, (end - 1) // size + 1):
             self._names.pop(table.block_ids[index], None)
         first = -(-(start + 1) // size) * size - 1  # the first token that ends a block
         if first < end:

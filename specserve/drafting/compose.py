@@ -169,7 +169,7 @@ class ComposedDrafter:
                 self._failures[name, "observe"] = 0
             except Exception:
                 self._failed(name, "observe")
-            if self._worth is not None and verified:
+            if self._worth is not None:
                 seconds = (time.perf_counter() - started) / len(feedback.entries)
                 for noisy in {_is_noisy(entry.seq) for entry in feedback.entries}:
                     self._worth.followed(name, noisy, seconds)

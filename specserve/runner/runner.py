@@ -35,6 +35,7 @@ class Runner:
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
         out = self._model(batch, self._storage, taps=self.taps, num_top=self._num_top)
-        if out.taps is None:
+        num_rows = batch.segments.cu_rows[-1]
+        if out.taps is None or len(out.taps) == num_rows:
             return out
-        return replace(out, taps=out.taps[: batch.segments.cu_rows[-1]])
+        return replace(out, taps=out.taps[:num_rows])

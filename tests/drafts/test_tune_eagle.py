@@ -251,11 +251,21 @@ def test_texts_may_fill_the_targets_context(folder: Path) -> None:
 def test_minutes_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the time, as it was asked for, whatever it came to in tokens."""
     monkeypatch.setattr(EagleSettings, "seconds", 3)
-    assert eagle.main(command(folder, "--minutes", "1", "--share", "0.2")) == 0
+    arguments = ["--minutes", "1", "--share", "0.2", "--repeats", "1000"]
+    assert eagle.main(command(folder, *arguments)) == 0
     end = state(folder / "out")
     assert end.answering + end.training >= 2.5
     assert len(end.passes) >= 1
     assert end.training > end.answering
+
+
+def test_answers_are_not_repeated_too_often(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their share of the time."""
+    monkeypatch.setattr(EagleSettings, "seconds", 3)
+    arguments = ["--minutes", "1", "--share", "0.01", "--repeats", "1"]
+    assert eagle.main(command(folder, *arguments)) == 0
+    assert len(state(folder / "out").passes) > 1
+    assert max(state(folder / "out").passes) == 1
 
 
 def test_an_experiment_is_a_file_of_settings(

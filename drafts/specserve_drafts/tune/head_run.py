@@ -165,9 +165,11 @@ class Run:
 
     def _wants_answers(self) -> bool:
         settings, state = self.settings, self.state
+        learned = state.shard < 0 and min(state.passes) >= settings.repeats
         if settings.tokens:
-            return state.shard < 0 and min(state.passes) >= settings.repeats
-        return state.answering < settings.share * (state.answering + state.training)
+            return learned
+        share = settings.share * (state.answering + state.training)
+        return settings.share > 0 and (learned or state.answering < share)
 
     def _answer(self) -> None:
         started = time.perf_counter()
