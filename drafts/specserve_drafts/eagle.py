@@ -290,7 +290,8 @@ class EagleDrafter:
             track = self._tracks[seq.id] = self._contents.begin(seq.table, start)
         if track.num_waiting >= _MAX_WAITING:  # nobody asks for drafts; what waits takes memory
             chains = list(track.waiting(seq.tokens, track.lane_up_to(track.num_seen, seq.table)))
-            self._forward(chains, self.head.fuse(track.latest()[:-1]))
+            batch = lay_out(chains, self._context.device)
+            self.head.take_in(batch, self.head.fuse(track.latest()[:-1]), self._storage)
             track.settle()
         self._contents.name(track, seq.table)
         self._contents.write(track, seq.table, rows)

@@ -149,6 +149,10 @@ class DraftHead:
             x = layer(x, embeds, kv.layer(index), step)
         return self._norm(x) if self._norm is not None and shape.norm_output else x
 
+    def take_in(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
+        """The pairs' K and V alone: nothing goes on from them."""
+        self(batch, rows, kv)
+
     def logits(self, rows: Tensor) -> Tensor:
         """Of the token after each pair: [n, hidden_size] -> [n, draft_vocab_size] float32."""
         if self._norm is not None and not self.shape.norm_output:

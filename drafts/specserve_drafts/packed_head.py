@@ -63,21 +63,27 @@ class PackedHead:
 
     def __call__(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> Tensor:
         """See `heads.DraftHead`."""
-        return self._head(
-            DecoderPass(
-                batch.input_ids,
-                batch.positions,
-                batch.slots,
-                batch.segments,
-                kv.data,
-                _NO_ROWS,
-                rows=rows.contiguous(),
-            )
-        )
+        return self._head(_pass_over(batch, rows, kv))
+
+    def take_in(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
+        """See `heads.DraftHead`."""
+        self._head.take_in(_pass_over(batch, rows, kv))
 
     def grow(self, shape: GrowShape, kv: KVStorage, trees: Seq[Growing]) -> list[Grown]:
         """See `PackedDraftHead.grow`."""
         return self._head.grow(shape, kv.data, trees)
+
+
+def _pass_over(batch: HeadBatch, rows: Tensor, kv: KVStorage) -> DecoderPass:
+    return DecoderPass(
+        batch.input_ids,
+        batch.positions,
+        batch.slots,
+        batch.segments,
+        kv.data,
+        _NO_ROWS,
+        rows=rows.contiguous(),
+    )
 
 
 def _read(file: HeadFile, num_positions: int, embedding: PackedWeight) -> DraftHeadWeights:

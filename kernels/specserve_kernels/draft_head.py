@@ -83,6 +83,10 @@ class PackedDraftHead(Protocol):
         no logits: see `logits`."""
         ...
 
+    def take_in(self, batch: DecoderPass) -> None:
+        """K and V alone, of rows that nothing goes on from."""
+        ...
+
     def logits(self, rows: Tensor) -> Tensor:
         """[n, hidden_size] -> [n, draft_vocab_size] float32, of the token after each pair."""
         ...

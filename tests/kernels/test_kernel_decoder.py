@@ -129,7 +129,14 @@ def chain(start: int, tokens: Sequence[int], blocks: Sequence[int]) -> Part:
     return Part(start, tokens, range(-1, len(tokens) - 1), blocks)
 
 
-def run(model: PackedDecoder, kv: Tensor, *parts: Part, num_top: int = 3) -> DecoderOutput:
+def run(
+    model: PackedDecoder,
+    kv: Tensor,
+    *parts: Part,
+    num_top: int = 3,
+    wanted: Sequence[int] | None = None,
+) -> DecoderOutput:
+    """Logits of the `wanted` rows; None: of all, and what enters the model and leaves it."""
     words = [ancestor_words(list(part.parents)) for part in parts]
     depths = [np.array([bin(word).count("1") - 1 for word in part.tolist()]) for part in words]
     places = [part.start + np.arange(len(part.tokens)) for part in parts]
@@ -158,9 +165,9 @@ def run(model: PackedDecoder, kv: Tensor, *parts: Part, num_top: int = 3) -> Dec
         torch.from_numpy(np.concatenate(slots)),
         segments,
         kv,
-        rows,
+        rows if wanted is None else torch.tensor(wanted, dtype=torch.int64),
         num_top,
-        (0, len(kv)),
+        (0, len(kv)) if wanted is None else (),
     )
     return model(batch)
 
@@ -250,6 +257,43 @@ def test_rows_never_see_each_other(shape: Shape, build: str) -> None:
         assert torch.equal(out.logits[rows], expected[at])
         assert torch.equal(out.tapped[rows], taps[at])
         assert torch.equal(out.top[rows], top[at])
+
+
+@each_shape
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_rows_that_nobody_wants_leave_their_keys_and_values(
+    shape: Shape, build: str, num_threads: int
+) -> None:
+    """And change no bit of the others'; with two threads a row is shared out by splits."""
+    model = Model(shape)
+    decoder = CpuDecoder(load(build), model.weights)
+    ids, blocks, others = tokens(shape, 150), [4, 1, 7, 2, 9, 5, 0, 3, 6, 8], [20, 22, 21]
+    tree = Part(132, [*ids[132:135], 1, 2], [-1, 0, 1, 0, 3], blocks)
+    passes: list[tuple[tuple[Part, ...], list[list[int]]]] = [
+        (
+            (chain(0, ids[:64], blocks), chain(64, ids[64:128], blocks)),
+            [[], [127], [63, 70], [90, 12, 3]],
+        ),
+        ((chain(128, ids[128:132], blocks), chain(0, ids[7:40], others)), [[], [3], [3, 36]]),
+        ((tree, chain(33, ids[:3], others)), [[0, 1, 2, 3, 4], [4], [7, 2]]),
+        ((chain(137, ids[137:138], blocks),), [[], [0]]),
+    ]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(num_threads)
+        kv = model.cache()
+        for parts, choices in passes:
+            whole_kv = kv.clone()
+            whole = run(decoder, whole_kv, *parts)
+            for wanted in choices:
+                own_kv = kv.clone()
+                out = run(decoder, own_kv, *parts, wanted=wanted)
+                assert torch.equal(out.logits, whole.logits[wanted])
+                assert torch.equal(out.top, whole.top[wanted])
+                torch.testing.assert_close(own_kv, whole_kv, rtol=0, atol=0, equal_nan=True)
+            kv = whole_kv
+    finally:
+        torch.set_num_threads(before)
 
 
 @each_shape

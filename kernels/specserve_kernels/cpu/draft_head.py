@@ -125,6 +125,10 @@ class CpuDraftHead:
         rows = self._decoder(replace(batch, taps=taps)).tapped[:, 0]
         return self._norm(rows) if weights.norm_output else rows
 
+    def take_in(self, batch: DecoderPass) -> None:
+        """See `PackedDraftHead.take_in`."""
+        self._decoder(batch)
+
     def logits(self, rows: Tensor) -> Tensor:
         """See `PackedDraftHead.logits`."""
         normed = rows if self._weights.norm_output else self._norm(rows)

@@ -30,6 +30,10 @@ class TorchDraftHead:
         rows = self._decoder(batch).tapped[:, 0]
         return self._norm(rows) if weights.norm_output else rows
 
+    def take_in(self, batch: DecoderPass) -> None:
+        """See `PackedDraftHead.take_in`."""
+        self._decoder(batch)
+
     def logits(self, rows: Tensor) -> Tensor:
         """See `PackedDraftHead.logits`."""
         weights = self._weights

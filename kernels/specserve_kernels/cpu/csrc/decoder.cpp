@@ -13,12 +13,13 @@
 #include "norm.h"
 #include "team.h"
 #include "unembedding.h"
+#include "wanted_rows.h"
 
 namespace specserve {
 namespace {
 
 constexpr int64_t kUnitsPerThread = 4;  // fewer, and attention is shared out by splits
-constexpr int64_t kPhasesPerLayer = 9;
+constexpr int64_t kPhasesPerLayer = 9, kMorePhases = 4;
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     int64_t i = 0;
@@ -67,11 +68,27 @@ struct Stream {
     RowBuffer gated;
 };
 
+// Rows of the residual stream.
+struct Residual {
+    float* at(int64_t row) const { return x + row * size; }
+
+    float* x;
+    int64_t size;
+    int64_t num_rows;
+};
+
 template <typename Element>
 class PassOf {
    public:
-    PassOf(const Decoder& decoder, const Pass& pass, float* residual, int num_threads)
-        : d_(decoder), pass_(pass), x_(residual), stream_(decoder, pass.num_rows) {
+    PassOf(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
+           int num_threads)
+        : d_(decoder),
+          pass_(pass),
+          whole_{residual, decoder.hidden_size, pass.num_rows},
+          wanted_(decoder, pass, head),
+          narrows_(wanted_.num_rows() < pass.num_rows),
+          kept_(new float[narrows_ ? wanted_.num_rows() * decoder.hidden_size : 0]),
+          stream_(decoder, pass.num_rows) {
         const Segments& segments = pass.segments;
         int64_t num_units = 0, max_splits = 0;
         for (int64_t segment = 0; segment < segments.num_segments; ++segment) {
@@ -90,7 +107,7 @@ class PassOf {
             if (d_.row_norm)
                 join(row);
             else
-                embed(d_.embed, pass_.input_ids[row], x_ + row * d_.hidden_size);
+                embed(d_.embed, pass_.input_ids[row], whole_.at(row));
         });
         for (int64_t index = 0; index < d_.num_layers; ++index) layer(team, index);
         team.share(pass_.num_rows, [&](int64_t row) { tap(row, d_.num_layers); });
@@ -103,7 +120,7 @@ class PassOf {
         const RowBuffer& entering = joined ? stream_.wide : stream_.normed;
         team.share(joined ? 0 : pass_.num_rows, [&](int64_t row) {
             tap(row, index);
-            normalise(row, l.attention_norm);
+            normalise(whole_.at(row), l.attention_norm, row);
         });
         const int64_t q_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
         const int64_t q_units = units(l.q), kv_units = units(l.k);
@@ -122,11 +139,27 @@ class PassOf {
                         stream_.heads.get() + q_size + kv_size, stream_.heads_size);
         });
         team.share(pass_.num_rows, [&](int64_t row) { place(l, row, keys, values); });
-        attention(team, l, keys, values);
-        team.share(units(l.o), [&](int64_t unit) { add(l.o, stream_.mixed, unit); });
-        team.share(pass_.num_rows, [&](int64_t row) { normalise(row, l.mlp_norm); });
-        team.share(units(l.gate), [&](int64_t unit) { gate(l, unit); });
-        team.share(units(l.down), [&](int64_t unit) { add(l.down, stream_.gated, unit); });
+        const bool narrow = narrows_ && index == d_.num_layers - 1;
+        const Residual x =
+            narrow ? Residual{kept_.get(), d_.hidden_size, wanted_.num_rows()} : whole_;
+        if (x.num_rows == 0) return;
+        if (narrow) move_wanted(team, whole_, x);
+        attention(team, l, keys, values, narrow);
+        team.share(units(l.o), [&](int64_t unit) { add(l.o, stream_.mixed, unit, x); });
+        team.share(x.num_rows, [&](int64_t row) { normalise(x.at(row), l.mlp_norm, row); });
+        team.share(units(l.gate), [&](int64_t unit) { gate(l, unit, x.num_rows); });
+        team.share(units(l.down), [&](int64_t unit) { add(l.down, stream_.gated, unit, x); });
+        if (narrow) move_wanted(team, x, whole_);
+    }
+
+    // The wanted rows to where they lie together, or back.
+    void move_wanted(Team& team, const Residual& from, const Residual& to) {
+        team.share(wanted_.num_rows(), [&](int64_t place) {
+            const int64_t row = wanted_.row(place);
+            const bool back = to.x == whole_.x;
+            std::memcpy(to.at(back ? row : place), from.at(back ? place : row),
+                        d_.hidden_size * sizeof *to.x);
+        });
     }
 
     static int64_t units(const Linear& linear) {
@@ -137,7 +170,7 @@ class PassOf {
         for (int64_t t = 0; t < pass_.num_taps; ++t)
             if (pass_.taps[t] == index)
                 std::memcpy(pass_.tapped + (row * pass_.num_taps + t) * d_.hidden_size,
-                            x_ + row * d_.hidden_size, d_.hidden_size * sizeof *x_);
+                            whole_.at(row), d_.hidden_size * sizeof(float));
     }
 
     // What a draft head begins with: see `Decoder::row_norm`.
@@ -152,24 +185,25 @@ class PassOf {
         rms_norm(token, d_.layers[0].attention_norm, size, d_.eps, token);
         rms_norm(given, d_.row_norm, size, d_.eps, normed);
         quantize_row(token, stream_.wide.rows(), row);
-        std::memcpy(x_ + row * size, d_.normed_residual ? normed : given, size * sizeof *x_);
+        std::memcpy(whole_.at(row), d_.normed_residual ? normed : given, size * sizeof(float));
     }
 
-    void normalise(int64_t row, const float* weight) {
+    void normalise(const float* x, const float* weight, int64_t row) {
         thread_local std::vector<float> y;
         y.resize(d_.hidden_size);
-        rms_norm(x_ + row * d_.hidden_size, weight, d_.hidden_size, d_.eps, y.data());
+        rms_norm(x, weight, d_.hidden_size, d_.eps, y.data());
         quantize_row(y.data(), stream_.normed.rows(), row);
     }
 
     // y[row][column] = what `finish` makes of it, for the columns of a unit.
     template <typename Finish>
-    void product(const Linear& linear, const RowBuffer& rows, int64_t unit, const Finish& finish) {
+    void product(const Linear& linear, const RowBuffer& rows, int64_t num_rows, int64_t unit,
+                 const Finish& finish) {
         alignas(64) float y[kRowBlock * kColumns];
         const int64_t first = unit * kPanels;
         const int64_t last = std::min(first + kPanels, linear.weight.num_outputs / kPanel);
-        for (int64_t top = 0; top < pass_.num_rows; top += kRowBlock) {
-            const int64_t count = std::min(kRowBlock, pass_.num_rows - top);
+        for (int64_t top = 0; top < num_rows; top += kRowBlock) {
+            const int64_t count = std::min(kRowBlock, num_rows - top);
             linear_panels(linear.weight, rows.rows().from(top), count, first, last, y, kColumns);
             for (int64_t row = 0; row < count; ++row)
                 for (int64_t c = 0; c < (last - first) * kPanel; c += kLanes) {
@@ -183,24 +217,24 @@ class PassOf {
 
     void project(const Linear& linear, const RowBuffer& rows, int64_t unit, float* y,
                  int64_t stride) {
-        product(linear, rows, unit, [&](int64_t row, int64_t column, Floats out) {
+        product(linear, rows, pass_.num_rows, unit, [&](int64_t row, int64_t column, Floats out) {
             store(y + row * stride + column, out);
         });
     }
 
-    void add(const Linear& linear, const RowBuffer& rows, int64_t unit) {
-        product(linear, rows, unit, [&](int64_t row, int64_t column, Floats out) {
-            float* x = x_ + row * d_.hidden_size + column;
-            store(x, specserve::add(load(x), out));
+    void add(const Linear& linear, const RowBuffer& rows, int64_t unit, const Residual& x) {
+        product(linear, rows, x.num_rows, unit, [&](int64_t row, int64_t column, Floats out) {
+            float* to = x.at(row) + column;
+            store(to, specserve::add(load(to), out));
         });
     }
 
     // Shazeer 2020: silu(gate) * up, quantised at once: a unit is one group.
-    void gate(const Layer& l, int64_t unit) {
+    void gate(const Layer& l, int64_t unit, int64_t num_rows) {
         alignas(64) float gates[kRowBlock * kColumns], ups[kRowBlock * kColumns];
         const int64_t first = unit * kPanels, column = unit * kColumns;
-        for (int64_t top = 0; top < pass_.num_rows; top += kRowBlock) {
-            const int64_t count = std::min(kRowBlock, pass_.num_rows - top);
+        for (int64_t top = 0; top < num_rows; top += kRowBlock) {
+            const int64_t count = std::min(kRowBlock, num_rows - top);
             const Rows rows = stream_.normed.rows().from(top);
             linear_panels(l.gate.weight, rows, count, first, first + kPanels, gates, kColumns);
             linear_panels(l.up.weight, rows, count, first, first + kPanels, ups, kColumns);
@@ -241,7 +275,9 @@ class PassOf {
         keep(heads + d_.num_heads * dim + kv_size, kv_size, values + slot * kv_size);
     }
 
-    void attention(Team& team, const Layer& l, const Element* keys, const Element* values) {
+    // Of the wanted rows alone, if that is `narrow`.
+    void attention(Team& team, const Layer& l, const Element* keys, const Element* values,
+                   bool narrow) {
         const AttentionShape shape{d_.num_kv_heads, d_.num_heads / d_.num_kv_heads, d_.head_dim,
                                    1.0f / std::sqrt(float(d_.head_dim)), l.window};
         const Segments& segments = pass_.segments;
@@ -250,6 +286,7 @@ class PassOf {
         team.share(segments.num_segments * kBlocks * d_.num_kv_heads * num_pieces, [&](int64_t unit) {
             const int64_t piece = unit % num_pieces, kv_head = unit / num_pieces % d_.num_kv_heads;
             const int64_t block = unit / num_pieces / d_.num_kv_heads, segment = block / kBlocks;
+            if (narrow && !wanted_.has_segment(segment)) return;
             const int64_t first = block % kBlocks * kMaxUnitRows;
             const int64_t begin = segments.cu_rows[segment];
             const int64_t last =
@@ -267,17 +304,22 @@ class PassOf {
             out.resize(kMaxUnitRows * size);
             attend(segments, shape, q, stream_.heads_size, keys, values, segment, kv_head, first,
                    last, out.data(), size);
-            for (int64_t row = first; row < last; ++row)
-                keep_mixed(begin + row, kv_head, size, out.data() + (row - first) * size);
+            for (int64_t row = first; row < last; ++row) {
+                const int64_t place = narrow ? wanted_.place(begin + row) : begin + row;
+                if (place >= 0)
+                    keep_mixed(place, kv_head, size, out.data() + (row - first) * size);
+            }
         });
-        if (parts_) merge(team, shape);
+        if (parts_) merge(team, shape, narrow);
     }
 
-    void merge(Team& team, const AttentionShape& shape) {
+    void merge(Team& team, const AttentionShape& shape, bool narrow) {
         const Segments& segments = pass_.segments;
         const int64_t size = shape.group_size * d_.head_dim;
-        team.share(pass_.num_rows * d_.num_kv_heads, [&](int64_t unit) {
-            const int64_t row = unit / d_.num_kv_heads, kv_head = unit % d_.num_kv_heads;
+        const int64_t num_rows = narrow ? wanted_.num_rows() : pass_.num_rows;
+        team.share(num_rows * d_.num_kv_heads, [&](int64_t unit) {
+            const int64_t place = unit / d_.num_kv_heads, kv_head = unit % d_.num_kv_heads;
+            const int64_t row = narrow ? wanted_.row(place) : place;
             const int32_t* after = std::upper_bound(
                 segments.cu_rows, segments.cu_rows + segments.num_segments, int32_t(row));
             thread_local std::vector<float> out;
@@ -285,7 +327,7 @@ class PassOf {
             for (int64_t g = 0; g < shape.group_size; ++g)
                 merge_splits(segments, shape, after - segments.cu_rows - 1, row,
                              kv_head * shape.group_size + g, partials_, out.data() + g * d_.head_dim);
-            keep_mixed(row, kv_head, size, out.data());
+            keep_mixed(place, kv_head, size, out.data());
         });
     }
 
@@ -297,7 +339,10 @@ class PassOf {
 
     const Decoder& d_;
     const Pass& pass_;
-    float* x_;  // [num_rows][hidden_size]
+    const Residual whole_;
+    const WantedRows wanted_;
+    const bool narrows_;  // not all rows are wanted
+    std::unique_ptr<float[]> kept_;  // then: the wanted ones' residual, in the last layer
     Stream stream_;
     std::unique_ptr<float[]> parts_;  // none: attention is not shared out by splits
     Partials partials_{};
@@ -306,9 +351,10 @@ class PassOf {
 template <typename Element>
 void decode_as(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
                int num_threads) {
-    PassOf<Element> body(decoder, pass, residual, num_threads);
+    PassOf<Element> body(decoder, pass, head, residual, num_threads);
     Unembedding end(decoder, head, residual);
-    const int64_t num_phases = 2 + kPhasesPerLayer * decoder.num_layers + Unembedding::kPhases;
+    const int64_t num_phases =
+        kMorePhases + kPhasesPerLayer * decoder.num_layers + Unembedding::kPhases;
     run_team(num_phases, num_threads, [&](Team& team) {
         body.run(team);
         end.run(team);

@@ -70,7 +70,8 @@ struct Head {
 
 constexpr int64_t kMaxTop = 64;
 
-// `residual` [pass.num_rows][hidden_size] is where the stream is left.
+// `residual` [pass.num_rows][hidden_size] is where the stream is left; as it leaves the last layer, in the
+// rows of `head`, and in all where that is tapped.
 void decode(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
             int num_threads);
 
