@@ -248,24 +248,34 @@ def test_texts_may_fill_the_targets_context(folder: Path) -> None:
     assert max(len(text.tokens) for text in texts) == 27
 
 
-def test_minutes_are_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the time, as it was asked for, whatever it came to in tokens."""
     monkeypatch.setattr(EagleSettings, "seconds", 3)
-    arguments = ["--minutes", "1", "--share", "0.2", "--repeats", "1000"]
-    assert eagle.main(command(folder, *arguments)) == 0
+    assert eagle.main(command(folder, "--minutes", "1", "--share", "0.2")) == 0
     end = state(folder / "out")
     assert end.answering + end.training >= 2.5
     assert len(end.passes) >= 1
-    assert end.training > end.answering
 
 
-def test_answers_are_not_repeated_too_often(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their share of the time."""
-    monkeypatch.setattr(EagleSettings, "seconds", 3)
-    arguments = ["--minutes", "1", "--share", "0.01", "--repeats", "1"]
-    assert eagle.main(command(folder, *arguments)) == 0
-    assert len(state(folder / "out").passes) > 1
-    assert max(state(folder / "out").passes) == 1
+@pytest.mark.parametrize(
+    ("settings", "wants"),
+    [
+        ({"share": 0.3, "repeats": 3}, False),
+        ({"share": 0.5, "repeats": 3}, True),
+        ({"share": 0.3, "repeats": 2}, True),
+        ({"share": 0.0, "repeats": 1}, False),
+        ({"share": 0.9, "repeats": 3, "tokens": 1000}, False),
+        ({"share": 0.0, "repeats": 2, "tokens": 1000}, True),
+    ],
+)
+def test_more_answers_are_asked_for(settings: dict[str, Any], wants: bool) -> None:
+    """After 40 of 100 seconds of answering, when each shard was trained on twice or more often."""
+    run = Run.__new__(Run)
+    run.settings = EagleSettings(**settings)
+    run.state = State({}, passes=(2, 3), answering=40.0, training=60.0)
+    assert run._wants_answers() == wants
+    run.state = State({}, passes=(2, 3), shard=1, answering=40.0, training=60.0)  # in its midst
+    assert run._wants_answers() == (wants and "tokens" not in settings and settings["share"] > 0.4)
 
 
 def test_an_experiment_is_a_file_of_settings(

@@ -78,7 +78,7 @@ def test_prompts(survivor: LiveServer, kind: str) -> None:
         body = {**MINIMAL[COMPLETION], "prompt": prompt}
         start = time.monotonic()
         assert_refused(survivor.ask(COMPLETION, body), 400, param)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 10
         assert_refused(survivor.ask(COMPLETION, {**body, "stream": True}), 400, param)
 
 
