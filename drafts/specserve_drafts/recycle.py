@@ -8,6 +8,8 @@ Models with Token Recycling", arXiv 2408.08696, who keep them by the last token 
 Beside the table of all requests each one has its own, which begins with its prompt and believes
 more in what it heard last: a text repeats itself. What is in a prompt is nobody else's.
 
+A request that is not drafted for teaches nothing, as that takes time which brings it none.
+
 What requests of one `cache_salt` have taught is not found by another's; what was taught without a
 salt, and so what a table was tuned on, is there for all. Host only.
 """
@@ -16,6 +18,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Final
@@ -39,6 +42,14 @@ _SAVE_INTERVAL: Final = 60.0  # seconds
 logger = logging.getLogger(__name__)
 
 _Best = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+
+
+@dataclass(slots=True)
+class _Own:
+    """A request's own table, and how many of its tokens that has heard."""
+
+    table: SuccessorTable
+    num_known: int = 0
 
 
 class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -72,7 +83,8 @@ class RecycleDrafter:
         elif options.shipped:
             path = shipped("recycle", self.target)
         self.table = self._first_table(path, options.contexts)
-        self._own: dict[str, SuccessorTable] = {}  # by sequence id
+        self._own: dict[str, _Own] = {}  # by sequence id
+        self._asked: set[str] = set()  # sequences, in this step
         self._saved_at = time.monotonic()
 
     def _first_table(self, path: Path | None, contexts: int) -> SuccessorTable:
@@ -105,7 +117,7 @@ class RecycleDrafter:
         far from the distribution here to gain by it (drafts/LOG.md).
         """
         source = self._context.source
-        return [
+        trees = [
             self.table.grow(
                 _salts(seq.request.cache_salt),
                 seq.tokens[: -ORDERS - 1 : -1],
@@ -116,22 +128,30 @@ class RecycleDrafter:
             )
             for seq, budget in zip(seqs, budgets, strict=True)
         ]
+        self._asked = {seq.id for seq in seqs}
+        return trees
 
     def observe(self, feedback: Feedback) -> None:
-        entries = [entry for entry in feedback.entries if entry.seq.id in feedback.verdicts]
-        if not entries:
+        if not self._asked:
             return
         best, logits = self._best(feedback.output)
         first = 0
-        for entry in entries:
-            seq, tree = entry.seq, feedback.trees[entry.seq.id]
+        for entry in feedback.entries:
+            seq, verdict = entry.seq, feedback.verdicts.get(entry.seq.id)
+            if verdict is None:
+                continue
+            tree = feedback.trees[seq.id]
             rows = slice(first, first + len(tree))
+            first = rows.stop
+            if seq.id not in self._asked:
+                continue
             salt = _salts(seq.request.cache_salt)[0]
             before = seq.tokens[-2 : -ORDERS - 1 : -1]
             self.table.learn(salt, before, tree, best[rows], logits[rows])
-            if (own := self._own.get(seq.id)) is not None:
-                own.learn(NO_SALT, before, tree, best[rows], logits[rows])
-            first = rows.stop
+            own = self._own[seq.id]
+            own.table.learn(NO_SALT, before, tree, best[rows], logits[rows])
+            own.num_known = seq.num_tokens + len(verdict.emitted)
+        self._asked.clear()
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
             self._saved_at = time.monotonic()
             self._save(self._file)
@@ -150,10 +170,12 @@ class RecycleDrafter:
     def _own_table(self, seq: Sequence) -> SuccessorTable:
         own = self._own.get(seq.id)
         if own is None:
-            own = SuccessorTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)
-            own.learn_text(seq.tokens)
-            self._own[seq.id] = own
-        return own
+            table = SuccessorTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)
+            own = self._own[seq.id] = _Own(table)
+        if own.num_known < seq.num_tokens:  # the prompt, or what came while nobody asked
+            own.table.learn_text(seq.tokens[max(own.num_known - ORDERS, 0) :])
+            own.num_known = seq.num_tokens
+        return own.table
 
     def _best(self, output: ModelOutput) -> _Best:
         """[rows, WIDTH] the best next tokens and their logits."""

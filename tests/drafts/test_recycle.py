@@ -18,7 +18,7 @@ from specserve.drafting.registry import create_drafter
 from specserve.engine.engine import Engine
 from specserve.sequence import Sequence
 from specserve.tree import root_tree
-from specserve.types import Request, SamplingParams
+from specserve.types import Request, SamplingParams, SpeculationParams
 from specserve_drafts.recycle import RecycleDrafter
 from specserve_drafts.successors import ORDERS, OWN, SuccessorTable
 
@@ -218,6 +218,24 @@ def test_what_a_prompt_says_is_drafted_and_stays_with_the_request(
     for seq in seqs:
         drafter.forget(seq.id)
     assert not drafter._own
+
+
+def test_what_came_while_nobody_asked_is_caught_up_with(make_engine: EngineFactory) -> None:
+    drafter = recycled(make_engine("recycle", max_nodes=8))
+    seq = Sequence(Request("a", PROMPT, GREEDY), list(PROMPT), BlockTable(16))
+    (before,) = drafter.propose([seq], [8])
+    assert len(before) == 1, "the prompt repeats nothing"
+    seq.tokens += [70, 71, 72, 73, 74, 5, 71]
+    (after,) = drafter.propose([seq], [8])
+    assert after.tokens.tolist()[:4] == [71, 72, 73, 74]
+
+
+def test_who_is_not_drafted_for_teaches_nothing(make_engine: EngineFactory) -> None:
+    engine = make_engine("recycle", max_nodes=8)
+    run(engine, [PROMPT], GREEDY, speculation=SpeculationParams(enabled=False))
+    assert recycled(engine).table.num_filled == 0
+    run(engine, [PROMPT], GREEDY)
+    assert recycled(engine).table.num_filled > 0
 
 
 def test_requests_of_other_salts_learn_nothing(make_engine: EngineFactory) -> None:
