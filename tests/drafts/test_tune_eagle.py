@@ -212,8 +212,9 @@ def test_a_run_that_was_killed_before_it_saved_begins_again(
 def test_a_run_goes_on_with_what_it_had(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert eagle.main(command(folder, "--tokens", "100", "--target", str(folder / "tinny"))) == 2
     assert eagle.main(command(folder, "--tokens", "100")) == 0, "what failed left nothing"
-    left = folder / "out" / "run-9999.safetensors"
-    left.write_bytes(b"of a run that was killed while it saved")
+    left = [folder / "out" / name for name in ("run-9.safetensors", ".run-9.safetensors.1.part")]
+    for file in left:
+        file.write_bytes(b"of a run that was killed while it saved")
     file = folder / "prompts.jsonl"
     before = file.read_text()
     file.write_text(before + '\n"w1 w5 w9"')
@@ -221,7 +222,7 @@ def test_a_run_goes_on_with_what_it_had(folder: Path, capsys: pytest.CaptureFixt
     assert "prompts: 'prompts.jsonl (sha256 " in capsys.readouterr().err
     file.write_text(before)
     assert eagle.main(command(folder, "--tokens", "200", "--resume")) == 0
-    assert not left.exists()
+    assert not any(file.exists() for file in left)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(

@@ -50,7 +50,7 @@ def resumed(out: Path, lasting: dict[str, Any]) -> State:
     for name, value in lasting.items():
         if (before := state.settings.get(name)) != value:
             raise ValueError(f"{name}: {value!r} goes on with a run that had {before!r}; leave it")
-    for left in out.glob("run-*.safetensors"):  # of a run that was killed while it saved
+    for left in (*out.glob("run-*.safetensors"), *out.glob(".*.part")):  # killed while it saved
         if left.name != state.tensors:
             left.unlink()
     return state

@@ -97,7 +97,7 @@ void SuccessorTable::write(
             put(index, row);
             continue;
         }
-        const bool told = known || find(without[order], row);
+        const bool told = known || find(without[order], row);  // else what is read weighs nothing
         const float news = told ? numbers_.news[order] : 1.0f;
         float said[2 * kWidth];
         uint32_t named[2 * kWidth];
