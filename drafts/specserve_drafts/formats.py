@@ -30,6 +30,7 @@ from specserve.models.safetensors_checkpoint import (
 )
 from specserve.models.shape import ModelShape
 from specserve_drafts.head_shape import HeadShape, tensor_sizes
+from specserve_drafts.vocabulary_map import token_ids_of
 
 TOKEN_ORDER: Final = "token_order.safetensors"  # ours: beside a head over the whole vocabulary
 _EMBEDDING: Final = "model.embed_tokens.weight"  # of targets, and the head of those that tie it
@@ -112,11 +113,11 @@ def read_head(
     and the fix.
     """
     try:
-        config = Fields(read_json(path / "config.json"), str(path / "config.json"))
+        config = _read_config(path / "config.json")
         if not ((path / SINGLE_FILE).is_file() or (path / INDEX).is_file()):
             read_checkpoint(path)  # says what is wrong with what is there
             raise ModelError(f"{path}: the weights of a draft head must be safetensors")
-        checkpoint = SafetensorsCheckpoint(path, INTEGERS)
+        checkpoint = SafetensorsCheckpoint(path, {**INTEGERS, "U8": 1})
         names = {_our_name(name): name for name in checkpoint.entries}
         sizes = {name: checkpoint.entries[theirs].shape for name, theirs in names.items()}
         shape = _read_shape(config, sizes, target, taps)
@@ -126,6 +127,16 @@ def read_head(
     except ModelError as error:
         raise DraftError(f"draft: {error}") from error
     return HeadFile(shape, token_ids, checkpoint, names)
+
+
+def _read_config(path: Path) -> Fields:
+    """vLLM nests what describes the head's layers in `model`, and has its vocabulary beside it."""
+    config = Fields(read_json(path), str(path))
+    nested, own = config.section("model").values, dict(config.values)
+    if own.pop("model", None) is not None and own.get("truncated_vocab_size") is not None:
+        own["draft_vocab_size"] = own.pop("truncated_vocab_size")
+    known = {name: value for name, value in own.items() if value is not None}
+    return Fields(nested | known, config.source)
 
 
 def _our_name(name: str) -> str:
@@ -172,7 +183,8 @@ def _read_shape(
         qkv_bias=f"{attention}.q_proj.bias" in sizes,
         o_bias=f"{attention}.o_proj.bias" in sizes,
         mlp_bias="layers.0.mlp.gate_proj.bias" in sizes,
-        qk_norm=f"{attention}.q_norm.weight" in sizes or layer.values.get("model_type") == "qwen3",
+        # Not by model_type: that may be the target's, which a head of Llama layers was made for.
+        qk_norm=not sizes.keys().isdisjoint({f"{attention}.{x}_norm.weight" for x in "qk"}),
         tap_norm=_tap_norm(config, eagle, sizes),
         # Files of speculators that do not say mean it.
         norm_before_residual=_flag(config, eagle, "norm_before_residual", speculators),
@@ -298,7 +310,6 @@ def _check_tensors(path: Path, shape: HeadShape, sizes: Mapping[str, tuple[int, 
 def _token_ids(
     path: Path, shape: HeadShape, checkpoint: SafetensorsCheckpoint, names: Mapping[str, str]
 ) -> Tensor | None:
-    """`d2t` holds what to add to a row's number."""
     if "d2t" not in names:
         if shape.draft_vocab_size != shape.vocab_size:
             raise DraftError(
@@ -306,19 +317,9 @@ def _token_ids(
                 "d2t, which says what tokens these are; fetch the checkpoint again"
             )
         return None
-    offsets = checkpoint.floats(names["d2t"])
-    if offsets.shape != (shape.draft_vocab_size,):
-        raise DraftError(
-            f"draft: {path}: d2t has shape {list(offsets.shape)}; config.json says "
-            f"draft_vocab_size {shape.draft_vocab_size}; fetch the checkpoint again"
-        )
-    ids = offsets.long() + torch.arange(shape.draft_vocab_size)
-    outside = ids[(ids < 0) | (ids >= shape.vocab_size)]
-    if len(outside):
-        raise DraftError(
-            f"draft: {path}: d2t points to token {int(outside[0])}, outside the target's "
-            f"vocabulary of {shape.vocab_size}; {_MADE_FOR}"
-        )
-    if len(set(ids.tolist())) != len(ids):
-        raise DraftError(f"draft: {path}: d2t names a token twice; fetch the checkpoint again")
-    return ids
+    offsets, t2d = (checkpoint.floats(names[n]) if n in names else None for n in ("d2t", "t2d"))
+    assert offsets is not None
+    try:
+        return token_ids_of(offsets, t2d, shape.draft_vocab_size, shape.vocab_size)
+    except ValueError as error:
+        raise DraftError(f"draft: {path}: {error}") from error

@@ -6,12 +6,14 @@ Other distributions add drafters through the entry-point group `specserve.drafte
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+from safetensors import SafetensorError, safe_open
 
 from specserve.drafting.base import Drafter, DraftError
 
@@ -102,7 +104,7 @@ def create_drafter(
 
 
 def checkpoint_method(path: Path) -> str:
-    """Which drafter a checkpoint directory is for, from its config.json."""
+    """Which drafter a checkpoint directory is for, from its config.json and its tensors' names."""
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -128,9 +130,23 @@ def checkpoint_method(path: Path) -> str:
 
 
 def _is_eagle(path: Path, config: dict[str, Any], architecture: str) -> bool:
-    """EAGLE-3 says so or has a vocabulary of its own. EAGLE-1 and 2 claim to be a model of one
-    layer, but come without the tokenizer that a model has."""
-    if config.get("speculators_model_type") == "eagle3" or "draft_vocab_size" in config:
+    """Files of EAGLE-3 say what they are, or have a vocabulary of their own. EAGLE-1 and 2 may
+    claim to be a language model of any family; but their fc no such model has."""
+    if "speculators_model_type" in config or "draft_vocab_size" in config:
         return True
-    alone = config.get("num_hidden_layers") == 1 and not (path / "tokenizer.json").exists()
-    return "eagle" in architecture.lower() or (architecture == "LlamaForCausalLM" and alone)
+    if "eagle" in f"{architecture} {config.get('model_type')}".lower():
+        return True
+    names = _tensor_names(path)
+    if names is None:  # the reader of heads says what to do about the files
+        alone = config.get("num_hidden_layers") == 1 and not (path / "tokenizer.json").exists()
+        return architecture.endswith("ForCausalLM") and alone
+    return not names.isdisjoint({"fc.weight", "model.fc.weight"})
+
+
+def _tensor_names(path: Path) -> set[str] | None:
+    """Of all safetensors files in a directory; None without one that can be read."""
+    names: set[str] | None = None
+    for file in path.glob("*.safetensors"):
+        with suppress(OSError, SafetensorError), safe_open(file, framework="numpy") as tensors:
+            names = (names or set()) | set(tensors.keys())
+    return names

@@ -39,6 +39,41 @@ def test_every_layout_is_recognised(layout: str, shape: ModelShape, tmp_path: Pa
             assert torch.equal(head.tensor(name), tensor)
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_head_is_known_by_its_tensors_whatever_model_it_claims_to_be(
+    name: str, prefix: str, shape: ModelShape, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Not by what lies beside it either; and one more layer makes a language model no head."""
+    written = write_eagle(tmp_path / "head", "eagle1")
+    written.config |= {"architectures": [name], "model_type": name.split("For")[0].lower()}
+    written.tensors = {prefix + n: t for n, t in written.tensors.items()}
+    save(written)
+    (written.path / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+    assert checkpoint_method(written.path) == "eagle"
+    head = read_head(written.path, shape).shape
+    assert (head.kind, head.qk_norm) == ("eagle1", False)
+    model = write_tiny_llama(tmp_path / "model", seed=0, num_layers=1)
+    (model / "tokenizer.json").unlink()
+    assert checkpoint_method(model) == "draft_lm"
+
+
+def test_a_config_with_its_layers_nested_reads_as_if_flat(
+    shape: ModelShape, tmp_path: Path
+) -> None:
+    written = write_eagle(tmp_path, "eagle1")
+    flat = read_head(tmp_path, shape).shape
+    nested = {"architectures": ["EAGLEModel"], "model_type": "eagle", "model": written.config}
+    written.config = nested | {"truncated_vocab_size": TINY_VOCAB}
+    save(written)
+    assert checkpoint_method(tmp_path) == "eagle"
+    assert read_head(tmp_path, shape).shape == flat
+    written.config["truncated_vocab_size"] = 50
+    save(written)
+    with pytest.raises(DraftError, match=r"draft_vocab_size = 50: the weights have no lm_head"):
+        read_head(tmp_path, shape)
+
+
 def test_layers_that_nobody_names_are_the_authors(tmp_path: Path) -> None:
     deep = ModelShape.from_dir(write_tiny_llama(tmp_path / "target", seed=0, num_layers=30))
     written = write_eagle(tmp_path / "head", "official")
@@ -116,6 +151,10 @@ def test_a_config_that_does_not_fit_is_refused(
         ({"d2t": torch.full((40,), 90)}, r"d2t points to token 97, outside.*vocabulary of 97"),
         ({"d2t": -torch.arange(40)}, r"d2t names a token twice"),
         ({"d2t": torch.zeros(3, dtype=torch.int64)}, r"d2t has shape \[3\].*draft_vocab_size 40"),
+        ({"d2t": torch.arange(40) * 2.5}, r"d2t holds numbers that are not whole"),
+        ({"d2t": torch.arange(40)}, r"d2t names 40 tokens and t2d marks 40, not all the same"),
+        ({"t2d": torch.ones(97)}, r"d2t names 40 tokens and t2d marks 97, not all the same"),
+        ({"t2d": torch.ones(96)}, r"t2d has shape \[96\].*each of the target's 97 tokens"),
         ({"d2t": None}, r"draft_vocab_size = 40: the weights have no d2t"),
         ({"lm_head.weight": None}, r"draft_vocab_size = 40: the weights have no lm_head\.weight"),
         ({"fc.weight": None}, r"have no fc\.weight; this is no EAGLE head"),
@@ -132,6 +171,33 @@ def test_weights_that_do_not_fit_are_refused(
     save(written)
     with pytest.raises(DraftError, match=message):
         create_drafter(str(tmp_path), {}, tiny_model, Path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+def test_tokens_in_place_of_offsets_are_found(
+    dtype: torch.dtype, shape: ModelShape, tmp_path: Path
+) -> None:
+    """Where `t2d` tells, and where it is left out, in any order; offsets are read as ever."""
+    written = write_eagle(tmp_path, "official")
+    ids, t2d = written.token_ids, written.tensors["t2d"]
+    written.tensors["d2t"] = written.tensors["d2t"].to(dtype)
+    for marks in (t2d, t2d.to(torch.uint8), t2d.float(), None):
+        written.tensors |= {"t2d": marks} if marks is not None else {}
+        if marks is None:
+            del written.tensors["t2d"]
+        save(written)
+        read = read_head(tmp_path, shape).token_ids
+        assert read is not None
+        assert torch.equal(read, ids)
+    shuffled = ids[torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    for tokens in (ids, shuffled, torch.arange(0, 80, 2)):
+        written.tensors["d2t"] = tokens.to(dtype)
+        for marks in (torch.zeros(TINY_VOCAB).index_fill(0, tokens, 1.0), None):
+            written.tensors.pop("t2d", None)
+            written.tensors |= {"t2d": marks} if marks is not None else {}
+            save(written)
+            with pytest.raises(DraftError, match=r"d2t looks like token ids.*torch\.arange"):
+                read_head(tmp_path, shape)
 
 
 def test_a_head_of_another_width_needs_an_embedding(shape: ModelShape, tmp_path: Path) -> None:
