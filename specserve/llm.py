@@ -178,7 +178,7 @@ class LLM:
         prediction: str | None,
     ) -> "_Job":
         """Submit the `n` sequences of one prompt; what cannot be served ends right here."""
-        tracks = [_Track("", self.tokenizer, params)]
+        tracks = [_Track("", self.tokenizer, params, ())]
         prompt_ids: tuple[int, ...] = ()
         try:
             prompt_ids = self.encode(prompt)
@@ -187,10 +187,13 @@ class LLM:
                 expected = tuple(self.tokenizer.encode(prediction))
                 speculation = msgspec.structs.replace(speculation, prediction=expected)
             seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
-            tracks = [_Track(self._next_id(), self.tokenizer, params) for _ in range(params.n)]
-            for track, own in zip(tracks, params.samples(seed), strict=True):
-                now = time.monotonic()
-                self.engine.submit(Request(track.id, prompt_ids, own, speculation, arrived_at=now))
+            requests = [
+                Request(self._next_id(), prompt_ids, own, speculation, arrived_at=time.monotonic())
+                for own in params.samples(seed)
+            ]
+            for request in requests:
+                self.engine.submit(request)
+            tracks = [_Track(each.id, self.tokenizer, params, prompt_ids) for each in requests]
         except RequestError as error:
             for track in tracks:
                 track.fail(str(error))
@@ -218,12 +221,24 @@ def _old_objects_left_alone() -> Iterator[None]:
 class _Track:
     """One sequence on its way: text so far, ids, times."""
 
-    def __init__(self, request_id: str, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt_ids: tuple[int, ...],
+    ) -> None:
         self.id = request_id
         self.finish: FinishReason | None = None
         self.on_text: Callable[[str], None] | None = None
         self._params = params
-        self._text = OutputText(tokenizer, params.stop)
+        self._text = OutputText(
+            tokenizer,
+            params.stop,
+            prompt=prompt_ids,
+            skip_special=params.skip_special_tokens,
+            keep_stop=params.include_stop_str_in_output,
+        )
         self._outputs: list[StepOutput] = []
         self._started = time.perf_counter()
         self._first: tuple[float, int] | None = None  # when the first tokens came, and how many
@@ -237,7 +252,10 @@ class _Track:
             self._first = self._first or (self._last, len(output.new_ids))
         self.finish = output.finish
         piece = self._text.feed(
-            output.new_ids, last=self.finish is not None, stop_reason=output.stop_reason
+            output.new_ids,
+            last=self.finish is not None,
+            stop_reason=output.stop_reason,
+            end_token=self.finish == "stop" and output.stop_reason is None,
         )
         if self.finish is not None:
             self._last = time.perf_counter()

@@ -38,7 +38,8 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
 
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0 switch the filters off. `logprobs` is the
     number of alternatives returned per token beside the chosen one (None: no logprobs at all).
-    `seed` None draws a fresh one per request.
+    `seed` None draws a fresh one per request. `skip_special_tokens` and
+    `include_stop_str_in_output` say what the text holds, and so where stop strings are found.
     """
 
     temperature: float = 1.0
@@ -54,6 +55,8 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     seed: int | None = None
     logprobs: int | None = None
     n: int = 1

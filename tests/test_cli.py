@@ -101,14 +101,19 @@ def test_every_sampling_flag_arrives() -> None:
         "logprobs": (["2"], 2),
         "n": (["3"], 3),
     }
-    assert {*values, "ignore_eos"} == set(SamplingParams.__struct_fields__)
-    line = ["generate", "--ignore-eos"]
+    switches: dict[str, Any] = {
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+    }
+    assert {*values, *switches} == set(SamplingParams.__struct_fields__)
+    line = ["generate", "--ignore-eos", "--no-skip-special-tokens", "--include-stop-str-in-output"]
     for name, (texts, _) in values.items():
         for text in texts:
             line += [f"--{name.replace('_', '-')}", text]
     arrived = SamplingParams(**given(build_parser().parse_args(line), SamplingParams))
     wanted = {name: value for name, (_, value) in values.items()}
-    assert arrived == SamplingParams(ignore_eos=True, **wanted)
+    assert arrived == SamplingParams(**switches, **wanted)
 
 
 def test_engine_flags_arrive_over_the_file(tmp_path: Path) -> None:

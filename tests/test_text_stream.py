@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
 
 from specserve.hub import resolve
@@ -85,37 +85,6 @@ def test_any_bytes_in_any_pieces(tokenizer: Tokenizer) -> None:
         assert _stream(tokenizer, ids, chance.choice([1, 2, 5, 200]))[0] == data.decode(
             errors="replace"
         )
-
-
-def test_work_per_token_does_not_grow(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoded: list[int] = []
-    real = tokenizer.decode
-
-    def counting(ids: list[int], skip_special: bool = True) -> str:
-        decoded.append(len(ids))
-        return real(ids, skip_special)
-
-    monkeypatch.setattr(tokenizer, "decode", counting)
-    for data in (b"x" * 3000, b"\xff" * 3000):
-        _stream(tokenizer, _byte_ids(tokenizer, data), 1)
-    assert max(decoded) < 50
-
-
-def test_leading_spaces_of_words_survive_the_window(tmp_path: Path) -> None:
-    """Decoders of the SentencePiece kind strip a space from the first token they are given."""
-    words = ["▁one", "▁two", "three"]
-    tokenizer = TokenizerFile(models.BPE({w: i for i, w in enumerate(words)}, []))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer(tmp_path)
-    ids = [0, 1, 2, 1, 0] * 30
-    for size in (1, 4, 45):
-        assert _stream(ours, ids, size)[0] == ours.decode(ids)
 
 
 def test_a_stop_string_across_pieces() -> None:

@@ -36,6 +36,8 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "stop": ([(), ("a",), ("a",) * MAX_STOP_STRINGS], [("",), ("a",) * (MAX_STOP_STRINGS + 1)]),
     "stop_token_ids": ([(), (0, VOCAB - 1)], [(VOCAB,), (-1,), (True,), (1.0,)]),
     "ignore_eos": ([True, False], []),
+    "skip_special_tokens": ([True, False], []),
+    "include_stop_str_in_output": ([True, False], []),
     "seed": ([None, 0, MAX_SEED], [-1, MAX_SEED + 1, 1.0]),
     "logprobs": ([None, 0, MAX_LOGPROBS], [-1, MAX_LOGPROBS + 1, 1.0]),
     "n": ([1, MAX_N], [0, MAX_N + 1, 1.0]),

@@ -8,7 +8,7 @@ from tiny import write_tiny_llama
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
-from specserve.text.token_bytes import byte_alphabet
+from specserve.text.detokenizer import byte_alphabet
 
 CONTROL = ("<|pad|>", "<|im_start|>", "<|im_end|>")  # the last one ends an answer
 

@@ -33,6 +33,8 @@ SAMPLING_HELP: Final = {
     "stop": "end before this text; repeatable",
     "stop_token_ids": "end at this token; repeatable",
     "ignore_eos": "go on after the model's end token",
+    "skip_special_tokens": "leave control tokens out of the text (default: yes)",
+    "include_stop_str_in_output": "end after the stop text instead of before it",
     "seed": "makes sampling repeatable; drawn afresh if not given",
     "logprobs": "alternatives per token for which log-probabilities are kept",
     "n": "completions per prompt",

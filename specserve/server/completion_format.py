@@ -35,7 +35,6 @@ class CompletionFormat:
         self._echoes = echoes
         self._n = request.n or 1
         self._token_bytes = token_bytes
-        self._offsets = [0] * (len(prompts) * self._n)  # characters of logprobs so far
 
     def opening(self) -> list[Completion]:
         """The echo of every choice, before its first piece."""
@@ -43,7 +42,7 @@ class CompletionFormat:
             return []
         return [
             self._chunk((CompletionChoice(index=index, text=self._echo(index)),))
-            for index in range(len(self._offsets))
+            for index in range(len(self._prompts) * self._n)
         ]
 
     def chunk(self, piece: Piece) -> Completion | None:
@@ -75,7 +74,7 @@ class CompletionFormat:
         index, last = pieces[-1].choice, pieces[-1].bundle
         logprobs = None
         if self._request.logprobs is not None:
-            logprobs = self._logprobs(index, [e for piece in pieces for e in piece.logprobs])
+            logprobs = self._logprobs(pieces)
         with_ids = self._request.return_token_ids
         return CompletionChoice(
             index=index,
@@ -94,16 +93,17 @@ class CompletionFormat:
     def _chunk(self, choices: tuple[CompletionChoice, ...]) -> Completion:
         return msgspec.structs.replace(self._answer, choices=choices)
 
-    def _logprobs(self, choice: int, entries: Sequence[TokenLogprobs]) -> CompletionLogprobs:
-        spelled = self._token_bytes
-        tokens = tuple(spelled.text(entry.token_id) for entry in entries)
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[choice])
-            self._offsets[choice] += len(token)
+    def _logprobs(self, pieces: Sequence[Piece]) -> CompletionLogprobs:
+        entries = [entry for piece in pieces for entry in piece.logprobs]
         return CompletionLogprobs(
-            tokens,
+            tuple(self._token_bytes.text(entry.token_id) for entry in entries),
             tuple(entry.logprob for entry in entries),
-            tuple({spelled.text(token): value for token, value in e.top} for e in entries),
-            tuple(offsets),
+            tuple(map(self._top, entries)),
+            tuple(offset for piece in pieces for offset in piece.offsets),
         )
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens, and the emitted one if it is not among them."""
+        top = dict(entry.top)
+        top.setdefault(entry.token_id, entry.logprob)
+        return {self._token_bytes.text(token): logprob for token, logprob in top.items()}

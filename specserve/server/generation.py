@@ -7,6 +7,7 @@ Knows admission, engine and text; knows no HTTP and no wire format. Whoever stop
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from specserve.server.protocol.usage import (
     Usage,
     speculative_decoding,
 )
+from specserve.text import Tokenizer
 from specserve.text.output import OutputText
 from specserve.tree import PREDICTION
 from specserve.types import (
@@ -67,21 +69,48 @@ class Job:
     priority: int
     deadline: float  # time.monotonic() seconds
     deadline_asked: bool  # by the caller
-    skip_special: bool = True
-    keep_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one event says of one choice."""
+    """What one event says of one choice.
+
+    Logprobs wait until it is settled where in the text their token begins: `offsets`.
+    """
 
     choice: int
     text: str
     bundle: Bundle
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    offsets: tuple[int, ...] = ()
 
-    @property
-    def logprobs(self) -> tuple[TokenLogprobs, ...]:
-        return self.bundle.logprobs
+
+class _Pieces:
+    """Makes the pieces of one choice of its bundles."""
+
+    def __init__(self, choice: int, request: Request, tokenizer: Tokenizer) -> None:
+        params = request.sampling
+        self._choice = choice
+        self._logprobs: deque[TokenLogprobs] = deque()  # of tokens whose text may be taken back
+        self._text = OutputText(
+            tokenizer,
+            params.stop,
+            prompt=request.prompt_ids,
+            skip_special=params.skip_special_tokens,
+            keep_stop=params.include_stop_str_in_output,
+        )
+
+    def piece(self, bundle: Bundle) -> Piece:
+        text = self._text.feed(
+            bundle.ids,
+            last=bundle.finish is not None,
+            stop_reason=bundle.stop_reason,
+            end_token=bundle.finish == "stop" and bundle.stop_reason is None,
+        )
+        offsets = self._text.take_offsets()
+        self._logprobs += bundle.logprobs
+        settled = tuple(self._logprobs.popleft() for _ in offsets) if self._logprobs else ()
+        return Piece(self._choice, text, bundle, settled, tuple(offsets))
 
 
 @dataclass(slots=True)
@@ -185,12 +214,7 @@ class Generation:
         prompt: int,
     ) -> None:
         job, service = self.job, self._service
-        text = OutputText(
-            service.tokenizer,
-            request.sampling.stop,
-            skip_special=job.skip_special,
-            keep_stop=job.keep_stop,
-        )
+        pieces = _Pieces(choice, request, service.tokenizer)
         bundler = Bundler(service.config.server.stream_interval)
         async with service.admission.slot(job.key, len(request.prompt_ids), job.priority):
             self._scheduled()
@@ -205,12 +229,7 @@ class Generation:
                         self._stats.append(output.stats)
                     for bundle in bundler.feed(output):
                         self._count(choice, bundle)
-                        piece = text.feed(
-                            bundle.ids,
-                            last=bundle.finish is not None,
-                            stop_reason=bundle.stop_reason,
-                        )
-                        queue.put_nowait(Piece(choice, piece, bundle))
+                        queue.put_nowait(pieces.piece(bundle))
 
     def _time_left(self) -> float:
         return self.job.deadline - time.monotonic()

@@ -1,5 +1,6 @@
 """The text of one generated sequence as it grows, piece by piece, cut at its stop string."""
 
+from collections import deque
 from collections.abc import Sequence
 
 from specserve.text.stream import IncrementalDecoder, StopChecker
@@ -9,7 +10,7 @@ from specserve.text.tokenizer import Tokenizer
 class OutputText:
     """Shows text once no stop string can take it back.
 
-    `keep_stop` leaves the stop string itself in the text.
+    `prompt` is what the text follows. `keep_stop` leaves the stop string itself in the text.
     """
 
     def __init__(
@@ -17,31 +18,57 @@ class OutputText:
         tokenizer: Tokenizer,
         stops: Sequence[str] = (),
         *,
+        prompt: Sequence[int] = (),
         skip_special: bool = True,
         keep_stop: bool = False,
     ) -> None:
         self.text = ""
-        self._decoder = IncrementalDecoder(tokenizer, skip_special=skip_special)
+        self._decoder = IncrementalDecoder(tokenizer, prompt=prompt, skip_special=skip_special)
         self._checker = StopChecker(stops)
+        self._skip_special = skip_special
+        self._keep_stop = keep_stop
         self._holds_back = bool(stops) and not keep_stop
         self._num_shown = 0
+        self._offsets: deque[int] = deque()  # per id, where its text begins
+        self._last = False
 
     def feed(
-        self, ids: Sequence[int], *, last: bool = False, stop_reason: str | int | None = None
+        self,
+        ids: Sequence[int],
+        *,
+        last: bool = False,
+        stop_reason: str | int | None = None,
+        end_token: bool = False,
     ) -> str:
-        """The text that may be shown now. `last`: no ids follow; `stop_reason`: why."""
-        self.text += self._decoder.feed(ids[:-1])
+        """The text that may be shown now. `last`: no ids follow; `stop_reason`: why.
+
+        `end_token`: the last id ended the answer, and so is a control token whatever it spells.
+        """
+        self._last = last
+        shown = ids[:-1] if end_token and self._skip_special else ids
         num_before = len(self.text)
-        self.text += self._decoder.feed(ids[-1:])
+        for index in shown:
+            num_before = len(self.text)
+            self._offsets.append(num_before + self._decoder.num_given_up(index))
+            self.text += self._decoder.feed((index,))
+        self._offsets += [len(self.text)] * (len(ids) - len(shown))
         if last:
             self.text += self._decoder.flush()
-            if isinstance(stop_reason, str) and self._holds_back:
+            if isinstance(stop_reason, str):
                 # The last token completed it; one before that may have been spared by min_tokens.
                 start = self.text.index(stop_reason, max(0, num_before - len(stop_reason) + 1))
-                self.text = self.text[:start]
+                self.text = self.text[: start + len(stop_reason) * self._keep_stop]
         safe = len(self.text)
         if self._holds_back and not last:
             safe = self._checker.safe_length(self.text)
         piece = self.text[self._num_shown : safe]
         self._num_shown = max(self._num_shown, safe)
         return piece
+
+    def take_offsets(self) -> list[int]:
+        """Where in the text each id's own begins, for the next ids of which that is settled: a
+        stop string may still take back what is not shown."""
+        settled = []
+        while self._offsets and (self._last or self._offsets[0] <= self._num_shown):
+            settled.append(min(self._offsets.popleft(), self._num_shown))
+        return settled

@@ -4,53 +4,67 @@ Both give the same answer however the stream is cut into pieces, so that the num
 step accepts never shows in the text.
 """
 
+from codecs import utf_8_decode
 from collections.abc import Sequence
 
 from specserve.text.tokenizer import Tokenizer
 
-_INCOMPLETE = "\ufffd"  # how a decoder shows bytes that are no character, or not yet
-_CONTEXT = 8  # ids kept: more than the 4 bytes of a character, and what a decoder looks back at
-_WINDOW = 4 * _CONTEXT
-_MAX_HELD = 3  # bytes of a character that is not complete
+_LONGEST = 4  # bytes of a character
 
 
 class IncrementalDecoder:
     """Turns ids into text as they come, without ever showing half a character.
 
-    Only the last few ids are decoded again, so a token costs the same at any length.
+    `prompt` is what stands before them: a space at their beginning stays, and a character that
+    the prompt began is completed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._window: list[int] = []
-        self._num_shown = 0  # characters of the window's text that were given out
+    def __init__(
+        self, tokenizer: Tokenizer, *, prompt: Sequence[int] = (), skip_special: bool = True
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer
+        self._skipped = tokenizer.hidden_ids if skip_special else frozenset()
+        self._begins = True  # no bytes yet
+        self._held = b""  # the beginning of a character
+        self._follow(prompt)
 
     def feed(self, ids: Sequence[int]) -> str:
         """The text that `ids` complete."""
-        self._window += [index for index in ids if index not in self._skipped]
-        text = self._tokenizer.decode(self._window, skip_special=False)
-        # The end may be the start of a character whose bytes are still to come. Some decoders show
-        # it as one U+FFFD, some as one per byte, so a whole run is held back, but not for ever.
-        num_held = len(text) - len(text.rstrip(_INCOMPLETE))
-        if len(self._window) > _WINDOW:
-            num_held = min(num_held, _MAX_HELD)
-        complete = len(text) - num_held
-        piece = text[self._num_shown : complete]
-        self._num_shown = max(self._num_shown, complete)
-        if len(self._window) > _WINDOW:
-            num_left = len(text) - self._num_shown
-            del self._window[:-_CONTEXT]
-            text = self._tokenizer.decode(self._window, skip_special=False)
-            self._num_shown = max(0, len(text) - num_left)
-        return piece
+        shown = [index for index in ids if index not in self._skipped]
+        data = self._detokenizer.join(shown, begins=self._begins)
+        if self._begins:
+            self._begins = not any(map(self._detokenizer.bytes_of, shown))
+        return self._complete(data)
 
     def flush(self) -> str:
         """The rest, at the end: bytes that never became a character."""
-        text = self._tokenizer.decode(self._window, skip_special=False)
-        piece = text[self._num_shown :]
-        self._num_shown = len(text)
-        return piece
+        text, self._held = self._held.decode(errors="replace"), b""
+        return text
+
+    def num_given_up(self, token_id: int) -> int:
+        """How many characters show, if this token is next, before its own: the bytes that were
+        held are one U+FFFD if it does not go on with them."""
+        data = self._detokenizer.bytes_of(token_id)
+        if not self._held or not data or token_id in self._skipped:
+            return 0
+        text, used = utf_8_decode(self._held + data[:1], "replace", False)
+        return int(len(text) > 1 or (len(text) == 1 and used == len(self._held)))
+
+    def _complete(self, data: bytes) -> str:
+        data = self._held + data
+        text, used = utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return text
+
+    def _follow(self, prompt: Sequence[int]) -> None:
+        tail = b""
+        for index in reversed(prompt):
+            if index not in self._skipped:
+                tail = self._detokenizer.bytes_of(index) + tail
+            if len(tail) >= _LONGEST:
+                break
+        self._begins = not tail
+        self._complete(tail)
 
 
 class StopChecker:

@@ -1,44 +1,42 @@
 """What one token stands for by itself: its bytes, and how logprobs spell it."""
 
-from functools import lru_cache
-
 from specserve.text.tokenizer import Tokenizer
+
+_ID, _BYTE = "token_id:", "bytes:\\x"
 
 
 class TokenBytes:
-    """Bytes of single tokens: half a character has bytes, but no text."""
+    """Bytes of single tokens, and a name for each that no other has.
+
+    A name is the token's text, `bytes:\\xe2\\x80` if that is no whole character, and `token_id:7`
+    if the tokenizer has no such token, or names it as it does another.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._spelling = {index: token for token, index in tokenizer.vocabulary().items()}
-        alphabet = byte_alphabet()
-        spelled = (t for i, t in self._spelling.items() if i not in tokenizer.special_ids)
-        self._alphabet = alphabet if all(set(t) <= alphabet.keys() for t in spelled) else None
-        self.bytes = lru_cache(maxsize=2**14)(self._bytes)
+        self._detokenizer = tokenizer.detokenizer
+        self._alike = self._find_alike(tokenizer.vocabulary())
+        self.bytes = self._detokenizer.bytes_of
 
     def text(self, token_id: int) -> str:
-        """Its text, or `bytes:\\xe2\\x80` if it is no whole character. Never the same for two."""
+        """The token's name."""
         data = self.bytes(token_id)
         try:
-            return data.decode()
+            text = data.decode()
         except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        else:
+            if text.startswith((_ID, _BYTE)):  # it reads like a name of the other kinds
+                text = ""
+        return text if text and token_id not in self._alike else f"{_ID}{token_id}"
 
-    def _bytes(self, token_id: int) -> bytes:
-        spelling = self._spelling.get(token_id)
-        if spelling is None or token_id in self._tokenizer.special_ids:
-            return (spelling or "").encode()
-        if self._alphabet is not None:
-            return bytes(self._alphabet[character] for character in spelling)
-        if len(spelling) == 6 and spelling.startswith("<0x") and spelling.endswith(">"):
-            return bytes.fromhex(spelling[3:5])
-        return self._tokenizer.decode([token_id], skip_special=False).encode()
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE spells bytes with: printable ones stand for themselves,
-    the others come after U+0100, in order (Radford et al. 2019)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+    def _find_alike(self, vocabulary: dict[str, int]) -> frozenset[int]:
+        """Tokens whose bytes another token has by better right: one that is no single byte by
+        its name, else the one with the lower id."""
+        spell, is_byte = self._detokenizer.spell, self._detokenizer.is_byte
+        owners: dict[bytes, int] = {}
+        alike = []
+        ranked = [(is_byte(index, token), index, token) for token, index in vocabulary.items()]
+        for _, index, token in sorted(ranked):
+            if owners.setdefault(spell(index, token), index) != index:
+                alike.append(index)
+        return frozenset(alike)

@@ -16,6 +16,7 @@ from jinja2 import TemplateSyntaxError
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as TokenizerFile
 
+from specserve.text.detokenizer import Detokenizer
 from specserve.text.messages import Message, PlainMessage, check_text, read_messages
 from specserve.text.template import WRITTEN, ChatTemplate, Span
 from specserve.types import RequestError
@@ -46,11 +47,14 @@ class Tokenizer:
             if token.special
         }
         self.special_ids = frozenset(special)
+        self.detokenizer = _detokenizer(self._control, directory)
         ordered = sorted(special.items(), key=lambda item: -len(item[1].content))
         self._spelled_ids = [index for index, _ in ordered]
         self._spelled = re.compile("|".join(_pattern(t) for _, t in ordered) or r"(?!)")
         named = {name: _content(config.get(name)) for name in _NAMED_TOKENS}
         self._named = {name: token for name, token in named.items() if token is not None}
+        eos = self._control.token_to_id(self._named.get("eos_token", ""))
+        self.hidden_ids = self.special_ids if eos is None else self.special_ids | {eos}
         self._template = _read_template(directory, config, self._named)
         self.eos_ids = self._end_tokens(directory)
 
@@ -131,7 +135,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 read as U+FFFD, unknown ids as nothing."""
-        return self._control.decode(list(ids), skip_special_tokens=skip_special)
+        skipped = self.hidden_ids if skip_special else frozenset()
+        return self.detokenizer.text([index for index in ids if index not in skipped])
 
     def _encode_between(self, text: str, controls: Sequence[re.Match[str]]) -> list[int]:
         """Plain text between the given control tokens, cut where the tokenizer itself would."""
@@ -235,6 +240,13 @@ def _read_tokenizer(directory: Path) -> TokenizerFile:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _detokenizer(tokenizer: TokenizerFile, directory: Path) -> Detokenizer:
+    try:
+        return Detokenizer(tokenizer)
+    except ValueError as error:
+        raise TextError(f"{directory / 'tokenizer.json'}: {error}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

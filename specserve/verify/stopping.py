@@ -1,4 +1,7 @@
-"""When a request is over: EOS, stop tokens, stop strings, max_tokens. Fed every emitted token."""
+"""When a request is over: EOS, stop tokens, stop strings, max_tokens. Fed every emitted token.
+
+Stop strings are looked for in the text that is shown (`text/output.py` cuts it there).
+"""
 
 from collections.abc import Sequence
 
@@ -20,23 +23,37 @@ class StopRule:
         self._max_tokens = params.max_tokens
         self._num_tokens = 0
         self._stop_strings = params.stop
-        self._decoder: IncrementalDecoder | None = None
+        self._hides_eos = params.skip_special_tokens
+        self._text: IncrementalDecoder | None = None
         if params.stop:
             assert tokenizer is not None, "stop strings are refused without a tokenizer"
-            self._decoder = IncrementalDecoder(tokenizer)
+            self._text = IncrementalDecoder(
+                tokenizer,
+                prompt=request.prompt_ids,
+                skip_special=params.skip_special_tokens,
+            )
             self._checker = StopChecker(params.stop)
 
     def feed(self, token: int) -> Ending | None:
-        """The ending that `token` brings, or None to go on."""
+        """The ending that `token` brings, or None to go on.
+
+        A stop string comes first: whatever else ends the answer, its text holds none.
+        """
         self._num_tokens += 1
+        ending = self._without_text(token)
+        if self._text is not None:
+            hidden = token in self._eos_ids and self._hides_eos
+            text = self._text.feed(() if hidden else (token,))
+            if ending is not None:
+                text += self._text.flush()
+            match = self._checker.feed(text)
+            if match is not None and self._num_tokens >= self._min_tokens:
+                return Ending("stop", self._stop_strings[match])
+        return ending
+
+    def _without_text(self, token: int) -> Ending | None:
         if token in self._eos_ids:
             return Ending("stop")
         if token in self._stop_ids:
             return Ending("stop", token)
-        if self._decoder is not None:
-            match = self._checker.feed(self._decoder.feed([token]))
-            if match is not None and self._num_tokens >= self._min_tokens:
-                return Ending("stop", self._stop_strings[match])
-        if self._num_tokens >= self._max_tokens:
-            return Ending("length")
-        return None
+        return Ending("length") if self._num_tokens >= self._max_tokens else None

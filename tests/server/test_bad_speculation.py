@@ -98,6 +98,8 @@ SAMPLERS: list[dict[str, Any]] = [
     {"logit_bias": {"101": 100}},
     {"min_tokens": 9, "logit_bias": {str(END_ID): 100}},
     {"stop": ["e", "th"]},
+    {"stop": ["e", "th"], "include_stop_str_in_output": True},
+    {"stop": ["<|im", "e"], "skip_special_tokens": False, "logit_bias": {str(END_ID): 5}},
     {"stop_token_ids": list(range(0, 256, 5))},
     {"ignore_eos": True, "logit_bias": {str(END_ID): 5}},
     {"logprobs": 20},

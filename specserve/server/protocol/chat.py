@@ -64,6 +64,8 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class TopLogprob(Struct, frozen=True):
+    """`token` names it as `TokenBytes` does; `bytes` are its own, part of a character or none."""
+
     token: str
     logprob: float
     bytes: tuple[int, ...]

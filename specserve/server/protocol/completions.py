@@ -65,7 +65,12 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """One entry per token; `text_offset` counts characters from the start of the choice."""
+    """One entry per token, named as `TokenBytes` does, so that no two have a name in common.
+
+    `top_logprobs` holds the emitted token as well, if need be beside the N that were asked for.
+    `text_offset` is where in the choice's text the token's own begins; where the text ends, if a
+    stop string cut it off. In a stream a token comes once that is settled.
+    """
 
     tokens: tuple[str, ...]
     token_logprobs: tuple[float, ...]

@@ -138,6 +138,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 _SAME_NAME = (
     *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "min_tokens", "ignore_eos", "seed", "n"),
+    *("skip_special_tokens", "include_stop_str_in_output"),
 )
 
 

@@ -71,8 +71,6 @@ async def _begin(
         priority=fields.priority or 0,
         deadline=time.monotonic() + _timeout(service, fields.request_timeout),
         deadline_asked=fields.request_timeout is not None,
-        skip_special=fields.skip_special_tokens is not False,
-        keep_stop=bool(fields.include_stop_str_in_output),
     )
     _check_drafters(service, job.speculation.drafters)
     _check_prompts(service, job)  # before any of them runs

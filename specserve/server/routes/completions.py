@@ -13,6 +13,7 @@ from specserve.server.protocol.completions import (
 from specserve.server.respond import respond
 from specserve.server.routes.begin import begin, read
 from specserve.server.service import SERVICE, Service
+from specserve.text import IncrementalDecoder
 
 
 @scope(Scope.INFERENCE)
@@ -33,7 +34,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     answer = Completion(
         id=f"cmpl-{generation.job.id}", created=service.now(), model=service.model_name, choices=()
     )
-    echoes = [p if isinstance(p, str) else service.tokenizer.decode(p) for p in given]
+    echoes = [p if isinstance(p, str) else _text(service, fields, p) for p in given]
     form = CompletionFormat(answer, fields, prompts, echoes, service.token_bytes)
     return await respond(request, fields, generation, form)
 
@@ -44,3 +45,9 @@ async def _encode(service: Service, given: Prompts) -> list[tuple[int, ...]]:
         await service.texts.encode(prompt, max_tokens=room) if isinstance(prompt, str) else prompt
         for prompt in given
     ]
+
+
+def _text(service: Service, fields: CompletionRequest, prompt: tuple[int, ...]) -> str:
+    """Of a prompt given as ids; a character that it leaves open is the completion's."""
+    skip_special = fields.skip_special_tokens is not False
+    return IncrementalDecoder(service.tokenizer, skip_special=skip_special).feed(prompt)

@@ -1,0 +1,180 @@
+"""The bytes that each token id stands for, and with them the text of ids.
+
+Text is a function of the ids alone: the bytes of the tokens in a row, read as UTF-8. A token has
+the same bytes wherever it stands, except that many tokenizers drop a space at the very beginning.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import msgspec
+from tokenizers import Tokenizer as TokenizerFile
+from tokenizers import decoders
+
+_BEFORE: Final = "a"  # stands before the token that is looked at
+_BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SUPPORTED: Final = "ByteLevel, Metaspace, WordPiece, or a Sequence of Replace, ByteFallback, Fuse"
+Step = dict[str, Any]  # a decoder as tokenizer.json writes it
+
+
+class Detokenizer:
+    """The bytes of tokens, as the decoder of a tokenizer file spells them.
+
+    An added token that the model itself does not know stands for its content as it is written:
+    so does the text that becomes this token. Raises ValueError for a decoder that spells a token
+    by those after it, or fits no table of bytes.
+    """
+
+    def __init__(self, file: TokenizerFile) -> None:
+        steps = _steps(file.decoder)
+        _check(steps)
+        self._file, self._model, self._decoder = file, file.model, file.decoder
+        self._added = {i: token.content for i, token in file.get_added_tokens_decoder().items()}
+        kinds = {step["type"] for step in steps}
+        self._bytewise = "ByteFallback" in kinds
+        self._rewrites = bool(kinds & {"Replace", "Metaspace", "ByteFallback"})
+        self._alphabet = byte_alphabet() if "ByteLevel" in kinds else None
+        self._replaced = _replaced(steps)
+        self._known: dict[int, bytes] = {}
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What the token stands for after others: nothing, if the tokenizer has no such token."""
+        data = self._known.get(token_id)
+        if data is None:
+            data = self._known[token_id] = self.spell(token_id, self._file.id_to_token(token_id))
+        return data
+
+    def spell(self, token_id: int, spelling: str | None) -> bytes:
+        """The bytes of a token whose spelling in the file is known."""
+        if spelling is None:
+            return b""
+        if self._alphabet is not None:
+            return self._from_alphabet(token_id, spelling)
+        if self.is_byte(token_id, spelling):
+            return bytes.fromhex(spelling[3:5])
+        return (
+            spelling if self._is_content(token_id, spelling) else self._after(spelling)
+        ).encode()
+
+    def is_byte(self, token_id: int, spelling: str) -> bool:
+        """Whether the token is a byte by its name, as `<0x0A>` is."""
+        return (
+            self._bytewise
+            and _BYTE.fullmatch(spelling) is not None
+            and not self._is_outside(token_id, spelling)
+        )
+
+    def join(self, ids: Sequence[int], *, begins: bool) -> bytes:
+        """The bytes of `ids` in a row. `begins`: no text stands before them."""
+        data = list(map(self.bytes_of, ids))
+        if begins:
+            first = next((i for i, each in enumerate(data) if each), None)
+            if first is not None:
+                data[first] = self._at_beginning(ids[first], data[first])
+        return b"".join(data)
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The text of whole ids; bytes that are no UTF-8 read as U+FFFD."""
+        return self.join(list(ids), begins=True).decode(errors="replace")
+
+    def _at_beginning(self, token_id: int, as_ever: bytes) -> bytes:
+        spelling = self._file.id_to_token(token_id)
+        if spelling is None or self._alphabet is not None or self._is_content(token_id, spelling):
+            return as_ever
+        if not as_ever.isascii() and self.is_byte(token_id, spelling):
+            return as_ever
+        return self._decode([spelling]).encode()
+
+    def _is_outside(self, token_id: int, spelling: str) -> bool:
+        """Whether it was added and the model does not know it."""
+        return token_id in self._added and self._model.token_to_id(spelling) != token_id
+
+    def _is_content(self, token_id: int, spelling: str) -> bool:
+        """Whether the decoder would rewrite a token that stands for its content."""
+        return (
+            self._rewrites
+            and self._is_outside(token_id, spelling)
+            and (_BYTE.fullmatch(spelling) is not None or self._after(spelling) != spelling)
+        )
+
+    def _from_alphabet(self, token_id: int, spelling: str) -> bytes:
+        assert self._alphabet is not None
+        if token_id not in self._added:
+            try:
+                return bytes(map(self._alphabet.__getitem__, spelling))
+            except KeyError:
+                pass  # the decoder, too, takes it as it is
+        return spelling.encode()
+
+    def _after(self, spelling: str) -> str:
+        if self._replaced is None:
+            return self._decode([_BEFORE, spelling]).removeprefix(self._decode([_BEFORE]))
+        for old, new in self._replaced:
+            spelling = spelling.replace(old, new)
+        return spelling
+
+    def _decode(self, tokens: list[str]) -> str:
+        if self._decoder is None:
+            return " ".join(tokens)
+        text: str = self._decoder.decode(tokens)
+        return text
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE spells bytes with: printable ones stand for themselves,
+    the others come after U+0100, in order (Radford et al. 2019)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+def _steps(decoder: decoders.Decoder | None) -> list[Step]:
+    """What a decoder does, in order."""
+    if decoder is None:
+        return []
+    state: Step = msgspec.json.decode(decoder.__getstate__())
+    return _flat(state)
+
+
+def _flat(step: Step) -> list[Step]:
+    if step["type"] != "Sequence":
+        return [step]
+    return [inner for each in step["decoders"] for inner in _flat(each)]
+
+
+def _check(steps: list[Step]) -> None:
+    """Raise ValueError unless every step looks at one token, or at the beginning of the text."""
+    kinds = [step["type"] for step in steps]
+    per_token = {"Replace", "Metaspace", "WordPiece", "ByteFallback", "Strip", "ByteLevel"}
+    fused = False
+    for number, step in enumerate(steps):
+        kind = step["type"]
+        fits = kind in per_token and not fused
+        if kind == "Replace" and fused:  # one character is never in two tokens
+            fits = len(step["pattern"].get("String", "")) == 1
+        if kind == "Strip" and (fused or "ByteFallback" in kinds[:number]):
+            fits = fused and step["start"] <= 1 and step["stop"] == 0
+        if kind == "ByteLevel":
+            fits = fits and set(kinds) <= {"ByteLevel", "Fuse"}
+        if not (fits or kind == "Fuse"):
+            raise ValueError(
+                f"its decoder ({' '.join(kinds)}) does not spell tokens one by one, because of "
+                f"{kind}; supported: {_SUPPORTED} and a Strip of one space at the beginning"
+            )
+        fused = fused or kind in ("Fuse", "ByteLevel")
+
+
+def _replaced(steps: list[Step]) -> list[tuple[str, str]] | None:
+    """Pairs of old and new, if replacing is all that happens to a token after others."""
+    pairs, fused = [], False
+    for step in steps:
+        fused = fused or step["type"] == "Fuse"
+        if step["type"] == "Replace" and "String" in step["pattern"]:
+            pairs.append((step["pattern"]["String"], step["content"]))
+        elif step["type"] == "Metaspace":
+            pairs.append((step["replacement"], " "))
+        elif step["type"] not in ("ByteFallback", "Fuse") and not fused:
+            return None
+    return pairs if steps else None
