@@ -20,7 +20,7 @@ OURS = (
 
 # A unit is a module or a package; it may import itself and every unit of a lower level.
 LEVELS: list[list[str]] = [
-    ["specserve_kernels"],
+    ["specserve_kernels", "specserve.files"],
     [
         "specserve.types",
         "specserve.config",

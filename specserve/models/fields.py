@@ -1,14 +1,21 @@
 """Reading a JSON object field by field, with errors a user can act on.
 
-Owns the wording "file: field = value: what is wrong; what to do". Knows no model.
+Owns the wording "file: field = value: what is wrong; what to do", and knows which fields nobody
+asked for. Knows no model.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import msgspec
 
-MAX_JSON_BYTES = 64 * 2**20
+from specserve.files import FileError, quoted, read_file
+
+MAX_JSON_BYTES: Final = 64 * 2**20
+MAX_INTEGER: Final = 2**31 - 1
+_SMALLEST, _LARGEST = 1e-12, 1e12  # numbers that float32 can still compute with
+_LISTED: Final = 5  # fields that one message names
 
 
 class ModelError(ValueError):
@@ -18,15 +25,9 @@ class ModelError(ValueError):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `ModelError` when it is missing, too big or no object."""
     try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ModelError(
-            f"{path}: cannot be read ({error.strerror}); is it a model directory?"
-        ) from None
-    if size > MAX_JSON_BYTES:
-        raise ModelError(f"{path}: {size} bytes is too big for JSON (limit {MAX_JSON_BYTES})")
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.json.decode(read_file(path, MAX_JSON_BYTES), type=dict[str, Any])
+    except FileError as error:
+        raise ModelError(f"{error}; is it a model directory?") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: not a JSON object ({error}); fetch the file again") from None
 
@@ -37,24 +38,43 @@ class Fields:
     def __init__(self, values: dict[str, Any], source: str) -> None:
         self.values = values
         self.source = source
+        self._asked: set[str] = set()
 
     def fail(self, name: str, reason: str) -> NoReturn:
-        raise ModelError(f"{self.source}: {name} = {self.values.get(name)!r}: {reason}")
+        raise ModelError(f"{self.source}: {name} = {quoted(self.get(name))}: {reason}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value as it is; `default` if there is no such field."""
+        self._asked.add(name)
+        return self.values.get(name, default)
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
-        return self.values.get(name) is not None
+        return self.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None, *, low: int = 1) -> int:
+    def integer(
+        self, name: str, default: int | None = None, *, low: int = 1, high: int = MAX_INTEGER
+    ) -> int:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
-            self.fail(name, f"expected an integer of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.fail(name, f"expected an integer from {low} to {high}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(
+        self,
+        name: str,
+        default: float | None = None,
+        *,
+        low: float = _SMALLEST,
+        high: float = _LARGEST,
+    ) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-            self.fail(name, "expected a number above 0")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not low <= value <= high
+        ):
+            self.fail(name, f"expected a number from {low:g} to {high:g}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -65,7 +85,7 @@ class Fields:
 
     def section(self, name: str) -> "Fields":
         """A nested object; an absent or null one reads as empty."""
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             value = {}
         if not isinstance(value, dict):
@@ -74,14 +94,33 @@ class Fields:
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id, a list of them, or nothing."""
-        value = self.values.get(name)
+        value = self.get(name)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             self.fail(name, "expected a token id or a list of token ids")
         return ids
 
+    def refuse_unread(self, harmless: Callable[[str], bool]) -> None:
+        """Raises `ModelError` naming the fields that say something, nobody asked for and are not
+        `harmless`. Null, false, zero and what is empty say nothing."""
+        unread = [
+            name
+            for name, value in self.values.items()
+            if value and name not in self._asked and not harmless(name)
+        ]
+        if not unread:
+            return
+        listed = ", ".join(
+            f"{quoted(name)[1:-1]} = {quoted(self.values[name])}" for name in unread[:_LISTED]
+        )
+        more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
+        raise ModelError(
+            f"{self.source}: {listed}{more}: not supported, and may change what the model "
+            f"computes; remove what you know to have no effect"
+        )
+
     def _get(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
+        value = self.get(name)
         if value is None:
             if default is None:
                 raise ModelError(f"{self.source}: {name} is missing; the model needs it")

@@ -5,14 +5,17 @@ once, so a position's angles never depend on the batch.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from msgspec import Struct
 from torch import Tensor
 
 from specserve.models.fields import Fields
+from specserve.models.known_fields import HARMLESS_ROPE
+from specserve.models.memory import check_memory
 
+MAX_POSITIONS: Final = 2**24  # angles are float32, which tells no more positions apart
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -41,27 +44,42 @@ def read_rope(config: Fields, max_positions: int) -> RopeShape:
 
     Raises `ModelError` for kinds and forms the model cannot run.
     """
-    name = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
-    section = config.section(name)
+    if config.number("partial_rotary_factor", 1.0) != 1.0:
+        config.fail("partial_rotary_factor", "only 1.0 (all dimensions) is supported")
+    names = ("rope_parameters", "rope_scaling")
+    sections = [section for section in map(config.section, names) if section.values]
+    empty = Fields({}, config.source)
+    shapes = [_read_section(config, section, max_positions) for section in sections or [empty]]
+    if shapes[0] != shapes[-1]:
+        config.fail("rope_scaling", "rope_parameters says something else; remove one of the two")
+    return shapes[0]
+
+
+def _read_section(config: Fields, section: Fields, max_positions: int) -> RopeShape:
     theta = section.number("rope_theta", config.number("rope_theta", 10000.0))
     if theta <= 1.0:
         (section if section.has("rope_theta") else config).fail("rope_theta", "must be above 1")
-    for fields in (config, section):
-        if fields.number("partial_rotary_factor", 1.0) != 1.0:
-            fields.fail("partial_rotary_factor", "only 1.0 (all dimensions) is supported")
-    kind = section.values.get("rope_type", section.values.get("type", "default"))
+    if section.number("partial_rotary_factor", 1.0) != 1.0:
+        section.fail("partial_rotary_factor", "only 1.0 (all dimensions) is supported")
+    name = "rope_type" if section.has("rope_type") else "type"
+    kind = section.get(name, "default")
     if kind not in get_args(RopeKind):
-        config.fail(name, f"rope type {kind!r} is not one of {', '.join(get_args(RopeKind))}")
+        section.fail(name, f"expected one of {', '.join(get_args(RopeKind))}")
+    section.refuse_unread(HARMLESS_ROPE.__contains__)
     if kind == "default":
+        if not section.has(name) and section.number("factor", 1.0) != 1.0:
+            section.fail("factor", "nothing says how it is used; set rope_type, or remove it")
         return RopeShape(theta)
-    original = section.integer("original_max_position_embeddings", max_positions)
+    original = section.integer(
+        "original_max_position_embeddings", max_positions, high=MAX_POSITIONS
+    )
     if kind == "yarn":
         return _read_yarn(section, theta, original, max_positions)
-    factor = section.number("factor")
+    factor = _factor(section)
     if kind == "linear":
         return RopeShape(theta, "linear", factor=factor)
     low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
-    if low >= high:
+    if high - low < 1e-6 * high:
         section.fail("low_freq_factor", f"must be below high_freq_factor ({high:g})")
     return RopeShape(
         theta,
@@ -73,23 +91,39 @@ def read_rope(config: Fields, max_positions: int) -> RopeShape:
     )
 
 
+def _factor(section: Fields, default: float | None = None) -> float:
+    return section.number("factor", default, low=1e-3, high=1e6)
+
+
 def rotary_table(rope: RopeShape, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, each [num_positions, head_dim / 2] float32."""
+    """cos and sin of every position, each [num_positions, head_dim / 2] float32.
+
+    Raises `ModelError` if they do not fit in memory.
+    """
+    check_memory(
+        3 * num_positions * head_dim // 2 * torch.float32.itemsize,
+        torch.device("cpu"),
+        f"max_position_embeddings = {num_positions}: the table of rotary angles",
+        "lower it in config.json to the context that is needed",
+    )
     frequencies = _inverse_frequencies(rope, head_dim)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
+    cos = angles.cos().mul_(rope.attention_factor)
+    return cos, angles.sin_().mul_(rope.attention_factor)
 
 
 def _read_yarn(section: Fields, theta: float, original: int, max_positions: int) -> RopeShape:
-    factor = section.number("factor", max_positions / original)
+    factor = _factor(section, max_positions / original)
+    if original * factor > MAX_POSITIONS:
+        section.fail("factor", f"{original} positions times it are more than {MAX_POSITIONS}")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1.0 else 0.1 * weight * math.log(factor) + 1.0
 
-    if section.has("mscale") and section.has("mscale_all_dim"):
-        default = mscale(section.number("mscale")) / mscale(section.number("mscale_all_dim"))
-    else:
-        default = mscale(1.0)
+    weight, weight_all = (
+        section.number(name, 0.0, low=0.0, high=1e3) for name in ("mscale", "mscale_all_dim")
+    )
+    default = mscale(weight) / mscale(weight_all) if weight and weight_all else mscale(1.0)
     return RopeShape(
         theta,
         "yarn",
@@ -98,7 +132,7 @@ def _read_yarn(section: Fields, theta: float, original: int, max_positions: int)
         beta_fast=section.number("beta_fast", 32.0),
         beta_slow=section.number("beta_slow", 1.0),
         truncate=section.flag("truncate", True),
-        attention_factor=section.number("attention_factor", default),
+        attention_factor=section.number("attention_factor", default, low=1e-3, high=1e3),
     )
 
 

@@ -10,28 +10,38 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
+from specserve.files import is_there, quoted
 from specserve.models.fields import Fields, read_json
-from specserve.models.rope import RopeShape, read_rope
+from specserve.models.known_fields import NEUTRAL, is_harmless
+from specserve.models.rope import MAX_POSITIONS, RopeShape, read_rope
+
+MAX_LAYERS: Final = 10_000  # published models have up to 126
 
 
 class Family(Struct, frozen=True):
     """What an architecture implies when its config.json does not say it."""
 
+    model_type: str
     attention_bias_field: bool = False  # `attention_bias` counts, for q, k, v and o
     mlp_bias_field: bool = False
     qkv_bias: bool = False  # always, on q, k and v only
     qk_norm: bool = False
-    window: Literal["none", "every_layer", "by_layer"] = "none"  # which layers may have one
+    window: Literal["none", "every_layer", "by_layer"] = "none"  # where layer_types do not say it
     num_kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
-    "LlamaForCausalLM": Family(attention_bias_field=True, mlp_bias_field=True),
-    "MistralForCausalLM": Family(window="every_layer", num_kv_heads=8),
-    "Qwen2ForCausalLM": Family(qkv_bias=True, window="by_layer"),
+    "LlamaForCausalLM": Family("llama", attention_bias_field=True, mlp_bias_field=True),
+    "MistralForCausalLM": Family("mistral", window="every_layer", num_kv_heads=8),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, window="by_layer", num_kv_heads=32),
     "Qwen3ForCausalLM": Family(
-        attention_bias_field=True, qk_norm=True, window="by_layer", head_dim=128
+        "qwen3",
+        attention_bias_field=True,
+        qk_norm=True,
+        window="by_layer",
+        num_kv_heads=32,
+        head_dim=128,
     ),
 }
 
@@ -68,7 +78,7 @@ class ModelShape(Struct, frozen=True):
         """
         config = Fields(read_json(path / "config.json"), str(path / "config.json"))
         generation_path = path / "generation_config.json"
-        generation = read_json(generation_path) if generation_path.is_file() else {}
+        generation = read_json(generation_path) if is_there(generation_path) else {}
         return read_shape(config, Fields(generation, str(generation_path)))
 
     @property
@@ -82,9 +92,9 @@ def read_shape(config: Fields, generation: Fields) -> ModelShape:
     architecture, family = _family(config)
     _refuse_unsupported(config)
     hidden_size = config.integer("hidden_size")
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.integer("num_hidden_layers", high=MAX_LAYERS)
     num_heads = config.integer("num_attention_heads")
-    max_positions = config.integer("max_position_embeddings")
+    max_positions = config.integer("max_position_embeddings", low=2, high=MAX_POSITIONS)
     rope = read_rope(config, max_positions)
     if rope.kind == "yarn":  # checkpoints may declare only the context before the extension
         max_positions = max(max_positions, round(rope.original_context * rope.factor))
@@ -96,9 +106,9 @@ def read_shape(config: Fields, generation: Fields) -> ModelShape:
         intermediate_size=config.integer("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=config.integer("num_key_value_heads", family.num_kv_heads or num_heads),
+        num_kv_heads=_num_kv_heads(config, family, num_heads),
         head_dim=_head_dim(config, family, hidden_size, num_heads),
-        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6, high=1.0),
         rope=rope,
         max_position_embeddings=max_positions,
         windows=_windows(config, family, num_layers),
@@ -111,8 +121,7 @@ def read_shape(config: Fields, generation: Fields) -> ModelShape:
         bos_token_id=_one_token(config, "bos_token_id"),
         pad_token_id=_one_token(config, "pad_token_id"),
     )
-    if shape.num_heads % shape.num_kv_heads:
-        config.fail("num_key_value_heads", f"must divide num_attention_heads ({shape.num_heads})")
+    config.refuse_unread(is_harmless)
     return shape
 
 
@@ -120,22 +129,45 @@ def _family(config: Fields) -> tuple[str, Family]:
     if config.has("auto_map"):
         config.fail("auto_map", "the model wants to run code of its own, which is never done")
     supported = f"supported: {', '.join(sorted(FAMILIES))}"
-    names = config.values.get("architectures")
+    model_type = config.get("model_type")
+    names = config.get("architectures")
+    if names is None:  # the type alone decides
+        names = [name for name, family in FAMILIES.items() if family.model_type == model_type]
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         config.fail("architectures", f"expected a list of one name; {supported}")
     if names[0] not in FAMILIES:
         config.fail("architectures", f"this architecture is not supported; {supported}")
-    return names[0], FAMILIES[names[0]]
+    family = FAMILIES[names[0]]
+    if model_type not in (None, family.model_type):
+        config.fail("model_type", f"{names[0]} is of type {family.model_type!r}; correct one")
+    return names[0], family
 
 
 def _refuse_unsupported(config: Fields) -> None:
-    if config.has("quantization_config"):
-        config.fail(
-            "quantization_config",
-            "pre-quantised checkpoints are not supported; use the float16 or bfloat16 one",
-        )
-    if config.values.get("hidden_act", "silu") not in ("silu", "swish"):
+    for name in ("quantization_config", "quantization", "compression_config"):
+        if config.get(name):
+            config.fail(
+                name,
+                "pre-quantised checkpoints are not supported; use the float16 or bfloat16 one",
+            )
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
         config.fail("hidden_act", "only silu is supported")
+    for name, neutral in NEUTRAL.items():
+        if config.has(name) and config.get(name) != neutral:
+            config.fail(name, f"only {quoted(neutral).lower()} is supported")
+
+
+def _num_kv_heads(config: Fields, family: Family, num_heads: int) -> int:
+    """Null means as many as query heads, in each family; what absence means differs."""
+    absent = "num_key_value_heads" not in config.values
+    default = family.num_kv_heads if absent and family.num_kv_heads else num_heads
+    num_kv_heads = config.integer("num_key_value_heads", default)
+    if num_heads % num_kv_heads:
+        config.fail(
+            "num_key_value_heads",
+            f"{num_kv_heads} must divide num_attention_heads ({num_heads})",
+        )
+    return num_kv_heads
 
 
 def _head_dim(config: Fields, family: Family, hidden_size: int, num_heads: int) -> int:
@@ -148,23 +180,37 @@ def _head_dim(config: Fields, family: Family, hidden_size: int, num_heads: int) 
 
 
 def _windows(config: Fields, family: Family, num_layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer. A Mistral config that says nothing means 4096."""
-    if family.window == "none":
-        return (0,) * num_layers
-    if family.window == "every_layer":
-        unlimited = "sliding_window" in config.values and not config.has("sliding_window")
-        return (0 if unlimited else config.integer("sliding_window", 4096),) * num_layers
-    if not config.flag("use_sliding_window", False) or not config.has("sliding_window"):
-        return (0,) * num_layers
-    window = config.integer("sliding_window")
-    kinds = config.values.get("layer_types")
+    """The sliding window of each layer, 0 for none."""
+    window = _window(config, family)
+    first = config.integer("max_window_layers", 28, low=0) if family.window == "by_layer" else 0
+    kinds = config.get("layer_types")
     if kinds is None:
-        first = config.integer("max_window_layers", 28, low=0)
         return tuple(window if layer >= first else 0 for layer in range(num_layers))
-    known = {"full_attention": 0, "sliding_attention": window}
-    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= set(known):
-        config.fail("layer_types", f"expected {num_layers} of {', '.join(known)}")
+    known = {"full_attention": 0, "attention": 0, "sliding_attention": window}
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or any(not isinstance(kind, str) or kind not in known for kind in kinds)
+    ):
+        config.fail("layer_types", f"expected {num_layers} of full_attention, sliding_attention")
+    if "sliding_attention" in kinds and not window:
+        config.fail("layer_types", "sliding_attention, but no sliding window is in use")
     return tuple(known[kind] for kind in kinds)
+
+
+def _window(config: Fields, family: Family) -> int:
+    """The model's sliding window, 0 if it uses none. A Mistral config that says nothing means
+    4096; Qwen's uses one only if it says so; Llama's has none, whatever it says."""
+    by_layer = family.window == "by_layer"
+    used = config.flag("use_sliding_window", not by_layer)
+    size = (
+        config.integer("sliding_window", 4096) if config.get("sliding_window", 0) is not None else 0
+    )
+    if family.window == "none" or (by_layer and not used):
+        return 0
+    if not used and size:
+        config.fail("use_sliding_window", f"sliding_window = {size} says otherwise; remove one")
+    return size
 
 
 def _end_tokens(config: Fields, generation: Fields) -> tuple[int, ...]:

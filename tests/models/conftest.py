@@ -10,6 +10,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedConfig,
@@ -31,6 +33,7 @@ CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 REFERENCES: dict[type[PreTrainedConfig], Callable[..., PreTrainedModel]] = {
     LlamaConfig: LlamaForCausalLM,
+    MinistralConfig: MinistralForCausalLM,
     MistralConfig: MistralForCausalLM,
     Qwen2Config: Qwen2ForCausalLM,
     Qwen3Config: Qwen3ForCausalLM,

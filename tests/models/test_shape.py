@@ -154,6 +154,7 @@ def test_end_tokens_come_from_both_files(tmp_path: Path) -> None:
         (
             {
                 "architectures": ["Qwen3ForCausalLM"],
+                "num_key_value_heads": 2,
                 "use_sliding_window": True,
                 "sliding_window": 4,
                 "layer_types": ["full_attention"],

@@ -1,0 +1,38 @@
+"""Whether something fits in memory, said before it is allocated."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from specserve.models.fields import ModelError
+
+_MEMINFO: Final = Path("/proc/meminfo")
+_GIB: Final = 2**30
+
+
+def check_memory(num_bytes: int, device: torch.device, what: str, fix: str) -> None:
+    """Raises `ModelError` if `num_bytes` for `what` are more than the device has left."""
+    if num_bytes < _GIB // 4:  # nothing to look for
+        return
+    available = _available(device)
+    if num_bytes > available:
+        raise ModelError(
+            f"{what} takes {num_bytes / _GIB:.1f} GiB and {available / _GIB:.1f} GiB are free on "
+            f"{device}; {fix}"
+        )
+
+
+def _available(device: torch.device) -> int:
+    """Bytes; on the host with swap, and with what only caches files."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    kib = {
+        name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)
+    }
+    return 1024 * (kib["MemAvailable"] + kib["SwapFree"])
