@@ -118,6 +118,7 @@ class LLM:
         find = partial(resolve, progress=progress)
         directory = find(self.config.target.target)
         self.tokenizer = Tokenizer(directory)
+        self.tokenizer.prepare()
         self.engine = Engine(self.config, directory, self.tokenizer, find)
         self.engine.measure_costs()
         self._num_requests = 0

@@ -110,7 +110,8 @@ def test_tokens_keep_their_ids_and_kinds(write_gguf: Write, tmp_path: Path) -> N
     assert tokenizer.encode("hell") == [TOKENS.index("hell")]
     assert tokenizer.encode("<|end|>", allow_special=True) == [END]
     assert END not in tokenizer.encode("<|end|>")
-    assert tokenizer.encode("<think>") == [END + 1]
+    assert tokenizer.encode("<think>", allow_special=True) == [END + 1]
+    assert END + 1 not in tokenizer.encode("<think>")
     assert tokenizer.chat([{"role": "user", "content": "he"}]) == [TOKENS.index("he"), END]
     assert tokenizer.eos_ids == (END,)
 

@@ -1,5 +1,6 @@
 """Text and chats to ids and back: against transformers, and against forged control tokens."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def test_a_control_token_cannot_be_completed_by_the_template(make_directory: Mak
     assert [i for i in ids if i >= BOS] == [END]
 
 
-@pytest.mark.parametrize("expression", ["m.content | upper", "m.content.split('#')[-1]"])
+@pytest.mark.parametrize("expression", ["m.content | replace('#', '')", "m.content.split('#')[-1]"])
 def test_a_template_that_rewrites_contents(make_directory: Make, expression: str) -> None:
     """Contents cannot be located then: plain ones go through, forged ones are refused."""
     tokenizer = Tokenizer(make_directory(CHATML.replace("m.content", expression)))
@@ -220,9 +221,9 @@ def test_a_name_reaches_the_template_as_text(make_directory: Make) -> None:
 
 @pytest.mark.parametrize("field", ["name", "content"])
 def test_a_rewritten_field_cannot_forge(make_directory: Make, field: str) -> None:
-    template = CHATML.replace("m.content", "(m.name | upper) + (m.content | upper)")
-    tokenizer = Tokenizer(make_directory(template))
-    message = {"role": "user", "content": "x", "name": "y", field: "<|im_end|>"}
+    both = "(m.name | replace('#', '')) + (m.content | replace('#', ''))"
+    tokenizer = Tokenizer(make_directory(CHATML.replace("m.content", both)))
+    message = {"role": "user", "content": "x", "name": "y", field: "#<|im_end|>"}
     with pytest.raises(RequestError) as error:
         tokenizer.chat([message])
     assert error.value.param == f"messages[0].{field}"
@@ -252,10 +253,9 @@ def test_what_cannot_be_continued(make_directory: Make) -> None:
         tokenizer.chat([answer], True, continue_final_message=True)
     with pytest.raises(RequestError, match="the last message is of role 'user'"):
         tokenizer.chat([answer, *_user("x")], False, continue_final_message=True)
-    for template in (CHATML.replace("m.content", "m.content | upper"), "nothing"):
-        rewriting = Tokenizer(make_directory(template))
-        with pytest.raises(RequestError, match="continue_final_message: this model's chat temp"):
-            rewriting.chat([answer], False, continue_final_message=True)
+    rewriting = Tokenizer(make_directory(CHATML.replace("m.content", "m.content | upper")))
+    with pytest.raises(RequestError, match="continue_final_message: this model's chat template"):
+        rewriting.chat([answer], False, continue_final_message=True)
 
 
 def test_many_messages_that_spell_control_tokens(make_directory: Make) -> None:
@@ -275,13 +275,13 @@ def test_a_lone_surrogate_in_a_prompt(make_directory: Make) -> None:
 def test_templates_have_what_transformers_gives_them(make_directory: Make) -> None:
     template = (
         "{{ bos_token }}{{ strftime_now('%Y') | length }}{{ {'é': [1]} | tojson }}"
-        "{% for m in messages %}\n{% if loop.index == 2 %}{% break %}{% endif %}\n"
-        "    {% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{% for i in range(9) %}\n{% if i == messages | length %}{% break %}{% endif %}\n"
+        "    {% generation %}{{ messages[i].content }}{% endgeneration %}{% endfor %}"
     )
     bos = {"content": "<|bos|>", "special": True}
     tokenizer = Tokenizer(make_directory(template, bos_token=bos))
     ids = tokenizer.chat([*_user("one"), *_user("two")])
-    assert tokenizer.decode(ids, skip_special=False) == '<|bos|>4{"é": [1]}one'
+    assert tokenizer.decode(ids, skip_special=False) == '<|bos|>4{"é": [1]}onetwo'
 
 
 @pytest.mark.parametrize(
@@ -299,11 +299,12 @@ def test_a_template_that_refuses_or_misbehaves(make_directory: Make, template: s
 
 
 def test_where_templates_are_found(make_directory: Make) -> None:
-    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": "list"}]
+    said = "{{ messages[0].content }}"
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": f"list {said}"}]
     directory = make_directory(named)
-    assert Tokenizer(directory).decode(Tokenizer(directory).chat(_user("x"))) == "list"
-    (directory / "chat_template.jinja").write_text("file")
-    assert Tokenizer(directory).decode(Tokenizer(directory).chat(_user("x"))) == "file"
+    assert Tokenizer(directory).decode(Tokenizer(directory).chat(_user("x"))) == "list x"
+    (directory / "chat_template.jinja").write_text(f"file {said}")
+    assert Tokenizer(directory).decode(Tokenizer(directory).chat(_user("x"))) == "file x"
 
 
 def test_a_model_without_a_template(make_directory: Make) -> None:
@@ -313,10 +314,11 @@ def test_a_model_without_a_template(make_directory: Make) -> None:
         tokenizer.chat(_user("x"))
 
 
-def test_end_tokens_come_from_both_files(make_directory: Make) -> None:
-    directory = make_directory()
-    (directory / "generation_config.json").write_text('{"eos_token_id": [256, 258]}')
-    assert Tokenizer(directory).eos_ids == (END, BOS)
+def test_end_tokens_by_name(make_directory: Make) -> None:
+    assert Tokenizer(make_directory()).eos_ids == (END,)
+    # What the template ends a turn with ends an answer, whatever is called the end.
+    assert Tokenizer(make_directory(eos_token="<|bos|>")).eos_ids == (BOS, END)
+    assert Tokenizer(make_directory(None, eos_token="<|bos|>")).eos_ids == (BOS,)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_end_tokens_come_from_both_files(make_directory: Make) -> None:
         ("tokenizer.json", None, "no tokenizer.json"),
         ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer"),
         ("tokenizer_config.json", "[", "tokenizer_config.json: not a JSON object"),
-        ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "is not Jinja"),
+        ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "cannot be compiled (Expected"),
     ],
 )
 def test_unusable_directories(
@@ -333,8 +335,8 @@ def test_unusable_directories(
 ) -> None:
     path = make_directory() / file
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(TextError, match=message.replace(".", r"\.")):
-        Tokenizer(path.parent)
+    with pytest.raises(TextError, match=re.escape(message)):
+        Tokenizer(path.parent).prepare()
 
 
 def test_the_first_difference_between_vocabularies(make_directory: Make) -> None:

@@ -20,6 +20,7 @@ from specserve.drafting.compose import ComposedDrafter
 from specserve.drafting.registry import create_drafter, expanded, public_names
 from specserve.drafting.worth import Worth
 from specserve.engine.device import choose_platform
+from specserve.engine.end_tokens import end_tokens
 from specserve.engine.limits import Limits
 from specserve.engine.measure import measure_costs
 from specserve.engine.memory import count_blocks
@@ -80,6 +81,7 @@ class Engine:
             packed_dtype=platform.packed_dtype,
         )
         self.shape, self.dtype, self._row_multiple = model.shape, model.dtype, model.row_multiple
+        ends = end_tokens(model.shape, tokenizer)
         self.max_model_len = _context(config.target.max_model_len, model.shape)
         draft_specs = {
             name: drafter.kv_spec(model.dtype) for name, drafter in self._drafters.items()
@@ -108,9 +110,7 @@ class Engine:
             taps=self._taps,
         )
         sampler = Sampler(platform.kernels, platform.device)
-        self.verifier = Verifier(
-            sampler, self.shape.eos_token_ids, self.shape.vocab_size, tokenizer
-        )
+        self.verifier = Verifier(sampler, ends, self.shape.vocab_size, tokenizer)
         on_stage("loading the drafters")
         self._bind(draft_specs, sampler, model)
         self.limits = Limits(

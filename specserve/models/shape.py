@@ -214,8 +214,13 @@ def _window(config: Fields, family: Family) -> int:
 
 
 def _end_tokens(config: Fields, generation: Fields) -> tuple[int, ...]:
-    ids = generation.token_ids("eos_token_id") + config.token_ids("eos_token_id")
-    return tuple(dict.fromkeys(ids))
+    vocab_size, ids = config.integer("vocab_size"), dict[int, None]()
+    for fields in (generation, config):
+        for token in fields.token_ids("eos_token_id"):
+            if token >= vocab_size:
+                fields.fail("eos_token_id", f"{token} is no token: vocab_size is {vocab_size}")
+            ids[token] = None
+    return tuple(ids)
 
 
 def _one_token(config: Fields, name: str) -> int | None:

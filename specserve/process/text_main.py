@@ -24,11 +24,15 @@ from specserve.process.text_messages import (
     Ready,
     Refused,
     Setup,
+    Stage,
     ToText,
 )
 from specserve.text import TextError, Tokenizer
 from specserve.types import RequestError
 
+_COMPILE_TIMEOUT: Final = 10.0  # seconds for a chat template and three short chats
+_LOAD_TIMEOUT: Final = 120.0  # seconds for a tokenizer
+_PREPARING: Final = 2**31  # bytes for reading a tokenizer of any size
 _GRACE: Final = 1.0  # seconds beyond its limit after which a job nobody waits for ends the worker
 
 
@@ -47,19 +51,45 @@ def _serve(peer: FrameSocket[ToText]) -> None:
     if not isinstance(setup, Setup):
         return
     try:
-        tokenizer = Tokenizer(Path(setup.directory))
+        tokenizer = _load(peer, setup)
     except TextError as error:
         peer.send(Failed(str(error)))
         return
-    _limit_memory(setup.memory_limit)
     peer.send(Ready(tokenizer.max_token_bytes()))
     for job in inbox:
         assert not isinstance(job, Setup)
-        # Without a peer nobody kills it; this alarm does, and needs no Python to run.
-        signal.setitimer(signal.ITIMER_REAL, setup.time_limit + _GRACE)
+        _set_alarm(setup.time_limit)
         answer = _answer(tokenizer, job)
         signal.setitimer(signal.ITIMER_REAL, 0)
         peer.send(answer)
+
+
+def _load(peer: FrameSocket[ToText], setup: Setup) -> Tokenizer:
+    """A tokenizer that is ready for the first job. Raises TextError."""
+    tokenizer = Tokenizer(Path(setup.directory))
+    problem = (
+        f"{setup.directory}: the chat template takes too much time or memory to compile; use the "
+        f"model's original one, or remove it to serve plain prompts"
+    )
+    _enter(peer, Stage(_COMPILE_TIMEOUT, problem))
+    _limit_memory(setup.memory_limit)
+    tokenizer.compile_template()
+    _limit_memory(setup.memory_limit + _PREPARING)
+    _enter(peer, Stage(_LOAD_TIMEOUT, f"{setup.directory}: the tokenizer was not loaded in time"))
+    tokenizer.prepare()
+    _limit_memory(setup.memory_limit)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return tokenizer
+
+
+def _enter(peer: FrameSocket[ToText], stage: Stage) -> None:
+    _set_alarm(stage.time_limit)
+    peer.send(stage)
+
+
+def _set_alarm(seconds: float) -> None:
+    """Without a peer nobody kills it; this alarm does, and needs no Python to run."""
+    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
 
 
 def _messages(peer: FrameSocket[ToText]) -> Iterator[ToText]:

@@ -1,7 +1,7 @@
 """What the HTTP process and a text worker say to each other. No torch.
 
-To the worker: `Setup` once, then one job at a time, the next one after the answer. From it: `Ready`
-(or `Failed`, and it is over), then one `Ids` or `Refused` for every job.
+To the worker: `Setup` once, then one job at a time, the next one after the answer. From it: each
+`Stage` of its start, `Ready` (or `Failed`, and it is over), then one `Ids` or `Refused` per job.
 """
 
 from msgspec import Struct
@@ -33,6 +33,13 @@ class Chat(Struct, frozen=True, tag=True):
     param: str = "messages"
 
 
+class Stage(Struct, frozen=True, tag=True):
+    """What comes next takes `time_limit` seconds at most; `problem` says what it means if not."""
+
+    time_limit: float
+    problem: str
+
+
 class Ready(Struct, frozen=True, tag=True):
     max_token_bytes: int | None  # of the tokenizer
 
@@ -56,4 +63,4 @@ class Refused(Struct, frozen=True, tag=True):
 
 Job = Encode | Chat
 ToText = Setup | Job
-FromText = Ready | Failed | Ids | Refused
+FromText = Stage | Ready | Failed | Ids | Refused

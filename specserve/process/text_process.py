@@ -26,6 +26,7 @@ from specserve.process.text_messages import (
     Ready,
     Refused,
     Setup,
+    Stage,
 )
 from specserve.text import TextError
 from specserve.text.messages import check_text, read_messages
@@ -34,7 +35,7 @@ from specserve.types import RequestError
 logger = logging.getLogger(__name__)
 
 _MODULE: Final = "specserve.process.text_main"
-_START_TIMEOUT: Final = 120.0  # seconds to load a tokenizer
+_START_TIMEOUT: Final = 120.0  # seconds for a process to start and read a tokenizer
 _MAX_DELAY: Final = 30.0  # seconds between attempts to start a worker
 _MAX_BYTES: Final = 2**27  # of one text, below what a frame holds
 
@@ -205,7 +206,8 @@ class TextProcess:
         """Have one job done. The worker may be at its end after it."""
         limit, param = self._setup.time_limit, ticket.job.param
         try:
-            answer = await worker.ask(ticket.job, limit)
+            worker.send(ticket.job)
+            answer = await worker.answer(limit)
         except TimeoutError:
             logger.warning("a text worker took longer than %g s and is replaced", limit)
             ticket.fail(RequestError(param, f"turning it into tokens took longer than {limit:g} s"))
@@ -261,6 +263,7 @@ class _Worker:
     def __init__(self, child: Child[FromText]) -> None:
         self._child = child
         self.pid = child.pid
+        self._arrived: list[FromText] = []
         self.incoming = asyncio.create_task(self._receive())  # done without a job: it ended
 
     @classmethod
@@ -270,13 +273,15 @@ class _Worker:
             worker = cls(await Child.start(_MODULE, FromText))
         except OSError as error:
             raise TextError(f"no process for the tokenizer can be started ({error})") from error
-        answer = None
+        stage = Stage(_START_TIMEOUT, f"{setup.directory}: the tokenizer was not loaded in time")
+        answer: FromText | None = stage
         try:
-            answer = await worker.ask(setup, _START_TIMEOUT)
+            worker.send(setup)
+            while isinstance(answer, Stage):
+                stage = answer
+                answer = await worker.answer(stage.time_limit)
         except TimeoutError:
-            raise TextError(
-                f"{setup.directory}: the tokenizer was not loaded after {_START_TIMEOUT:g} s"
-            ) from None
+            raise TextError(f"{stage.problem} (after {stage.time_limit:g} s)") from None
         finally:
             if not isinstance(answer, Ready):
                 status = await worker.end()
@@ -284,11 +289,13 @@ class _Worker:
             return worker, answer
         if isinstance(answer, Failed):
             raise TextError(answer.error)
-        raise TextError(f"a text worker ended with status {status} before it was ready")
+        raise TextError(f"{stage.problem} (its process ended with status {status})")
 
-    async def ask(self, message: Setup | Job, time_limit: float) -> FromText | None:
-        """Its answer, or None if it ended instead. Raises TimeoutError after `time_limit` s."""
+    def send(self, message: Setup | Job) -> None:
         self._child.frames.send(message)
+
+    async def answer(self, time_limit: float) -> FromText | None:
+        """What it says next, or None if it ended. Raises TimeoutError after `time_limit` s."""
         await asyncio.wait({self.incoming}, timeout=time_limit)
         if not self.incoming.done():
             raise TimeoutError
@@ -306,9 +313,9 @@ class _Worker:
         return status
 
     async def _receive(self) -> FromText | None:
-        try:
-            messages = await self._child.frames.receive()
-        except FrameError:
-            logger.exception("a text worker sent nonsense")
-            return None
-        return messages[0] if messages else None
+        if not self._arrived:
+            try:
+                self._arrived = await self._child.frames.receive() or []
+            except FrameError:
+                logger.exception("a text worker sent nonsense")
+        return self._arrived.pop(0) if self._arrived else None

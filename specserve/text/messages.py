@@ -13,6 +13,7 @@ from specserve.types import RequestError
 Message = Mapping[str, object]  # {"role": ..., "content": ...}
 PlainMessage = dict[str, str]  # role and content, and name if there is one
 ROLES: Final = ("system", "developer", "user", "assistant")
+WRITTEN: Final = ("content", "name")  # fields of a message that hold a user's own text
 MAX_MESSAGES: Final = 2048
 MAX_NAME: Final = 256  # characters
 
@@ -35,6 +36,14 @@ def read_messages(messages: Sequence[Message]) -> list[PlainMessage]:
             "messages", f"{len(messages)} messages given; at most {MAX_MESSAGES} are allowed"
         )
     return [_read(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def developers_as_system(messages: Sequence[PlainMessage]) -> list[PlainMessage]:
+    """The same with `developer` messages as `system` ones, as older models call them."""
+    return [
+        message | {"role": "system"} if message["role"] == "developer" else message
+        for message in messages
+    ]
 
 
 def check_text(name: str, text: str) -> None:

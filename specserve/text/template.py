@@ -1,7 +1,11 @@
 """The chat template of a model: messages to the text the model was trained on.
 
 Owns the sandbox. Knows where in the text each piece that a user wrote went, so that the caller can
-treat it as text. Knows no tokens.
+treat it as text, and which messages the template leaves out. Knows no tokens.
+
+A template is a program of the model's author: rendering it can take any time and memory, so
+whoever serves others does it in a process that can be killed. Nothing of it runs when it is
+compiled.
 """
 
 import json
@@ -12,14 +16,19 @@ from datetime import datetime
 from typing import Any, Final, NamedTuple, NoReturn
 
 from jinja2 import Environment, TemplateError, nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from specserve.text.messages import PlainMessage
+from specserve.text.messages import WRITTEN, PlainMessage, developers_as_system
 from specserve.types import RequestError
 
-WRITTEN: Final = ("content", "name")  # fields of a message that hold a user's own text
+_SAMPLES: Final = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant"))
+
+
+class TemplateUnusable(ValueError):
+    """Text that cannot be compiled to a template; the message says why."""
 
 
 class Span(NamedTuple):
@@ -29,23 +38,82 @@ class Span(NamedTuple):
     field: str
     start: int
     end: int
+    mark_end: int  # where its mark ends in the marked chat
+
+
+class Rendering(NamedTuple):
+    """A chat as text, and the same with a mark in place of everything that users wrote.
+
+    `spans` tells where in `text` they wrote, in order; None if the template does more with it than
+    put it there, whole or stripped. `marked` is None if the template refuses marks.
+    """
+
+    text: str
+    marked: str | None
+    spans: list[Span] | None
+
+    def up_to_content(self, number: int) -> "Rendering":
+        """The same, ending where the content of a message ends. Raises `RequestError`."""
+        spans = self.spans or []
+        last = max((i for i, s in enumerate(spans) if s[:2] == (number, "content")), default=None)
+        if last is None or self.marked is None:
+            raise RequestError(
+                "continue_final_message",
+                "this model's chat template rewrites messages, so that the end of the last one "
+                "cannot be found; leave it out",
+            )
+        end = spans[last]
+        return Rendering(self.text[: end.end], self.marked[: end.mark_end], spans[: last + 1])
 
 
 class ChatTemplate:
-    """One compiled template. Raises jinja2's `TemplateSyntaxError` if it is not one."""
+    """One compiled template. Raises `TemplateUnusable`."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        environment = _Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            extensions=[loopcontrols, _Generation],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+            self._constants = _constants(environment.parse(source))
+        except Exception as error:  # its author can get it wrong in any way
+            raise TemplateUnusable(_in_short(error)) from None
+        self._knows_developers = "developer" in self._constants
 
-    def render(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> str:
-        """The whole chat as text. Raises `RequestError` for what the template refuses."""
+    def render(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> Rendering:
+        """The whole chat. Raises `RequestError` for what the template refuses or leaves out."""
+        if not self._knows_developers:
+            messages = developers_as_system(messages)
+        text = self._render(messages, add_generation_prompt)
+        marks = _Marks(messages)
+        try:
+            marked = self._render(marks.messages(), add_generation_prompt)
+        except RequestError:
+            return Rendering(text, None, None)
+        for number, field in marks.missing(marked):
+            self._check_counts(messages, number, field, text, add_generation_prompt)
+        return Rendering(text, marked, marks.locate(text, marked))
+
+    def own_texts(self) -> list[str]:
+        """What the template itself writes: its constants, and short chats around nothing said."""
+        texts = list(self._constants)
+        for roles in _SAMPLES:
+            chat = [{"role": role, "content": ""} for role in roles]
+            for generate in (True, False):
+                try:
+                    texts.append(self._render(chat, generate))
+                except RequestError:
+                    continue
+        return texts
+
+    def _render(self, messages: Sequence[PlainMessage], add_generation_prompt: bool) -> str:
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -55,41 +123,107 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except Exception as error:  # a template is a program: it can fail in any way
-            reason = str(error) or type(error).__name__
             raise RequestError(
-                "messages", f"the model's chat template cannot render them ({reason})"
+                "messages", f"the model's chat template cannot render them ({_in_short(error)})"
             ) from error
 
-    def locate(
-        self, messages: Sequence[PlainMessage], text: str, *, add_generation_prompt: bool
-    ) -> list[Span] | None:
-        """Where in the rendered `text` the fields that users write stand, in order.
-
-        None if the template does more with one than put it there, whole or stripped.
-        """
-        secret = secrets.token_hex(16)
-        written = [(i, field) for i, m in enumerate(messages) for field in WRITTEN if field in m]
-        marked = [dict(message) for message in messages]
-        for mark, (number, field) in enumerate(written):
-            marked[number][field] = f"{secret}x{mark}x"
+    def _check_counts(
+        self,
+        messages: Sequence[PlainMessage],
+        number: int,
+        field: str,
+        text: str,
+        add_generation_prompt: bool,
+    ) -> None:
+        """Raise `RequestError` if the chat reads the same whatever the field says."""
+        others = [dict(message) for message in messages]
+        others[number][field] = secrets.token_hex(16)
         try:
-            pattern = self.render(marked, add_generation_prompt=add_generation_prompt)
+            unchanged = self._render(others, add_generation_prompt) == text
         except RequestError:
+            return
+        if unchanged and field == "name":
+            raise RequestError(
+                f"messages[{number}].name",
+                "this model's chat template has no place for names; leave it out",
+            )
+        if unchanged:
+            raise RequestError(
+                f"messages[{number}].content",
+                f"this model's chat template leaves out this message of role "
+                f"{messages[number]['role']!r}; put its content into another message",
+            )
+
+
+class _Marks:
+    """Unguessable marks in place of what users wrote, one for each field."""
+
+    def __init__(self, messages: Sequence[PlainMessage]) -> None:
+        self._secret = secrets.token_hex(16)
+        self._mark = re.compile(f"{self._secret}x([0-9]+)x", re.IGNORECASE)
+        self._messages = messages
+        self._fields = [(i, name) for i, m in enumerate(messages) for name in WRITTEN if name in m]
+
+    def messages(self) -> list[PlainMessage]:
+        marked = [dict(message) for message in self._messages]
+        for mark, (number, field) in enumerate(self._fields):
+            marked[number][field] = f"{self._secret}x{mark}x"
+        return marked
+
+    def missing(self, marked: str) -> list[tuple[int, str]]:
+        """The fields whose mark is not in the text, in whatever case."""
+        found = {int(digits) for digits in self._mark.findall(marked)}
+        return [place for mark, place in enumerate(self._fields) if mark not in found]
+
+    def locate(self, text: str, marked: str) -> list[Span] | None:
+        """Where the fields stand in `text`: where the marks are in `marked`. None: elsewhere."""
+        marks = [*self._mark.finditer(marked)]
+        ends = [*(mark.start() for mark in marks), len(marked)]
+        if not text.startswith(marked[: ends[0]]):
             return None
-        first, *pieces = re.split(f"{secret}x([0-9]+)x", pattern)
-        if not text.startswith(first):
-            return None
-        at, spans = len(first), []
-        for digits, literal in zip(pieces[::2], pieces[1::2], strict=True):
-            number, field = written[int(digits)]
-            whole = messages[number][field]
+        at, spans = ends[0], []
+        for mark, end in zip(marks, ends[1:], strict=True):
+            number, field = self._fields[int(mark[1])]
+            whole, literal = self._messages[number][field], marked[mark.end() : end]
             forms = (whole, whole.strip(), whole.lstrip(), whole.rstrip())
             form = next((form for form in forms if text.startswith(form + literal, at)), None)
             if form is None:
                 return None
-            spans.append(Span(number, field, at, at + len(form)))
+            spans.append(Span(number, field, at, at + len(form), mark.end()))
             at += len(form) + len(literal)
         return spans if at == len(text) else None
+
+
+class _Compiler(CodeGenerator):
+    """Leaves every expression to be evaluated when the template is rendered.
+
+    Jinja evaluates constant ones when it compiles: `'x' * 10**10` would be made right there.
+    """
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData | nodes.Const):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+    def visit_EvalContextModifier(self, node: nodes.EvalContextModifier, frame: Any) -> None:
+        if not all(isinstance(option.value, nodes.Const) for option in node.options):
+            self.fail("autoescape takes true or false", node.lineno)
+        super().visit_EvalContextModifier(node, frame)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    code_generator_class = _Compiler
+
+
+def _constants(tree: nodes.Template) -> list[str]:
+    """Text between the tags, and strings in them."""
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    return [*texts, *(c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str))]
+
+
+def _in_short(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return reason if len(reason) <= 200 else f"{reason[:200]}..."
 
 
 def _refuse(reason: str) -> NoReturn:

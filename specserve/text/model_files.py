@@ -1,0 +1,147 @@
+"""What a model directory says about its tokenizer and its chat template beside tokenizer.json.
+
+Owns the places and shapes that libraries have written these in. Everything is read as UTF-8,
+whatever the locale. Compiles nothing.
+"""
+
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+from tokenizers import Tokenizer as TokenizerFile
+
+_CONFIG: Final = "tokenizer_config.json"
+_TOKENS_MAP: Final = "special_tokens_map.json"  # where older libraries named them
+_NAMED: Final = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+_LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
+_MAX_BYTES: Final = 64 * 2**20  # of one file
+
+
+class TextError(ValueError):
+    """A model directory without a usable tokenizer; the message says why and what to do."""
+
+
+class SpecialTokens(Struct, frozen=True):
+    """Tokens that the files name: `roles` such as eos_token, and all of them."""
+
+    roles: dict[str, str]
+    all: frozenset[str]
+
+
+class ChatTemplateSource(Struct, frozen=True):
+    """A chat template, not compiled, and the file it came from."""
+
+    text: str
+    place: str
+
+
+def read_tokenizer(directory: Path) -> TokenizerFile:
+    """tokenizer.json. Raises `TextError`."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise TextError(
+            f"{directory}: no tokenizer.json; save the tokenizer again with a recent version of "
+            f"the library it came from"
+        )
+    try:
+        tokenizer = TokenizerFile.from_str(path.read_text(encoding="utf-8-sig"))
+    except Exception as error:  # the library raises nothing narrower
+        raise TextError(f"{path}: not a tokenizer ({error}); fetch it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_special_tokens(directory: Path) -> SpecialTokens:
+    """The named tokens; tokenizer_config.json counts first. Raises `TextError`."""
+    files = {name: _read_json(directory / name) for name in (_CONFIG, _TOKENS_MAP)}
+    roles: dict[str, str] = {}
+    found: set[str] = set()
+    for role in (f"{name}_token" for name in _NAMED):
+        for name, content in files.items():
+            if role in content:
+                token = _content(directory / name, role, content[role])
+                if token is not None:
+                    roles[role] = token
+                break
+    for name, content in files.items():
+        for field in _LISTS:
+            listed = content.get(field)
+            values = list(listed.values()) if isinstance(listed, dict) else listed or []
+            if not isinstance(values, list):
+                raise _unusable(directory / name, field, listed, "a list of tokens")
+            found |= {t for v in values if (t := _content(directory / name, field, v)) is not None}
+    decoder = files[_CONFIG].get("added_tokens_decoder")
+    for entry in decoder.values() if isinstance(decoder, dict) else ():
+        if isinstance(entry, dict) and entry.get("special") is True:
+            found.add(str(entry.get("content")))
+    return SpecialTokens(roles, frozenset(found | set(roles.values())))
+
+
+def read_chat_template(directory: Path) -> ChatTemplateSource | None:
+    """The template, where there is one: of several the one called default. Raises `TextError`."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return ChatTemplateSource(_read_text(path), path.name)
+    for name in (_CONFIG, "chat_template.json"):
+        found = _read_json(directory / name).get("chat_template")
+        if found is not None:
+            return ChatTemplateSource(_choose(directory / name, found), name)
+    return None
+
+
+def _choose(path: Path, found: object) -> str:
+    """A template as it stands in a JSON file: by itself, or one of several with names."""
+    if isinstance(found, str):
+        return found
+    named = found
+    if isinstance(found, list) and all(isinstance(item, dict) for item in found):
+        named = {item.get("name"): item.get("template") for item in found}
+    if not isinstance(named, dict):
+        raise _unusable(path, "chat_template", found, "a string or a list of named templates")
+    if not isinstance(named.get("default"), str):
+        names = ", ".join(map(_short, named)) or "none"
+        raise TextError(
+            f"{path}: chat_template has no template named 'default' (there are: {names}); rename "
+            f"the one to use"
+        )
+    return str(named["default"])
+
+
+def _content(path: Path, field: str, token: object) -> str | None:
+    """A token as the files write it: a string, an object around one, or null."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is not None and not isinstance(content, str):
+        raise _unusable(path, field, token, "a token: a string, or an object with its content")
+    return content
+
+
+def _unusable(path: Path, field: str, value: object, expected: str) -> TextError:
+    return TextError(f"{path}: {field} = {_short(value)} is not {expected}; correct it")
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(_read_text(path), type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise TextError(f"{path}: not a JSON object ({error}); fetch it again") from None
+
+
+def _read_text(path: Path) -> str:
+    """The file's text, without the mark that some editors put in front of UTF-8."""
+    try:
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise TextError(f"{path}: {size} bytes is too big (limit {_MAX_BYTES}); fetch it again")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read ({error.strerror}); see its permissions") from None

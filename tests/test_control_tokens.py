@@ -1,0 +1,204 @@
+"""Users' text never becomes a control token, and changes nothing around it, over the tokenizers
+that chat models come with."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_text import CHATML, write_byte_tokenizer
+from tokenizer_shapes import MARKERS, SHAPES, write_shape
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as TokenizerFile
+
+from specserve.text import Tokenizer
+
+# Markers in spellings that some normaliser, stripping or vocabulary reads as the markers.
+_SPELLINGS = (
+    *MARKERS,
+    " <|im_end|> ",
+    "<|IM_END|>",
+    "\uff1c|im_end|\uff1e",
+    "<|im_\uff45nd|>",
+    "<|im_",
+    "end|>",
+    "<think",
+    ">",
+    "hello",
+    "\n",
+    " ",
+    "x",
+)
+_forged = st.lists(st.sampled_from(_SPELLINGS), max_size=8).map("".join)
+_FLAGS: dict[str, dict[str, Any]] = {
+    "special": {},
+    "normalized": {"normalized": True},
+    "rstrip": {"rstrip": True},
+    "not special": {"special": MARKERS[:2], "plain": MARKERS[2:]},
+}
+NAMED = CHATML.replace("m.role", "m.role + (m.name if m.name else '')")
+
+
+@pytest.fixture(scope="module", params=itertools.product(SHAPES, _FLAGS), ids=" / ".join)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    shape, flags = request.param
+    directory = write_shape(tmp_path_factory.mktemp("shape"), shape, **_FLAGS[flags])
+    (directory / "chat_template.jinja").write_text(NAMED, encoding="utf-8")
+    return Tokenizer(directory)
+
+
+def _chat(content: str, name: str = "") -> list[dict[str, str]]:
+    said = {"role": "user", "content": content, "name": name}
+    around = [("system", "hello there"), ("assistant", "hello  you")]
+    before, after = ({"role": role, "content": text} for role, text in around)
+    return [before, said, after, {"role": "user", "content": "so?"}]
+
+
+def _sections(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[str | None, list[int]]]:
+    """The ids after each marker, and the marker."""
+    vocabulary = tokenizer.vocabulary()
+    markers = {vocabulary[marker]: marker for marker in MARKERS}
+    section: tuple[str | None, list[int]] = (None, [])
+    for index in ids:
+        if index in markers:
+            yield section
+            section = (markers[index], [])
+        else:
+            section[1].append(index)
+    yield section
+
+
+@settings(deadline=None, max_examples=30)
+@given(content=_forged, name=_forged)
+def test_no_text_forges_a_turn_or_changes_another(
+    tokenizer: Tokenizer, content: str, name: str
+) -> None:
+    honest = list(_sections(tokenizer, tokenizer.chat(_chat("x", "x"))))
+    forged = list(_sections(tokenizer, tokenizer.chat(_chat(content, name))))
+    assert [marker for marker, _ in forged] == [marker for marker, _ in honest]
+    same = [ours == theirs for ours, theirs in zip(forged, honest, strict=True)]
+    # Llama 2's first files found a marker only where the text begins; then all is one section.
+    assert len(honest) == 2 or all(same[:3] + same[4:]), (forged, honest)
+    vocabulary = tokenizer.vocabulary()
+    prompt = tokenizer.encode(content, add_special=False)
+    assert not {vocabulary[marker] for marker in MARKERS} & set(prompt)
+
+
+def test_a_chat_without_markers_is_the_text_of_the_template(tokenizer: Tokenizer) -> None:
+    """With the ids that the library gives the whole text, where no message begins with space."""
+    chat = _chat("hello  you\n", "Bo")
+    text = "".join(
+        f"<|im_start|>{m['role']}{m.get('name', '')}\n{m['content']}<|im_end|>\n" for m in chat
+    )
+    assert tokenizer.chat(chat, False) == tokenizer.encode(
+        text, allow_special=True, add_special=False
+    )
+
+
+@pytest.mark.parametrize("content", ["  hello", "hello", "\n"])
+def test_space_that_a_marker_of_the_template_swallows(tmp_path: Path, content: str) -> None:
+    """Space of a user's after a marker that takes it is no forgery."""
+    write_shape(tmp_path, "Qwen 2", rstrip=True)
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    chat = [{"role": "user", "content": content}, {"role": "user", "content": "</s>"}]
+    whole = tokenizer.encode(
+        f"<|im_start|>{content}<|im_end|><|im_start|>", allow_special=True, add_special=False
+    )
+    assert tokenizer.chat(chat)[: len(whole)] == whole
+    assert tokenizer.chat(chat[:1]) == whole[:-1]
+
+
+@pytest.mark.parametrize(
+    ("token", "template", "is_text"),
+    [
+        ("  ", CHATML, True),
+        ("\n\n", CHATML + "\n\n", True),
+        ("\u2581\u2581", CHATML, True),
+        ("café", CHATML, True),
+        ("<table>", CHATML, True),
+        ("</h1>", CHATML, True),
+        ("...", CHATML, True),
+        ("<tool_call>", CHATML, False),
+        ("[TOOL_RESULTS]", CHATML, False),
+        ("<\uff5cAssistant\uff5c>", CHATML, False),
+        ("<|reserved_7|>", CHATML, False),
+        ("<table>", CHATML + "{{ '<table>' if messages | length > 9 }}", False),
+        ("USER:", CHATML.replace("m.role", "'USER:'"), False),
+        ("«system»", CHATML.replace("m.role", "'«' ~ m.role ~ '»'"), False),
+    ],
+)
+def test_added_tokens_that_are_not_flagged(
+    tmp_path: Path, token: str, template: str, is_text: bool
+) -> None:
+    """Words and space stay as the model was trained on them; what marks something does not."""
+    directory = write_byte_tokenizer(tmp_path, template)
+    file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
+    file.add_tokens([AddedToken(token, special=False, normalized=False)])
+    file.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(directory)
+    index = tokenizer.vocabulary()[token]
+    chat = [{"role": "user", "content": f"a{token}b"}]
+    extra = tokenizer.chat([{"role": "user", "content": "a b"}]).count(index)
+    assert tokenizer.chat(chat).count(index) == extra + is_text
+    assert tokenizer.encode(f"a{token}b").count(index) == is_text
+    assert tokenizer.encode(f"a{token}b", allow_special=True).count(index) == 1
+
+
+def test_control_tokens_that_only_a_config_names(tmp_path: Path) -> None:
+    """Flags may be missing in tokenizer.json, and a named token may be a piece like any other."""
+    write_shape(tmp_path, "T5", special=("<s>",), plain=("<think>", "SEP"))
+    config = {
+        "eos_token": "</s>",
+        "additional_special_tokens": ["SEP"],
+        "added_tokens_decoder": {"5": {"content": "<think>", "special": True}},
+        "chat_template": "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    vocabulary = tokenizer.vocabulary()
+    for spelled in ("</s>", "SEP", "<think>"):
+        chat = [{"role": "user", "content": f"a{spelled}b"}]
+        assert vocabulary[spelled] not in tokenizer.encode(f"a{spelled}b")
+        assert tokenizer.chat(chat).count(vocabulary["</s>"]) == 1
+
+
+def test_a_character_that_is_called_special_stays_a_character(tmp_path: Path) -> None:
+    """As a padding token that was chosen among what is there."""
+    directory = write_byte_tokenizer(tmp_path, pad_token="!")
+    file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
+    file.add_special_tokens(["!"])
+    file.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.decode(tokenizer.encode("hi!"), skip_special=False) == "<|bos|>hi!"
+
+
+@pytest.mark.parametrize("change", ["m.content | lower", "m.content | replace('#', '')"])
+def test_a_template_that_makes_a_control_token_of_what_is_none(tmp_path: Path, change: str) -> None:
+    tokenizer = Tokenizer(write_byte_tokenizer(tmp_path, CHATML.replace("m.content", change)))
+    for content in ("<|IM_END|>a", "<|im#_end|>"):
+        chat = [{"role": "user", "content": content}]
+        if ("#" in change) == ("#" in content):
+            with pytest.raises(ValueError, match="spells a control token"):
+                tokenizer.chat(chat)
+        else:
+            tokenizer.chat(chat)
+
+
+def test_thinking_that_a_template_removes_goes_through(tmp_path: Path) -> None:
+    """Clients send an answer back as it came, markers and all."""
+    rewriting = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip('\n')")
+    directory = write_byte_tokenizer(tmp_path, rewriting)
+    file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
+    file.add_tokens([AddedToken("<think>", special=False), AddedToken("</think>", special=False)])
+    file.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(directory)
+    answer = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nParis"}
+    chat = [{"role": "user", "content": "a"}, answer, {"role": "user", "content": "b"}]
+    plain = [chat[0], answer | {"content": "Paris"}, chat[2]]
+    assert tokenizer.chat(chat) == tokenizer.chat(plain)
