@@ -13,6 +13,8 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
+MAX_MODEL_NAME: Final = 256  # characters of the name that requests give as `model`
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -31,6 +33,15 @@ def parse_bytes(name: str, text: str) -> int:
     if size <= 0:
         raise ConfigError(f"{name}: {text!r} is not a size; write it like '2GiB' or '512MiB'")
     return size
+
+
+def check_model_name(name: str) -> None:
+    """Raise ConfigError for a name that no request could give as `model`."""
+    if not 0 < len(name) <= MAX_MODEL_NAME or not name.isprintable():
+        raise ConfigError(
+            f"served_model_name: {name[:40]!r} ({len(name)} characters) cannot be asked for; give "
+            f"1 to {MAX_MODEL_NAME} printable characters"
+        )
 
 
 def _in_range(name: str, value: float | None, low: float, high: float) -> None:
@@ -115,6 +126,8 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
         for name in ("host", "served_model_name", "api_key_file", "ssl_certfile", "ssl_keyfile"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name}: is empty; leave it out for the default")
+        if self.served_model_name is not None:
+            check_model_name(self.served_model_name)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             missing = "ssl_certfile" if self.ssl_certfile is None else "ssl_keyfile"
             raise ConfigError(f"{missing}: is missing; TLS needs both ssl_certfile and ssl_keyfile")

@@ -185,7 +185,7 @@ class LLM:
             prompt_ids = self.encode(prompt)
             params.validate(self.engine.shape.vocab_size)
             if prediction is not None:
-                expected = tuple(self.tokenizer.encode(prediction))
+                expected = tuple(self.tokenizer.encode(prediction, add_special=False))
                 speculation = msgspec.structs.replace(speculation, prediction=expected)
             seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
             requests = [

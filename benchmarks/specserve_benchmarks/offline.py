@@ -29,6 +29,7 @@ from specserve_evals.runs import (
     Variant,
     add_run_flags,
     at_least_one,
+    check_options,
     fits,
     generate_in_batches,
     open_llm,
@@ -116,10 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     console = stdout_console()
     prompts = demo_prompts() if args.prompts is None else load_prompts(args.prompts)
+    compared = variants(args.draft)
+    check_options(args, compared)
     with show_progress() as progress:
         llms = {
             variant.name: open_llm(args, variant, progress, prefix_caching=False)
-            for variant in variants(args.draft)
+            for variant in compared
         }
     plain = llms[PLAIN.name]
     per_category = max(args.per_category, *args.batch)

@@ -29,7 +29,14 @@ from specserve_benchmarks.serving_report import Report, Sample, markdown, show, 
 from specserve_evals import provenance
 from specserve_evals.progress import stdout_console, track
 from specserve_evals.prompts import load_prompts, select
-from specserve_evals.runs import Variant, add_run_flags, at_least_one, fits, open_llm
+from specserve_evals.runs import (
+    Variant,
+    add_run_flags,
+    at_least_one,
+    check_options,
+    fits,
+    open_llm,
+)
 from specserve_evals.served import serve
 
 _MIN_REQUESTS: Final = 8
@@ -173,6 +180,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     prompts = demo_prompts() if args.prompts is None else load_prompts(args.prompts)
     with show_progress() as progress:
         variant = Variant(",".join(draft), draft)
+        check_options(args, [variant])
         llm = open_llm(args, variant, progress, prefix_caching=False, kv_memory=args.kv_memory)
     chosen = select(
         prompts, limit=args.limit, fits=lambda prompt: fits(llm, prompt, args.max_tokens)

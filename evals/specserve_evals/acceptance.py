@@ -41,6 +41,7 @@ from specserve_evals.runs import (
     Variant,
     add_run_flags,
     at_least_one,
+    check_options,
     fits,
     open_llm,
     parse_variant,
@@ -135,6 +136,7 @@ def check_drafters(args: argparse.Namespace, variants: Sequence[Variant]) -> Non
                 f"options: {name}.file would carry answers from one cell to the next; "
                 "give the directory of a draft as --draft instead"
             )
+    check_options(args, variants)
     target = resolve(args.target)
     for spec in dict.fromkeys(
         spec for variant in variants for spec in expanded(variant.draft, target)

@@ -31,6 +31,7 @@ from specserve_evals.runs import (
     Variant,
     add_run_flags,
     at_least_one,
+    check_options,
     fits,
     generate_in_batches,
     open_llm,
@@ -128,6 +129,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
         variants.append(self_draft(args.target))
     elif not variants:
         variants = [parse_variant("ngram")]
+    check_options(args, variants)
     with show_progress() as report:
         llm = open_llm(args, PLAIN, report)
     chosen = select(prompts, limit=args.limit, fits=lambda p: fits(llm, p, args.max_tokens))

@@ -13,6 +13,8 @@ from specserve.cli.flags import add_flags, given
 from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
 from specserve.cli.progress import Report
 from specserve.config import DraftConfig, ScheduleConfig, TargetConfig
+from specserve.drafting import registry
+from specserve.hub import resolve
 from specserve.llm import LLM, Completion
 from specserve.types import SamplingParams
 from specserve_evals.progress import Advance
@@ -73,14 +75,30 @@ def add_run_flags(
         add_flags(engine, section, ENGINE_HELP, skip=skip)
 
 
+def check_options(args: argparse.Namespace, variants: Sequence[Variant]) -> None:
+    """Raise DraftError for options of a drafter that no variant runs."""
+    running = {name for variant in variants for name in _drafter_names(args.target, variant)}
+    registry.check_options(given(args, DraftConfig).get("options", {}), running)
+
+
+def _drafter_names(target: str, variant: Variant) -> set[str]:
+    specs = registry.expanded(variant.draft, resolve(target))
+    return {registry.find_drafter(spec, resolve)[0] for spec in specs}
+
+
 def open_llm(args: argparse.Namespace, variant: Variant, report: Report, **settings: Any) -> LLM:
-    """An engine with room for the largest batch. Raises ValueError, with the fix."""
+    """An engine with room for the largest batch, and options of the variant's own drafters.
+
+    Raises ValueError, with the fix.
+    """
     largest = max(args.batch)
     chosen = given(args, TargetConfig) | given(args, DraftConfig) | settings
+    running = _drafter_names(args.target, variant)
+    options = {name: own for name, own in chosen.get("options", {}).items() if name in running}
     chosen |= {
         "target": args.target,
         "draft": variant.draft,
-        "options": chosen.get("options", {}) | variant.options,
+        "options": options | variant.options,
         "max_model_len": args.max_prompt,
         "max_num_seqs": largest,
         "max_batch_rows": max(largest, ScheduleConfig().max_batch_rows),

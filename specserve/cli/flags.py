@@ -30,31 +30,36 @@ def add_flags(
     *,
     skip: frozenset[str] = frozenset(),
     aliases: Mapping[str, str] | None = None,
+    prefix: str = "",
 ) -> None:
-    """One flag per field of `struct`. `aliases` gives a field a second flag."""
+    """One flag per field of `struct`. `aliases` gives a field a second flag.
+
+    `prefix`, such as "speculation_", keeps the names apart from those of another Struct.
+    """
     hints = get_type_hints(struct)
     for info in msgspec.structs.fields(struct):
         if info.name in skip:
             continue
-        names = [f"--{info.name.replace('_', '-')}"]
+        dest = prefix + info.name
+        names = [f"--{dest.replace('_', '-')}"]
         if aliases and info.name in aliases:
             names.append(aliases[info.name])
         group.add_argument(
             *names,
-            dest=info.name,
+            dest=dest,
             default=argparse.SUPPRESS,
             help=help_texts[info.name] + _default(info),
             **flag_type(hints[info.name]).arguments,
         )
 
 
-def given(args: argparse.Namespace, struct: type[Struct]) -> dict[str, Any]:
-    """The fields of `struct` that the command line sets."""
+def given(args: argparse.Namespace, struct: type[Struct], prefix: str = "") -> dict[str, Any]:
+    """The fields of `struct` that the command line sets, by flags with that `prefix`."""
     hints = get_type_hints(struct)
     return {
-        name: flag_type(hints[name]).collect(getattr(args, name))
+        name: flag_type(hints[name]).collect(getattr(args, prefix + name))
         for name in struct.__struct_fields__
-        if hasattr(args, name)
+        if hasattr(args, prefix + name)
     }
 
 

@@ -7,18 +7,19 @@ import time
 import msgspec
 
 from specserve.cli.flags import given
-from specserve.cli.parser import engine_config
+from specserve.cli.parser import SPECULATION_PREFIX, engine_config
 from specserve.cli.progress import show_progress
 from specserve.cli.prompts import Messages, as_chat, as_text, read_prompts
 from specserve.cli.results import json_lines, summary
 from specserve.config import ENGINE_SECTIONS, EngineConfig
 from specserve.llm import LLM, Generation
-from specserve.types import SamplingParams
+from specserve.types import SamplingParams, SpeculationParams
 
 
 def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     sampling = SamplingParams(**given(args, SamplingParams))
+    speculation = SpeculationParams(**given(args, SpeculationParams, SPECULATION_PREFIX))
     prompts = read_prompts(args.prompt, args.prompts)
     if args.raw:
         prompts = [as_text(prompt) for prompt in prompts]
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = [as_chat(prompt) for prompt in prompts]
     streamed = len(prompts) == 1 and sampling.n == 1 and not args.json
     started = time.perf_counter()
-    generations = _generate(llm, prompts, sampling, args.prediction, streamed)
+    generations = _generate(llm, prompts, sampling, speculation, args.prediction, streamed)
     seconds = time.perf_counter() - started
     for index, generation in enumerate(generations):
         if args.json:
@@ -56,15 +57,17 @@ def _generate(
     llm: LLM,
     prompts: list[str | Messages],
     sampling: SamplingParams,
+    speculation: SpeculationParams,
     prediction: str | None,
     streamed: bool,
 ) -> list[Generation]:
     predictions = None if prediction is None else [prediction] * len(prompts)
     if not streamed:
-        return llm.generate(prompts, sampling, predictions=predictions)
+        return llm.generate(prompts, sampling, speculation=speculation, predictions=predictions)
     generations = llm.generate(
         prompts,
         sampling,
+        speculation=speculation,
         predictions=predictions,
         on_text=lambda _, piece: print(piece, end="", flush=True),
     )

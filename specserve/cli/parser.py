@@ -15,7 +15,7 @@ from specserve.config import (
     ServerConfig,
     load_config,
 )
-from specserve.types import SamplingParams
+from specserve.types import SamplingParams, SpeculationParams
 
 TARGET_HELP: Final = "alias, model directory, .gguf file or hub id"
 
@@ -38,6 +38,13 @@ SAMPLING_HELP: Final = {
     "seed": "makes sampling repeatable; drawn afresh if not given",
     "logprobs": "alternatives per token for which log-probabilities are kept",
     "n": "completions per prompt",
+}
+
+SPECULATION_PREFIX: Final = "speculation_"
+SPECULATION_HELP: Final = {
+    "enabled": "draft at all; --no-speculation-enabled decodes plainly",
+    "max_nodes": "tree nodes for each of these prompts, within --max-nodes",
+    "drafters": "ask only this one of the drafters that run; repeatable",
 }
 
 ENGINE_HELP: Final = {
@@ -154,6 +161,13 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object per prompt")
     add_flags(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
+    add_flags(
+        parser.add_argument_group("speculation", "of these prompts; only speed depends on it"),
+        SpeculationParams,
+        SPECULATION_HELP,
+        skip=frozenset({"prediction"}),  # --prediction takes text, this field token ids
+        prefix=SPECULATION_PREFIX,
+    )
     _add_engine_flags(parser)
 
 

@@ -50,7 +50,7 @@ def _announce(url: str, model: str, info: EngineInfo) -> None:
     exactness = "exact" if info.exact else "fast"
     print(f"specserve {__version__} serves {model} at {url}")
     print(f"  {info.device}, {info.dtype}, {exactness}; context {info.limits.max_model_len} tokens")
-    print(f"  drafters: {', '.join(info.drafters)}; up to {info.max_nodes} nodes per tree")
+    print(f"  drafters: {', '.join(info.limits.drafters)}; up to {info.max_nodes} nodes per tree")
     print("try it:")
     print(
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' "

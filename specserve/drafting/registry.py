@@ -5,7 +5,7 @@ Other distributions add drafters through the entry-point group `specserve.drafte
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -16,6 +16,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from specserve.drafting.base import Drafter, DraftError
+from specserve.hub.names import base_name
 
 BUILTIN = {
     "none": "specserve_drafts.none:NoDrafter",
@@ -68,10 +69,54 @@ def public_names(specs: Sequence[str]) -> list[str]:
     """What clients call each drafter: a checkpoint by the last part of its path."""
     names: list[str] = []
     for spec in specs:
-        name = Path(spec).name
+        name = base_name(spec)
         taken = sum(other.partition("#")[0] == name for other in names)
         names.append(f"{name}#{taken + 1}" if taken else name)
     return names
+
+
+def find_drafter(spec: str, resolve: Callable[[str], Path]) -> tuple[str, Path | None]:
+    """The registered name that `spec` stands for, and the directory if it is a checkpoint.
+
+    `resolve` finds a checkpoint's directory. Raises DraftError.
+    """
+    if spec in drafter_names():
+        return spec, None
+    try:
+        path = resolve(spec)
+    except ValueError as error:
+        load_drafter(spec)  # says what would have been possible, if it is not a path
+        raise DraftError(f"draft: {error}") from error
+    return checkpoint_method(path), path
+
+
+def check_options(options: Mapping[str, Any], running: Collection[str]) -> None:
+    """Raise DraftError if `options` names a drafter that is not `running`: it would be ignored."""
+    for name in options:
+        if name in running:
+            continue
+        reason = "does not run here" if name in drafter_names() else "is no drafter"
+        close = get_close_matches(name, running, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "remove its options"
+        raise DraftError(
+            f"draft.options.{name[:80]}: {name[:80]!r} {reason}, where these run: "
+            f"{', '.join(sorted(running))}; {hint}"
+        )
+
+
+def create_drafters(
+    specs: Sequence[str],
+    options: dict[str, dict[str, Any]],
+    target: Path,
+    resolve: Callable[[str], Path],
+) -> dict[str, Drafter]:
+    """The drafters of a configuration, by what clients call each. Raises DraftError."""
+    specs = expanded(specs, target)
+    check_options(options, {find_drafter(spec, resolve)[0] for spec in specs})
+    return {
+        name: create_drafter(spec, options, target, resolve)
+        for name, spec in zip(public_names(specs), specs, strict=True)
+    }
 
 
 def create_drafter(
@@ -82,18 +127,9 @@ def create_drafter(
 ) -> Drafter:
     """A drafter from its registered name, or from a checkpoint, which names its own method.
 
-    `options` maps a drafter name to its options. `resolve` finds a checkpoint's directory.
-    Raises DraftError, naming the option at fault.
+    `options` maps a drafter name to its options. Raises DraftError, naming the option at fault.
     """
-    path: Path | None = None
-    name = spec
-    if spec not in drafter_names():
-        try:
-            path = resolve(spec)
-        except ValueError as error:
-            load_drafter(spec)  # says what would have been possible, if it is not a path
-            raise DraftError(f"draft: {error}") from error
-        name = checkpoint_method(path)
+    name, path = find_drafter(spec, resolve)
     drafter = load_drafter(name)
     try:
         decoded = msgspec.convert(options.get(name, {}), drafter.Options)

@@ -17,7 +17,7 @@ from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
 from specserve.drafting.base import DraftContext, Feedback
 from specserve.drafting.compose import ComposedDrafter
-from specserve.drafting.registry import create_drafter, expanded, public_names
+from specserve.drafting.registry import create_drafters
 from specserve.drafting.worth import Worth
 from specserve.engine.device import choose_platform
 from specserve.engine.end_tokens import end_tokens
@@ -65,11 +65,7 @@ class Engine:
         if config.target.threads is not None:
             torch.set_num_threads(config.target.threads)
         on_stage("preparing the drafters")
-        specs = expanded(config.draft.draft, target)
-        self._drafters = {
-            name: create_drafter(spec, config.draft.options, target, resolve)
-            for name, spec in zip(public_names(specs), specs, strict=True)
-        }
+        self._drafters = create_drafters(config.draft.draft, config.draft.options, target, resolve)
         on_stage("loading the weights")
         model = load_model(
             target,
@@ -119,6 +115,7 @@ class Engine:
             max_position_embeddings=self.shape.max_position_embeddings,
             num_kv_slots=self.kv.num_slots,
             stop_strings=tokenizer is not None,
+            drafters=self.drafter.names,
         )
         self._inbox: deque[Request | Abort] = deque()
         self._ids: set[str] = set()  # submitted and not finished
@@ -230,7 +227,6 @@ class Engine:
             block_size=self.kv.block_size,
             max_num_seqs=self.config.schedule.max_num_seqs,
             max_nodes=self.config.draft.max_nodes,
-            drafters=self.drafter.names,
             device=str(self.platform.device),
             dtype=str(self.dtype).removeprefix("torch."),
             exact=self.platform.exact,

@@ -8,13 +8,14 @@ from specserve.types import Request, RequestError
 
 
 class Limits(Struct, frozen=True):
-    """What an engine has room for, in tokens."""
+    """What an engine can serve: token counts, and what it has."""
 
     vocab_size: int
     max_model_len: int
     max_position_embeddings: int  # what the model would allow
     num_kv_slots: int
     stop_strings: bool  # whether there is a tokenizer to find them with
+    drafters: tuple[str, ...]  # source i + 1 of a token is drafters[i]; source 0 is the target
 
     def check(self, request: Request) -> None:
         """Raise RequestError, naming the field, unless all of the request can be served."""
@@ -31,6 +32,12 @@ class Limits(Struct, frozen=True):
             raise RequestError(
                 "speculation.max_nodes", f"{max_nodes} is out of range; expected at least 1"
             )
+        for index, name in enumerate(request.speculation.drafters or ()):
+            if name not in self.drafters:
+                raise RequestError(
+                    f"speculation.drafters[{index}]",
+                    f"{name[:80]!r} does not run here; use one of {', '.join(self.drafters)}",
+                )
 
     def _check_tokens(self, field: str, tokens: Seq[int]) -> None:
         bad = [token for token in tokens if not 0 <= token < self.vocab_size]

@@ -16,7 +16,6 @@ class EngineInfo(Struct, frozen=True):
     block_size: int
     max_num_seqs: int
     max_nodes: int
-    drafters: tuple[str, ...]  # source i + 1 of a token is drafters[i]; source 0 is the target
     device: str
     dtype: str
     exact: bool

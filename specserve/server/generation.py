@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from specserve.server.admission import QueueFull
 from specserve.server.bundle import Bundle, Bundler
+from specserve.server.prediction_usage import PredictionUsage
 from specserve.server.protocol.usage import (
     CompletionDetails,
     Metrics,
@@ -26,7 +27,6 @@ from specserve.server.protocol.usage import (
 )
 from specserve.text import Tokenizer
 from specserve.text.output import OutputText
-from specserve.tree import PREDICTION
 from specserve.types import (
     MAX_SEED,
     FinishReason,
@@ -133,7 +133,7 @@ class Generation:
         self._stats: list[SpecStats] = []
         self._num_tokens = 0
         self._num_bundles = 0
-        self._num_predicted = 0
+        self._predictions: dict[int, PredictionUsage] = {}  # by choice
         self._max_nodes = min(job.speculation.max_nodes or 64, service.engine_info().max_nodes)
         self._cached: dict[int, int] = {}  # prompt -> tokens taken from the prefix cache
         self._times = _Times()
@@ -157,15 +157,17 @@ class Generation:
             for prompt in range(len(self.job.prompts))
             for i, sampling in enumerate(samples)
         ]
-        reason: FinishReason = "abort"
+        reason: FinishReason = "abort"  # until every choice has ended: the caller may leave
         try:
-            num_running = len(tasks)
+            num_running = num_unfinished = len(tasks)
             while num_running:
                 item = await queue.get()
                 if item is None:
                     num_running -= 1
                 elif isinstance(item, Piece):
-                    reason = item.bundle.finish or reason
+                    num_unfinished -= item.bundle.finish is not None
+                    if item.bundle.finish is not None and not num_unfinished:
+                        reason = item.bundle.finish
                     yield item
                 else:
                     reason = "error"
@@ -244,7 +246,9 @@ class Generation:
             return
         self._num_tokens += len(bundle.ids)
         self._num_bundles += 1
-        self._num_predicted += bundle.sources.count(PREDICTION)
+        if prediction := self.job.speculation.prediction:
+            predicted = self._predictions.setdefault(choice, PredictionUsage(prediction))
+            predicted.feed(bundle.ids, bundle.sources)
         self._times.last = time.monotonic()
         if self._times.first is None:
             self._times.first = self._times.last
@@ -255,7 +259,8 @@ class Generation:
         num_prompt = sum(map(len, self.job.prompts))
         details: CompletionDetails | UnsetType = UNSET
         if prediction := self.job.speculation.prediction:
-            accepted = min(self._num_predicted, len(prediction))
+            # Of several choices the one that took over most: the two add up to the prediction.
+            accepted = max((used.num_accepted for used in self._predictions.values()), default=0)
             details = CompletionDetails(accepted, len(prediction) - accepted)
         return Usage(
             num_prompt,

@@ -15,7 +15,8 @@ from typing import Final
 
 from aiohttp import web
 
-from specserve.config import ConfigError, EngineConfig, ServerConfig
+from specserve.config import ConfigError, EngineConfig, ServerConfig, check_model_name
+from specserve.hub.names import base_name
 from specserve.process.engine_process import EngineFailed, EngineProcess
 from specserve.process.messages import EngineInfo
 from specserve.process.text_process import TextProcess
@@ -130,8 +131,9 @@ async def _drain(service: Service, signals: _Signals) -> None:
 
 def _assemble(config: EngineConfig, target: Path) -> Service:
     server = config.server
+    model_name = server.served_model_name or base_name(config.target.target)
+    check_model_name(model_name)
     tokenizer = Tokenizer(target)
-    model_name = server.served_model_name or Path(config.target.target).name
     metrics = ServerMetrics(model_name)
     engine = EngineProcess(config, target, heartbeat_timeout=server.heartbeat_timeout)
     engine.on_stats = metrics.on_stats

@@ -117,6 +117,32 @@ def test_two_hundred_leave_at_once(survivor: LiveServer) -> None:
     assert survivor.metric("vllm:generation_tokens_total") - num_generated < 200 * 400 / 2
 
 
+def test_leaving_one_of_two_choices_is_an_abort(survivor: LiveServer) -> None:
+    """51: also if the other choice had ended by itself."""
+    stops = list(range(0, 250, 50))
+    body = {"prompt": "ab", "n": 2, "max_tokens": 400, "stop_token_ids": stops}
+    ended = (ABORTED, {"finished_reason": "stop"}, {"finished_reason": "length"})
+
+    def lengths(seed: int) -> list[int]:
+        answer = survivor.ask(COMPLETION, body | {"seed": seed, "return_token_ids": True})
+        return sorted(len(choice["token_ids"]) for choice in answer.json()["choices"])
+
+    def differ(seed: int) -> bool:
+        shorter, longer = lengths(seed)
+        return longer > shorter + 100
+
+    seed = next(filter(differ, range(100)))
+    before = [survivor.metric("vllm:request_success_total", **reason) for reason in ended]
+    request = post(json.dumps(body | {"seed": seed, "stream": True}).encode())
+    with nothing_stays(survivor), callers(survivor, 1, request) as (leaving,):
+        seen = b""
+        while b'"finish_reason":"stop"' not in seen:
+            seen += leaving.read(2**16)
+    survivor.wait_until_idle()
+    after = [survivor.metric("vllm:request_success_total", **reason) for reason in ended]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 0, 0]
+
+
 def test_a_thousand_aborts(survivor: LiveServer) -> None:
     """59."""
     num_aborted = survivor.metric("vllm:request_success_total", **ABORTED)

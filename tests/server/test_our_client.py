@@ -126,7 +126,9 @@ def test_a_prediction_that_comes_true_is_counted(client: Client) -> None:
     answer = client.complete(text, **options, prediction="[" * 40)
     plain = client.complete(text, **options, speculation={"enabled": False})
     assert answer.text == plain.text
-    assert answer.usage.accepted_prediction_tokens == answer.sources.count(PREDICTION_SOURCE) > 0
+    assert PREDICTION_SOURCE in answer.sources
+    assert answer.usage.accepted_prediction_tokens == 20
+    assert answer.usage.rejected_prediction_tokens == 20
     assert plain.usage.accepted_prediction_tokens == 0
 
 

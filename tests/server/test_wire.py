@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from live import MODEL, LiveServer, events
+from msgspec import Struct
+
+from specserve.server.protocol.fields import SpeculationOptions, StreamOptions
 
 CHAT = {"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 30, "seed": 7}
 
@@ -124,6 +127,23 @@ def test_speculation_changes_no_text(live_server: LiveServer) -> None:
     assert ids({"drafters": ["recycle"]})[0] == plain
     predicted, answer = ids({}, prediction={"type": "content", "content": text})
     assert predicted == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "struct"), [("stream_options", StreamOptions), ("speculation", SpeculationOptions)]
+)
+def test_null_inside_an_object_counts_as_not_given(
+    name: str, struct: type[Struct], live_server: LiveServer
+) -> None:
+    nothing = dict.fromkeys(struct.__struct_fields__)
+
+    def answer(fields: dict[str, Any]) -> list[int]:
+        body = {**CHAT, "return_token_ids": True, name: fields}
+        chunks = events(streamed(live_server, "/v1/chat/completions", body))
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        return [token for choice in choices for token in choice.get("token_ids", ())]
+
+    assert answer(nothing) == answer({}) != []
 
 
 def test_an_accepted_prediction_is_counted(live_server: LiveServer) -> None:

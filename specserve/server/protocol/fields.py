@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from specserve.config import MAX_MODEL_NAME
 from specserve.types import (
     MAX_LOGPROBS,
     MAX_N,
@@ -21,6 +22,7 @@ MAX_STOP_BYTES = 1024  # per stop string
 MAX_TOKEN_LIST = 1024  # entries of stop_token_ids and logit_bias
 
 Name = Annotated[str, Meta(max_length=256)]
+ModelName = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_BYTES)]
 Stops = Annotated[list[StopText], Meta(max_length=16)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -32,15 +34,15 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool = False  # a last chunk without choices, with the usage
-    continuous_usage_stats: bool = False  # the usage so far on every chunk
-    include_obfuscation: bool = False  # pad events to even sizes
+    include_usage: bool | None = None  # a last chunk without choices, with the usage
+    continuous_usage_stats: bool | None = None  # the usage so far on every chunk
+    include_obfuscation: bool | None = None  # pad events to even sizes
 
 
 class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Only speed depends on these, never the output."""
 
-    enabled: bool = True
+    enabled: bool | None = None  # false: plain decoding
     max_nodes: Annotated[int, Meta(ge=1, le=64)] | None = None  # tree nodes, the root included
     drafters: Annotated[list[Name], Meta(min_length=1, max_length=16)] | None = None
 
@@ -66,7 +68,7 @@ class Prediction(Struct, frozen=True, forbid_unknown_fields=True):
 class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What `/v1/completions` and `/v1/chat/completions` have in common."""
 
-    model: Name | None = None
+    model: ModelName | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -132,7 +134,9 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def speculation_params(self, prediction: tuple[int, ...]) -> SpeculationParams:
         wanted = self.speculation or SpeculationOptions()
         drafters = None if wanted.drafters is None else tuple(wanted.drafters)
-        return SpeculationParams(wanted.enabled, wanted.max_nodes, prediction, drafters)
+        return SpeculationParams(
+            wanted.enabled is not False, wanted.max_nodes, prediction, drafters
+        )
 
 
 _SAME_NAME = (

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from specserve.server.protocol.chat import Messages
-from specserve.server.protocol.fields import Name, TokenId
+from specserve.server.protocol.fields import ModelName, TokenId
 
 
 class Model(Struct, frozen=True, kw_only=True):
@@ -25,7 +25,7 @@ class ModelList(Struct, frozen=True):
 class TokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Text or a chat: exactly one of `prompt` and `messages`."""
 
-    model: Name | None = None
+    model: ModelName | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_generation_prompt: bool = True
@@ -42,7 +42,7 @@ class TokenizeResponse(Struct, frozen=True, kw_only=True):
 
 
 class DetokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    model: Name | None = None
+    model: ModelName | None = None
     tokens: Annotated[list[TokenId], Meta(max_length=2**20)]
 
 

@@ -12,6 +12,8 @@ class PromptDetails(Struct, frozen=True):
 
 
 class CompletionDetails(Struct, frozen=True):
+    """The two add up to the tokens of the request's `prediction`."""
+
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 

@@ -72,7 +72,6 @@ async def _begin(
         deadline=time.monotonic() + _timeout(service, fields.request_timeout),
         deadline_asked=fields.request_timeout is not None,
     )
-    _check_drafters(service, job.speculation.drafters)
     _check_prompts(service, job)  # before any of them runs
     return Generation(service, job)
 
@@ -86,7 +85,9 @@ async def _prediction(service: Service, fields: GenerationFields) -> tuple[int, 
     if fields.prediction is None:
         return ()
     room = service.engine_info().limits.max_model_len
-    return await service.texts.encode(fields.prediction.text, param="prediction", max_tokens=room)
+    return await service.texts.encode(
+        fields.prediction.text, add_special=False, param="prediction", max_tokens=room
+    )
 
 
 def _room(service: Service, longest_prompt: int, wanted: int | None) -> int:
@@ -125,13 +126,3 @@ def _check_prompts(service: Service, job: Job) -> None:
                 "prompt", f"{len(ids)} tokens are more than this server takes ({longest})"
             )
         limits.check(Request("", ids, job.sampling, job.speculation))
-
-
-def _check_drafters(service: Service, wanted: tuple[str, ...] | None) -> None:
-    known = service.engine_info().drafters
-    for index, name in enumerate(wanted or ()):
-        if name not in known:
-            raise RequestError(
-                f"speculation.drafters[{index}]",
-                f"{name!r} does not run here; this server has {', '.join(known)}",
-            )

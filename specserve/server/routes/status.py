@@ -61,7 +61,7 @@ async def speculation(request: web.Request) -> web.Response:
     assert stats is not None, "an engine that is ready has sent its first numbers"
     return reply(
         SpeculationReport(
-            drafters=info.drafters,
+            drafters=info.limits.drafters,
             exactness="exact" if info.exact else "fast",
             max_nodes=info.max_nodes,
             num_running=stats.num_running,
