@@ -151,9 +151,14 @@ class DrafterReport(Struct, frozen=True):
 
 
 class SpeculationReport(Struct, frozen=True):
-    """What speculation does at a server. Source i + 1 of a token is `drafters[i]`."""
+    """What speculation did at a server. Source i + 1 of a token is `drafters[i]`.
+
+    `requests` "all": the counts are of everybody's; "own": of the finished requests of this
+    client's API key, which lacks the scope `metrics`, and there are no `sources`.
+    """
 
     drafters: tuple[str, ...]
+    requests: str = "all"
     exactness: str = ""
     max_nodes: int = 0  # per sequence and pass
     num_running: int = 0

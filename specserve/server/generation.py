@@ -229,6 +229,7 @@ class Generation:
                     self._cached.setdefault(prompt, output.num_cached_tokens)
                     if output.stats is not None:
                         self._stats.append(output.stats)
+                        service.key_speculation.add(job.key, output.stats)
                     for bundle in bundler.feed(output):
                         self._count(choice, bundle)
                         queue.put_nowait(pieces.piece(bundle))

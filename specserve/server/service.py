@@ -17,6 +17,7 @@ from specserve.process.messages import EngineInfo
 from specserve.process.text_process import TextProcess
 from specserve.server.admission import Admission
 from specserve.server.errors import APIError
+from specserve.server.key_speculation import KeySpeculation
 from specserve.server.metrics import ServerMetrics
 from specserve.text import Tokenizer
 from specserve.text.token_bytes import TokenBytes
@@ -37,6 +38,7 @@ class Service:
     token_bytes: TokenBytes
     admission: Admission
     metrics: ServerMetrics
+    key_speculation: KeySpeculation = field(default_factory=KeySpeculation)
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     _num_answers: int = 0

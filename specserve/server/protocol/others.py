@@ -80,18 +80,23 @@ class SourceReport(Struct, frozen=True):
 
 
 class SpeculationReport(Struct, frozen=True, kw_only=True):
-    """What speculation does now. A number s > 0 in a choice's `sources` is `drafters[s - 1]`, or
-    255 for the caller's own prediction; 0 is the target itself."""
+    """What speculation did. A number s > 0 in a choice's `sources` is `drafters[s - 1]`, or
+    255 for the caller's own prediction; 0 is the target itself.
 
+    With the scope `metrics` the counts are of all requests. Without it they are of the finished
+    requests of the caller's own key, and `num_running` and `sources` are left out.
+    """
+
+    requests: Literal["all", "own"]
     drafters: tuple[str, ...]
     exactness: Literal["exact", "fast"]
     max_nodes: int
-    num_running: int
-    num_drafts: int  # passes that had something to verify
+    num_running: int | UnsetType = UNSET
+    num_drafts: int  # forward passes that had something to verify
     num_draft_tokens: int
     num_accepted_tokens: int
     mean_acceptance_length: float
-    sources: tuple[SourceReport, ...]
+    sources: tuple[SourceReport, ...] | UnsetType = UNSET
 
 
 class ErrorDetail(Struct, frozen=True):

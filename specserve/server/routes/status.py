@@ -1,11 +1,15 @@
 """GET /health, /ready, /version, /metrics, /v1/speculation, /openapi.json"""
 
+from typing import Literal
+
+import msgspec
 from aiohttp import web
 
 from specserve import __version__
-from specserve.engine.metrics import DrafterStats
-from specserve.server.auth import Scope, public, scope
+from specserve.engine.metrics import DrafterStats, EngineInfo, EngineStats
+from specserve.server.auth import Scope, principal, public, scope
 from specserve.server.errors import APIError
+from specserve.server.key_speculation import KeyTotals
 from specserve.server.openapi import openapi
 from specserve.server.protocol.others import (
     Health,
@@ -56,21 +60,33 @@ async def metrics(request: web.Request) -> web.Response:
 
 @scope(Scope.INFERENCE)
 async def speculation(request: web.Request) -> web.Response:
-    service = request.app[SERVICE]
-    info, stats = service.engine_info(), service.engine.stats
+    """Of all requests with the scope `metrics`; else of the caller's own, see `KeySpeculation`."""
+    service, caller = request.app[SERVICE], principal(request)
+    info = service.engine_info()
+    if Scope.METRICS not in caller.scopes:
+        return reply(_report(info, "own", service.key_speculation.of(caller.name)))
+    stats = service.engine.stats
     assert stats is not None, "an engine that is ready has sent its first numbers"
-    return reply(
-        SpeculationReport(
-            drafters=info.limits.drafters,
-            exactness="exact" if info.exact else "fast",
-            max_nodes=info.max_nodes,
-            num_running=stats.num_running,
-            num_drafts=stats.num_drafts,
-            num_draft_tokens=stats.num_draft_tokens,
-            num_accepted_tokens=stats.num_accepted_tokens,
-            mean_acceptance_length=1 + stats.num_accepted_tokens / max(stats.num_drafts, 1),
-            sources=tuple(map(_source, (*stats.drafters, stats.predictions))),
-        )
+    report = msgspec.structs.replace(
+        _report(info, "all", stats),
+        num_running=stats.num_running,
+        sources=tuple(map(_source, (*stats.drafters, stats.predictions))),
+    )
+    return reply(report)
+
+
+def _report(
+    info: EngineInfo, requests: Literal["all", "own"], counts: EngineStats | KeyTotals
+) -> SpeculationReport:
+    return SpeculationReport(
+        requests=requests,
+        drafters=info.limits.drafters,
+        exactness="exact" if info.exact else "fast",
+        max_nodes=info.max_nodes,
+        num_drafts=counts.num_drafts,
+        num_draft_tokens=counts.num_draft_tokens,
+        num_accepted_tokens=counts.num_accepted_tokens,
+        mean_acceptance_length=1 + counts.num_accepted_tokens / max(counts.num_drafts, 1),
     )
 
 
