@@ -18,6 +18,7 @@ from live import LiveServer, start_server
 from tiny_chat import write_byte_chat
 
 from specserve import LLM, Client
+from specserve.client import SpeculationOptions
 from specserve.engine.engine import Engine
 from specserve.types import Request, SamplingParams, SpeculationParams
 
@@ -114,7 +115,7 @@ def test_over_http(server: LiveServer, recorder: dict[str, str]) -> None:
 
     with Client(server.url) as client:
         for ask in (client.complete, client.chat):
-            ask("b", **SAMPLING, speculation=OPTIONS, prediction=PREDICTION)
+            ask("b", **SAMPLING, speculation=SpeculationOptions(**OPTIONS), prediction=PREDICTION)
             check(recorded(recorder))
 
 

@@ -1,4 +1,4 @@
-"""What one API key can learn of another's requests: nothing that depends on their forward passes."""
+"""What one API key can learn of another's requests: nothing that depends on what they accept."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
