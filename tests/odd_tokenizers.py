@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, decoders, models
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
 
 from specserve.text.detokenizer import byte_alphabet
@@ -66,11 +66,19 @@ def write_tokenizer(
     *,
     added: Iterable[str] = ADDED,
     special: Iterable[str] = SPECIAL,
+    own: Iterable[str] = (),
     **config: object,
 ) -> Path:
-    """A tokenizer of one of the families; `config` is tokenizer_config.json."""
-    vocabulary = {token: index for index, token in enumerate(spellings(family))}
-    file = TokenizerFile(models.BPE(vocabulary, [], unk_token="<unk>"))
+    """A tokenizer of one of the families, whose model has `own` tokens more; `config` is
+    tokenizer_config.json."""
+    vocabulary: dict[str, int] = {}
+    for token in (*spellings(family), *own):
+        vocabulary.setdefault(token, len(vocabulary))
+    file = TokenizerFile(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    if family.startswith("byte level"):
+        file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        file.normalizer = normalizers.Replace(" ", "▁")
     if FAMILIES[family] is not None:
         file.decoder = FAMILIES[family]
     file.add_special_tokens([AddedToken(token, special=True) for token in special])

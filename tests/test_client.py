@@ -244,7 +244,8 @@ def chat_chunk(delta: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_a_chat_stream_is_read_and_collected() -> None:
-    token = {"token": "\ufffd", "logprob": -1.0, "bytes": [0xC3], "top_logprobs": []}
+    top = {"token": "x", "logprob": -2.0, "bytes": [120]}
+    token = {"token": "bytes:\\xc3", "logprob": -1.0, "bytes": [0xC3], "top_logprobs": [top]}
     events = (
         b": keep-alive\n\n",
         {**chat_chunk({"role": "assistant", "content": ""}), "prompt_token_ids": [1]},
@@ -259,7 +260,8 @@ def test_a_chat_stream_is_read_and_collected() -> None:
         with client.stream_chat("hi") as stream:
             deltas = list(stream)
         completion = stream.result()
-    logprob = TokenLogprob("\ufffd", -1.0, raw=b"\xc3")
+    likely = (TopLogprob("x", -2.0, b"x"),)
+    logprob = TokenLogprob("bytes:\\xc3", -1.0, likely, b"\xc3")
     assert deltas == [
         Delta(token_ids=(3,), sources=(0,), logprobs=(logprob,)),
         Delta(text="é", token_ids=(4, 5), sources=(1, 0)),

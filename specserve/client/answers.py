@@ -42,11 +42,14 @@ class _Usage(Struct, frozen=True):
     completion_tokens_details: _CompletionDetails | None = None
 
 
-class _Token(Struct, frozen=True):
+class _Top(Struct, frozen=True):
     token: str
     logprob: float
     bytes: tuple[Byte, ...] | None = None
-    top_logprobs: tuple[TopLogprob, ...] = ()
+
+
+class _Token(_Top, frozen=True):
+    top_logprobs: tuple[_Top, ...] = ()
 
 
 class _Logprobs(Struct, frozen=True):
@@ -188,8 +191,8 @@ def _logprobs(wire: _Logprobs) -> tuple[TokenLogprob, ...]:
             TokenLogprob(
                 each.token,
                 each.logprob,
-                each.top_logprobs,
-                None if each.bytes is None else bytes(each.bytes),
+                tuple(TopLogprob(t.token, t.logprob, _raw(t.bytes)) for t in each.top_logprobs),
+                _raw(each.bytes),
             )
             for each in wire.content
         )
@@ -198,6 +201,10 @@ def _logprobs(wire: _Logprobs) -> tuple[TokenLogprob, ...]:
         TokenLogprob(token, logprob, tuple(TopLogprob(*pair) for pair in (top or {}).items()))
         for token, logprob, top in zip(wire.tokens, wire.token_logprobs, tops, strict=False)
     )
+
+
+def _raw(wire: tuple[Byte, ...] | None) -> bytes | None:
+    return None if wire is None else bytes(wire)
 
 
 def _usage(wire: _Usage) -> Usage:

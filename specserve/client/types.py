@@ -13,12 +13,15 @@ class TopLogprob(Struct, frozen=True):
 
     token: str
     logprob: float
+    raw: bytes | None = None
 
 
 class TokenLogprob(Struct, frozen=True):
     """The target's own log-probability of an emitted token, and of the likeliest ones there.
 
-    `raw` is what the token is in UTF-8, where `token` may show a part of a character only.
+    `token` is a name that no other token has: its text, `bytes:\\xe2\\x80` for a part of a
+    character, `token_id:7` where neither would do. `raw` is what it is in UTF-8, if the server
+    says so. A completion's `top` has the emitted token as well.
     """
 
     token: str

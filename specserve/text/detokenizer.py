@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders
 
 _BEFORE: Final = "a"  # stands before the token that is looked at
+_NEVER: Final = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # in UTF-8
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SUPPORTED: Final = "ByteLevel, Metaspace, WordPiece, or a Sequence of Replace, ByteFallback, Fuse"
 Step = dict[str, Any]  # a decoder as tokenizer.json writes it
@@ -22,8 +23,9 @@ class Detokenizer:
     """The bytes of tokens, as the decoder of a tokenizer file spells them.
 
     An added token that the model itself does not know stands for its content as it is written:
-    so does the text that becomes this token. Raises ValueError for a decoder that spells a token
-    by those after it, or fits no table of bytes.
+    so does the text that becomes this token. One that the model knows is the model's own, unless
+    a byte-level model cannot have made it of text. Raises ValueError for a decoder that spells a
+    token by those after it, or fits no table of bytes.
     """
 
     def __init__(self, file: TokenizerFile) -> None:
@@ -100,12 +102,15 @@ class Detokenizer:
 
     def _from_alphabet(self, token_id: int, spelling: str) -> bytes:
         assert self._alphabet is not None
-        if token_id not in self._added:
-            try:
-                return bytes(map(self._alphabet.__getitem__, spelling))
-            except KeyError:
-                pass  # the decoder, too, takes it as it is
-        return spelling.encode()
+        try:
+            data = bytes(map(self._alphabet.__getitem__, spelling))
+        except KeyError:  # the decoder, too, takes it as it is
+            return spelling.encode()
+        if token_id in self._added and (
+            self._is_outside(token_id, spelling) or not _is_text_or_byte(data)
+        ):
+            return spelling.encode()
+        return data
 
     def _after(self, spelling: str) -> str:
         if self._replaced is None:
@@ -128,6 +133,12 @@ def byte_alphabet() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
     return alphabet | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+def _is_text_or_byte(data: bytes) -> bool:
+    if len(data) == 1:
+        return data not in _NEVER
+    return data.decode(errors="ignore").encode() == data
 
 
 def _steps(decoder: decoders.Decoder | None) -> list[Step]:
