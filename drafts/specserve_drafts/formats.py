@@ -117,7 +117,7 @@ def read_head(
         if not ((path / SINGLE_FILE).is_file() or (path / INDEX).is_file()):
             read_checkpoint(path)  # says what is wrong with what is there
             raise ModelError(f"{path}: the weights of a draft head must be safetensors")
-        checkpoint = SafetensorsCheckpoint(path, {**INTEGERS, "U8": 1})
+        checkpoint = SafetensorsCheckpoint(path, (*INTEGERS, "U8"))
         names = {_our_name(name): name for name in checkpoint.entries}
         sizes = {name: checkpoint.entries[theirs].shape for name, theirs in names.items()}
         shape = _read_shape(config, sizes, target, taps)

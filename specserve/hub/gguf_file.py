@@ -18,6 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from msgspec import Struct
 
+from specserve.files import FileError, check_file
 from specserve.hub.errors import HubError
 
 WEIGHTS_NAME: Final = "model.gguf"  # in a model directory
@@ -55,9 +56,13 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        try:
+            size = check_file(path)
+        except FileError as error:
+            raise HubError(str(error)) from None
+        if size < 24:
+            self._fail(f"{size} bytes are too few")
         with path.open("rb") as stream:
-            if path.stat().st_size < 24:
-                self._fail(f"{path.stat().st_size} bytes are too few")
             self._data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 0
         if self._data[:4] != b"GGUF":

@@ -15,12 +15,13 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
+from specserve.files import FileError, is_there
 from specserve.hub.errors import HubError
 from specserve.hub.gguf_config import read_config
 from specserve.hub.gguf_file import GgufFile
 from specserve.hub.gguf_tensors import source_tensors
 from specserve.models.fields import ModelError
-from specserve.models.tensor_entry import TensorEntry
+from specserve.models.tensor_entry import TensorEntry, check_finite
 from specserve_kernels.packing import GROUP, PackedWeight, pack_int4, pack_int8
 
 Bytes = npt.NDArray[np.uint8]
@@ -37,18 +38,19 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path) -> None:
         file = path.resolve()  # errors name the file that a link leads to
-        if not file.is_file():
-            raise ModelError(
-                f"{path}: the weights are in {file}, which is not there; put it back, or give the "
-                f".gguf file itself as the model"
-            )
         try:
+            if not is_there(file):
+                raise FileError(
+                    f"{path}: the weights are in {file}, which is not there; put it back, or give "
+                    f"the .gguf file itself as the model"
+                )
             self._file = GgufFile(file)
             self._sources = source_tensors(self._file, read_config(self._file))
         except OSError as error:
             raise ModelError(f"{file}: cannot be read ({error.strerror})") from None
-        except HubError as error:
+        except (FileError, HubError) as error:
             raise ModelError(str(error)) from None
+        self.index: Mapping[str, str] = {}
         self.entries = {
             name: TensorEntry(file, source.tensor.kind.name, source.tensor.shape)
             for name, source in self._sources.items()
@@ -69,6 +71,7 @@ class GgufCheckpoint:
             for part in self._file.float_rows(tensor):
                 rows[first : first + len(part)] = part
                 first += len(part)
+        check_finite(self.entries[name], name, values)
         return values if source.row_order is None else values[torch.from_numpy(source.row_order)]
 
     def packed(self, name: str) -> PackedWeight | None:
@@ -79,7 +82,9 @@ class GgufCheckpoint:
         rows = self._file.rows(tensor)
         if source.row_order is not None:
             rows = rows[source.row_order]
-        return _PACK[tensor.kind](rows.reshape(len(rows), tensor.shape[1] // GROUP, -1))
+        blocks = rows.reshape(len(rows), tensor.shape[1] // GROUP, -1)
+        check_finite(self.entries[name], name, _halves(blocks[..., : _SCALE_BYTES[tensor.kind]]))
+        return _PACK[tensor.kind](blocks)
 
 
 def _pack_q4_0(blocks: Bytes) -> PackedWeight:  # float16 d, nibbles; weight = (q - 8) * d
@@ -101,6 +106,7 @@ _PACK: Final[Mapping[Kind, Callable[[Bytes], PackedWeight]]] = {
     Kind.Q4_1: _pack_q4_1,
     Kind.Q8_0: _pack_q8_0,
 }
+_SCALE_BYTES: Final[Mapping[Kind, int]] = {Kind.Q4_0: 2, Kind.Q4_1: 4, Kind.Q8_0: 2}
 
 
 def _nibbles(packed: Bytes) -> Tensor:  # [n, g, 16] -> [n, 32 * g] uint8; low nibbles come first
@@ -110,5 +116,5 @@ def _nibbles(packed: Bytes) -> Tensor:  # [n, g, 16] -> [n, 32 * g] uint8; low n
     return torch.from_numpy(values).flatten(1)
 
 
-def _halves(raw: Bytes) -> Tensor:  # [n, g, 2] bytes -> [n, g] float16
+def _halves(raw: Bytes) -> Tensor:  # [n, g, 2 * k] bytes -> [n, g, k] float16, [n, g] if k is 1
     return torch.from_numpy(raw.copy().view(np.float16)).squeeze(-1)

@@ -5,52 +5,82 @@ checkpoint that was built describes bytes that are all there.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+import torch
 from msgspec import Struct
 from safetensors import safe_open
 from torch import Tensor
 
+from specserve.files import FileError, check_file, is_there, quoted
 from specserve.models.fields import Fields, ModelError, read_json
-from specserve.models.tensor_entry import TensorEntry
+from specserve.models.tensor_entry import TensorEntry, check_finite
 from specserve_kernels.packing import PackedWeight
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-INTEGERS: Mapping[str, int] = {"I64": 8, "I32": 4, "BOOL": 1}  # and the bytes of one
+_MAX_DIMS = 16
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
+INTEGERS: Final = ("I64", "I32", "BOOL")
+_BITS: Final = re.compile(r"BOOL|[A-Z]+(\d+)(_\w+)?")  # of one value, in the name of its dtype
 
 
 class SafetensorsCheckpoint:
     """A `Checkpoint` of one file, or of the files that an index lists.
 
-    Tensors are floats, or of the dtypes in `also`. Raises `ModelError` for files that are missing,
-    cut short, overlapping or not safetensors.
+    Tensors that are read are floats, or of the dtypes in `also`. Raises `ModelError` for files
+    that are missing, cut short, overlapping or not safetensors.
     """
 
-    def __init__(self, path: Path, also: Mapping[str, int] | None = None) -> None:
+    def __init__(self, path: Path, also: Collection[str] = ()) -> None:
         self.path = path
         self.entries: dict[str, TensorEntry] = {}
+        self.index: Mapping[str, str] = {}
         self.quantized = False
         self._open: dict[Path, Any] = {}
-        for file in _files(path):
-            for name, entry in _read_entries(file, {**_ITEM_BYTES, **(also or {})}):
-                if name in self.entries:
-                    raise ModelError(f"{file}: {name} is also in {self.entries[name].file.name}")
-                self.entries[name] = entry
+        files = [path / SINGLE_FILE]
+        if not is_there(files[0]):
+            self.index, files = _read_index(path)
+        for file in files:
+            for name, header in _read_headers(file):
+                readable = header.dtype in (*_FLOATS, *also)
+                self._add(name, TensorEntry(file, header.dtype, header.shape, readable))
 
     def floats(self, name: str) -> Tensor:
-        file = self.entries[name].file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        tensor: Tensor = self._open[file].get_tensor(name)
+        entry = self.entries[name]
+        if not entry.readable:
+            raise ModelError(f"{entry.file}: {name} has dtype {entry.dtype}, not supported")
+        tensor = self._read(entry, name)
+        check_finite(entry, name, tensor)
         return tensor
 
     def packed(self, name: str) -> PackedWeight | None:
         return None
+
+    def _add(self, name: str, entry: TensorEntry) -> None:
+        other = self.entries.setdefault(name, entry)
+        if other is not entry and not self._same(name, entry, other):
+            meant = self.index.get(name)
+            hint = f"; the index says {quoted(meant)[1:-1]}" if meant else ""
+            raise ModelError(
+                f"{entry.file}: {quoted(name)[1:-1]} is also in {other.file.name}, with other "
+                f"values{hint}; fetch the checkpoint again"
+            )
+
+    def _same(self, name: str, a: TensorEntry, b: TensorEntry) -> bool:
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        return torch.equal(self._read(a, name), self._read(b, name))
+
+    def _read(self, entry: TensorEntry, name: str) -> Tensor:
+        if entry.file not in self._open:
+            self._open[entry.file] = safe_open(entry.file, framework="pt")
+        tensor: Tensor = self._open[entry.file].get_tensor(name)
+        return tensor
 
 
 class _Header(Struct):
@@ -59,25 +89,27 @@ class _Header(Struct):
     data_offsets: tuple[int, int]
 
 
-def _files(path: Path) -> list[Path]:
-    single, index = path / SINGLE_FILE, path / INDEX
-    if single.is_file():
-        return [single]
-    names = Fields(read_json(index), str(index)).section("weight_map").values.values()
-    files = []
-    for name in sorted({str(name) for name in names}):
-        if Path(name).name != name:
-            raise ModelError(f"{index}: {name!r} is not a plain file name")
-        if not (path / name).is_file():
-            raise ModelError(f"{index}: {name} is listed but not there; fetch it again")
-        files.append(path / name)
-    if not files:
+def _read_index(path: Path) -> tuple[Mapping[str, str], list[Path]]:
+    """What the index says, and the files it names."""
+    index = path / INDEX
+    section = Fields(read_json(index), str(index)).section("weight_map")
+    for name, file in section.values.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            section.fail(name, "this is not a plain file name")
+        if not is_there(path / file):
+            raise ModelError(
+                f"{index}: {quoted(file)[1:-1]} is listed but not there; fetch it again"
+            )
+    if not section.values:
         raise ModelError(f"{index}: weight_map lists no files")
-    return files
+    return section.values, [path / file for file in sorted(set(section.values.values()))]
 
 
-def _read_entries(file: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, TensorEntry]]:
-    size = file.stat().st_size
+def _read_headers(file: Path) -> Iterator[tuple[str, _Header]]:
+    try:
+        size = check_file(file)
+    except FileError as error:
+        raise ModelError(str(error)) from None
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
@@ -92,28 +124,22 @@ def _read_entries(file: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, T
         headers = msgspec.convert(parsed, dict[str, _Header])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{file}: not a safetensors header ({error})") from None
-    _check_layout(file, headers, size - 8 - header_size, sizes)
-    for name, header in headers.items():
-        yield name, TensorEntry(file, header.dtype, header.shape)
+    _check_layout(file, headers, size - 8 - header_size)
+    yield from headers.items()
 
 
-def _check_layout(
-    file: Path, headers: dict[str, _Header], num_bytes: int, sizes: Mapping[str, int]
-) -> None:
+def _check_layout(file: Path, headers: dict[str, _Header], num_bytes: int) -> None:
     """The tensors must follow one another from 0 to the end of the file, each of its own size."""
     end = 0
     for name, header in sorted(headers.items(), key=lambda item: item[1].data_offsets):
-        if header.dtype not in sizes:
-            raise ModelError(
-                f"{file}: {name} has dtype {header.dtype}; supported: {', '.join(sizes)}; "
-                f"use the checkpoint that is not quantised"
-            )
         first, last = header.data_offsets
-        expected = math.prod(header.shape) * sizes[header.dtype]
-        if first != end or last - first != expected or min(header.shape, default=0) < 0:
+        expected = _num_bytes(header)
+        if expected is None or first != end or last - first != expected:
+            wanted = "" if expected is None else f"; expected {end} to {end + expected}"
             raise ModelError(
-                f"{file}: {name} {list(header.shape)} {header.dtype} lies at bytes {first} to "
-                f"{last}; expected {end} to {end + expected}; the file is damaged"
+                f"{file}: {quoted(name)[1:-1]} {quoted(list(header.shape))} "
+                f"{quoted(header.dtype)[1:-1]} lies at bytes {first} to {last}{wanted}; "
+                f"the file is damaged"
             )
         end = last
     if end != num_bytes:
@@ -121,3 +147,11 @@ def _check_layout(
             f"{file}: the tensors take {end} bytes but {num_bytes} follow the header; the file is "
             f"cut short or damaged; fetch it again"
         )
+
+
+def _num_bytes(header: _Header) -> int | None:
+    """None: no such tensor is possible."""
+    bits = _BITS.fullmatch(header.dtype)
+    if bits is None or len(header.shape) > _MAX_DIMS or min(header.shape, default=0) < 0:
+        return None
+    return math.prod(header.shape) * int(bits.group(1) or 8) // 8

@@ -85,15 +85,6 @@ def test_all_missing_and_unexpected_tensors_in_one_error(directory: Path, load: 
     assert "2 unexpected: extra.one, extra.two" in str(error.value)
 
 
-def test_harmless_tensors_are_ignored(directory: Path, load: Load) -> None:
-    tensors = _tensors(directory)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
-    _write(directory, tensors)
-    _set_config(directory, tie_word_embeddings=True)  # lm_head.weight is there all the same
-    model = load(directory)
-    assert model.head.weight is model.embed_tokens
-
-
 def test_a_shape_that_config_does_not_say(directory: Path, load: Load) -> None:
     tensors = _tensors(directory)
     tensors[Q_PROJ] = torch.ones(16, 12)
@@ -127,26 +118,17 @@ def test_no_weights_at_all(directory: Path, load: Load) -> None:
     ("file", "message"),
     [
         ("gone.safetensors", "gone.safetensors is listed but not there"),
-        ("../model.safetensors", "'../model.safetensors' is not a plain file name"),
+        ("../model.safetensors", f"{Q_PROJ} = '../model.safetensors': .* no.* plain file name"),
+        (7, f"{Q_PROJ} = 7: .* no.* plain file name"),
     ],
 )
 def test_an_index_that_points_elsewhere(
-    directory: Path, load: Load, file: str, message: str
+    directory: Path, load: Load, file: Any, message: str
 ) -> None:
     (directory / "model.safetensors").unlink()
     index = {"weight_map": {Q_PROJ: file}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=message):
-        load(directory)
-
-
-def test_a_tensor_in_two_shards(directory: Path, load: Load) -> None:
-    (directory / "model.safetensors").unlink()
-    for name in ("a", "b"):
-        save_file({Q_PROJ: torch.ones(2)}, directory / f"{name}.safetensors")
-    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=f"b.safetensors: {Q_PROJ} is also in a.safetensors"):
         load(directory)
 
 
