@@ -70,7 +70,8 @@ class Child(Generic[T]):
 
 def _spawn(module: str, sock: socket.socket) -> subprocess.Popen[bytes]:
     # The child imports what this process would: -m alone would look into the working directory.
-    # In a session of its own, for a Ctrl-C in the terminal is not meant for it.
+    # In a session of its own, for a Ctrl-C in the terminal is not meant for it. It ends with the
+    # thread that starts it here (parent.py): the one of the event loop, in `serve` the main one.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, str(sock.fileno())],

@@ -33,6 +33,7 @@ from specserve.process.messages import (
     Stepped,
     ToEngine,
 )
+from specserve.process.parent import kill_with_parent
 from specserve.text import TextError, Tokenizer
 from specserve.types import Abort, Request, RequestError, StepOutput
 
@@ -45,6 +46,7 @@ def main() -> int:
         level=logging.INFO, stream=sys.stderr, format="%(levelname)s engine: %(message)s"
     )
     sock = socket.socket(fileno=int(sys.argv[1]))
+    kill_with_parent()
     threading.Thread(target=_end_with_parent, args=(sock,), daemon=True).start()
     frames: FrameSocket[ToEngine] = FrameSocket(sock, ToEngine)
     try:
@@ -57,9 +59,10 @@ def main() -> int:
 
 
 def _end_with_parent(sock: socket.socket) -> None:
-    """The step loop notices too, but not while it loads weights or a kernel hangs.
+    """The step loop notices too, but not while it loads weights.
 
-    Keeps the socket open to the very end, so that its end is the end of the process.
+    Where `kill_with_parent` does nothing, or came too late, this does. Keeps the socket open to the
+    very end, so that its end is the end of the process.
     """
     poll = select.poll()
     poll.register(sock, 0)  # nothing but the end of the connection
@@ -74,11 +77,11 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
     configure, *early = messages
     assert isinstance(configure, Configure), "the first message says what to load"
     try:
-        engine = _load(configure, _Progress(frames))
+        engine, slowest_step = _load(configure, _Progress(frames))
     except (ConfigError, DraftError, HubError, ModelError, TextError) as error:
         frames.send(Failed(str(error)))
         return 1
-    frames.send(Ready(engine.info(), engine.stats()))
+    frames.send(Ready(engine.info(), engine.stats(), slowest_step))
     _take(engine, frames, early)
     boarding, places = Boarding(frames, HEARTBEAT_S), 0
     while (boarded := boarding.receive(running=engine.has_work, places=places)) is not None:
@@ -95,7 +98,8 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
     return 0
 
 
-def _load(configure: Configure, progress: "_Progress") -> Engine:
+def _load(configure: Configure, progress: "_Progress") -> tuple[Engine, float]:
+    """A warm engine, and the seconds of its slowest step so far."""
     target = Path(configure.target)
     progress.stage("reading the tokenizer")
     tokenizer = Tokenizer(target)
@@ -106,9 +110,9 @@ def _load(configure: Configure, progress: "_Progress") -> Engine:
         lambda spec: resolve(spec, progress=progress.fraction),
         progress.stage,
     )
-    engine.warm_up(progress.stage)
+    slowest_step = engine.warm_up(progress.stage)
     gc.freeze()  # all this stays: going through it again and again took 1 % of the time
-    return engine
+    return engine, slowest_step
 
 
 def _take(engine: Engine, frames: FrameSocket[ToEngine], messages: list[ToEngine]) -> None:

@@ -35,6 +35,7 @@ _TICK_S: Final = 0.25  # how often silence is looked at
 _HEALTHY_S: Final = 60.0  # of an engine that was no failure
 _MAX_DELAY_S: Final = 30.0
 _PATIENCE_S: Final = 2.0  # with a process that has reason to end
+_MARGIN: Final = 3.0  # how much slower than when it warmed up a busy machine may be
 
 logger = logging.getLogger(__name__)
 _decoder: Final = msgspec.msgpack.Decoder(ToEngine)
@@ -71,7 +72,8 @@ class EngineProcess:
         start_timeout: float = 600.0,
     ) -> None:
         """`heartbeat_timeout`: seconds of silence of an engine that is ready, after which it is
-        taken for hung; `start_timeout`: of one that starts."""
+        taken for hung, beside the time that its steps may take; `start_timeout`: of one that
+        starts, and the most for any."""
         self.state: State = "stopped"
         self.stage = ""  # what a starting engine is doing
         self.info: EngineInfo | None = None  # of the latest engine that was ready
@@ -91,7 +93,8 @@ class EngineProcess:
         self._settled = asyncio.Event()  # ready, failed or stopped
         self._settled.set()
         self._streams: dict[str, asyncio.Queue[StepOutput | Exception]] = {}
-        self._leaving: set[str] = set()  # aborted, the engine has not confirmed it
+        self._contexts: dict[str, int] = {}  # with the engine: the tokens each may come to have
+        self._slowest_step = 0.0  # seconds, of what the engine did to warm up
 
     @property
     def pid(self) -> int | None:
@@ -139,11 +142,12 @@ class EngineProcess:
         if self.state != "ready":
             raise self._unavailable()
         assert child is not None
-        if request.id in self._streams or request.id in self._leaving:
+        if request.id in self._contexts:
             raise RequestError("id", f"{request.id!r} is already running; use a fresh one")
         _check_readable(request)
         outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
         self._streams[request.id] = outputs
+        self._contexts[request.id] = len(request.prompt_ids) + request.sampling.max_tokens
         child.frames.send(request)
         try:
             while True:
@@ -156,7 +160,6 @@ class EngineProcess:
         finally:
             if self._streams.get(request.id) is outputs:
                 del self._streams[request.id]
-                self._leaving.add(request.id)
                 child.frames.send(Abort(request.id))
 
     async def _supervise(self) -> None:
@@ -216,8 +219,7 @@ class EngineProcess:
                     messages = await child.frames.receive()
             except TimeoutError:
                 silent_s += _TICK_S
-                ready = self.state == "ready"
-                if silent_s >= (self._heartbeat_timeout if ready else self._start_timeout):
+                if silent_s >= self._patience():
                     logger.error("no sign of life from the engine for %g s", silent_s)
                     child.kill()
                     return
@@ -229,6 +231,21 @@ class EngineProcess:
             for message in messages:
                 self._take(message)
 
+    def _patience(self) -> float:
+        """How long the engine may be silent: it only speaks between two steps.
+
+        A row's cost is a constant and a part that grows with the tokens before it. To warm up, the
+        engine ran as many rows as a step may have, with half as many tokens before each.
+        """
+        if self.state != "ready":
+            return self._start_timeout
+        if not self._contexts:
+            return self._heartbeat_timeout
+        rows = self._configure.config.schedule.max_batch_rows
+        growth = 1 + 2 * max(self._contexts.values()) / rows
+        allowed = self._heartbeat_timeout + _MARGIN * self._slowest_step * growth
+        return min(allowed, max(self._heartbeat_timeout, self._start_timeout))
+
     def _take(self, message: FromEngine) -> None:
         match message:
             case Loading():
@@ -236,6 +253,7 @@ class EngineProcess:
             case Ready():
                 self.info, self._ready_at = message.info, time.monotonic()
                 self._start_s = self._ready_at - self._starts_at
+                self._slowest_step = message.slowest_step
                 self._count(message.stats)
                 self._set_state("ready")
             case Failed():
@@ -262,13 +280,13 @@ class EngineProcess:
             self._streams[request_id].put_nowait(output)
         if last:
             self._streams.pop(request_id, None)
-            self._leaving.discard(request_id)
+            self._contexts.pop(request_id, None)
 
     def _drop_streams(self) -> None:
         for outputs in self._streams.values():
             outputs.put_nowait(self._unavailable())
         self._streams.clear()
-        self._leaving.clear()
+        self._contexts.clear()
 
     def _set_state(self, state: State) -> None:
         self.state = state

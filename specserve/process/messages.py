@@ -29,6 +29,7 @@ class Loading(Struct, frozen=True, tag=True):
 class Ready(Struct, frozen=True, tag=True):
     info: EngineInfo
     stats: EngineStats
+    slowest_step: float  # seconds, while it warmed up
 
 
 class Failed(Struct, frozen=True, tag=True):

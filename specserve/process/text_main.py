@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from specserve.process.frames import FrameSocket
+from specserve.process.parent import kill_with_parent
 from specserve.process.text_messages import (
     Chat,
     Encode,
@@ -38,6 +39,7 @@ _GRACE: Final = 1.0  # seconds beyond its limit after which a job nobody waits f
 
 def main(fd: int) -> None:
     """Serve the peer at the other end of the socket `fd`."""
+    kill_with_parent()
     # One text at a time needs no threads, and theirs would be a lot of the memory limit.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     peer: FrameSocket[ToText] = FrameSocket(socket.socket(fileno=fd), ToText)
@@ -88,7 +90,7 @@ def _enter(peer: FrameSocket[ToText], stage: Stage) -> None:
 
 
 def _set_alarm(seconds: float) -> None:
-    """Without a peer nobody kills it; this alarm does, and needs no Python to run."""
+    """Where nothing kills it with its peer, this alarm does, and needs no Python to run."""
     signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
 
 

@@ -244,6 +244,56 @@ def test_an_engine_that_dies_or_hangs_is_replaced(
         runner.run(break_it())
 
 
+SLOW = """
+import sys, time
+if "specserve.process.engine_main" in sys.orig_argv:
+    from specserve.runner.runner import Runner
+    forward = Runner.forward
+
+    def slow(self, entries, trees):
+        for entry in entries:
+            rows = entry.num_chain + entry.num_nodes
+            time.sleep(rows * ({row} + {token} * (entry.seq.table.num_committed + rows / 2)))
+        return forward(self, entries, trees)
+
+    Runner.forward = slow
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "max_batch_rows", "slow"),
+    [
+        (1000, 1024, {"row": 1.6e-3, "token": 0}),
+        (1000, 256, {"row": 0, "token": 7e-6}),
+    ],
+    ids=["many rows", "a long context"],
+)
+def test_an_engine_that_is_only_slow_is_left_alone(
+    num_tokens: int,
+    max_batch_rows: int,
+    slow: dict[str, float],
+    runner: asyncio.Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step takes longer than `heartbeat_timeout`; no other is as slow as that one."""
+    model = write_tiny_llama(tmp_path / "model", seed=1, context=2048)
+    (tmp_path / "sitecustomize.py").write_text(SLOW.format(**slow))
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of(model, draft=["none"], max_batch_rows=max_batch_rows)
+
+    async def ask() -> None:
+        async with running(config, heartbeat_timeout=1.0) as engine:
+            sampling = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+            started = time.monotonic()
+            outputs = await collect(engine, Request("slow", (1, 2) * (num_tokens // 2), sampling))
+            assert time.monotonic() - started > 1.5, "it was not slow"
+            assert len(ids(outputs)) == 3
+            assert engine.num_restarts == 0
+
+    runner.run(ask())
+
+
 def test_settings_that_cannot_be_used(runner: asyncio.Runner, tiny_model: Path) -> None:
     async def fail() -> None:
         engine = EngineProcess(config_of(tiny_model, max_model_len=4096), tiny_model)
@@ -364,26 +414,73 @@ from pathlib import Path
 import msgspec
 from specserve.config import EngineConfig
 from specserve.process.engine_process import EngineProcess
+from specserve.process.text_process import TextProcess
+from specserve.types import Request, SamplingParams
+
+async def ask(engine):
+    async for _ in engine.stream(Request("r", (1, 2), SamplingParams(max_tokens=400, seed=1))):
+        pass
 
 async def main():
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
     engine = EngineProcess(config, Path(config.target.target))
+    texts = TextProcess(Path(config.target.target), time_limit=50.0, workers=1)
     await engine.start()
     await engine.wait_ready()
-    print(engine.pid, flush=True)
+    await texts.start()
+    print(engine.pid, *texts.pids, flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    asyncio.create_task(ask(engine))
+    asyncio.create_task(texts.encode("w1"))
+    await asyncio.sleep(0.2)
+    print("asked", flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())
 """
 
 
-def test_an_orphan_ends_by_itself(runner: asyncio.Runner, tiny_model: Path) -> None:
+STUCK = """
+import ctypes, os, sys
+if "specserve.process.engine_main" in sys.orig_argv:
+    from specserve.engine.engine import Engine
+    step = Engine.step
+
+    def stuck(self):
+        if os.path.exists({flag!r}):
+            ctypes.PyDLL(None).sleep(60)  # which lets nobody else run Python
+        return step(self)
+
+    Engine.step = stuck
+elif "specserve.process.text_main" in sys.orig_argv:
+    from specserve.text import Tokenizer
+    Tokenizer.encode = lambda self, text, **options: ctypes.PyDLL(None).sleep(60)
+"""
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_an_orphan_ends_by_itself(
+    stuck: bool, runner: asyncio.Runner, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Even one that is in native code for ever."""
     config = msgspec.json.encode(config_of(tiny_model)).decode()
+    flag = tmp_path / "flag"
+    (tmp_path / "sitecustomize.py").write_text(STUCK.format(flag=str(flag)))
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
-        [sys.executable, "-c", ORPHANING, config], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", ORPHANING, config],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | ({"PYTHONPATH": path} if stuck else {}),
     ) as parent:
         assert parent.stdout is not None
-        pid = int(parent.stdout.readline())
-        assert is_running(pid)
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert all(map(is_running, pids))
+        flag.touch()
+        assert parent.stdin is not None
+        print("go", file=parent.stdin, flush=True)
+        parent.stdout.readline()  # it has given both something to do
+        time.sleep(0.5)
         parent.kill()
-    runner.run(until(lambda: not is_running(pid), 5.0))
+    runner.run(until(lambda: not any(map(is_running, pids)), 3.0))
