@@ -125,6 +125,61 @@ def test_a_beginning_token_is_added_when_the_file_says_so(
 
 
 @pytest.mark.parametrize(
+    ("metadata", "begins"),
+    [
+        ({"tokenizer.ggml.pre": "llama-bpe"}, True),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, False),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.bos_token_id": None}, False),
+        ({"tokenizer.ggml.pre": "gpt-2"}, False),
+        ({"tokenizer.ggml.pre": "qwen2"}, False),
+        ({"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.add_bos_token": True}, True),
+    ],
+)
+def test_whether_prompts_begin_with_bos(
+    write_gguf: Write, tmp_path: Path, metadata: dict[str, Any], begins: bool
+) -> None:
+    """Llama 3's pre-tokenizer stands for it where the key is missing, as in many files."""
+    convert_gguf(write_gguf({"tokenizer.ggml.bos_token_id": END, **metadata}), tmp_path, _no_report)
+    assert (Tokenizer(tmp_path).encode("hell")[0] == END) == begins
+
+
+_TURNS = [*TOKENS, "<|eot_id|>", "<|im_end|>", "<|eom_id|>"]
+_FIRST = len(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ends"),
+    [
+        ({}, [END, _FIRST, _FIRST + 1, _FIRST + 2]),
+        ({"tokenizer.ggml.eot_token_id": _FIRST}, [END, _FIRST]),
+        (
+            {"tokenizer.ggml.eot_token_id": _FIRST + 1, "tokenizer.ggml.eom_token_id": _FIRST + 2},
+            [END, _FIRST + 1, _FIRST + 2],
+        ),
+    ],
+)
+def test_what_ends_a_turn(
+    write_gguf: Write, tmp_path: Path, metadata: dict[str, Any], ends: list[int]
+) -> None:
+    """By its key, else by its name; and it is a control token, whatever the file flags."""
+    kinds = [1] * len(TOKENS) + [3, 1, 4]
+    tokens = {"tokenizer.ggml.tokens": _TURNS, "tokenizer.ggml.token_type": kinds}
+    eos = {"tokenizer.ggml.eos_token_id": END}
+    file = write_gguf(tokens | eos | metadata, _tensors_for(len(_TURNS)))
+    convert_gguf(file, tmp_path, _no_report)
+    assert ModelShape.from_dir(tmp_path).eos_token_ids == tuple(ends)
+    assert Tokenizer(tmp_path).special_ids >= {_FIRST, _FIRST + 1, _FIRST + 2}
+
+
+def _tensors_for(vocab_size: int) -> dict[str, Any]:
+    tensors = random_tensors(CONFIGS["llama"])
+    for name in ("token_embd.weight", "output.weight"):
+        rows = [tensors[name][:1]] * (vocab_size - len(TOKENS))
+        tensors[name] = np.concatenate([tensors[name], *rows])
+    return tensors
+
+
+@pytest.mark.parametrize(
     ("pre", "text", "pieces"),
     [
         ("gpt-2", "it's  1234 no", ["it", "'s", " ", " 1234", " no"]),
@@ -168,6 +223,7 @@ def test_each_known_cut(
         ({"tokenizer.ggml.merges": ["q q"]}, "the merge 'q q' does not join"),
         ({"tokenizer.ggml.merges": [1, 2]}, "merges is not a list of strings"),
         ({"tokenizer.ggml.eos_token_id": 999}, "eos_token_id = 999 is no token"),
+        ({"tokenizer.ggml.eot_token_id": 261}, "eot_token_id = 261 is no token"),
         ({"tokenizer.ggml.add_bos_token": True}, "without a bos_token_id"),
     ],
 )

@@ -72,6 +72,7 @@ LEVELS: list[list[str]] = [
 WITHIN_A_LEVEL = {
     ("specserve.cache.table", "specserve.cache.pool"),
     ("specserve.text", "specserve.types"),
+    ("specserve.hub", "specserve.text"),
     ("specserve.step", "specserve.sequence"),
     ("specserve.drafting.base", "specserve.batch"),
     ("specserve.drafting.prediction", "specserve.drafting.lookup"),

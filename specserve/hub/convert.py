@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 
-from specserve.hub.gguf_config import end_tokens, read_config
+from specserve.hub.gguf_config import read_config
 from specserve.hub.gguf_file import GgufFile
 from specserve.hub.gguf_tensors import source_tensors
-from specserve.hub.gguf_tokenizer import read_tokenizer
+from specserve.hub.gguf_tokenizer import end_tokens, read_tokenizer
 
-CONVERTER_VERSION = 2  # raise it when the output changes: cached conversions are made again
+CONVERTER_VERSION = 3  # raise it when the output changes: cached conversions are made again
 Progress = Callable[[str, float], None]  # what is being done, and how much of it: 0 to 1
 
 

@@ -100,14 +100,6 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     }
 
 
-def end_tokens(file: GgufFile) -> list[int]:
-    """Tokens that end a text or a turn, for generation_config.json."""
-    fields = GgufFields(file)
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    ids = (fields.integer(key, None) for key in keys)
-    return list(dict.fromkeys(token for token in ids if token is not None))
-
-
 def _vocab_size(file: GgufFile, fields: GgufFields) -> int:
     if "token_embd.weight" not in file.tensors:
         raise fields.refuse("token_embd.weight is missing; fetch a complete file")

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from specserve.hub.gguf_config import GgufFields
 from specserve.hub.gguf_file import GgufFile
+from specserve.text.control_tokens import END_OF_TURN
 
 
 class Cut(Struct, frozen=True):
@@ -26,6 +27,7 @@ class Cut(Struct, frozen=True):
     single_digits: bool = False
     whole_words: bool = False  # a piece that is a token is taken without merging
     compose: bool = False  # NFC first
+    begins: bool = False  # prompts begin with the BOS token, where the file does not say
 
 
 def _words(max_digits: str) -> str:
@@ -41,7 +43,7 @@ CUTS: Final = {
     "gpt-2": Cut(),
     "default": Cut(),
     "smollm": Cut(single_digits=True),
-    "llama-bpe": Cut(_words("{1,3}"), whole_words=True),
+    "llama-bpe": Cut(_words("{1,3}"), whole_words=True, begins=True),
     "qwen2": Cut(_words(""), compose=True),
 }
 
@@ -71,7 +73,7 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=CUTS[pre].whole_words))
     _set_cut(tokenizer, CUTS[pre])
     _add_tokens(tokenizer, tokens, kinds)
-    config = _tokenizer_config(fields, tokens)
+    config = _tokenizer_config(fields, tokens, CUTS[pre])
     if config["add_bos_token"]:
         _prepend_bos(tokenizer, config["bos_token"])
     return tokenizer, config
@@ -91,36 +93,55 @@ def _set_cut(tokenizer: Tokenizer, cut: Cut) -> None:
         tokenizer.normalizer = NFC()
 
 
+def end_tokens(file: GgufFile) -> list[int]:
+    """Tokens that end a text or a turn, for generation_config.json.
+
+    Many files have no key for the end of a turn; then its name tells.
+    """
+    fields = GgufFields(file)
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    by_key = {key: _token_id(fields, key, tokens) for key in ("eos", "eot", "eom")}
+    ids = [index for index in by_key.values() if index is not None]
+    if by_key["eot"] is None:
+        ids += [index for index, token in enumerate(tokens) if token in END_OF_TURN]
+    return list(dict.fromkeys(ids))
+
+
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
     """In place: tokens that text spells whole. Their ids stay, they are in the vocabulary."""
-    known = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
     for token, kind in zip(tokens, kinds, strict=True):
-        if kind in known:
-            special = known[TokenType(kind)]
+        special = kind == TokenType.CONTROL or token in END_OF_TURN
+        if special or kind == TokenType.USER_DEFINED:
             added = AddedToken(token, special=special, normalized=False)
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
 
 
-def _tokenizer_config(fields: GgufFields, tokens: list[str]) -> dict[str, Any]:
+def _tokenizer_config(fields: GgufFields, tokens: list[str], cut: Cut) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": fields.integer("{arch}.context_length"),
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", bool, False),
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = fields.integer(f"tokenizer.ggml.{theirs}_token_id", None)
-        if index is None:
-            continue
-        if not 0 <= index < len(tokens):
-            raise fields.refuse(f"tokenizer.ggml.{theirs}_token_id = {index} is no token")
-        config[f"{ours}_token"] = tokens[index]
+        index = _token_id(fields, theirs, tokens)
+        if index is not None:
+            config[f"{ours}_token"] = tokens[index]
+    begins = cut.begins and "bos_token" in config
+    config["add_bos_token"] = fields.get("tokenizer.ggml.add_bos_token", bool, begins)
     if config["add_bos_token"] and "bos_token" not in config:
         raise fields.refuse("tokenizer.ggml.add_bos_token is set without a bos_token_id")
     template = fields.text("tokenizer.chat_template", None)
     if template is not None:
         config["chat_template"] = template
     return config
+
+
+def _token_id(fields: GgufFields, name: str, tokens: list[str]) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    index: int | None = fields.integer(key, None)
+    if index is not None and not 0 <= index < len(tokens):
+        raise fields.refuse(f"{key} = {index} is no token; there are {len(tokens)}")
+    return index
 
 
 def _prepend_bos(tokenizer: Tokenizer, bos: str) -> None:

@@ -31,7 +31,6 @@ from specserve.process.text_messages import (
 from specserve.text import TextError, Tokenizer
 from specserve.types import RequestError
 
-_COMPILE_TIMEOUT: Final = 10.0  # seconds for a chat template and three short chats
 _LOAD_TIMEOUT: Final = 120.0  # seconds for a tokenizer
 _PREPARING: Final = 2**31  # bytes for reading a tokenizer of any size
 _GRACE: Final = 1.0  # seconds beyond its limit after which a job nobody waits for ends the worker
@@ -73,7 +72,7 @@ def _load(peer: FrameSocket[ToText], setup: Setup) -> Tokenizer:
         f"{setup.directory}: the chat template takes too much time or memory to compile; use the "
         f"model's original one, or remove it to serve plain prompts"
     )
-    _enter(peer, Stage(_COMPILE_TIMEOUT, problem))
+    _enter(peer, Stage(setup.compile_limit, problem))
     _limit_memory(setup.memory_limit)
     tokenizer.compile_template()
     _limit_memory(setup.memory_limit + _PREPARING)

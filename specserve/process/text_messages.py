@@ -13,6 +13,7 @@ class Setup(Struct, frozen=True, tag=True):
     directory: str  # of the model
     time_limit: float  # seconds for one job
     memory_limit: int  # bytes for one job
+    compile_limit: float  # seconds for the chat template
 
 
 class Encode(Struct, frozen=True, tag=True):

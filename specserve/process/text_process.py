@@ -52,7 +52,8 @@ class TextProcess:
     """`Tokenizer.encode` and `.chat` of the model directory `target`, for one event loop.
 
     `time_limit` is what one job may take once a worker has it, in seconds; `memory_limit` what it
-    may need beyond the tokenizer, in bytes. Two `workers`, so that one long job blocks no other.
+    may need beyond the tokenizer, in bytes; `compile_limit` what the chat template may take to be
+    compiled and to render three short chats, in seconds. Two `workers`, so that one long job blocks no other.
     `on_done` is told how many seconds a job took, waiting included.
     """
 
@@ -62,11 +63,12 @@ class TextProcess:
         *,
         time_limit: float = 10.0,
         memory_limit: int = 2**31,
+        compile_limit: float = 10.0,
         workers: int = 2,
         max_waiting: int = 1024,
         on_done: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._setup = Setup(str(target), time_limit, memory_limit)
+        self._setup = Setup(str(target), time_limit, memory_limit, compile_limit)
         self._num_workers = workers
         self._max_open = max_waiting + workers
         self._open: set[_Ticket] = set()

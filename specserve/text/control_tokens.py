@@ -17,7 +17,19 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as TokenizerFile
 
 # Tokens that end a turn in published chat models, whatever their configs call them.
-END_OF_TURN: Final = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end_of_turn|>")
+END_OF_TURN: Final = frozenset(
+    {
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|EOT|>",
+        "<end_of_turn>",
+        "<|end_of_turn|>",
+        "[|endofturn|]",
+        "<end_of_utterance>",
+    }
+)
 
 _MARKER: Final = re.compile(r"[<\[|\uff1c\uff3b].*\w.*[>\]|\uff1e\uff3d]", re.DOTALL)
 _HTML: Final = re.compile(

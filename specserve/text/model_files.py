@@ -16,6 +16,7 @@ _TOKENS_MAP: Final = "special_tokens_map.json"  # where older libraries named th
 _NAMED: Final = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
 _MAX_BYTES: Final = 64 * 2**20  # of one file
+_MAX_TEMPLATE: Final = 2**20  # characters; the longest that are published have some ten thousand
 
 
 class TextError(ValueError):
@@ -81,6 +82,16 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
 
 def read_chat_template(directory: Path) -> ChatTemplateSource | None:
     """The template, where there is one: of several the one called default. Raises `TextError`."""
+    source = _find_template(directory)
+    if source is not None and len(source.text) > _MAX_TEMPLATE:
+        raise TextError(
+            f"{directory / source.place}: a chat template of {len(source.text)} characters is too "
+            f"long (limit {_MAX_TEMPLATE}); use the model's original one"
+        )
+    return source
+
+
+def _find_template(directory: Path) -> ChatTemplateSource | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         return ChatTemplateSource(_read_text(path), path.name)

@@ -222,6 +222,8 @@ def _constants(tree: nodes.Template) -> list[str]:
 
 
 def _in_short(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     reason = " ".join(str(error).split()) or type(error).__name__
     return reason if len(reason) <= 200 else f"{reason[:200]}..."
 

@@ -203,7 +203,7 @@ class Tokenizer:
         template = "" if self._source is None else self._source.text
         named = self._special.roles.get("eos_token")
         ids = [None if named is None else self._tokenizer.token_to_id(named)]
-        ids += [added.get(token) for token in END_OF_TURN if token in template]
+        ids += [i for token, i in added.items() if token in END_OF_TURN and token in template]
         return tuple(dict.fromkeys(index for index in ids if index is not None))
 
 
