@@ -64,3 +64,8 @@ def quoted(value: object) -> str:
         return _QUOTE.repr(value)
     except ValueError:  # Python writes out no integer of thousands of digits
         return "a number of thousands of digits"
+
+
+def short(name: str) -> str:
+    """A name on one line, cut where it is long."""
+    return quoted(name)[1:-1]

@@ -69,8 +69,10 @@ def write_gguf(
             writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
-        elif value is not None:
+        elif value is not None and 0 <= value < 2**32:
             writer.add_uint32(key, value)
+        elif value is not None:
+            writer.add_int64(key, value)
     for name, tensor in (random_tensors(CONFIGS[arch]) if tensors is None else tensors).items():
         if tensor.ndim == 2 and kind != GGMLQuantizationType.F32:
             data = tensor if tensor.dtype == np.uint8 else gguf.quants.quantize(tensor, kind)

@@ -4,10 +4,12 @@ Owns the translation of names and of rope scaling. Knows nothing of weights beyo
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from specserve.files import quoted, short
 from specserve.hub.errors import HubError
 from specserve.hub.gguf_file import GgufFile
 
@@ -17,33 +19,74 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _REQUIRED = object()
+_MAX_INTEGER = 2**31 - 1
+_MAX_NUMBER = 1e12
+# What is said of an architecture and makes no difference here, and what makes none at one value.
+_HARMLESS = frozenset(
+    [
+        "vocab_size",
+        "expert_used_count",
+        "tensor_data_layout",
+        "use_parallel_residual",
+        "pooling_type",
+        "decoder_start_token_id",
+        "attention.layer_norm_epsilon",
+        "rope.scaling.finetuned",
+        "rope.scaling.original_context_length",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+    ]
+)
+_NEUTRAL: Mapping[str, Any] = {
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+}
 
 
 class GgufFields:
-    """Metadata of one file, with errors that name the key."""
+    """Metadata of one file, with errors that name the key; knows which ones nobody asked for."""
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
+        self._asked: set[str] = set()
         self.architecture = self.text("general.architecture")
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
         """A value of `kind`; `{arch}` in the key is the architecture. Raises `HubError`."""
-        key = key.replace("{arch}.", f"{getattr(self, 'architecture', '')}.")
+        key = self._full(key)
+        self._asked.add(key)
         value = self._file.metadata.get(key, default)
         if value is _REQUIRED:
             raise HubError(f"{self._file.path}: {key} is missing; fetch a complete file")
-        if value is not default and not isinstance(value, kind):
-            raise HubError(f"{self._file.path}: {key} = {value!r} is not usable")
+        # True is no number, though Python has it so.
+        if value is not default and (
+            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        ):
+            raise self.unusable(key)
         return value
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
         return self.get(key, str, default)
 
-    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        return self.get(key, int, default)
+    def integer(
+        self, key: str, default: Any = _REQUIRED, *, low: int = 0, high: int = _MAX_INTEGER
+    ) -> Any:
+        """One number, or a list that says the same number for every layer."""
+        value = self.get(key, (int, list), default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if value is not default and (type(value) is not int or not low <= value <= high):
+            raise self.unusable(key, f"expected an integer from {low} to {high}")
+        return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.get(key, (int, float), default)
+        if value is not default and not 0 <= value <= _MAX_NUMBER:  # nor NaN
+            raise self.unusable(key, f"expected a number from 0 to {_MAX_NUMBER:g}")
         return _short(value) if isinstance(value, float) else value
 
     def texts(self, key: str) -> list[str]:
@@ -55,39 +98,60 @@ class GgufFields:
     def refuse(self, reason: str) -> HubError:
         return HubError(f"{self._file.path}: {reason}")
 
+    def unusable(self, key: str, reason: str = "it is of another type") -> HubError:
+        key = self._full(key)
+        value = quoted(self._file.metadata.get(key))
+        return self.refuse(f"{key} = {value} is not usable: {reason}")
+
+    def refuse_unread(self) -> None:
+        """Raises `HubError` naming what is said of the architecture and nobody asked for."""
+        prefix = f"{self.architecture}."
+        for key, value in self._file.metadata.items():
+            name = key.removeprefix(prefix)
+            if (
+                key.startswith(prefix)
+                and key not in self._asked
+                and name not in _HARMLESS
+                and value
+                and _NEUTRAL.get(name) != value
+            ):
+                raise self.refuse(
+                    f"{short(key)} = {quoted(value)}: not supported, and may change what the "
+                    f"model computes; use a directory with safetensors"
+                )
+
+    def _full(self, key: str) -> str:
+        return key.replace("{arch}.", f"{getattr(self, 'architecture', '')}.")
+
 
 def read_config(file: GgufFile) -> dict[str, Any]:
     """The content of config.json. Raises `HubError` for models that cannot be run."""
     fields = GgufFields(file)
     if fields.architecture not in ARCHITECTURES:
         raise fields.refuse(
-            f"architecture {fields.architecture!r} is not supported; supported: "
+            f"architecture {quoted(fields.architecture)} is not supported; supported: "
             f"{', '.join(ARCHITECTURES)}; a directory with safetensors may be"
         )
     if fields.integer("split.count", 1) > 1:
         raise fields.refuse("it is one part of several; merge them with llama-gguf-split first")
     if fields.integer("{arch}.expert_count", 0):
         raise fields.refuse("mixtures of experts are not supported")
-    hidden_size = fields.integer("{arch}.embedding_length")
-    num_heads = fields.integer("{arch}.attention.head_count")
-    head_dim = fields.integer("{arch}.attention.key_length", hidden_size // max(num_heads, 1))
-    if num_heads < 1 or head_dim < 2 or head_dim % 2:
-        raise fields.refuse(f"{num_heads} heads of size {head_dim} are not usable")
-    if fields.integer("{arch}.rope.dimension_count", head_dim) != head_dim:
-        raise fields.refuse("rotary positions on a part of each head are not supported")
-    return {
+    if not fields.get("{arch}.attention.causal", bool, True):
+        raise fields.unusable("{arch}.attention.causal", "only true is supported")
+    num_heads = fields.integer("{arch}.attention.head_count", low=1)
+    config = {
         "architectures": [ARCHITECTURES[fields.architecture]],
         "model_type": fields.architecture,
         "vocab_size": _vocab_size(file, fields),
-        "hidden_size": hidden_size,
-        "intermediate_size": fields.integer("{arch}.feed_forward_length"),
-        "num_hidden_layers": fields.integer("{arch}.block_count"),
+        "hidden_size": fields.integer("{arch}.embedding_length", low=1),
+        "intermediate_size": fields.integer("{arch}.feed_forward_length", low=1),
+        "num_hidden_layers": fields.integer("{arch}.block_count", low=1),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": fields.integer("{arch}.attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
+        "num_key_value_heads": fields.integer("{arch}.attention.head_count_kv", num_heads, low=1),
+        "head_dim": _head_dim(fields, num_heads),
         "hidden_act": "silu",
         "rms_norm_eps": fields.number("{arch}.attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": fields.integer("{arch}.context_length"),
+        "max_position_embeddings": fields.integer("{arch}.context_length", low=2),
         "rope_theta": fields.number("{arch}.rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(file, fields),
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -98,6 +162,23 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         "pad_token_id": fields.integer("tokenizer.ggml.padding_token_id", None),
         "torch_dtype": "bfloat16",
     }
+    fields.refuse_unread()
+    return config
+
+
+def _head_dim(fields: GgufFields, num_heads: int) -> int:
+    default = fields.integer("{arch}.embedding_length", low=1) // num_heads
+    head_dim: int = fields.integer("{arch}.attention.key_length", default, low=2)
+    if head_dim < 2 or head_dim % 2:
+        raise fields.refuse(f"{num_heads} heads of size {head_dim} are not usable")
+    if fields.integer("{arch}.attention.value_length", head_dim) != head_dim:
+        raise fields.unusable("{arch}.attention.value_length", f"keys have size {head_dim}")
+    if fields.integer("{arch}.rope.dimension_count", head_dim) != head_dim:
+        raise fields.refuse("rotary positions on a part of each head are not supported")
+    scale = fields.number("{arch}.attention.scale", 0.0)
+    if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-3):
+        raise fields.unusable("{arch}.attention.scale", f"{head_dim**-0.5:g} is supported")
+    return head_dim
 
 
 def _vocab_size(file: GgufFile, fields: GgufFields) -> int:
@@ -107,20 +188,28 @@ def _vocab_size(file: GgufFile, fields: GgufFields) -> int:
 
 
 def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
+    """A factor without a type is linear, and an older key for it, as llama.cpp reads them."""
+    kind = fields.text("{arch}.rope.scaling.type", "linear")
+    factor, older = (
+        fields.number(key, 0.0)
+        for key in ("{arch}.rope.scaling.factor", "{arch}.rope.scale_linear")
+    )
+    factor = factor or older or 1.0
     if "rope_freqs.weight" in file.tensors:
+        if factor != 1.0 and kind != "none":
+            raise fields.unusable("{arch}.rope.scaling.factor", "rope_freqs.weight scales as well")
         return _llama3_scaling(file, fields)
-    kind = fields.text("{arch}.rope.scaling.type", "none")
-    if kind == "none":
+    if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
-    scaling = {"rope_type": kind, "factor": fields.number("{arch}.rope.scaling.factor")}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "linear":
         return scaling
     if kind != "yarn":
-        raise fields.refuse(f"rope scaling {kind!r} is not supported (linear and yarn are)")
-    for key in ("{arch}.rope.scaling.attn_factor", "{arch}.rope.scaling.yarn_attn_factor"):
-        if fields.number(key, 1.0) != 1.0:
-            raise fields.refuse(f"{key.split('.')[-1]} other than 1 is not supported")
-    original = fields.integer("{arch}.rope.scaling.original_context_length")
+        raise fields.refuse(f"rope scaling {quoted(kind)} is not supported (linear and yarn are)")
+    for key, neutral in (("attn_factor", 1), ("yarn_attn_factor", 1), ("yarn_ext_factor", 1)):
+        if fields.number(f"{{arch}}.rope.scaling.{key}", neutral) != neutral:
+            raise fields.refuse(f"{key} other than {neutral} is not supported")
+    original = fields.integer("{arch}.rope.scaling.original_context_length", low=1)
     scaling["original_max_position_embeddings"] = original
     for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
         value = fields.number(f"{{arch}}.rope.scaling.{theirs}", None)
@@ -135,6 +224,9 @@ def _llama3_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any]:
     Its other parameters have one value in every published model.
     """
     divisors = np.concatenate([*file.float_rows(file.tensors["rope_freqs.weight"])], axis=None)
+    num_pairs = _head_dim(fields, fields.integer("{arch}.attention.head_count", low=1)) // 2
+    if len(divisors) != num_pairs:
+        raise fields.refuse(f"rope_freqs.weight has {len(divisors)} values, not {num_pairs}")
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     theta = fields.number("{arch}.rope.freq_base", 10000.0)
     turns = original / (2 * math.pi) * theta ** -(np.arange(len(divisors)) / len(divisors))

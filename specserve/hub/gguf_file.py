@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from msgspec import Struct
 
-from specserve.files import FileError, check_file
+from specserve.files import FileError, check_file, quoted, short
 from specserve.hub.errors import HubError
 
 WEIGHTS_NAME: Final = "model.gguf"  # in a model directory
@@ -38,6 +38,7 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
+_MAX_ITEMS = 2**24  # of a list; a vocabulary is the longest one
 _CHUNK_VALUES = 2**22  # float32 values in memory at a time, and some copies of them
 
 
@@ -129,6 +130,8 @@ class GgufFile:
         if kind != _ARRAY:
             return self._scalar(self._code(kind))
         item, count = self._scalar("I"), self._scalar("Q")
+        if count > _MAX_ITEMS:
+            self._fail(f"a list of {count} items")
         if item == _STRING:
             return [self._string() for _ in self._count(count)]
         return list(self._scalars(self._code(item), count))
@@ -141,7 +144,7 @@ class GgufFile:
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, num_dims = self._string(), self._scalar("I")
         if not 1 <= num_dims <= _MAX_DIMS:
-            self._fail(f"{name} has {num_dims} dimensions")
+            self._fail(f"{short(name)} has {num_dims} dimensions")
         return name, self._scalars("Q", num_dims)[::-1], self._scalar("I"), self._scalar("Q")
 
     def _check_kinds(self) -> None:
@@ -150,29 +153,29 @@ class GgufFile:
                 dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.kind][1]), np.uint8), tensor.kind)
             except NotImplementedError:
                 raise HubError(
-                    f"{self.path}: {tensor.name} is quantised as {tensor.kind.name}, which cannot "
-                    f"be read; use a file of another quantisation, such as Q8_0 or Q4_K"
+                    f"{self.path}: {short(tensor.name)} is quantised as {tensor.kind.name}, which "
+                    f"cannot be read; use a file of another quantisation, such as Q8_0 or Q4_K"
                 ) from None
 
     def _place(self, infos: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, GgufTensor]:
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
-            self._fail(f"general.alignment = {alignment!r}")
+            self._fail(f"general.alignment = {quoted(alignment)}")
         start = -(-self._at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in infos:
             if name in tensors:
-                self._fail(f"{name} is there twice")
+                self._fail(f"{short(name)} is there twice")
             if kind not in GGML_QUANT_SIZES:
-                self._fail(f"{name} has the unknown type {kind}")
+                self._fail(f"{short(name)} has the unknown type {kind}")
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             if 0 in shape:
-                self._fail(f"{name} is empty: {list(shape)}")
+                self._fail(f"{short(name)} is empty: {list(shape)}")
             if shape[-1] % block:
-                self._fail(f"{name} has rows of {shape[-1]} values in blocks of {block}")
+                self._fail(f"{short(name)} has rows of {shape[-1]} values in blocks of {block}")
             num_bytes = math.prod(shape) // block * block_bytes
             first, last = start + offset, start + offset + num_bytes
             if last > len(self._data):
-                self._fail(f"{name} ends at byte {last} of {len(self._data)}")
+                self._fail(f"{short(name)} ends at byte {last} of {len(self._data)}")
             tensors[name] = GgufTensor(name, shape, GGMLQuantizationType(kind), first, num_bytes)
         return tensors

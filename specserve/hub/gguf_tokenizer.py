@@ -15,6 +15,7 @@ from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
+from specserve.files import quoted
 from specserve.hub.gguf_config import GgufFields
 from specserve.hub.gguf_file import GgufFile
 from specserve.text.control_tokens import END_OF_TURN
@@ -39,11 +40,14 @@ def _words(max_digits: str) -> str:
     )
 
 
+_LLAMA: Final = Cut(_words("{1,3}"), whole_words=True, begins=True)
 CUTS: Final = {
     "gpt-2": Cut(),
     "default": Cut(),
     "smollm": Cut(single_digits=True),
-    "llama-bpe": Cut(_words("{1,3}"), whole_words=True, begins=True),
+    "llama-bpe": _LLAMA,
+    "llama3": _LLAMA,
+    "llama-v3": _LLAMA,
     "qwen2": Cut(_words(""), compose=True),
 }
 
@@ -54,8 +58,8 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     model, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre", None)
     if model != "gpt2" or pre not in CUTS:
         raise fields.refuse(
-            f"tokenizer {model!r} with pre-tokenizer {pre!r} cannot be converted; supported: "
-            f"'gpt2' with {', '.join(CUTS)}; use a directory with tokenizer.json"
+            f"tokenizer {quoted(model)} with pre-tokenizer {quoted(pre)} cannot be converted; "
+            f"supported: 'gpt2' with {', '.join(CUTS)}; use a directory with tokenizer.json"
         )
     tokens = fields.texts("tokenizer.ggml.tokens")
     kinds = fields.get("tokenizer.ggml.token_type", list)
@@ -68,7 +72,7 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     for merge in fields.texts("tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise fields.refuse(f"the merge {merge!r} does not join two tokens to a third")
+            raise fields.refuse(f"the merge {quoted(merge)} does not join two tokens to a third")
         merges.append((left, right))
     tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=CUTS[pre].whole_words))
     _set_cut(tokenizer, CUTS[pre])

@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from specserve.files import FileError, quoted, read_file
+from specserve.files import FileError, quoted, read_file, short
 
 MAX_JSON_BYTES: Final = 64 * 2**20
 MAX_INTEGER: Final = 2**31 - 1
@@ -111,7 +111,7 @@ class Fields:
         if not unread:
             return
         listed = ", ".join(
-            f"{quoted(name)[1:-1]} = {quoted(self.values[name])}" for name in unread[:_LISTED]
+            f"{short(name)} = {quoted(self.values[name])}" for name in unread[:_LISTED]
         )
         more = f" and {len(unread) - _LISTED} more" if len(unread) > _LISTED else ""
         raise ModelError(

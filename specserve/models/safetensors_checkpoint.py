@@ -16,7 +16,7 @@ from msgspec import Struct
 from safetensors import safe_open
 from torch import Tensor
 
-from specserve.files import FileError, check_file, is_there, quoted
+from specserve.files import FileError, check_file, is_there, quoted, short
 from specserve.models.fields import Fields, ModelError, read_json
 from specserve.models.tensor_entry import TensorEntry, check_finite
 from specserve_kernels.packing import PackedWeight
@@ -65,9 +65,9 @@ class SafetensorsCheckpoint:
         other = self.entries.setdefault(name, entry)
         if other is not entry and not self._same(name, entry, other):
             meant = self.index.get(name)
-            hint = f"; the index says {quoted(meant)[1:-1]}" if meant else ""
+            hint = f"; the index says {short(meant)}" if meant else ""
             raise ModelError(
-                f"{entry.file}: {quoted(name)[1:-1]} is also in {other.file.name}, with other "
+                f"{entry.file}: {short(name)} is also in {other.file.name}, with other "
                 f"values{hint}; fetch the checkpoint again"
             )
 
@@ -97,9 +97,7 @@ def _read_index(path: Path) -> tuple[Mapping[str, str], list[Path]]:
         if not isinstance(file, str) or Path(file).name != file:
             section.fail(name, "this is not a plain file name")
         if not is_there(path / file):
-            raise ModelError(
-                f"{index}: {quoted(file)[1:-1]} is listed but not there; fetch it again"
-            )
+            raise ModelError(f"{index}: {short(file)} is listed but not there; fetch it again")
     if not section.values:
         raise ModelError(f"{index}: weight_map lists no files")
     return section.values, [path / file for file in sorted(set(section.values.values()))]
@@ -137,8 +135,8 @@ def _check_layout(file: Path, headers: dict[str, _Header], num_bytes: int) -> No
         if expected is None or first != end or last - first != expected:
             wanted = "" if expected is None else f"; expected {end} to {end + expected}"
             raise ModelError(
-                f"{file}: {quoted(name)[1:-1]} {quoted(list(header.shape))} "
-                f"{quoted(header.dtype)[1:-1]} lies at bytes {first} to {last}{wanted}; "
+                f"{file}: {short(name)} {quoted(list(header.shape))} "
+                f"{short(header.dtype)} lies at bytes {first} to {last}{wanted}; "
                 f"the file is damaged"
             )
         end = last

@@ -5,7 +5,7 @@ from pathlib import Path
 from msgspec import Struct
 from torch import Tensor
 
-from specserve.files import quoted
+from specserve.files import short
 from specserve.models.fields import ModelError
 
 
@@ -26,6 +26,6 @@ def check_finite(entry: TensorEntry, name: str, values: Tensor) -> None:
     if len(bad):
         at = bad[0].tolist()
         raise ModelError(
-            f"{entry.file}: {quoted(name)[1:-1]} has {len(bad)} values that are NaN or infinite, "
+            f"{entry.file}: {short(name)} has {len(bad)} values that are NaN or infinite, "
             f"the first at {at}; fetch the file again"
         )

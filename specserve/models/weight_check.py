@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from msgspec.structs import replace
 
-from specserve.files import quoted
+from specserve.files import quoted, short
 from specserve.models.checkpoint import Checkpoint, Renamed
 from specserve.models.fields import ModelError
 from specserve.models.memory import check_memory
@@ -169,4 +169,4 @@ def _check_entry(name: str, entry: TensorEntry, size: TensorSize) -> None:
 
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(quoted(name)[1:-1] for name in names[:_LISTED]) + more
+    return ", ".join(short(name) for name in names[:_LISTED]) + more
