@@ -162,7 +162,7 @@ def test_stops_are_looked_for_in_what_is_shown(
     """The rule that ends and the text that is cut find the same place, however it is streamed."""
     family, ids = text
     tokenizer, _ = pair(family)
-    prompt, ids = ids[:2], ids[2:]
+    prompt, ids = ids[:2], ids[2:] or [UNKNOWN]
     whole = OutputText(tokenizer, prompt=prompt, skip_special=skip)
     streamed(whole, [ids])
     start = data.draw(st.integers(0, max(0, len(whole.text) - 1)))
@@ -172,18 +172,18 @@ def test_stops_are_looked_for_in_what_is_shown(
         stop=stops,
         skip_special_tokens=skip,
         min_tokens=min_tokens,
-        max_tokens=max(len(ids), 1),
+        max_tokens=len(ids),
     )
     eos = tokenizer.vocabulary()["</s>"]
     rule = StopRule(Request("", tuple(prompt), params), [eos], tokenizer)
     ending: Ending | None = None
     emitted: list[int] = []
-    while ids and ending is None:
+    while ending is None:
         emitted.append(ids[len(emitted)])
         ending = rule.feed(emitted[-1])
-    reason = None if ending is None else ending.stop_reason
+    reason = ending.stop_reason
     shown = OutputText(tokenizer, stops, prompt=prompt, skip_special=skip, keep_stop=keep)
-    ended = ending is not None and ending.finish == "stop" and reason is None
+    ended = ending.finish == "stop" and reason is None
     pieces = streamed(shown, data.draw(cut(emitted)), stop_reason=reason, end_token=ended)
     assert "".join(pieces) == shown.text
     without = OutputText(tokenizer, prompt=prompt, skip_special=skip)
@@ -270,17 +270,17 @@ def test_a_decoder_that_needs_what_follows_is_refused(
         Tokenizer(directory)
 
 
-def test_a_token_is_spelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, _ = pair("sentencepiece")
-    spelled: list[int] = []
-    real = tokenizer.detokenizer.spell
+    read: list[int] = []
+    real = tokenizer.detokenizer._read
 
-    def counting(token_id: int, spelling: str | None) -> bytes:
-        spelled.append(token_id)
-        return real(token_id, spelling)
+    def counting(token_id: int) -> bytes:
+        read.append(token_id)
+        return real(token_id)
 
-    monkeypatch.setattr(tokenizer.detokenizer, "spell", counting)
+    monkeypatch.setattr(tokenizer.detokenizer, "_read", counting)
     output = OutputText(tokenizer, ["never"])
     for _ in range(50):
         output.feed([UNKNOWN + 7, UNKNOWN + 8])
-    assert spelled == [UNKNOWN + 7, UNKNOWN + 8]
+    assert read == [UNKNOWN + 7, UNKNOWN + 8]

@@ -37,6 +37,7 @@ class Detokenizer:
         self._bytewise = "ByteFallback" in kinds
         self._rewrites = bool(kinds & {"Replace", "Metaspace", "ByteFallback"})
         self._alphabet = byte_alphabet() if "ByteLevel" in kinds else None
+        self._characters = {byte: character for character, byte in byte_alphabet().items()}
         self._replaced = _replaced(steps)
         self._known: dict[int, bytes] = {}
 
@@ -44,28 +45,22 @@ class Detokenizer:
         """What the token stands for after others: nothing, if the tokenizer has no such token."""
         data = self._known.get(token_id)
         if data is None:
-            data = self._known[token_id] = self.spell(token_id, self._file.id_to_token(token_id))
+            data = self._known[token_id] = self._read(token_id)
         return data
 
-    def spell(self, token_id: int, spelling: str | None) -> bytes:
-        """The bytes of a token whose spelling in the file is known."""
-        if spelling is None:
-            return b""
+    def usual(self, data: bytes) -> int | None:
+        """The token that stands for `data`, if there is one that is spelled as most are: of
+        several, one that is no single byte by its name."""
+        text = data.decode(errors="replace")
+        spellings = [text, text.removeprefix(" "), f"##{text}"]
         if self._alphabet is not None:
-            return self._from_alphabet(token_id, spelling)
-        if self.is_byte(token_id, spelling):
-            return bytes.fromhex(spelling[3:5])
-        return (
-            spelling if self._is_content(token_id, spelling) else self._after(spelling)
-        ).encode()
-
-    def is_byte(self, token_id: int, spelling: str) -> bool:
-        """Whether the token is a byte by its name, as `<0x0A>` is."""
-        return (
-            self._bytewise
-            and _BYTE.fullmatch(spelling) is not None
-            and not self._is_outside(token_id, spelling)
-        )
+            spellings.insert(0, "".join(map(self._characters.__getitem__, data)))
+        for old, new in reversed(self._replaced or ()):
+            spellings.insert(0, spellings[0].replace(new, old))
+        if len(data) == 1:
+            spellings += [f"<0x{data[0]:02X}>", f"<0x{data[0]:02x}>"]
+        ids = map(self._file.token_to_id, spellings)
+        return next((i for i in ids if i is not None and self.bytes_of(i) == data), None)
 
     def join(self, ids: Sequence[int], *, begins: bool) -> bytes:
         """The bytes of `ids` in a row. `begins`: no text stands before them."""
@@ -80,17 +75,36 @@ class Detokenizer:
         """The text of whole ids; bytes that are no UTF-8 read as U+FFFD."""
         return self.join(list(ids), begins=True).decode(errors="replace")
 
+    def _read(self, token_id: int) -> bytes:
+        spelling = self._file.id_to_token(token_id)
+        if spelling is None:
+            return b""
+        if self._alphabet is not None:
+            return self._from_alphabet(token_id, spelling)
+        if self._is_byte(token_id, spelling):
+            return bytes.fromhex(spelling[3:5])
+        as_it_is = self._is_content(token_id, spelling)
+        return (spelling if as_it_is else self._after(spelling)).encode()
+
     def _at_beginning(self, token_id: int, as_ever: bytes) -> bytes:
         spelling = self._file.id_to_token(token_id)
         if spelling is None or self._alphabet is not None or self._is_content(token_id, spelling):
             return as_ever
-        if not as_ever.isascii() and self.is_byte(token_id, spelling):
+        if not as_ever.isascii() and self._is_byte(token_id, spelling):
             return as_ever
         return self._decode([spelling]).encode()
 
     def _is_outside(self, token_id: int, spelling: str) -> bool:
         """Whether it was added and the model does not know it."""
         return token_id in self._added and self._model.token_to_id(spelling) != token_id
+
+    def _is_byte(self, token_id: int, spelling: str) -> bool:
+        """Whether it is a byte by its name, as `<0x0A>` is."""
+        return (
+            self._bytewise
+            and _BYTE.fullmatch(spelling) is not None
+            and not self._is_outside(token_id, spelling)
+        )
 
     def _is_content(self, token_id: int, spelling: str) -> bool:
         """Whether the decoder would rewrite a token that stands for its content."""
