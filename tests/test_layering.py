@@ -25,6 +25,7 @@ LEVELS: list[list[str]] = [
         "specserve.types",
         "specserve.config",
         "specserve.tree",
+        "specserve.fair_share",
         "specserve.cache.pool",
         "specserve.cache.table",
         "specserve.cache.prefix",
@@ -118,6 +119,7 @@ DRAFTS_MAY_USE = {
 DRAFTS_ARE_USED_BY = {"specserve_evals", "specserve_benchmarks", "specserve_drafts.tune"}
 WITHOUT_TORCH = {
     "specserve",
+    "specserve.fair_share",
     "specserve.types",
     "specserve.config",
     "specserve.tree",

@@ -1,8 +1,8 @@
 """Tokenising and chat templates in processes of their own, so that they can be killed.
 
-Both can take seconds, and a thread in the middle of either cannot be stopped. Owns the workers and
-the queue in front of them. Invariant: a worker has one job at a time, so a job that takes too long,
-or ends its worker, harms no other.
+Both can take seconds, and a thread in the middle of either cannot be stopped. Owns the workers;
+`text_queue` says whose job is next. Invariant: a worker has one job at a time, so a job that takes
+too long, or ends its worker, harms no other.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ from specserve.process.text_messages import (
     Setup,
     Stage,
 )
+from specserve.process.text_queue import TextQueue, Ticket
 from specserve.text import TextError
 from specserve.text.messages import check_text, read_messages
 from specserve.types import RequestError
@@ -53,7 +53,9 @@ class TextProcess:
 
     `time_limit` is what one job may take once a worker has it, in seconds; `memory_limit` what it
     may need beyond the tokenizer, in bytes; `compile_limit` what the chat template may take to be
-    compiled and to render three short chats, in seconds. Two `workers`, so that one long job blocks no other.
+    compiled and to render three short chats, in seconds. Two `workers`, so that one long job
+    blocks no other. At most `max_waiting` jobs wait; `shared`: for several tenants, so none may
+    fill the queue.
     `on_done` is told how many seconds a job took, waiting included.
     """
 
@@ -66,13 +68,13 @@ class TextProcess:
         compile_limit: float = 10.0,
         workers: int = 2,
         max_waiting: int = 1024,
+        shared: bool = False,
         on_done: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._setup = Setup(str(target), time_limit, memory_limit, compile_limit)
         self._num_workers = workers
-        self._max_open = max_waiting + workers
-        self._open: set[_Ticket] = set()
-        self._waiting: asyncio.Queue[_Ticket] = asyncio.Queue()
+        self._open: set[Ticket] = set()
+        self._queue = TextQueue(max_waiting + workers, workers, shared=shared)
         self._workers: set[_Worker] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._max_token_bytes: int | None = None
@@ -82,6 +84,11 @@ class TextProcess:
     def pids(self) -> list[int]:
         """The workers that are running."""
         return [worker.pid for worker in self._workers]
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that no worker has yet."""
+        return len(self._queue)
 
     async def start(self) -> None:
         """Return when the first worker is ready. Raises TextError if the files are unusable."""
@@ -112,14 +119,16 @@ class TextProcess:
         add_special: bool = True,
         param: str = "prompt",
         max_tokens: int | None = None,
+        tenant: str = "",
     ) -> tuple[int, ...]:
         """Token ids of a prompt. Raises RequestError naming `param`, or TextUnavailable.
 
         Text that cannot fit into `max_tokens` is refused at once; other text may still not fit.
         """
         check_text(param, text)
-        self._check_size(param, len(text.encode()), max_tokens)
-        return await self._ask(Encode(text, allow_special, add_special, param))
+        num_bytes = len(text.encode())
+        self._check_size(param, num_bytes, max_tokens)
+        return await self._ask(Encode(text, allow_special, add_special, param), num_bytes, tenant)
 
     async def chat(
         self,
@@ -128,12 +137,14 @@ class TextProcess:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         max_tokens: int | None = None,
+        tenant: str = "",
     ) -> tuple[int, ...]:
         """Token ids of a chat. Raises RequestError or TextUnavailable; sizes as in `encode`."""
         plain = read_messages(messages)
         num_bytes = sum(len(message["content"].encode()) for message in plain)
         self._check_size("messages", num_bytes, max_tokens)
-        return await self._ask(Chat(tuple(plain), add_generation_prompt, continue_final_message))
+        job = Chat(tuple(plain), add_generation_prompt, continue_final_message)
+        return await self._ask(job, num_bytes, tenant)
 
     def _check_size(self, param: str, num_bytes: int, max_tokens: int | None) -> None:
         if num_bytes > _MAX_BYTES:
@@ -145,19 +156,20 @@ class TextProcess:
                 param, f"{num_bytes} bytes cannot fit the context of {max_tokens} tokens"
             )
 
-    async def _ask(self, job: Job) -> tuple[int, ...]:
+    async def _ask(self, job: Job, num_bytes: int, tenant: str) -> tuple[int, ...]:
         if not self._tasks:
             raise TextUnavailable("the text workers are not running")
-        if len(self._open) >= self._max_open:
+        if not self._queue.has_room(tenant):
             raise TextUnavailable("too many prompts are waiting to be tokenised; try again later")
-        ticket = _Ticket(job, asyncio.get_running_loop().create_future())
+        ticket = Ticket(job, tenant, num_bytes, asyncio.get_running_loop().create_future())
         self._open.add(ticket)
-        self._waiting.put_nowait(ticket)
+        self._queue.put(ticket)
         started = time.monotonic()
         try:
             return await ticket.answer
         finally:
             self._open.discard(ticket)
+            self._queue.discard(ticket)
             self._on_done(time.monotonic() - started)
 
     def _fail_open(self, reason: str) -> None:
@@ -187,24 +199,29 @@ class TextProcess:
                 started.set_result(None)
             try:
                 while (ticket := await self._next(worker)) is not None:
-                    await self._serve(worker, ticket)
+                    try:
+                        await self._serve(worker, ticket)
+                    finally:
+                        self._queue.done(ticket)
             finally:
                 self._workers.discard(worker)
                 await worker.end()
 
-    async def _next(self, worker: "_Worker") -> "_Ticket | None":
+    async def _next(self, worker: "_Worker") -> "Ticket | None":
         """The next job that is still wanted, or None if the worker ended."""
         while not worker.incoming.done():
-            take = asyncio.create_task(self._waiting.get())
+            take = asyncio.create_task(self._queue.get())
             try:
                 await asyncio.wait({take, worker.incoming}, return_when=asyncio.FIRST_COMPLETED)
-                if take.done() and not take.result().answer.done():
-                    return take.result()
             finally:
                 take.cancel()
+            if take.done() and not take.cancelled():
+                if not take.result().answer.done():
+                    return take.result()
+                self._queue.done(take.result())
         return None
 
-    async def _serve(self, worker: "_Worker", ticket: "_Ticket") -> None:
+    async def _serve(self, worker: "_Worker", ticket: "Ticket") -> None:
         """Have one job done. The worker may be at its end after it."""
         limit, param = self._setup.time_limit, ticket.job.param
         try:
@@ -225,7 +242,7 @@ class TextProcess:
                 logger.warning("a text worker ended with status %s and is replaced", status)
                 self._give_up_or_retry(ticket, status)
 
-    def _give_up_or_retry(self, ticket: "_Ticket", status: int) -> None:
+    def _give_up_or_retry(self, ticket: "Ticket", status: int) -> None:
         """A job whose worker ended, for its own reasons or because of the job."""
         if status == -signal.SIGABRT:  # how the tokenizers library answers to a lack of memory
             ticket.fail(RequestError(ticket.job.param, "it needs more memory than it may have"))
@@ -239,24 +256,7 @@ class TextProcess:
                 )
             )
         else:
-            self._waiting.put_nowait(ticket)
-
-
-@dataclass(eq=False, slots=True)
-class _Ticket:
-    """A job and who waits for it, if anybody still does."""
-
-    job: Job
-    answer: "asyncio.Future[tuple[int, ...]]"
-    num_attempts: int = 0  # that ended their worker
-
-    def succeed(self, ids: tuple[int, ...]) -> None:
-        if not self.answer.done():
-            self.answer.set_result(ids)
-
-    def fail(self, error: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(error)
+            self._queue.put(ticket)
 
 
 class _Worker:

@@ -13,6 +13,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from specserve.fair_share import Turns, room
+
 FullReason = Literal["max_queued_requests", "max_queued_tokens"]
 _MAX_RETRY: Final = 60.0  # seconds
 _MEASURED: Final = 64  # completions that the rate is measured over
@@ -21,8 +23,8 @@ _MEASURED: Final = 64  # completions that the rate is measured over
 class QueueFull(Exception):
     """Too many wait. `retry_after` seconds from now is a good time to ask again."""
 
-    def __init__(self, reason: FullReason, retry_after: float) -> None:
-        super().__init__(f"the queue is full ({reason}); try again in {retry_after:.0f} s")
+    def __init__(self, what: str, reason: FullReason, retry_after: float) -> None:
+        super().__init__(f"{what}; try again in {retry_after:.0f} s")
         self.reason = reason
         self.retry_after = retry_after
 
@@ -40,30 +42,34 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Client:
-    """One key. `service` is its virtual token counter."""
+    """One key that has something running or waiting."""
 
-    service: int
     num_running: int = 0
+    num_queued_tokens: int = 0
     waiting: list[_Turn] = field(default_factory=list)
 
 
 class Admission:
-    """At most `window` sequences are with the engine; the others wait here, by key.
+    """At most `window` sequences of one key are with the engine, and of all keys together unless a
+    key has less than its share of the window: the engine makes room for that one. The others wait
+    here, by key.
 
-    The waiting key that got the fewest tokens is next; one that had nothing waiting takes up the
-    least of those that have, so that nobody saves up service (VTC: Sheng et al. 2024, "Fairness in
-    Serving Large Language Models"). Within a key a higher priority goes first, then age.
+    The waiting key that got the fewest tokens is next (`Turns`); within a key a higher priority
+    goes first, then age. `shared`: there are several keys, so none may fill the queue.
     """
 
-    def __init__(self, window: int, max_queued_requests: int, max_queued_tokens: int) -> None:
+    def __init__(
+        self, window: int, max_queued_requests: int, max_queued_tokens: int, *, shared: bool = False
+    ) -> None:
         self.window = window
         self.max_queued_requests = max_queued_requests
         self.max_queued_tokens = max_queued_tokens
         self.num_running = 0
         self.num_waiting = 0
         self.num_queued_tokens = 0
+        self._shared = shared
         self._clients: dict[str, _Client] = {}
-        self._floor = 0  # service of a key that nobody remembers
+        self._turns = Turns()
         self._num_turns = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -78,13 +84,13 @@ class Admission:
 
     @property
     def capacity(self) -> int:
-        """Sequences that can run and wait together; a request of more never fits."""
-        return self.window + self.max_queued_requests
+        """Sequences of a key that can run and wait together; a request of more never fits."""
+        return self.window + room(self.max_queued_requests, 0, 0, shared=self._shared)
 
     @property
     def num_keys(self) -> int:
-        """Keys whose service is remembered."""
-        return len(self._clients)
+        """Keys that are remembered."""
+        return max(len(self._clients), len(self._turns))
 
     @property
     def retry_after(self) -> float:
@@ -111,7 +117,7 @@ class Admission:
 
     def charge(self, key: str, num_tokens: int) -> None:
         """Count tokens that the engine emitted for one of the key's running sequences."""
-        self._clients[key].service += num_tokens
+        self._turns.charge(key, num_tokens)
 
     async def drain(self) -> None:
         """Return when nothing runs or waits."""
@@ -119,18 +125,18 @@ class Admission:
             await self._idle.wait()
 
     def _join(self, key: str, num_tokens: int, priority: int) -> _Turn:
-        if self.num_running >= self.window:
-            self._check_room(num_tokens)
-        client = self._clients.setdefault(key, _Client(self._floor))
+        client = self._clients.get(key, _Client())
+        new = key not in self._clients
+        if not self._may_run(client, num_keys=len(self._clients) + new):
+            self._check_room(client, num_tokens)
+        self._clients[key] = client
         if not client.waiting:
-            others = [other.service for other in self._clients.values() if other.waiting]
-            client.service = max(client.service, min(others, default=self._floor))
+            self._turns.join(key, [other for other, its in self._clients.items() if its.waiting])
         self._num_turns += 1
         granted = asyncio.get_running_loop().create_future()
         turn = _Turn(-priority, self._num_turns, num_tokens, granted)
         insort(client.waiting, turn)
-        self.num_waiting += 1
-        self.num_queued_tokens += num_tokens
+        self._count_waiting(client, 1, num_tokens)
         self._idle.clear()
         self._admit()
         return turn
@@ -143,24 +149,21 @@ class Admission:
             self._completions.append(time.monotonic())
         else:
             client.waiting.remove(turn)
-            self.num_waiting -= 1
-            self.num_queued_tokens -= turn.num_tokens
+            self._count_waiting(client, -1, -turn.num_tokens)
+        if not client.num_running and not client.waiting:
+            del self._clients[key]
         self._admit()
-        self._forget()
+        self._turns.forget(self._clients)
+        if not self._clients:
+            self._completions.clear()
+            self._idle.set()
 
     def _admit(self) -> None:
-        while self.num_waiting and self.num_running < self.window:
-            client = min(
-                (client for client in self._clients.values() if client.waiting),
-                key=lambda client: (client.service, client.waiting[0].number),
-            )
+        while (key := self._next()) is not None:
+            client = self._clients[key]
             turn = client.waiting.pop(0)
-            self.num_waiting -= 1
-            self.num_queued_tokens -= turn.num_tokens
-            self._floor = max(self._floor, client.service)
-            client.service += turn.num_tokens
-            if not self.num_waiting:  # nobody has a claim from before this one
-                self._floor = max(self._floor, client.service)
+            self._count_waiting(client, -1, -turn.num_tokens)
+            self._turns.take(key, turn.num_tokens, waiting=self.num_waiting > 0)
             client.num_running += 1
             self.num_running += 1
             turn.admitted = True
@@ -169,20 +172,40 @@ class Admission:
             if not turn.granted.done():  # else cancelled; it leaves when it gets to run
                 turn.granted.set_result(None)
 
-    def _forget(self) -> None:
-        """Drop idle keys that the floor has reached, and everything once nobody is there."""
-        if not self.num_running and not self.num_waiting:
-            self._clients.clear()
-            self._completions.clear()
-            self._floor = 0
-            self._idle.set()
-            return
-        for key, client in list(self._clients.items()):
-            if not client.num_running and not client.waiting and client.service <= self._floor:
-                del self._clients[key]
+    def _next(self) -> str | None:
+        """The key whose turn it is, if one of those that wait may run."""
+        num_keys = len(self._clients)
+        return min(
+            (
+                key
+                for key, client in self._clients.items()
+                if client.waiting and self._may_run(client, num_keys)
+            ),
+            key=lambda key: (self._turns.served(key), self._clients[key].waiting[0].number),
+            default=None,
+        )
 
-    def _check_room(self, num_tokens: int) -> None:
-        if self.num_waiting >= self.max_queued_requests:
-            raise QueueFull("max_queued_requests", self.retry_after)
-        if self.num_queued_tokens + num_tokens > self.max_queued_tokens:
-            raise QueueFull("max_queued_tokens", self.retry_after)
+    def _may_run(self, client: _Client, num_keys: int) -> bool:
+        """Whether one more of this key may go to the engine, with so many keys present."""
+        return self.num_running < self.window or client.num_running < max(
+            1, self.window // num_keys
+        )
+
+    def _count_waiting(self, client: _Client, num_requests: int, num_tokens: int) -> None:
+        self.num_waiting += num_requests
+        self.num_queued_tokens += num_tokens
+        client.num_queued_tokens += num_tokens
+
+    def _check_room(self, client: _Client, num_tokens: int) -> None:
+        requests = (self.max_queued_requests, self.num_waiting, len(client.waiting))
+        tokens = (self.max_queued_tokens, self.num_queued_tokens, client.num_queued_tokens)
+        if not room(*requests, shared=self._shared):
+            raise self._full_queue("max_queued_requests")
+        if num_tokens > room(*tokens, shared=self._shared):
+            raise self._full_queue("max_queued_tokens")
+
+    def _full_queue(self, reason: FullReason) -> QueueFull:
+        whose = "this key's part of the queue" if self._shared else "the queue"
+        return QueueFull(
+            f"{whose} is full ({reason} {getattr(self, reason)})", reason, self.retry_after
+        )

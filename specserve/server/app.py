@@ -5,17 +5,18 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from specserve.server.auth import Keyring, authorise, check_routes
+from specserve.server.auth import PRINCIPAL, Keyring, authorise, check_routes
 from specserve.server.failures import as_api_error
+from specserve.server.held_bodies import BODY
 from specserve.server.routes import chat, completions, models, status, tokens
-from specserve.server.service import REQUEST_ID, SERVICE, Service, request_id
+from specserve.server.service import ARRIVED, REQUEST_ID, SERVICE, Service, request_id
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def build_app(service: Service, keyring: Keyring) -> web.Application:
     """`client_max_size` plays no part: `read_body` has its own limit."""
-    app = web.Application(middlewares=[render_errors, authorise(keyring)])
+    app = web.Application(middlewares=[render_errors, authorise(keyring), hold_body])
     app[SERVICE] = service
     app.router.add_post("/v1/chat/completions", chat.chat_completions)
     app.router.add_post("/v1/completions", completions.completions)
@@ -38,7 +39,7 @@ async def render_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """The outermost layer: whatever happens inside, the client gets OpenAI's error form."""
     service = request.app[SERVICE]
     request[REQUEST_ID] = request_id(request)
-    started = time.monotonic()
+    request[ARRIVED] = started = time.monotonic()
     try:
         response = await handler(request)
     except Exception as error:
@@ -53,3 +54,12 @@ async def render_errors(request: web.Request, handler: Handler) -> web.StreamRes
         time.monotonic() - started,
     )
     return response
+
+
+@web.middleware
+async def hold_body(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What the request's body holds is given back when it is over."""
+    if PRINCIPAL not in request:  # there is no such route
+        return await handler(request)
+    with request.app[SERVICE].bodies.hold(request[PRINCIPAL].name) as request[BODY]:
+        return await handler(request)

@@ -51,16 +51,23 @@ async def listen(
     )
 
 
-async def read_body(request: web.Request, max_bytes: int, timeout: float) -> bytes:
-    """The whole body, of JSON to be. Raises APIError: 400, 408, 413 or 415."""
+async def read_body(
+    request: web.Request,
+    max_bytes: int,
+    timeout: float,
+    take: Callable[[int], None] = lambda num_bytes: None,
+) -> bytes:
+    """The whole body, of JSON to be. Raises APIError: 400, 408, 413 or 415, or what `take` raises
+    when it is told the size of a piece."""
     _check_headers(request, max_bytes)
     body = bytearray()
     try:
         async with asyncio.timeout(timeout):
             async for piece in request.content.iter_any():
-                body += piece
-                if len(body) > max_bytes:
+                if len(body) + len(piece) > max_bytes:
                     raise _too_large(max_bytes)
+                take(len(piece))
+                body += piece
     except TimeoutError:
         raise APIError(
             408, f"Request body timed out after {timeout:g} s", headers=dict(_CLOSE)

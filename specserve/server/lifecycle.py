@@ -15,7 +15,13 @@ from typing import Final
 
 from aiohttp import web
 
-from specserve.config import ConfigError, EngineConfig, ServerConfig, check_model_name
+from specserve.config import (
+    ConfigError,
+    EngineConfig,
+    ServerConfig,
+    check_model_name,
+    parse_bytes,
+)
 from specserve.hub.names import base_name
 from specserve.process.engine_process import EngineFailed, EngineProcess
 from specserve.process.messages import EngineInfo
@@ -25,6 +31,7 @@ from specserve.server.app import build_app
 from specserve.server.auth import load_keyring
 from specserve.server.connections import listen, runner_options
 from specserve.server.event_loop_lag import watch_lag
+from specserve.server.held_bodies import HeldBodies
 from specserve.server.metrics import ServerMetrics
 from specserve.server.service import Service
 from specserve.server.status_line import print_status
@@ -61,7 +68,7 @@ async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> None:
 async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple[Service, str]]:
     """A listening server whose engine is starting, and its URL."""
     keyring = load_keyring(config.server)
-    service = _assemble(config, target)
+    service = _assemble(config, target, shared=len(keyring) > 1)
     runner = web.AppRunner(build_app(service, keyring), **runner_options(config.server))
     tasks: list[asyncio.Task[None]] = []
     listener: asyncio.Server | None = None
@@ -73,6 +80,8 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
         tls = _tls(server)
         listener = await listen(runner, server, tls)
         service.metrics.connections.set_function(lambda: _num_connections(runner))
+        service.metrics.body_bytes.set_function(lambda: service.bodies.num_bytes)
+        service.metrics.text_jobs_waiting.set_function(lambda: service.texts.num_waiting)
         tasks.append(asyncio.create_task(watch_lag(service.metrics)))
         if server.status_interval:
             tasks.append(asyncio.create_task(print_status(service, server.status_interval)))
@@ -129,7 +138,8 @@ async def _drain(service: Service, signals: _Signals) -> None:
     await asyncio.gather(idle, now, return_exceptions=True)
 
 
-def _assemble(config: EngineConfig, target: Path) -> Service:
+def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
+    """`shared`: by several keys."""
     server = config.server
     model_name = server.served_model_name or base_name(config.target.target)
     check_model_name(model_name)
@@ -141,7 +151,9 @@ def _assemble(config: EngineConfig, target: Path) -> Service:
         config.schedule.max_num_seqs + _SPARE_PLACES,
         server.max_queued_requests,
         server.max_queued_tokens,
+        shared=shared,
     )
+    bodies = HeldBodies(parse_bytes("max_body_bytes", server.max_body_bytes), shared=shared)
     metrics.watch(engine, lambda: admission.num_waiting)
     return Service(
         config=config,
@@ -150,11 +162,13 @@ def _assemble(config: EngineConfig, target: Path) -> Service:
         texts=TextProcess(
             target,
             time_limit=server.template_timeout,
+            shared=shared,
             on_done=metrics.tokenize_seconds.observe,
         ),
         tokenizer=tokenizer,
         token_bytes=TokenBytes(tokenizer),
         admission=admission,
+        bodies=bodies,
         metrics=metrics,
     )
 

@@ -68,7 +68,8 @@ class Engine(Protocol):
 class ServerMetrics:
     """All that one server counts.
 
-    `connections`, `tokenize_seconds` and `event_loop_lag` are for those who know them to set.
+    `connections`, `body_bytes`, `text_jobs_waiting`, `tokenize_seconds` and `event_loop_lag` are
+    for those who know them to set.
     """
 
     def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -100,6 +101,12 @@ class ServerMetrics:
         )
         self._add_gauges()
         self.connections = registry.gauge("specserve:connections", "Client connections.")
+        self.body_bytes = registry.gauge(
+            "specserve:body_bytes", "Bytes of the bodies of open requests."
+        )
+        self.text_jobs_waiting = registry.gauge(
+            "specserve:text_jobs_waiting", "Texts that wait to be turned into tokens."
+        )
         self.tokenize_seconds = registry.histogram(
             "specserve:tokenize_seconds", "Turning text into tokens, waiting included.", SECONDS
         )

@@ -17,6 +17,7 @@ from specserve.process.messages import EngineInfo
 from specserve.process.text_process import TextProcess
 from specserve.server.admission import Admission
 from specserve.server.errors import APIError
+from specserve.server.held_bodies import HeldBodies
 from specserve.server.key_speculation import KeySpeculation
 from specserve.server.metrics import ServerMetrics
 from specserve.text import Tokenizer
@@ -37,6 +38,7 @@ class Service:
     tokenizer: Tokenizer  # for decoding only: encoding would hold up everybody
     token_bytes: TokenBytes
     admission: Admission
+    bodies: HeldBodies
     metrics: ServerMetrics
     key_speculation: KeySpeculation = field(default_factory=KeySpeculation)
     draining: bool = False
@@ -96,6 +98,7 @@ class Service:
 
 
 SERVICE: Final = web.AppKey("service", Service)
+ARRIVED: Final = web.RequestKey("arrived", float)  # time.monotonic() seconds
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 

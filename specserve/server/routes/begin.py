@@ -1,7 +1,9 @@
 """What both generating routes do first: read the body, check it, make a `Generation` of it."""
 
+import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from aiohttp import web
@@ -10,10 +12,11 @@ from msgspec import Struct
 from specserve.config import parse_bytes
 from specserve.server.auth import principal
 from specserve.server.connections import read_body
-from specserve.server.generation import Generation, Job
+from specserve.server.generation import DeadlinePassed, Generation, Job
+from specserve.server.held_bodies import BODY
 from specserve.server.parse import decode
 from specserve.server.protocol.fields import GenerationFields
-from specserve.server.service import REQUEST_ID, SERVICE, Service
+from specserve.server.service import ARRIVED, REQUEST_ID, SERVICE, Service
 from specserve.types import Request, RequestError
 
 T = TypeVar("T", bound=Struct)
@@ -23,7 +26,22 @@ async def read(request: web.Request, request_type: type[T]) -> T:
     """The body as a request. Raises APIError or RequestError."""
     config = request.app[SERVICE].config.server
     limit = parse_bytes("max_body_bytes", config.max_body_bytes)
-    return decode(await read_body(request, limit, config.body_timeout), request_type)
+    body = await read_body(request, limit, config.body_timeout, request[BODY].take)
+    return decode(body, request_type)
+
+
+@asynccontextmanager
+async def in_time(request: web.Request, wanted: float | None) -> AsyncIterator[None]:
+    """Around what a request waits for before it is a `Generation`, which keeps its own deadline.
+
+    `wanted`: what the caller gives it, in seconds. Raises DeadlinePassed.
+    """
+    left = _deadline(request, wanted) - time.monotonic()
+    try:
+        async with asyncio.timeout(left):
+            yield
+    except TimeoutError:
+        raise DeadlinePassed("the request ran out of time", wanted is not None) from None
 
 
 async def begin(
@@ -65,11 +83,11 @@ async def _begin(
         sampling=fields.sampling(
             max_tokens=_room(service, max(map(len, prompts)), max_tokens), logprobs=logprobs
         ),
-        speculation=fields.speculation_params(await _prediction(service, fields)),
+        speculation=fields.speculation_params(await _prediction(request, fields)),
         key=caller.name,
         cache_salt=_salt(caller.cache_salt, fields.cache_salt or ""),
         priority=fields.priority or 0,
-        deadline=time.monotonic() + _timeout(service, fields.request_timeout),
+        deadline=_deadline(request, fields.request_timeout),
         deadline_asked=fields.request_timeout is not None,
     )
     _check_prompts(service, job)  # before any of them runs
@@ -81,13 +99,18 @@ def _salt(of_key: str, of_request: str) -> str:
     return f"{of_key}/{of_request}" if of_key or of_request else ""
 
 
-async def _prediction(service: Service, fields: GenerationFields) -> tuple[int, ...]:
+async def _prediction(request: web.Request, fields: GenerationFields) -> tuple[int, ...]:
     if fields.prediction is None:
         return ()
-    room = service.engine_info().limits.max_model_len
-    return await service.texts.encode(
-        fields.prediction.text, add_special=False, param="prediction", max_tokens=room
-    )
+    service = request.app[SERVICE]
+    async with in_time(request, fields.request_timeout):
+        return await service.texts.encode(
+            fields.prediction.text,
+            add_special=False,
+            param="prediction",
+            max_tokens=service.engine_info().limits.max_model_len,
+            tenant=principal(request).name,
+        )
 
 
 def _room(service: Service, longest_prompt: int, wanted: int | None) -> int:
@@ -103,13 +126,13 @@ def _room(service: Service, longest_prompt: int, wanted: int | None) -> int:
     return room if limit is None else min(room, limit)
 
 
-def _timeout(service: Service, wanted: float | None) -> float:
-    limit = service.config.server.request_timeout
+def _deadline(request: web.Request, wanted: float | None) -> float:
+    limit = request.app[SERVICE].config.server.request_timeout
     if wanted is not None and wanted > limit:
         raise RequestError(
             "request_timeout", f"{wanted} s is more than this server gives ({limit})"
         )
-    return limit if wanted is None else wanted
+    return request[ARRIVED] + (limit if wanted is None else wanted)
 
 
 def _check_prompts(service: Service, job: Job) -> None:

@@ -2,11 +2,11 @@
 
 from aiohttp import web
 
-from specserve.server.auth import Scope, scope
+from specserve.server.auth import Scope, principal, scope
 from specserve.server.chat_format import ChatFormat
 from specserve.server.protocol.chat import ChatChunk, ChatRequest
 from specserve.server.respond import respond
-from specserve.server.routes.begin import begin, read
+from specserve.server.routes.begin import begin, in_time, read
 from specserve.server.service import SERVICE
 
 
@@ -16,14 +16,18 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     fields = await read(request, ChatRequest)
     fields.check()
     continues = bool(fields.continue_final_message)
-    prompt = await service.texts.chat(
-        fields.messages,
-        add_generation_prompt=(
-            not continues if fields.add_generation_prompt is None else fields.add_generation_prompt
-        ),
-        continue_final_message=continues,
-        max_tokens=service.engine_info().limits.max_model_len,
-    )
+    async with in_time(request, fields.request_timeout):
+        prompt = await service.texts.chat(
+            fields.messages,
+            add_generation_prompt=(
+                not continues
+                if fields.add_generation_prompt is None
+                else fields.add_generation_prompt
+            ),
+            continue_final_message=continues,
+            max_tokens=service.engine_info().limits.max_model_len,
+            tenant=principal(request).name,
+        )
     generation = await begin(
         request,
         fields,

@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from specserve.server.auth import Scope, scope
+from specserve.server.auth import Scope, principal, scope
 from specserve.server.completion_format import CompletionFormat
 from specserve.server.protocol.completions import (
     DEFAULT_MAX_TOKENS,
@@ -11,7 +11,7 @@ from specserve.server.protocol.completions import (
     Prompts,
 )
 from specserve.server.respond import respond
-from specserve.server.routes.begin import begin, read
+from specserve.server.routes.begin import begin, in_time, read
 from specserve.server.service import SERVICE, Service
 from specserve.text import IncrementalDecoder
 
@@ -22,7 +22,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     fields = await read(request, CompletionRequest)
     fields.check()
     given = fields.prompts()
-    prompts = await _encode(service, given)
+    async with in_time(request, fields.request_timeout):
+        prompts = await _encode(service, given, principal(request).name)
     generation = await begin(
         request,
         fields,
@@ -39,10 +40,12 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return await respond(request, fields, generation, form)
 
 
-async def _encode(service: Service, given: Prompts) -> list[tuple[int, ...]]:
+async def _encode(service: Service, given: Prompts, tenant: str) -> list[tuple[int, ...]]:
     room = service.engine_info().limits.max_model_len
     return [
-        await service.texts.encode(prompt, max_tokens=room) if isinstance(prompt, str) else prompt
+        await service.texts.encode(prompt, max_tokens=room, tenant=tenant)
+        if isinstance(prompt, str)
+        else prompt
         for prompt in given
     ]
 

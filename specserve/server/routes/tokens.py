@@ -3,14 +3,14 @@
 from aiohttp import web
 from msgspec import UNSET
 
-from specserve.server.auth import Scope, scope
+from specserve.server.auth import Scope, principal, scope
 from specserve.server.protocol.others import (
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
 )
-from specserve.server.routes.begin import read
+from specserve.server.routes.begin import in_time, read
 from specserve.server.routes.reply import reply
 from specserve.server.service import SERVICE
 from specserve.types import RequestError
@@ -23,16 +23,21 @@ async def tokenize(request: web.Request) -> web.Response:
     service.check_model(fields.model)
     if (fields.prompt is None) == (fields.messages is None):
         raise RequestError("prompt", "send exactly one of prompt and messages")
-    if fields.messages is not None:
-        tokens = await service.texts.chat(
-            fields.messages,
-            add_generation_prompt=fields.add_generation_prompt
-            and not fields.continue_final_message,
-            continue_final_message=fields.continue_final_message,
-        )
-    else:
-        assert fields.prompt is not None
-        tokens = await service.texts.encode(fields.prompt, add_special=fields.add_special_tokens)
+    tenant = principal(request).name
+    async with in_time(request, None):
+        if fields.messages is not None:
+            tokens = await service.texts.chat(
+                fields.messages,
+                add_generation_prompt=fields.add_generation_prompt
+                and not fields.continue_final_message,
+                continue_final_message=fields.continue_final_message,
+                tenant=tenant,
+            )
+        else:
+            assert fields.prompt is not None
+            tokens = await service.texts.encode(
+                fields.prompt, add_special=fields.add_special_tokens, tenant=tenant
+            )
     spelled = tuple(map(service.token_bytes.text, tokens)) if fields.return_token_strs else UNSET
     return reply(
         TokenizeResponse(

@@ -1,0 +1,68 @@
+"""How many bytes of bodies the HTTP process holds: of requests that are read, wait or run."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from aiohttp import web
+
+from specserve.fair_share import room
+from specserve.server.errors import APIError
+
+_NUM_LARGEST: Final = 8  # bodies of the largest size that are held at once
+_AT_LEAST: Final = 2**26  # bytes, however small the largest body may be
+_RETRY_S: Final = 1.0
+
+
+class HeldBodies:
+    """A body counts from its first byte until its request is over. `shared`: there are several
+    keys, so none may take all that there is."""
+
+    def __init__(self, max_body_bytes: int, *, shared: bool) -> None:
+        self.limit = max(_NUM_LARGEST * max_body_bytes, _AT_LEAST)
+        self._shared = shared
+        self._by_key: Counter[str] = Counter()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._by_key.total()
+
+    @contextmanager
+    def hold(self, key: str) -> Iterator["HeldBody"]:
+        """The body of one request of the key."""
+        body = HeldBody(self, key)
+        try:
+            yield body
+        finally:
+            self._by_key[key] -= body.num_bytes
+            self._by_key += Counter()  # drops zeros
+
+    def take(self, key: str, num_bytes: int) -> None:
+        """So many more. Raises APIError, a 429, where it is too much."""
+        if num_bytes > room(self.limit, self.num_bytes, self._by_key[key], shared=self._shared):
+            whose = "of this key" if self._shared else "on this server"
+            error = APIError.unavailable(
+                f"the requests {whose} hold as many bytes as they may ({self.limit} for all); "
+                f"try again in {_RETRY_S:.0f} s",
+                _RETRY_S,
+                status=429,
+            )
+            error.headers["Connection"] = "close"  # the rest of the body is not read
+            raise error
+        self._by_key[key] += num_bytes
+
+
+class HeldBody:
+    def __init__(self, bodies: HeldBodies, key: str) -> None:
+        self.num_bytes = 0
+        self._bodies = bodies
+        self._key = key
+
+    def take(self, num_bytes: int) -> None:
+        """To be told of every piece before it is kept. Raises APIError, a 429."""
+        self._bodies.take(self._key, num_bytes)
+        self.num_bytes += num_bytes
+
+
+BODY: Final = web.RequestKey("body", HeldBody)

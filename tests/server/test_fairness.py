@@ -1,0 +1,87 @@
+"""Two keys, one of which asks for all there is: what the other gets."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any, Final
+
+import pytest
+from live import LiveServer, Reply, start_server
+from load import wait_until
+from refusal import CHAT, COMPLETION, assert_refused
+from tiny_chat import write_byte_chat
+
+HONEST: Final = {"Authorization": "Bearer honest-0123456789"}
+GREEDY: Final = {"Authorization": "Bearer greedy-0123456789"}
+ADMIN: Final = {"Authorization": "Bearer admin-0123456789"}
+KEYS: Final = " ".join(
+    f"{name}:{scope}:{name}-0123456789"
+    for name, scope in (("honest", "inference"), ("greedy", "inference"), ("admin", "admin"))
+)
+HI: Final = {"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 4, "ignore_eos": True}
+CONTEXT: Final = 8192
+
+
+class Shared(LiveServer):
+    """A server with keys, whose figures need one."""
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.figures.metric(name, **labels)
+
+    @property
+    def figures(self) -> LiveServer:
+        return _WithKey(self.process, self.url, self.log)
+
+
+class _WithKey(LiveServer):
+    def ask(self, path: str, body: Any = None, **more: Any) -> Reply:
+        return super().ask(path, body, **{"headers": ADMIN, **more})
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    model = write_byte_chat(tmp_path_factory.mktemp("shared") / "tiny-chat", context=CONTEXT)
+    flags = ("--kv-memory", "64MiB", "--template-timeout", "20")
+    with start_server(model, *flags, SPECSERVE_API_KEYS=KEYS) as server:
+        yield Shared(server.process, server.url, server.log)
+        assert "Traceback" not in server.log.read_text()
+
+
+@contextmanager
+def greedy(server: LiveServer, path: str, bodies: list[dict[str, Any]]) -> Iterator[Any]:
+    """The other key's requests, all sent together."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        replies: list[Future[Reply]] = [
+            pool.submit(server.ask, path, body, headers=GREEDY, timeout=120) for body in bodies
+        ]
+        yield replies
+
+
+def num_done(replies: list["Future[Reply]"]) -> int:
+    return sum(reply.done() for reply in replies)
+
+
+def test_no_key_takes_all_text_workers(shared: LiveServer) -> None:
+    text = {"prompt": "many words " * (5_000_000 // 11)}
+    with greedy(shared, "/tokenize", [text] * 12) as replies:
+        wait_until(lambda: shared.metric("specserve:text_jobs_waiting") > 0)
+        for _ in range(3):
+            assert shared.ask(CHAT, HI, headers=HONEST).status == 200
+        assert shared.ask("/tokenize", {"prompt": "a" * 2000}, headers=HONEST).status == 200
+        assert num_done(replies) < len(replies), "it had to wait for the other key"
+        wait(replies)
+    statuses = {reply.result().status for reply in replies}
+    assert statuses == {200, 429}, "a key's bodies are bounded"
+
+
+def test_tokenising_counts_against_the_deadline(shared: LiveServer) -> None:
+    text = {"prompt": "many words " * (3_000_000 // 11)}
+    late = {"prompt": "a" * 70_000, "max_tokens": 1, "request_timeout": 0.3}
+    with greedy(shared, "/tokenize", [text] * 3) as replies:
+        wait_until(lambda: shared.metric("specserve:text_jobs_waiting") > 1)
+        num_waiting = shared.metric("specserve:text_jobs_waiting")
+        error = assert_refused(shared.ask(COMPLETION, late, headers=GREEDY), 408)
+        assert error["code"] == "deadline_exceeded"
+        assert num_done(replies) < len(replies), "it was not busy for long enough"
+        assert shared.metric("specserve:text_jobs_waiting") <= num_waiting
+    wait_until(lambda: shared.metric("specserve:body_bytes") == 0)
