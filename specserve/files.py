@@ -8,6 +8,7 @@ import errno
 import os
 import reprlib
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,7 @@ _KINDS: Final = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_LISTED: Final = 6
 _QUOTE: Final = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = 80
 _QUOTE.maxlevel = 3
@@ -64,6 +66,12 @@ def quoted(value: object) -> str:
         return _QUOTE.repr(value)
     except ValueError:  # Python writes out no integer of thousands of digits
         return "a number of thousands of digits"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, or the first of many."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(short, names[:_LISTED])) + more
 
 
 def short(name: str) -> str:

@@ -102,6 +102,7 @@ WITHIN_A_LEVEL = {
 }
 DRAFTS_MAY_USE = {
     "specserve_kernels",
+    "specserve.files",
     "specserve.types",
     "specserve.tree",
     "specserve.cache.table",

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from specserve.drafting.base import DraftError
-from specserve.models.fields import read_json
+from specserve.models.fields import ModelError, read_json
 from specserve.models.shape import ModelShape
 from specserve.text import Tokenizer
 
@@ -44,8 +44,8 @@ def read_config(directory: Path) -> DraftConfig:
     """Raises DraftError, naming the file."""
     path = directory / "config.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=DraftConfig)
-    except (OSError, msgspec.MsgspecError) as error:
+        return msgspec.convert(read_json(path), DraftConfig)
+    except (ModelError, msgspec.MsgspecError) as error:
         raise DraftError(f"draft: {path} cannot be read: {error}") from error
 
 

@@ -19,16 +19,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specserve.drafting.base import DraftError
+from specserve.files import is_there, listed, quoted
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import Fields, ModelError, read_json
-from specserve.models.rope import read_rope
+from specserve.models.rope import MAX_POSITIONS, read_rope
 from specserve.models.safetensors_checkpoint import (
     INDEX,
     INTEGERS,
     SINGLE_FILE,
     SafetensorsCheckpoint,
 )
-from specserve.models.shape import ModelShape
+from specserve.models.shape import MAX_LAYERS, ModelShape
 from specserve_drafts.head_shape import HeadShape, tensor_sizes
 from specserve_drafts.vocabulary_map import token_ids_of
 
@@ -86,7 +87,7 @@ class HeadFile:
     def _frequent(self, count: int) -> Tensor:
         """[count] int64, ascending."""
         path = self._checkpoint.path / TOKEN_ORDER
-        if not path.is_file():
+        if not is_there(path):
             return torch.arange(count)
         try:
             order = load_file(path)["token_ids"].long()
@@ -114,7 +115,7 @@ def read_head(
     """
     try:
         config = _read_config(path / "config.json")
-        if not ((path / SINGLE_FILE).is_file() or (path / INDEX).is_file()):
+        if not (is_there(path / SINGLE_FILE) or is_there(path / INDEX)):
             read_checkpoint(path)  # says what is wrong with what is there
             raise ModelError(f"{path}: the weights of a draft head must be safetensors")
         checkpoint = SafetensorsCheckpoint(path, (*INTEGERS, "U8"))
@@ -160,8 +161,8 @@ def _read_shape(
     target_size = config.integer("target_hidden_size", hidden_size)
     num_heads = layer.integer("num_attention_heads")
     attention = "layers.0.self_attn"
-    q_size = sizes.get(f"{attention}.q_proj.weight", (hidden_size,))[0]
-    max_positions = layer.integer("max_position_embeddings", _DEFAULT_CONTEXT)
+    q_size = (sizes.get(f"{attention}.q_proj.weight") or (hidden_size,))[0]
+    max_positions = layer.integer("max_position_embeddings", _DEFAULT_CONTEXT, high=MAX_POSITIONS)
     vocab_size = layer.integer("vocab_size")
     eagle = config.section("eagle_config")
     shape = HeadShape(
@@ -170,7 +171,7 @@ def _read_shape(
         hidden_size=hidden_size,
         target_hidden_size=target_size,
         intermediate_size=layer.integer("intermediate_size"),
-        num_layers=layer.integer("num_hidden_layers", 1),
+        num_layers=layer.integer("num_hidden_layers", 1, high=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=layer.integer("num_key_value_heads", num_heads),
         head_dim=layer.integer("head_dim", max(1, q_size // num_heads)),
@@ -291,7 +292,7 @@ def _check_tensors(path: Path, shape: HeadShape, sizes: Mapping[str, tuple[int, 
     missing, unexpected = sorted(set(wanted) - found), sorted(found - set(wanted))
     if missing or unexpected:
         lists = [
-            f"{kind}: {', '.join(names)}"
+            f"{kind}: {listed(names)}"
             for kind, names in (("missing", missing), ("unexpected", unexpected))
             if names
         ]
@@ -302,8 +303,8 @@ def _check_tensors(path: Path, shape: HeadShape, sizes: Mapping[str, tuple[int, 
     for name, size in wanted.items():
         if sizes[name] != size:
             raise DraftError(
-                f"draft: {path}: {name} has shape {list(sizes[name])}; config.json and the target "
-                f"say {list(size)}; {_MADE_FOR}"
+                f"draft: {path}: {name} has shape {quoted(list(sizes[name]))}; config.json and the "
+                f"target say {list(size)}; {_MADE_FOR}"
             )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from specserve.drafting.base import DraftError
+from specserve.files import is_there
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import Fields, ModelError, read_json
 from specserve.models.safetensors_checkpoint import (
@@ -25,7 +26,7 @@ from specserve.models.safetensors_checkpoint import (
     SINGLE_FILE,
     SafetensorsCheckpoint,
 )
-from specserve.models.shape import ModelShape
+from specserve.models.shape import MAX_LAYERS, ModelShape
 
 _TOKEN_MAP: Final = "token_map"
 _MADE_FOR: Final = "use the draft that was made for this target"
@@ -70,12 +71,12 @@ def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
     try:
         config = Fields(read_json(path / "config.json"), str(path / "config.json"))
         _check_config(config, target)
-        if not ((path / SINGLE_FILE).is_file() or (path / INDEX).is_file()):
+        if not (is_there(path / SINGLE_FILE) or is_there(path / INDEX)):
             read_checkpoint(path)  # says what is wrong with what is there
             raise ModelError(f"{path}: the weights of Medusa heads must be safetensors")
         checkpoint = SafetensorsCheckpoint(path, INTEGERS)
         num_layers = config.integer(
-            _field(config, "medusa_num_layers", "num_hidden_layers"), 1, low=0
+            _field(config, "medusa_num_layers", "num_hidden_layers"), 1, low=0, high=MAX_LAYERS
         )
         names = {_our_name(name, num_layers): name for name in checkpoint.entries}
         num_heads = _count_heads(config, names)

@@ -4,7 +4,6 @@ Other distributions add drafters through the entry-point group `specserve.drafte
 """
 
 import importlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -16,7 +15,9 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from specserve.drafting.base import Drafter, DraftError
+from specserve.files import FileError, check_file, quoted
 from specserve.hub.names import base_name
+from specserve.models.fields import ModelError, read_json
 
 BUILTIN = {
     "none": "specserve_drafts.none:NoDrafter",
@@ -142,11 +143,9 @@ def create_drafter(
 def checkpoint_method(path: Path) -> str:
     """Which drafter a checkpoint directory is for, from its config.json and its tensors' names."""
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DraftError(f"draft: {path}/config.json cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise DraftError(f"draft: {path}/config.json holds no object; it does not describe a draft")
+        config = read_json(path / "config.json")
+    except ModelError as error:
+        raise DraftError(f"draft: {error}") from error
     if isinstance(method := config.get("specserve_method"), str):
         return method
     architectures = config.get("architectures") or ["(none)"]
@@ -159,7 +158,7 @@ def checkpoint_method(path: Path) -> str:
     if str(architectures[0]).endswith("ForCausalLM"):
         return "draft_lm"
     raise DraftError(
-        f"draft: {path}/config.json has architectures {architectures}; "
+        f"draft: {path}/config.json has architectures {quoted(architectures)}; "
         "expected a causal language model (…ForCausalLM), an EAGLE or Medusa head or a draft "
         "made by specserve tune"
     )
@@ -183,6 +182,8 @@ def _tensor_names(path: Path) -> set[str] | None:
     """Of all safetensors files in a directory; None without one that can be read."""
     names: set[str] | None = None
     for file in path.glob("*.safetensors"):
-        with suppress(OSError, SafetensorError), safe_open(file, framework="numpy") as tensors:
-            names = (names or set()) | set(tensors.keys())
+        with suppress(OSError, FileError, SafetensorError):
+            check_file(file)
+            with safe_open(file, framework="numpy") as tensors:
+                names = (names or set()) | set(tensors.keys())
     return names

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from specserve.files import short
+from specserve.files import listed
 from specserve.hub.errors import HubError
 from specserve.hub.gguf_file import GgufFile, GgufTensor
 
@@ -33,7 +33,6 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LISTED = 6  # names in one message
 _COMPUTED = {"rope_freqs.weight"}  # became part of config.json
 
 
@@ -73,9 +72,7 @@ def _names(file: GgufFile) -> Iterator[tuple[str, str]]:
             unknown.append(name)
     if unknown:
         raise HubError(
-            f"{file.path}: {len(unknown)} tensors are unknown: "
-            f"{', '.join(map(short, sorted(unknown)[:_LISTED]))}"
-            f"{' ...' if len(unknown) > _LISTED else ''}; "
+            f"{file.path}: {len(unknown)} tensors are unknown: {listed(sorted(unknown))}; "
             f"use a directory with safetensors"
         )
 

@@ -71,7 +71,7 @@ def _resolve_file(path: Path, cache: Path, report: Progress) -> Path:
     status = path.stat()
     # Size and time stand in for the content, so that a start need not read the whole file.
     source = {"converter": CONVERTER_VERSION, "size": status.st_size, "time": status.st_mtime_ns}
-    name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    name = f"{path.stem[:60]}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
 
     def build(output: Path) -> None:
         convert_gguf(path, output, report)

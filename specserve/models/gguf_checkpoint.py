@@ -5,6 +5,7 @@ name and row order, the hub knows. Invariant: a checkpoint that was built has te
 there and can all be read.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -37,7 +38,7 @@ class GgufCheckpoint:
     """A `Checkpoint` of one file. Raises `ModelError` for a file that is gone or damaged."""
 
     def __init__(self, path: Path) -> None:
-        file = path.resolve()  # errors name the file that a link leads to
+        file = Path(os.path.realpath(path))  # errors name the file that a link leads to
         try:
             if not is_there(file):
                 raise FileError(

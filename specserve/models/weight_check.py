@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from msgspec.structs import replace
 
-from specserve.files import quoted, short
+from specserve.files import listed, quoted
 from specserve.models.checkpoint import Checkpoint, Renamed
 from specserve.models.fields import ModelError
 from specserve.models.memory import check_memory
@@ -33,7 +33,6 @@ _BUFFER: Final = re.compile(r"[IU]\d+|BOOL")  # dtypes that no weight here has
 _QUANTISED: Final = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|scales)$"
 )
-_LISTED: Final = 6  # names in one message
 
 
 def check_weights(
@@ -112,11 +111,11 @@ def _check_names(
     if index:  # what the index leaves out was not meant to be used
         unexpected = [name for name in unexpected if name in index]
     if unused := sorted(name for name in extra if name not in unexpected and name != HEAD):
-        logger.info("%s: tensors that are not used: %s", path, _listed(unused))
+        logger.info("%s: tensors that are not used: %s", path, listed(unused))
     if not missing and not unexpected:
         return
     problems = [
-        f"{len(names)} {kind}: {_listed(names)}"
+        f"{len(names)} {kind}: {listed(names)}"
         for kind, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -137,9 +136,7 @@ def _fix(missing: list[str], unexpected: list[str], checkpoint: Checkpoint) -> s
         return "; set tie_word_embeddings to true if the head is the embedding"
     shards = {checkpoint.index[name] for name in missing if name in checkpoint.index}
     if shards:
-        return (
-            f"; the index says that {_listed(sorted(shards))} has what is missing: fetch it again"
-        )
+        return f"; the index says that {listed(sorted(shards))} has what is missing: fetch it again"
     return "" if unexpected else "; fetch the checkpoint again"
 
 
@@ -165,8 +162,3 @@ def _check_entry(name: str, entry: TensorEntry, size: TensorSize) -> None:
             f"{entry.file}: {name} has shape {quoted(list(entry.shape))}; config.json says "
             f"{list(size.size)} ({size.fields}); fetch both again, or correct config.json"
         )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(short(name) for name in names[:_LISTED]) + more

@@ -11,11 +11,13 @@ import msgspec
 from msgspec import Struct
 from tokenizers import Tokenizer as TokenizerFile
 
+from specserve.files import FileError, is_there, quoted, read_file
+
 _CONFIG: Final = "tokenizer_config.json"
 _TOKENS_MAP: Final = "special_tokens_map.json"  # where older libraries named them
 _NAMED: Final = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
-_MAX_BYTES: Final = 64 * 2**20  # of one file
+_MAX_BYTES: Final = 2**28  # of one file
 _MAX_TEMPLATE: Final = 2**20  # characters; the longest that are published have some ten thousand
 
 
@@ -40,13 +42,14 @@ class ChatTemplateSource(Struct, frozen=True):
 def read_tokenizer(directory: Path) -> TokenizerFile:
     """tokenizer.json. Raises `TextError`."""
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not is_there(path):
         raise TextError(
             f"{directory}: no tokenizer.json; save the tokenizer again with a recent version of "
             f"the library it came from"
         )
+    text = _read_text(path)
     try:
-        tokenizer = TokenizerFile.from_str(path.read_text(encoding="utf-8-sig"))
+        tokenizer = TokenizerFile.from_str(text)
     except Exception as error:  # the library raises nothing narrower
         raise TextError(f"{path}: not a tokenizer ({error}); fetch it again") from None
     tokenizer.no_truncation()
@@ -93,7 +96,7 @@ def read_chat_template(directory: Path) -> ChatTemplateSource | None:
 
 def _find_template(directory: Path) -> ChatTemplateSource | None:
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    if is_there(path):
         return ChatTemplateSource(_read_text(path), path.name)
     for name in (_CONFIG, "chat_template.json"):
         found = _read_json(directory / name).get("chat_template")
@@ -112,7 +115,7 @@ def _choose(path: Path, found: object) -> str:
     if not isinstance(named, dict):
         raise _unusable(path, "chat_template", found, "a string or a list of named templates")
     if not isinstance(named.get("default"), str):
-        names = ", ".join(map(_short, named)) or "none"
+        names = ", ".join(map(quoted, named)) or "none"
         raise TextError(
             f"{path}: chat_template has no template named 'default' (there are: {names}); rename "
             f"the one to use"
@@ -129,16 +132,11 @@ def _content(path: Path, field: str, token: object) -> str | None:
 
 
 def _unusable(path: Path, field: str, value: object, expected: str) -> TextError:
-    return TextError(f"{path}: {field} = {_short(value)} is not {expected}; correct it")
-
-
-def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:80]}..."
+    return TextError(f"{path}: {field} = {quoted(value)} is not {expected}; correct it")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not is_there(path):
         return {}
     try:
         return msgspec.json.decode(_read_text(path), type=dict[str, Any])
@@ -149,10 +147,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     """The file's text, without the mark that some editors put in front of UTF-8."""
     try:
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise TextError(f"{path}: {size} bytes is too big (limit {_MAX_BYTES}); fetch it again")
-        return path.read_text(encoding="utf-8-sig")
+        return read_file(path, _MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise TextError(f"{path}: cannot be read ({error.strerror}); see its permissions") from None
+    except FileError as error:
+        raise TextError(str(error)) from None

@@ -94,7 +94,7 @@ def test_nested_flags_count(shape: ModelShape, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [[], {"architectures": 5}, {"architectures": {"0": "x"}}])
 def test_a_config_that_describes_no_draft_is_an_error(tmp_path: Path, config: object) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DraftError, match=r"config\.json h"):
+    with pytest.raises(DraftError, match=r"config\.json:? (h|not)"):
         checkpoint_method(tmp_path)
 
 
