@@ -392,6 +392,43 @@ def test_unusable_files_are_reported_by_start(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for %}", r"cannot be compiled \(Expected"),
+        ("{{ " + "(" * 5000, r"cannot be compiled \(it is nested too deeply\)"),
+        (_LOOP, r"too much time or memory to compile.*\(after 0\.5 s\)$"),
+        # A text worker's own memory ends in C, where no exception does.
+        ("{% set n = 10 ** 4000 %}{{ n ** n ** n }}", r"\(after 0\.5 s\)$"),
+    ],
+)
+def test_templates_that_cannot_be_compiled(tmp_path: Path, template: str, message: str) -> None:
+    write_byte_tokenizer(tmp_path, template)
+
+    async def run() -> None:
+        process = TextProcess(tmp_path, compile_limit=0.5)
+        with pytest.raises(TextError, match=message) as error:
+            await process.start()
+        assert str(error.value).startswith(str(tmp_path))
+        assert "\n" not in str(error.value)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def test_a_template_that_eats_memory_before_any_chat(tmp_path: Path) -> None:
+    """Its constants are made when it is rendered; prompts are served all the same."""
+    write_byte_tokenizer(tmp_path, "{% set x = 'x' * 9999999999 %}" + CHATML)
+
+    async def run() -> None:
+        async with _started(tmp_path, memory_limit=2**28) as process:
+            assert len(await process.encode("hi")) == 3
+            with pytest.raises(RequestError, match=r"^messages: .*\(MemoryError\)"):
+                await process.chat(HI)
+
+    asyncio.run(run())
+
+
 def test_a_start_that_is_cancelled(directory: Path) -> None:
     async def run() -> None:
         for delay in (0.0, 0.02, 0.1):
