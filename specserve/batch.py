@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specserve.cache.table import BlockTable
+from specserve.cache.table import BlockTable, TableView
 from specserve.step import Entry
 from specserve.tree import DraftTree
 from specserve_kernels.ops import MAX_SEGMENT_ROWS, Segments
@@ -45,7 +45,7 @@ class ModelOutput:
 class SegmentRows:
     """Consecutive nodes of one tree that hangs from `context_len` tokens of a block table."""
 
-    table: BlockTable
+    table: BlockTable | TableView
     context_len: int
     first_node: int  # nodes before it are in the cache already
     tokens: Seq[int]
@@ -61,7 +61,9 @@ def joined(outputs: Seq[ModelOutput]) -> ModelOutput:
     return ModelOutput(logits, taps=torch.cat(taps) if taps else None)
 
 
-def chain_segments(table: BlockTable, start: int, tokens: Seq[int]) -> Iterator[SegmentRows]:
+def chain_segments(
+    table: BlockTable | TableView, start: int, tokens: Seq[int]
+) -> Iterator[SegmentRows]:
     """Known tokens at positions start, start + 1, ...: one chain per 64, no logits."""
     for offset in range(0, len(tokens), MAX_SEGMENT_ROWS):
         piece = tokens[offset : offset + MAX_SEGMENT_ROWS]
@@ -139,7 +141,7 @@ def _segments(
         context_lens=np.array([segment.context_len for segment in rows], np.int32),
         first_nodes=np.array([segment.first_node for segment in rows], np.int32),
         ancestors=np.array([word for segment in rows for word in segment.ancestors], np.uint64),
-        block_tables=np.array([ids + [0] * (widest - len(ids)) for ids in tables], np.int32),
+        block_tables=np.array([[*ids, *[0] * (widest - len(ids))] for ids in tables], np.int32),
         num_rows=num_rows,
         block_size=block_size,
     )

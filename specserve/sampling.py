@@ -7,11 +7,13 @@ min-p, then argmax(logits + Gumbel noise keyed by (seed, position, token)).
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from specserve.read_only import read_only_params
 from specserve.types import Request, SamplingParams, TokenLogprobs
 from specserve_kernels.ops import Kernels
 
@@ -24,7 +26,7 @@ class SamplingState:
     def __init__(
         self, request: Request, eos_ids: Sequence[int], vocab_size: int, device: torch.device
     ) -> None:
-        params = request.sampling
+        params = read_only_params(request.sampling)
         assert params.seed is not None, "a seed is drawn before the engine sees the request"
         self.params: SamplingParams = params
         self.seed: int = params.seed
@@ -50,6 +52,13 @@ class SamplingState:
         self.processed = _processes(params)
         # Whether what is drawn is the token of the largest logit, as the model gave them.
         self.takes_best = params.greedy and not self.processed
+
+    def copy(self) -> "SamplingState":
+        """The same for others than its owner: whatever they do to it, this one stays."""
+        other = copy(self)
+        if self._counts is not None:
+            other._prompt_mask, other._counts = self._prompt_mask.clone(), self._counts.clone()
+        return other
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Count the tokens emitted since the last call; `tokens` is prompt and output."""

@@ -1,4 +1,5 @@
-"""One request on its way through the engine: the only mutable per-request object.
+"""One request on its way through the engine: the only mutable per-request object; and what others
+than the engine see of it.
 
 The algebra of lengths, defined once:
 
@@ -11,8 +12,9 @@ The algebra of lengths, defined once:
 import enum
 from dataclasses import dataclass, field
 
-from specserve.cache.table import BlockTable
-from specserve.types import Request, SpecStats
+from specserve.cache.table import BlockTable, TableView
+from specserve.read_only import ReadOnlyList, read_only_params
+from specserve.types import Request, SamplingParams, SpecStats, SpeculationParams
 
 
 class Status(enum.Enum):
@@ -92,3 +94,67 @@ class Sequence:
     def num_pending(self) -> int:
         """1 while decoding: the root."""
         return len(self.tokens) - self.table.num_committed
+
+
+class SequenceView:
+    """A sequence as drafters see it: up to date at any time, and nothing of it can be changed."""
+
+    __slots__ = ("_seq", "_tokens")
+
+    def __init__(self, seq: Sequence) -> None:
+        self._seq = seq
+        self._tokens = ReadOnlyList(seq.tokens)
+
+    @property
+    def id(self) -> str:
+        return self._seq.request.id
+
+    @property
+    def tokens(self) -> ReadOnlyList[int]:
+        """Prompt and output. A slice is a copy: take no more than is needed."""
+        return self._tokens
+
+    @property
+    def num_prompt(self) -> int:
+        return self._seq.num_prompt
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._seq.tokens)
+
+    @property
+    def num_output(self) -> int:
+        return self._seq.num_output
+
+    @property
+    def num_committed(self) -> int:
+        return self._seq.table.num_committed
+
+    @property
+    def num_pending(self) -> int:
+        return self._seq.num_pending
+
+    @property
+    def status(self) -> Status:
+        return self._seq.status
+
+    @property
+    def table(self) -> TableView:
+        """The one it has now: it is another after a preemption."""
+        return TableView(self._seq.table)
+
+    @property
+    def greedy(self) -> bool:
+        return self._seq.request.sampling.greedy
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return read_only_params(self._seq.request.sampling)
+
+    @property
+    def speculation(self) -> SpeculationParams:
+        return self._seq.request.speculation
+
+    @property
+    def cache_salt(self) -> str:
+        return self._seq.request.cache_salt

@@ -1,8 +1,9 @@
 """What one step plans and what it settles, for the host. No tensors."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from specserve.sequence import Sequence
+from specserve.sequence import Sequence, SequenceView
 from specserve.types import FinishReason, TokenLogprobs
 
 
@@ -16,6 +17,14 @@ class Entry:
     """
 
     seq: Sequence
+    num_chain: int
+    num_nodes: int
+
+
+class EntryView(NamedTuple):
+    """An entry as drafters see it."""
+
+    seq: SequenceView
     num_chain: int
     num_nodes: int
 

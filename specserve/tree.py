@@ -5,9 +5,10 @@ children, ancestry is one 64-bit word per node, and nodes are laid out with the 
 first, so that the usual accepted path already lies where its KV belongs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -22,47 +23,56 @@ TARGET_SOURCE: Final = 0  # `source` of the root, and of tokens the target drew 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """At most 64 nodes. `scores[i]` estimates P(the path to i is accepted); the root has 1."""
+    """At most 64 nodes. `scores[i]` estimates P(the path to i is accepted); the root has 1.
+
+    Nothing of it can be changed: the arrays it is made of are read-only from then on.
+    """
 
     tokens: npt.NDArray[np.int32]  # [n]
     parents: npt.NDArray[np.int16]  # [n], parents[0] = -1, parents[i] < i
     scores: npt.NDArray[np.float32]  # [n], never above the parent's
     source: npt.NDArray[np.uint8]  # [n], 0 target, else 1 + index of the drafter
 
+    def __post_init__(self) -> None:
+        for array in (self.tokens, self.parents, self.scores, self.source):
+            array.setflags(write=False)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     @cached_property
-    def depths(self) -> list[int]:
+    def depths(self) -> tuple[int, ...]:
         """[n] distance from the root."""
         depths = [0]
         for parent in self.parents.tolist()[1:]:
             depths.append(depths[parent] + 1)
-        return depths
+        return tuple(depths)
 
     @cached_property
-    def shares(self) -> list[float]:
+    def shares(self) -> tuple[float, ...]:
         """[n] estimated P(a node is accepted), given its parent is."""
         scores = self.scores.tolist()
         above = [1.0, *(scores[parent] for parent in self.parents.tolist()[1:])]
-        return [
-            score / before if before > 0.0 else 0.0
-            for score, before in zip(scores, above, strict=True)
-        ]
+        return tuple(
+            [
+                score / before if before > 0.0 else 0.0
+                for score, before in zip(scores, above, strict=True)
+            ]
+        )
 
     @cached_property
-    def ancestors(self) -> list[int]:
+    def ancestors(self) -> tuple[int, ...]:
         """[n] ancestor words: bit j of node i is set iff j is i or an ancestor of i."""
         words = [1]
         for node, parent in enumerate(self.parents.tolist()[1:], start=1):
             words.append(words[parent] | 1 << node)
-        return words
+        return tuple(words)
 
     @cached_property
-    def child_of(self) -> dict[tuple[int, int], int]:
+    def child_of(self) -> Mapping[tuple[int, int], int]:
         """(node, token) -> the child of the node that carries the token."""
         edges = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
-        return {edge: node for node, edge in enumerate(edges)}
+        return MappingProxyType({edge: node for node, edge in enumerate(edges)})
 
     def children(self, node: int) -> dict[int, int]:
         """token -> child node."""
@@ -96,8 +106,14 @@ class DraftTree:
 
 @lru_cache(maxsize=4096)  # with all that is known of a tree once it was asked
 def root_tree(token: int) -> DraftTree:
-    """No draft: the root alone."""
-    return _freeze([token], [-1], [1.0], [TARGET_SOURCE])
+    """No draft: the root alone. All share it, so its arrays lie in memory that nobody can write."""
+    tree = _freeze([token], [-1], [1.0], [TARGET_SOURCE])
+    return DraftTree(
+        np.frombuffer(tree.tokens.tobytes(), np.int32),
+        np.frombuffer(tree.parents.tobytes(), np.int16),
+        np.frombuffer(tree.scores.tobytes(), np.float32),
+        np.frombuffer(tree.source.tobytes(), np.uint8),
+    )
 
 
 def build_tree(

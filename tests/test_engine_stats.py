@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny import EngineFactory, ids, run
 
 from specserve.drafting.counts import SourceCounts
+from specserve.drafting.failures import MAX_FAILURES
 from specserve.engine.engine import Engine
 from specserve.models.fields import ModelError
 from specserve.runner.warmup import warmup_rounds
@@ -116,8 +117,10 @@ def test_a_drafter_that_keeps_failing_is_told_of(
     drafter = engine.drafter.drafters["ngram"]
     monkeypatch.setattr(drafter, "propose", None)
     monkeypatch.setattr(drafter, "forget", None)
-    assert engine.stats().drafters[0].active
-    assert len(ids(run(engine, [PROMPTS[1]], noisy(1))[0])) == 40
+    for number in range(MAX_FAILURES):
+        (told,) = engine.stats().drafters
+        assert (told.active, told.num_failures) == (True, 2 * number)
+        assert len(ids(run(engine, [PROMPTS[1]], noisy(1))[0])) == 40
     assert not engine.stats().drafters[0].active
 
 

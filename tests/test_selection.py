@@ -120,7 +120,7 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
 
 
 def chances(calibration: Calibration, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
-    return calibration.merged(seq_id, noisy, [tree], MAX_NODES).shares
+    return list(calibration.merged(seq_id, noisy, [tree], MAX_NODES).shares)
 
 
 def test_chances_follow_what_is_emitted_for_all_and_for_the_request() -> None:

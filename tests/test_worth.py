@@ -11,8 +11,8 @@ from specserve.cache.table import BlockTable
 from specserve.drafting.base import DraftContext, DraftOptions, Feedback
 from specserve.drafting.compose import ComposedDrafter
 from specserve.drafting.worth import Worth
-from specserve.sequence import Sequence
-from specserve.step import Entry
+from specserve.sequence import Sequence, SequenceView
+from specserve.step import EntryView
 from specserve.tree import DraftTree, root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 
@@ -115,7 +115,7 @@ class Listener:
 
     def bind(self, context: DraftContext) -> None: ...
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         self.asked += [seq.id for seq in seqs]
         return [root_tree(seq.tokens[-1]) for seq in seqs]
 
@@ -133,10 +133,11 @@ def test_a_paused_head_does_not_follow_new_requests() -> None:
         request = Request(
             name, (7,), SamplingParams(temperature=0.0), SpeculationParams(drafters=wanted)
         )
-        seq = Sequence(request, [7], BlockTable(16))
+        seq = SequenceView(Sequence(request, [7], BlockTable(16)))
+        heard = Feedback([EntryView(seq, 1, 0)], {}, {}, ModelOutput(torch.empty(0, 10)))
         for _ in range(count):
             drafters.propose([seq], [8])
-            drafters.observe(Feedback([Entry(seq, 1, 0)], {}, {}, ModelOutput(torch.empty(0, 10))))
+            drafters.observe(heard)
 
     passes("before", 1)
     for promised in (1.0, 2.0, 2.5, 3.5):

@@ -3,7 +3,8 @@
 Its KV lives in the target's blocks, in a storage of its own. Candidates are ranked by
 log q + g with the target's sampler and the target's noise, so a draft that agrees with the target
 is accepted whatever the temperature. The tree grows best-first by path score. Past the draft's own
-context it proposes nothing.
+context it proposes nothing, nor after a token that only the target has a row for: models of one
+family often share a tokenizer and pad their vocabularies to different sizes.
 """
 
 from collections.abc import Sequence as Seq
@@ -17,11 +18,11 @@ from torch.nn import functional
 
 from specserve.batch import SegmentRows, build_batch, chain_segments
 from specserve.cache.storage import KVSpec
-from specserve.cache.table import BlockTable
+from specserve.cache.table import TableView
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve_drafts.growth import Growth, rank, take
@@ -60,6 +61,7 @@ class DraftLM:
         self._path = path
         self._shape = ModelShape.from_dir(path)
         self._num_valid: dict[str, int] = {}  # tokens whose draft KV is there, by sequence id
+        self._num_readable: dict[str, int] = {}  # leading tokens that the draft has rows for
         # Content of each block in the draft's storage, as the prefix cache names it.
         self._filled: dict[int, bytes] = {}
 
@@ -79,14 +81,18 @@ class DraftLM:
             quantization=context.quantization,
         )
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         context = self._shape.max_position_embeddings
         rooms = [min(b, context + 1 - s.num_tokens) for s, b in zip(seqs, budgets, strict=True)]
-        asked = [(seq, room) for seq, room in zip(seqs, rooms, strict=True) if room > 1]
+        asked = [
+            (seq, room)
+            for seq, room in zip(seqs, rooms, strict=True)
+            if room > 1 and self._can_read(seq)
+        ]
         trees = self._grow(asked)
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
-    def _grow(self, asked: Seq[tuple[Sequence, int]]) -> dict[str, DraftTree]:
+    def _grow(self, asked: Seq[tuple[SequenceView, int]]) -> dict[str, DraftTree]:
         """Trees of so many nodes at most, by sequence id."""
         growths = [Growth(seq, self._context.sampling_state(seq), budget) for seq, budget in asked]
         missed = [row for seq, _ in asked for row in self._catch_up(seq, seq.num_tokens - 1)]
@@ -102,7 +108,11 @@ class DraftLM:
 
     def observe(self, feedback: Feedback) -> None:
         """Follow prompt chunks, so that the first proposal does not have the prompt to read."""
-        chunks = [entry.seq for entry in feedback.entries if not entry.num_nodes]
+        chunks = [
+            entry.seq
+            for entry in feedback.entries
+            if not entry.num_nodes and self._can_read(entry.seq)
+        ]
         ends = [min(seq.num_committed, self._shape.max_position_embeddings) for seq in chunks]
         missed = [
             segment
@@ -116,8 +126,21 @@ class DraftLM:
 
     def forget(self, seq_id: str) -> None:
         self._num_valid.pop(seq_id, None)
+        self._num_readable.pop(seq_id, None)
 
-    def _catch_up(self, seq: Sequence, end: int) -> list[SegmentRows]:
+    def _can_read(self, seq: SequenceView) -> bool:
+        """Whether the draft has a row for every token. It is asked before anything is looked up: a
+        row beyond the last one cannot be caught afterwards, on a GPU it ends the process."""
+        num_rows = self._shape.vocab_size
+        if num_rows >= self._context.vocab_size:
+            return True
+        start = self._num_readable.get(seq.id, 0)
+        tokens = seq.tokens[start:]
+        readable = next((i for i, token in enumerate(tokens) if token >= num_rows), len(tokens))
+        self._num_readable[seq.id] = start + readable
+        return readable == len(tokens)
+
+    def _catch_up(self, seq: SequenceView, end: int) -> list[SegmentRows]:
         """Rows for the tokens before `end` that the draft has not seen; the caller counts them as
         seen when they are computed."""
         table = seq.table
@@ -132,7 +155,7 @@ class DraftLM:
             del segments[: _MAX_CATCH_UP_ROWS // MAX_NODES]
         return segments
 
-    def _num_shared(self, table: BlockTable) -> int:
+    def _num_shared(self, table: TableView) -> int:
         """Leading tokens whose draft KV came with the blocks of the prefix cache."""
         blocks = zip(table.block_ids, table.hashes, strict=False)
         matching = takewhile(lambda block: self._filled.get(block[0]) == block[1], blocks)

@@ -23,8 +23,8 @@ from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feed
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.sampling import SamplingState
-from specserve.sequence import Sequence
-from specserve.step import Entry
+from specserve.sequence import SequenceView
+from specserve.step import EntryView
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.fit import shipped_head
 from specserve_drafts.formats import read_head
@@ -57,7 +57,7 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
 class _Asked:
     """A sequence that a tree is wanted for, and can be had."""
 
-    seq: Sequence
+    seq: SequenceView
     state: SamplingState
     budget: int
     track: Track
@@ -165,7 +165,7 @@ class EagleDrafter:
         num_blocks = self._storage.data.shape[2] // context.block_size
         self._contents = BlockContents(num_blocks, context.block_size, len(places) * size, sample)
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         asked = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         at_once: list[_Asked] = []
         by_passes: list[_Asked] = []
@@ -273,7 +273,7 @@ class EagleDrafter:
     def forget(self, seq_id: str) -> None:
         self._tracks.pop(seq_id, None)
 
-    def _begin(self, seq: Sequence, budget: int) -> _Asked | None:
+    def _begin(self, seq: SequenceView, budget: int) -> _Asked | None:
         """None where the row before the root is not known: the target has yet to compute it."""
         track = self._tracks.get(seq.id)
         root = seq.num_tokens - 1
@@ -283,9 +283,11 @@ class EagleDrafter:
         lane = track.lane_up_to(root + max(budget - 1, 1), seq.table)
         return _Asked(seq, self._context.sampling_state(seq), budget, track, lane)
 
-    def _follow(self, seq: Sequence, start: int, rows: Tensor) -> None:
+    def _follow(self, seq: SequenceView, start: int, rows: Tensor) -> None:
         """The target has computed tokens start, start + 1, ... of a sequence."""
         track = self._tracks.get(seq.id)
+        if track is not None and track.num_seen == start + len(rows):
+            return  # told again, as another sequence's part of the pass has failed
         if track is None or track.num_seen != start:
             track = self._tracks[seq.id] = self._contents.begin(seq.table, start)
         if track.num_waiting >= _MAX_WAITING:  # nobody asks for drafts; what waits takes memory
@@ -325,7 +327,7 @@ def _rows(taps: Tensor, first: int, places: Seq[int]) -> Tensor:
     return taps[torch.tensor([first + place for place in places], device=taps.device)]
 
 
-def _settled(entry: Entry, feedback: Feedback) -> tuple[int, list[int]]:
+def _settled(entry: EntryView, feedback: Feedback) -> tuple[int, list[int]]:
     """What a pass has committed of a sequence: the first token's position, and the rows among its
     own; chains come before trees, as `plan_segments` has them."""
     seq, num_chain = entry.seq, entry.num_chain

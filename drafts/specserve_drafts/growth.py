@@ -12,7 +12,7 @@ from typing import Final
 from torch import Tensor
 
 from specserve.sampling import Row, Sampler, SamplingState
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree, build_tree
 
 # What a look is worth: tokens that the successors of a node that comes true add to a pass, beside
@@ -35,7 +35,7 @@ class Node:
 class Growth:
     """One tree while it grows: evaluated nodes, in cache order, and the candidates they brought."""
 
-    def __init__(self, seq: Sequence, state: SamplingState, budget: int) -> None:
+    def __init__(self, seq: SequenceView, state: SamplingState, budget: int) -> None:
         self.seq, self.state, self.budget = seq, state, budget
         self.nodes = [Node(seq.tokens[-1], -1, 1.0, 0, 1)]
         self.pool: list[Node] = []  # not evaluated; `word` is the parent's

@@ -24,7 +24,7 @@ from specserve.models.fields import ModelError
 from specserve.models.layers import Linear
 from specserve.models.shape import ModelShape
 from specserve.sampling import Row
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.medusa_file import MedusaFile, read_medusa
 
@@ -81,7 +81,7 @@ class MedusaDrafter:
         first = context.taps.index(self.needs_taps[0]) * self._hidden_size
         self._columns = slice(first, first + self._hidden_size)
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         ready = [
             seq
             for seq, budget in zip(seqs, budgets, strict=True)
@@ -119,12 +119,12 @@ class MedusaDrafter:
     def forget(self, seq_id: str) -> None:
         self._last.pop(seq_id, None)
 
-    def _knows(self, seq: Sequence) -> bool:
+    def _knows(self, seq: SequenceView) -> bool:
         """Whether the row before the root was seen."""
         last = self._last.get(seq.id)
         return last is not None and last.position == seq.num_tokens - 2
 
-    def _candidates(self, seqs: Seq[Sequence], depth: int) -> list[list[Candidates]]:
+    def _candidates(self, seqs: Seq[SequenceView], depth: int) -> list[list[Candidates]]:
         """Per sequence, for each of the `depth` positions after the root."""
         if not seqs:
             return []

@@ -13,7 +13,7 @@ import torch
 from specserve.cache.storage import KVSpec
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.drafting.lookup import TextIndex, copied_text
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree, root_tree
 
 
@@ -43,7 +43,7 @@ class NgramDrafter:
     def bind(self, context: DraftContext) -> None:
         self._source = context.source
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def observe(self, feedback: Feedback) -> None:
@@ -52,7 +52,7 @@ class NgramDrafter:
     def forget(self, seq_id: str) -> None:
         self._own.pop(seq_id, None)
 
-    def _propose(self, seq: Sequence, budget: int) -> DraftTree:
+    def _propose(self, seq: SequenceView, budget: int) -> DraftTree:
         own = self._own.get(seq.id)
         if own is None:
             own = TextIndex(self._options.min_match, self._options.max_match)

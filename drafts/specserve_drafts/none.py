@@ -8,7 +8,7 @@ import torch
 
 from specserve.cache.storage import KVSpec
 from specserve.drafting.base import DraftContext, DraftOptions, Feedback
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree, root_tree
 
 
@@ -26,7 +26,7 @@ class NoDrafter:
     def bind(self, context: DraftContext) -> None:
         pass
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         return [root_tree(seq.tokens[-1]) for seq in seqs]
 
     def observe(self, feedback: Feedback) -> None:

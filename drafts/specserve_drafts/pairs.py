@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from specserve.cache.table import BlockTable
+from specserve.cache.table import TableView
 from specserve.tree import MAX_NODES
 from specserve_drafts.heads import HeadRows
 
@@ -56,7 +56,7 @@ class Track:
         rows = self.rows[-1]
         return rows if len(rows) == count else rows[-count:]
 
-    def lane_up_to(self, end: int, table: BlockTable) -> Tensor:
+    def lane_up_to(self, end: int, table: TableView) -> Tensor:
         """[count(end) or more] int32: slots of all pairs before token `end`, written or not.
 
         Those of committed tokens stay; the blocks after them are given back and taken anew.
@@ -106,7 +106,7 @@ class BlockContents:
         self._names: dict[int, bytes] = {}
         self._last_rows = like.new_zeros(num_blocks, row_size)
 
-    def begin(self, table: BlockTable, num_cached: int) -> Track:
+    def begin(self, table: TableView, num_cached: int) -> Track:
         """A sequence whose first `num_cached` tokens came with the prefix cache."""
         num_shared = 0
         for block_id, name in zip(table.block_ids, table.hashes, strict=False):
@@ -119,7 +119,7 @@ class BlockContents:
         hole = (max(min(num_shared, num_cached), 1), num_cached + 1)
         return Track(hole, num_cached + 1, num_cached)
 
-    def name(self, track: Track, table: BlockTable) -> None:
+    def name(self, track: Track, table: TableView) -> None:
         """Take note of what the blocks are called whose pairs are all there."""
         size = self._block_size
         first, last = track.hole
@@ -128,7 +128,7 @@ class BlockContents:
                 self._names[table.block_ids[index]] = table.hashes[index]
             track.num_named = index + 1
 
-    def write(self, track: Track, table: BlockTable, rows: Tensor) -> None:
+    def write(self, track: Track, table: TableView, rows: Tensor) -> None:
         """Rows [n, row_size] of the track's next tokens: the blocks they are in change."""
         size, start = self._block_size, track.num_seen
         end = start + len(rows)

@@ -30,7 +30,7 @@ import torch
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve_drafts.fit import Target, check_fit, shipped
 from specserve_drafts.successors import NO_SALT, ORDERS, OWN, TABLE, WIDTH, SuccessorTable
@@ -110,7 +110,7 @@ class RecycleDrafter:
         self._context = context
         self._host = native_host() if context.device.type == "cpu" else None
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         """Best-first by path score.
 
         The target's noise is left out at temperature > 0: what was likely in another text is too
@@ -119,7 +119,7 @@ class RecycleDrafter:
         source = self._context.source
         trees = [
             self.table.grow(
-                _salts(seq.request.cache_salt),
+                _salts(seq.cache_salt),
                 seq.tokens[: -ORDERS - 1 : -1],
                 budget,
                 self._min_probability,
@@ -128,7 +128,7 @@ class RecycleDrafter:
             )
             for seq, budget in zip(seqs, budgets, strict=True)
         ]
-        self._asked = {seq.id for seq in seqs}
+        self._asked.update(seq.id for seq in seqs)
         return trees
 
     def observe(self, feedback: Feedback) -> None:
@@ -145,7 +145,7 @@ class RecycleDrafter:
             first = rows.stop
             if seq.id not in self._asked:
                 continue
-            salt = _salts(seq.request.cache_salt)[0]
+            salt = _salts(seq.cache_salt)[0]
             before = seq.tokens[-2 : -ORDERS - 1 : -1]
             self.table.learn(salt, before, tree, best[rows], logits[rows])
             own = self._own[seq.id]
@@ -167,7 +167,7 @@ class RecycleDrafter:
         except ValueError as error:
             logger.warning("draft.options.recycle.file: %s", error)
 
-    def _own_table(self, seq: Sequence) -> SuccessorTable:
+    def _own_table(self, seq: SequenceView) -> SuccessorTable:
         own = self._own.get(seq.id)
         if own is None:
             table = SuccessorTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)

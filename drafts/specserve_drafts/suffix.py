@@ -15,7 +15,7 @@ import torch
 
 from specserve.cache.storage import KVSpec
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
-from specserve.sequence import Sequence, Status
+from specserve.sequence import SequenceView, Status
 from specserve.tree import DraftTree
 from specserve_drafts.suffix_search import Log, SuffixSearch
 from specserve_drafts.token_log import END
@@ -73,7 +73,7 @@ class SuffixDrafter:
         between = [size for size in _INDEXED if options.min_match < size <= options.max_match]
         self._search = SuffixSearch((*between, options.min_match), options.min_probability)
         self._own: dict[str, Log] = {}  # by sequence id: prompt and output
-        self._running: dict[str, Sequence] = {}  # by sequence id, to learn from in the end
+        self._running: dict[str, SequenceView] = {}  # by sequence id, to learn from in the end
         self._past = PastOutputs(options.capacity, self._search.new_log)
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
@@ -82,7 +82,7 @@ class SuffixDrafter:
     def bind(self, context: DraftContext) -> None:
         self._source = context.source
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def observe(self, feedback: Feedback) -> None:
@@ -94,14 +94,14 @@ class SuffixDrafter:
         seq = self._running.pop(seq_id, None)
         # One that was preempted comes back, and is learned from when it is really over.
         if seq is not None and seq.status is Status.FINISHED and seq.num_output:
-            self._past.add(seq.request.cache_salt, seq.tokens[seq.num_prompt :])
+            self._past.add(seq.cache_salt, seq.tokens[seq.num_prompt :])
 
-    def _propose(self, seq: Sequence, budget: int) -> DraftTree:
+    def _propose(self, seq: SequenceView, budget: int) -> DraftTree:
         own = self._own.get(seq.id)
         if own is None:
             own = self._own[seq.id] = self._search.new_log()
         own.extend(seq.tokens[len(own) :])
-        logs = [own, *self._past.logs(seq.request.cache_salt)]
+        logs = [own, *self._past.logs(seq.cache_salt)]
         recent = seq.tokens[-self._options.max_match :]
         return self._search.tree(logs, recent, budget, self._source)
 

@@ -7,6 +7,7 @@ capacity are reserved and may hold anything; only full committed blocks carry a 
 from dataclasses import dataclass, field
 
 from specserve.cache.pool import BlockPool
+from specserve.read_only import ReadOnlyList
 
 
 @dataclass(slots=True)
@@ -51,3 +52,36 @@ class BlockTable:
         size, blocks = self.block_size, self.block_ids
         positions = range(start, start + count)
         return [blocks[position // size] * size + position % size for position in positions]
+
+
+class TableView:
+    """A block table as drafters see it: nothing of it can be changed."""
+
+    __slots__ = ("_table",)
+
+    def __init__(self, table: BlockTable) -> None:
+        self._table = table
+
+    @property
+    def block_size(self) -> int:
+        return self._table.block_size
+
+    @property
+    def block_ids(self) -> ReadOnlyList[int]:
+        return ReadOnlyList(self._table.block_ids)
+
+    @property
+    def hashes(self) -> ReadOnlyList[bytes]:
+        return ReadOnlyList(self._table.hashes)
+
+    @property
+    def num_committed(self) -> int:
+        return self._table.num_committed
+
+    @property
+    def capacity(self) -> int:
+        return self._table.capacity
+
+    def slots(self, start: int, count: int) -> list[int]:
+        """See `BlockTable.slots`."""
+        return self._table.slots(start, count)

@@ -145,6 +145,7 @@ class DrafterReport(Struct, frozen=True):
 
     name: str
     active: bool = True  # False: switched off after failing
+    num_failures: int = 0  # calls; a request for which it failed is decoded without it
     num_proposed: int = 0
     num_verified: int = 0
     num_accepted: int = 0

@@ -2,11 +2,16 @@
 
 `propose` before a pass, `observe` after it, `forget` when a request leaves. A new method is one
 file, one line in the registry, and its own Options.
+
+A drafter sees views and copies of what the engine works with: changing them raises an error, or
+changes nothing for the engine. Tensors cannot be protected, so the engine is done with those of a
+`Feedback` before any drafter sees them. Only the weights that a `DraftContext` lends are used
+again: a drafter must not write to those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -17,8 +22,8 @@ from torch import Tensor
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.sampling import Sampler, SamplingState
-from specserve.sequence import Sequence
-from specserve.step import Entry, Verdict
+from specserve.sequence import SequenceView
+from specserve.step import EntryView, Verdict
 from specserve.tree import DraftTree
 from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
@@ -35,13 +40,13 @@ class DraftContext:
 
     device: torch.device
     dtype: torch.dtype
-    kernels: Kernels
+    kernels: Kernels  # the drafter's own, as are the next three
     exact: bool
     quantization: Quantization  # of the target, as it was asked for
     vocab_size: int
     block_size: int
-    sampler: Sampler  # the target's own
-    sampling_state: Callable[[Sequence], SamplingState]
+    sampler: Sampler  # draws as the target's
+    sampling_state: Callable[[SequenceView], SamplingState]  # with every emitted token counted
     storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
     source: int  # the number under which its nodes are counted
     taps: tuple[int, ...]  # the layers in `ModelOutput.taps`: what all drafters want, ascending
@@ -59,10 +64,38 @@ class DraftContext:
 class Feedback:
     """What one pass settled. Entries without a tree are prompt chunks."""
 
-    entries: Seq[Entry]
-    trees: dict[str, DraftTree]  # by sequence id
-    verdicts: dict[str, Verdict]  # by sequence id
-    output: ModelOutput
+    entries: Seq[EntryView]
+    trees: Mapping[str, DraftTree]  # by sequence id
+    verdicts: Mapping[str, Verdict]  # by sequence id
+    output: ModelOutput  # rows as `plan_segments` has them
+
+    def only(self, seq_ids: Collection[str]) -> "Feedback":
+        """The same for some of the sequences."""
+        if len(seq_ids) == len(self.entries):
+            return self
+        seq_ids = set(seq_ids)
+        kept: list[EntryView] = []
+        rows: list[int] = []
+        logit_rows: list[int] = []
+        first = first_logits = 0
+        for entry in self.entries:
+            num_nodes = len(self.trees[entry.seq.id]) if entry.num_nodes else 0
+            num_rows = entry.num_chain + num_nodes
+            if entry.seq.id in seq_ids:
+                kept.append(entry)
+                rows += range(first, first + num_rows)
+                logit_rows += range(first_logits, first_logits + num_nodes)
+            first, first_logits = first + num_rows, first_logits + num_nodes
+        out, device = self.output, self.output.logits.device
+        at_rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        at_logits = torch.tensor(logit_rows, dtype=torch.int64, device=device)
+        output = ModelOutput(
+            out.logits[at_logits],
+            None if out.topk is None else out.topk[at_logits],
+            None if out.taps is None else out.taps[at_rows],
+        )
+        verdicts = {seq_id: v for seq_id, v in self.verdicts.items() if seq_id in seq_ids}
+        return replace(self, entries=tuple(kept), verdicts=verdicts, output=output)
 
 
 class DraftOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +103,9 @@ class DraftOptions(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Drafter(Protocol):
+    """A call that raises is made again for one sequence at a time, and a drafter that raises there
+    too is left out of that request. What it began in the first attempt must not count."""
+
     Options: ClassVar[type[DraftOptions]]
     needs_taps: tuple[int, ...]  # target layers whose hidden states it wants, see `Model`
     needs_topk: int  # top successors per row it wants from the LM head; 0: none
@@ -84,7 +120,7 @@ class Drafter(Protocol):
 
     def bind(self, context: DraftContext) -> None: ...
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         """One tree per sequence, at most `budgets[i]` nodes with the root.
 
         KV slots up to num_tokens - 1 + budget - 1 are reserved. The root is the last token.

@@ -1,36 +1,30 @@
 """Several drafters, one tree: every proposal calibrated and merged, the best nodes kept whoever
-proposed them.
-
-A drafter that raises is left out of that step, and out of the run after `MAX_FAILURES` in a row
-of one of its methods: a broken draft costs speed, never a request.
+proposed them. What drafters do wrong stays here; see `failures`.
 """
 
-import logging
 import time
-from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+
+import numpy as np
 
 from specserve.drafting.base import Drafter, Feedback
 from specserve.drafting.calibration import Calibration
 from specserve.drafting.counts import SourceCounts
+from specserve.drafting.failures import Failures
 from specserve.drafting.prediction import PredictedTexts
 from specserve.drafting.worth import Worth
-from specserve.sequence import Sequence
-from specserve.step import Entry
-from specserve.tree import DraftTree, root_tree
+from specserve.sequence import SequenceView
+from specserve.tree import MAX_NODES, TARGET_SOURCE, DraftTree, root_tree
 from specserve_kernels.dispatch import native_host
-
-MAX_FAILURES: Final = 3
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Asking:
     """A sequence in one step, and what was proposed for it."""
 
-    seq: Sequence
+    seq: SequenceView
     budget: int
     trees: list[DraftTree] = field(default_factory=list)
     merged: DraftTree | None = None  # of the trees; None: not yet
@@ -52,9 +46,14 @@ class ComposedDrafter:
         self._worth = worth if len(drafters) > 1 else None
         self.names = tuple(drafters)
         self.drafters = drafters
+        # Drafters that want to follow the target's rows.
+        self._followers = {name for name, drafter in drafters.items() if drafter.needs_taps}
+        self._sources = {
+            name: np.array([TARGET_SOURCE] + [source] * (MAX_NODES - 1), np.uint8)
+            for source, name in enumerate(drafters, start=1)
+        }
         self._vocab_size = vocab_size
-        self._failures: Counter[tuple[str, str]] = Counter()  # in a row, by name and method
-        self._off: set[str] = set()
+        self._failures = Failures()
         self.counts = SourceCounts(len(drafters))
         self._calibration = Calibration()
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
@@ -66,9 +65,14 @@ class ComposedDrafter:
 
     @property
     def active(self) -> list[str]:
-        return [name for name in self.names if name not in self._off]
+        return [name for name in self.names if name not in self._failures.off]
 
-    def propose(self, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    @property
+    def num_failures(self) -> dict[str, int]:
+        """Calls that failed, by drafter."""
+        return {name: self._failures.counts[name] for name in self.names}
+
+    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         """One merged tree per sequence, within its budget. Budget 1 asks nobody.
 
         Its scores are calibrated: what the drafters' records make of what they claim.
@@ -80,33 +84,30 @@ class ComposedDrafter:
         for name in self.active:
             asked = [one for one in asking if one.budget > 1 and self._asks(name, one)]
             if asked:
-                trees = self._ask(name, [o.seq for o in asked], [o.budget for o in asked])
-                for one, tree in zip(asked, trees, strict=False):
-                    if len(tree) > 1:
-                        one.propose(tree)
+                self._ask(name, {one.seq.id: one for one in asked})
         self._add_predictions(asking)
         self._asking = {one.seq.id: one for one in asking}
         return [self._merged(one) for one in asking]
 
-    def wants_taps(self, entries: Seq[Entry]) -> bool:
+    def wants_taps(self, seqs: Seq[SequenceView]) -> bool:
         """Whether somebody follows the target's rows in a pass over these."""
-        return any(
-            self.drafters[name].needs_taps and self._hears(name, entries) for name in self.active
-        )
+        return any(name in self._followers and self._hears(name, seqs) for name in self.active)
 
-    def _hears(self, name: str, entries: Seq[Entry]) -> bool:
-        return any(name not in self._left_out_of(entry.seq) for entry in entries)
+    def _hears(self, name: str, seqs: Seq[SequenceView]) -> bool:
+        return any(name not in self._left_out_of(seq) for seq in seqs)
 
     def _asks(self, name: str, one: "_Asking") -> bool:
         seq, worth = one.seq, self._worth
-        drafters = seq.request.speculation.drafters
+        if self._failures.leaves_out(name, seq.id):
+            return False
+        drafters = seq.speculation.drafters
         if drafters is not None:
             return name in drafters
         if worth is None:
             return True
         if name in self._left_out_of(seq):
             return False
-        if not worth.is_dear(name, noisy := _is_noisy(seq)):
+        if not worth.is_dear(name, noisy := not seq.greedy):
             return True
         before = self._merged(one)
         promised = float(before.scores.sum())
@@ -119,13 +120,13 @@ class ComposedDrafter:
         """What was proposed so far as one tree."""
         if one.merged is None:
             one.merged = (
-                self._calibration.merged(one.seq.id, _is_noisy(one.seq), one.trees, one.budget)
+                self._calibration.merged(one.seq.id, not one.seq.greedy, one.trees, one.budget)
                 if one.trees
                 else root_tree(one.seq.tokens[-1])
             )
         return one.merged
 
-    def _left_out_of(self, seq: Sequence) -> frozenset[str]:
+    def _left_out_of(self, seq: SequenceView) -> frozenset[str]:
         """Drafters that follow the target's rows, and were paused when the request came.
 
         For such following is a part of the price. What they miss of a text they cannot make up
@@ -133,12 +134,11 @@ class ComposedDrafter:
         """
         if (out := self._left_out.get(seq.id)) is None:
             paused: list[str] = []
-            if self._worth is not None and seq.request.speculation.drafters is None:
-                noisy = _is_noisy(seq)
+            if self._worth is not None and seq.speculation.drafters is None:
                 paused = [
                     name
-                    for name, drafter in self.drafters.items()
-                    if drafter.needs_taps and not self._worth.follows(name, noisy)
+                    for name in self._followers
+                    if not self._worth.follows(name, noisy=not seq.greedy)
                 ]
             out = self._left_out[seq.id] = frozenset(paused)
         return out
@@ -148,7 +148,7 @@ class ComposedDrafter:
         after = len(emitted)
         for name, promised, before in reversed(one.judged):
             without = _num_emitted(before, len(tree), emitted)
-            worth.judge(name, _is_noisy(one.seq), promised, after - without)
+            worth.judge(name, not one.seq.greedy, promised, after - without)
             after = without
 
     def observe(self, feedback: Feedback) -> None:
@@ -157,22 +157,18 @@ class ComposedDrafter:
         for entry in feedback.entries:
             seq, verdict = entry.seq, feedback.verdicts.get(entry.seq.id)
             if verdict is not None and (one := self._asking[seq.id]).trees:
-                self._calibration.settle(seq.id, _is_noisy(seq), one.trees, verdict.emitted)
+                self._calibration.settle(seq.id, not seq.greedy, one.trees, verdict.emitted)
                 if self._worth is not None:
                     self._judge(self._worth, one, feedback.trees[seq.id], verdict.emitted)
+        seqs = [entry.seq for entry in feedback.entries]
         for name in self.active:
-            if not self._hears(name, feedback.entries):
-                continue
-            started = time.perf_counter()
-            try:
-                self.drafters[name].observe(feedback)
-                self._failures[name, "observe"] = 0
-            except Exception:
-                self._failed(name, "observe")
-            if self._worth is not None:
-                seconds = (time.perf_counter() - started) / len(feedback.entries)
-                for noisy in {_is_noisy(entry.seq) for entry in feedback.entries}:
-                    self._worth.followed(name, noisy, seconds)
+            if self._hears(name, seqs):
+                started = time.perf_counter()
+                self._tell(name, feedback)
+                if self._worth is not None:
+                    seconds = (time.perf_counter() - started) / len(seqs)
+                    for noisy in {not seq.greedy for seq in seqs}:
+                        self._worth.followed(name, noisy, seconds)
         if self._worth is not None and verified and not any(e.num_chain for e in feedback.entries):
             num_tokens = sum(len(verdict.emitted) for verdict in feedback.verdicts.values())
             self._worth.end_step(time.perf_counter() - self._begun, num_tokens)
@@ -183,11 +179,8 @@ class ComposedDrafter:
         if self._predictions is not None:
             self._predictions.forget(seq_id)
         for name, drafter in self.drafters.items():
-            try:
-                drafter.forget(seq_id)
-                self._failures[name, "forget"] = 0
-            except Exception:
-                self._failed(name, "forget")
+            self._failures.call(name, "forget", [seq_id], partial(_forget, drafter))
+        self._failures.forget(seq_id)
 
     def _add_predictions(self, asking: Seq["_Asking"]) -> None:
         if self._predictions is None:
@@ -199,34 +192,57 @@ class ComposedDrafter:
                 self.counts.propose([tree])
                 one.propose(tree)
 
-    def _ask(self, name: str, seqs: list[Sequence], budgets: list[int]) -> list[DraftTree]:
-        """The drafter's trees, checked; none at all if it fails."""
-        started = time.perf_counter()
-        try:
-            trees = self.drafters[name].propose(seqs, budgets)
-            if len(trees) != len(seqs):
-                raise ValueError(f"{len(trees)} trees for {len(seqs)} sequences")
-            for seq, tree, budget in zip(seqs, trees, budgets, strict=True):
-                self._validate(tree, self._vocab_size, budget)
-                if tree.tokens[0] != seq.tokens[-1]:
-                    raise ValueError("the root is not the sequence's last token")
-            self.counts.propose(trees)
-        except Exception:
-            self._failed(name, "propose")
-            return []
-        self._failures[name, "propose"] = 0
-        if self._worth is not None:
-            seconds = (time.perf_counter() - started) / len(seqs)
-            for noisy in {_is_noisy(seq) for seq in seqs}:
-                self._worth.took(name, noisy, seconds)
-        return trees
+    def _ask(self, name: str, asked: dict[str, "_Asking"]) -> None:
+        """Adds the drafter's trees to those who asked, by sequence id."""
 
-    def _failed(self, name: str, method: str) -> None:
-        self._failures[name, method] += 1
-        if self._failures[name, method] == MAX_FAILURES:
-            self._off.add(name)
-        fate = "switched off" if name in self._off else "skipped in this step"
-        logger.exception("drafter %r failed in %s (%s)", name, method, fate)
+        def ask(seq_ids: Seq[str]) -> None:
+            asking, started = [asked[seq_id] for seq_id in seq_ids], time.perf_counter()
+            seqs, budgets = tuple(o.seq for o in asking), tuple(o.budget for o in asking)
+            proposed = list(self.drafters[name].propose(seqs, budgets))
+            trees = [
+                self._checked(name, one, tree) for one, tree in zip(asking, proposed, strict=True)
+            ]
+            self.counts.propose(trees)
+            for one, tree in zip(asking, trees, strict=True):
+                if len(tree) > 1:
+                    one.propose(tree)
+            if self._worth is not None:
+                seconds = (time.perf_counter() - started) / len(seqs)
+                for noisy in {not seq.greedy for seq in seqs}:
+                    self._worth.took(name, noisy, seconds)
+
+        self._failures.call(name, "propose", tuple(asked), ask)
+
+    def _checked(self, name: str, one: "_Asking", tree: DraftTree) -> DraftTree:
+        """A copy, as the drafter may have kept what it gave; its nodes count for that drafter.
+
+        Raises ValueError unless it is a tree for this sequence.
+        """
+        tokens = np.array(tree.tokens, np.int32)
+        own = DraftTree(
+            tokens,
+            np.array(tree.parents, np.int16),
+            np.array(tree.scores, np.float32),
+            self._sources[name][: len(tokens)],
+        )
+        self._validate(own, self._vocab_size, one.budget)
+        if tokens[0] != one.seq.tokens[-1]:
+            raise ValueError("the root is not the sequence's last token")
+        return own
+
+    def _tell(self, name: str, feedback: Feedback) -> None:
+        def tell(seq_ids: Seq[str]) -> None:
+            self.drafters[name].observe(feedback.only(seq_ids))
+
+        seq_ids = [entry.seq.id for entry in feedback.entries]
+        heard = tuple(s for s in seq_ids if not self._failures.leaves_out(name, s))
+        if heard:
+            self._failures.call(name, "observe", heard, tell)
+
+
+def _forget(drafter: Drafter, seq_ids: Seq[str]) -> None:
+    for seq_id in seq_ids:
+        drafter.forget(seq_id)
 
 
 def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Seq[int]) -> int:
@@ -238,7 +254,3 @@ def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Seq[int]) -> int:
             break
         node, count = child, count + 1
     return count + 1
-
-
-def _is_noisy(seq: Sequence) -> bool:
-    return not seq.request.sampling.greedy

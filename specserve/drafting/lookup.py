@@ -15,10 +15,13 @@ class TextIndex:
 
     def extend(self, tokens: Seq[int]) -> None:
         """Index the n-grams that end before the last token; `tokens` only ever grows."""
-        for end in range(max(self._num_indexed, 1), len(tokens)):
+        first = max(self._num_indexed, 1)
+        start = max(first - self._sizes[0], 0)
+        text = tuple(tokens[start:])
+        for end in range(first, len(tokens)):
             for size in self._sizes:
                 if size <= end:
-                    self._next[tuple(tokens[end - size : end])] = end
+                    self._next[text[end - start - size : end - start]] = end
         self._num_indexed = len(tokens)
 
     def find(self, context: Seq[int]) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ start to begin with, then from where the output's last tokens occur in it.
 from typing import Final
 
 from specserve.drafting.lookup import TextIndex, copied_text
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import PREDICTION, DraftTree
 
 _MAX_MATCH: Final = 4  # tokens
@@ -17,9 +17,9 @@ class PredictedTexts:
     def __init__(self) -> None:
         self._indexes: dict[str, TextIndex] = {}  # by sequence id
 
-    def propose(self, seq: Sequence, budget: int) -> DraftTree | None:
+    def propose(self, seq: SequenceView, budget: int) -> DraftTree | None:
         """What the prediction goes on with; None without one, or where it has been left."""
-        text = seq.request.speculation.prediction
+        text = seq.speculation.prediction
         if not text:
             return None
         if seq.num_output == 0:

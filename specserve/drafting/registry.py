@@ -15,6 +15,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from specserve.drafting.base import Drafter, DraftError
+from specserve.drafting.failures import loading
 from specserve.files import FileError, check_file, quoted
 from specserve.hub.names import base_name
 from specserve.models.fields import ModelError, read_json
@@ -131,13 +132,14 @@ def create_drafter(
     `options` maps a drafter name to its options. Raises DraftError, naming the option at fault.
     """
     name, path = find_drafter(spec, resolve)
-    drafter = load_drafter(name)
-    try:
-        decoded = msgspec.convert(options.get(name, {}), drafter.Options)
-    except msgspec.ValidationError as error:
-        fields = ", ".join(drafter.Options.__struct_fields__) or "none"
-        raise DraftError(f"draft.options.{name}: {error} (options: {fields})") from error
-    return drafter(decoded, path, target)
+    with loading(name):
+        drafter = load_drafter(name)
+        try:
+            decoded = msgspec.convert(options.get(name, {}), drafter.Options)
+        except msgspec.ValidationError as error:
+            fields = ", ".join(drafter.Options.__struct_fields__) or "none"
+            raise DraftError(f"draft.options.{name}: {error} (options: {fields})") from error
+        return drafter(decoded, path, target)
 
 
 def checkpoint_method(path: Path) -> str:

@@ -7,7 +7,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -17,6 +19,7 @@ from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
 from specserve.drafting.base import DraftContext, Feedback
 from specserve.drafting.compose import ComposedDrafter
+from specserve.drafting.failures import loading
 from specserve.drafting.registry import create_drafters
 from specserve.drafting.worth import Worth
 from specserve.engine.device import choose_platform
@@ -32,11 +35,12 @@ from specserve.models.model import Model
 from specserve.models.shape import ModelShape
 from specserve.runner.runner import Runner
 from specserve.runner.warmup import NUM_PASSES, warmup_rounds
-from specserve.sampling import Sampler
+from specserve.sampling import Sampler, SamplingState
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.pricing import Pricing
 from specserve.schedule.scheduler import Scheduler
-from specserve.step import Ending, StepPlan, Verdict
+from specserve.sequence import SequenceView
+from specserve.step import Ending, EntryView, StepPlan, Verdict
 from specserve.text import Tokenizer
 from specserve.tree import MAX_NODES, DraftTree
 from specserve.types import Abort, Request, RequestError, StepOutput
@@ -79,9 +83,10 @@ class Engine:
         self.shape, self.dtype, self._row_multiple = model.shape, model.dtype, model.row_multiple
         ends = end_tokens(model.shape, tokenizer)
         self.max_model_len = _context(config.target.max_model_len, model.shape)
-        draft_specs = {
-            name: drafter.kv_spec(model.dtype) for name, drafter in self._drafters.items()
-        }
+        draft_specs: dict[str, KVSpec | None] = {}
+        for name, drafter in self._drafters.items():
+            with loading(name):
+                draft_specs[name] = drafter.kv_spec(model.dtype)
         kv_specs = [model.kv_spec, *(spec for spec in draft_specs.values() if spec is not None)]
         num_blocks = count_blocks(
             config.cache,
@@ -108,7 +113,7 @@ class Engine:
         sampler = Sampler(platform.kernels, platform.device)
         self.verifier = Verifier(sampler, ends, self.shape.vocab_size, tokenizer)
         on_stage("loading the drafters")
-        self._bind(draft_specs, sampler, model)
+        self._bind(draft_specs, model)
         self.limits = Limits(
             vocab_size=self.shape.vocab_size,
             max_model_len=self.max_model_len,
@@ -213,10 +218,7 @@ class Engine:
                 self._commit_kv(plan, verdicts)
             with times.draft:
                 self._pricing.policy.settle(trees, verdicts, times.draft.last)
-                feedback = Feedback(plan.entries, trees, verdicts, out)
-                self.drafter.observe(feedback)
-                if self._watcher is not None:
-                    self._watcher(feedback)
+                self._observe(plan, trees, verdicts, out)
             with times.commit:
                 outputs += self.scheduler.commit(plan, trees, verdicts)
             times.num_steps += 1
@@ -261,7 +263,7 @@ class Engine:
     def _propose(self, plan: StepPlan) -> dict[str, DraftTree]:
         entries = plan.decoding
         trees = self.drafter.propose(
-            [entry.seq for entry in entries], [entry.num_nodes for entry in entries]
+            [SequenceView(entry.seq) for entry in entries], [entry.num_nodes for entry in entries]
         )
         proposed = {entry.seq.id: tree for entry, tree in zip(entries, trees, strict=True)}
         return self._pricing.worthwhile(plan, proposed)
@@ -271,7 +273,8 @@ class Engine:
     ) -> tuple[StepPlan, ModelOutput]:
         """One pass; if it fails, one pass per request, and those that fail again are ended."""
         if self._taps:  # copying them takes time, even if nobody follows
-            self.runner.taps = self._taps if self.drafter.wants_taps(plan.entries) else ()
+            seqs = [SequenceView(entry.seq) for entry in plan.entries]
+            self.runner.taps = self._taps if self.drafter.wants_taps(seqs) else ()
         try:
             out = self.runner.forward(plan.entries, trees)
         except Exception:
@@ -294,6 +297,24 @@ class Engine:
         entries = plan.decoding
         verdicts = self.verifier(entries, [trees[entry.seq.id] for entry in entries], out)
         return {entry.seq.id: verdict for entry, verdict in zip(entries, verdicts, strict=True)}
+
+    def _observe(
+        self,
+        plan: StepPlan,
+        trees: dict[str, DraftTree],
+        verdicts: dict[str, Verdict],
+        out: ModelOutput,
+    ) -> None:
+        """Nobody looks at `out` afterwards, and of the rest drafters cannot change anything."""
+        feedback = Feedback(
+            tuple(EntryView(SequenceView(e.seq), e.num_chain, e.num_nodes) for e in plan.entries),
+            MappingProxyType(trees),
+            MappingProxyType(verdicts),
+            out,
+        )
+        self.drafter.observe(feedback)
+        if self._watcher is not None:
+            self._watcher(feedback)
 
     def _commit_kv(self, plan: StepPlan, verdicts: dict[str, Verdict]) -> None:
         """Move the accepted paths together, in the target's storage, and roll the rest back."""
@@ -328,31 +349,34 @@ class Engine:
     def _priced(self) -> bool:
         return self.config.draft.pricing == "measured"
 
-    def _bind(self, specs: dict[str, KVSpec | None], sampler: Sampler, model: Model) -> None:
+    def _sampling_state(self, seq: SequenceView) -> SamplingState:
+        return self.verifier.state(self.scheduler.sequence(seq.id)).copy()
+
+    def _bind(self, specs: dict[str, KVSpec | None], model: Model) -> None:
         for source, (name, drafter) in enumerate(self._drafters.items(), start=1):
-            spec = specs[name]
-            drafter.bind(
-                DraftContext(
-                    device=self.platform.device,
-                    dtype=self.dtype,
-                    kernels=self.platform.kernels,
-                    exact=self.platform.exact,
-                    quantization=self.config.target.quantization,
-                    vocab_size=self.shape.vocab_size,
-                    block_size=self.config.cache.block_size,
-                    sampler=sampler,
-                    sampling_state=self.verifier.state,
-                    storage=None if spec is None else self._storage(spec),
-                    source=source,
-                    taps=self._taps,
-                    priced=self._priced,
-                    step_seconds=lambda: self._pricing.step_seconds(),
-                    packed_embedding=model.packed_embedding,
-                    embed=model.embed,
-                    final_norm=model.final_norm,
-                    unembed=model.unembed,
-                )
+            spec, kernels = specs[name], copy(self.platform.kernels)
+            context = DraftContext(
+                device=self.platform.device,
+                dtype=self.dtype,
+                kernels=kernels,
+                exact=self.platform.exact,
+                quantization=self.config.target.quantization,
+                vocab_size=self.shape.vocab_size,
+                block_size=self.config.cache.block_size,
+                sampler=Sampler(kernels, self.platform.device),
+                sampling_state=self._sampling_state,
+                storage=None if spec is None else self._storage(spec),
+                source=source,
+                taps=self._taps,
+                priced=self._priced,
+                step_seconds=lambda: self._pricing.step_seconds(),
+                packed_embedding=model.packed_embedding,
+                embed=model.embed,
+                final_norm=model.final_norm,
+                unembed=model.unembed,
             )
+            with loading(name):
+                drafter.bind(context)
 
 
 def _context(max_model_len: int | None, shape: ModelShape) -> int:

@@ -29,6 +29,7 @@ class DrafterStats(Struct, frozen=True):
     num_proposed: int  # nodes, before the trees of several drafters are merged
     verified_by_depth: tuple[int, ...]  # nodes of merged trees, by the source they count for
     accepted_by_depth: tuple[int, ...]
+    num_failures: int = 0  # calls; a request for which it failed is decoded without it
 
     @property
     def num_verified(self) -> int:

@@ -15,7 +15,7 @@ def take_snapshot(
     # Only full blocks are shared, so each user after the first counts a whole block too many.
     num_doubled = sum(len(table.block_ids) for table in tables) - kv.pool.num_used
     num_committed = sum(table.num_committed for table in tables)
-    counts, active = drafter.counts, drafter.active
+    counts, active, failures = drafter.counts, drafter.active, drafter.num_failures
     return EngineStats(
         num_steps=times.num_steps,
         num_running=len(scheduler.running),
@@ -34,19 +34,22 @@ def take_snapshot(
         commit_seconds=times.commit.seconds,
         speculation=scheduler.counts.freeze(),
         drafters=tuple(
-            _source(name, name in active, counts, source)
+            _source(name, name in active, failures[name], counts, source)
             for source, name in enumerate(drafter.names, start=1)
         ),
-        predictions=_source("prediction", True, counts, counts.num_drafters + 1),
+        predictions=_source("prediction", True, 0, counts, counts.num_drafters + 1),
     )
 
 
-def _source(name: str, active: bool, counts: SourceCounts, source: int) -> DrafterStats:
+def _source(
+    name: str, active: bool, num_failures: int, counts: SourceCounts, source: int
+) -> DrafterStats:
     verified = counts.verified[source]
     deepest = max((depth for depth, count in enumerate(verified) if count), default=0)
     return DrafterStats(
         name=name,
         active=active,
+        num_failures=num_failures,
         num_proposed=counts.proposed[source],
         verified_by_depth=tuple(verified[1 : 1 + deepest]),
         accepted_by_depth=tuple(counts.accepted[source][1 : 1 + deepest]),

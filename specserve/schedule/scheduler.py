@@ -50,6 +50,9 @@ class Scheduler:
     def __contains__(self, seq_id: str) -> bool:
         return seq_id in self._seqs
 
+    def sequence(self, seq_id: str) -> Sequence:
+        return self._seqs[seq_id]
+
     def add(self, request: Request) -> None:
         table = BlockTable(self._kv.block_size)
         seq = Sequence(request, list(request.prompt_ids), table)

@@ -1,9 +1,13 @@
 """Drafters that are wrong or fail: 39, 40 and 42 of tests/server/BAD_INPUTS.md.
 
-Whatever they do, the output is that of plain decoding.
+Whatever they do, the output is that of plain decoding, and whom they do not fail for they serve.
 """
 
-from collections.abc import Callable
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +17,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama
 
+from specserve.drafting.base import DraftError, Feedback
+from specserve.drafting.failures import MAX_FAILURES
 from specserve.engine.engine import Engine
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree, build_tree, chain_tree
-from specserve.types import SamplingParams
+from specserve.types import Request, SamplingParams
 
 PROMPTS = [(1, 2, 3, 4, 1, 2, 3, 4, 1, 2), tuple(range(20, 60)), (7,)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0)
-SAMPLED = SamplingParams(temperature=1.0, max_tokens=24, seed=11, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.0, max_tokens=8, seed=11, ignore_eos=True)
 
 
 @pytest.fixture
@@ -56,13 +62,17 @@ def _twins(root: int, budget: int) -> DraftTree:
     return build_tree([root, 5, 5], [-1, 0, 0], [1.0, 0.5, 0.5], 1)
 
 
-@pytest.mark.parametrize(
-    "propose",
-    [
-        *(_outside, _negative, _too_large, _another_root),
-        *(_its_own_parent, _not_a_score, _twins),
-    ],
-)
+def _no_tree(root: int, budget: int) -> Any:
+    return [root, 5]
+
+
+WRONG_TREES = [
+    *(_outside, _negative, _too_large, _another_root, _its_own_parent),
+    *(_not_a_score, _twins, _no_tree),
+]
+
+
+@pytest.mark.parametrize("propose", WRONG_TREES)
 def test_a_wrong_tree_costs_speed_and_nothing_else(
     propose: Callable[[int, int], DraftTree],
     plain: list[tuple[int, ...]],
@@ -71,7 +81,9 @@ def test_a_wrong_tree_costs_speed_and_nothing_else(
     """Its nodes never reach the target; after a few times it is not asked again."""
     engine = make_engine("ngram")
     _replace(engine, "propose", lambda seqs, budgets: list(map(_for_each(propose), seqs, budgets)))
-    assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
+    for _ in range(MAX_FAILURES):
+        assert engine.drafter.active == ["ngram"]
+        assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
     assert engine.drafter.active == []
     assert not any(engine.drafter.counts.proposed)
 
@@ -83,25 +95,152 @@ def test_a_drafter_without_trees_costs_nothing(
     engine = make_engine("ngram")
     _replace(engine, "propose", lambda seqs, budgets: trees)
     assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
-    assert engine.drafter.active == []
+    assert engine.drafter.num_failures == {"ngram": 1}, "once for all three, and each is left out"
 
 
-@pytest.mark.parametrize("method", ["observe", "forget"])
-def test_a_drafter_that_fails_afterwards_costs_nothing(
-    method: str, plain: list[tuple[int, ...]], make_engine: EngineFactory
+ERRORS = [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, BaseException]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("method", ["propose", "observe", "forget"])
+def test_whatever_a_drafter_raises_costs_nothing(
+    method: str,
+    error: type[BaseException],
+    plain: list[tuple[int, ...]],
+    make_engine: EngineFactory,
 ) -> None:
+    """Not even its being switched off, when it has failed often enough."""
     engine = make_engine("ngram")
 
-    def broken(argument: object) -> None:
-        raise RuntimeError("boom")
+    def broken(*_: object) -> Any:
+        raise error
 
     _replace(engine, method, broken)
-    assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
+    for _ in range(MAX_FAILURES + 1):
+        assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
     assert engine.drafter.active == []
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
-def _for_each(propose: Callable[[int, int], DraftTree]) -> Callable[[Sequence, int], DraftTree]:
+@pytest.mark.parametrize("method", ["propose", "observe"])
+@pytest.mark.parametrize("wrong", [*WRONG_TREES[:2], RuntimeError, SystemExit])
+def test_who_it_fails_for_costs_the_others_nothing(
+    method: str, wrong: Any, make_engine: EngineFactory
+) -> None:
+    """Request after request, more than would switch it off if nothing went well in between."""
+    others = [PROMPTS[0], PROMPTS[1]]
+    expected = [_counted(make_engine("ngram"), name, others) for name in ("a", "b")]
+    engine = make_engine("ngram")
+    drafter = engine.drafter.drafters["ngram"]
+    original = getattr(drafter, method)
+
+    def bad(seq: SequenceView) -> bool:
+        return seq.id.startswith("bad")
+
+    def propose(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+        if isinstance(wrong, type) and any(map(bad, seqs)):
+            raise wrong
+        trees = original(seqs, budgets)
+        return [
+            wrong(seq.tokens[-1], budget) if bad(seq) else tree
+            for seq, budget, tree in zip(seqs, budgets, trees, strict=True)
+        ]
+
+    def observe(feedback: Feedback) -> None:
+        if any(bad(entry.seq) for entry in feedback.entries):
+            raise wrong if isinstance(wrong, type) else ValueError
+        original(feedback)
+
+    wrapped: dict[str, Callable[..., Any]] = {"propose": propose, "observe": observe}
+    _replace(engine, method, wrapped[method])
+    for name, before in zip(("a", "b"), expected, strict=True):
+        for index in range(MAX_FAILURES):
+            engine.submit(Request(f"bad-{name}{index}", PROMPTS[1], SAMPLED))
+        assert _counted(engine, name, others) == before
+    assert engine.drafter.active == ["ngram"]
+
+
+def _counted(engine: Engine, name: str, prompts: list[tuple[int, ...]]) -> list[Any]:
+    """Ids, and what was drafted and accepted, of requests that run beside what was submitted."""
+    names = [f"{name}{index}" for index in range(len(prompts))]
+    for request_id, prompt in zip(names, prompts, strict=True):
+        engine.submit(Request(request_id, prompt, SAMPLED))
+    found: dict[str, list[Any]] = {request_id: [] for request_id in names}
+    while engine.has_work:
+        for output in engine.step():
+            if output.id in found:
+                found[output.id] += [*output.new_ids, output.stats]
+        engine.check_integrity()
+    return list(found.values())
+
+
+def test_a_call_that_fails_once_costs_nobody_anything(make_engine: EngineFactory) -> None:
+    expected = _counted(make_engine("ngram"), "a", PROMPTS)
+    engine = make_engine("ngram")
+    propose, calls = engine.drafter.drafters["ngram"].propose, iter(range(1000))
+
+    def now_and_then(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+        if len(seqs) > 1 and next(calls) % 2:
+            raise RuntimeError("boom")
+        return propose(seqs, budgets)
+
+    _replace(engine, "propose", now_and_then)
+    assert _counted(engine, "a", PROMPTS) == expected
+    assert engine.drafter.num_failures["ngram"] > 1
+    assert engine.drafter.active == ["ngram"]
+
+
+@pytest.mark.parametrize("method", ["propose", "observe"])
+def test_a_ctrl_c_while_a_drafter_runs_is_the_users(
+    method: str, make_engine: EngineFactory
+) -> None:
+    engine = make_engine("ngram")
+
+    def never_ends(*_: object) -> Any:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        while True:
+            sum(range(100))
+
+    _replace(engine, method, never_ends)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, PROMPTS, SAMPLED)
+
+
+@pytest.fixture
+def ending_on_sigterm() -> Iterator[None]:
+    def end(*_: object) -> None:
+        raise SystemExit(3)
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("ending_on_sigterm")
+def test_what_a_signal_handler_raises_is_not_the_drafters(make_engine: EngineFactory) -> None:
+    engine = make_engine("ngram")
+    _replace(engine, "propose", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="3"):
+        run(engine, PROMPTS, SAMPLED)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("method", ["__init__", "kv_spec", "bind"])
+def test_a_drafter_that_cannot_be_loaded_is_named(
+    method: str,
+    error: type[BaseException],
+    make_engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> Any:
+        raise error("boom")
+
+    monkeypatch.setattr(f"specserve_drafts.ngram.NgramDrafter.{method}", broken)
+    with pytest.raises(DraftError, match=rf"draft: 'ngram' .* loaded: {error.__name__}: boom"):
+        make_engine("ngram")
+
+
+def _for_each(propose: Callable[[int, int], DraftTree]) -> Callable[[SequenceView, int], DraftTree]:
     return lambda seq, budget: propose(seq.tokens[-1], budget)
 
 

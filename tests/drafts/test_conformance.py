@@ -9,6 +9,7 @@ import pytest
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama, write_tiny_tokenizer
 
 from specserve.drafting.base import DraftError
+from specserve.drafting.failures import MAX_FAILURES
 from specserve.drafting.registry import BUILTIN, create_drafter, load_drafter, public_names
 from specserve.engine.engine import Engine
 from specserve.types import Request, SamplingParams, SpeculationParams
@@ -170,6 +171,42 @@ def _state_size(engine: Engine) -> int:
     )
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
+def test_tokens_that_only_the_target_has_cost_no_other_request_its_draft(
+    name: str,
+    tiny_model: Path,
+    tiny_draft: Path,
+    tiny_heads: list[Path],
+    tiny_medusa: Path,
+    tmp_path: Path,
+    make_engine: EngineFactory,
+) -> None:
+    """Models of one family have one tokenizer, and embeddings padded to different sizes. In prompts
+    and in answers, and in more requests than a drafter may fail for."""
+    draft = specs(name, tiny_model, tiny_draft, tiny_heads, tiny_medusa)[0]
+    if name == "draft_lm":
+        short = write_tiny_llama(tmp_path / "short", seed=2, vocab_size=60)
+        (short / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
+        draft = str(short)
+    known, foreign = (
+        SamplingParams(
+            temperature=0.0, max_tokens=16, seed=0, logit_bias=dict.fromkeys(unwanted, -100.0)
+        )
+        for unwanted in (range(60, 97), range(60))
+    )
+    prompts, params = [PROMPTS[0], (1, 2, 1), (1, 70, 96)], [known, foreign, foreign]
+    plain = [ids(outputs) for outputs in run(make_engine("none"), prompts, params)]
+    assert max(plain[0]) < 60 <= min(plain[1] + plain[2])
+    engine = make_engine(draft, max_nodes=6)
+    for _ in range(MAX_FAILURES + 1):
+        answers = run(engine, prompts, params)
+        assert [ids(outputs) for outputs in answers] == plain
+        stats = answers[0][-1].stats
+        assert stats is not None
+        assert stats.num_draft_tokens > 0
+    assert set(engine.drafter.num_failures.values()) == {0}
+
+
 def test_speculation_can_be_switched_off_per_request(
     drafts: list[str], make_engine: EngineFactory
 ) -> None:
@@ -237,7 +274,9 @@ def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFacto
         raise RuntimeError("boom")
 
     drafter.propose = broken  # type: ignore[method-assign]
-    assert [ids(outputs) for outputs in run(engine, PROMPTS, params)] == plain
+    for number in range(MAX_FAILURES):
+        assert engine.drafter.num_failures == {"ngram": number}
+        assert [ids(outputs) for outputs in run(engine, PROMPTS, params)] == plain
     assert engine.drafter.active == []
 
 

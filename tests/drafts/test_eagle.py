@@ -21,7 +21,7 @@ from specserve.engine.engine import Engine
 from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.packed_llama import PackedLlama
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
 from specserve_drafts import eagle
@@ -382,7 +382,7 @@ def test_static_trees_have_one_shape(
     (drafter,) = engine.drafter.drafters.values()
     propose, shapes = drafter.propose, set[tuple[int, ...]]()
 
-    def noted(seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def noted(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         trees = propose(seqs, budgets)
         shapes.update(tuple(tree.parents.tolist()) for tree in trees if len(tree) == 8)
         return trees

@@ -104,9 +104,9 @@ def test_trees_that_are_none(
     tree: DraftTree, which: int, at: int, value: int, score: float
 ) -> None:
     """Whatever is wrong with one, both say the same of it."""
-    broken = DraftTree(tree.tokens, tree.parents.copy(), tree.scores.copy(), tree.source)
-    changed = (broken.tokens, broken.parents, broken.scores)[which]
-    changed[at % len(tree)] = score if which == 2 else value
+    arrays = (tree.tokens.copy(), tree.parents.copy(), tree.scores.copy())
+    arrays[which][at % len(tree)] = score if which == 2 else value
+    broken = DraftTree(*arrays, tree.source)
     said: list[str] = []
     for validate in (DraftTree.validate, native_host().validate):
         try:

@@ -20,7 +20,7 @@ from specserve.cache.table import BlockTable
 from specserve.engine.engine import Engine
 from specserve.models.loader import load_model
 from specserve.models.model import Model
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
 from specserve_drafts.medusa import MedusaDrafter, product_tree
@@ -66,7 +66,7 @@ def watched(engine: Engine) -> tuple[list[Proposal], list[Tensor]]:
     logits: list[Tensor] = []
     propose, call = drafter.propose, drafter.heads
 
-    def spy(seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def spy(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
         trees = propose(seqs, budgets)
         parts = zip(seqs, trees, budgets, strict=True)
         proposals.extend((tuple(seq.tokens), tree, budget) for seq, tree, budget in parts)

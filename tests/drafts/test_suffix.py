@@ -12,8 +12,8 @@ from tiny import TINY_VOCAB, EngineFactory, ids
 from specserve.cache.table import BlockTable
 from specserve.drafting.base import DraftError, Feedback
 from specserve.drafting.registry import create_drafter
-from specserve.sequence import Sequence, Status
-from specserve.step import Entry
+from specserve.sequence import Sequence, SequenceView, Status
+from specserve.step import EntryView
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
 from specserve_drafts import suffix_search
@@ -36,7 +36,7 @@ def sequence(name: str, prompt: Seq[int], output: Seq[int] = (), salt: str = "")
 
 
 def observe(draft: SuffixDrafter, seq: Sequence) -> None:
-    draft.observe(Feedback([Entry(seq, 0, 1)], {}, {}, cast(Any, None)))
+    draft.observe(Feedback([EntryView(SequenceView(seq), 0, 1)], {}, {}, cast(Any, None)))
 
 
 def finish(draft: SuffixDrafter, seq: Sequence) -> None:
@@ -54,7 +54,7 @@ def answered(draft: SuffixDrafter, *outputs: Seq[int], salt: str = "") -> Suffix
 
 def propose(draft: SuffixDrafter, tokens: Seq[int], budget: int = 8, salt: str = "") -> DraftTree:
     """For a new request, forgotten at once."""
-    (tree,) = draft.propose([sequence("new", tokens, salt=salt)], [budget])
+    (tree,) = draft.propose([SequenceView(sequence("new", tokens, salt=salt))], [budget])
     draft.forget("new")
     tree.validate(10_000, budget)
     assert tree.tokens[0] == tokens[-1]

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tiny_chat import write_chat_prompts, write_tiny_chat
 
 from specserve import cli
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import SpecStats
 from specserve_drafts.ngram import NgramDrafter
@@ -154,7 +154,9 @@ def test_what_is_left_of_a_run_is_gone_on_with(
     line = command(folder, "--budget", "4", "8", "--limit", "2", "--no-plots")
     propose = NgramDrafter.propose
 
-    def fail_late(self: NgramDrafter, seqs: Seq[Sequence], budgets: Seq[int]) -> list[DraftTree]:
+    def fail_late(
+        self: NgramDrafter, seqs: Seq[SequenceView], budgets: Seq[int]
+    ) -> list[DraftTree]:
         if max(budgets) > 4:
             raise RuntimeError("not today")
         return propose(self, seqs, budgets)
@@ -162,7 +164,7 @@ def test_what_is_left_of_a_run_is_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(NgramDrafter, "propose", fail_late)
         assert acceptance.main(line) == 2
-    assert "draft: ['ngram'] failed and was switched off" in capsys.readouterr().err
+    assert "draft: ['ngram'] failed; see the log" in capsys.readouterr().err
     left = read(folder)
     assert [cell.budget for cell in left.cells] == [4]
     marked = replace(left, cells=(replace(left.cells[0], revision="marked"),))

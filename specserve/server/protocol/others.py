@@ -71,6 +71,7 @@ class SourceReport(Struct, frozen=True):
 
     name: str
     active: bool  # False: switched off after failing
+    num_failures: int  # calls; a request for which it failed is decoded without it
     num_proposed: int
     num_verified: int
     num_accepted: int

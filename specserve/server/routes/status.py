@@ -94,6 +94,7 @@ def _source(drafter: DrafterStats) -> SourceReport:
     return SourceReport(
         name=drafter.name,
         active=drafter.active,
+        num_failures=drafter.num_failures,
         num_proposed=drafter.num_proposed,
         num_verified=drafter.num_verified,
         num_accepted=drafter.num_accepted,

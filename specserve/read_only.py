@@ -1,0 +1,42 @@
+"""Views of what others own: reading goes through, changing raises."""
+
+from collections.abc import Iterator, Sequence
+from types import MappingProxyType
+from typing import TypeVar, overload
+
+import msgspec
+
+from specserve.types import SamplingParams
+
+T = TypeVar("T")
+
+
+class ReadOnlyList(Sequence[T]):
+    """A list as its owner has it now; slices are copies."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: list[T]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+    def __repr__(self) -> str:
+        return f"ReadOnlyList({self._items!r})"
+
+
+def read_only_params(params: SamplingParams) -> SamplingParams:
+    """The same; of a frozen Struct only a dict in it could be changed."""
+    bias = MappingProxyType(params.logit_bias)
+    return msgspec.structs.replace(params, logit_bias=bias)
