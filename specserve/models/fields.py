@@ -4,6 +4,7 @@ Owns the wording "file: field = value: what is wrong; what to do", and knows whi
 asked for. Knows no model.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -25,11 +26,25 @@ class ModelError(ValueError):
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises `ModelError` when it is missing, too big or no object."""
     try:
-        return msgspec.json.decode(read_file(path, MAX_JSON_BYTES), type=dict[str, Any])
+        content = read_file(path, MAX_JSON_BYTES)
     except FileError as error:
         raise ModelError(f"{error}; is it a model directory?") from None
+    try:
+        return msgspec.json.decode(content, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ModelError(f"{path}: not a JSON object ({error}); fetch the file again") from None
+        found = _read_python_json(content)
+        if found is None:
+            raise ModelError(f"{path}: not a JSON object ({error}); fetch the file again") from None
+        return found
+
+
+def _read_python_json(content: bytes) -> dict[str, Any] | None:
+    """Python writes NaN and infinity, which JSON does not know; readers of fields refuse them."""
+    try:
+        found = json.loads(content.decode())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class Fields:
