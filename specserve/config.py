@@ -213,7 +213,7 @@ def show_config(config: EngineConfig) -> str:
 
 def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        sections = tomllib.loads(file.read_text())
+        sections = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"config: {file} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     stem.with_suffix(".json").write_bytes(
         msgspec.json.format(msgspec.json.encode(report), indent=2)
     )
-    stem.with_suffix(".md").write_text(markdown(report))
+    stem.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     console.print(f"written: {stem}.json and {stem}.md")
 
 

@@ -168,7 +168,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     stdout_console().print(text, markup=False)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".md").write_text(text)
+        args.out.with_suffix(".md").write_text(text, encoding="utf-8")
         args.out.with_suffix(".json").write_bytes(
             msgspec.json.format(msgspec.json.encode(report), indent=2)
         )

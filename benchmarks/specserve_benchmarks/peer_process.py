@@ -48,7 +48,7 @@ class Peer:
         self._log = Path(self._folder.name, "log")
         command = [str(python), "-m", f"specserve_benchmarks.peer_children.run_{program}"]
         try:
-            with self._log.open("w") as log:
+            with self._log.open("w", encoding="utf-8") as log:
                 self._process = subprocess.Popen(
                     [*command, msgspec.json.encode(settings).decode()],
                     stdin=subprocess.PIPE,
@@ -84,7 +84,7 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            last = "\n".join(self._log.read_text().splitlines()[-12:])
+            last = "\n".join(self._log.read_text(encoding="utf-8").splitlines()[-12:])
             raise PeerError(f"{self.name}: its process ended with {code}:\n{last}")
         return msgspec.json.decode(line, type=kind)
 

@@ -203,7 +203,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     stem = args.out / f"{origin.date[:10]}-{device_name(origin)}-serving"
     encoded = msgspec.json.format(msgspec.json.encode(report), indent=2)
     stem.with_suffix(".json").write_bytes(encoded)
-    stem.with_suffix(".md").write_text(markdown(report))
+    stem.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     console.print(f"written: {stem}.json and {stem}.md")
     return 0 if all(row.same_ids for row in report.rows) else 1
 

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     report = finish(args, variants, chosen.prompts, report, origin.revision)
     show(report, console)
     written = [args.out / JSON, args.out / MARKDOWN]
-    written[1].write_text(markdown(report))
+    written[1].write_text(markdown(report), encoding="utf-8")
     if args.plots:
         from specserve_evals.acceptance_plots import draw  # matplotlib is an extra
 

@@ -134,7 +134,7 @@ def read_windows(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[in
         chats = [prompt.messages for prompt in load_prompts(args.text)]
         text = "\n\n".join(message["content"] for chat in chats for message in chat)
     else:
-        text = args.text.read_text()
+        text = args.text.read_text(encoding="utf-8")
     tokens = list(tokenizer.encode(text))[: args.tokens + args.tokens // args.window + 1]
     if len(tokens) < 2:
         raise ValueError(f"--text {args.text.name}: {len(tokens)} tokens; at least 2 are needed")

@@ -56,7 +56,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", log: int) -> str:
     end = time.monotonic() + _START_S
     said = ""
     while process.poll() is None and time.monotonic() < end:
-        said = Path(f"/proc/self/fd/{log}").read_text(errors="replace")
+        said = Path(f"/proc/self/fd/{log}").read_text(encoding="utf-8", errors="replace")
         match = _URL.search(said)
         if match is not None and _ready(match[1]):
             return match[1]

@@ -86,8 +86,8 @@ def _pids(parent: int) -> Iterator[tuple[str, int]]:
     yield "http", parent
     for pid in sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*")):
         try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-            command = Path(f"/proc/{pid}/cmdline").read_text()
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+            command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
         except OSError:  # over since
             continue
         if int(stat.rpartition(")")[2].split()[1]) == parent:
@@ -96,7 +96,9 @@ def _pids(parent: int) -> Iterator[tuple[str, int]]:
 
 def _read(role: str, pid: int) -> ProcessVitals:
     folder = Path(f"/proc/{pid}")
-    lines = (line.partition(":") for line in (folder / "status").read_text().splitlines())
+    lines = (
+        line.partition(":") for line in (folder / "status").read_text(encoding="utf-8").splitlines()
+    )
     status = {name: value.split() for name, _, value in lines}
     return ProcessVitals(
         role=role,

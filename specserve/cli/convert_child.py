@@ -46,7 +46,7 @@ def _limit(memory: int, seconds: int) -> None:
     _lower(resource.RLIMIT_CPU, seconds)
     statm = Path("/proc/self/statm")
     if statm.exists():
-        mapped = int(statm.read_text().split()[0]) * resource.getpagesize()
+        mapped = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         _lower(resource.RLIMIT_AS, mapped + memory)
 
 

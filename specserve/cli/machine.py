@@ -114,7 +114,7 @@ def _version(name: str) -> str | None:
 def _cpu_fields(cpuinfo: Path) -> dict[str, str]:
     """The first processor's entry."""
     try:
-        entry = cpuinfo.read_text().split("\n\n")[0]
+        entry = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
         return {}
     pairs = (line.partition(":") for line in entry.splitlines())

@@ -5,10 +5,12 @@ get wrong is one line on stderr, never a traceback. Commands are imported when t
 that `--help` does not wait for torch.
 """
 
+import codecs
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 from specserve.cli.parser import build_parser, engine_config
 from specserve.config import show_config
@@ -19,6 +21,11 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    if argv is None:
+        _leave_ascii()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a locale cannot show is shown as its code
+            stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
         if getattr(args, "print_config", False):
@@ -37,3 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"specserve: error: {error}", file=sys.stderr)
         return 2
     return status
+
+
+def _leave_ascii() -> None:
+    """Start over in Python's UTF-8 mode where the locale knows ASCII only.
+
+    Arguments, paths and texts hold any character; Python does this itself unless it is told not to.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
+        return
+    if os.environ.get("PYTHONUTF8") != "1":  # else it had no effect
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

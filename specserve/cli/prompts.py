@@ -31,7 +31,7 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages
 def read_rows(file: Path) -> list[Row]:
     """The prompts of a JSONL file, empty lines left out. Raises ConfigError."""
     try:
-        lines = file.read_text().split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"prompts: {file} cannot be read: {reason}") from error

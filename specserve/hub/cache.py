@@ -70,6 +70,6 @@ def _build(directory: Path, manifest: Manifest, build: Callable[[Path], None]) -
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
+    with path.open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -5,7 +5,9 @@ order. Knows nothing of what is in the directory.
 """
 
 import hashlib
+import os
 import re
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,6 +47,7 @@ def resolve(
     `progress(stage, fraction)` is told what is being done and how far it is. Raises `HubError`.
     """
     report = progress or (lambda stage, fraction: None)
+    _check_name(target)
     cache = default_cache_dir() if cache_dir is None else cache_dir
     path = Path(target).expanduser()
     if path.is_dir():
@@ -59,6 +62,18 @@ def resolve(
         f"target: {target!r} is no directory or .gguf file here and no known model; "
         f"{_known_targets()}"
     )
+
+
+def _check_name(target: str) -> None:
+    """Raise `HubError` for a path that cannot be written down, or not be handed to the system."""
+    try:
+        target.encode()
+        os.fsencode(target)
+    except UnicodeEncodeError:
+        raise HubError(
+            f"target: {target!a} is no path in the encoding of the locale "
+            f"({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or give the directory another name"
+        ) from None
 
 
 def _known_targets() -> str:

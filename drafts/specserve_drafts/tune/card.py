@@ -42,7 +42,7 @@ def write_draft(folder: Path, config: DraftConfig, made: Made) -> None:
     write_json(folder / "config.json", config)
     write_json(folder / PROVENANCE, made)
     with whole_file(folder / "README.md") as part:
-        part.write_text(model_card(config, made))
+        part.write_text(model_card(config, made), encoding="utf-8")
     draw_curve(made.curve, folder / CURVE)
 
 

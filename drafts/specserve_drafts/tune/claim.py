@@ -18,7 +18,7 @@ def claimed(directory: Path) -> Iterator[None]:
     path = directory / LOCK
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        file = path.open("w", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"out: {directory} cannot be used: {error.strerror}") from error
     with file:

@@ -58,7 +58,7 @@ def write_card(folder: Path, description: Description, made: HeadMade) -> None:
     """Everything but weights and config."""
     write_json(folder / PROVENANCE, made)
     with whole_file(folder / "README.md") as part:
-        part.write_text(model_card(description, made))
+        part.write_text(model_card(description, made), encoding="utf-8")
     draw_curve(made.curve, folder / CURVE)
 
 

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError."""
     try:
-        file = args.out.open("x")
+        file = args.out.open("x", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"out: {args.out} cannot be made: {error.strerror}") from error
     with file:
