@@ -22,7 +22,7 @@ from specserve.verify.stopping import StopRule
 
 UNKNOWN = 100_000  # an id that no tokenizer here has
 WHOLE = ("中", "é", "🙂", "\n", " ", "กข", "a")
-BROKEN = (b"\xf0\x9f", b"\xe4", b"\x99", b"\xc3", b"\xff", "\ufffd".encode())
+BROKEN = (b"\xf0\x9f", b"\xe4", b"\x99", b"\xc3", b"\xff", b"\xed\xa6", "\ufffd".encode())
 CHARACTERS = {byte: character for character, byte in byte_alphabet().items()}
 
 

@@ -42,13 +42,14 @@ class IncrementalDecoder:
         return text
 
     def num_given_up(self, token_id: int) -> int:
-        """How many characters show, if this token is next, before its own: the bytes that were
-        held are one U+FFFD if it does not go on with them."""
-        data = self._detokenizer.bytes_of(token_id)
-        if not self._held or not data or token_id in self._skipped:
+        """How many characters show, if this token is next, before its own: what is held reads as
+        U+FFFD if the token does not go on with it."""
+        data = self._detokenizer.bytes_of(token_id) if self._held else b""
+        if not data or token_id in self._skipped:
             return 0
         text, used = utf_8_decode(self._held + data[:1], "replace", False)
-        return int(len(text) > 1 or (len(text) == 1 and used == len(self._held)))
+        completes = len(text) == 1 and used > len(self._held)
+        return 0 if completes or not text else len(self._held.decode(errors="replace"))
 
     def _complete(self, data: bytes) -> str:
         data = self._held + data

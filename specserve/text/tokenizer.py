@@ -58,7 +58,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.eos_ids = self._end_tokens({token.content: index for index, token in added.items()})
-        self.hidden_ids = self.special_ids.union(self.eos_ids)
+        self.hidden_ids = self.special_ids.union(i for i in self.eos_ids if i in added)
 
     @property
     def vocab_size(self) -> int:
