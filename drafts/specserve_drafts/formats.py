@@ -251,7 +251,7 @@ def _check_fit(config: Fields, shape: HeadShape, target: ModelShape, fc_inputs: 
     """Raises DraftError unless the head can read what this target gives."""
 
     def fail(field: str, value: object, reason: str, fix: str = _MADE_FOR) -> None:
-        raise DraftError(f"draft: {config.source}: {field} = {value}: {reason}; {fix}")
+        raise DraftError(f"draft: {config.source}: {field} = {quoted(value)}: {reason}; {fix}")
 
     hidden = "target_hidden_size" if config.has("target_hidden_size") else "hidden_size"
     if shape.target_hidden_size != target.hidden_size:
