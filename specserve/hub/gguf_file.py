@@ -36,6 +36,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_LENGTH: Final = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 _MAX_ITEMS = 2**24  # of a list; a vocabulary is the longest one
@@ -117,12 +118,22 @@ class GgufFile:
         return struct.unpack_from(f"<{count}{code}", self._data, start)
 
     def _string(self) -> str:
-        length = self._scalar("Q")
-        start = self._take(length)
-        try:
-            return self._data[start : start + length].decode()
-        except UnicodeDecodeError:
-            self._fail(f"the text at byte {start} is not UTF-8")
+        return self._strings(1)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        """One loop: the lists of a vocabulary have some 100,000 of them."""
+        data, at, end, texts = self._data, self._at, len(self._data), []
+        for _ in self._count(count):
+            length = _LENGTH.unpack_from(data, at)[0] if at + 8 <= end else 0
+            if at + 8 + length > end:
+                self._fail(f"the text at byte {at} ends past its {end} bytes")
+            at += 8 + length
+            try:
+                texts.append(data[at - length : at].decode())
+            except UnicodeDecodeError:
+                self._fail(f"the text at byte {at - length} is not UTF-8")
+        self._at = at
+        return texts
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -133,7 +144,7 @@ class GgufFile:
         if count > _MAX_ITEMS:
             self._fail(f"a list of {count} items")
         if item == _STRING:
-            return [self._string() for _ in self._count(count)]
+            return self._strings(count)
         return list(self._scalars(self._code(item), count))
 
     def _code(self, kind: int) -> str:
