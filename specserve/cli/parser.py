@@ -79,7 +79,8 @@ SERVER_HELP: Final = {
     "max_body_bytes": "largest body of a request; eight of them are held at once, or 64 MiB",
     "body_timeout": "seconds for a request's body to arrive",
     "keepalive_timeout": "seconds an idle connection stays open, and for a request's headers",
-    "max_connections": "connections open at once",
+    "max_connections": "requests that are read, served or answered at once; of several API keys, "
+    "one may have as many as it leaves free. An eighth more connections may be open",
     "max_queued_requests": "sequences that may wait for the engine; more get a 429. With several "
     "API keys, one may have as many waiting as it leaves free",
     "max_queued_tokens": "prompt tokens that may wait for the engine; several keys as above",
@@ -87,8 +88,9 @@ SERVER_HELP: Final = {
     "max_output_tokens": "most tokens a request can ask for; not given: until the context is full",
     "request_timeout": "seconds from its arrival until a request is given up; it can ask for fewer",
     "write_timeout": "seconds until a client that reads nothing is dropped",
-    "drain_timeout": "seconds open requests have to finish when the server is told to stop",
-    "heartbeat_timeout": "seconds of silence after which the engine is restarted",
+    "drain_timeout": "seconds accepted requests have to finish when the server is told to stop",
+    "heartbeat_timeout": "seconds of silence after which the engine is restarted; while it works, "
+    "beside what its largest steps may take",
     "template_timeout": "seconds for a chat template or for tokenising a prompt",
     "stream_interval": "tokens per event of a stream, so that sizes do not tell what was accepted; "
     "0: what one pass yields",

@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> int:
         target = resolve(config.target.target, progress=report)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serve(config, target, _announce))
+            answered = runner.run(serve(config, target, _announce))
     except OSError as error:
         raise ConfigError(
             f"port: cannot listen on {config.server.host}:{config.server.port} "
             f"({error.strerror}); choose another with --port"
         ) from error
-    return 0
+    return 0 if answered else 1
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -2,7 +2,7 @@
 
 To the engine: `Configure` once, then `Request` and `Abort`. From it: `Loading` while it starts,
 `Ready` once (or `Failed`, and it is over), then a `Stepped` after every step, and every
-`HEARTBEAT_S` when there is nothing to do.
+`HEARTBEAT_S` when there is nothing to do. `Ready` tells how long a step may take.
 """
 
 from typing import Final

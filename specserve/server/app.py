@@ -5,7 +5,16 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from specserve.server.auth import PRINCIPAL, Keyring, authorise, check_routes
+from specserve.server.auth import (
+    PRINCIPAL,
+    Keyring,
+    Scope,
+    authorise,
+    check_routes,
+    principal,
+    required_scope,
+)
+from specserve.server.connections import keep_place
 from specserve.server.failures import as_api_error
 from specserve.server.held_bodies import BODY
 from specserve.server.routes import chat, completions, models, status, tokens
@@ -16,7 +25,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def build_app(service: Service, keyring: Keyring) -> web.Application:
     """`client_max_size` plays no part: `read_body` has its own limit."""
-    app = web.Application(middlewares=[render_errors, authorise(keyring), hold_body])
+    app = web.Application(middlewares=[render_errors, authorise(keyring), accept, hold_body])
     app[SERVICE] = service
     app.router.add_post("/v1/chat/completions", chat.chat_completions)
     app.router.add_post("/v1/completions", completions.completions)
@@ -32,6 +41,21 @@ def build_app(service: Service, keyring: Keyring) -> web.Application:
     app.router.add_get("/openapi.json", status.openapi_json)
     check_routes(app)
     return app
+
+
+@web.middleware
+async def accept(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """After `authorise`: from here on the request is answered, whoever else comes or stops it.
+
+    Requests for public routes cost nothing and promise nothing.
+    """
+    service, required = request.app[SERVICE], required_scope(request)
+    if required is not None:
+        if required is Scope.INFERENCE and (error := service.shutting_down()) is not None:
+            raise error
+        service.accepted.add(principal(request).name)
+        keep_place(request)
+    return await handler(request)
 
 
 @web.middleware

@@ -143,6 +143,12 @@ def check_routes(app: web.Application) -> None:
     assert not unmarked, f"mark these handlers with @scope or @public: {unmarked}"
 
 
+def required_scope(request: web.Request) -> Scope | None:
+    """What a key needs for the route that matched; None: nothing, or there is no such route."""
+    required: Scope | None = getattr(request.match_info.handler, _MARK, None)
+    return required
+
+
 def authorise(keyring: Keyring) -> Middleware:
     """A middleware that lets a request through to the route it matched, or raises APIError."""
 

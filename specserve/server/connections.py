@@ -1,25 +1,31 @@
-"""What aiohttp leaves open: how many connections, how long a body may take, errors as JSON.
+"""What aiohttp leaves open of a connection: how long a body and an answer may take, errors as JSON.
 
-Every connection is bounded in number, in time and in size before a handler is asked. Knows the
-routes and their bodies only as bytes.
+Every connection is bounded in time and in size before a handler is asked; `door.py` bounds their
+number. Knows the routes and their bodies only as bytes.
 """
 
 import asyncio
 import logging
 import math
-import ssl
+import sys
 from collections.abc import Callable
-from typing import Any, Final, cast
+from socket import IPPROTO_TCP, SO_ERROR, SOL_SOCKET, TCP_INFO
+from typing import Any, Final, Protocol, cast
 
-from aiohttp import web
+from aiohttp import EMPTY_PAYLOAD, HttpVersion11, web
 
 from specserve.config import ServerConfig
 from specserve.server.errors import APIError
 
 logger = logging.getLogger(__name__)
 
+SERVER_NAME: Final = "specserve"  # aiohttp would tell its version
 _LINGER_S: Final = 1.0  # a client that still sends is heard this long, so that it reads its answer
 _SHUTDOWN_S: Final = 2.0  # for handlers to write their last words, once draining is over
+_POLL_S: Final = 0.02  # between looks at what TLS has handed on
+_FIRST_LOOK_S: Final = 0.05  # after a client sent its last byte, whether it is there at all
+_LONGEST_LOOK_S: Final = 5.0
+_INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"  # which a client has to skip
 _CLOSE: Final = {"Connection": "close"}
 _CHARSETS: Final = {None, "utf-8", "utf8", "us-ascii"}
 
@@ -33,22 +39,10 @@ def runner_options(config: ServerConfig) -> dict[str, Any]:
     }
 
 
-async def listen(
-    runner: web.AppRunner, config: ServerConfig, tls: ssl.SSLContext | None = None
-) -> asyncio.Server:
-    """Open the server's port: a site of `runner`, but with at most `max_connections`.
-
-    The runner has to be set up. Close what comes back before `runner.cleanup()`.
-    """
-    assert runner.server is not None
-    door = _Door(runner.server, config)
-    return await asyncio.get_running_loop().create_server(
-        lambda: _Arrival(door.admit),
-        config.host,
-        config.port,
-        ssl=tls,
-        ssl_handshake_timeout=None if tls is None else config.keepalive_timeout,
-    )
+def keep_place(request: web.Request) -> None:
+    """From here to the last byte of its answer, nobody else gets the place of its connection."""
+    if isinstance(request.protocol, Connection):
+        request.protocol.keep_place()
 
 
 async def read_body(
@@ -109,29 +103,61 @@ def _connection_options(config: ServerConfig) -> dict[str, Any]:
     }
 
 
-class _Connection(web.RequestHandler):
+class Places(Protocol):
+    """Of connections: a newcomer gets one that is offered when there are no others."""
+
+    def keep(self, raw: asyncio.Transport) -> None: ...
+
+    def offer(self, raw: asyncio.Transport) -> None: ...
+
+    def leave(self, raw: asyncio.Transport) -> None: ...
+
+
+class Connection(web.RequestHandler):
     """aiohttp's protocol; but what it answers by itself has OpenAI's form and no traceback.
 
     A client that takes nothing of its answer for `write_timeout` seconds is dropped: aiohttp would
-    wait for it for ever.
+    wait for it for ever. One that has sent its last byte still gets its answers.
     """
 
-    __slots__ = ("_check", "_write_timeout")
+    __slots__ = ("_check", "_half_closed", "_last_body", "_places", "_raw", "_write_timeout")
 
-    def __init__(self, server: web.Server, write_timeout: float, **options: Any) -> None:
-        super().__init__(server, **options)
-        self._write_timeout = write_timeout
+    def __init__(
+        self, server: web.Server, places: "Places", raw: asyncio.Transport, config: ServerConfig
+    ) -> None:
+        """`raw` carries the bytes, in clear or not."""
+        super().__init__(server, loop=asyncio.get_running_loop(), **_connection_options(config))
+        self._places = places
+        self._raw = raw
+        self._write_timeout = config.write_timeout
         self._check: asyncio.TimerHandle | None = None
+        self._half_closed = False
+        self._last_body = EMPTY_PAYLOAD
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """From here on, whatever the system does not take at once counts as unsent."""
         super().connection_made(transport)
-        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
+        # TLS pauses at `high` bytes, plain transports above.
+        high = 0 if transport is self._raw else 1
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=high, low=0)
+
+    def keep_place(self) -> None:
+        """Until its answer is out, the request of this task keeps the connection's place."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._places.keep(self._raw)
+        task.add_done_callback(lambda _: self._places.offer(self._raw))
+
+    def data_received(self, data: bytes) -> None:
+        """More of requests."""
+        super().data_received(data)
+        if self._messages:
+            self._last_body = self._messages[-1][1]
 
     def pause_writing(self) -> None:
         """The connection holds no more."""
         super().pause_writing()
-        self._expect_less_than(math.inf)
+        self._expect_more_than(-math.inf)
 
     def resume_writing(self) -> None:
         """The client has read enough of it."""
@@ -141,20 +167,77 @@ class _Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """The client is gone, or was dropped."""
         self._stop_checking()
+        self._places.leave(self._raw)
         super().connection_lost(exc)
 
-    def _expect_less_than(self, num_unsent: float) -> None:
-        assert self.transport is not None
-        left = self.transport.get_write_buffer_size()
-        if left >= num_unsent:
-            self.transport.abort()
+    def _expect_more_than(self, taken: float) -> None:
+        now = self._num_taken()
+        if now <= taken:
+            self._raw.abort()
             return
-        loop = asyncio.get_running_loop()
-        self._check = loop.call_later(self._write_timeout, self._expect_less_than, left)
+        self._check = self._loop.call_later(self._write_timeout, self._expect_more_than, now)
 
     def _stop_checking(self) -> None:
         if self._check is not None:
             self._check.cancel()
+            self._check = None
+
+    def _num_taken(self) -> int:
+        """A number that grows while the client takes something.
+
+        That is what its system has acknowledged; where ours does not tell, what ours has taken, in
+        large steps.
+        """
+        if sys.platform != "linux":
+            return -self._num_unsent()
+        info = self._raw.get_extra_info("socket").getsockopt(IPPROTO_TCP, TCP_INFO, 128)
+        return int.from_bytes(info[120:128], sys.byteorder)  # tcpi_bytes_acked
+
+    def _num_unsent(self) -> int:
+        """Bytes that the system has not taken yet."""
+        if self.transport is None:
+            return 0
+        encrypted = 0 if self.transport is self._raw else self._raw.get_write_buffer_size()
+        return self.transport.get_write_buffer_size() + encrypted
+
+    async def _all_sent(self) -> None:
+        """Return when the system has everything. TLS says so when it has encrypted everything."""
+        if self._num_unsent():
+            self._expect_more_than(-math.inf)
+            while self._num_unsent():
+                await asyncio.sleep(_POLL_S)
+            self._stop_checking()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's never keeps it
+        """The client sends no more: it waits for its answer, or is gone, which looks alike.
+
+        True keeps the connection. TLS has no such state, and a body that is cut has no answer.
+        """
+        if self.transport is not self._raw or self._is_idle or not self._last_body.is_eof():
+            return False
+        if not self._half_closed:
+            self._half_closed = True
+            self._loop.call_later(_FIRST_LOOK_S, self._look_for_client, _FIRST_LOOK_S)
+        return True
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._waiter is not None and not self._waiter.done()
+
+    def _look_for_client(self, waited: float) -> None:
+        """Only who is still there takes what is written: an interim answer, so often that nothing
+        is computed for long for nobody. HTTP/1.0 has none, so its clients have to listen."""
+        request = self._current_request
+        if self.transport is None or self._is_idle:
+            return
+        outdated = request is not None and request.version < HttpVersion11
+        if outdated or self._raw.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_ERROR):
+            self._raw.abort()
+            return
+        if request is not None and request.writer.output_size == 0:
+            self.transport.write(_INTERIM)
+        pause = min(2 * waited, _LONGEST_LOOK_S)
+        self._loop.call_later(pause, self._look_for_client, pause)
 
     def handle_error(
         self,
@@ -180,80 +263,14 @@ class _Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Sends an answer; one that says so is the connection's last."""
+        """Sends an answer, to its last byte; one that says so is the connection's last."""
         if isinstance(resp, web.HTTPException):  # raised before any middleware: a strange Expect
             resp = APIError(resp.status, f"{resp.reason}").response()
+        resp.headers.setdefault("Server", SERVER_NAME)
         if resp.headers.get("Connection") == "close":
             resp.force_close()
-        return await super().finish_response(request, resp, start_time)
-
-
-class _Door:
-    """Decides what becomes of a new connection."""
-
-    def __init__(self, server: web.Server, config: ServerConfig) -> None:
-        self._server = server
-        self._limit = config.max_connections
-        self._options = {"write_timeout": config.write_timeout, **_connection_options(config)}
-        self._refused: set[_Refusal] = set()
-
-    def admit(self, transport: asyncio.Transport) -> None:
-        protocol: asyncio.Protocol
-        if len(self._server.connections) < self._limit:
-            loop = asyncio.get_running_loop()
-            protocol = _Connection(self._server, loop=loop, **self._options)
-        elif len(self._refused) < self._limit:
-            protocol = _Refusal(self._refused)
-        else:
-            transport.abort()
-            return
-        transport.set_protocol(protocol)
-        protocol.connection_made(transport)
-
-
-class _Arrival(asyncio.Protocol):
-    """A connection in the moment between being accepted and being counted."""
-
-    def __init__(self, admit: Callable[[asyncio.Transport], None]) -> None:
-        self._admit = admit
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._admit(cast(asyncio.Transport, transport))
-
-
-class _Refusal(asyncio.Protocol):
-    """Answers whatever is asked with a 503, and is gone within `_LINGER_S`.
-
-    It waits for the question: closing on a client that still sends would destroy the answer.
-    """
-
-    def __init__(self, refused: "set[_Refusal]") -> None:
-        self._refused = refused
-        self._answered = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._refused.add(self)
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(_LINGER_S, self._transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        if self._answered:
-            return
-        self._answered = True
-        self._transport.write(_too_many_connections())
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._timer.cancel()
-        self._refused.discard(self)
-
-
-def _too_many_connections() -> bytes:
-    body = APIError(503, "too many connections are open; try again in 1 s").body()
-    head = (
-        "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + body
+        if self._half_closed and not self._messages:
+            resp.force_close()
+        finished = await super().finish_response(request, resp, start_time)
+        await self._all_sent()
+        return finished

@@ -10,6 +10,7 @@ import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,10 +27,12 @@ from specserve.hub.names import base_name
 from specserve.process.engine_process import EngineFailed, EngineProcess
 from specserve.process.messages import EngineInfo
 from specserve.process.text_process import TextProcess
+from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
 from specserve.server.app import build_app
 from specserve.server.auth import load_keyring
-from specserve.server.connections import listen, runner_options
+from specserve.server.connections import runner_options
+from specserve.server.door import Door, allow_files, listen
 from specserve.server.event_loop_lag import watch_lag
 from specserve.server.held_bodies import HeldBodies
 from specserve.server.metrics import ServerMetrics
@@ -45,8 +48,11 @@ _ECHO_S: Final = 0.25  # `timeout` and others signal a process, then its whole g
 OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name
 
 
-async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> None:
-    """Serve until a signal. Raises ConfigError, TextError or OSError if it cannot start."""
+async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:
+    """Serve until a signal. True: every accepted request was answered.
+
+    Raises ConfigError, TextError or OSError if it cannot start.
+    """
     async with open_server(config, target) as (service, url):
         signals = _Signals()
         ready = asyncio.create_task(service.engine.wait_ready())
@@ -56,7 +62,7 @@ async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> None:
             if ready.done():
                 on_ready(url, service.model_name, ready.result())
                 await stopped
-                await _drain(service, signals)
+            return await _drain(service, signals)
         except EngineFailed as error:
             raise ConfigError(str(error)) from error
         finally:
@@ -68,24 +74,25 @@ async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> None:
 async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple[Service, str]]:
     """A listening server whose engine is starting, and its URL."""
     keyring = load_keyring(config.server)
+    allow_files(config.server)
     service = _assemble(config, target, shared=len(keyring) > 1)
     runner = web.AppRunner(build_app(service, keyring), **runner_options(config.server))
     tasks: list[asyncio.Task[None]] = []
-    listener: asyncio.Server | None = None
+    door: Door | None = None
     try:
         await service.texts.start()
         await service.engine.start()
         await runner.setup()
         server = config.server
         tls = _tls(server)
-        listener = await listen(runner, server, tls)
-        service.metrics.connections.set_function(lambda: _num_connections(runner))
+        door = await listen(runner, server, tls)
+        service.metrics.connections.set_function(partial(len, door))
         service.metrics.body_bytes.set_function(lambda: service.bodies.num_bytes)
         service.metrics.text_jobs_waiting.set_function(lambda: service.texts.num_waiting)
         tasks.append(asyncio.create_task(watch_lag(service.metrics)))
         if server.status_interval:
             tasks.append(asyncio.create_task(print_status(service, server.status_interval)))
-        host, port = listener.sockets[0].getsockname()[:2]
+        host, port = door.address
         host = f"[{host}]" if ":" in host else host
         yield service, f"{'http' if tls is None else 'https'}://{host}:{port}"
     finally:
@@ -93,15 +100,12 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         service.draining = True
-        if listener is not None:
-            listener.close()
-        await service.engine.stop()  # open streams end with an error event
-        await runner.cleanup()
+        if door is not None:
+            door.close()
+        # What is open now ends with an error, which `cleanup` gives time to be read.
         await service.texts.stop()
-
-
-def _num_connections(runner: web.AppRunner) -> int:
-    return 0 if runner.server is None else len(runner.server.connections)
+        await service.engine.stop()
+        await runner.cleanup()
 
 
 class _Signals:
@@ -125,17 +129,20 @@ class _Signals:
         (self.second if again else self.first).set()
 
 
-async def _drain(service: Service, signals: _Signals) -> None:
+async def _drain(service: Service, signals: _Signals) -> bool:
     service.draining = True
-    idle = asyncio.create_task(service.all_answered())
+    idle = asyncio.create_task(service.accepted.all_answered())
     now = asyncio.create_task(signals.second.wait())
     budget = service.config.server.drain_timeout
     await asyncio.wait({idle, now}, timeout=budget, return_when=asyncio.FIRST_COMPLETED)
-    if not idle.done():
-        logger.warning("stopping with %d sequences open", service.engine.num_open)
+    num_cut = len(service.accepted)
+    if num_cut:
+        why = f"drain_timeout ({budget:g} s) is over" if not now.done() else "told so again"
+        logger.warning("%s: %d accepted requests are cut off", why, num_cut)
     for task in (idle, now):
         task.cancel()
     await asyncio.gather(idle, now, return_exceptions=True)
+    return not num_cut
 
 
 def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
@@ -169,6 +176,7 @@ def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
         token_bytes=TokenBytes(tokenizer),
         admission=admission,
         bodies=bodies,
+        accepted=AcceptedRequests(server.max_connections, shared=shared),
         metrics=metrics,
     )
 

@@ -9,12 +9,13 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from specserve.server.connections import SERVER_NAME
 from specserve.server.errors import APIError
 from specserve.server.failures import as_api_error
 from specserve.server.generation import Generation, Piece
 from specserve.server.protocol.fields import GenerationFields, StreamOptions
 from specserve.server.protocol.usage import Metrics, Usage
-from specserve.server.service import REQUEST_ID, SERVICE
+from specserve.server.service import REQUEST_ID
 from specserve.server.stream import KEEP_ALIVE_S, EventStream, padding, with_pauses
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,10 @@ async def respond(
     request: web.Request, fields: GenerationFields, generation: Generation, form: Format
 ) -> web.StreamResponse:
     """The answer. Raises what `Generation.pieces` raises while nothing is sent."""
-    with request.app[SERVICE].answering():
-        if fields.stream:
-            options = fields.stream_options or StreamOptions()
-            return await _stream(request, options, generation, form)
-        return await _whole(generation, form)
+    if fields.stream:
+        options = fields.stream_options or StreamOptions()
+        return await _stream(request, options, generation, form)
+    return await _whole(generation, form)
 
 
 async def _whole(generation: Generation, form: Format) -> web.Response:
@@ -58,7 +58,8 @@ async def _whole(generation: Generation, form: Format) -> web.Response:
 async def _stream(
     request: web.Request, options: StreamOptions, generation: Generation, form: Format
 ) -> web.StreamResponse:
-    events = EventStream(request, {"X-Request-Id": request[REQUEST_ID]})
+    headers = {"X-Request-Id": request[REQUEST_ID], "Server": SERVER_NAME}
+    events = EventStream(request, headers)
     try:
         async with (
             aclosing(_chunks(options, generation, form)) as chunks,

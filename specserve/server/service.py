@@ -1,11 +1,8 @@
 """What every handler needs, in one place: handed around, never global."""
 
-import asyncio
 import re
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,6 +12,7 @@ from specserve.config import EngineConfig
 from specserve.process.engine_process import EngineProcess
 from specserve.process.messages import EngineInfo
 from specserve.process.text_process import TextProcess
+from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
 from specserve.server.errors import APIError
 from specserve.server.held_bodies import HeldBodies
@@ -41,40 +39,30 @@ class Service:
     bodies: HeldBodies
     metrics: ServerMetrics
     key_speculation: KeySpeculation = field(default_factory=KeySpeculation)
+    accepted: AcceptedRequests
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
-    _num_answers: int = 0
-    _all_answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     def now(self) -> int:
         """Unix seconds, for `created`."""
         return int(time.time())
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Around an answer that has to reach its client before the server stops."""
-        self._num_answers += 1
-        try:
-            yield
-        finally:
-            self._num_answers -= 1
-            if not self._num_answers:
-                self._all_answered.set()
-
-    async def all_answered(self) -> None:
-        """Return when no answer is being given."""
-        while self._num_answers:
-            self._all_answered.clear()
-            await self._all_answered.wait()
-
     def not_ready(self) -> APIError | None:
-        """Why nothing can be served now: a 503 that says when to come again, or None."""
-        if self.draining:
-            error = APIError.unavailable(
-                "the server is shutting down", self.config.server.drain_timeout
-            )
-            error.headers["Connection"] = "close"
-            return error
+        """Why no new request is served now: a 503 that says when to come again, or None."""
+        return self.shutting_down() or self.no_engine()
+
+    def shutting_down(self) -> APIError | None:
+        """Why none is accepted."""
+        if not self.draining:
+            return None
+        error = APIError.unavailable(
+            "the server is shutting down", self.config.server.drain_timeout
+        )
+        error.headers["Connection"] = "close"
+        return error
+
+    def no_engine(self) -> APIError | None:
+        """Why one that has been accepted cannot be served."""
         if self.engine.state == "failed":
             return APIError.unavailable("the engine could not be started", 60.0)
         if self.engine.state != "ready":

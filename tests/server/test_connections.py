@@ -2,13 +2,13 @@
 
 import asyncio
 import json
+import socket
 import ssl
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +16,17 @@ import uvloop
 from aiohttp import web
 
 from specserve.config import ServerConfig
-from specserve.server.connections import listen, read_body, runner_options
+from specserve.server import door as doors
+from specserve.server.accepted import AcceptedRequests
+from specserve.server.connections import keep_place, read_body, runner_options
+from specserve.server.door import Door, listen, num_places
 from specserve.server.errors import APIError
 
 LIMIT = 100_000
 LARGE = 32_000_000  # bytes; more than any connection holds
 POST = b"POST /echo HTTP/1.1\r\nHost: here\r\n"
-CLOSE = b"Connection: close\r\n"
+WAIT = b"GET /wait HTTP/1.1\r\nHost: here\r\n\r\n"
+PUBLIC = b"GET /public HTTP/1.1\r\nHost: here\r\n\r\n"
 LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [
     asyncio.new_event_loop,
     uvloop.new_event_loop,
@@ -74,9 +78,9 @@ class Client:
 
 
 class Served:
-    def __init__(self, port: int, server: web.Server) -> None:
-        self.port = port
-        self.server = server
+    def __init__(self, door: Door) -> None:
+        self.port = door.address[1]
+        self.door = door
         self.events: list[str] = []
 
     @asynccontextmanager
@@ -86,7 +90,7 @@ class Served:
             yield Client(reader, writer)
         finally:
             writer.close()
-            with suppress(ConnectionError):
+            with suppress(OSError):
                 await writer.wait_closed()
 
     async def ask(self, data: bytes) -> Answer:
@@ -108,7 +112,11 @@ async def render(
 
 @asynccontextmanager
 async def serving(
-    *, tls: ssl.SSLContext | None = None, body_timeout: float = 5.0, **settings: Any
+    *,
+    tls: ssl.SSLContext | None = None,
+    body_timeout: float = 5.0,
+    shared: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Served]:
     async def echo(request: web.Request) -> web.StreamResponse:
         try:
@@ -133,21 +141,39 @@ async def serving(
     async def large(request: web.Request) -> web.StreamResponse:
         return web.Response(body=b"x" * LARGE)
 
+    async def late(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.5)
+        return web.Response(body=b"late")
+
+    async def public(request: web.Request) -> web.StreamResponse:
+        return web.Response()
+
+    @web.middleware
+    async def accept(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if request.path != "/public":
+            accepted.add(request.headers.get("x-key", "nobody"))
+            keep_place(request)
+        return await handler(request)
+
     config = ServerConfig(port=0, **settings)
-    app = web.Application(middlewares=[render])
+    accepted = AcceptedRequests(config.max_connections, shared=shared)
+    app = web.Application(middlewares=[render, accept])
+    app.router.add_get("/late", late)
+    app.router.add_get("/public", public)
     app.router.add_post("/echo", echo)
     app.router.add_get("/wait", wait)
     app.router.add_get("/fail", fail)
     app.router.add_get("/large", large)
     runner = web.AppRunner(app, **runner_options(config))
     await runner.setup()
-    listener = await listen(runner, config, tls)
-    assert runner.server is not None
-    served = Served(listener.sockets[0].getsockname()[1], runner.server)
+    door = await listen(runner, config, tls)
+    served = Served(door)
     try:
         yield served
     finally:
-        listener.close()
+        door.close()
         await runner.cleanup()
 
 
@@ -422,42 +448,167 @@ def test_an_answer_waits_for_its_reader_while_there_is_one(
             if reads:
                 await client.reader.readexactly(left)
                 return
-            while served.server.connections:
+            while len(served.door):
                 await asyncio.sleep(0.01)
 
     run(test, loop_factory)
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
-def test_connections_beyond_the_limit_get_a_503(
+def test_a_slow_reader_is_not_taken_for_none(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
+    """What it takes in `write_timeout` is far less than the system holds for it."""
+
     async def test() -> None:
-        async with serving(max_connections=3, keepalive_timeout=30.0) as served:
-            async with served.connect() as one, served.connect(), served.connect():
-                assert (await one.ask(with_body(b"{}"))).status == 200
-                async with served.connect() as fourth:
-                    answer = await fourth.ask(with_body(b"{}"))
-                    assert answer.status == 503
-                    assert answer.headers["retry-after"] == "1"
-                    assert answer.headers["connection"] == "close"
-                    assert answer.error()["type"] == "overloaded_error"
-                    assert await fourth.closed()
-                async with served.connect() as silent:
-                    assert await silent.closed()
-                assert (await one.ask(with_body(b"{}"))).status == 200
-            for _ in range(3):  # places came back
-                answer = await retried(served)
-                assert answer.status == 200
+        loop = asyncio.get_running_loop()
+        async with serving(write_timeout=0.5) as served:
+            with socket.socket() as slow:
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+                slow.setblocking(False)
+                await loop.sock_connect(slow, ("127.0.0.1", served.port))
+                await loop.sock_sendall(slow, b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
+                left, start = LARGE, time.monotonic()
+                while time.monotonic() - start < 3:
+                    left -= len(await loop.sock_recv(slow, 10_000))
+                    await asyncio.sleep(0.1)
+                assert left > LARGE - 1_000_000
+                assert len(served.door) == 1
+                while data := await loop.sock_recv(slow, 2**18):
+                    left -= len(data)
+                    if left < 0:  # the head is more
+                        break
+                assert left < 0
 
     run(test, loop_factory)
 
 
-async def retried(served: Served) -> Answer:
-    """The server learns of a closed connection a moment after it is closed."""
-    while (answer := await served.ask(with_body(b"{}"))).status == 503:
-        await asyncio.sleep(0.01)
-    return answer
+LATE = b"GET /late HTTP/1.1\r\nHost: here\r\n\r\n"
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+@pytest.mark.parametrize(
+    ("data", "num_answers"), [(LATE, 1), (LATE * 2, 2), (with_body(b"{}"), 1), (b"?\r\n\r\n", 1)]
+)
+def test_who_sends_no_more_still_gets_answers(
+    data: bytes, num_answers: int, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """And interim answers before a late one, by which it is seen that somebody is there."""
+
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            await client.send(data)
+            client.writer.write_eof()
+            statuses = []
+            for _ in range(num_answers):
+                while (answer := await client.answer()).status == 100:
+                    statuses.append(100)
+                statuses.append(answer.status)
+            assert statuses.count(100 if b"late" in data else 400 if b"?" in data else 200) > 0
+            assert len([status for status in statuses if status != 100]) == num_answers
+            assert await client.closed()
+
+    run(test, loop_factory)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_who_sends_no_more_and_is_gone_is_noticed(
+    version: bytes, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Even after it has waited for a while. Of HTTP/1.0 clients nothing tells which they do."""
+
+    async def test() -> None:
+        async with serving() as served, served.connect() as client:
+            await client.send(WAIT.replace(b"1.1", version))
+            client.writer.write_eof()
+            await asyncio.sleep(0.3)
+            client.writer.transport.abort()
+            while "cancelled" not in served.events:
+                await asyncio.sleep(0.01)
+
+    run(test, loop_factory)
+
+
+def test_no_answer_names_a_library() -> None:
+    async def test() -> None:
+        async with serving() as served:
+            for data in (with_body(b"{}"), b"?\r\n\r\n", PUBLIC, POST + b"Expect: tea\r\n\r\n"):
+                assert (await served.ask(data)).headers["server"] == "specserve"
+
+    run(test)
+
+
+@asynccontextmanager
+async def silent(served: Served, count: int, data: bytes = b"") -> AsyncIterator[list[Client]]:
+    """So many connections that send this much and nothing else."""
+    async with AsyncExitStack() as stack:
+        clients = []
+        for _ in range(count):
+            clients.append(await stack.enter_async_context(served.connect()))
+            await clients[-1].send(data)
+        yield clients
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+@pytest.mark.parametrize("data", [b"", b"POST /ec", with_body(b"{}")], ids=["none", "head", "used"])
+def test_who_asks_for_nothing_gives_way(
+    data: bytes, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Idle connections never keep anybody out, and those that are idle for the longest go first."""
+
+    async def test() -> None:
+        places = num_places(ServerConfig(max_connections=3))
+        async with serving(max_connections=3) as served, silent(served, places, data) as clients:
+            while len(served.door) < places:
+                await asyncio.sleep(0.01)
+            for _ in range(5):
+                assert (await served.ask(with_body(b"{}"))).status == 200
+                assert len(served.door) <= places
+            with suppress(ConnectionError):
+                await clients[0].reader.read()  # to its end
+
+    run(test, loop_factory)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_accepted_requests_stay(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """More of them are refused; whoever comes in whatever number, they go on."""
+
+    async def test() -> None:
+        async with serving(max_connections=3) as served, silent(served, 3, WAIT) as waiting:
+            while served.events != ["waiting"] * 3:
+                await asyncio.sleep(0.01)
+            async with silent(served, 60), silent(served, 60, b"POST /ec"):
+                answer = await served.ask(with_body(b"{}"))
+                assert answer.status == 503
+                assert answer.headers["retry-after"] == "1"
+                assert answer.error()["type"] == "overloaded_error"
+                assert (await served.ask(PUBLIC)).status == 200
+                assert len(served.door) <= num_places(ServerConfig(max_connections=3))
+            assert served.events == ["waiting"] * 3
+            waiting[0].writer.close()
+            while "cancelled" not in served.events:  # and its place came back
+                await asyncio.sleep(0.01)
+            assert (await served.ask(with_body(b"{}"))).status == 200
+
+    run(test, loop_factory)
+
+
+def test_no_key_has_all_places() -> None:
+    async def test() -> None:
+        hostile = WAIT.replace(b"\r\n\r\n", b"\r\nx-key: b\r\n\r\n")
+        async with serving(max_connections=8, shared=True) as served, silent(served, 20, hostile):
+            while len(served.events) < 4:
+                await asyncio.sleep(0.01)
+            assert (await served.ask(hostile)).status == 503
+            async with silent(served, 2, WAIT):
+                while len(served.events) < 6:
+                    await asyncio.sleep(0.01)
+                assert (await served.ask(WAIT)).status == 503
+            assert (await served.ask(PUBLIC)).status == 200
+
+    run(test)
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
@@ -466,18 +617,17 @@ def test_many_connections_at_once_are_counted_right(
 ) -> None:
     async def test() -> None:
         async with serving(max_connections=5) as served:
-            request = b"GET /wait HTTP/1.1\r\nHost: here\r\n\r\n"
 
             async def status() -> int:
                 try:
-                    async with asyncio.timeout(0.5):
-                        return (await served.ask(request)).status
+                    async with asyncio.timeout(1.5):
+                        return (await served.ask(WAIT)).status
                 except (ConnectionError, asyncio.IncompleteReadError):
-                    return 0  # more refusals at once than are worth an answer
+                    return 0  # it gave way to one of those that came at the same time
                 except TimeoutError:
-                    return 200  # it was let in, and waits
+                    return 200  # it was accepted, and waits
 
-            statuses = [*await asyncio.gather(*(status() for _ in range(40)))]
+            statuses = [*await asyncio.gather(*(status() for _ in range(80)))]
             assert statuses.count(200) == 5
             assert statuses.count(503) >= 5
             assert set(statuses) <= {200, 503, 0}
@@ -485,24 +635,92 @@ def test_many_connections_at_once_are_counted_right(
     run(test, loop_factory)
 
 
-@pytest.mark.parametrize("loop_factory", LOOPS)
-def test_tls(tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """For the server and for its clients."""
+    directory = tmp_path_factory.mktemp("tls")
+    cert, key = directory / "cert.pem", directory / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
     command += f" -subj /CN=here -addext subjectAltName=IP:127.0.0.1 -out {cert} -keyout {key}"
     subprocess.run(command.split(), check=True, capture_output=True)
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_side.load_cert_chain(cert, key)
+    return server_side, ssl.create_default_context(cafile=cert)
+
+
+Certificate = tuple[ssl.SSLContext, ssl.SSLContext]
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_tls(
+    certificate: Certificate, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    server_side, client_side = certificate
 
     async def test() -> None:
-        server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        server_side.load_cert_chain(cert, key)
-        client_side = ssl.create_default_context(cafile=cert)
         async with (
             serving(tls=server_side, max_connections=1) as served,
             served.connect(),  # no handshake, and never one
             served.connect(client_side) as first,
             served.connect(client_side) as second,
         ):
-            assert (await first.ask(with_body(b"{}"))).status == 200
+            for _ in range(2):  # the connection stays
+                assert (await first.ask(with_body(b"{}"))).status == 200
+            await first.send(WAIT)
+            while not served.events:
+                await asyncio.sleep(0.01)
             assert (await second.ask(with_body(b"{}"))).status == 503
+
+    run(test, loop_factory)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_connections_without_a_handshake_are_counted(
+    certificate: Certificate,
+    monkeypatch: pytest.MonkeyPatch,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """They give way like others, and have little time."""
+    server_side, client_side = certificate
+    monkeypatch.setattr(doors, "_HANDSHAKE_S", 1.0)
+
+    async def test() -> None:
+        async with (
+            serving(tls=server_side, max_connections=3) as served,
+            silent(served, 60),
+            silent(served, 60, b"\x16\x03\x01\x02"),
+        ):
+            assert 0 < len(served.door) <= num_places(ServerConfig(max_connections=3))
+            async with served.connect(client_side) as client:
+                assert (await client.ask(with_body(b"{}"))).status == 200
+            while len(served.door):
+                await asyncio.sleep(0.01)
+
+    run(test, loop_factory)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_a_large_answer_over_tls_waits_for_its_reader(
+    certificate: Certificate, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    server_side, client_side = certificate
+
+    async def test() -> None:
+        async with (
+            serving(tls=server_side, write_timeout=0.4) as served,
+            served.connect(client_side) as reads,
+            served.connect(client_side) as deaf,
+        ):
+            for client in (reads, deaf):
+                await client.send(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
+                await client.reader.readuntil(b"\r\n\r\n")
+            left, start = LARGE, time.monotonic()
+            while time.monotonic() - start < 1.5:
+                left -= len(await reads.reader.readexactly(500_000))
+                await asyncio.sleep(0.1)
+            await reads.reader.readexactly(left)
+            assert (await reads.ask(with_body(b"{}"))).status == 200
+            while len(served.door) > 1:
+                await asyncio.sleep(0.01)
 
     run(test, loop_factory)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import signal
 import socket
 import time
@@ -13,6 +14,7 @@ import pytest
 from live import LiveServer, Reply, start_early, start_server
 from load import SHORT, long_request, stream_error, streamed_ids, under_way, wait_until
 from tiny_chat import write_byte_chat
+from wire import post, wire
 
 SOON = 6.0  # seconds
 
@@ -43,10 +45,13 @@ class Connection:
         return Reply(reply.status, headers, reply.read())
 
 
-def assert_ended(server: LiveServer, seconds: float, children: list[int]) -> None:
-    assert server.process.wait(seconds) == 0, server.log.read_text()
-    assert_gone(children, 0.0)
+def assert_ended(server: LiveServer, seconds: float, children: list[int], num_cut: int = 0) -> None:
+    """Soon, without a trace, and with the truth about the requests that got no whole answer."""
+    code = server.process.wait(seconds)
     said = server.log.read_text()
+    assert code == (1 if num_cut else 0), said
+    assert_gone(children, 0.0)
+    assert (f"{num_cut} accepted requests are cut off" in said) == (num_cut > 0), said
     assert "Traceback" not in said, said
     assert "never" not in said, said  # how Python begins to complain about forgotten tasks
 
@@ -106,13 +111,64 @@ def test_a_client_that_reads_slowly_gets_everything(long_model: Path) -> None:
         assert_ended(server, SOON, children)
 
 
+def test_an_answer_that_is_being_read_is_not_cut(long_model: Path) -> None:
+    """A whole one, more than the system holds, while nothing but its connection is at work."""
+    num_tokens = 900_000
+    body = json.dumps({"prompt": "a" * num_tokens, "return_token_strs": True}).encode()
+    with (
+        start_server(long_model, "--template-timeout", "30") as server,
+        socket.socket() as slow,
+    ):
+        children, address = pids(server), urlsplit(server.url)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(30)
+        slow.connect((address.hostname, address.port))
+        slow.sendall(post(body, "Connection: close", path="/tokenize"))
+        answer = slow.recv(2**12)
+        server.process.send_signal(signal.SIGTERM)
+        for _ in range(22):
+            time.sleep(0.3)
+            answer += slow.recv(2**12)
+        assert server.process.poll() is None
+        answer += b"".join(iter(lambda: slow.recv(2**18), b""))
+        assert len(json.loads(answer.partition(b"\r\n\r\n")[2])["tokens"]) == num_tokens
+        assert_ended(server, SOON, children)
+
+
+def test_what_is_not_tokenised_yet_is_accepted_too(long_model: Path) -> None:
+    """Nor what has not been read to its end."""
+    chat = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}).encode()
+    data = post(chat, path="/v1/chat/completions")
+    with start_server(long_model) as server, wire(server) as reading, wire(server) as waiting:
+        children = pids(server)
+        workers = [pid for pid, command in server.children() if "text_main" in command]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        reading.send(data[:-5])
+        waiting.send(data)
+        wait_until(lambda: server.metric("specserve:connections") == 3)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("/ready", 503, 1.0)
+        reading.send(data[-5:])
+        time.sleep(0.3)
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        for connection in (reading, waiting):
+            reply = connection.reply()
+            assert reply.status == 200, reply
+            assert reply.json()["usage"]["completion_tokens"] == 4
+        assert_ended(server, SOON, children)
+
+
 def test_a_drain_has_an_end(long_model: Path) -> None:
     with start_server(long_model, "--drain-timeout", "0.5") as server:
         children = pids(server)
         bodies = [long_request(7000, stream=True), long_request(7000)]
         with under_way(server, bodies) as replies:
             server.process.send_signal(signal.SIGTERM)
-            assert_ended(server, SOON, children)
+            assert_ended(server, SOON, children, num_cut=2)
+        assert "drain_timeout (0.5 s) is over" in server.log.read_text()
         stream, whole = (reply.result() for reply in replies)
         assert stream.status == 200
         assert "engine" in stream_error(stream.body)
@@ -126,7 +182,7 @@ def test_a_second_signal_ends_at_once(long_model: Path) -> None:
             server.process.send_signal(signal.SIGINT)
             server.wait_for("/ready", 503, 1.0)
             server.process.send_signal(signal.SIGTERM)
-            assert_ended(server, SOON, children)
+            assert_ended(server, SOON, children, num_cut=2)
         for reply in replies:
             assert "engine" in stream_error(reply.result().body)
 

@@ -74,7 +74,7 @@ async def _begin(
 ) -> Generation:
     service = request.app[SERVICE]
     service.check_model(fields.model)
-    if (unavailable := service.not_ready()) is not None:
+    if (unavailable := service.no_engine()) is not None:
         raise unavailable
     caller = principal(request)
     job = Job(

@@ -1,0 +1,198 @@
+"""Where connections come in: how many there may be, TLS, and who has to go when there are too many.
+
+A connection counts from the moment the system hands it over, a TLS handshake included. It is never
+the newcomer that is turned away: of those that have no accepted request the one that has been idle
+for the longest, or has been at its request for the longest, is closed. As at most
+`max_connections` requests are accepted and there are places beyond those, there is one.
+"""
+
+import asyncio
+import logging
+import resource
+import ssl
+from typing import Final, cast
+
+from aiohttp import web
+
+from specserve.config import ConfigError, ServerConfig
+from specserve.server.connections import Connection
+
+logger = logging.getLogger(__name__)
+
+_HANDSHAKE_S: Final = 10.0
+_FILES: Final = 256  # that are open beside connections: ours, and of arrivals before they count
+
+
+def num_places(config: ServerConfig) -> int:
+    """Connections at most: those with accepted requests, and others, such as for `/health`."""
+    return config.max_connections + max(16, config.max_connections // 8)
+
+
+def allow_files(config: ServerConfig) -> None:
+    """Have the system let this process open as many files as there may be. Raises ConfigError."""
+    needed = num_places(config) + _FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"max_connections: {config.max_connections} needs {needed} open files and the system "
+            f"allows {hard} (ulimit -Hn); raise that, or lower max_connections"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+class Door:
+    """The server's port and the connections that came in through it. `listen` opens one."""
+
+    def __init__(
+        self, server: web.Server, config: ServerConfig, tls: ssl.SSLContext | None
+    ) -> None:
+        self._server = server
+        self._config = config
+        self._tls = tls
+        self._limit = num_places(config)
+        self._kept: set[asyncio.Transport] = set()
+        self._offered: dict[asyncio.Transport, None] = {}  # whose place others may get, in order
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._port: asyncio.Server | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        assert self._port is not None
+        host, port = self._port.sockets[0].getsockname()[:2]
+        return host, port
+
+    def __len__(self) -> int:
+        """Connections that are open."""
+        return len(self._kept) + len(self._offered)
+
+    async def open(self) -> None:
+        self._port = await asyncio.get_running_loop().create_server(
+            lambda: _Arrival(self), self._config.host, self._config.port
+        )
+
+    def close(self) -> None:
+        """Let nobody in any more; who is in stays."""
+        assert self._port is not None
+        self._port.close()
+        for task in self._handshakes:
+            task.cancel()
+
+    def arrived(self, raw: asyncio.Transport, arrival: "_Arrival") -> None:
+        if len(self) >= self._limit:
+            if not self._offered:
+                raw.abort()
+                return
+            longest = next(iter(self._offered))
+            del self._offered[longest]
+            longest.abort()
+        self._offered[raw] = None
+        if self._tls is None:
+            self._welcome(raw, raw, arrival)
+            return
+        task = asyncio.create_task(self._shake_hands(raw, arrival, self._tls))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
+
+    def keep(self, raw: asyncio.Transport) -> None:
+        """It has an accepted request. Nothing happens if its place has been given away."""
+        if raw in self._offered:
+            del self._offered[raw]
+            self._kept.add(raw)
+
+    def offer(self, raw: asyncio.Transport) -> None:
+        """It has none any more."""
+        if raw in self._kept:
+            self._kept.remove(raw)
+            self._offered[raw] = None
+
+    def leave(self, raw: asyncio.Transport) -> None:
+        """It is closed."""
+        self._kept.discard(raw)
+        self._offered.pop(raw, None)
+
+    async def _shake_hands(
+        self, raw: asyncio.Transport, arrival: "_Arrival", tls: ssl.SSLContext
+    ) -> None:
+        raw.set_write_buffer_limits(high=0)  # else TLS would take a lot for sent that is not
+        transport: asyncio.Transport | None = None
+        try:
+            transport = await _start_tls(raw, arrival, tls)
+        except OSError as error:
+            logger.debug("no TLS handshake: %s", error)
+        finally:
+            if transport is None or transport.is_closing() or raw not in self._offered:
+                self.leave(raw)
+                raw.abort()
+            else:
+                self._welcome(raw, transport, arrival)
+
+    def _welcome(
+        self, raw: asyncio.Transport, transport: asyncio.Transport, arrival: "_Arrival"
+    ) -> None:
+        connection = Connection(self._server, self, raw, self._config)
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
+        if early := arrival.take():
+            connection.data_received(early)
+
+
+async def listen(
+    runner: web.AppRunner, config: ServerConfig, tls: ssl.SSLContext | None = None
+) -> Door:
+    """Open the server's port: a site of `runner`, which has to be set up.
+
+    Close what comes back before `runner.cleanup()`.
+    """
+    assert runner.server is not None
+    door = Door(runner.server, config, tls)
+    await door.open()
+    return door
+
+
+class _Arrival(asyncio.Protocol):
+    """A connection until it is served."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self.early = bytearray()  # before TLS or with the last of its handshake
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._door.arrived(cast(asyncio.Transport, transport), self)
+
+    def data_received(self, data: bytes) -> None:
+        self.early += data
+
+    def take(self) -> bytes:
+        early, self.early = bytes(self.early), bytearray()
+        return early
+
+
+async def _start_tls(
+    raw: asyncio.Transport, arrival: _Arrival, tls: ssl.SSLContext
+) -> asyncio.Transport | None:
+    """The transport of what is encrypted. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    handshake = asyncio.create_task(
+        loop.start_tls(raw, arrival, tls, server_side=True, ssl_handshake_timeout=_HANDSHAKE_S)
+    )
+    try:
+        await asyncio.sleep(0)
+        # `start_tls` has taken the connection, which does not read until TLS is set up, and that is
+        # scheduled. uvloop's may have read something before.
+        protocol = cast(asyncio.BufferedProtocol, raw.get_protocol())
+        loop.call_soon(_feed, protocol, arrival.take())
+        return await handshake
+    finally:
+        handshake.cancel()
+
+
+def _feed(protocol: asyncio.BufferedProtocol, data: bytes) -> None:
+    while data:
+        buffer = memoryview(protocol.get_buffer(len(data)))
+        size = min(len(buffer), len(data))
+        buffer[:size] = data[:size]
+        protocol.buffer_updated(size)
+        data = data[size:]
