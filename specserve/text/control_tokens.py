@@ -8,9 +8,9 @@ tokenizer treats it as it treats the token itself. Knows no chats.
 
 import re
 import secrets
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from tokenizers import AddedToken
@@ -31,7 +31,7 @@ END_OF_TURN: Final = frozenset(
     }
 )
 
-_MARKER: Final = re.compile(r"[<\[|\uff1c\uff3b].*\w.*[>\]|\uff1e\uff3d]", re.DOTALL)
+_OPENING, _CLOSING = "<[|\uff1c\uff3b", ">]|\uff1e\uff3d"
 _HTML: Final = re.compile(
     r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|ul|ol|li|dl|dt|dd|p|br|hr|div|span|"
     r"blockquote|pre|code|strong|em|b|i|u|s|sub|sup|a|img)>"
@@ -56,7 +56,13 @@ def add_named(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
 
 def looks_like_control(token: str) -> bool:
     """Whether its spelling is that of a marker, such as `<tool_call>` or `[INST]`."""
-    return _MARKER.fullmatch(token.strip(_SPACE)) is not None and not _BYTE.fullmatch(token)
+    shown = token.strip(_SPACE)
+    return (
+        shown[:1] in _OPENING
+        and shown[-1:] in _CLOSING
+        and any(map(str.isalnum, shown))
+        and not _BYTE.fullmatch(token)
+    )
 
 
 class ControlTokens:
@@ -69,27 +75,27 @@ class ControlTokens:
     def __init__(
         self, tokenizer: TokenizerFile, named: Collection[str], template_texts: Sequence[str]
     ) -> None:
-        file = msgspec.json.decode(tokenizer.to_str())
-        model = file["model"]
-        vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-        merged = {"".join(pair) for pair in model.get("merges") or ()}
-        secret = secrets.token_hex(8)
+        added = tokenizer.get_added_tokens_decoder()
+        known = tokenizer.model.token_to_id
+        inside = {t.content for t in added.values() if known(t.content) is not None}
+        file = msgspec.json.decode(tokenizer.to_str(), type=dict[str, msgspec.Raw])
+        model = msgspec.json.decode(file["model"]) if inside else {}  # it is large
+        text = {t for t in inside if len(t) == 1}  # what users write becomes it anyway
+        text |= inside.intersection(map("".join, model.get("merges") or ()))
         written = "\0".join(template_texts)
+        secret = secrets.token_hex(8)
         self._tokens: dict[int, AddedToken] = {}
         self._spelling: dict[int, str] = {}
         hidden: dict[str, str] = {}
-        for index, token in tokenizer.get_added_tokens_decoder().items():
-            content = token.content
-            is_marker = looks_like_control(content)
-            if content in vocabulary and (
-                len(content) == 1 or (content in merged and not token.special and not is_marker)
-            ):
-                continue  # text becomes it anyway
+        for index, token in added.items():
+            content, is_marker = token.content, looks_like_control(token.content)
+            if content in text and (len(content) == 1 or not (token.special or is_marker)):
+                continue
             used = content in named or (content.strip(_SPACE) != "" and content in written)
             if token.special or used or (is_marker and not _HTML.fullmatch(content)):
                 self._tokens[index] = token
                 hidden[content] = self._spelling[index] = f"<{secret}x{index}>"
-        self._plain = _respelled(file, hidden)
+        self._plain = _respelled(file, model, hidden)
         if any(self._plain.token_to_id(s) != index for index, s in self._spelling.items()):
             raise ValueError("its added tokens have ids that are not theirs")
 
@@ -115,17 +121,18 @@ class ControlTokens:
 
         These are (start, end), in order and apart. The rest is cut as if nothing were forged.
         """
-        (encoding,) = tokenizer.encode_batch([_blanked(text, written)], add_special_tokens=False)
-        starts = [start for start, _ in written]
+        blanked, kept = _blanked(text, written)
+        (encoding,) = tokenizer.encode_batch([blanked], add_special_tokens=False)
+        starts = [part.start for part in kept]
         at, pieces = 0, []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if index not in self._tokens:
                 continue
-            start, end = self._without_space(index, text, start, end)
-            before = bisect_left(starts, end)
-            if start >= at and not (before and start < written[before - 1][1]):
-                pieces += [text[at:start], self._spelling[index]]
-                at = end
+            start, end = self._without_space(index, blanked, start, end)
+            part = kept[bisect_right(starts, start) - 1]
+            if end <= part.end:
+                pieces += [text[at : start + part.shift], self._spelling[index]]
+                at = end + part.shift
         return self.encode("".join([*pieces, text[at:]]))
 
     def _without_space(self, index: int, text: str, start: int, end: int) -> tuple[int, int]:
@@ -142,28 +149,50 @@ def encode(tokenizer: TokenizerFile, text: str, *, add_special_tokens: bool) -> 
     return encoding.ids
 
 
-def _respelled(file: dict[str, Any], hidden: Mapping[str, str]) -> TokenizerFile:
-    """The tokenizer in `file`, which is used up, with other spellings for some of its tokens."""
-    for token in file["added_tokens"]:
+def _respelled(
+    file: dict[str, msgspec.Raw], model: dict[str, Any], hidden: Mapping[str, str]
+) -> TokenizerFile:
+    """The tokenizer in `file` with other spellings for some of its tokens.
+
+    `model` is its model, used up here; empty if it has none of them in its vocabulary.
+    """
+    added = msgspec.json.decode(file["added_tokens"])
+    for token in added:
         token["content"] = hidden.get(token["content"], token["content"])
-    model = file["model"]
-    tokens = dict(model["vocab"])
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {hidden.get(t, t): index for t, index in model["vocab"].items()}
-    else:  # Unigram's pairs of a piece and its score
-        model["vocab"] = [(hidden.get(t, t), score) for t, score in model["vocab"]]
-    if touched := hidden.keys() & tokens:
-        merges = model.get("merges") or []
-        model["merges"] = [m for m in merges if touched.isdisjoint((*m, "".join(m)))]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
-    return TokenizerFile.from_str(msgspec.json.encode(file).decode())
+    changed: dict[str, Any] = file | {"added_tokens": added}
+    if model:
+        changed["model"] = model
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {hidden.get(t, t): index for t, index in model["vocab"].items()}
+        else:  # Unigram's pairs of a piece and its score
+            model["vocab"] = [(hidden.get(t, t), score) for t, score in model["vocab"]]
+        if model.get("merges"):
+            model["merges"] = [
+                (a, b)
+                for a, b in model["merges"]
+                if a not in hidden and b not in hidden and a + b not in hidden
+            ]
+        if isinstance(model.get("unk_token"), str):
+            model["unk_token"] = hidden.get(model["unk_token"], model["unk_token"])
+    return TokenizerFile.from_str(msgspec.json.encode(changed).decode())
 
 
-def _blanked(text: str, written: Sequence[tuple[int, int]]) -> str:
-    """The same with nothing to be read in those places, and words and space where they were."""
-    at, pieces = 0, []
-    for start, end in written:
-        pieces += [text[at:start], _SYMBOL.sub(".", _LETTER.sub("x", text[start:end]))]
+class _Kept(NamedTuple):
+    """Characters [start, end) of a blanked text; they stand `shift` later in the text itself."""
+
+    start: int
+    end: int
+    shift: int
+
+
+def _blanked(text: str, written: Sequence[tuple[int, int]]) -> tuple[str, list[_Kept]]:
+    """The text with two characters that say nothing in each of those places: a word, space or
+    neither, as what stood there began and ended."""
+    at, length, pieces, kept = 0, 0, [], []
+    for start, end in [*written, (len(text), len(text))]:
+        edges = text[start : min(end, start + 1)] + text[max(end - 1, start + 1) : end]
+        pieces += [text[at:start], _SYMBOL.sub(".", _LETTER.sub("x", edges))]
+        kept.append(_Kept(length, length + start - at, at - length))
+        length += start - at + len(edges)
         at = end
-    return "".join([*pieces, text[at:]])
+    return "".join(pieces), kept
