@@ -67,6 +67,7 @@ class Sequence:
     status: Status = Status.WAITING
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
+    num_when_admitted: int = 0  # tokens, prompt and emitted, at the latest admission
     prefix_hashes: list[bytes] = field(default_factory=list)
     counts: SpecCounts = field(default_factory=SpecCounts)
 
@@ -85,6 +86,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def num_since_admitted(self) -> int:
+        """Tokens emitted since it was admitted, or admitted again."""
+        return len(self.tokens) - self.num_when_admitted
 
     @property
     def num_committed(self) -> int:

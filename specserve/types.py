@@ -138,9 +138,10 @@ class Request(Struct, frozen=True, tag=True):
     sampling: SamplingParams
     speculation: SpeculationParams = SpeculationParams()
     deadline: float | None = None  # time.monotonic() seconds
-    priority: int = 0  # higher runs first
+    priority: int = 0  # higher runs first, of the same tenant
     cache_salt: str = ""
     arrived_at: float = 0.0  # time.monotonic() seconds
+    tenant: str = ""  # who shares places, KV and passes with others: the name of an API key
 
 
 class Abort(Struct, frozen=True, tag=True):

@@ -341,7 +341,7 @@ class Engine:
         self.drafter = ComposedDrafter(self._drafters, self.shape.vocab_size, worth)
         self._pricing = Pricing(config.draft.max_nodes, self._costs)
         self.scheduler = Scheduler(
-            self.kv, self._pricing.policy, config.schedule, self.drafter.forget
+            self.kv, self._pricing.policy, config.schedule, self.drafter.forget, self._costs
         )
         self._times = StepTimes()
 

@@ -2,7 +2,7 @@
 
 Speculation gives way first: short of rows or blocks, trees shrink to their root, then nobody is
 admitted, then the youngest sequence is preempted. A preempted sequence keeps its tokens and is
-computed again, to the same bits.
+computed again, to the same bits. `tenants` says what each of several tenants may have.
 """
 
 import bisect
@@ -12,7 +12,9 @@ from specserve.cache.manager import Denied, KVCacheManager
 from specserve.cache.prefix import prefix_hashes
 from specserve.cache.table import BlockTable
 from specserve.config import ScheduleConfig
+from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import Policy
+from specserve.schedule.tenants import Tenants
 from specserve.sequence import Sequence, SpecCounts, Status
 from specserve.step import Ending, Entry, StepPlan, Verdict
 from specserve.tree import DraftTree
@@ -28,6 +30,7 @@ class Scheduler:
         policy: Policy,
         config: ScheduleConfig,
         on_leave: Callable[[str], None],
+        costs: PassCosts | None = None,
     ) -> None:
         self.running: list[Sequence] = []  # by priority, then age
         self.waiting: list[Sequence] = []  # likewise
@@ -35,6 +38,7 @@ class Scheduler:
         self.num_prompt_tokens = 0  # of all requests ever admitted
         self.num_cached_tokens = 0  # of those, taken from the prefix cache
         self.counts = SpecCounts()  # of all requests together
+        self.tenants = Tenants(config.max_batch_rows, costs)
         self._kv = kv
         self._policy = policy
         self._config = config
@@ -59,12 +63,18 @@ class Scheduler:
         self._seqs[seq.id] = seq
         self._order[seq.id] = (-request.priority, self._num_arrived)
         self._num_arrived += 1
+        self.tenants.arrive(request.tenant)
         self._enqueue(self.waiting, seq)
 
     def finish(self, seq_id: str, ending: Ending, error: str | None = None) -> StepOutput:
         """Take a request out, wherever it is, and give its blocks back."""
         seq = self._seqs.pop(seq_id)
-        (self.running if seq.status is Status.RUNNING else self.waiting).remove(seq)
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+            self.tenants.stop(seq)
+        else:
+            self.waiting.remove(seq)
+        self.tenants.leave(seq.request.tenant)
         del self._order[seq_id]
         seq.status = Status.FINISHED
         self._kv.release(seq.table)
@@ -93,8 +103,10 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """Who runs in the next pass. Reserves every slot the pass will write."""
         self._reserve_roots()
+        if self.tenants.several:
+            self._make_way()
         decoding = [seq for seq in self.running if seq.num_pending == 1]
-        chunks = self._plan_chunks(self._config.max_batch_rows - len(decoding))
+        chunks = self._plan_chunks(decoding)
         spare_rows = self._config.max_batch_rows - len(decoding) - sum(chunks.values())
         with_tree = decoding + [seq for seq, rows in chunks.items() if rows == seq.num_pending]
         budgets = self._policy.budgets(with_tree, spare_rows)
@@ -115,6 +127,7 @@ class Scheduler:
             seq, verdict = entry.seq, verdicts.get(entry.seq.id)
             if verdict is not None:
                 seq.tokens.extend(verdict.emitted)
+                self.tenants.charge(seq.request.tenant, len(verdict.emitted))
                 tree = trees[seq.id]
                 depth = max(tree.depths)
                 for counts in (seq.counts, self.counts):
@@ -140,32 +153,103 @@ class Scheduler:
         )
 
     def _reserve_roots(self) -> None:
-        """A slot for the root of everyone who decodes, at the cost of the youngest if need be."""
+        """A slot for the root of everyone who decodes, at the cost of the last in line if need
+        be."""
         for seq in list(self.running):
             while seq.status is Status.RUNNING and seq.num_pending == 1:
                 if self._kv.reserve(seq.table, 1):
                     break
-                self._preempt(self.running[-1])
+                self._preempt(self.tenants.last_in_line(self._order))
 
-    def _plan_chunks(self, rows: int) -> dict[Sequence, int]:
+    def _make_way(self) -> None:
+        """Admit those of tenants that have fewer sequences running than others, at their cost."""
+        for tenant in self.tenants.in_turn():
+            for seq in _of(tenant, self.waiting):
+                denied: Denied | None = Denied.NO_ROOM
+                while denied is Denied.NO_ROOM and (victim := self.tenants.makes_way(tenant)):
+                    denied = self._admit(seq)
+                    if denied is Denied.NO_ROOM:
+                        if not self._is_short_of_places and not self._is_within_share(seq):
+                            break
+                        self._preempt(victim)
+                if denied is Denied.NO_ROOM:
+                    break
+
+    def _plan_chunks(self, decoding: list[Sequence]) -> dict[Sequence, int]:
         """Prompt tokens per sequence: those that run first, then those admitted now."""
         chunks: dict[Sequence, int] = {}
-        for seq in [seq for seq in self.running if seq.num_pending > 1]:
-            if rows > 0:
-                chunks[seq] = min(seq.num_pending, rows)
-                rows -= chunks[seq]
-        for seq in list(self.waiting):
-            if rows <= 0 or len(self.running) >= self._config.max_num_seqs:
+        rows = self._config.max_batch_rows - len(decoding)
+        if not self.tenants.several:
+            self._fill(self.running, self.waiting, rows, chunks)
+            return chunks
+        wanted = dict.fromkeys(self.tenants.in_turn(), 0)
+        for seq in (*self.running, *self.waiting):
+            if seq.num_pending > 1 or seq.status is Status.WAITING:
+                wanted[seq.request.tenant] += seq.num_pending
+        wanting = {tenant: tokens for tenant, tokens in wanted.items() if tokens}
+        allowed = self.tenants.allowances(decoding, wanting)
+        given = dict.fromkeys(wanting, 0)
+        blocked = False
+        while wanting and rows > 0:
+            share = -(-rows // len(wanting))
+            for tenant in list(wanting):
+                most = min(share, rows, allowed[tenant] - given[tenant])
+                waiting = [] if blocked else _of(tenant, self.waiting)
+                taken, insists = self._fill(_of(tenant, self.running), waiting, most, chunks)
+                blocked = blocked or insists
+                rows -= taken
+                given[tenant] += taken
+                if taken < share:
+                    del wanting[tenant]
+        for tenant, num_rows in given.items():
+            self.tenants.spend(tenant, len(decoding), num_rows)
+        return chunks
+
+    def _fill(
+        self,
+        running: list[Sequence],
+        waiting: list[Sequence],
+        rows: int,
+        chunks: dict[Sequence, int],
+    ) -> tuple[int, bool]:
+        """Give so many rows more to prompts: to those that run, then to those admitted now.
+
+        How many were taken, and whether one waits for room that nobody else may take.
+        """
+        left = rows
+        for seq in [seq for seq in running if seq.num_pending > 1]:
+            if left > 0:
+                more = min(seq.num_pending - chunks.get(seq, 0), left)
+                chunks[seq] = chunks.get(seq, 0) + more
+                left -= more
+        for seq in list(waiting):
+            if left <= 0 or self._is_short_of_places:
                 break
             denied = self._admit(seq)
             if denied is Denied.NO_ROOM:
-                break
+                return rows - left, self._insists(seq)
             if denied is None:
-                chunks[seq] = min(seq.num_pending, rows)
-                rows -= chunks[seq]
-        return chunks
+                chunks[seq] = min(seq.num_pending, left)
+                left -= chunks[seq]
+        return rows - left, False
+
+    @property
+    def _is_short_of_places(self) -> bool:
+        return len(self.running) >= self._config.max_num_seqs
+
+    def _is_within_share(self, seq: Sequence) -> bool:
+        num_blocks = -(-seq.num_tokens // self._kv.block_size)
+        return self.tenants.is_within_share(
+            seq.request.tenant, num_blocks, self._kv.pool.num_blocks
+        )
+
+    def _insists(self, seq: Sequence) -> bool:
+        """Whether nobody else is admitted until there is room for it."""
+        return self._is_within_share(seq) or self.tenants.is_next(seq.request.tenant)
 
     def _admit(self, seq: Sequence) -> Denied | None:
+        if self._is_short_of_places:
+            return Denied.NO_ROOM
         if not seq.prefix_hashes:
             seq.prefix_hashes = prefix_hashes(
                 seq.tokens, self._kv.block_size, seq.request.cache_salt
@@ -177,6 +261,7 @@ class Scheduler:
         if isinstance(admitted, Denied):
             return admitted
         seq.table = admitted
+        seq.num_when_admitted = seq.num_tokens
         seq.status = Status.RUNNING
         if not seq.num_preemptions:
             seq.num_cached = seq.num_committed
@@ -184,10 +269,12 @@ class Scheduler:
             self.num_cached_tokens += seq.num_cached
         self.waiting.remove(seq)
         self._enqueue(self.running, seq)
+        self.tenants.start(seq, self.running)
         return None
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        self.tenants.stop(seq)
         self._kv.release(seq.table)
         seq.status = Status.WAITING
         seq.prefix_hashes = []  # it has grown since
@@ -198,3 +285,7 @@ class Scheduler:
 
     def _enqueue(self, queue: list[Sequence], seq: Sequence) -> None:
         bisect.insort(queue, seq, key=lambda queued: self._order[queued.id])
+
+
+def _of(tenant: str, queue: list[Sequence]) -> list[Sequence]:
+    return [seq for seq in queue if seq.request.tenant == tenant]

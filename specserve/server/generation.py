@@ -197,6 +197,7 @@ class Generation:
             job.priority,
             job.cache_salt,
             self._times.arrived,
+            job.key,
         )
         try:
             # The engine keeps the deadline itself; this is for the wait before it.

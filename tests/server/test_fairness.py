@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import pytest
 from live import LiveServer, Reply, start_server
-from load import wait_until
+from load import SHORT, long_request, wait_until
 from refusal import CHAT, COMPLETION, assert_refused
 from tiny_chat import write_byte_chat
 
@@ -59,6 +59,29 @@ def greedy(server: LiveServer, path: str, bodies: list[dict[str, Any]]) -> Itera
 
 def num_done(replies: list["Future[Reply]"]) -> int:
     return sum(reply.done() for reply in replies)
+
+
+def test_no_key_takes_all_places_and_the_whole_queue(shared: LiveServer) -> None:
+    bodies = [long_request(2000, n=n, request_timeout=10) for n in (128, 128, 36)]
+    with greedy(shared, COMPLETION, bodies) as replies:
+        wait_until(lambda: shared.metric("vllm:num_requests_waiting") > 100)
+        for _ in range(3):
+            reply = shared.ask(CHAT, HI, headers=HONEST)
+            assert reply.status == 200, reply
+            assert reply.json()["usage"]["completion_tokens"] == 4
+        refused = [reply.result() for reply in replies if reply.done()]
+        assert [reply.status for reply in refused] == [429], "a key may fill the queue, or is alone"
+        assert "this key" in assert_refused(refused[0], 429)["message"]
+
+
+def test_a_priority_counts_among_the_requests_of_its_key(shared: LiveServer) -> None:
+    expected = shared.ask(COMPLETION, SHORT, headers=HONEST).json()["choices"]
+    bodies = [long_request(2000, priority=1000, request_timeout=10)] * 40
+    with greedy(shared, COMPLETION, bodies) as replies:
+        wait_until(lambda: shared.metric("vllm:num_requests_waiting") > 7)
+        reply = shared.ask(COMPLETION, SHORT | {"priority": -5}, headers=HONEST)
+        assert not num_done(replies), "it had to wait for the other key"
+        assert reply.json()["choices"] == expected
 
 
 def test_no_key_takes_all_text_workers(shared: LiveServer) -> None:
