@@ -40,12 +40,12 @@ class Limits(Struct, frozen=True):
                 )
 
     def _check_tokens(self, field: str, tokens: Seq[int]) -> None:
-        bad = [token for token in tokens if not 0 <= token < self.vocab_size]
-        if bad:
-            raise RequestError(
-                field,
-                f"token id {bad[0]} is not in the vocabulary; expected 0 to {self.vocab_size - 1}",
-            )
+        for bad in (min(tokens, default=0), max(tokens, default=0)):
+            if not 0 <= bad < self.vocab_size:
+                raise RequestError(
+                    field,
+                    f"token id {bad} is not in the vocabulary; expected 0 to {self.vocab_size - 1}",
+                )
 
     def _check_room(self, num_prompt: int, max_tokens: int) -> None:
         context, slots = self.max_model_len, self.num_kv_slots

@@ -10,13 +10,16 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
+from specserve.engine.limits import Limits
 from specserve.process.frames import FrameSocket
 from specserve.process.parent import kill_with_parent
 from specserve.process.text_messages import (
+    Call,
     Chat,
     Encode,
     Failed,
@@ -24,6 +27,7 @@ from specserve.process.text_messages import (
     Job,
     Ready,
     Refused,
+    Result,
     Setup,
     Stage,
     ToText,
@@ -36,17 +40,20 @@ _PREPARING: Final = 2**31  # bytes for reading a tokenizer of any size
 _GRACE: Final = 1.0  # seconds beyond its limit after which a job nobody waits for ends the worker
 
 
-def main(fd: int) -> None:
-    """Serve the peer at the other end of the socket `fd`."""
+Handler = Callable[[Tokenizer, bytes, Limits], bytes]  # raises RequestError
+
+
+def main(fd: int, handlers: Mapping[str, Handler] = MappingProxyType({})) -> None:
+    """Serve the peer at the other end of the socket `fd`; `handlers` are what it may `Call`."""
     kill_with_parent()
     # One text at a time needs no threads, and theirs would be a lot of the memory limit.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     peer: FrameSocket[ToText] = FrameSocket(socket.socket(fileno=fd), ToText)
     with contextlib.suppress(ConnectionError):  # the peer is gone
-        _serve(peer)
+        _serve(peer, handlers)
 
 
-def _serve(peer: FrameSocket[ToText]) -> None:
+def _serve(peer: FrameSocket[ToText], handlers: Mapping[str, Handler]) -> None:
     inbox = _messages(peer)
     setup = next(inbox, None)
     if not isinstance(setup, Setup):
@@ -60,7 +67,7 @@ def _serve(peer: FrameSocket[ToText]) -> None:
     for job in inbox:
         assert not isinstance(job, Setup)
         _set_alarm(setup.time_limit)
-        answer = _answer(tokenizer, job)
+        answer = _answer(tokenizer, job, handlers)
         signal.setitimer(signal.ITIMER_REAL, 0)
         peer.send(answer)
 
@@ -98,9 +105,13 @@ def _messages(peer: FrameSocket[ToText]) -> Iterator[ToText]:
         yield from messages
 
 
-def _answer(tokenizer: Tokenizer, job: Job) -> Ids | Refused:
+def _answer(
+    tokenizer: Tokenizer, job: Job, handlers: Mapping[str, Handler]
+) -> Ids | Result | Refused:
     try:
         match job:
+            case Call(name, body, limits):
+                return Result(handlers[name](tokenizer, body, limits))
             case Encode(text, allow_special, add_special):
                 ids = tokenizer.encode(text, allow_special=allow_special, add_special=add_special)
             case Chat(messages, add_generation_prompt, continue_final_message):

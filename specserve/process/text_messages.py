@@ -1,11 +1,13 @@
 """What the HTTP process and a text worker say to each other. No torch.
 
 To the worker: `Setup` once, then one job at a time, the next one after the answer. From it: each
-`Stage` of its start, `Ready` (or `Failed`, and it is over), then one `Ids` or `Refused` per job.
+`Stage` of its start, `Ready` (or `Failed`, and it is over), then one `Ids`, `Result` or `Refused`
+per job.
 """
 
 from msgspec import Struct
 
+from specserve.engine.limits import Limits
 from specserve.text.messages import PlainMessage
 
 
@@ -41,6 +43,15 @@ class Stage(Struct, frozen=True, tag=True):
     problem: str
 
 
+class Call(Struct, frozen=True, tag=True):
+    """Run the worker's handler of this name on the body of a request."""
+
+    name: str
+    body: bytes
+    limits: Limits
+    param: str = "body"
+
+
 class Ready(Struct, frozen=True, tag=True):
     max_token_bytes: int | None  # of the tokenizer
 
@@ -55,6 +66,12 @@ class Ids(Struct, frozen=True, tag=True):
     ids: tuple[int, ...]
 
 
+class Result(Struct, frozen=True, tag=True):
+    """What a handler returned."""
+
+    data: bytes
+
+
 class Refused(Struct, frozen=True, tag=True):
     """A job that cannot be done as asked (`RequestError`)."""
 
@@ -62,6 +79,6 @@ class Refused(Struct, frozen=True, tag=True):
     message: str
 
 
-Job = Encode | Chat
+Job = Encode | Chat | Call
 ToText = Setup | Job
-FromText = Stage | Ready | Failed | Ids | Refused
+FromText = Stage | Ready | Failed | Ids | Result | Refused

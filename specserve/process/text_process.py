@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from specserve.engine.limits import Limits
 from specserve.process.child import Child
 from specserve.process.frames import FrameError
 from specserve.process.text_messages import (
+    Call,
     Chat,
     Encode,
     Failed,
@@ -24,6 +26,7 @@ from specserve.process.text_messages import (
     Job,
     Ready,
     Refused,
+    Result,
     Setup,
     Stage,
 )
@@ -34,7 +37,6 @@ from specserve.types import RequestError
 
 logger = logging.getLogger(__name__)
 
-_MODULE: Final = "specserve.process.text_main"
 _START_TIMEOUT: Final = 120.0  # seconds for a process to start and read a tokenizer
 _MAX_DELAY: Final = 30.0  # seconds between attempts to start a worker
 _MAX_BYTES: Final = 2**27  # of one text, below what a frame holds
@@ -51,6 +53,8 @@ class TextUnavailable(Exception):
 class TextProcess:
     """`Tokenizer.encode` and `.chat` of the model directory `target`, for one event loop.
 
+    `module` is the workers' program; what it can be called for beyond texts is its own affair.
+
     `time_limit` is what one job may take once a worker has it, in seconds; `memory_limit` what it
     may need beyond the tokenizer, in bytes; `compile_limit` what the chat template may take to be
     compiled and to render three short chats, in seconds. Two `workers`, so that one long job
@@ -63,6 +67,7 @@ class TextProcess:
         self,
         target: Path,
         *,
+        module: str = "specserve.process.text_main",
         time_limit: float = 10.0,
         memory_limit: int = 2**31,
         compile_limit: float = 10.0,
@@ -71,6 +76,7 @@ class TextProcess:
         shared: bool = False,
         on_done: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        self._module = module
         self._setup = Setup(str(target), time_limit, memory_limit, compile_limit)
         self._num_workers = workers
         self._open: set[Ticket] = set()
@@ -128,7 +134,8 @@ class TextProcess:
         check_text(param, text)
         num_bytes = len(text.encode())
         self._check_size(param, num_bytes, max_tokens)
-        return await self._ask(Encode(text, allow_special, add_special, param), num_bytes, tenant)
+        job = Encode(text, allow_special, add_special, param)
+        return await self._ids(job, num_bytes, tenant)
 
     async def chat(
         self,
@@ -144,7 +151,21 @@ class TextProcess:
         num_bytes = sum(len(message["content"].encode()) for message in plain)
         self._check_size("messages", num_bytes, max_tokens)
         job = Chat(tuple(plain), add_generation_prompt, continue_final_message)
-        return await self._ask(job, num_bytes, tenant)
+        return await self._ids(job, num_bytes, tenant)
+
+    async def call(self, name: str, body: bytes, limits: Limits, *, tenant: str = "") -> bytes:
+        """What the handler `name` of the workers' module makes of the body of a request.
+
+        Raises RequestError or TextUnavailable.
+        """
+        answer = await self._ask(Call(name, body, limits), len(body), tenant)
+        assert isinstance(answer, Result)
+        return answer.data
+
+    async def _ids(self, job: Encode | Chat, num_bytes: int, tenant: str) -> tuple[int, ...]:
+        answer = await self._ask(job, num_bytes, tenant)
+        assert isinstance(answer, Ids)
+        return answer.ids
 
     def _check_size(self, param: str, num_bytes: int, max_tokens: int | None) -> None:
         if num_bytes > _MAX_BYTES:
@@ -156,7 +177,7 @@ class TextProcess:
                 param, f"{num_bytes} bytes cannot fit the context of {max_tokens} tokens"
             )
 
-    async def _ask(self, job: Job, num_bytes: int, tenant: str) -> tuple[int, ...]:
+    async def _ask(self, job: Job, num_bytes: int, tenant: str) -> Ids | Result:
         if not self._tasks:
             raise TextUnavailable("the text workers are not running")
         if not self._queue.has_room(tenant):
@@ -182,7 +203,7 @@ class TextProcess:
         while True:
             await asyncio.sleep(delay)
             try:
-                worker, ready = await _Worker.start(self._setup)
+                worker, ready = await _Worker.start(self._module, self._setup)
             except TextError as error:
                 if not started.done():
                     started.set_exception(error)
@@ -229,12 +250,12 @@ class TextProcess:
             answer = await worker.answer(limit)
         except TimeoutError:
             logger.warning("a text worker took longer than %g s and is replaced", limit)
-            ticket.fail(RequestError(param, f"turning it into tokens took longer than {limit:g} s"))
+            ticket.fail(RequestError(param, f"reading it took longer than {limit:g} s"))
             await worker.end()
             return
         match answer:
-            case Ids(ids):
-                ticket.succeed(ids)
+            case Ids() | Result():
+                ticket.succeed(answer)
             case Refused(field, message):
                 ticket.fail(RequestError(field, message))
             case _:
@@ -269,10 +290,10 @@ class _Worker:
         self.incoming = asyncio.create_task(self._receive())  # done without a job: it ended
 
     @classmethod
-    async def start(cls, setup: Setup) -> "tuple[_Worker, Ready]":
+    async def start(cls, module: str, setup: Setup) -> "tuple[_Worker, Ready]":
         """A worker that has loaded its tokenizer. Raises TextError."""
         try:
-            worker = cls(await Child.start(_MODULE, FromText))
+            worker = cls(await Child.start(module, FromText))
         except OSError as error:
             raise TextError(f"no process for the tokenizer can be started ({error})") from error
         stage = Stage(_START_TIMEOUT, f"{setup.directory}: the tokenizer was not loaded in time")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from specserve.fair_share import Turns, room
-from specserve.process.text_messages import Job
+from specserve.process.text_messages import Ids, Job, Result
 
 _LONG: Final = 2**16  # bytes: from there on a job takes longer than others should wait for it
 _ANY_JOB: Final = 2**10  # bytes that the shortest job counts as
@@ -19,16 +19,16 @@ class Ticket:
     job: Job
     tenant: str
     num_bytes: int
-    answer: "asyncio.Future[tuple[int, ...]]"
+    answer: "asyncio.Future[Ids | Result]"
     num_attempts: int = 0  # that ended their worker
 
     @property
     def long(self) -> bool:
         return self.num_bytes >= _LONG
 
-    def succeed(self, ids: tuple[int, ...]) -> None:
+    def succeed(self, answer: Ids | Result) -> None:
         if not self.answer.done():
-            self.answer.set_result(ids)
+            self.answer.set_result(answer)
 
     def fail(self, error: Exception) -> None:
         if not self.answer.done():

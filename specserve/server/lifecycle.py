@@ -27,6 +27,7 @@ from specserve.hub.names import base_name
 from specserve.process.engine_process import EngineFailed, EngineProcess
 from specserve.process.messages import EngineInfo
 from specserve.process.text_process import TextProcess
+from specserve.server import text_worker
 from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
 from specserve.server.app import build_app
@@ -168,6 +169,7 @@ def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
         engine=engine,
         texts=TextProcess(
             target,
+            module=text_worker.MODULE,
             time_limit=server.template_timeout,
             shared=shared,
             on_done=metrics.tokenize_seconds.observe,

@@ -14,6 +14,7 @@ from specserve.server.metric_registry import MetricRegistry
 from specserve.server.request_timer import SECONDS, SIZES, RequestMetrics, RequestTimer
 
 MAX_POSITIONS: Final = 64
+LAG_SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHORT_SECONDS: Final = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1.0, 3.0))
 
 # What the engine counts: name, help, where its total so far stands in a snapshot.
@@ -111,7 +112,7 @@ class ServerMetrics:
             "specserve:tokenize_seconds", "Turning text into tokens, waiting included.", SECONDS
         )
         self.event_loop_lag = registry.histogram(
-            "specserve:event_loop_lag_seconds", "How late a timer fires.", SHORT_SECONDS
+            "specserve:event_loop_lag_seconds", "How late a timer fires.", LAG_SECONDS
         )
         self._http_requests = registry.counters(
             "specserve:http_requests", "HTTP requests answered.", "route", "status"

@@ -6,6 +6,7 @@ step accepts never shows in the text.
 
 from codecs import utf_8_decode
 from collections.abc import Sequence
+from functools import lru_cache
 
 from specserve.text.tokenizer import Tokenizer
 
@@ -105,15 +106,16 @@ class StopChecker:
         return len(text) - held
 
 
-def _borders(stop: str) -> list[int]:
+@lru_cache(maxsize=512)  # the choices of a request, 128 at most, have the same stop strings
+def _borders(stop: str) -> tuple[int, ...]:
     """For each prefix of `stop`, the length of its longest proper prefix that also ends it."""
     borders = [0] * (len(stop) + 1)
     for end in range(1, len(stop)):
         borders[end + 1] = _advance(stop, borders, borders[end], stop[end])
-    return borders
+    return tuple(borders)
 
 
-def _advance(stop: str, borders: list[int], matched: int, character: str) -> int:
+def _advance(stop: str, borders: Sequence[int], matched: int, character: str) -> int:
     while matched and (matched == len(stop) or stop[matched] != character):
         matched = borders[matched]
     return matched + (stop[matched] == character)

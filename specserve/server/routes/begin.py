@@ -1,13 +1,14 @@
 """What both generating routes do first: read the body, check it, make a `Generation` of it."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Final, TypeVar
 
+import msgspec
 from aiohttp import web
-from msgspec import Struct
 
 from specserve.config import parse_bytes
 from specserve.server.auth import principal
@@ -19,15 +20,47 @@ from specserve.server.protocol.fields import GenerationFields
 from specserve.server.service import ARRIVED, REQUEST_ID, SERVICE, Service
 from specserve.types import Request, RequestError
 
-T = TypeVar("T", bound=Struct)
+_READ_HERE: Final = 2**15  # bytes; 10 ms if each is a JSON value
+
+_TIMEOUT: Final = re.compile(rb'"request_timeout"\s*:\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)[\s,}]')
+
+T = TypeVar("T", bound=GenerationFields)
 
 
-async def read(request: web.Request, request_type: type[T]) -> T:
-    """The body as a request. Raises APIError or RequestError."""
+async def read(request: web.Request, request_type: type[T], handler: str) -> T:
+    """The body as a request. Raises APIError or RequestError.
+
+    A long one is read by the text workers' `handler`: in the event loop it would hold up everybody.
+    """
+    body = await read_bytes(request)
+    if len(body) <= _READ_HERE:
+        fields = decode(body, request_type)
+        fields.check()
+        return fields
+    data = await call_text_worker(request, handler, body)
+    return msgspec.msgpack.decode(data, type=request_type)
+
+
+async def read_bytes(request: web.Request) -> bytes:
+    """The body. Raises APIError."""
     config = request.app[SERVICE].config.server
     limit = parse_bytes("max_body_bytes", config.max_body_bytes)
-    body = await read_body(request, limit, config.body_timeout, request[BODY].take)
-    return decode(body, request_type)
+    return await read_body(request, limit, config.body_timeout, request[BODY].take)
+
+
+async def call_text_worker(request: web.Request, handler: str, body: bytes) -> bytes:
+    """What the text workers' handler makes of the body. Raises APIError, RequestError,
+    TextUnavailable or DeadlinePassed."""
+    service = request.app[SERVICE]
+    limits, tenant = service.engine_info().limits, principal(request).name
+    async with in_time(request, _wanted_timeout(body)):
+        return await service.texts.call(handler, body, limits, tenant=tenant)
+
+
+def _wanted_timeout(body: bytes) -> float | None:
+    """The `request_timeout` of a body that nobody has read yet: it may have to wait for that."""
+    found = _TIMEOUT.match(body, max(0, body.rfind(b'"request_timeout"')))
+    return float(found[1]) if found else None
 
 
 @asynccontextmanager

@@ -8,13 +8,13 @@ from specserve.server.protocol.chat import ChatChunk, ChatRequest
 from specserve.server.respond import respond
 from specserve.server.routes.begin import begin, in_time, read
 from specserve.server.service import SERVICE
+from specserve.server.text_worker import read_chat
 
 
 @scope(Scope.INFERENCE)
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
-    fields = await read(request, ChatRequest)
-    fields.check()
+    fields = await read(request, ChatRequest, read_chat.__name__)
     continues = bool(fields.continue_final_message)
     async with in_time(request, fields.request_timeout):
         prompt = await service.texts.chat(

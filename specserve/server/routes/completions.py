@@ -1,5 +1,7 @@
 """POST /v1/completions"""
 
+import asyncio
+
 from aiohttp import web
 
 from specserve.server.auth import Scope, principal, scope
@@ -13,14 +15,14 @@ from specserve.server.protocol.completions import (
 from specserve.server.respond import respond
 from specserve.server.routes.begin import begin, in_time, read
 from specserve.server.service import SERVICE, Service
+from specserve.server.text_worker import read_completion
 from specserve.text import IncrementalDecoder
 
 
 @scope(Scope.INFERENCE)
 async def completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
-    fields = await read(request, CompletionRequest)
-    fields.check()
+    fields = await read(request, CompletionRequest, read_completion.__name__)
     given = fields.prompts()
     async with in_time(request, fields.request_timeout):
         prompts = await _encode(service, given, principal(request).name)
@@ -35,7 +37,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     answer = Completion(
         id=f"cmpl-{generation.job.id}", created=service.now(), model=service.model_name, choices=()
     )
-    echoes = [p if isinstance(p, str) else _text(service, fields, p) for p in given]
+    echoes = await _echoes(service, fields, given) if fields.echo else []
     form = CompletionFormat(answer, fields, prompts, echoes, service.token_bytes)
     return await respond(request, fields, generation, form)
 
@@ -50,7 +52,15 @@ async def _encode(service: Service, given: Prompts, tenant: str) -> list[tuple[i
     ]
 
 
-def _text(service: Service, fields: CompletionRequest, prompt: tuple[int, ...]) -> str:
-    """Of a prompt given as ids; a character that it leaves open is the completion's."""
-    skip_special = fields.skip_special_tokens is not False
-    return IncrementalDecoder(service.tokenizer, skip_special=skip_special).feed(prompt)
+async def _echoes(service: Service, fields: CompletionRequest, given: Prompts) -> list[str]:
+    """The prompts as text; a character that one given as ids leaves open is the completion's."""
+    echoes = []
+    for prompt in given:
+        if isinstance(prompt, str):
+            echoes.append(prompt)
+            continue
+        skip_special = fields.skip_special_tokens is not False
+        decoder = IncrementalDecoder(service.tokenizer, skip_special=skip_special)
+        echoes.append(decoder.feed(prompt))
+        await asyncio.sleep(0)  # others first: there may be many long ones
+    return echoes

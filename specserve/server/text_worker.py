@@ -1,0 +1,127 @@
+"""The server's text worker: a text worker that also reads and answers bodies of requests.
+
+Decoding 8 MB of JSON, or writing a million tokens, takes up to seconds in which the event loop
+would serve nobody. Here it has a time and a memory limit, and holds up one worker only.
+Run as `python -m specserve.server.text_worker FD`.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final
+
+import msgspec
+from msgspec import UNSET, Struct
+
+from specserve.engine.limits import Limits
+from specserve.process.text_main import Handler, main
+from specserve.server.parse import decode
+from specserve.server.protocol.chat import ChatRequest
+from specserve.server.protocol.completions import CompletionRequest
+from specserve.server.protocol.others import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from specserve.text import Tokenizer
+from specserve.text.messages import read_messages
+from specserve.text.token_bytes import TokenBytes
+from specserve.types import RequestError
+
+MODULE: Final = "specserve.server.text_worker"
+MAX_TOKENS: Final = 2**20  # that one request may bring as ids, or get: 8 MB of JSON
+
+
+class Answer(Struct, frozen=True):
+    """The whole body of a response, and the `model` that the request asked for."""
+
+    model: str | None
+    body: bytes
+
+
+def read_completion(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
+    """A `CompletionRequest` in msgpack. Raises RequestError, also for ids that cannot fit."""
+    request = decode(body, CompletionRequest)
+    request.check()
+    num_tokens = 0
+    for index, prompt in enumerate(request.prompts()):
+        if isinstance(prompt, tuple):
+            num_tokens += len(prompt)
+            if len(prompt) > limits.max_model_len:
+                raise RequestError(
+                    f"prompt[{index}]",
+                    f"{len(prompt)} tokens do not fit the context of {limits.max_model_len}",
+                )
+    _check_count("prompt", num_tokens)
+    return msgspec.msgpack.encode(request)
+
+
+def read_chat(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
+    """A `ChatRequest` in msgpack, its messages brought into their plain form."""
+    request = decode(body, ChatRequest)
+    request.check()
+    messages = read_messages(request.messages)
+    return msgspec.msgpack.encode(msgspec.structs.replace(request, messages=messages))
+
+
+def tokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
+    """The `Answer` of /tokenize."""
+    request = decode(body, TokenizeRequest)
+    if (request.prompt is None) == (request.messages is None):
+        raise RequestError("prompt", "send exactly one of prompt and messages")
+    if request.messages is not None:
+        continues = request.continue_final_message
+        generates = request.add_generation_prompt and not continues
+        tokens = tokenizer.chat(request.messages, generates, continues)
+    else:
+        assert request.prompt is not None
+        tokens = tokenizer.encode(request.prompt, add_special=request.add_special_tokens)
+    _check_count("prompt" if request.messages is None else "messages", len(tokens))
+    response = TokenizeResponse(
+        count=len(tokens),
+        max_model_len=limits.max_model_len,
+        tokens=tuple(tokens),
+        token_strs=_names(tokenizer, tokens) if request.return_token_strs else UNSET,
+    )
+    return _answer(request.model, response)
+
+
+def detokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
+    """The `Answer` of /detokenize."""
+    request = decode(body, DetokenizeRequest)
+    for index, token in enumerate(request.tokens):
+        if token >= limits.vocab_size:
+            raise RequestError(
+                f"tokens[{index}]", f"{token} is not in the vocabulary of {limits.vocab_size}"
+            )
+    text = tokenizer.decode(request.tokens, skip_special=False)
+    return _answer(request.model, DetokenizeResponse(text))
+
+
+HANDLERS: Final[dict[str, Handler]] = {
+    handler.__name__: handler
+    for handler in (read_completion, read_chat, tokenize_body, detokenize_body)
+}
+
+
+def _check_count(name: str, num_tokens: int) -> None:
+    if num_tokens > MAX_TOKENS:
+        raise RequestError(name, f"{num_tokens} tokens; one request may have {MAX_TOKENS}")
+
+
+def _names(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, ...]:
+    return tuple(map(_token_bytes(tokenizer).text, tokens))
+
+
+@lru_cache(maxsize=1)
+def _token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    return TokenBytes(tokenizer)
+
+
+def _answer(model: str | None, response: Struct) -> bytes:
+    return msgspec.msgpack.encode(Answer(model, msgspec.json.encode(response)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), HANDLERS)

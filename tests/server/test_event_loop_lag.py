@@ -1,0 +1,105 @@
+"""No request, however large or odd its body, holds up the event loop and with it everybody."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from live import LiveServer, start_server
+from refusal import CHAT, COMPLETION
+from tiny_chat import write_byte_chat
+
+MAX_BODY: Final = 8 * 2**20
+# Seconds, a bucket of the histogram. On an idle machine none is over 0.05; beside other tests a
+# process waits for its turn, too. Read in the event loop, these bodies took seconds.
+LONGEST_LAG: Final = 0.3
+TRIES: Final = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_byte_chat(tmp_path_factory.mktemp("lag") / "tiny-chat", context=8192)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[LiveServer]:
+    with start_server(model, "--template-timeout", "60") as live:
+        yield live
+
+
+def filled(before: bytes, item: bytes, after: bytes) -> bytes:
+    """A body as large as one may be: `item` between the two as often as it fits."""
+    count = (MAX_BODY - len(before) - len(after)) // len(item)
+    return before + (item * count)[: -1 if item.endswith(b",") else None] + after
+
+
+HI: Final = b'"messages":[{"role":"user","content":"Hi."}]'
+BODIES: Final[dict[str, tuple[str, bytes]]] = {
+    "an unknown field": (CHAT, filled(b'{"x":[', b"[],", b"]}")),
+    "a known field": (CHAT, filled(b"{" + HI + b',"metadata":[', b"[],", b"]}")),
+    "many fields": (
+        CHAT,
+        b"{" + b",".join(b'"%07d":1' % number for number in range(MAX_BODY // 12)) + b"}",
+    ),
+    "a field of a message": (
+        CHAT,
+        filled(b'{"messages":[{"role":"user","content":"a","x":[', b"[],", b"]}]}"),
+    ),
+    "parts of a message": (
+        CHAT,
+        filled(b'{"messages":[{"role":"user","content":[', b'{"type":"text","text":""},', b"]}]}"),
+    ),
+    "messages": (CHAT, filled(b'{"messages":[', b"{},", b"]}")),
+    "a text": (COMPLETION, filled(b'{"prompt":"', b"a ", b'"}')),
+    "escapes": (COMPLETION, filled(b'{"prompt":"', b"\\u00e9", b'"}')),
+    "empty prompts": (COMPLETION, filled(b'{"prompt":[', b'"",', b"]}")),
+    "ids": (COMPLETION, filled(b'{"prompt":[', b"1,", b"]}")),
+    "lists of ids": (COMPLETION, filled(b'{"prompt":[', b"[1],", b"]}")),
+    "stop tokens": (COMPLETION, filled(b'{"prompt":"a","stop_token_ids":[', b"1,", b"]}")),
+    "a prediction": (
+        COMPLETION,
+        filled(b'{"prompt":"a","prediction":{"type":"content","content":"', b"a ", b'"}}'),
+    ),
+    "a text to tokenise": ("/tokenize", filled(b'{"prompt":"', b"a", b'"}')),
+    "a text to spell out": (
+        "/tokenize",
+        b'{"return_token_strs":true,"prompt":"' + b"a" * 2**20 + b'"}',
+    ),
+    "ids to decode": ("/detokenize", b'{"tokens":[' + b"97," * (2**20 - 1) + b"97]}"),
+    "too many ids to decode": ("/detokenize", filled(b'{"tokens":[', b"1,", b"]}")),
+    "no JSON": (CHAT, b"[" * MAX_BODY),
+}
+
+
+def num_late(server: LiveServer) -> float:
+    """How often a timer of the event loop fired later than it may."""
+    name = "specserve:event_loop_lag_seconds"
+    within = server.metric(f"{name}_bucket", le=str(LONGEST_LAG))
+    return server.metric(f"{name}_count") - within
+
+
+def never_late(server: LiveServer, happens: Any) -> bool:
+    for _ in range(TRIES):
+        before = num_late(server)
+        happens()
+        time.sleep(0.3)  # the next timer
+        if num_late(server) == before:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_large_bodies_are_read_elsewhere(server: LiveServer, name: str) -> None:
+    path, body = BODIES[name]
+    assert len(body) <= MAX_BODY
+    statuses = []
+    assert never_late(server, lambda: statuses.append(server.ask(path, body).status))
+    assert set(statuses) <= {200, 400, 413}
+
+
+def test_many_choices_with_many_stop_strings(server: LiveServer) -> None:
+    """What the stop strings need is worked out once, not for every choice."""
+    stops = [f"{index:03}" + "ab" * 500 for index in range(16)]
+    body = {"prompt": "a", "n": 128, "max_tokens": 1, "stop": stops}
+    assert never_late(server, lambda: server.ask(COMPLETION, body))
