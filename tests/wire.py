@@ -38,6 +38,10 @@ class Wire:
         """What has come, but at least one byte and at most `size`; none if the server closed."""
         return self._answers.read1(size)
 
+    def half_close(self) -> None:
+        """Nothing more is sent; answers still come."""
+        self._connection.shutdown(socket.SHUT_WR)
+
     def reset(self) -> None:
         """Gone at once, without a goodbye; nothing happens if it is closed already."""
         if self._connection.fileno() >= 0:

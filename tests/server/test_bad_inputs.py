@@ -1,4 +1,4 @@
-"""BAD_INPUTS.md: all 59, each with tests that exist."""
+"""BAD_INPUTS.md: all of them, each with tests that exist."""
 
 import re
 from pathlib import Path
