@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from specserve.files import FileError, quoted, read_file, short
+from specserve.files import FileError, is_there, quoted, read_file, short
 
 MAX_JSON_BYTES: Final = 64 * 2**20
 MAX_INTEGER: Final = 2**31 - 1
@@ -28,7 +28,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = read_file(path, MAX_JSON_BYTES)
     except FileError as error:
-        raise ModelError(f"{error}; is it a model directory?") from None
+        hint = "" if is_there(path) else "; is it a model directory?"
+        raise ModelError(f"{error}{hint}") from None
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
