@@ -195,7 +195,6 @@ def test_predictions_that_are_of_no_use(survivor: LiveServer) -> None:
 
 
 SPECULATIONS: list[tuple[Any, str]] = [
-    ({"enabled": None}, "speculation.enabled"),
     ({"enabled": "yes"}, "speculation.enabled"),
     *(({"max_nodes": value}, "speculation.max_nodes") for value in (0, -1, 65, 2**70, 1.5, True)),
     *(({"drafters": value}, "speculation.drafters") for value in ([], "ngram", ["a"] * 17)),
