@@ -221,7 +221,10 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One token of the vocabulary makes the model produce no numbers."""
     model = write_byte_chat(tmp_path_factory.mktemp("poisoned") / "tiny-chat")
     weights = load_file(model / "model.safetensors")
-    weights["model.embed_tokens.weight"][ord(POISON)] = float("nan")
+    # Only this token has anything in a channel that the first norm makes infinite.
+    weights["model.embed_tokens.weight"][:, 0] = 0.0
+    weights["model.embed_tokens.weight"][ord(POISON), 0] = 100.0
+    weights["model.layers.0.input_layernorm.weight"][0] = 3e38
     save_file(weights, model / "model.safetensors")
     with start_server(model, "--kv-memory", "512KiB") as server:
         yield server
