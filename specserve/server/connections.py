@@ -7,9 +7,9 @@ number. Knows the routes and their bodies only as bytes.
 import asyncio
 import logging
 import math
+import socket
 import sys
 from collections.abc import Callable
-from socket import IPPROTO_TCP, SO_ERROR, SOL_SOCKET, TCP_INFO
 from typing import Any, Final, Protocol, cast
 
 from aiohttp import EMPTY_PAYLOAD, HttpVersion11, web
@@ -26,6 +26,7 @@ _POLL_S: Final = 0.02  # between looks at what TLS has handed on
 _FIRST_LOOK_S: Final = 0.05  # after a client sent its last byte, whether it is there at all
 _LONGEST_LOOK_S: Final = 5.0
 _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"  # which a client has to skip
+_ACKNOWLEDGED: Final = slice(120, 128)  # tcpi_bytes_acked of Linux's struct tcp_info
 _CLOSE: Final = {"Connection": "close"}
 _CHARSETS: Final = {None, "utf-8", "utf8", "us-ascii"}
 
@@ -188,10 +189,12 @@ class Connection(web.RequestHandler):
         That is what its system has acknowledged; where ours does not tell, what ours has taken, in
         large steps.
         """
-        if sys.platform != "linux":
-            return -self._num_unsent()
-        info = self._raw.get_extra_info("socket").getsockopt(IPPROTO_TCP, TCP_INFO, 128)
-        return int.from_bytes(info[120:128], sys.byteorder)  # tcpi_bytes_acked
+        if sys.platform == "linux":
+            sock = self._raw.get_extra_info("socket")
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.stop)
+            if len(info) == _ACKNOWLEDGED.stop:
+                return int.from_bytes(info[_ACKNOWLEDGED], sys.byteorder)
+        return -self._num_unsent()
 
     def _num_unsent(self) -> int:
         """Bytes that the system has not taken yet."""
@@ -227,14 +230,16 @@ class Connection(web.RequestHandler):
     def _look_for_client(self, waited: float) -> None:
         """Only who is still there takes what is written: an interim answer, so often that nothing
         is computed for long for nobody. HTTP/1.0 has none, so its clients have to listen."""
-        request = self._current_request
-        if self.transport is None or self._is_idle:
+        if self.transport is None or self.transport.is_closing() or self._is_idle:
             return
+        request = self._current_request
+        unanswered = request is not None and request.writer.output_size == 0
         outdated = request is not None and request.version < HttpVersion11
-        if outdated or self._raw.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_ERROR):
+        sock = self._raw.get_extra_info("socket")
+        if (unanswered and outdated) or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self._raw.abort()
             return
-        if request is not None and request.writer.output_size == 0:
+        if unanswered:
             self.transport.write(_INTERIM)
         pause = min(2 * waited, _LONGEST_LOOK_S)
         self._loop.call_later(pause, self._look_for_client, pause)

@@ -34,12 +34,13 @@ def allow_files(config: ServerConfig) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (OSError, ValueError):
         raise ConfigError(
             f"max_connections: {config.max_connections} needs {needed} open files and the system "
             f"allows {hard} (ulimit -Hn); raise that, or lower max_connections"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        ) from None
 
 
 class Door:
