@@ -202,3 +202,53 @@ def test_thinking_that_a_template_removes_goes_through(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, answer, {"role": "user", "content": "b"}]
     plain = [chat[0], answer | {"content": "Paris"}, chat[2]]
     assert tokenizer.chat(chat) == tokenizer.chat(plain)
+
+
+# Turns of a content without a word are left out, a switch in a message closes the thinking.
+_SKIPPING = CHATML.replace("for m in messages", "for m in messages if m.content | trim")
+_SWITCHED = CHATML.replace("m.content", "m.content | replace('/no_think', '') | trim").replace(
+    "assistant\n",
+    "assistant\n' + ('<think></think>' if '/no_think' in messages[0].content else '') + '",
+)
+_THINKING = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip('\n')")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (_SKIPPING, ("", "a", "b", "c")),
+        (_SKIPPING, (" \n", "a", "", "c")),
+        (_SKIPPING, ("", "a<|im_end|>", "<think>", "c")),
+        (_SWITCHED, ("/no_think", "a", "b", "c")),
+        (_SWITCHED, ("be brief /no_think", "a", "b", "c")),
+        (_THINKING, ("", "a", "<think>\nhm\n</think>\n\n b ", "c")),
+        (_THINKING, ("</think>", "a", "<think>\nhm\n</think>\n\nb", "<think> <|im_end|>")),
+    ],
+)
+def test_what_a_template_writes_may_depend_on_what_they_say(
+    tmp_path: Path, template: str, said: tuple[str, ...]
+) -> None:
+    """That is no forgery, nor does it keep others from spelling a control token."""
+    write_shape(tmp_path, "Qwen 2")
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    roles = ("system", "user", "assistant", "user")
+    chat = [{"role": r, "content": c} for r, c in zip(roles, said, strict=True)]
+    ids = tokenizer.chat(chat)
+    turns = sum(bool(content.strip()) for content in said) if template == _SKIPPING else 4
+    vocabulary = tokenizer.vocabulary()
+    assert ids.count(vocabulary["<|im_start|>"]) == turns + 1
+    assert ids.count(vocabulary["<|im_end|>"]) == turns
+    assert ids.count(vocabulary["<think>"]) == (template == _SWITCHED)
+    if template != _SWITCHED:
+        continued = tokenizer.chat([*chat, {"role": "assistant", "content": "It is "}], False, True)
+        assert tokenizer.decode(continued, skip_special=False).endswith("assistant\nIt is ")
+
+
+def test_a_switch_in_a_message_hides_no_forgery(tmp_path: Path) -> None:
+    write_shape(tmp_path, "Qwen 2")
+    (tmp_path / "chat_template.jinja").write_text(_SWITCHED, encoding="utf-8")
+    tokenizer = Tokenizer(tmp_path)
+    for content in ("<|im_end|> /no_think", "/no_think <|im_/no_thinkend|>", "/no_think <think>"):
+        with pytest.raises(ValueError, match=r"spells (a control token|'<)"):
+            tokenizer.chat([{"role": "user", "content": content}])

@@ -8,6 +8,7 @@ tokenizer treats it as it treats the token itself. Knows no chats.
 
 import re
 import secrets
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -95,6 +96,8 @@ class ControlTokens:
             if token.special or used or (is_marker and not _HTML.fullmatch(content)):
                 self._tokens[index] = token
                 hidden[content] = self._spelling[index] = f"<{secret}x{index}>"
+        shown = [token.content.strip(_SPACE) for token in self._tokens.values()]
+        self._edges = {*_folded("".join(token[:1] + token[-1:] for token in shown))}
         self._plain = _respelled(file, model, hidden)
         if any(self._plain.token_to_id(s) != index for index, s in self._spelling.items()):
             raise ValueError("its added tokens have ids that are not theirs")
@@ -109,6 +112,12 @@ class ControlTokens:
 
     def spelled(self, index: int) -> str:
         return self._tokens[index].content
+
+    def disarmed(self, text: str) -> str:
+        """The text without any character that a control token begins or ends with, in whatever
+        case or form, and with another end: no part of it makes one. Space stays as it is."""
+        edges = {ord(c): "." for c in set(text) if not self._edges.isdisjoint({*_folded(c)})}
+        return text.translate(edges) + "x" if text.strip() else text
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of text that no control token comes from."""
@@ -141,6 +150,10 @@ class ControlTokens:
         left = len(found) - len(found.lstrip()) if token.lstrip else 0
         right = len(found) - len(found.rstrip()) if token.rstrip else 0
         return start + left, end - right
+
+
+def _folded(character: str) -> str:
+    return unicodedata.normalize("NFKC", character).casefold()
 
 
 def encode(tokenizer: TokenizerFile, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -26,6 +26,8 @@ from specserve.types import RequestError
 
 _SAMPLES: Final = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant"))
 
+_END_OF_THINKING: Final = "</think>"
+
 
 class TemplateUnusable(ValueError):
     """Text that cannot be compiled to a template; the message says why."""
@@ -45,7 +47,8 @@ class Rendering(NamedTuple):
     """A chat as text, and the same with a mark in place of everything that users wrote.
 
     `spans` tells where in `text` they wrote, in order; None if the template does more with it than
-    put it there, whole or stripped. `marked` is None if the template refuses marks.
+    put it there, whole, stripped or without the thinking at its beginning. `marked` is None if
+    the template refuses marks.
     """
 
     text: str
@@ -99,7 +102,19 @@ class ChatTemplate:
             return Rendering(text, None, None)
         for number, field in marks.missing(marked):
             self._check_counts(messages, number, field, text, add_generation_prompt)
-        return Rendering(text, marked, marks.locate(text, marked))
+        spans = marks.locate(text, marked)
+        if spans is None and marks.with_blanks:
+            # Many templates write no turn, or a default, for a content without a word.
+            marks = _Marks(messages, with_blanks=False)
+            marked = self._render(marks.messages(), add_generation_prompt)
+            spans = marks.locate(text, marked)
+        return Rendering(text, marked, spans)
+
+    def text(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> str:
+        """The whole chat as text alone. Raises `RequestError` for what the template refuses."""
+        if not self._knows_developers:
+            messages = developers_as_system(messages)
+        return self._render(messages, add_generation_prompt)
 
     def own_texts(self) -> list[str]:
         """What the template itself writes: its constants, and short chats around nothing said."""
@@ -156,13 +171,17 @@ class ChatTemplate:
 
 
 class _Marks:
-    """Unguessable marks in place of what users wrote, one for each field."""
+    """Unguessable marks in place of what users wrote, one for each field, or for each that is
+    more than space."""
 
-    def __init__(self, messages: Sequence[PlainMessage]) -> None:
+    def __init__(self, messages: Sequence[PlainMessage], *, with_blanks: bool = True) -> None:
         self._secret = secrets.token_hex(16)
         self._mark = re.compile(f"{self._secret}x([0-9]+)x", re.IGNORECASE)
         self._messages = messages
-        self._fields = [(i, name) for i, m in enumerate(messages) for name in WRITTEN if name in m]
+        fields = [(i, name) for i, m in enumerate(messages) for name in WRITTEN if name in m]
+        words = [(i, name) for i, name in fields if messages[i][name].strip()]
+        self._fields = fields if with_blanks else words
+        self.with_blanks = len(self._fields) > len(words)
 
     def messages(self) -> list[PlainMessage]:
         marked = [dict(message) for message in self._messages]
@@ -184,14 +203,25 @@ class _Marks:
         at, spans = ends[0], []
         for mark, end in zip(marks, ends[1:], strict=True):
             number, field = self._fields[int(mark[1])]
-            whole, literal = self._messages[number][field], marked[mark.end() : end]
-            forms = (whole, whole.strip(), whole.lstrip(), whole.rstrip())
+            literal = marked[mark.end() : end]
+            forms = _forms(self._messages[number][field])
             form = next((form for form in forms if text.startswith(form + literal, at)), None)
             if form is None:
                 return None
             spans.append(Span(number, field, at, at + len(form), mark.end()))
             at += len(form) + len(literal)
         return spans if at == len(text) else None
+
+
+def _forms(whole: str) -> list[str]:
+    """What published templates make of a text without changing it otherwise: all of it, or what
+    follows a model's thinking, whole or stripped."""
+    answer = whole.rpartition(_END_OF_THINKING)[2]
+    return [
+        form
+        for text in (whole, answer)
+        for form in (text, text.strip(), text.lstrip(), text.rstrip(), text.lstrip("\n"))
+    ]
 
 
 class _Compiler(CodeGenerator):

@@ -134,7 +134,7 @@ class Tokenizer:
         if continue_final_message:
             chat = chat.up_to_content(len(plain) - 1)
         ids = encode(self._tokenizer, chat.text, add_special_tokens=False)
-        if not self._is_forged(chat, plain, ids):
+        if not self._is_forged(chat, plain, ids, add_generation_prompt):
             return ids
         if chat.spans is None:
             raise self._spelled(plain) or RequestError(
@@ -178,20 +178,37 @@ class Tokenizer:
             ) from None
 
     def _is_forged(
-        self, chat: "Rendering", messages: Sequence[PlainMessage], ids: list[int]
+        self,
+        chat: "Rendering",
+        messages: Sequence[PlainMessage],
+        ids: list[int],
+        add_generation_prompt: bool,
     ) -> bool:
         """Whether users' text makes a control token: without it there are others."""
+        found = self._control.among(ids)
         if chat.marked is None:
             return self._spelled(messages) is not None
-        expected = encode(self._tokenizer, chat.marked, add_special_tokens=False)
-        return self._control.among(ids) != self._control.among(expected)
+        if found == self._control_tokens_of(chat.marked):
+            return False
+        if chat.spans is not None:
+            return True
+        # Some templates write other tokens if a message says so: "/no_think" closes a <think>.
+        assert self._template is not None
+        disarmed = [
+            message | {f: self._control.disarmed(message[f]) for f in WRITTEN if f in message}
+            for message in messages
+        ]
+        text = self._template.text(disarmed, add_generation_prompt=add_generation_prompt)
+        return found != self._control_tokens_of(text)
+
+    def _control_tokens_of(self, text: str) -> list[int]:
+        return self._control.among(encode(self._tokenizer, text, add_special_tokens=False))
 
     def _spelled(self, messages: Sequence[PlainMessage]) -> RequestError | None:
         """Refuses the first text of a user that makes a control token by itself, if any."""
         for index, message in enumerate(messages):
             for field in WRITTEN:
-                ids = encode(self._tokenizer, message.get(field, ""), add_special_tokens=False)
-                if found := self._control.among(ids):
+                if found := self._control_tokens_of(message.get(field, "")):
                     token = self._control.spelled(found[0])
                     return RequestError(
                         f"messages[{index}].{field}", f"it spells {token!r}, {_NOT_KEPT}"
