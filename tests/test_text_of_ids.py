@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from odd_tokenizers import ADDED, FAMILIES, write_tokenizer
+from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as TokenizerFile
-from tokenizers import decoders
 
 from specserve.step import Ending
 from specserve.text import IncrementalDecoder, TextError, Tokenizer
@@ -93,6 +93,23 @@ def test_an_added_token_stands_for_its_content(family: str) -> None:
     for token in ADDED:
         spelled = tokenizer.decode([vocabulary["x"], vocabulary[token], vocabulary["x"]])
         assert spelled == f"x {token} x" if separated else f"x{token}x", token
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_an_added_token_that_text_is_normalised_for(tmp_path: Path, known: bool) -> None:
+    """As fine-tunes of Llama 2 add them: the normaliser puts a "▁" in front of what it reads."""
+    directory = write_tokenizer(tmp_path, "sentencepiece", own=["<tool>"] * known)
+    file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    file.normalizer = normalizers.Sequence(steps)
+    file.add_tokens([AddedToken("<tool>", normalized=True)])
+    file.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(directory)
+    x, tool = (tokenizer.vocabulary()[token] for token in ("x", "<tool>"))
+    assert tokenizer.decode([x, tool, x]) == "x<tool>x"
+    assert tokenizer.decode([tool, x]) == "<tool>x"
+    assert TokenBytes(tokenizer).text(tool) == "<tool>"
+    assert tool not in tokenizer.encode("x <tool>x")
 
 
 def test_an_added_token_of_the_model_is_the_model_s_own(tmp_path: Path) -> None:

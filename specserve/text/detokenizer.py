@@ -76,7 +76,7 @@ class Detokenizer:
         return self.join(list(ids), begins=True).decode(errors="replace")
 
     def _read(self, token_id: int) -> bytes:
-        spelling = self._file.id_to_token(token_id)
+        spelling = self._spelling(token_id)
         if spelling is None:
             return b""
         if self._alphabet is not None:
@@ -87,12 +87,16 @@ class Detokenizer:
         return (spelling if as_it_is else self._after(spelling)).encode()
 
     def _at_beginning(self, token_id: int, as_ever: bytes) -> bytes:
-        spelling = self._file.id_to_token(token_id)
+        spelling = self._spelling(token_id)
         if spelling is None or self._alphabet is not None or self._is_content(token_id, spelling):
             return as_ever
         if not as_ever.isascii() and self._is_byte(token_id, spelling):
             return as_ever
         return self._decode([spelling]).encode()
+
+    def _spelling(self, token_id: int) -> str | None:
+        """As the file has it. The library gives an added token as its normaliser changes it."""
+        return self._added.get(token_id) or self._file.id_to_token(token_id)
 
     def _is_outside(self, token_id: int, spelling: str) -> bool:
         """Whether it was added and the model does not know it."""
