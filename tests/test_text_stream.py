@@ -1,6 +1,7 @@
 """Streams cut into pieces: the text and the stop strings are those of the whole."""
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer as TokenizerFile
 
 from specserve.hub import resolve
 from specserve.text import IncrementalDecoder, StopChecker, Tokenizer
+from specserve.text.output import OutputText
 
 START, END = 256, 257
 
@@ -106,11 +108,24 @@ def test_overlapping_beginnings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "safe"),
-    [("hello", 5), ("hello E", 6), ("hello EN", 6), ("hello ENx", 9), ("aEaEN", 3), ("", 0)],
+    ("text", "held"),
+    [("hello", 0), ("hello E", 1), ("hello EN", 2), ("hello ENx", 0), ("aEaEN", 2), ("", 0)],
 )
-def test_how_much_can_be_shown(text: str, safe: int) -> None:
-    assert StopChecker(("END", "NEVER")).safe_length(text) == safe
+def test_how_much_cannot_be_shown(text: str, held: int) -> None:
+    checker = StopChecker(("END", "NEVER"))
+    checker.feed(text)
+    assert checker.num_held == held
+
+
+def test_long_stop_strings_cost_each_character_once(tokenizer: Tokenizer) -> None:
+    """A text that keeps on nearly ending holds nobody up: what was seen is not read again."""
+    count = 3000
+    output = OutputText(tokenizer, ["a" * 1023 + end for end in "bcdefghijklmnopq"])
+    (index,) = _byte_ids(tokenizer, b"a")
+    started = time.process_time()
+    pieces = [output.feed((index,)) for _ in range(count)]
+    assert time.process_time() - started < 0.001 * count  # of CPU; reading it again takes 5 ms
+    assert "".join(pieces) == "a" * (count - 1023)
 
 
 letters = st.text("ab", max_size=12)
@@ -132,8 +147,7 @@ def test_stops_do_not_depend_on_the_pieces(
     parts = StopChecker(stops)
     first = parts.feed(text[:cut])
     assert (parts.feed(text[cut:]) if first is None else first) == found
-    held = text[whole.safe_length(text) :]
     longest = max(
         (n for stop in stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0
     )
-    assert len(held) == longest
+    assert whole.num_held == longest

@@ -46,7 +46,7 @@ class OutputText:
         """
         self._last = last
         shown = ids[:-1] if end_token and self._skip_special else ids
-        num_before = len(self.text)
+        num_seen = num_before = len(self.text)
         for index in shown:
             num_before = len(self.text)
             self._offsets.append(num_before + self._decoder.num_given_up(index))
@@ -60,7 +60,8 @@ class OutputText:
                 self.text = self.text[: start + len(stop_reason) * self._keep_stop]
         safe = len(self.text)
         if self._holds_back and not last:
-            safe = self._checker.safe_length(self.text)
+            self._checker.feed(self.text[num_seen:])
+            safe -= self._checker.num_held
         piece = self.text[self._num_shown : safe]
         self._num_shown = max(self._num_shown, safe)
         return piece

@@ -95,15 +95,11 @@ class StopChecker:
                 found = max(complete, key=lambda i: len(self._stops[i]))
         return found
 
-    def safe_length(self, text: str) -> int:
-        """How much of `text` can be shown: all but an end that may grow into a stop string."""
-        held = 0
-        for stop, borders in zip(self._stops, self._borders, strict=True):
-            matched = 0
-            for character in text[len(text) - min(len(text), len(stop) - 1) :]:
-                matched = _advance(stop, borders, matched, character)
-            held = max(held, matched)
-        return len(text) - held
+    @property
+    def num_held(self) -> int:
+        """How many characters at the end of the text may be the beginning of a stop string."""
+        rows = zip(self._stops, self._borders, self._matched, strict=True)
+        return max((borders[n] if n == len(stop) else n for stop, borders, n in rows), default=0)
 
 
 @lru_cache(maxsize=512)  # the choices of a request, 128 at most, have the same stop strings
