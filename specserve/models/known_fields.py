@@ -40,7 +40,8 @@ _GENERATION = """
 """
 # Tokens and lengths of the tokenizer, which its own files say.
 _TOKENS = """
-    unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    bos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    decoder_start_token_id
     model_max_length max_sequence_length max_seq_len max_seq_length seq_length n_ctx
 """
 _HARMLESS: Final = frozenset(f"{_ORIGIN} {_TRAINING} {_GENERATION} {_TOKENS}".split())

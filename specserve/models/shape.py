@@ -67,8 +67,6 @@ class ModelShape(Struct, frozen=True):
     qk_norm: bool = False
     tied_head: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    bos_token_id: int | None = None
-    pad_token_id: int | None = None
 
     @classmethod
     def from_dir(cls, path: Path) -> "ModelShape":
@@ -118,8 +116,6 @@ def read_shape(config: Fields, generation: Fields) -> ModelShape:
         qk_norm=family.qk_norm,
         tied_head=config.flag("tie_word_embeddings", False),
         eos_token_ids=_end_tokens(config, generation),
-        bos_token_id=_one_token(config, "bos_token_id"),
-        pad_token_id=_one_token(config, "pad_token_id"),
     )
     config.refuse_unread(is_harmless)
     return shape
@@ -221,8 +217,3 @@ def _end_tokens(config: Fields, generation: Fields) -> tuple[int, ...]:
                 fields.fail("eos_token_id", f"{token} is no token: vocab_size is {vocab_size}")
             ids[token] = None
     return tuple(ids)
-
-
-def _one_token(config: Fields, name: str) -> int | None:
-    ids = config.token_ids(name)
-    return ids[0] if ids else None

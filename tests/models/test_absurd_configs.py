@@ -42,7 +42,6 @@ FIELDS = [
     "model_type",
     "architectures",
     "quantization_config",
-    "bos_token_id",
     "something_else",
 ]
 ROPE_FIELDS = [
