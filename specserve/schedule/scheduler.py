@@ -179,6 +179,8 @@ class Scheduler:
         """Prompt tokens per sequence: those that run first, then those admitted now."""
         chunks: dict[Sequence, int] = {}
         rows = self._config.max_batch_rows - len(decoding)
+        if not self.tenants.only_one:
+            rows = min(rows, self.tenants.most_prompt_rows())
         if not self.tenants.several:
             self._fill(self.running, self.waiting, rows, chunks)
             return chunks
@@ -202,7 +204,7 @@ class Scheduler:
                 if taken < share:
                     del wanting[tenant]
         for tenant, num_rows in given.items():
-            self.tenants.spend(tenant, len(decoding), num_rows)
+            self.tenants.spend(tenant, num_rows)
         return chunks
 
     def _fill(

@@ -3,10 +3,11 @@
 With one tenant nothing here decides anything. A tenant may use what the others do not want; what
 they want is shared by three rules. A free place goes to the tenant with the fewest sequences
 running, then to the one served least. A tenant that has two fewer than another takes one of its
-places, and the other's last in line is preempted. And the prompts of one tenant do not take longer
-in a pass than what it does for the others, or than they left unused before.
+places, and the other's last in line is preempted. And the prompts of one tenant take no longer in a
+pass than it takes for the others, and what they left unused before.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,16 +20,21 @@ from specserve.sequence import Sequence, Status
 _QUANTUM: Final = 32  # tokens that a sequence emits before it makes way for one of no more
 _RECOMPUTED: Final = 8  # tokens that it loses by that, for one that it has emitted since
 _ROWS_OF_A_PASS: Final = 16  # that a pass costs beside its own, where nothing was measured
+_SHARE: Final = 0.5  # of the time of others in a pass, for prompts of who runs more than another
 _CHUNK: Final = 8  # rows; a part of a prompt is a multiple of them
-_CURRENT: Final = 64  # passes after which costs are looked up again
+_LARGEST_CHUNK: Final = 512  # rows of a tenant in a pass with others
+_LATELY: Final = 256  # passes
+_ROWS_OF_A_GUEST: Final = 64  # of prompts, while others may come back at any moment
 
 
 @dataclass(slots=True)
 class _Tenant:
     num_seqs: int = 0  # waiting and running
     running: list[Sequence] = field(default_factory=list)  # by priority, then age
-    credit: float | None = None  # seconds its prompts may add to passes of others; None: the most
+    credit: float = math.inf  # seconds its prompts may add to passes of others
     pays: bool = False  # others are in the pass that is planned
+    prices: list[float] = field(default_factory=list)  # of that pass, by rows of its prompts
+    seen_at: int = 0  # the last pass that was planned with something of it
 
 
 class Tenants:
@@ -39,13 +45,17 @@ class Tenants:
         self._costs = costs
         self._all: dict[str, _Tenant] = {}
         self._turns = Turns()
-        self._seconds: list[float] = []
         self._num_planned = 0
         self.present: set[str] = set()  # that have a sequence waiting or running
 
     @property
     def several(self) -> bool:
         return len(self.present) > 1
+
+    @property
+    def only_one(self) -> bool:
+        """There never was another."""
+        return len(self._all) <= 1
 
     def arrive(self, tenant: str) -> None:
         """One more sequence of this tenant waits."""
@@ -108,55 +118,68 @@ class Tenants:
         """Whether it runs nothing and was served least."""
         return not self._running(tenant) and min(self.present, key=self._served) == tenant
 
+    def most_prompt_rows(self) -> int:
+        """Of a pass. Fewer for a tenant that is alone while another was here lately: that one
+        would have to wait for the end of the pass."""
+        self._num_planned += 1
+        for tenant in self.present:
+            self._all[tenant].seen_at = self._num_planned
+        lately = sum(its.seen_at > self._num_planned - _LATELY for its in self._all.values())
+        return _ROWS_OF_A_GUEST if lately > 1 and not self.several else self._max_rows
+
     def allowances(self, decoding: Iterable[Sequence], wanting: dict[str, int]) -> dict[str, int]:
         """Rows of prompts that every tenant of `wanting` may add to the pass, by what it wants.
 
-        No more than take the time that the pass takes for the others, and what it has left of
-        earlier ones: so a tenant that decodes has at least its share of the time, whatever
-        prompts of others there are.
+        No more than take the time that the pass takes for the others, half of it for who runs more
+        than another, and what it has left of earlier ones: so a tenant that decodes has at least
+        its share of the time, whatever prompts of others there are.
         """
-        roots = dict.fromkeys(self.present, 0)
+        roots: dict[str, list[Sequence]] = {tenant: [] for tenant in self.present}
         for seq in decoding:
-            roots[seq.request.tenant] += 1
-        num_roots = sum(roots.values())
-        costs = self._current_costs()
-        most = costs[-1] - costs[1]
+            roots[seq.request.tenant].append(seq)
+        num_roots = sum(map(len, roots.values()))
         share = self._max_rows // max(len(wanting), 1)
-        prompts = {name: min(rows, share) for name, rows in wanting.items()}
         allowances: dict[str, int] = {}
         for name, its in self._all.items():
-            credit = most if its.credit is None else its.credit
-            others = num_roots - roots.get(name, 0)
-            others += sum(rows for other, rows in prompts.items() if other != name)
-            its.credit = min(most, credit + costs[min(others, self._max_rows)])
-            its.pays = others > 0
+            others = [seq for other in self.present if other != name for seq in roots[other]]
+            num_rows = len(others) + sum(
+                min(rows, share) for other, rows in wanting.items() if other != name
+            )
+            self._earn(its, min(num_rows, self._max_rows), _mean_context(others))
             if name not in wanting:
                 continue
             allowances[name] = wanting[name]
             if its.pays:
-                end = bisect_right(costs, costs[max(num_roots, 1)] + its.credit) - 1
-                fits = end - num_roots
-                if end < self._max_rows and fits < wanting[name]:
-                    allowances[name] = fits // _CHUNK * _CHUNK
+                first, most = max(num_roots, 1), min(wanting[name], _LARGEST_CHUNK)
+                its.prices = self._seconds(first, first + most, _mean_context(its.running))
+                fits = bisect_right(its.prices, its.prices[0] + its.credit) - 1
+                if fits < wanting[name] and num_roots + fits < self._max_rows:
+                    fits = fits // _CHUNK * _CHUNK
+                allowances[name] = fits
         return allowances
 
-    def spend(self, tenant: str, num_roots: int, rows: int) -> None:
+    def spend(self, tenant: str, rows: int) -> None:
         """So many rows of its prompts are in the pass."""
-        costs, its = self._seconds, self._all[tenant]
-        if its.pays and its.credit is not None:
-            last = min(num_roots + rows, self._max_rows)
-            its.credit = max(0.0, its.credit - (costs[last] - costs[max(num_roots, 1)]))
+        its = self._all[tenant]
+        if its.pays and rows:
+            its.credit = max(0.0, its.credit - (its.prices[rows] - its.prices[0]))
 
-    def _current_costs(self) -> list[float]:
-        """Seconds of a pass, by its rows."""
-        if self._num_planned % _CURRENT == 0:
-            if self._costs is not None:
-                self._seconds = [0.0, *self._costs.seconds(1, self._max_rows)]
-            else:
-                rows = range(1, self._max_rows + 1)
-                self._seconds = [0.0, *(float(_ROWS_OF_A_PASS + number) for number in rows)]
-        self._num_planned += 1
-        return self._seconds
+    def _earn(self, its: _Tenant, num_rows: int, context: float) -> None:
+        """For a pass with so many rows of others, after `context` tokens in the mean."""
+        its.pays = num_rows > 0
+        if its.pays:
+            largest = min(self._max_rows, _LARGEST_CHUNK)
+            most = self._seconds(largest, largest, 0.0)[0]
+            earned = self._seconds(num_rows, num_rows, context)[0]
+            lightest = min(len(self._all[tenant].running) for tenant in self.present)
+            if len(its.running) > lightest:
+                earned *= _SHARE
+            its.credit = min(most, its.credit + earned)
+
+    def _seconds(self, first: int, last: int, context: float) -> list[float]:
+        if self._costs is not None:
+            return self._costs.seconds(first, last, context)
+        return [float(_ROWS_OF_A_PASS + rows) for rows in range(first, last + 1)]
 
     def _running(self, tenant: str) -> int:
         return len(self._all[tenant].running)
@@ -173,3 +196,8 @@ def _has_had_its_turn(seq: Sequence) -> bool:
     """It has emitted enough since it was admitted to be worth its computing again."""
     assert seq.status is Status.RUNNING
     return seq.num_since_admitted >= max(_QUANTUM, seq.num_tokens // _RECOMPUTED)
+
+
+def _mean_context(seqs: list[Sequence]) -> float:
+    """Tokens before the rows of a pass."""
+    return sum(seq.num_committed for seq in seqs) / max(len(seqs), 1)

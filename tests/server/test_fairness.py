@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final
 
 import pytest
@@ -10,6 +10,7 @@ from live import LiveServer, Reply, start_server
 from load import SHORT, long_request, wait_until
 from refusal import CHAT, COMPLETION, assert_refused
 from tiny_chat import write_byte_chat
+from wire import post, wire
 
 HONEST: Final = {"Authorization": "Bearer honest-0123456789"}
 GREEDY: Final = {"Authorization": "Bearer greedy-0123456789"}
@@ -85,20 +86,39 @@ def test_a_priority_counts_among_the_requests_of_its_key(shared: LiveServer) -> 
 
 
 def test_no_key_takes_all_text_workers(shared: LiveServer) -> None:
-    text = {"prompt": "many words " * (5_000_000 // 11)}
-    with greedy(shared, "/tokenize", [text] * 12) as replies:
-        wait_until(lambda: shared.metric("specserve:text_jobs_waiting") > 0)
+    text = {"prompt": "many words " * (1_000_000 // 11)}
+    with greedy(shared, "/tokenize", [text] * 8) as replies:
+        wait_until(lambda: shared.metric("specserve:text_jobs_waiting") > 5)
         for _ in range(3):
             assert shared.ask(CHAT, HI, headers=HONEST).status == 200
         assert shared.ask("/tokenize", {"prompt": "a" * 2000}, headers=HONEST).status == 200
-        assert num_done(replies) < len(replies), "it had to wait for the other key"
+        assert num_done(replies) < len(replies) - 2, "it had to wait for the other key"
         wait(replies)
     statuses = {reply.result().status for reply in replies}
-    assert statuses == {400, 429}, "so many tokens are too many; a key's bodies are bounded"
+    assert statuses <= {200, 400}, "so many tokens may be too many"
+
+
+def test_no_key_holds_all_bodies(shared: LiveServer) -> None:
+    """Which have not arrived as a whole yet, so that nothing becomes of them."""
+    size = 8_000_000
+    body = post(b" " * size, *(f"{name}: {value}" for name, value in GREEDY.items()))[:-1]
+    with ExitStack() as stack:
+        wires = [stack.enter_context(wire(shared)) for _ in range(5)]
+        for one in wires[:4]:
+            one.send(body)
+        wait_until(lambda: shared.metric("specserve:body_bytes") >= 4 * (size - 1))
+        with suppress(ConnectionError):  # it is refused before its end
+            wires[4].send(body)
+        error = assert_refused(wires[4].reply(), 429)
+        assert "of this key" in error["message"]
+        text = {"prompt": "a" * 8_000_000}
+        assert_refused(shared.ask(COMPLETION, text, headers=HONEST), 400, "prompt")
+        assert shared.ask(CHAT, HI, headers=HONEST).status == 200
+    wait_until(lambda: shared.metric("specserve:body_bytes") == 0)
 
 
 def test_tokenising_counts_against_the_deadline(shared: LiveServer) -> None:
-    text = {"prompt": "many words " * (3_000_000 // 11)}
+    text = {"prompt": "many words " * (1_500_000 // 11)}
     late = {"prompt": "a" * 70_000, "max_tokens": 1, "request_timeout": 0.3}
     with greedy(shared, "/tokenize", [text] * 3) as replies:
         wait_until(lambda: shared.metric("specserve:text_jobs_waiting") > 1)
