@@ -20,8 +20,8 @@ from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams
 
 BLOCK = 8
-COSTS = {1: 4.0, 8: 5.0, 64: 12.0}  # as of a small model on a CPU, in ms
-FIXED, PER_ROW = 4.0, 0.125  # of the same
+FIXED = 4.0  # ms of a pass
+FLAT, STEEP = 0.125, 2.0  # ms of a row of it: where passes are large for nothing, and on a CPU
 
 
 class Machine:
@@ -32,6 +32,7 @@ class Machine:
         *,
         num_blocks: int = 1000,
         costs: bool = True,
+        per_row: float = FLAT,
         prefix_caching: bool = False,
         **schedule: int,
     ) -> None:
@@ -42,12 +43,13 @@ class Machine:
             FixedPolicy(1),
             config,
             lambda seq_id: None,
-            PassCosts(COSTS) if costs else None,
+            PassCosts({n: FIXED + per_row * n for n in (1, 8, 64)}) if costs else None,
         )
         self.max_rows, self.max_seqs = config.max_batch_rows, config.max_num_seqs
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.order: list[str] = []  # as they finished
         self.time = 0.0  # of all passes
+        self.per_row = per_row
         self.rows: Counter[str] = Counter()  # by tenant
         self._num = 0
 
@@ -88,7 +90,7 @@ class Machine:
         assert len(scheduler.running) <= self.max_seqs
         scheduler.commit(plan, trees, verdicts)
         self.kv.check_integrity(seq.table for seq in scheduler.running)
-        self.time += FIXED + PER_ROW * num_rows
+        self.time += FIXED + self.per_row * num_rows
 
     def run(self, until: Callable[[], bool] = lambda: False, most: int = 20_000) -> int:
         """Steps until it holds, or nothing is left; how many."""
@@ -140,6 +142,39 @@ def test_a_stream_beside_fresh_prompts_has_half_its_share(costs: bool, prompt: i
         machine.step()
     assert machine.time < 4 * alone(prompt, 80)
     assert machine.rows["b"] > 1000, "the other one stands still"
+
+
+@pytest.mark.parametrize("per_row", [FLAT, STEEP])
+def test_a_stream_beside_many_streams_has_half_its_share(per_row: float) -> None:
+    """They take turns, more of them in a pass where rows cost little."""
+    machine = Machine(per_row=per_row)
+    others = [machine.send("b", 10, 1000) for _ in range(40)]
+    for _ in range(20):
+        machine.step()
+    machine.time = 0.0
+    machine.rows.clear()
+    name = machine.send("a", 20, 80)
+    assert machine.run(machine.done(name)) == 80
+    assert machine.time < 4 * alone(20, 80, per_row=per_row)
+    lengths = [len(machine.outputs[other]) for other in others if other in machine.outputs]
+    assert len(lengths) >= 31
+    assert machine.rows["b"] > (1200 if per_row == FLAT else 60), "the others stand still"
+    running = [seq.num_output for seq in machine.scheduler.running]
+    assert max(running) - min(running) < 25, "some of the others stand still"
+
+
+def test_a_pass_stays_short_while_another_may_come_back() -> None:
+    machine = Machine(num_blocks=4000)
+    machine.run(machine.done(machine.send("a", 10, 2)))
+    machine.send("b", 3000, 1)
+    for _ in range(5):
+        before = machine.rows["b"]
+        machine.step()
+        assert machine.rows["b"] - before == 64
+    machine.scheduler.tenants._num_planned += 300
+    before = machine.rows["b"]
+    machine.step()
+    assert machine.rows["b"] - before == 256
 
 
 def test_the_prompts_have_their_share_too() -> None:

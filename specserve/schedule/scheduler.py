@@ -106,6 +106,8 @@ class Scheduler:
         if self.tenants.several:
             self._make_way()
         decoding = [seq for seq in self.running if seq.num_pending == 1]
+        if self.tenants.several:
+            decoding = self.tenants.decoding(decoding, self._wanted(self.running))
         chunks = self._plan_chunks(decoding)
         spare_rows = self._config.max_batch_rows - len(decoding) - sum(chunks.values())
         with_tree = decoding + [seq for seq, rows in chunks.items() if rows == seq.num_pending]
@@ -184,12 +186,8 @@ class Scheduler:
         if not self.tenants.several:
             self._fill(self.running, self.waiting, rows, chunks)
             return chunks
-        wanted = dict.fromkeys(self.tenants.in_turn(), 0)
-        for seq in (*self.running, *self.waiting):
-            if seq.num_pending > 1 or seq.status is Status.WAITING:
-                wanted[seq.request.tenant] += seq.num_pending
-        wanting = {tenant: tokens for tenant, tokens in wanted.items() if tokens}
-        allowed = self.tenants.allowances(decoding, wanting)
+        wanting = self._wanted([*self.running, *self.waiting])
+        allowed = self.tenants.allowances(len(decoding), wanting)
         given = dict.fromkeys(wanting, 0)
         blocked = False
         while wanting and rows > 0:
@@ -206,6 +204,14 @@ class Scheduler:
         for tenant, num_rows in given.items():
             self.tenants.spend(tenant, num_rows)
         return chunks
+
+    def _wanted(self, seqs: list[Sequence]) -> dict[str, int]:
+        """Prompt tokens of these, by tenant whose turn it is."""
+        wanted = dict.fromkeys(self.tenants.in_turn(), 0)
+        for seq in seqs:
+            if seq.num_pending > 1 or seq.status is Status.WAITING:
+                wanted[seq.request.tenant] += seq.num_pending
+        return {tenant: tokens for tenant, tokens in wanted.items() if tokens}
 
     def _fill(
         self,

@@ -3,8 +3,9 @@
 With one tenant nothing here decides anything. A tenant may use what the others do not want; what
 they want is shared by three rules. A free place goes to the tenant with the fewest sequences
 running, then to the one served least. A tenant that has two fewer than another takes one of its
-places, and the other's last in line is preempted. And the prompts of one tenant take no longer in a
-pass than it takes for the others, and what they left unused before.
+places, and the other's last in line is preempted. And of a pass one tenant takes no more time than
+it takes for any other, and what it left unused before: its sequences take turns, its prompts come
+in small pieces.
 """
 
 import math
@@ -20,7 +21,7 @@ from specserve.sequence import Sequence, Status
 _QUANTUM: Final = 32  # tokens that a sequence emits before it makes way for one of no more
 _RECOMPUTED: Final = 8  # tokens that it loses by that, for one that it has emitted since
 _ROWS_OF_A_PASS: Final = 16  # that a pass costs beside its own, where nothing was measured
-_SHARE: Final = 0.5  # of the time of others in a pass, for prompts of who runs more than another
+_SHARE: Final = 0.5  # of the time of another in a pass, for who runs more
 _CHUNK: Final = 8  # rows; a part of a prompt is a multiple of them
 _LARGEST_CHUNK: Final = 512  # rows of a tenant in a pass with others
 _LATELY: Final = 256  # passes
@@ -31,9 +32,9 @@ _ROWS_OF_A_GUEST: Final = 64  # of prompts, while others may come back at any mo
 class _Tenant:
     num_seqs: int = 0  # waiting and running
     running: list[Sequence] = field(default_factory=list)  # by priority, then age
-    credit: float = math.inf  # seconds its prompts may add to passes of others
+    credit: float = math.inf  # seconds it may add to passes of others
     pays: bool = False  # others are in the pass that is planned
-    prices: list[float] = field(default_factory=list)  # of that pass, by rows of its prompts
+    prices: list[float] = field(default_factory=list)  # of that pass, by rows that it adds
     seen_at: int = 0  # the last pass that was planned with something of it
 
 
@@ -127,54 +128,69 @@ class Tenants:
         lately = sum(its.seen_at > self._num_planned - _LATELY for its in self._all.values())
         return _ROWS_OF_A_GUEST if lately > 1 and not self.several else self._max_rows
 
-    def allowances(self, decoding: Iterable[Sequence], wanting: dict[str, int]) -> dict[str, int]:
-        """Rows of prompts that every tenant of `wanting` may add to the pass, by what it wants.
+    def decoding(self, ready: list[Sequence], prompts: dict[str, int]) -> list[Sequence]:
+        """Who of those that are `ready` decodes in this pass, beside running prompts of so many
+        tokens by tenant.
 
-        No more than take the time that the pass takes for the others, half of it for who runs more
-        than another, and what it has left of earlier ones: so a tenant that decodes has at least
-        its share of the time, whatever prompts of others there are.
+        Those of one tenant take no longer than the pass takes for any other, half as long if it
+        runs more, and what it has left of earlier passes: they take turns. So a tenant has its
+        share of the time, whatever others send.
         """
-        roots: dict[str, list[Sequence]] = {tenant: [] for tenant in self.present}
-        for seq in decoding:
-            roots[seq.request.tenant].append(seq)
-        num_roots = sum(map(len, roots.values()))
-        share = self._max_rows // max(len(wanting), 1)
-        allowances: dict[str, int] = {}
-        for name, its in self._all.items():
-            others = [seq for other in self.present if other != name for seq in roots[other]]
-            num_rows = len(others) + sum(
-                min(rows, share) for other, rows in wanting.items() if other != name
-            )
-            self._earn(its, min(num_rows, self._max_rows), _mean_context(others))
-            if name not in wanting:
-                continue
-            allowances[name] = wanting[name]
+        share = self._max_rows // max(len(prompts), 1)
+        roots = {tenant: [s for s in ready if s.request.tenant == tenant] for tenant in self._all}
+        rows = {
+            tenant: len(roots[tenant]) + min(prompts.get(tenant, 0), share)
+            for tenant in self.present
+        }
+        chosen: list[Sequence] = []
+        for tenant, its in self._all.items():
+            others = {other: count for other, count in rows.items() if other != tenant and count}
+            its.pays, own = bool(others), roots[tenant]
             if its.pays:
-                first, most = max(num_roots, 1), min(wanting[name], _LARGEST_CHUNK)
-                its.prices = self._seconds(first, first + most, _mean_context(its.running))
-                fits = bisect_right(its.prices, its.prices[0] + its.credit) - 1
-                if fits < wanting[name] and num_roots + fits < self._max_rows:
+                lightest = min(others, key=others.__getitem__)
+                self._earn(its, others[lightest], _mean_context(roots[lightest]))
+                if len(own) > others[lightest]:
+                    own.sort(key=lambda seq: seq.passed_at)
+                    own = own[: self._fits(its, others[lightest], len(own), own)]
+                    self.spend(tenant, len(own))
+            chosen += own
+        for seq in chosen:
+            seq.passed_at = self._num_planned
+        return chosen
+
+    def allowances(self, num_roots: int, wanting: dict[str, int]) -> dict[str, int]:
+        """Rows of prompts that every tenant of `wanting` may add to the pass, by what it wants."""
+        allowances: dict[str, int] = {}
+        for tenant, wanted in wanting.items():
+            its = self._all[tenant]
+            allowances[tenant] = wanted
+            if its.pays:
+                fits = self._fits(its, num_roots, min(wanted, _LARGEST_CHUNK), its.running)
+                if fits < wanted and num_roots + fits < self._max_rows:
                     fits = fits // _CHUNK * _CHUNK
-                allowances[name] = fits
+                allowances[tenant] = fits
         return allowances
 
+    def _fits(self, its: _Tenant, beside: int, wanted: int, seqs: list[Sequence]) -> int:
+        """Rows that its credit pays for, beside others."""
+        first = max(beside, 1)
+        its.prices = self._seconds(first, first + wanted, _mean_context(seqs))
+        return bisect_right(its.prices, its.prices[0] + its.credit) - 1
+
     def spend(self, tenant: str, rows: int) -> None:
-        """So many rows of its prompts are in the pass."""
+        """So many of the rows that it was allowed are in the pass."""
         its = self._all[tenant]
         if its.pays and rows:
             its.credit = max(0.0, its.credit - (its.prices[rows] - its.prices[0]))
 
     def _earn(self, its: _Tenant, num_rows: int, context: float) -> None:
-        """For a pass with so many rows of others, after `context` tokens in the mean."""
-        its.pays = num_rows > 0
-        if its.pays:
-            largest = min(self._max_rows, _LARGEST_CHUNK)
-            most = self._seconds(largest, largest, 0.0)[0]
-            earned = self._seconds(num_rows, num_rows, context)[0]
-            lightest = min(len(self._all[tenant].running) for tenant in self.present)
-            if len(its.running) > lightest:
-                earned *= _SHARE
-            its.credit = min(most, its.credit + earned)
+        """For a pass with so many rows of another, after `context` tokens in the mean."""
+        largest = min(self._max_rows, _LARGEST_CHUNK)
+        most = self._seconds(largest, largest, 0.0)[0]
+        earned = self._seconds(num_rows, num_rows, context)[0]
+        if len(its.running) > min(len(self._all[tenant].running) for tenant in self.present):
+            earned *= _SHARE
+        its.credit = min(most, its.credit + earned)
 
     def _seconds(self, first: int, last: int, context: float) -> list[float]:
         if self._costs is not None:
