@@ -67,7 +67,7 @@ class Sequence:
     status: Status = Status.WAITING
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
-    passed_at: int = 0  # the last pass it was in, as the scheduler counts them
+    last_turn: int = 0  # to decode beside other tenants, as the scheduler counts them
     num_when_admitted: int = 0  # tokens, prompt and emitted, at the latest admission
     prefix_hashes: list[bytes] = field(default_factory=list)
     counts: SpecCounts = field(default_factory=SpecCounts)

@@ -47,6 +47,7 @@ class Tenants:
         self._all: dict[str, _Tenant] = {}
         self._turns = Turns()
         self._num_planned = 0
+        self._num_turns = 0  # of sequences that decoded beside other tenants
         self.present: set[str] = set()  # that have a sequence waiting or running
 
     @property
@@ -150,12 +151,13 @@ class Tenants:
                 lightest = min(others, key=others.__getitem__)
                 self._earn(its, others[lightest], _mean_context(roots[lightest]))
                 if len(own) > others[lightest]:
-                    own.sort(key=lambda seq: seq.passed_at)
+                    own.sort(key=lambda seq: seq.last_turn)
                     own = own[: self._fits(its, others[lightest], len(own), own)]
                     self.spend(tenant, len(own))
             chosen += own
         for seq in chosen:
-            seq.passed_at = self._num_planned
+            self._num_turns += 1
+            seq.last_turn = self._num_turns
         return chosen
 
     def allowances(self, num_roots: int, wanting: dict[str, int]) -> dict[str, int]:
