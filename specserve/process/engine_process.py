@@ -93,7 +93,7 @@ class EngineProcess:
         self._settled = asyncio.Event()  # ready, failed or stopped
         self._settled.set()
         self._streams: dict[str, asyncio.Queue[StepOutput | Exception]] = {}
-        self._contexts: dict[str, int] = {}  # with the engine: the tokens each may come to have
+        self._contexts: dict[str, int] = {}  # with the engine: prompt and output so far, in tokens
         self._slowest_step = 0.0  # seconds, of what the engine did to warm up
 
     @property
@@ -147,7 +147,7 @@ class EngineProcess:
         _check_readable(request)
         outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
         self._streams[request.id] = outputs
-        self._contexts[request.id] = len(request.prompt_ids) + request.sampling.max_tokens
+        self._contexts[request.id] = len(request.prompt_ids)
         child.frames.send(request)
         try:
             while True:
@@ -264,6 +264,8 @@ class EngineProcess:
             case Stepped():
                 self._count(message.stats)
                 for output in message.outputs:
+                    if output.id in self._contexts:
+                        self._contexts[output.id] += len(output.new_ids)
                     self._deliver(output.id, output, last=output.finish is not None)
 
     def _count(self, stats: EngineStats) -> None:

@@ -78,9 +78,10 @@ class Client:
 
 
 class Served:
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, accepted: AcceptedRequests) -> None:
         self.port = door.address[1]
         self.door = door
+        self.accepted = accepted
         self.events: list[str] = []
 
     @asynccontextmanager
@@ -169,7 +170,7 @@ async def serving(
     runner = web.AppRunner(app, **runner_options(config))
     await runner.setup()
     door = await listen(runner, config, tls)
-    served = Served(door)
+    served = Served(door, accepted)
     try:
         yield served
     finally:
@@ -483,6 +484,46 @@ def test_a_slow_reader_is_not_taken_for_none(
     run(test, loop_factory)
 
 
+Certificate = tuple[ssl.SSLContext, ssl.SSLContext]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """For the server and for its clients."""
+    directory = tmp_path_factory.mktemp("tls")
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
+    command += f" -subj /CN=here -addext subjectAltName=IP:127.0.0.1 -out {cert} -keyout {key}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_side.load_cert_chain(cert, key)
+    return server_side, ssl.create_default_context(cafile=cert)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_request_is_accepted_until_its_answer_is_out(
+    encrypted: bool,
+    certificate: Certificate,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    server_side, client_side = certificate if encrypted else (None, None)
+
+    async def test() -> None:
+        async with serving(tls=server_side) as served, served.connect(client_side) as client:
+            await client.send(b"GET /large HTTP/1.1\r\nHost: here\r\n\r\n")
+            await client.reader.readuntil(b"\r\n\r\n")
+            await client.reader.readexactly(LARGE // 2)
+            await asyncio.sleep(0.3)
+            assert len(served.accepted) == 1
+            await client.reader.readexactly(LARGE - LARGE // 2)
+            async with asyncio.timeout(2):
+                await served.accepted.all_answered()
+            assert (await client.ask(with_body(b"{}"))).status == 200
+
+    run(test, loop_factory)
+
+
 LATE = b"GET /late HTTP/1.1\r\nHost: here\r\n\r\n"
 
 
@@ -633,22 +674,6 @@ def test_many_connections_at_once_are_counted_right(
             assert set(statuses) <= {200, 503, 0}
 
     run(test, loop_factory)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """For the server and for its clients."""
-    directory = tmp_path_factory.mktemp("tls")
-    cert, key = directory / "cert.pem", directory / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
-    command += f" -subj /CN=here -addext subjectAltName=IP:127.0.0.1 -out {cert} -keyout {key}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server_side.load_cert_chain(cert, key)
-    return server_side, ssl.create_default_context(cafile=cert)
-
-
-Certificate = tuple[ssl.SSLContext, ssl.SSLContext]
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
