@@ -30,6 +30,12 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(status, str(error), code="deadline_exceeded")
         case GenerationFailed():
             return APIError(500, str(error), code="generation_failed")
+        case web.HTTPNotFound():
+            return APIError(404, "there is no such route; /openapi.json lists those there are")
+        case web.HTTPMethodNotAllowed():
+            methods = ", ".join(sorted(error.allowed_methods))
+            message = f"{error.method[:20]} is not for this route; use {methods}"
+            return APIError(405, message, headers=_allow(error))
         case web.HTTPException():
             return APIError(error.status, f"{error.reason}", headers=_allow(error))
     logger.exception("a handler failed", exc_info=error)

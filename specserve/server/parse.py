@@ -1,10 +1,14 @@
 """From bytes to a checked request: every mistake is a `RequestError` that names the field."""
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cache
+from itertools import chain
 from typing import Any, Final, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from specserve.types import RequestError
 
@@ -40,7 +44,10 @@ _HARMLESS: Final[dict[str, list[Any]]] = {
     "parallel_tool_calls": [True, False],
 }
 _PATH: Final = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
+_STEPS: Final = re.compile(r"\.([^.[\]]+)|\[(\d+|\.\.\.)\]")
 _FIELD: Final = re.compile(r"(?:unknown|required) field `(.*)`$", re.DOTALL)
+_GOT: Final = re.compile(r", got \w+$")
+_SHOWN: Final = 40  # characters of a value in a message
 
 
 def decode(body: bytes, request_type: type[T]) -> T:
@@ -52,9 +59,7 @@ def decode(body: bytes, request_type: type[T]) -> T:
             continue
         if name not in UNSUPPORTED:
             shown = _short(name)  # comparing a long one would take seconds
-            close = get_close_matches(shown, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; remove it"
-            raise RequestError(shown, f"unknown field{hint}")
+            raise RequestError(shown, f"unknown field; {_hint(shown, known)}")
         value = fields.pop(name)
         if value is not None and value not in _HARMLESS.get(name, []):
             raise RequestError(name, UNSUPPORTED[name])
@@ -67,7 +72,7 @@ def convert(value: object, wanted: Any, name: str = "") -> Any:
     try:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
-        raise _named(str(error), name) from None
+        raise _named(str(error), name, value, wanted) from None
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
@@ -99,16 +104,77 @@ def _unreadable(body: bytes) -> str:
     return "body"
 
 
-def _named(message: str, path: str) -> RequestError:
-    """The decoder's words with the field in front: `Expected `int`, got `str` - at `$.n``."""
+def _named(message: str, name: str, value: object, wanted: Any) -> RequestError:
+    """The decoder's words with the field in front and the value at the end.
+
+    "Expected `int` <= 64 - at `$.n`" becomes "n: expected int <= 64, got 99".
+    """
+    path, steps = name, list[str]()
     if match := _PATH.match(message):
+        message, place = match[1], match[2]
         # It does not tell the keys of an object.
-        message, path = match[1], (path + match[2].replace("[...]", "")).lstrip(".")
+        path = (name + place.replace("[...]", "")).lstrip(".")
+        steps = [step[1] or step[2] for step in _STEPS.finditer(place)]
+    choices = _choices(_kind(wanted), steps)
     if match := _FIELD.search(message):
-        path = f"{path}.{match[1]}".lstrip(".")
-        message = "unknown field; remove it" if "unknown" in message else "required, but missing"
+        field = _short(match[1])
+        unknown = f"unknown field; {_hint(field, choices)}"
+        message = unknown if "unknown" in message else "required, but missing"
+        return RequestError(_short(f"{path}.{field}".lstrip(".")), message)
     message = message.replace("`", "").replace(" | null", "")
-    return RequestError(_short(path), message[:1].lower() + message[1:])
+    message = message[:1].lower() + message[1:]
+    if message.startswith("invalid enum"):
+        message += f"; use {' or '.join(map(repr, choices))}"
+    elif "..." not in steps:
+        message = _GOT.sub("", message) + f", got {_shown(_at(value, steps), message)}"
+    return RequestError(_short(path), message)
+
+
+@cache
+def _kind(wanted: Any) -> inspect.Type:
+    return inspect.type_info(wanted)
+
+
+def _choices(kind: inspect.Type, steps: list[str]) -> list[str]:
+    """What can stand there in a `kind`: the names of an object's fields, or words of a list."""
+    match kind:
+        case inspect.Metadata():
+            return _choices(kind.type, steps)
+        case inspect.UnionType():
+            return list(chain.from_iterable(_choices(other, steps) for other in kind.types))
+        case inspect.ListType() if steps:
+            return _choices(kind.item_type, steps[1:])
+        case inspect.StructType() if steps:
+            fields = (field for field in kind.fields if field.name == steps[0])
+            return list(chain.from_iterable(_choices(field.type, steps[1:]) for field in fields))
+        case inspect.StructType():
+            return [field.name for field in kind.fields]
+        case inspect.LiteralType() if not steps:
+            return [str(value) for value in kind.values]
+    return []
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "remove it"
+
+
+def _at(value: Any, steps: list[str]) -> Any:
+    for step in steps:
+        value = value[step] if isinstance(value, dict) else value[int(step)]
+    return value
+
+
+def _shown(value: Any, message: str) -> str:
+    """`value` as JSON, if it is short; of others the length, if that is at fault, or the type."""
+    match value:
+        case str() | list() | dict() if "of length" in message:
+            return str(len(value))
+        case list() | dict():
+            return "array" if isinstance(value, list) else "object"
+        case str() if len(value) > _SHOWN:
+            value = f"{value[:_SHOWN]}..."
+    return msgspec.json.encode(value).decode()[: 2 * _SHOWN]
 
 
 def _short(name: str) -> str:

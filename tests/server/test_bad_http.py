@@ -90,6 +90,7 @@ def test_wrong_methods(survivor: LiveServer) -> None:
                 reply = connection.reply()
                 assert_refused(reply, 405)
                 assert set(reply.headers["allow"].upper().split(",")) == allowed
+                assert reply.json()["error"]["message"].endswith(", ".join(sorted(allowed)))
             connection.send(get(path, method="HEAD"))
             reply = connection.reply(with_body=False)
             assert reply.status == (200 if "HEAD" in allowed else 405)
@@ -116,7 +117,7 @@ def test_unknown_paths(survivor: LiveServer) -> None:
             for request in (get(path), post(path=path)):
                 connection.send(request)
                 reply = connection.reply()
-                assert_refused(reply, 404)
+                assert "/openapi.json" in assert_refused(reply, 404)["message"]
                 assert "x-evil" not in reply.headers
         for name in NO_MODELS:
             connection.send(get(f"/v1/models/{name}"))
