@@ -131,6 +131,17 @@ def test_engine_flags_arrive_over_the_file(tmp_path: Path) -> None:
     assert not config.cache.prefix_caching
 
 
+@pytest.mark.parametrize("flag", ["--options=max_match=3", "--logit-bias=5", "--logit-bias=a=b"])
+def test_a_pair_that_is_none_says_how_one_is_written(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        build_parser().parse_args(["generate", flag])
+    value = flag.split("=", 1)[1]
+    assert f"{value!r} is not " in (error := capsys.readouterr().err)
+    assert "such as" in error
+
+
 def test_a_type_without_a_rule_is_refused() -> None:
     with pytest.raises(TypeError, match="no flag"):
         flag_type(set[int])

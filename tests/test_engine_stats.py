@@ -129,6 +129,7 @@ def test_a_drafter_that_keeps_failing_is_told_of(
     [
         ("prediction", SpeculationParams(prediction=(1, 97))),
         ("speculation.max_nodes", SpeculationParams(max_nodes=0)),
+        ("speculation.max_nodes", SpeculationParams(max_nodes=65)),
     ],
 )
 def test_speculation_that_cannot_be_done_is_refused(

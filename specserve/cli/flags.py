@@ -89,7 +89,12 @@ def flag_type(hint: Any) -> FlagType:
 
 def _bias(text: str) -> tuple[int, float]:
     token, _, bias = text.partition("=")
-    return int(token), float(bias)
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not ID=BIAS, a token id and a number, such as 42=-5"
+        ) from None
 
 
 def _option(text: str) -> tuple[str, str, Any]:
@@ -97,7 +102,9 @@ def _option(text: str) -> tuple[str, str, Any]:
     path, equals, value = text.partition("=")
     drafter, dot, key = path.rpartition(".")
     if not (equals and dot and drafter and key):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not DRAFTER.KEY=X, such as ngram.max_match=3"
+        )
     try:
         return drafter, key, msgspec.json.decode(value)
     except msgspec.DecodeError:

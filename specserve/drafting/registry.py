@@ -14,7 +14,7 @@ from typing import Any, cast
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from specserve.drafting.base import Drafter, DraftError
+from specserve.drafting.base import Drafter, DraftError, DraftOptions
 from specserve.drafting.failures import loading
 from specserve.files import FileError, check_file, quoted
 from specserve.hub.names import base_name
@@ -134,12 +134,27 @@ def create_drafter(
     name, path = find_drafter(spec, resolve)
     with loading(name):
         drafter = load_drafter(name)
-        try:
-            decoded = msgspec.convert(options.get(name, {}), drafter.Options)
-        except msgspec.ValidationError as error:
-            fields = ", ".join(drafter.Options.__struct_fields__) or "none"
-            raise DraftError(f"draft.options.{name}: {error} (options: {fields})") from error
-        return drafter(decoded, path, target)
+        return drafter(_read_options(name, options.get(name, {}), drafter.Options), path, target)
+
+
+def _read_options(name: str, given: dict[str, Any], kind: type[DraftOptions]) -> DraftOptions:
+    """The options of the drafter `name`. Raises DraftError, naming the option and its value."""
+    known = kind.__struct_fields__
+    for key in given:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = (
+                f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+            )
+            raise DraftError(f"draft.options.{name}.{key[:80]}: unknown option; {hint}")
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).replace("`", "").partition(" - at $.")
+        value = f" {quoted(given[place])};" if place in given else ""
+        raise DraftError(
+            f"draft.options.{name}.{place}:{value} {reason[:1].lower()}{reason[1:]}"
+        ) from error
 
 
 def checkpoint_method(path: Path) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 
 from msgspec import Struct
 
+from specserve.tree import MAX_NODES
 from specserve.types import Request, RequestError
 
 
@@ -28,9 +29,10 @@ class Limits(Struct, frozen=True):
             raise RequestError("stop", "stop strings need a tokenizer; use stop_token_ids")
         self._check_tokens("prediction", request.speculation.prediction)
         max_nodes = request.speculation.max_nodes
-        if max_nodes is not None and max_nodes < 1:
+        if max_nodes is not None and not 1 <= max_nodes <= MAX_NODES:
             raise RequestError(
-                "speculation.max_nodes", f"{max_nodes} is out of range; expected at least 1"
+                "speculation.max_nodes",
+                f"{max_nodes} is out of range; expected 1 to {MAX_NODES}",
             )
         for index, name in enumerate(request.speculation.drafters or ()):
             if name not in self.drafters:

@@ -18,6 +18,9 @@ MATCH = {"max_match": 3}
         ("none", {"ngram": MATCH}, "options.ngram: 'ngram' does not run here"),
         ("auto", {"eagle": {"beam": 2}}, "options.eagle: 'eagle' does not run here.*: recycle;"),
         ("auto", {"auto": {}}, "options.auto: 'auto' is no drafter"),
+        ("ngram", {"ngram": {"max_mtch": 3}}, "options.ngram.max_mtch: unknown.* 'max_match'"),
+        ("ngram", {"ngram": {"depth": 3}}, "options.ngram.depth: .*: min_match, max_match"),
+        ("ngram", {"ngram": {"max_match": "x"}}, "options.ngram.max_match: 'x'; expected int"),
         ("ngram", {"ngram": MATCH, "": {}}, "options.: '' is no drafter"),
     ],
 )
