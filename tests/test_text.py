@@ -335,8 +335,9 @@ def test_unusable_directories(
 ) -> None:
     path = make_directory() / file
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(TextError, match=re.escape(message)):
+    with pytest.raises(TextError, match=re.escape(message)) as error:
         Tokenizer(path.parent).prepare()
+    assert str(error.value).startswith(str(path.parent if content is None else path))
 
 
 def test_the_first_difference_between_vocabularies(make_directory: Make) -> None:

@@ -4,8 +4,10 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import cast
 
@@ -15,6 +17,7 @@ from specserve.cli.progress import show_progress
 from specserve.config import ConfigError
 from specserve.hub import resolve
 from specserve.process.messages import EngineInfo
+from specserve.server.auth import KEYS_VARIABLE
 from specserve.server.lifecycle import serve
 
 _EXAMPLE = {"messages": [{"role": "user", "content": "Why is the sky blue?"}], "max_tokens": 60}
@@ -26,9 +29,13 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     with show_progress() as report:
         target = resolve(config.target.target, progress=report)
+    # Asked now: whoever reads the keys takes them out of the environment.
+    announce = partial(
+        _announce, with_keys=bool(config.server.api_key_file) or KEYS_VARIABLE in os.environ
+    )
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            answered = runner.run(serve(config, target, _announce))
+            answered = runner.run(serve(config, target, announce))
     except OSError as error:
         raise ConfigError(
             f"port: cannot listen on {config.server.host}:{config.server.port} "
@@ -45,15 +52,16 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
 
 
-def _announce(url: str, model: str, info: EngineInfo) -> None:
+def _announce(url: str, model: str, info: EngineInfo, *, with_keys: bool) -> None:
     """The first lines: what runs where, and a command to paste."""
     exactness = "exact" if info.exact else "fast"
     print(f"specserve {__version__} serves {model} at {url}")
     print(f"  {info.device}, {info.dtype}, {exactness}; context {info.limits.max_model_len} tokens")
     print(f"  drafters: {', '.join(info.limits.drafters)}; up to {info.max_nodes} nodes per tree")
     print("try it:")
+    key = '-H "Authorization: Bearer $KEY" ' if with_keys else ""
     print(
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"  curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' "
         f"-d '{json.dumps(_EXAMPLE)}'"
     )
     sys.stdout.flush()

@@ -169,8 +169,9 @@ class Tokenizer:
 
     @cached_property
     def _control(self) -> ControlTokens:
+        own_texts = self._own_texts
         try:
-            return ControlTokens(self._tokenizer, self._special.all, self._own_texts)
+            return ControlTokens(self._tokenizer, self._special.all, own_texts)
         except Exception as error:  # the library raises nothing narrower
             raise TextError(
                 f"{self.directory}/tokenizer.json: its control tokens cannot be told from text "
