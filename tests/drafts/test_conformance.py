@@ -12,6 +12,7 @@ from specserve.drafting.base import DraftError
 from specserve.drafting.failures import MAX_FAILURES
 from specserve.drafting.registry import BUILTIN, create_drafter, load_drafter, public_names
 from specserve.engine.engine import Engine
+from specserve.schedule.cost import PassCosts
 from specserve.types import Request, SamplingParams, SpeculationParams
 
 PROMPTS = [
@@ -159,6 +160,39 @@ def test_forget_frees_everything(drafts: list[str], make_engine: EngineFactory) 
         assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
         assert _state_size(engine) == before
         assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
+
+
+def test_tenants_that_share_change_no_token(drafts: list[str], make_engine: EngineFactory) -> None:
+    """Whoever is preempted, takes turns or has its prompt cut into pieces for another."""
+    prompts = [tuple(range(index, index + 40)) for index in range(8)]
+    params = [
+        SamplingParams(temperature=1.0, max_tokens=40, seed=index, ignore_eos=True)
+        for index in range(8)
+    ]
+    plain = [ids(outputs) for outputs in run(make_engine("none"), prompts, params)]
+    for draft in drafts:
+        engine = make_engine(draft, max_num_seqs=4, max_batch_rows=48, max_nodes=4)
+        got: dict[str, tuple[int, ...]] = {}
+        in_turns = False
+        for index in range(8):
+            tenant = "second" if index > 6 else "first"
+            request = Request(f"q{index}", prompts[index], params[index], tenant=tenant)
+            engine.submit(request)
+            while index == 6 and len(got) < 4:
+                for output in engine.step():
+                    got[output.id] = got.get(output.id, ()) + output.new_ids
+        shares = engine.scheduler.tenants
+        shares._costs, shares._all["first"].credit = PassCosts({1: 1.0, 64: 64.0}), 0.0
+        while engine.has_work:
+            outputs = engine.step()
+            running = {seq.id for seq in engine.scheduler.running if seq.num_pending == 1}
+            in_turns = in_turns or bool(running - {output.id for output in outputs})
+            for output in outputs:
+                got[output.id] = got.get(output.id, ()) + output.new_ids
+        assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
+        assert in_turns, "the test is meant to leave somebody out"
+        assert engine.drafter.active == list(engine.drafter.names), "the drafter raised"
+        assert [got[f"q{index}"] for index in range(8)] == plain
 
 
 def _state_size(engine: Engine) -> int:
