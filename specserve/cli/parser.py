@@ -36,7 +36,7 @@ SAMPLING_HELP: Final = {
     "skip_special_tokens": "leave control tokens out of the text (default: yes)",
     "include_stop_str_in_output": "end after the stop text instead of before it",
     "seed": "makes sampling repeatable; drawn afresh if not given",
-    "logprobs": "alternatives per token for which log-probabilities are kept",
+    "logprobs": "log-probabilities of each token and of the N likeliest there; shown by --json",
     "n": "completions per prompt",
 }
 
@@ -54,7 +54,7 @@ ENGINE_HELP: Final = {
     "device": "auto, cpu, cuda or cuda:N",
     "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
     "exactness": "exact: a result never depends on what else is in the batch",
-    "threads": "CPU threads",
+    "threads": "CPU threads; not given: what torch takes for this machine",
     "block_size": "tokens per KV block",
     "kv_memory": "KV memory, such as 2GiB; not given: measured",
     "prefix_caching": "share the KV of equal prompt beginnings",
@@ -76,9 +76,11 @@ SERVER_HELP: Final = {
     "allow_public": "let other machines in without API keys",
     "ssl_certfile": "certificate chain (PEM); serves HTTPS",
     "ssl_keyfile": "the certificate's private key (PEM)",
-    "max_body_bytes": "largest body of a request; eight of them are held at once, or 64 MiB",
+    "max_body_bytes": "largest body of a request; all that are in memory together may have eight "
+    "times as much, 64 MiB at least",
     "body_timeout": "seconds for a request's body to arrive",
-    "keepalive_timeout": "seconds an idle connection stays open, and for a request's headers",
+    "keepalive_timeout": "seconds an idle connection stays open, and seconds that a request's "
+    "headers may take",
     "max_connections": "requests that are read, served or answered at once; of several API keys, "
     "one may have as many as it leaves free. An eighth more connections may be open",
     "max_queued_requests": "sequences that may wait for the engine; more get a 429. With several "
@@ -90,7 +92,7 @@ SERVER_HELP: Final = {
     "write_timeout": "seconds until a client that reads nothing is dropped",
     "drain_timeout": "seconds accepted requests have to finish when the server is told to stop",
     "heartbeat_timeout": "seconds of silence after which the engine is restarted; while it works, "
-    "beside what its largest steps may take",
+    "as much more as its largest steps may take",
     "template_timeout": "seconds for a chat template or for tokenising a prompt",
     "stream_interval": "tokens per event of a stream, so that sizes do not tell what was accepted; "
     "0: what one pass yields",
