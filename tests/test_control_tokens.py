@@ -175,7 +175,9 @@ def test_a_character_that_is_called_special_stays_a_character(tmp_path: Path) ->
     file.add_special_tokens(["!"])
     file.save(str(directory / "tokenizer.json"))
     tokenizer = Tokenizer(directory)
-    assert tokenizer.decode(tokenizer.encode("hi!"), skip_special=False) == "<|bos|>hi!"
+    ids = tokenizer.encode("hi!")
+    assert tokenizer.decode(ids, skip_special=False) == "<|bos|>hi!"
+    assert tokenizer.decode(ids) == "hi!"
 
 
 @pytest.mark.parametrize("change", ["m.content | lower", "m.content | replace('#', '')"])

@@ -168,7 +168,7 @@ def test_what_ends_a_turn(
     file = write_gguf(tokens | eos | metadata, _tensors_for(len(_TURNS)))
     convert_gguf(file, tmp_path, _no_report)
     assert ModelShape.from_dir(tmp_path).eos_token_ids == tuple(ends)
-    assert Tokenizer(tmp_path).special_ids >= {_FIRST, _FIRST + 1, _FIRST + 2}
+    assert Tokenizer(tmp_path).hidden_ids >= {_FIRST, _FIRST + 1, _FIRST + 2}
 
 
 def _tensors_for(vocab_size: int) -> dict[str, Any]:

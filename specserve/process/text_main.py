@@ -117,7 +117,8 @@ def _answer(
             case Chat(messages, add_generation_prompt, continue_final_message):
                 ids = tokenizer.chat(messages, add_generation_prompt, continue_final_message)
     except RequestError as error:
-        return Refused(error.param, error.message)
+        # `Tokenizer.encode` does not know what its text is.
+        return Refused(job.param if isinstance(job, Encode) else error.param, error.message)
     except MemoryError:
         return Refused(job.param, "it needs more memory than it may have; send less")
     return Ids(tuple(ids))

@@ -10,11 +10,11 @@ import re
 import secrets
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as TokenizerFile
 
 # Tokens that end a turn in published chat models, whatever their configs call them.
@@ -43,6 +43,10 @@ _LETTER: Final = re.compile(r"\w")
 _SYMBOL: Final = re.compile(r"[^\w\s]")
 
 
+class EncodingError(ValueError):
+    """A text that a tokenizer has no tokens for, as one without an unknown token."""
+
+
 def add_named(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
     """In place: what the model's files name and its vocabulary has is matched whole in text."""
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -53,6 +57,12 @@ def add_named(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
     ]
     if missing:
         tokenizer.add_special_tokens(missing)
+
+
+def is_character(tokenizer: TokenizerFile, token: str) -> bool:
+    """Whether it is a character of the vocabulary, which is text whatever is said of it: some
+    models call one special that pads."""
+    return len(token) == 1 and tokenizer.model.token_to_id(token) is not None
 
 
 def looks_like_control(token: str) -> bool:
@@ -81,8 +91,7 @@ class ControlTokens:
         inside = {t.content for t in added.values() if known(t.content) is not None}
         file = msgspec.json.decode(tokenizer.to_str(), type=dict[str, msgspec.Raw])
         model = msgspec.json.decode(file["model"]) if inside else {}  # it is large
-        text = {t for t in inside if len(t) == 1}  # what users write becomes it anyway
-        text |= inside.intersection(map("".join, model.get("merges") or ()))
+        merged = inside.intersection(map("".join, model.get("merges") or ()))
         written = "\0".join(template_texts)
         secret = secrets.token_hex(8)
         self._tokens: dict[int, AddedToken] = {}
@@ -90,7 +99,9 @@ class ControlTokens:
         hidden: dict[str, str] = {}
         for index, token in added.items():
             content, is_marker = token.content, looks_like_control(token.content)
-            if content in text and (len(content) == 1 or not (token.special or is_marker)):
+            if is_character(tokenizer, content):
+                continue
+            if content in merged and not (token.special or is_marker):
                 continue
             used = content in named or (content.strip(_SPACE) != "" and content in written)
             if token.special or used or (is_marker and not _HTML.fullmatch(content)):
@@ -131,7 +142,7 @@ class ControlTokens:
         These are (start, end), in order and apart. The rest is cut as if nothing were forged.
         """
         blanked, kept = _blanked(text, written)
-        (encoding,) = tokenizer.encode_batch([blanked], add_special_tokens=False)
+        encoding = _encoding(tokenizer.encode_batch, blanked, add_special_tokens=False)
         starts = [part.start for part in kept]
         at, pieces = 0, []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -157,9 +168,23 @@ def _folded(character: str) -> str:
 
 
 def encode(tokenizer: TokenizerFile, text: str, *, add_special_tokens: bool) -> list[int]:
-    """The ids of a text. Unlike the library's `encode` this lets other threads run."""
-    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-    return encoding.ids
+    """The ids of a text. Raises EncodingError."""
+    return _encoding(tokenizer.encode_batch_fast, text, add_special_tokens=add_special_tokens).ids
+
+
+def _encoding(
+    encode_batch: Callable[..., list[Encoding]], text: str, *, add_special_tokens: bool
+) -> Encoding:
+    """Unlike the library's `encode` a batch of one lets other threads run."""
+    try:
+        (encoding,) = encode_batch([text], add_special_tokens=add_special_tokens)
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise EncodingError(
+            f"the model's tokenizer has no tokens for it ({error}); leave out what it does not know"
+        ) from None
+    return encoding
 
 
 def _respelled(

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Final
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models
 
-from specserve.text.control_tokens import END_OF_TURN, ControlTokens, add_named, encode
+from specserve.text.control_tokens import (
+    END_OF_TURN,
+    ControlTokens,
+    EncodingError,
+    add_named,
+    encode,
+    is_character,
+)
 from specserve.text.detokenizer import Detokenizer
 from specserve.text.messages import (
     WRITTEN,
@@ -56,9 +63,13 @@ class Tokenizer:
         add_named(self._tokenizer, self._special.all)
         self.detokenizer = _detokenizer(self._tokenizer, directory)
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.eos_ids = self._end_tokens({token.content: index for index, token in added.items()})
-        self.hidden_ids = self.special_ids.union(i for i in self.eos_ids if i in added)
+        self.hidden_ids = frozenset(
+            index
+            for index, token in added.items()
+            if index in self.eos_ids
+            or (token.special and not is_character(self._tokenizer, token.content))
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -90,11 +101,11 @@ class Tokenizer:
 
         Not for a process that serves others: a template is a program. Raises `TextError`.
         """
-        self._own_texts  # noqa: B018
+        _ = self._own_texts
 
     def prepare(self) -> None:
         """Do now what the first text would have to wait for. Raises `TextError`."""
-        self._control  # noqa: B018
+        _ = self._control
 
     def encode(
         self, text: str, *, allow_special: bool = False, add_special: bool = True
@@ -104,9 +115,12 @@ class Tokenizer:
         Control tokens spelled out in `text` stay text unless allowed. Raises `RequestError`.
         """
         check_text("prompt", text)
-        if allow_special:
-            return encode(self._tokenizer, text, add_special_tokens=add_special)
-        return self._control.encode(text, add_special_tokens=add_special)
+        try:
+            if allow_special:
+                return encode(self._tokenizer, text, add_special_tokens=add_special)
+            return self._control.encode(text, add_special_tokens=add_special)
+        except EncodingError as error:
+            raise RequestError("prompt", str(error)) from None
 
     def chat(
         self,
@@ -133,6 +147,23 @@ class Tokenizer:
         chat = self._template.render(plain, add_generation_prompt=add_generation_prompt)
         if continue_final_message:
             chat = chat.up_to_content(len(plain) - 1)
+        try:
+            return self._encode_chat(chat, plain, add_generation_prompt)
+        except EncodingError as error:
+            raise RequestError("messages", str(error)) from None
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 read as U+FFFD, unknown ids as nothing."""
+        skipped = self.hidden_ids if skip_special else frozenset()
+        return self.detokenizer.text([index for index in ids if index not in skipped])
+
+    def _encode_chat(
+        self, chat: "Rendering", plain: Sequence[PlainMessage], add_generation_prompt: bool
+    ) -> list[int]:
+        """Token ids of a rendered chat, of which users wrote what `plain` holds.
+
+        Raises RequestError, or EncodingError.
+        """
         ids = encode(self._tokenizer, chat.text, add_special_tokens=False)
         if not self._is_forged(chat, plain, ids, add_generation_prompt):
             return ids
@@ -142,11 +173,6 @@ class Tokenizer:
             )
         written = [(span.start, span.end) for span in chat.spans]
         return self._control.encode_between(self._tokenizer, chat.text, written)
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 read as U+FFFD, unknown ids as nothing."""
-        skipped = self.hidden_ids if skip_special else frozenset()
-        return self.detokenizer.text([index for index in ids if index not in skipped])
 
     @cached_property
     def _template(self) -> "ChatTemplate | None":

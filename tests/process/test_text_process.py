@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_text import CHATML, SPECIAL, write_byte_tokenizer
+from tokenizers import Tokenizer as TokenizerFile
+from tokenizers import models, pre_tokenizers
 
 from specserve.hub import resolve
 from specserve.process.text_process import TextProcess, TextUnavailable
@@ -494,3 +497,31 @@ def test_a_worker_imports_no_torch() -> None:
     program = "import sys, specserve.process.text_main; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.stdout == "False\n", answer.stderr
+
+
+def test_text_without_tokens_harms_no_worker(tmp_path: Path) -> None:
+    """As with a vocabulary of words or pieces in which the one for all others is missing."""
+    model = models.WordLevel({"known": 0, "word": 1}, unk_token="[UNK]")
+    file = TokenizerFile(model)
+    file.pre_tokenizer = pre_tokenizers.Whitespace()
+    file.save(str(tmp_path / "tokenizer.json"))
+    config = {"chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    async def body() -> None:
+        async with _started(tmp_path) as texts:
+            await _until(lambda: len(texts.pids) == 2)
+            pids = texts.pids
+            for ask, param in (
+                (texts.encode("an unheard word"), "prompt"),
+                (texts.encode("an unheard word", allow_special=True), "prompt"),
+                (texts.encode("unheard", param="prediction"), "prediction"),
+                (texts.chat(HI), "messages"),
+            ):
+                with pytest.raises(RequestError, match="has no tokens for it") as error:
+                    await ask
+                assert error.value.param == param
+            assert await texts.encode("known word") == (0, 1)
+            assert texts.pids == pids
+
+    asyncio.run(body())
