@@ -13,6 +13,8 @@ from typing import Any, Final, Literal
 import msgspec
 from msgspec import Struct
 
+from specserve.files import quoted
+
 MAX_MODEL_NAME: Final = 256  # characters of the name that requests give as `model`
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -202,8 +204,17 @@ def load_config(
     try:
         return msgspec.convert(merged, EngineConfig)
     except msgspec.ValidationError as error:
-        reason = error.__cause__ or error  # our own words, where it was our check
+        reason = error.__cause__ or _misread(str(error), merged)  # our own words, if there are any
         raise ConfigError(f"{'' if file is None else f'{file}: '}{reason}") from error
+
+
+def _misread(message: str, sections: dict[str, dict[str, Any]]) -> str:
+    """The decoder's words with the setting and its value in front."""
+    reason, _, place = message.replace("`", "").partition(" - at $.")
+    section, _, name = place.partition(".")
+    name = name.partition("[")[0]
+    value = quoted(sections.get(section, {}).get(name))
+    return f"{section}.{name}: {value}; {reason[:1].lower()}{reason[1:]}"
 
 
 def show_config(config: EngineConfig) -> str:

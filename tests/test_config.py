@@ -114,6 +114,23 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, words: list[str]) -> N
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[draft]\ndraft = "ngram"\n', "draft.draft: 'ngram'; expected array, got str"),
+        ('[draft]\nmax_nodes = "a"\n', "draft.max_nodes: 'a'; expected int, got str"),
+        ("[draft.options]\nngram = 3\n", "draft.options: {'ngram': 3}; expected object, got int"),
+        ('[draft]\ndraft = ["ngram", 1]\n', "draft.draft: ['ngram', 1]; expected str, got int"),
+    ],
+)
+def test_a_wrong_type_is_told_with_the_value(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "specserve.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config({}, file)
+    assert str(error.value) == f"{file}: {message}"
+
+
 def test_bytes_that_are_no_text_are_no_toml(tmp_path: Path) -> None:
     file = tmp_path / "binary.toml"
     file.write_bytes(b"\xff\xfe")
