@@ -125,8 +125,8 @@ class ControlTokens:
         return self._tokens[index].content
 
     def disarmed(self, text: str) -> str:
-        """The text without any character that a control token begins or ends with, in whatever
-        case or form, and with another end: no part of it makes one. Space stays as it is."""
+        """The text with "." for every character that a control token begins or ends with, in
+        whatever case or form, and "x" at its end: no part of it can make one. Space stays."""
         edges = {ord(c): "." for c in set(text) if not self._edges.isdisjoint({*_folded(c)})}
         return text.translate(edges) + "x" if text.strip() else text
 
@@ -137,9 +137,10 @@ class ControlTokens:
     def encode_between(
         self, tokenizer: TokenizerFile, text: str, written: Sequence[tuple[int, int]]
     ) -> list[int]:
-        """Token ids of text in which control tokens count, but for what `written` touches.
+        """Token ids of a text in which control tokens count only outside of what users wrote.
 
-        These are (start, end), in order and apart. The rest is cut as if nothing were forged.
+        `written` has the (start, end) of that, in order and without overlap. The text around it
+        becomes the same tokens whatever users wrote.
         """
         blanked, kept = _blanked(text, written)
         encoding = _encoding(tokenizer.encode_batch, blanked, add_special_tokens=False)
@@ -163,8 +164,8 @@ class ControlTokens:
         return start + left, end - right
 
 
-def _folded(character: str) -> str:
-    return unicodedata.normalize("NFKC", character).casefold()
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def encode(tokenizer: TokenizerFile, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -224,8 +225,9 @@ class _Kept(NamedTuple):
 
 
 def _blanked(text: str, written: Sequence[tuple[int, int]]) -> tuple[str, list[_Kept]]:
-    """The text with two characters that say nothing in each of those places: a word, space or
-    neither, as what stood there began and ended."""
+    """The text with only the first and last character of what stood in each of those places, as
+    "x" for a letter, "." for a symbol, or the space itself: so much a tokenizer may look at to
+    tell where its neighbours end, and it spells nothing."""
     at, length, pieces, kept = 0, 0, [], []
     for start, end in [*written, (len(text), len(text))]:
         edges = text[start : min(end, start + 1)] + text[max(end - 1, start + 1) : end]

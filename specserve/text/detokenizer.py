@@ -22,10 +22,11 @@ Step = dict[str, Any]  # a decoder as tokenizer.json writes it
 class Detokenizer:
     """The bytes of tokens, as the decoder of a tokenizer file spells them.
 
-    An added token that the model itself does not know stands for its content as it is written:
-    so does the text that becomes this token. One that the model knows is the model's own, unless
-    a byte-level model cannot have made it of text. Raises ValueError for a decoder that spells a
-    token by those after it, or fits no table of bytes.
+    An added token stands for its content as it is written, unless the model's own vocabulary has
+    it too: then it is read as the model's other tokens are, so that "é" of a byte-level model is
+    byte E9. If that gives neither text nor a byte of UTF-8, it stands for its content after all.
+    Raises ValueError for a decoder that spells a token by those after it, or fits no table of
+    bytes.
     """
 
     def __init__(self, file: TokenizerFile) -> None:
@@ -49,8 +50,8 @@ class Detokenizer:
         return data
 
     def usual(self, data: bytes) -> int | None:
-        """The token that stands for `data`, if there is one that is spelled as most are: of
-        several, one that is no single byte by its name."""
+        """The token that text of these bytes usually becomes, or None. Several tokens may stand
+        for the same bytes; one that is named as a byte, such as `<0x41>`, is tried last."""
         text = data.decode(errors="replace")
         spellings = [text, text.removeprefix(" "), f"##{text}"]
         if self._alphabet is not None:
@@ -111,7 +112,8 @@ class Detokenizer:
         )
 
     def _is_content(self, token_id: int, spelling: str) -> bool:
-        """Whether the decoder would rewrite a token that stands for its content."""
+        """Whether it is an added token that stands for its content, which the decoder would
+        change."""
         return (
             self._rewrites
             and self._is_outside(token_id, spelling)

@@ -42,7 +42,8 @@ class OutputText:
     ) -> str:
         """The text that may be shown now. `last`: no ids follow; `stop_reason`: why.
 
-        `end_token`: the last id ended the answer, and so is a control token whatever it spells.
+        `end_token`: the last id is the end token that ended the answer; it is hidden as control
+        tokens are, whatever it spells.
         """
         self._last = last
         shown = ids[:-1] if end_token and self._skip_special else ids
@@ -67,8 +68,8 @@ class OutputText:
         return piece
 
     def take_offsets(self) -> list[int]:
-        """Where in the text each id's own begins, for the next ids of which that is settled: a
-        stop string may still take back what is not shown."""
+        """Where in the text each of the next ids begins. An id waits until the text before it is
+        shown: a stop string may still take back what is not."""
         settled = []
         while self._offsets and (self._last or self._offsets[0] <= self._num_shown):
             settled.append(min(self._offsets.popleft(), self._num_shown))

@@ -43,8 +43,8 @@ class IncrementalDecoder:
         return text
 
     def num_given_up(self, token_id: int) -> int:
-        """How many characters show, if this token is next, before its own: what is held reads as
-        U+FFFD if the token does not go on with it."""
+        """How many U+FFFD show before this token's own text, if it comes next: what is held
+        becomes those, unless the token goes on with it."""
         data = self._detokenizer.bytes_of(token_id) if self._held else b""
         if not data or token_id in self._skipped:
             return 0

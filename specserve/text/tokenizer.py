@@ -131,9 +131,9 @@ class Tokenizer:
         """Token ids of a chat under the model's template, ready for the model's answer.
 
         With `continue_final_message` they end where the last message does, an assistant's.
-        Control tokens come from the template only. If the template transforms a content beyond
-        stripping it, and that content makes a control token, the two cannot be told apart and
-        the request is refused. Raises `RequestError` naming the message.
+        Control tokens come from the template only. If it does more with a content than stripping
+        space and thinking from it, and that content makes a control token, the two cannot be told
+        apart and the request is refused. Raises `RequestError` naming the message.
         """
         plain = read_messages(messages)
         if continue_final_message:
@@ -211,7 +211,7 @@ class Tokenizer:
         ids: list[int],
         add_generation_prompt: bool,
     ) -> bool:
-        """Whether users' text makes a control token: without it there are others."""
+        """Whether users' text makes a control token: a chat without it has other ones."""
         found = self._control.among(ids)
         if chat.marked is None:
             return self._spelled(messages) is not None
