@@ -210,7 +210,7 @@ def load_config(
 
 def _misread(message: str, sections: dict[str, dict[str, Any]]) -> str:
     """The decoder's words with the setting and its value in front."""
-    reason, _, place = message.replace("`", "").partition(" - at $.")
+    reason, _, place = message.replace("`", "").replace(" | null", "").partition(" - at $.")
     section, _, name = place.partition(".")
     name = name.partition("[")[0]
     value = quoted(sections.get(section, {}).get(name))
