@@ -274,9 +274,11 @@ def test_a_named_end_token_is_no_text(tmp_path: Path) -> None:
         (decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]), "Replace"),
         (decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)]), "Strip"),
         (decoders.Sequence([decoders.Replace("a", "b"), decoders.ByteLevel()]), "ByteLevel"),
+        (decoders.Strip(" ", 1, 1), "Strip"),
+        (decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip("x", 2, 1)]), "Strip"),
     ],
 )
-def test_a_decoder_that_needs_what_follows_is_refused(
+def test_a_decoder_that_needs_what_follows_or_panics_is_refused(
     tmp_path: Path, decoder: decoders.Decoder, named: str
 ) -> None:
     directory = write_tokenizer(tmp_path, "metaspace")
