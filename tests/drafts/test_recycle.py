@@ -306,7 +306,7 @@ def test_logits_that_are_no_numbers_teach_nothing(
         ({"min_probability": 2.0}, r"min_probability: 2.0; use 0 to 1"),
         ({"file": "/nowhere/table"}, r"recycle\.file: /nowhere is no directory; make it first"),
         ({"file": __file__}, r"draft\.options\.recycle\.file: .*cannot be read"),
-        ({"context": 8}, r"draft\.options\.recycle: .*context"),
+        ({"context": 8}, r"draft\.options\.recycle\.context: unknown option; .* 'contexts'"),
     ],
 )
 def test_wrong_options_say_what_is_possible(
