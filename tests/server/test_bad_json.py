@@ -126,7 +126,7 @@ def test_nul_and_other_control_characters_are_text(survivor: LiveServer) -> None
     text = "".join(map(chr, range(32))) + "\x7f\x80\u2028\ufeff\uffff\U0010ffff"
     answer = survivor.ask(COMPLETION, {"prompt": text, "max_tokens": 1, "echo": True})
     assert answer.json()["choices"][0]["text"].startswith(text)
-    chat = {"messages": [{"role": "user", "content": text, "name": text}], "max_tokens": 1}
+    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
     answer = survivor.ask(CHAT, chat)
     assert answer.status == 200
     more = {"user": text, "cache_salt": text, "metadata": {text: text}, "stop": [text]}
