@@ -32,7 +32,11 @@ def write_memoryless(directory: Path, seed: int) -> Path:
     write_tiny_llama(directory, seed=seed, vocab_size=VOCAB, num_layers=1, sharpness=1.2)
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    config |= {"architectures": ["MistralForCausalLM"], "sliding_window": 1}
+    config |= {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 1,
+    }
     config |= {"max_position_embeddings": 2048}
     path.write_text(json.dumps(config))
     return directory

@@ -259,14 +259,11 @@ def _replace(engine: Engine, method: str, function: Callable[..., Any]) -> None:
     setattr(engine.drafter.drafters["ngram"], method, function)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_draft_of_no_numbers_costs_nothing(
-    value: float, tmp_path: Path, make_engine: EngineFactory
-) -> None:
-    """A checkpoint that is damaged, but of the right shape."""
+def test_a_draft_of_no_numbers_costs_nothing(tmp_path: Path, make_engine: EngineFactory) -> None:
+    """Its weights are numbers, but what it computes with them is not."""
     broken = write_tiny_llama(tmp_path / "broken", seed=2)
     weights = load_file(broken / "model.safetensors")
-    weights["model.embed_tokens.weight"].fill_(value)
+    weights["model.layers.0.input_layernorm.weight"].fill_(3e38)
     save_file(weights, broken / "model.safetensors")
     for params in (GREEDY, SAMPLED):
         plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]

@@ -64,6 +64,6 @@ def _workers(parent: int) -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(status.rpartition(")")[2].split()[1]) == parent and b"text_main" in command:
+            if int(status.rpartition(")")[2].split()[1]) == parent and b"text_worker" in command:
                 found.append(int(entry.name))
     return found

@@ -141,7 +141,7 @@ def test_what_is_not_tokenised_yet_is_accepted_too(long_model: Path) -> None:
     data = post(chat, path="/v1/chat/completions")
     with start_server(long_model) as server, wire(server) as reading, wire(server) as waiting:
         children = pids(server)
-        workers = [pid for pid, command in server.children() if "text_main" in command]
+        workers = [pid for pid, command in server.children() if "text_worker" in command]
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
         reading.send(data[:-5])
