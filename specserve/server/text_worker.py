@@ -44,13 +44,13 @@ def read_completion(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
     """A `CompletionRequest` in msgpack. Raises RequestError, also for ids that cannot fit."""
     request = decode(body, CompletionRequest)
     request.check()
-    num_tokens, prompts = 0, request.prompts()
-    for index, prompt in enumerate(prompts):
+    num_tokens = 0
+    for prompt in request.prompts():
         if isinstance(prompt, tuple):
             num_tokens += len(prompt)
             if len(prompt) > limits.max_model_len:
                 raise RequestError(
-                    "prompt" if len(prompts) == 1 else f"prompt[{index}]",
+                    "prompt",
                     f"{len(prompt)} tokens do not fit the context of {limits.max_model_len}",
                 )
     _check_count("prompt", num_tokens)
