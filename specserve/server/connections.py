@@ -230,7 +230,10 @@ class Connection(web.RequestHandler):
     def _look_for_client(self, waited: float) -> None:
         """Only who is still there takes what is written: an interim answer, so often that nothing
         is computed for long for nobody. HTTP/1.0 has none, so its clients have to listen."""
-        if self.transport is None or self.transport.is_closing() or self._is_idle:
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self._is_idle:  # everything is answered, and no more will come
+            self.force_close()
             return
         request = self._current_request
         unanswered = request is not None and request.writer.output_size == 0

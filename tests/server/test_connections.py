@@ -99,6 +99,14 @@ class Served:
             return await client.ask(data)
 
 
+class SlowEnd(web.Response):
+    """Its last byte is out a while before the server knows."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        await super().write_eof(data)
+        await asyncio.sleep(0.02)
+
+
 @web.middleware
 async def render(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -146,6 +154,9 @@ async def serving(
         await asyncio.sleep(0.5)
         return web.Response(body=b"late")
 
+    async def slow_end(request: web.Request) -> web.StreamResponse:
+        return SlowEnd(body=b"sent")
+
     async def public(request: web.Request) -> web.StreamResponse:
         return web.Response()
 
@@ -162,6 +173,7 @@ async def serving(
     accepted = AcceptedRequests(config.max_connections, shared=shared)
     app = web.Application(middlewares=[render, accept])
     app.router.add_get("/late", late)
+    app.router.add_get("/slow_end", slow_end)
     app.router.add_get("/public", public)
     app.router.add_post("/echo", echo)
     app.router.add_get("/wait", wait)
@@ -566,6 +578,22 @@ def test_who_sends_no_more_and_is_gone_is_noticed(
             await asyncio.sleep(0.3)
             client.writer.transport.abort()
             while "cancelled" not in served.events:
+                await asyncio.sleep(0.01)
+
+    run(test, loop_factory)
+
+
+@pytest.mark.parametrize("loop_factory", LOOPS)
+def test_who_leaves_with_the_last_byte_is_noticed(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """FIN arrives before the server is done with the answer that it has sent."""
+
+    async def test() -> None:
+        async with serving() as served:
+            async with served.connect() as client:
+                await client.ask(b"GET /slow_end HTTP/1.1\r\nHost: here\r\n\r\n")
+            while len(served.door):
                 await asyncio.sleep(0.01)
 
     run(test, loop_factory)
