@@ -70,7 +70,7 @@ _SPECULATIONS: Final[tuple[Callable[[Random], dict[str, Any]], ...]] = (
     lambda rng: {},
     lambda rng: {"speculation": {"enabled": False}},
     lambda rng: {"speculation": {"max_nodes": rng.randint(1, 8)}},
-    lambda rng: {"prediction": {"type": "content", "content": _words(rng, rng.randint(1, 60))}},
+    lambda rng: {"prediction": {"type": "content", "content": words(rng, rng.randint(1, 60))}},
 )
 
 
@@ -100,16 +100,16 @@ def draw(seed: int, index: int, sizes: Sizes) -> Shot:
 def _question(rng: Random, seed: int, max_prompt: int) -> tuple[str, dict[str, Any]]:
     """A shared beginning, often none, and an end of its own."""
     number = rng.randrange(NUM_OPENINGS)
-    opening = _words(
+    opening = words(
         Random(f"{seed}/opening {number}"), max_prompt * number // NUM_OPENINGS * 2 // 3
     )
-    text = f"{opening} {_words(rng, rng.randint(1, max_prompt // 3))}".strip()
+    text = f"{opening} {words(rng, rng.randint(1, max_prompt // 3))}".strip()
     if rng.random() < 0.5:
         return "/v1/completions", {"prompt": text}
     return "/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}
 
 
-def _words(rng: Random, num_chars: int) -> str:
+def words(rng: Random, num_chars: int) -> str:
     text = ""
     while len(text) < num_chars:
         text += f"{rng.choice(_WORDS)} "

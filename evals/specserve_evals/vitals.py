@@ -5,8 +5,9 @@ Linux only: what a process holds is read from /proc. Worth comparing while the s
 
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from msgspec import Struct
@@ -25,6 +26,7 @@ IDLE: Final = (  # gauges that are 0 when nothing is under way
 _ROLES: Final = {"engine_main": "engine", "text_main": "text"}  # by the module that runs there
 _POLL_S: Final = 0.1
 _SETTLE_S: Final = 15.0
+_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class ProcessVitals(Struct, frozen=True):
@@ -40,18 +42,22 @@ class Vitals(Struct, frozen=True):
     metrics: dict[str, float]
 
 
-def read_vitals(server: Served) -> Vitals:
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+def read_vitals(server: Served, headers: Mapping[str, str] = _NO_HEADERS) -> Vitals:
+    """`headers` authorise the request for `/metrics`, where the server has keys."""
+    request = urllib.request.Request(f"{server.url}/metrics", headers=dict(headers))
+    with urllib.request.urlopen(request, timeout=60) as response:
         metrics = _metrics(response.read().decode())
     time.sleep(_POLL_S)  # until the connection we just used is gone
     return Vitals(tuple(_read(role, pid) for role, pid in _pids(server.pid)), metrics)
 
 
-def settle(server: Served, baseline: Vitals | None = None) -> Vitals:
+def settle(
+    server: Served, baseline: Vitals | None = None, headers: Mapping[str, str] = _NO_HEADERS
+) -> Vitals:
     """The vitals once it is idle and holds no more than at `baseline`, else those after 15 s."""
     end = time.monotonic() + _SETTLE_S
     while True:
-        vitals = read_vitals(server)
+        vitals = read_vitals(server, headers)
         if not leftovers(vitals, baseline or vitals) or time.monotonic() > end:
             return vitals
 

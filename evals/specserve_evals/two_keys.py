@@ -1,0 +1,251 @@
+"""Does a hostile key slow another down? TTFT of a steady load, alone and beside every attack.
+
+python -m specserve_evals.two_keys --seconds 60
+
+Rounds alternate between the load alone and the same load beside the other key's attacks. Exit
+code 1 if a request of the load fails, if its p99 TTFT beside the attacks is more than twice what
+it is alone, or if the server holds something afterwards that it did not hold before.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from subprocess import PIPE
+from typing import Final
+
+import aiohttp
+import msgspec
+import numpy as np
+from msgspec import Struct
+from rich.console import Console
+
+from specserve.cli.parser import TARGET_HELP, build_parser, engine_config
+from specserve.config import TargetConfig
+from specserve.engine.device import choose_platform
+from specserve_evals import provenance
+from specserve_evals.progress import plain_table, stdout_console
+from specserve_evals.runs import at_least_one
+from specserve_evals.served import Served, serve
+from specserve_evals.storm_requests import words
+from specserve_evals.vitals import leftovers, settle
+
+MAX_RATIO: Final = 2.0  # of the p99 TTFT beside the attacks to the p99 TTFT alone
+_KEYS: Final = {name: f"{name}-0123456789abcdef" for name in ("steady", "hostile", "metrics")}
+_LEAD_S: Final = 3.0  # of attacks before the load begins: their queues are full by then
+_PROMPT_CHARS: Final = 400
+_NUM_TOKENS: Final = 24  # of an answer
+_LONGEST_S: Final = 300.0
+
+
+class Load(Struct, frozen=True):
+    """What the steady key saw in the rounds of one kind."""
+
+    ttft_s: list[float] = []
+    total_s: list[float] = []
+    errors: list[str] = []
+
+    def quantile(self, q: float) -> float:
+        """Of the TTFT, in seconds."""
+        return float(np.quantile(self.ttft_s, q))
+
+
+class Report(Struct, frozen=True):
+    provenance: provenance.Provenance
+    alone: Load
+    beside: Load
+    hostile_answers: dict[str, dict[str, int]]  # attack -> status -> number
+    left_behind: list[str]
+    failures: list[str]
+
+
+async def steady_load(url: str, rate: float, seconds: float, seed: str, load: Load) -> None:
+    """Streams that begin `rate` times a second, whether earlier ones are done or not."""
+    rng = Random(seed)
+    begin = time.monotonic()
+    async with _session("steady") as session, asyncio.TaskGroup() as group:
+        for index in range(int(rate * seconds)):
+            await asyncio.sleep(max(0.0, begin + index / rate - time.monotonic()))
+            prompt = words(rng, _PROMPT_CHARS)
+            group.create_task(_stream(session, url, prompt, load))
+
+
+async def _stream(session: aiohttp.ClientSession, url: str, prompt: str, load: Load) -> None:
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": _NUM_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    begin = time.monotonic()
+    num_events = 0
+    try:
+        async with (
+            asyncio.timeout(_LONGEST_S),
+            session.post(f"{url}/v1/chat/completions", json=body) as response,
+        ):
+            if response.status != 200:
+                load.errors.append(f"{response.status}: {(await response.text())[:300]}")
+                return
+            async for line in response.content:
+                data = line.removeprefix(b"data: ").strip()
+                if data == b"[DONE]":
+                    load.total_s.append(time.monotonic() - begin)
+                    return
+                if line.startswith(b"data: ") and _has_text(data):
+                    num_events += 1
+                    if num_events == 1:
+                        load.ttft_s.append(time.monotonic() - begin)
+        load.errors.append("the stream ended without [DONE]")
+    except TimeoutError:
+        load.errors.append(f"no whole answer within {_LONGEST_S:g} s")
+    except (aiohttp.ClientError, ConnectionError) as error:
+        load.errors.append(f"{type(error).__name__}: {error}")
+
+
+def _has_text(data: bytes) -> bool:
+    return any(choice["delta"].get("content") for choice in json.loads(data)["choices"])
+
+
+@contextlib.asynccontextmanager
+async def _session(key: str) -> AsyncIterator[aiohttp.ClientSession]:
+    timeout = aiohttp.ClientTimeout(total=None)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(
+        connector=connector, headers=headers_of(key), timeout=timeout
+    ) as session:
+        yield session
+
+
+def headers_of(key: str) -> Mapping[str, str]:
+    return {"Authorization": f"Bearer {_KEYS[key]}"}
+
+
+async def run(server: Served, args: argparse.Namespace, origin: provenance.Provenance) -> Report:
+    """Alternate rounds alone and beside the attacks; the server rests between them."""
+    alone, beside = Load(), Load()
+    hostile: dict[str, Counter[str]] = {}
+    metrics = headers_of("metrics")
+    await steady_load(server.url, args.rate, _LEAD_S, f"{args.seed}/warm up", Load())
+    baseline = await asyncio.to_thread(settle, server, headers=metrics)
+    vitals = baseline
+    for number in range(args.rounds):
+        seed = f"{args.seed}/{number}"
+        await steady_load(server.url, args.rate, args.seconds, f"{seed}/alone", alone)
+        command = [sys.executable, "-m", "specserve_evals.hostile_key"]
+        arguments = [server.url, _KEYS["hostile"], seed]
+        with subprocess.Popen([*command, *arguments], stdin=PIPE, stdout=PIPE) as attack:
+            try:
+                await asyncio.sleep(_LEAD_S)
+                await steady_load(server.url, args.rate, args.seconds, f"{seed}/beside", beside)
+                answers, _ = await asyncio.to_thread(attack.communicate)
+            finally:
+                attack.kill()
+        for name, counts in json.loads(answers).items():
+            hostile.setdefault(name, Counter()).update(counts)
+        vitals = await asyncio.to_thread(settle, server, baseline, headers=metrics)
+    left = leftovers(vitals, baseline)
+    failures = find_failures(alone, beside, left)
+    return Report(origin, alone, beside, hostile, left, failures)
+
+
+def find_failures(alone: Load, beside: Load, left_behind: Sequence[str]) -> list[str]:
+    found = [f"alone: {error}" for error in alone.errors]
+    found += [f"beside the attacks: {error}" for error in beside.errors]
+    if alone.ttft_s and beside.ttft_s:
+        ratio = beside.quantile(0.99) / alone.quantile(0.99)
+        if ratio > MAX_RATIO:
+            found.append(
+                f"p99 TTFT is {ratio:.2f} times what it is alone; {MAX_RATIO:g} is allowed"
+            )
+    return found + [f"left behind: {what}" for what in left_behind]
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table and the verdict."""
+    table = plain_table(
+        "", "requests", "TTFT p50 ms", "p90", "p99", "whole answer p50 ms", "errors"
+    )
+    for name, load in (("alone", report.alone), ("beside the attacks", report.beside)):
+        times = [f"{1e3 * load.quantile(q):.0f}" for q in (0.5, 0.9, 0.99)] if load.ttft_s else []
+        total = f"{1e3 * float(np.median(load.total_s)):.0f}" if load.total_s else ""
+        num_requests = str(len(load.ttft_s))
+        table.add_row(name, num_requests, *times, total, str(len(load.errors)))
+    console.print(table)
+    for name, answers in report.hostile_answers.items():
+        counted = ", ".join(f"{count} x {status}" for status, count in answers.items())
+        console.print(f"{name}: {counted}", markup=False)
+    for failure in report.failures:
+        console.print(f"failed: {failure}", markup=False)
+    console.print(f"{len(report.failures)} failures")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: the other key is not disturbed; 1: it is; 2: wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        key_file = Path(folder) / "keys"
+        scopes = {"steady": "inference", "hostile": "inference", "metrics": "metrics"}
+        lines = [f"{name}:{scopes[name]}:{key}\n" for name, key in _KEYS.items()]
+        key_file.touch(mode=0o600)
+        key_file.write_text("".join(lines), encoding="utf-8")
+        flags = ["--api-key-file", str(key_file), *args.serve_flags]
+        try:
+            config = engine_config(build_parser().parse_args(["serve", args.target, *flags]))
+            platform = choose_platform(config.target)
+            origin = provenance.collect("specserve_evals.two_keys", arguments, platform, None)
+            with serve(args.target, flags) as server:
+                report = asyncio.run(run(server, args, origin))
+        except (ValueError, RuntimeError) as error:
+            print(f"two_keys: error: {error}", file=sys.stderr)
+            return 2
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    show(report, stdout_console())
+    return 1 if report.failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m specserve_evals.two_keys",
+        description="TTFT of one key's steady load, alone and beside another key's attacks.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, metavar="S", help="of a round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=at_least_one,
+        default=2,
+        metavar="N",
+        help="alone and beside the attacks, each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="requests of the load that begin per second (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument(
+        "serve_flags", nargs="*", metavar="FLAG", help="of `specserve serve`, after --"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
