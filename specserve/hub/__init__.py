@@ -1,4 +1,8 @@
-"""Where models come from. `resolve` is all that the rest of the runtime calls."""
+"""Finds, downloads and converts models, and reads GGUF files.
+
+`resolve` maps the model name a user gives to a local model directory. `specserve.models` imports
+the GGUF readers directly.
+"""
 
 from specserve.hub.errors import HubError
 from specserve.hub.resolve import ALIASES, resolve

@@ -1,7 +1,8 @@
-"""Directories that are built once and then found again.
+"""Cached directories: each is built once and reused by later calls.
 
-Owns the cache folder: a finished directory carries a manifest of what it was built from, appears
-in one rename, and is built again when the manifest no longer fits. Knows nothing of models.
+Owns the layout of the cache folder. A finished directory contains a manifest of its inputs, is put
+in place by a single rename, and is rebuilt when the manifest differs from the expected one. Knows
+nothing about models.
 """
 
 import fcntl
@@ -26,10 +27,12 @@ def default_cache_dir() -> Path:
 
 
 def build_once(directory: Path, manifest: Manifest, build: Callable[[Path], None]) -> Path:
-    """`directory`, built by `build(empty_directory)` unless its manifest says it is there.
+    """Return `directory`; call `build(empty_directory)` first unless it is already built.
 
-    Several processes may ask at once: one builds, the others wait for it. Raises `HubError` when
-    the cache folder cannot be written; what `build` raises passes through and leaves nothing.
+    It is already built if the manifest stored in it equals `manifest`. Safe for concurrent
+    processes: one builds while the others wait for a file lock. Raises `HubError` for an
+    `OSError`, such as an unwritable cache folder. Other exceptions from `build` propagate. A
+    failed build leaves no partial directory.
     """
     if _is_built(directory, manifest):
         return directory
@@ -57,7 +60,7 @@ def _is_built(directory: Path, manifest: Manifest) -> bool:
 
 def _build(directory: Path, manifest: Manifest, build: Callable[[Path], None]) -> None:
     partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # remains of a killed process
     partial.mkdir()
     try:
         build(partial)

@@ -1,7 +1,7 @@
-"""A GGUF file's metadata turned into the JSON files of a model directory.
+"""Converts the metadata of a GGUF file to the JSON files of a model directory.
 
-The weights stay in the GGUF file, which is served as it is. Everything that can be refused is
-refused before the first file is written.
+The weights are not converted; they are read from the GGUF file itself. All checks of the GGUF file
+are made before the first output file is written.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,19 @@ from specserve.hub.gguf_file import GgufFile
 from specserve.hub.gguf_tensors import source_tensors
 from specserve.hub.gguf_tokenizer import end_tokens, read_tokenizer
 
-CONVERTER_VERSION = 3  # raise it when the output changes: cached conversions are made again
-Progress = Callable[[str, float], None]  # what is being done, and how much of it: 0 to 1
+CONVERTER_VERSION = 3  # increment when the output changes, so that cached conversions are redone
+Progress = Callable[[str, float], None]  # (stage, fraction done from 0 to 1)
 
 
 def convert_gguf(path: Path, output: Path, report: Progress) -> None:
-    """Write the configs and the tokenizer of `path` to `output`. Raises `HubError`."""
+    """Write the JSON configs and tokenizer.json for the GGUF file `path` to directory `output`.
+
+    Raises `HubError` if the file is damaged or the model is not supported.
+    """
     report(f"reading {path.name}", 0.0)
     file = GgufFile(path)
     config = read_config(file)
-    source_tensors(file, config)  # refuses what the checkpoint reader would refuse later
+    source_tensors(file, config)  # called only for its checks
     tokenizer, tokenizer_config = read_tokenizer(file)
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": end_tokens(file)}
     _write_json(output / "config.json", config)

@@ -1,4 +1,4 @@
-"""The one error of the hub."""
+"""The exception type of this package."""
 
 
 class HubError(ValueError):

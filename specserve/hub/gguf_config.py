@@ -1,6 +1,7 @@
-"""config.json out of GGUF metadata.
+"""Builds the content of config.json from GGUF metadata.
 
-Owns the translation of names and of rope scaling. Knows nothing of weights beyond which are there.
+Owns the translation of field names and of RoPE scaling. Of the tensors it uses only the names, the
+shape of the embedding, and the values of rope_freqs.weight.
 """
 
 import math
@@ -21,7 +22,8 @@ ARCHITECTURES = {
 _REQUIRED = object()
 _MAX_INTEGER = 2**31 - 1
 _MAX_NUMBER = 1e12
-# What is said of an architecture and makes no difference here, and what makes none at one value.
+# Metadata keys that may stay unread: these at any value, those of `_NEUTRAL` at the listed value
+# only. Some of these matter to certain configurations, which read them explicitly.
 _HARMLESS = frozenset(
     [
         "vocab_size",
@@ -48,7 +50,11 @@ _NEUTRAL: Mapping[str, Any] = {
 
 
 class GgufFields:
-    """Metadata of one file, with errors that name the key; knows which ones nobody asked for."""
+    """Typed access to the metadata of one file.
+
+    Errors name the file and the key. Keys that were read are recorded, so that `refuse_unread` can
+    reject the others.
+    """
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
@@ -56,13 +62,17 @@ class GgufFields:
         self.architecture = self.text("general.architecture")
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """A value of `kind`; `{arch}` in the key is the architecture. Raises `HubError`."""
+        """The value of `key`, or `default` if the key is absent.
+
+        `{arch}` in the key stands for the architecture. Raises `HubError` if the value is not of
+        type `kind`, or if the key is absent and there is no default.
+        """
         key = self._full(key)
         self._asked.add(key)
         value = self._file.metadata.get(key, default)
         if value is _REQUIRED:
             raise HubError(f"{self._file.path}: {key} is missing; fetch a complete file")
-        # True is no number, though Python has it so.
+        # bool is a subclass of int in Python, but a bool in the file is not a number.
         if value is not default and (
             not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         ):
@@ -75,7 +85,10 @@ class GgufFields:
     def integer(
         self, key: str, default: Any = _REQUIRED, *, low: int = 0, high: int = _MAX_INTEGER
     ) -> Any:
-        """One number, or a list that says the same number for every layer."""
+        """An integer, or a per-layer list whose elements are all the same integer.
+
+        Raises `HubError` if it is not from `low` to `high`.
+        """
         value = self.get(key, (int, list), default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
@@ -85,7 +98,7 @@ class GgufFields:
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.get(key, (int, float), default)
-        if value is not default and not 0 <= value <= _MAX_NUMBER:  # nor NaN
+        if value is not default and not 0 <= value <= _MAX_NUMBER:  # also rejects NaN
             raise self.unusable(key, f"expected a number from 0 to {_MAX_NUMBER:g}")
         return _short(value) if isinstance(value, float) else value
 
@@ -104,7 +117,10 @@ class GgufFields:
         return self.refuse(f"{key} = {value} is not usable: {reason}")
 
     def refuse_unread(self) -> None:
-        """Raises `HubError` naming what is said of the architecture and nobody asked for."""
+        """Raise `HubError` for a key of the architecture that was not read.
+
+        Exempt are harmless keys, and values that are neutral, zero, false or empty.
+        """
         prefix = f"{self.architecture}."
         for key, value in self._file.metadata.items():
             name = key.removeprefix(prefix)
@@ -125,7 +141,7 @@ class GgufFields:
 
 
 def read_config(file: GgufFile) -> dict[str, Any]:
-    """The content of config.json. Raises `HubError` for models that cannot be run."""
+    """The content of config.json. Raises `HubError` for a model that is not supported."""
     fields = GgufFields(file)
     if fields.architecture not in ARCHITECTURES:
         raise fields.refuse(
@@ -188,7 +204,11 @@ def _vocab_size(file: GgufFile, fields: GgufFields) -> int:
 
 
 def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
-    """A factor without a type is linear, and an older key for it, as llama.cpp reads them."""
+    """The `rope_scaling` section of config.json, or None.
+
+    As in llama.cpp, a factor without a type means linear scaling, and `rope.scale_linear` is an
+    older key for the factor.
+    """
     kind = fields.text("{arch}.rope.scaling.type", "linear")
     factor, older = (
         fields.number(key, 0.0)
@@ -219,9 +239,11 @@ def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any]:
-    """Llama 3's smoothing is stored as the divisors it leads to; find the factor that does.
+    """Recover the parameters of Llama 3's RoPE scaling from rope_freqs.weight.
 
-    Its other parameters have one value in every published model.
+    GGUF stores the resulting divisor of each frequency; the largest divisor is the factor. The
+    other parameters are assumed to have the values used by all published models. Raises
+    `HubError` if these parameters do not reproduce the stored divisors.
     """
     divisors = np.concatenate([*file.float_rows(file.tensors["rope_freqs.weight"])], axis=None)
     num_pairs = _head_dim(fields, fields.integer("{arch}.attention.head_count", low=1)) // 2
@@ -244,5 +266,5 @@ def _llama3_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """The shortest number with the same float32 value: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal with the same float32 value: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -1,8 +1,8 @@
-"""Reading a GGUF file: metadata and where each tensor's bytes lie.
+"""Reads a GGUF file: its metadata and the location of each tensor.
 
-Owns the file layout (GGUF versions 2 and 3, little-endian). Knows nothing of models. Invariant:
-every length and offset was checked against the file before it was used, and every tensor is of a
-kind that can be turned into floats.
+Owns the file layout (GGUF versions 2 and 3, little-endian). Knows nothing about models. Invariant:
+every length and offset is checked against the file size before use, and every tensor has a type
+that can be dequantised to floats.
 """
 
 import math
@@ -21,7 +21,7 @@ from msgspec import Struct
 from specserve.files import FileError, check_file, quoted, short
 from specserve.hub.errors import HubError
 
-WEIGHTS_NAME: Final = "model.gguf"  # in a model directory
+WEIGHTS_NAME: Final = "model.gguf"  # file name in a model directory
 _SCALARS = {
     0: "B",
     1: "b",
@@ -39,22 +39,26 @@ _STRING, _ARRAY = 8, 9
 _LENGTH: Final = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
-_MAX_ITEMS = 2**24  # of a list; a vocabulary is the longest one
-_CHUNK_VALUES = 2**22  # float32 values in memory at a time, and some copies of them
+_MAX_ITEMS = 2**24  # of one list; the longest lists are those of the vocabulary
+_CHUNK_VALUES = 2**22  # values that `float_rows` dequantises at a time; limits peak memory
 
 
 class GgufTensor(Struct, frozen=True):
-    """One tensor in the file. `shape` is row-major: [out_features, in_features]."""
+    """Type and location of one tensor. `shape` is row-major: [out_features, in_features]."""
 
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
-    offset: int  # from the start of the file
+    offset: int  # bytes from the start of the file
     num_bytes: int
 
 
 class GgufFile:
-    """One mapped file. Raises `HubError` for anything that is cut short, damaged or unknown."""
+    """One memory-mapped GGUF file.
+
+    The constructor raises `HubError` for a file that is truncated or damaged, or that has an
+    unknown version or type.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,16 +85,16 @@ class GgufFile:
         self._check_kinds()
 
     def rows(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes as they are, mapped: [rows, bytes of a row]."""
+        """The tensor's raw bytes as a view of the mapped file: [num_rows, row_bytes]."""
         raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
         return raw.reshape(math.prod(tensor.shape[:-1]), -1)
 
     def float_rows(self, tensor: GgufTensor) -> Iterator[npt.NDArray[np.float32]]:
-        """The tensor as float32 matrices of a few rows each: [n, shape[-1]]."""
+        """Yield the dequantised tensor in blocks of consecutive rows: [n, shape[-1]] float32."""
         raw = self.rows(tensor)
         step = max(1, _CHUNK_VALUES // tensor.shape[-1])
         for first in range(0, len(raw), step):
-            with np.errstate(over="ignore", invalid="ignore"):  # scales may be infinite
+            with np.errstate(over="ignore", invalid="ignore"):  # damaged scales may be infinite
                 values: npt.NDArray[np.float32] = dequantize(raw[first : first + step], tensor.kind)
             yield values
 
@@ -98,12 +102,12 @@ class GgufFile:
         raise HubError(f"{self.path}: not a usable GGUF file: {reason}; fetch it again")
 
     def _count(self, count: int) -> range:
-        if count > len(self._data):  # every item takes a byte at least
+        if count > len(self._data):  # every item takes at least one byte
             self._fail(f"it claims {count} items in {len(self._data)} bytes")
         return range(count)
 
     def _take(self, num_bytes: int) -> int:
-        """Move past `num_bytes`; where they start."""
+        """Advance the read position by `num_bytes`; returns the position before."""
         start = self._at
         if num_bytes > len(self._data) - start:
             self._fail(f"{num_bytes} bytes at {start} end past its {len(self._data)} bytes")
@@ -121,7 +125,7 @@ class GgufFile:
         return self._strings(1)[0]
 
     def _strings(self, count: int) -> list[str]:
-        """One loop: the lists of a vocabulary have some 100,000 of them."""
+        """Read `count` strings in a single loop, because vocabulary lists have some 100,000."""
         data, at, end, texts = self._data, self._at, len(self._data), []
         for _ in self._count(count):
             length = _LENGTH.unpack_from(data, at)[0] if at + 8 <= end else 0

@@ -1,7 +1,7 @@
-"""The tensors of a GGUF file as a checkpoint has them.
+"""Maps the tensors of a GGUF file to checkpoint names and row order.
 
-Owns the names and the order of the rows. Everything that can be refused about a tensor without
-knowing the model's shape is refused here.
+Rejects unknown tensor names, and query and key weights whose number of rows is not
+num_heads * head_dim. `models/weight_check.py` finds missing tensors and other wrong shapes.
 """
 
 from collections.abc import Iterator
@@ -33,21 +33,24 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_COMPUTED = {"rope_freqs.weight"}  # became part of config.json
+_COMPUTED = {"rope_freqs.weight"}  # `gguf_config` converts it to rope_scaling in config.json
 
 
 class SourceTensor(Struct, frozen=True):
-    """A tensor of the file, and which of its rows comes when; None: as they are."""
+    """A tensor of the file and its row permutation.
+
+    Row i in the checkpoint is row `row_order[i]` in the file; None means the same order.
+    """
 
     tensor: GgufTensor
     row_order: npt.NDArray[np.int64] | None
 
 
 def source_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, SourceTensor]:
-    """By checkpoint name. `config` is what `read_config` made of the file.
+    """The tensors of `file` by checkpoint name. `config` is the result of `read_config(file)`.
 
-    Raises `HubError` for unknown tensors, all at once, and for rows that are not whole heads. What
-    is missing or has another shape than config.json says, the loader finds.
+    Raises `HubError` naming the unknown tensors, or a query or key weight with a wrong number of
+    rows.
     """
     return {
         ours: SourceTensor(file.tensors[theirs], _row_order(file, theirs, config))
@@ -56,7 +59,7 @@ def source_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, SourceTe
 
 
 def _names(file: GgufFile) -> Iterator[tuple[str, str]]:
-    """Pairs of GGUF name and checkpoint name."""
+    """Yield pairs of GGUF name and checkpoint name; raises `HubError` for unknown names."""
     unknown = []
     for name in file.tensors:
         if name in _COMPUTED:
@@ -78,9 +81,10 @@ def _names(file: GgufFile) -> Iterator[tuple[str, str]]:
 
 
 def _row_order(file: GgufFile, name: str, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
-    """GGUF's llama keeps the rows of q and k so that rotary pairs are neighbours.
+    """The row permutation from GGUF to checkpoint order, or None if there is none.
 
-    In a checkpoint the pairs are half a head apart.
+    For the llama architecture GGUF stores the two rows of a rotary pair next to each other in the
+    query and key weights; in a checkpoint they are head_dim / 2 rows apart.
     """
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     part, shape = name.split(".")[-2], file.tensors[name].shape

