@@ -1,7 +1,8 @@
-"""The weights in a model directory, whichever format they are in.
+"""Access to the weights in a model directory, independent of their file format.
 
-Owns the choice of the format and what every format offers. Knows no model. Invariant: a
-`Checkpoint` that was built describes tensors that are all there and can be read.
+Owns the choice between safetensors and GGUF, and the interface that both implement. Knows nothing
+about models. Invariant: the headers of an open `Checkpoint` have been checked, so the data of every
+tensor in `entries` is in the file.
 """
 
 from collections.abc import Mapping
@@ -22,29 +23,32 @@ __all__ = ["Checkpoint", "Renamed", "TensorEntry", "read_checkpoint"]
 
 
 class Checkpoint(Protocol):
-    """Tensors by checkpoint name, such as model.layers.0.self_attn.q_proj.weight."""
+    """Tensors by checkpoint name, such as model.layers.0.self_attn.q_proj.weight.
+
+    Reading a tensor raises `ModelError` if it has values that are NaN or infinite.
+    """
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """Every tensor there is."""
+        """Every tensor of the checkpoint."""
 
     @property
     def index(self) -> Mapping[str, str]:
-        """Tensors and the files they are said to be in, where several files share an index."""
+        """Tensor name to file name, as the index file says; empty if there is no index file."""
 
     @property
     def quantized(self) -> bool:
         """Whether any tensor is quantised."""
 
     def floats(self, name: str) -> Tensor:
-        """The tensor as it is stored, or in float32 if it is quantised: [*shape]."""
+        """The tensor [*shape] in its stored dtype, or dequantised to float32."""
 
     def packed(self, name: str) -> PackedWeight | None:
-        """The quantised values as they are stored: a matrix in Q4_0, Q4_1 or Q8_0; else None."""
+        """The stored quantised values of a Q4_0, Q4_1 or Q8_0 matrix; None for other tensors."""
 
 
 class Renamed:
-    """A checkpoint under other names. `names`: ours, and what each is called in the file."""
+    """A `Checkpoint` with other tensor names. `names` maps each new name to the original one."""
 
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
         self._checkpoint = checkpoint
@@ -65,9 +69,9 @@ class Renamed:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the directory `path`; safetensors if there is GGUF too.
+    """Open the checkpoint in the directory `path`. Safetensors files take precedence over GGUF.
 
-    Raises `ModelError` for files that are missing, damaged or cannot be read.
+    Raises `ModelError` for files that are missing, damaged, unreadable or of another format.
     """
     if is_there(path / SINGLE_FILE) or is_there(path / INDEX):
         return _with_prefix(SafetensorsCheckpoint(path))
@@ -87,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _with_prefix(checkpoint: Checkpoint) -> Checkpoint:
-    """A model that was saved without its head has names that do not begin with `model.`."""
+    """Add the prefix `model.` to tensor names if the model was saved without it and its head."""
     if "embed_tokens.weight" not in checkpoint.entries:
         return checkpoint
     names = {

@@ -1,7 +1,7 @@
-"""Reading a JSON object field by field, with errors a user can act on.
+"""Reads a JSON object field by field, with errors that tell the user what to do.
 
-Owns the wording "file: field = value: what is wrong; what to do", and knows which fields nobody
-asked for. Knows no model.
+Owns the form of the messages: "file: field = value: what is wrong; what to do". Records which
+fields were read, so that unread ones can be rejected. Knows nothing about models.
 """
 
 import json
@@ -15,16 +15,19 @@ from specserve.files import FileError, is_there, quoted, read_file, short
 
 MAX_JSON_BYTES: Final = 64 * 2**20
 MAX_INTEGER: Final = 2**31 - 1
-_SMALLEST, _LARGEST = 1e-12, 1e12  # numbers that float32 can still compute with
-_LISTED: Final = 5  # fields that one message names
+_SMALLEST, _LARGEST = 1e-12, 1e12  # default range of numbers, in which float32 can compute
+_LISTED: Final = 5  # at most so many unread fields are named in one message
 
 
 class ModelError(ValueError):
-    """A model directory that cannot be used as it is; the message says why and what to do."""
+    """The model directory cannot be used as it is; the message says why and what to do."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `ModelError` when it is missing, too big or no object."""
+    """The JSON object in the file `path`.
+
+    Raises `ModelError` if the file is missing, larger than `MAX_JSON_BYTES`, or not a JSON object.
+    """
     try:
         content = read_file(path, MAX_JSON_BYTES)
     except FileError as error:
@@ -40,7 +43,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_python_json(content: bytes) -> dict[str, Any] | None:
-    """Python writes NaN and infinity, which JSON does not know; readers of fields refuse them."""
+    """Parse JSON with NaN and Infinity, which Python writes although the standard forbids them.
+
+    Returns None if that fails too. The getters for numbers reject such values.
+    """
     try:
         found = json.loads(content.decode())
     except (ValueError, RecursionError):
@@ -49,7 +55,11 @@ def _read_python_json(content: bytes) -> dict[str, Any] | None:
 
 
 class Fields:
-    """Typed access to one JSON object. Every getter raises `ModelError` naming the field."""
+    """Typed access to one JSON object. `source` names it in messages.
+
+    Typed getters raise `ModelError` naming the field. A field that is null counts as absent. A
+    default of None makes a number required.
+    """
 
     def __init__(self, values: dict[str, Any], source: str) -> None:
         self.values = values
@@ -60,12 +70,12 @@ class Fields:
         raise ModelError(f"{self.source}: {name} = {quoted(self.get(name))}: {reason}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value as it is; `default` if there is no such field."""
+        """The unchecked value; `default` if the field is absent, but not if it is null."""
         self._asked.add(name)
         return self.values.get(name, default)
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
+        """Whether the field is present and not null."""
         return self.get(name) is not None
 
     def integer(
@@ -100,7 +110,7 @@ class Fields:
         return value
 
     def section(self, name: str) -> "Fields":
-        """A nested object; an absent or null one reads as empty."""
+        """A nested object; empty if the field is absent or null."""
         value = self.get(name)
         if value is None:
             value = {}
@@ -109,7 +119,7 @@ class Fields:
         return Fields(value, f"{self.source}: {name}")
 
     def token_ids(self, name: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
+        """The ids in a field that holds one token id, a list of them, or null."""
         value = self.get(name)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
@@ -117,8 +127,10 @@ class Fields:
         return ids
 
     def refuse_unread(self, harmless: Callable[[str], bool]) -> None:
-        """Raises `ModelError` naming the fields that say something, nobody asked for and are not
-        `harmless`. Null, false, zero and what is empty say nothing."""
+        """Raise `ModelError` naming the fields that were not read and are not `harmless`.
+
+        Fields that are null, false, zero or empty are exempt.
+        """
         unread = [
             name
             for name, value in self.values.items()

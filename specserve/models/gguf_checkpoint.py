@@ -1,8 +1,8 @@
-"""A GGUF file as a checkpoint: served as it is, nothing converted on disk.
+"""A GGUF file as a `Checkpoint`, read without converting it on disk.
 
-Owns how the blocks of each quantisation become floats or packed weights. Which tensor has which
-name and row order, the hub knows. Invariant: a checkpoint that was built has tensors that are all
-there and can all be read.
+Owns the conversion of quantised blocks to floats or packed weights. Tensor names and row order come
+from `hub.gguf_tensors`. Invariant: the data of every tensor is in the file and has a type that can
+be dequantised.
 """
 
 import os
@@ -35,10 +35,10 @@ _UNQUANTISED: Final[Mapping[Kind, torch.dtype]] = {
 
 
 class GgufCheckpoint:
-    """A `Checkpoint` of one file. Raises `ModelError` for a file that is gone or damaged."""
+    """A `Checkpoint` of one GGUF file. Raises `ModelError` if it is missing or damaged."""
 
     def __init__(self, path: Path) -> None:
-        file = Path(os.path.realpath(path))  # errors name the file that a link leads to
+        file = Path(os.path.realpath(path))  # messages name the target of a symbolic link
         try:
             if not is_there(file):
                 raise FileError(
@@ -88,16 +88,16 @@ class GgufCheckpoint:
         return _PACK[tensor.kind](blocks)
 
 
-def _pack_q4_0(blocks: Bytes) -> PackedWeight:  # float16 d, nibbles; weight = (q - 8) * d
+def _pack_q4_0(blocks: Bytes) -> PackedWeight:  # float16 d, 32 nibbles q; (q - 8) * d
     scales = _halves(blocks[..., :2])
     return pack_int4(_nibbles(blocks[..., 2:]), scales, -8 * scales)
 
 
-def _pack_q4_1(blocks: Bytes) -> PackedWeight:  # float16 d, float16 m, nibbles; q * d + m
+def _pack_q4_1(blocks: Bytes) -> PackedWeight:  # float16 d and m, 32 nibbles q; q * d + m
     return pack_int4(_nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
 
 
-def _pack_q8_0(blocks: Bytes) -> PackedWeight:  # float16 d, 32 int8; q * d
+def _pack_q8_0(blocks: Bytes) -> PackedWeight:  # float16 d, 32 int8 q; q * d
     values = blocks[..., 2:].copy().view(np.int8)
     return pack_int8(torch.from_numpy(values).flatten(1), _halves(blocks[..., :2]))
 
@@ -110,7 +110,7 @@ _PACK: Final[Mapping[Kind, Callable[[Bytes], PackedWeight]]] = {
 _SCALE_BYTES: Final[Mapping[Kind, int]] = {Kind.Q4_0: 2, Kind.Q4_1: 4, Kind.Q8_0: 2}
 
 
-def _nibbles(packed: Bytes) -> Tensor:  # [n, g, 16] -> [n, 32 * g] uint8; low nibbles come first
+def _nibbles(packed: Bytes) -> Tensor:  # [n, g, 16] -> [n, 32 * g] uint8; low nibbles first
     values = np.empty((*packed.shape[:2], 2, 16), np.uint8)
     np.bitwise_and(packed, 15, out=values[:, :, 0])
     np.right_shift(packed, 4, out=values[:, :, 1])

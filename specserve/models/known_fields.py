@@ -1,12 +1,13 @@
-"""Fields of config.json that are known to change nothing here.
+"""The fields of config.json that do not affect what a model computes here.
 
-What the readers ask for is understood; of the rest, a field is either listed here or refused.
+A field that the readers do not read must be listed here; any other field is an error, unless it is
+null, false, zero or empty.
 """
 
 from collections.abc import Mapping
 from typing import Any, Final
 
-# Which file it is, what made it, and which library is to run it how.
+# Origin of the file, and settings of the libraries that wrote it or run it.
 _ORIGIN = """
     architectures model_type name_or_path dtype torch_dtype tokenizer_class is_llama_config
     finetuning_task task_specific_params prefix problem_type id2label label2id num_labels
@@ -16,13 +17,13 @@ _ORIGIN = """
     tie_last_hidden_states tie_encoder_decoder cross_attention_hidden_size
     num_nextn_predict_layers ignore_index keys_to_ignore_at_inference
 """
-# Training alone uses them.
+# Used only in training.
 _TRAINING = """
     initializer_range attention_dropout attn_dropout attn_pdrop embd_pdrop resid_pdrop dropout
     hidden_dropout hidden_dropout_prob residual_dropout embedding_dropout layerdrop
     attention_probs_dropout_prob neftune_noise_alpha router_aux_loss_coef output_router_logits
 """
-# How the library that wrote the file would generate; a request says what it wants itself.
+# Generation defaults of the library that wrote the file; here each request has its own settings.
 _GENERATION = """
     max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
     do_sample num_beams num_beam_groups use_mtp cache_implementation cache_config max_cache_len
@@ -38,7 +39,7 @@ _GENERATION = """
     assistant_lookbehind target_lookbehind penalty_alpha dola_layers low_memory prefill_chunk_size
     compile_config disable_compile is_assistant
 """
-# Tokens and lengths of the tokenizer, which its own files say.
+# Special tokens and lengths of the tokenizer, which are read from the tokenizer's own files.
 _TOKENS = """
     bos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
     decoder_start_token_id
@@ -47,7 +48,8 @@ _TOKENS = """
 _HARMLESS: Final = frozenset(f"{_ORIGIN} {_TRAINING} {_GENERATION} {_TOKENS}".split())
 _HARMLESS_PREFIXES: Final = ("_", "tokenizer_", "transformers", "unsloth")
 
-# Parts that no model here has, with the value at which each of them does nothing.
+# Features that are not supported, with the value at which each has no effect. Other values are
+# errors.
 NEUTRAL: Final[Mapping[str, Any]] = {
     "is_causal": True,
     "causal": True,
@@ -62,8 +64,8 @@ NEUTRAL: Final[Mapping[str, Any]] = {
     "rotary_pct": 1,
 }
 
-# Of rope_scaling: parameters of kinds that are supported, whichever kind a model has, and what
-# makes no difference to a text.
+# Fields of rope_scaling that may stay unread: parameters of the supported kinds, because a model of
+# one kind may list those of another, and fields that have no effect on text input.
 _ROPE = """
     type rope_type factor original_max_position_embeddings low_freq_factor high_freq_factor
     beta_fast beta_slow attention_factor mscale mscale_all_dim truncate finetuned mrope_section
@@ -72,5 +74,5 @@ HARMLESS_ROPE: Final = frozenset(_ROPE.split())
 
 
 def is_harmless(name: str) -> bool:
-    """Whether a field of a model's config.json makes no difference to what it computes."""
+    """Whether a field of config.json is known not to affect what the model computes."""
     return name in _HARMLESS or name.startswith(_HARMLESS_PREFIXES)

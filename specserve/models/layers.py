@@ -1,7 +1,7 @@
-"""The parts a transformer layer is made of: linear maps, norms, rotation, SwiGLU.
+"""The building blocks of a transformer layer: linear maps, RMSNorm, rotary embedding, SwiGLU.
 
-Each maps rows to rows, one row at a time: nothing here mixes rows. Knows nothing of attention,
-caches or checkpoints.
+Each maps every row independently of the other rows. Knows nothing about attention, caches or
+checkpoints.
 """
 
 import torch
@@ -13,7 +13,7 @@ from specserve.models.row_tiles import BASE_ROWS, RowTiles, probe_row_tiles
 
 
 class Linear:
-    """x W^T + b. With `tiles` set, exact: see `row_tiles`."""
+    """x W^T + b. With `tiles` set, the bits of a row do not depend on the number of rows."""
 
     def __init__(
         self,
@@ -32,18 +32,18 @@ class Linear:
 
 
 class RMSNorm:
-    """Zhang and Sennrich 2019, computed in float32 whatever the dtype of the rows."""
+    """RMSNorm (Zhang and Sennrich 2019), computed in float32 for rows of any dtype."""
 
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
         self.weight = torch.ones(size, dtype=torch.float32, device=device)
         self._eps = eps
 
-    def __call__(self, x: Tensor) -> Tensor:  # [..., size], same shape and dtype back
+    def __call__(self, x: Tensor) -> Tensor:  # [..., size], result has the same shape and dtype
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self._eps).to(x.dtype)
 
 
 class Rotary:
-    """Rotates queries and keys by their position."""
+    """The table of rotary angles on one device; `rotate` applies them."""
 
     def __init__(
         self, rope: RopeShape, head_dim: int, num_positions: int, device: torch.device
@@ -59,7 +59,8 @@ class Rotary:
 def rotate(
     x: Tensor,  # [num_rows, num_heads, head_dim]
     angles: tuple[Tensor, Tensor],
-) -> Tensor:  # same shape and dtype, computed in float32
+) -> Tensor:  # same shape and dtype; computed in float32
+    """Apply rotary position embedding. `angles` are the cos and sin from `Rotary.angles`."""
     cos, sin = angles
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -73,17 +74,18 @@ def swiglu(gate_up: Tensor) -> Tensor:  # [num_rows, 2 * size] -> [num_rows, siz
 
 
 def swiglu_exact(gate_up: Tensor) -> Tensor:  # [num_rows, 2 * size] -> [num_rows, size]
-    """`swiglu` with the same bits wherever a value lies in memory.
+    """`swiglu` whose bits for an element do not depend on the element's place in the tensor.
 
-    On a CPU `F.silu` computes the elements left over after whole vectors by another formula, and
-    which elements those are depends on the shape and the threads; `exp` has one formula.
+    On a CPU `F.silu` uses a different formula for the elements left over after whole SIMD vectors,
+    and which elements those are depends on the shape and the number of threads. `exp` uses the
+    same formula for all elements.
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (gate / gate.neg().exp_().add_(1.0)).mul_(up).to(gate_up.dtype)
 
 
 def probe_linears(linears: list[Linear]) -> None:
-    """Give every linear the tiles proven for its shape, in place. One probe per distinct shape."""
+    """Set `tiles` of every linear. Probes once per distinct shape, dtype and presence of a bias."""
     known: dict[tuple[torch.Size, torch.dtype, bool], RowTiles] = {}
     for linear in linears:
         key = (linear.weight.shape, linear.weight.dtype, linear.bias is not None)
@@ -93,7 +95,7 @@ def probe_linears(linears: list[Linear]) -> None:
 
 
 def pad_rows(x: Tensor, multiple: int) -> Tensor:  # [num_rows, ...] -> [padded_rows, ...]
-    """Zero rows appended up to a multiple of `multiple`."""
+    """Append zero rows up to a multiple of `multiple`."""
     missing = -x.shape[0] % multiple
     return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
 

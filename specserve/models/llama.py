@@ -1,8 +1,8 @@
-"""The decoder-only transformer of Llama, Mistral, SmolLM, Qwen2 and Qwen3, by shape.
+"""The decoder-only transformer of Llama, Mistral, SmolLM, Qwen2 and Qwen3, with float weights.
 
-Owns the weights and the order of operations of one pass. Takes everything about the pass as
-arguments and keeps nothing between passes. Knows no sequences, trees or block tables. In exact
-mode a row's result does not depend on the other rows.
+Owns the weights and the order of operations of a forward pass. A forward pass gets all its inputs
+as arguments and leaves no state in the model. Knows nothing about sequences, trees or block tables.
+Invariant: in exact mode the result of a row does not depend on the other rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ MakeLinear = Callable[[int, int, bool], Linear]  # in_features, out_features, wi
 
 
 class Attention:
-    """Grouped-query attention with fused q, k and v (Ainslie et al. 2023)."""
+    """Grouped-query attention (Ainslie et al. 2023) with a fused q, k and v projection."""
 
     def __init__(
         self, shape: ModelShape, window: int, make: MakeLinear, device: torch.device
@@ -58,7 +58,7 @@ class Attention:
         slots: Tensor,  # [num_rows] int64
         kernels: Kernels,
         plan: Plan,
-    ) -> Tensor:  # [num_rows, hidden_size]; writes the rows' K and V to `cache`
+    ) -> Tensor:  # [num_rows, hidden_size]; also writes K and V of the rows to `cache`
         heads = self.qkv(x).view(x.shape[0], -1, self._shape.head_dim)
         q, k, v = torch.split(heads, [self._shape.num_heads, self._num_kv, self._num_kv], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -75,7 +75,7 @@ class Attention:
 
 
 class DecoderLayer:
-    """Attention and SwiGLU, each behind a norm and added to the residual stream."""
+    """The weights of attention and SwiGLU, and of the norm in front of each."""
 
     def __init__(
         self, shape: ModelShape, window: int, make: MakeLinear, device: torch.device
@@ -88,10 +88,11 @@ class DecoderLayer:
 
 
 class LlamaModel:
-    """One model, its weights zero until a loader fills `weight_slots` and calls `freeze`.
+    """A `Model` with float weights.
 
-    `exact` makes a row's result independent of the rows it shares a pass with; passes then have
-    a multiple of `row_multiple` rows.
+    The projections are zero and the norms one until a loader fills the tensors of `weight_slots`
+    and calls `freeze`. With `exact`, the result of a row does not depend on the other rows of the
+    forward pass; the number of rows must then be a multiple of `row_multiple`.
     """
 
     packed_embedding: None = None
@@ -146,7 +147,7 @@ class LlamaModel:
         taps: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
-        """See `Model`; the best tokens are not cheap here."""
+        """See `Model.__call__`. `num_top` is ignored: `ModelOutput.topk` is always None."""
         shape = self.shape
         assert batch.input_ids.shape[0] % self.row_multiple == 0, "rows must be padded"
         plan = self.kernels.plan_attention(batch.segments, shape.num_kv_heads, shape.group_size)
@@ -170,7 +171,7 @@ class LlamaModel:
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
-        """Final norm and head over residual rows, any number of them."""
+        """See `Model`."""
         padded = pad_rows(x, self.row_multiple)
         return self.head(self.norm(padded))[: x.shape[0]].float()
 
@@ -180,7 +181,7 @@ class LlamaModel:
         return F.embedding(ids, self.embed_tokens)
 
     @torch.inference_mode()
-    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size], same shape back
+    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> the same shape
         """See `Model`."""
         return self.norm(x)
 
@@ -190,12 +191,12 @@ class LlamaModel:
         return F.linear(x, self.head.weight).float()
 
     def freeze(self) -> None:
-        """Call once when the weights are in: in exact mode, find the fast row tiles."""
+        """Call once after the weights are loaded. In exact mode it probes for larger row tiles."""
         if self.exact:
             probe_linears(self._linears)
 
     def weight_slots(self) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes, by its name there: views into the weights."""
+        """The destination of each checkpoint tensor, by its name: views into the weights."""
         slots = {"model.embed_tokens.weight": self.embed_tokens}
         slots["model.norm.weight"] = self.norm.weight
         if not self.shape.tied_head:
@@ -218,7 +219,7 @@ class LlamaModel:
 
 
 def _slots(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint names of one layer, and the part of a fused weight that each one fills."""
+    """Yield each checkpoint name of one layer with the view of a weight that it is copied to."""
     attention = layer.attention
     yield "input_layernorm.weight", layer.attention_norm.weight
     yield "post_attention_layernorm.weight", layer.mlp_norm.weight

@@ -1,8 +1,8 @@
-"""From a model directory to a model with its weights in place.
+"""Loads a model from a model directory.
 
-Tensors are read one at a time, so memory peaks at one model plus one tensor, in float32 where the
-file's format is not the one served. Everything wrong with a checkpoint is found before the first
-weight is read and reported at once.
+Tensors are read one at a time, so memory use peaks at one model plus one tensor; that tensor is
+float32 if it has to be converted to another format. Names, shapes and dtypes are checked before
+the weights are loaded; values that are NaN or infinite are found while loading.
 """
 
 from dataclasses import replace
@@ -35,10 +35,11 @@ def load_model(
     quantization: Quantization = "none",
     packed_dtype: torch.dtype | None = None,
 ) -> Model:
-    """Read config.json and the weights in `path`, ready to run.
+    """Load the model in the directory `path`, ready to run.
 
-    `packed_dtype`, `dtype` if it is not given, is that of K and V beside quantised weights.
-    Raises `ModelError` naming the file, field or tensors at fault.
+    `dtype` and `exact` apply to a model with float weights. With quantised weights, K and V have
+    the dtype `packed_dtype`, or `dtype` if that is None. Raises `ModelError` naming the file, field
+    or tensors at fault.
     """
     shape, checkpoint = _read(path)
     kv_dtype = packed_dtype or dtype
@@ -50,7 +51,7 @@ def load_model(
 def load_llama(
     path: Path, *, kernels: Kernels, dtype: torch.dtype, device: torch.device, exact: bool
 ) -> LlamaModel:
-    """`load_model` with weights that are floats."""
+    """Load the model in the directory `path` with float weights. Raises `ModelError`."""
     shape, checkpoint = _read(path)
     return _llama(shape, checkpoint, kernels, dtype, device, exact)
 

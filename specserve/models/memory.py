@@ -1,4 +1,4 @@
-"""Whether something fits in memory, said before it is allocated."""
+"""Checks whether something fits in memory before it is allocated."""
 
 import os
 from pathlib import Path
@@ -13,8 +13,11 @@ _GIB: Final = 2**30
 
 
 def check_memory(num_bytes: int, device: torch.device, what: str, fix: str) -> None:
-    """Raises `ModelError` if `num_bytes` for `what` are more than the device has left."""
-    if num_bytes < _GIB // 4:  # nothing to look for
+    """Raise `ModelError` if `num_bytes` exceed the free memory of `device`.
+
+    `what` is the subject of the message and `fix` its advice. Sizes below 256 MiB always pass.
+    """
+    if num_bytes < _GIB // 4:
         return
     available = _available(device)
     if num_bytes > available:
@@ -25,7 +28,7 @@ def check_memory(num_bytes: int, device: torch.device, what: str, fix: str) -> N
 
 
 def _available(device: torch.device) -> int:
-    """Bytes; on the host with swap, and with what only caches files."""
+    """Free memory of `device` in bytes. On the host, free swap and file caches count as free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

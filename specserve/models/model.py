@@ -1,4 +1,4 @@
-"""What the runner and the drafters need of a model, however its weights are kept."""
+"""The interface of a model for the runner and the drafters, independent of its weight format."""
 
 from typing import Protocol
 
@@ -12,10 +12,11 @@ from specserve_kernels.packing import PackedWeight
 
 
 class Model(Protocol):
-    """A target or a draft, with its weights in place.
+    """A target or draft model with its weights loaded.
 
-    If `exact`, a row's result does not depend on the rows it shares a pass with. Passes have a
-    multiple of `row_multiple` rows. `num_bytes` of weights are read by a pass with logits.
+    If `exact` is true, the result of a row does not depend on the other rows of its forward pass.
+    The number of rows of a forward pass must be a multiple of `row_multiple`. `num_bytes` is the
+    size of the weights that a forward pass with logits reads.
     """
 
     @property
@@ -30,7 +31,7 @@ class Model(Protocol):
     def num_bytes(self) -> int: ...
     @property
     def packed_embedding(self) -> PackedWeight | None:
-        """[vocab_size, hidden_size]; None: the weights are not packed."""
+        """The quantised embedding [vocab_size, hidden_size]; None if the weights are floats."""
         ...
 
     @property
@@ -44,25 +45,28 @@ class Model(Protocol):
         taps: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
-        """One pass; writes the K and V of its rows to `kv`.
+        """Run one forward pass; writes the K and V of its rows to `kv`.
 
-        Tap t is the residual stream entering layer t, and t = num_layers the one leaving the last
-        layer, before the final norm; they are concatenated in the order asked for. `num_top`: at
-        least that many best tokens of each logits row are found on the way, where that is cheap;
-        `ModelOutput.topk` is None where it is not.
+        `taps` selects auxiliary hidden states: index t is the residual stream before layer t, and
+        t = num_layers is the one after the last layer, before the final norm. The output has them
+        concatenated in the order of `taps`. `num_top` requests the best tokens of each row of
+        logits: `ModelOutput.topk` has at least that many, or is None for a model that cannot find
+        them cheaply.
         """
         ...
 
     def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
-        """Final norm and head over residual rows, any number of them."""
+        """Apply the final norm and the head to rows of the residual stream; n is arbitrary."""
         ...
 
     def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size]
+        """The embeddings of token ids."""
         ...
 
-    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size], same shape back
+    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> the same shape
+        """The norm in front of the head."""
         ...
 
     def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
-        """The head alone, over rows that are normed already or need not be; never exact."""
+        """Apply the head without the final norm. A row may depend on the others even if `exact`."""
         ...

@@ -1,7 +1,7 @@
-"""The same transformer with quantised weights: a pass is one call of a backend's kernel.
+"""The transformer of `llama.py` with quantised weights; a forward pass is one kernel call.
 
-Owns which tensor of a checkpoint goes where, and in which format. Activations are float32; only K
-and V have the model's dtype. A row's result never depends on the other rows.
+Owns the mapping from checkpoint tensors to the kernel's weights. Activations are float32; only K
+and V have the model's dtype. Invariant: the result of a row never depends on the other rows.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,14 @@ from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights,
 from specserve_kernels.ops import Kernels
 from specserve_kernels.packing import PackedWeight, unpack_rows
 
-Pack = Callable[[str], PackedWeight]  # from a tensor's name in the checkpoint
+Pack = Callable[[str], PackedWeight]  # takes the tensor's name in the checkpoint
 
 
 class PackedLlama:
-    """One model, ready to run. `pack_head` packs the embedding and the head, `pack` the layers."""
+    """A `Model` with quantised weights, ready to run.
+
+    `pack_head` reads and packs the embedding and the head, `pack` the linear weights of the layers.
+    """
 
     exact = True
     row_multiple = 1
@@ -74,7 +77,7 @@ class PackedLlama:
         taps: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
-        """See `Model`."""
+        """See `Model.__call__`."""
         out = self._decoder(
             DecoderPass(
                 batch.input_ids,
@@ -96,14 +99,14 @@ class PackedLlama:
     __call__ = forward
 
     def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
-        """Final norm and head over residual rows, any number of them."""
+        """See `Model`."""
         return self._decoder.head(x)
 
     def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size] float32
         """See `Model`."""
         return unpack_rows(self.packed_embedding, ids)
 
-    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32, same shape back
+    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32 -> the same shape
         """See `Model`."""
         return F.rms_norm(x, self._norm.shape, self._norm, self.shape.rms_norm_eps)
 
@@ -113,7 +116,7 @@ class PackedLlama:
 
 
 class _Reader:
-    """The tensors of one layer, by their names in a checkpoint."""
+    """Reads the tensors of one layer from a checkpoint."""
 
     def __init__(self, shape: ModelShape, checkpoint: Checkpoint, pack: Pack) -> None:
         self._shape = shape

@@ -1,7 +1,7 @@
-"""Whether a model is served with quantised weights, and in which format each tensor is.
+"""Decides whether a model is served with quantised weights, and in which format each tensor is.
 
-`auto` keeps what a GGUF file holds as it is and quantises nothing else. Knows formats and no
-instruction set.
+`auto` serves a checkpoint of floats as floats. Of a quantised GGUF file it keeps Q4_0, Q4_1 and
+Q8_0 matrices as stored and converts the other matrices to int8. Knows no instruction set.
 """
 
 from typing import Final
@@ -23,11 +23,11 @@ from specserve_kernels.packing import (
     unpack,
 )
 
-_DTYPES: Final = (torch.float32, torch.bfloat16)  # of K and V beside packed weights
+_DTYPES: Final = (torch.float32, torch.bfloat16)  # supported for K and V with packed weights
 
 
 class Choice(Struct, frozen=True):
-    """What a setting comes to for one model. `packed` is False: weights are floats."""
+    """The decision for one model. If `packed` is False, the weights are served as floats."""
 
     packed: bool
     reason: str
@@ -40,7 +40,10 @@ def choose(
     kernels: Kernels,
     dtype: torch.dtype,
 ) -> Choice:
-    """Raises `ModelError` if the setting asks for what this model or backend cannot do."""
+    """Decide whether the weights are packed. `dtype` is that of K and V.
+
+    If packing is impossible, `auto` falls back to floats and `int8` or `int4` raise `ModelError`.
+    """
     if setting == "none":
         return Choice(False, "as set")
     if setting == "auto" and not checkpoint.quantized:
@@ -69,7 +72,10 @@ def _obstacle(shape: ModelShape, kernels: Kernels, dtype: torch.dtype) -> str | 
 
 
 def pack_tensor(checkpoint: Checkpoint, name: str, wanted: WeightFormat | None) -> PackedWeight:
-    """One weight in the `wanted` format; None: as the file has it, int8 if that is no format."""
+    """Read the matrix `name` in the `wanted` format, requantising it if necessary.
+
+    None keeps the stored format, or selects int8 if that is not a packed format.
+    """
     packed = checkpoint.packed(name)
     if packed is not None and wanted in (None, packed.format):
         return packed
@@ -78,10 +84,13 @@ def pack_tensor(checkpoint: Checkpoint, name: str, wanted: WeightFormat | None) 
 
 
 def layer_format(setting: Quantization) -> WeightFormat | None:
-    """What the layers' weights become."""
+    """The format of the layers' weights; None means as stored."""
     return {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}.get(setting)
 
 
 def head_format(setting: Quantization) -> WeightFormat | None:
-    """What embedding and head become: never int4, which would cost the most just there."""
+    """The format of embedding and head; None means as stored.
+
+    The setting `int4` makes them int8, because int4 would cost the most quality there.
+    """
     return None if setting == "auto" else WeightFormat.INT8

@@ -1,7 +1,6 @@
-"""From the architecture named in config.json to the model that runs it.
+"""Maps the architecture named in config.json to the model class that runs it.
 
-One line per architecture. Adding one that differs only in shape also takes a line in
-`shape.FAMILIES`.
+An architecture that differs from these only in shape needs a line here and one in `shape.FAMILIES`.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
-"""Rotary position embedding: its parameters from config.json and its table of angles.
+"""Rotary position embedding (RoPE): reads its parameters and computes its table of angles.
 
-The half-rotation form: dimension i pairs with i + head_dim / 2. The table is float32 and computed
-once, so a position's angles never depend on the batch.
+Uses the half-rotation form: dimension i is paired with i + head_dim / 2. The float32 table is
+computed once per model, so the angles of a position never depend on the batch.
 """
 
 import math
@@ -15,16 +15,17 @@ from specserve.models.fields import Fields
 from specserve.models.known_fields import HARMLESS_ROPE
 from specserve.models.memory import check_memory
 
-MAX_POSITIONS: Final = 2**24  # angles are float32, which tells no more positions apart
+MAX_POSITIONS: Final = 2**24  # angles are float32, which cannot represent every larger integer
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
 class RopeShape(Struct, frozen=True):
-    """Su et al. 2021 (RoFormer), with the context extensions in use.
+    """Parameters of RoPE (Su et al. 2021, RoFormer) and of its context extension.
 
-    `linear`: Chen et al. 2023, positions divided by `factor`. `llama3`: Llama 3.1's smoothing
-    between the two wavelengths. `yarn`: Peng et al. 2023, section 3.4; `attention_factor` scales
-    cos and sin.
+    `linear` (Chen et al. 2023) divides positions by `factor`. `llama3` (Llama 3.1) divides the
+    frequencies of wavelengths above original_context / `low_freq_factor` by `factor`, keeps those
+    below original_context / `high_freq_factor`, and interpolates between. `yarn` is Peng et al.
+    2023, section 3.4; `attention_factor` scales cos and sin.
     """
 
     theta: float
@@ -40,9 +41,11 @@ class RopeShape(Struct, frozen=True):
 
 
 def read_rope(config: Fields, max_positions: int) -> RopeShape:
-    """`rope_parameters`, or the older `rope_theta` beside `rope_scaling`.
+    """Read the RoPE parameters from config.json.
 
-    Raises `ModelError` for kinds and forms the model cannot run.
+    They are in `rope_parameters`, or in the older fields `rope_theta` and `rope_scaling`.
+    `max_positions` is the default of the original context. Raises `ModelError` for unsupported
+    parameters, or if `rope_parameters` and `rope_scaling` differ.
     """
     if config.number("partial_rotary_factor", 1.0) != 1.0:
         config.fail("partial_rotary_factor", "only 1.0 (all dimensions) is supported")
@@ -96,9 +99,9 @@ def _factor(section: Fields, default: float | None = None) -> float:
 
 
 def rotary_table(rope: RopeShape, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, each [num_positions, head_dim / 2] float32.
+    """cos and sin of all angles, each [num_positions, head_dim / 2] float32.
 
-    Raises `ModelError` if they do not fit in memory.
+    Raises `ModelError` if the tables do not fit in memory.
     """
     check_memory(
         3 * num_positions * head_dim // 2 * torch.float32.itemsize,
@@ -155,7 +158,11 @@ def _inverse_frequencies(rope: RopeShape, head_dim: int) -> Tensor:  # [head_dim
 
 
 def _yarn_keep(rope: RopeShape, head_dim: int) -> Tensor:  # [head_dim / 2] float32
-    """1 where a dimension turns often enough to keep its frequency, falling linearly to 0."""
+    """The weight of the unscaled frequency per dimension, before clamping to 0..1.
+
+    It is at least 1 for dimensions that rotate `beta_fast` times or more within the original
+    context, and falls linearly to 0 for those that rotate `beta_slow` times.
+    """
 
     def dimension_turning(times: float) -> float:
         reach = rope.original_context / (times * 2 * math.pi)

@@ -1,9 +1,9 @@
-"""Matrix products whose rows do not depend on how many rows there are.
+"""Matrix products in which the bits of a row do not depend on the number of rows.
 
-A library picks another kernel, and so another order of summation, for another number of rows:
-one row alone often differs in the last bit from the same row among eight. Here a product is cut
-into tiles of sizes that were seen, on this machine and for this weight, to give every row the bits
-it has in a tile of `BASE_ROWS`.
+A library chooses its kernel, and with it the order of summation, by the number of rows, so a row
+computed alone often differs in the last bit from the same row among eight. Here a product is split
+into row tiles. A tile size is used only if a probe at load time, on this machine and this weight,
+showed that it gives every row the same bits as a tile of `BASE_ROWS` rows.
 """
 
 from collections.abc import Iterator
@@ -17,18 +17,18 @@ from specserve.models.fields import ModelError
 
 BASE_ROWS = 8
 _LADDER = (16, 24, 32, 40, 48, 56, 64, 128, 256, 512)
-_FREE_ROWS = 64  # always worth probing: the size of a speculative step
-_PROBE_PRODUCTS = 2**31  # multiply-adds one larger tile may cost at load
+_FREE_ROWS = 64  # tiles up to this many rows, the size of a speculative step, are always probed
+_PROBE_PRODUCTS = 2**31  # multiply-adds to probe one larger tile; bounds load time
 
 
 @dataclass(frozen=True, slots=True)
 class RowTiles:
-    """The tile sizes proven for one weight. Every size is a multiple of `BASE_ROWS`."""
+    """The tile sizes that passed the probe for one weight, all multiples of `BASE_ROWS`."""
 
     sizes: tuple[int, ...] = (BASE_ROWS,)  # descending, ends with BASE_ROWS
 
     def split(self, num_rows: int) -> Iterator[int]:
-        """Tile sizes that add up to `num_rows`, a multiple of `BASE_ROWS`, largest first."""
+        """Yield tile sizes that add up to `num_rows`, a multiple of `BASE_ROWS`; largest first."""
         assert num_rows % BASE_ROWS == 0, f"{num_rows} rows are no multiple of {BASE_ROWS}"
         for size in self.sizes:
             count, num_rows = divmod(num_rows, size)
@@ -40,7 +40,7 @@ class RowTiles:
         weight: Tensor,  # [out_features, in_features]
         bias: Tensor | None,  # [out_features]
     ) -> Tensor:  # [num_rows, out_features]
-        """`F.linear`, each row with the bits it would have in any other company."""
+        """`F.linear`, with bits of each row that do not depend on the other rows."""
         tiles = list(self.split(x.shape[0]))
         if len(tiles) == 1:
             return F.linear(x, weight, bias)
@@ -52,9 +52,10 @@ class RowTiles:
 def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
     """Find the tile sizes that are safe for a loaded `weight`.
 
-    A tile of any size, filled with the same `BASE_ROWS` rows over and over, must repeat the bits
-    of those rows alone. Holds for this thread count and this library. Raises `ModelError` if
-    even a tile of `BASE_ROWS` gives a row other bits at another place.
+    A size is safe if a tile that repeats `BASE_ROWS` random rows gives each of them the same bits
+    as a tile of these rows alone. The result is valid for the current number of threads and version
+    of the library. Raises `ModelError` if even in a tile of `BASE_ROWS` the bits of a row depend on
+    its place.
     """
     out_features, in_features = weight.shape
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +63,7 @@ def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
     base = F.linear(rows, weight, bias)
 
     def safe(size: int) -> bool:
-        # Rolled, so that a row also stands at another place than in the base tile.
+        # Rolled, so that every row is at another place than in the base tile.
         tile = F.linear(rows.roll(3, 0).repeat(size // BASE_ROWS, 1), weight, bias)
         return torch.equal(tile, base.roll(3, 0).repeat(size // BASE_ROWS, 1))
 

@@ -1,7 +1,8 @@
-"""The safetensors files of a model directory, checked before anything is mapped.
+"""The safetensors files of a model directory as a `Checkpoint`.
 
-Owns the file layout: which files, which tensors, where and how big. Knows no model. Invariant: a
-checkpoint that was built describes bytes that are all there.
+Owns the checks of the file layout: which files there are, and the place and size of each tensor.
+They are made before a tensor is read. Knows nothing about models. Invariant: the data of every
+tensor in `entries` is in its file.
 """
 
 import math
@@ -26,14 +27,15 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_DIMS = 16
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 INTEGERS: Final = ("I64", "I32", "BOOL")
-_BITS: Final = re.compile(r"BOOL|[A-Z]+(\d+)(_\w+)?")  # of one value, in the name of its dtype
+_BITS: Final = re.compile(r"BOOL|[A-Z]+(\d+)(_\w+)?")  # bits per value; BOOL has 8
 
 
 class SafetensorsCheckpoint:
-    """A `Checkpoint` of one file, or of the files that an index lists.
+    """A `Checkpoint` of one file, or of the files that an index file lists.
 
-    Tensors that are read are floats, or of the dtypes in `also`. Raises `ModelError` for files
-    that are missing, cut short, overlapping or not safetensors.
+    Tensors can be read if their dtype is a float dtype or in `also`. Raises `ModelError` for files
+    that are missing, truncated or not safetensors, for tensors that overlap or leave gaps, and for
+    two tensors of the same name with different values.
     """
 
     def __init__(self, path: Path, also: Collection[str] = ()) -> None:
@@ -90,7 +92,7 @@ class _Header(Struct):
 
 
 def _read_index(path: Path) -> tuple[Mapping[str, str], list[Path]]:
-    """What the index says, and the files it names."""
+    """The map from tensor name to file name in the index file, and the paths of the files."""
     index = path / INDEX
     section = Fields(read_json(index), str(index)).section("weight_map")
     for name, file in section.values.items():
@@ -127,7 +129,7 @@ def _read_headers(file: Path) -> Iterator[tuple[str, _Header]]:
 
 
 def _check_layout(file: Path, headers: dict[str, _Header], num_bytes: int) -> None:
-    """The tensors must follow one another from 0 to the end of the file, each of its own size."""
+    """Raise `ModelError` unless the tensors fill the `num_bytes` of data without gap or overlap."""
     end = 0
     for name, header in sorted(headers.items(), key=lambda item: item[1].data_offsets):
         first, last = header.data_offsets
@@ -148,7 +150,7 @@ def _check_layout(file: Path, headers: dict[str, _Header], num_bytes: int) -> No
 
 
 def _num_bytes(header: _Header) -> int | None:
-    """None: no such tensor is possible."""
+    """The size of a tensor in bytes; None if its dtype or shape is invalid."""
     bits = _BITS.fullmatch(header.dtype)
     if bits is None or len(header.shape) > _MAX_DIMS or min(header.shape, default=0) < 0:
         return None

@@ -1,7 +1,7 @@
-"""What a model is, read from its directory: every number the forward pass needs.
+"""Reads a model's shape from its directory: every number that the forward pass needs.
 
-The forward pass goes by this shape and never by a model's name; the names appear here once, in
-the table of what each architecture leaves unsaid in its config.json.
+The forward pass depends on this shape and never on a model's name. The names of architectures are
+used only in the table of their defaults, `FAMILIES`.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,14 @@ MAX_LAYERS: Final = 10_000  # published models have up to 126
 
 
 class Family(Struct, frozen=True):
-    """What an architecture implies when its config.json does not say it."""
+    """What an architecture implies, and the defaults for fields missing from its config.json."""
 
     model_type: str
-    attention_bias_field: bool = False  # `attention_bias` counts, for q, k, v and o
-    mlp_bias_field: bool = False
-    qkv_bias: bool = False  # always, on q, k and v only
+    attention_bias_field: bool = False  # the field `attention_bias` is read: q, k, v and o
+    mlp_bias_field: bool = False  # the field `mlp_bias` is read
+    qkv_bias: bool = False  # q, k and v always have a bias, o has none
     qk_norm: bool = False
-    window: Literal["none", "every_layer", "by_layer"] = "none"  # where layer_types do not say it
+    window: Literal["none", "every_layer", "by_layer"] = "none"  # sliding window; see `_windows`
     num_kv_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
 
@@ -47,7 +47,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
 
 
 class ModelShape(Struct, frozen=True):
-    """One decoder-only transformer with RMSNorm, rotary positions and SwiGLU."""
+    """The shape of a decoder-only transformer with RMSNorm, RoPE and SwiGLU."""
 
     architecture: str
     vocab_size: int
@@ -60,7 +60,7 @@ class ModelShape(Struct, frozen=True):
     rms_norm_eps: float
     rope: RopeShape
     max_position_embeddings: int
-    windows: tuple[int, ...]  # [num_layers], 0: the layer sees everything before
+    windows: tuple[int, ...]  # [num_layers], in tokens; 0: attention to all previous tokens
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -70,7 +70,7 @@ class ModelShape(Struct, frozen=True):
 
     @classmethod
     def from_dir(cls, path: Path) -> "ModelShape":
-        """Read `config.json`, and `generation_config.json` for more end tokens.
+        """Read `config.json`, and further end tokens from `generation_config.json`.
 
         Raises `ModelError` naming the field, its value and the fix.
         """
@@ -86,7 +86,10 @@ class ModelShape(Struct, frozen=True):
 
 
 def read_shape(config: Fields, generation: Fields) -> ModelShape:
-    """A `ModelShape` from the two JSON objects. Raises `ModelError`."""
+    """The `ModelShape` that the contents of config.json and generation_config.json describe.
+
+    Raises `ModelError` for fields that are missing, invalid, not supported or unknown.
+    """
     architecture, family = _family(config)
     _refuse_unsupported(config)
     hidden_size = config.integer("hidden_size")
@@ -127,7 +130,7 @@ def _family(config: Fields) -> tuple[str, Family]:
     supported = f"supported: {', '.join(sorted(FAMILIES))}"
     model_type = config.get("model_type")
     names = config.get("architectures")
-    if names is None:  # the type alone decides
+    if names is None:  # choose by model_type alone
         names = [name for name, family in FAMILIES.items() if family.model_type == model_type]
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         config.fail("architectures", f"expected a list of one name; {supported}")
@@ -154,7 +157,7 @@ def _refuse_unsupported(config: Fields) -> None:
 
 
 def _num_kv_heads(config: Fields, family: Family, num_heads: int) -> int:
-    """Null means as many as query heads, in each family; what absence means differs."""
+    """Null means one KV head per query head; if the field is absent, the family decides."""
     absent = "num_key_value_heads" not in config.values
     default = family.num_kv_heads if absent and family.num_kv_heads else num_heads
     num_kv_heads = config.integer("num_key_value_heads", default)
@@ -176,7 +179,10 @@ def _head_dim(config: Fields, family: Family, hidden_size: int, num_heads: int) 
 
 
 def _windows(config: Fields, family: Family, num_layers: int) -> tuple[int, ...]:
-    """The sliding window of each layer, 0 for none."""
+    """The sliding window of each layer in tokens; 0 for none.
+
+    Without `layer_types`, families of window "by_layer" use it from layer `max_window_layers` on.
+    """
     window = _window(config, family)
     first = config.integer("max_window_layers", 28, low=0) if family.window == "by_layer" else 0
     kinds = config.get("layer_types")
@@ -195,8 +201,11 @@ def _windows(config: Fields, family: Family, num_layers: int) -> tuple[int, ...]
 
 
 def _window(config: Fields, family: Family) -> int:
-    """The model's sliding window, 0 if it uses none. A Mistral config that says nothing means
-    4096; Qwen's uses one only if it says so; Llama's has none, whatever it says."""
+    """The model's sliding window in tokens; 0 if it has none.
+
+    Mistral: `sliding_window`, 4096 if absent, none if null. Qwen: only if `use_sliding_window` is
+    true. Llama: none, even if the config has the field.
+    """
     by_layer = family.window == "by_layer"
     used = config.flag("use_sliding_window", not by_layer)
     size = (

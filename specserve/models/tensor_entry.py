@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, as the header of its file describes it, and a look at its values."""
+"""The description of one checkpoint tensor in its file's header, and a check of its values."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from specserve.models.fields import ModelError
 
 
 class TensorEntry(Struct, frozen=True):
-    """Where a tensor is and what it is. `dtype` is the format's own word: BF16, Q4_1."""
+    """The file, dtype and shape of a tensor. `dtype` is the file format's name: BF16, Q4_1."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    readable: bool = True  # as floats
+    readable: bool = True  # whether `Checkpoint.floats` supports the dtype
 
 
 def check_finite(entry: TensorEntry, name: str, values: Tensor) -> None:
-    """Raises `ModelError` naming the tensor if one of its values is NaN or infinite."""
-    if not values.is_floating_point() or values.sum().isfinite():  # one pass, without a copy
+    """Raise `ModelError` naming the tensor if any of its values is NaN or infinite."""
+    if not values.is_floating_point() or values.sum().isfinite():  # fast: reads once, no copy
         return
     bad = (~values.isfinite()).nonzero()
     if len(bad):

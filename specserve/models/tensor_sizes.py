@@ -1,4 +1,4 @@
-"""Which tensors a model has, by their names in a checkpoint, and the fields that say how large."""
+"""The tensors that a model of a given shape has: checkpoint names and sizes."""
 
 from collections.abc import Iterator
 
@@ -10,14 +10,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TensorSize(Struct, frozen=True):
-    """`fields`: those of config.json that the size comes from."""
+    """The size of a tensor; `fields` names the config.json fields that determine it."""
 
     size: tuple[int, ...]
     fields: str
 
 
 def tensor_sizes(shape: ModelShape) -> dict[str, TensorSize]:
-    """Every tensor of such a model."""
+    """Every tensor of a model with this shape, by checkpoint name."""
     vocab = TensorSize((shape.vocab_size, shape.hidden_size), "vocab_size, hidden_size")
     sizes = {EMBEDDING: vocab, "model.norm.weight": TensorSize((shape.hidden_size,), "hidden_size")}
     if not shape.tied_head:

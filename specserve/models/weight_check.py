@@ -1,7 +1,8 @@
-"""Whether a checkpoint holds the weights that config.json describes.
+"""Checks that a checkpoint holds the weights that config.json describes.
 
-Owns which tensors may be missing or too many, and says what is wrong before the first weight is
-read: all missing and unexpected names at once, then the first one of another dtype or size.
+Owns the rules for tensors that may be missing or superfluous. Reports all missing and unexpected
+names in one error; otherwise the first tensor with an unsupported dtype or a wrong shape. Of the
+values it reads only those of embedding and head, if the two should be equal.
 """
 
 import logging
@@ -24,12 +25,12 @@ from specserve.models.tensor_sizes import EMBEDDING, HEAD, TensorSize, tensor_si
 
 logger = logging.getLogger(__name__)
 
-# Tensors that old exporters wrote and that are computed here: angles, masks, positions.
+# Tensors that old exporters wrote but that are computed at load: angles, masks, positions.
 _COMPUTED: Final = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|position_ids)$"
 )
 _LAYER: Final = re.compile(r"model\.layers\.(\d{1,9})\.")
-_BUFFER: Final = re.compile(r"[IU]\d+|BOOL")  # dtypes that no weight here has
+_BUFFER: Final = re.compile(r"[IU]\d+|BOOL")  # integer dtypes: the tensor is a buffer, not a weight
 _QUANTISED: Final = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|scales)$"
 )
@@ -38,9 +39,11 @@ _QUANTISED: Final = re.compile(
 def check_weights(
     path: Path, shape: ModelShape, checkpoint: Checkpoint
 ) -> tuple[ModelShape, Checkpoint]:
-    """The model that the weights make: with a head of its own, should they hold one.
+    """Check `checkpoint` against `shape`; returns both, adjusted to the actual head.
 
-    Raises `ModelError` unless the checkpoint has what such a model needs, and nothing else.
+    If config.json says that the head is the embedding, but the file holds a different head, the
+    returned shape has `tied_head` False; if it holds the head alone, that is renamed to the
+    embedding. Raises `ModelError` if tensors are missing, unexpected or do not fit `shape`.
     """
     if shape.tied_head:
         shape, checkpoint = _read_head(shape, checkpoint)
@@ -53,7 +56,7 @@ def check_weights(
 
 
 def check_room(shape: ModelShape, bytes_per_weight: float, device: torch.device) -> None:
-    """Raises `ModelError` if the weights do not fit in memory."""
+    """Raise `ModelError` if the weights do not fit in the free memory of `device`."""
     num_weights = sum(math.prod(size.size) for size in tensor_sizes(shape).values())
     check_memory(
         int(num_weights * bytes_per_weight),
@@ -64,7 +67,7 @@ def check_room(shape: ModelShape, bytes_per_weight: float, device: torch.device)
 
 
 def _read_head(shape: ModelShape, checkpoint: Checkpoint) -> tuple[ModelShape, Checkpoint]:
-    """Of a model that claims its head to be its embedding: the file may hold either, or both."""
+    """For a model whose head is said to be its embedding: the file may hold either or both."""
     entries = checkpoint.entries
     if HEAD not in entries:
         return shape, checkpoint
@@ -108,7 +111,7 @@ def _check_names(
     missing = sorted(name for name in sizes if name not in entries)
     extra = sorted(name for name in entries if name not in sizes)
     unexpected = [name for name in extra if not _is_unused(name, entries[name], shape)]
-    if index:  # what the index leaves out was not meant to be used
+    if index:  # tensors that the index leaves out are ignored
         unexpected = [name for name in unexpected if name in index]
     if unused := sorted(name for name in extra if name not in unexpected and name != HEAD):
         logger.info("%s: tensors that are not used: %s", path, listed(unused))
@@ -141,7 +144,7 @@ def _fix(missing: list[str], unexpected: list[str], checkpoint: Checkpoint) -> s
 
 
 def _is_unused(name: str, entry: TensorEntry, shape: ModelShape) -> bool:
-    """Whether a tensor that the model has no place for makes no difference."""
+    """Whether a tensor that the model does not use can be ignored safely."""
     layer = _LAYER.match(name)
     return (
         _COMPUTED.search(name) is not None
