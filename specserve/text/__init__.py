@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer, chat template, streaming, stop strings."""
+"""Conversion between text and token ids: tokenizer, chat template, streaming, stop strings."""
 
 from specserve.text.model_files import TextError
 from specserve.text.stream import IncrementalDecoder, StopChecker

@@ -1,9 +1,9 @@
-"""Which tokens of a tokenizer are control tokens, and how text is kept from becoming one.
+"""Decides which tokens are control tokens, and keeps user text from being encoded as one.
 
-Owns a second tokenizer: the same one, but its control tokens have unguessable spellings. What users
-write is encoded by it, so nothing they can write, however a normaliser or the vocabulary reads
-it, becomes a control token; where one is wanted, its secret spelling stands in the text and the
-tokenizer treats it as it treats the token itself. Knows no chats.
+Owns a copy of the tokenizer in which the control tokens have random, unguessable spellings. User
+text is encoded with this copy, so no user text becomes a control token, whatever the normalizer or
+the vocabulary does with it. Where a control token is wanted, its random spelling is put into the
+text. Knows nothing about chats.
 """
 
 import re
@@ -17,7 +17,7 @@ import msgspec
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as TokenizerFile
 
-# Tokens that end a turn in published chat models, whatever their configs call them.
+# Tokens that end a turn in published chat models, whether or not their configs say so.
 END_OF_TURN: Final = frozenset(
     {
         "<|im_end|>",
@@ -37,18 +37,22 @@ _HTML: Final = re.compile(
     r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|ul|ol|li|dl|dt|dd|p|br|hr|div|span|"
     r"blockquote|pre|code|strong|em|b|i|u|s|sub|sup|a|img)>"
 )
-_BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece spells bytes
+_BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")  # the spelling of byte tokens in SentencePiece
 _SPACE: Final = " \t\r\n\u2581"
 _LETTER: Final = re.compile(r"\w")
 _SYMBOL: Final = re.compile(r"[^\w\s]")
 
 
 class EncodingError(ValueError):
-    """A text that a tokenizer has no tokens for, as one without an unknown token."""
+    """The text cannot be encoded, for example because the tokenizer has no unknown token."""
 
 
 def add_named(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
-    """In place: what the model's files name and its vocabulary has is matched whole in text."""
+    """Register tokens that the model's files name as special added tokens of `tokenizer`.
+
+    This applies to tokens in the vocabulary that are spelled like control tokens. Added tokens are
+    matched in text as a whole.
+    """
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     missing = [
         AddedToken(token, special=True, normalized=False)
@@ -60,13 +64,15 @@ def add_named(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
 
 
 def is_character(tokenizer: TokenizerFile, token: str) -> bool:
-    """Whether it is a character of the vocabulary, which is text whatever is said of it: some
-    models call one special that pads."""
+    """Whether `token` is a single character of the model's vocabulary.
+
+    Such a token is ordinary text even if it is flagged special: some models pad with one.
+    """
     return len(token) == 1 and tokenizer.model.token_to_id(token) is not None
 
 
 def looks_like_control(token: str) -> bool:
-    """Whether its spelling is that of a marker, such as `<tool_call>` or `[INST]`."""
+    """Whether `token` is spelled like a control token, such as `<tool_call>` or `[INST]`."""
     shown = token.strip(_SPACE)
     return (
         shown[:1] in _OPENING
@@ -77,10 +83,14 @@ def looks_like_control(token: str) -> bool:
 
 
 class ControlTokens:
-    """The control tokens of `tokenizer`: flagged special, named by the model's files, written by
-    its chat template, or spelled like one.
+    """The control tokens of `tokenizer`, and encoding of text that must not contain them.
 
-    Space, and characters of the vocabulary, are text whatever is said of them.
+    An added token is a control token if it is flagged special, is in `named` (the tokens that the
+    model's files name), occurs in `template_texts` (what the chat template writes), or is spelled
+    like one and is no HTML tag. Exceptions: single characters of the vocabulary; tokens that the
+    model's merges produce, unless flagged special or spelled like one; and whitespace tokens, for
+    which an occurrence in `template_texts` does not count. Raises ValueError if the copy of the
+    tokenizer does not keep the token ids.
     """
 
     def __init__(
@@ -118,29 +128,33 @@ class ControlTokens:
         return self._tokens.keys()
 
     def among(self, ids: Sequence[int]) -> list[int]:
-        """The control tokens of `ids`, in order."""
+        """Those of `ids` that are control tokens, in order."""
         return [index for index in ids if index in self._tokens]
 
     def spelled(self, index: int) -> str:
         return self._tokens[index].content
 
     def disarmed(self, text: str) -> str:
-        """The text with "." for every character that a control token begins or ends with, in
-        whatever case or form, and "x" at its end: no part of it can make one. Space stays."""
+        """The text changed so that no part of it can become a control token.
+
+        Every character with which a control token begins or ends, in any case or compatibility
+        form, is replaced by ".", and "x" is appended. Blank text is returned unchanged.
+        """
         edges = {ord(c): "." for c in set(text) if not self._edges.isdisjoint({*_folded(c)})}
         return text.translate(edges) + "x" if text.strip() else text
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of text that no control token comes from."""
+        """Token ids of `text`; spellings of control tokens in it are encoded as plain text."""
         return encode(self._plain, text, add_special_tokens=add_special_tokens)
 
     def encode_between(
         self, tokenizer: TokenizerFile, text: str, written: Sequence[tuple[int, int]]
     ) -> list[int]:
-        """Token ids of a text in which control tokens count only outside of what users wrote.
+        """Token ids of `text`, with control tokens recognised only outside of user text.
 
-        `written` has the (start, end) of that, in order and without overlap. The text around it
-        becomes the same tokens whatever users wrote.
+        `written` has the (start, end) of each user text, in order and without overlap. The control
+        tokens found do not depend on the content of user texts, except on the kind (letter, symbol
+        or space) of their first and last characters. `tokenizer` is the original one.
         """
         blanked, kept = _blanked(text, written)
         encoding = _encoding(tokenizer.encode_batch, blanked, add_special_tokens=False)
@@ -157,7 +171,7 @@ class ControlTokens:
         return self.encode("".join([*pieces, text[at:]]))
 
     def _without_space(self, index: int, text: str, start: int, end: int) -> tuple[int, int]:
-        """Where a token stands, but for the space around it that it swallows."""
+        """The range of a token found at [start, end), less the space that it absorbs around it."""
         token, found = self._tokens[index], text[start:end]
         left = len(found) - len(found.lstrip()) if token.lstrip else 0
         right = len(found) - len(found.rstrip()) if token.rstrip else 0
@@ -169,14 +183,14 @@ def _folded(text: str) -> str:
 
 
 def encode(tokenizer: TokenizerFile, text: str, *, add_special_tokens: bool) -> list[int]:
-    """The ids of a text. Raises EncodingError."""
+    """The token ids of `text`. Raises `EncodingError`."""
     return _encoding(tokenizer.encode_batch_fast, text, add_special_tokens=add_special_tokens).ids
 
 
 def _encoding(
     encode_batch: Callable[..., list[Encoding]], text: str, *, add_special_tokens: bool
 ) -> Encoding:
-    """Unlike the library's `encode` a batch of one lets other threads run."""
+    """Encode one text as a batch, which unlike the library's `encode` lets other threads run."""
     try:
         (encoding,) = encode_batch([text], add_special_tokens=add_special_tokens)
     except MemoryError:
@@ -191,9 +205,10 @@ def _encoding(
 def _respelled(
     file: dict[str, msgspec.Raw], model: dict[str, Any], hidden: Mapping[str, str]
 ) -> TokenizerFile:
-    """The tokenizer in `file` with other spellings for some of its tokens.
+    """A copy of the tokenizer `file` (decoded tokenizer.json) with some tokens respelled.
 
-    `model` is its model, used up here; empty if it has none of them in its vocabulary.
+    `hidden` maps old to new spellings. `model` is the file's decoded model and is modified; it is
+    empty if none of these tokens is in its vocabulary.
     """
     added = msgspec.json.decode(file["added_tokens"])
     for token in added:
@@ -203,7 +218,7 @@ def _respelled(
         changed["model"] = model
         if isinstance(model["vocab"], dict):
             model["vocab"] = {hidden.get(t, t): index for t, index in model["vocab"].items()}
-        else:  # Unigram's pairs of a piece and its score
+        else:  # Unigram: pairs of token and score
             model["vocab"] = [(hidden.get(t, t), score) for t, score in model["vocab"]]
         if model.get("merges"):
             model["merges"] = [
@@ -217,7 +232,7 @@ def _respelled(
 
 
 class _Kept(NamedTuple):
-    """Characters [start, end) of a blanked text; they stand `shift` later in the text itself."""
+    """Characters [start, end) of a blanked text; in the original text they are `shift` later."""
 
     start: int
     end: int
@@ -225,9 +240,12 @@ class _Kept(NamedTuple):
 
 
 def _blanked(text: str, written: Sequence[tuple[int, int]]) -> tuple[str, list[_Kept]]:
-    """The text with only the first and last character of what stood in each of those places, as
-    "x" for a letter, "." for a symbol, or the space itself: so much a tokenizer may look at to
-    tell where its neighbours end, and it spells nothing."""
+    """Reduce each user text in `text` to its edge characters; returns what is kept, too.
+
+    Only the first and last character of each range in `written` remain, a letter as "x", a symbol
+    as ".", and space as it is. A tokenizer may need them to find the end of neighbouring tokens,
+    and they cannot spell a control token.
+    """
     at, length, pieces, kept = 0, 0, [], []
     for start, end in [*written, (len(text), len(text))]:
         edges = text[start : min(end, start + 1)] + text[max(end - 1, start + 1) : end]

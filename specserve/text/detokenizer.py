@@ -1,7 +1,8 @@
-"""The bytes that each token id stands for, and with them the text of ids.
+"""Maps each token id to its bytes, and token ids to text.
 
-Text is a function of the ids alone: the bytes of the tokens in a row, read as UTF-8. A token has
-the same bytes wherever it stands, except that many tokenizers drop a space at the very beginning.
+Text is a function of the ids alone: the concatenated bytes of the tokens, decoded as UTF-8. A token
+has the same bytes at every position, except that many tokenizers drop a space at the beginning of
+the text.
 """
 
 import re
@@ -12,21 +13,23 @@ import msgspec
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders
 
-_BEFORE: Final = "a"  # stands before the token that is looked at
-_NEVER: Final = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # in UTF-8
+_BEFORE: Final = "a"  # decoded in front of a token, to get its text after other tokens
+_NEVER: Final = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # bytes that do not occur in UTF-8
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SUPPORTED: Final = "ByteLevel, Metaspace, WordPiece, or a Sequence of Replace, ByteFallback, Fuse"
-Step = dict[str, Any]  # a decoder as tokenizer.json writes it
+Step = dict[str, Any]  # a decoder as in tokenizer.json
 
 
 class Detokenizer:
-    """The bytes of tokens, as the decoder of a tokenizer file spells them.
+    """Decodes token ids as the decoder of a tokenizer file does.
 
-    An added token stands for its content as it is written, unless the model's own vocabulary has
-    it too: then it is read as the model's other tokens are, so that "é" of a byte-level model is
-    byte E9. If that gives neither text nor a byte of UTF-8, it stands for its content after all.
-    Raises ValueError for a decoder that spells a token by those after it, or fits no table of
-    bytes.
+    An added token that is not in the model's own vocabulary stands for its literal content, without
+    the replacements and byte mappings of the decoder. One that is in both is decoded like the
+    model's other tokens, so "é" of a byte-level model is byte E9; if that gives neither UTF-8 text
+    nor a byte that occurs in UTF-8, it stands for its literal content, too.
+
+    Raises ValueError for a decoder with unsupported steps, or in which the bytes of a token depend
+    on other tokens.
     """
 
     def __init__(self, file: TokenizerFile) -> None:
@@ -43,15 +46,17 @@ class Detokenizer:
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What the token stands for after others: nothing, if the tokenizer has no such token."""
+        """The bytes of a token that follows other text; empty if there is no such token."""
         data = self._known.get(token_id)
         if data is None:
             data = self._known[token_id] = self._read(token_id)
         return data
 
     def usual(self, data: bytes) -> int | None:
-        """The token that text of these bytes usually becomes, or None. Several tokens may stand
-        for the same bytes; one that is named as a byte, such as `<0x41>`, is tried last."""
+        """The id of the preferred token with exactly these bytes, or None.
+
+        Several tokens may have the same bytes. A byte token such as `<0x41>` is preferred least.
+        """
         text = data.decode(errors="replace")
         spellings = [text, text.removeprefix(" "), f"##{text}"]
         if self._alphabet is not None:
@@ -64,7 +69,7 @@ class Detokenizer:
         return next((i for i in ids if i is not None and self.bytes_of(i) == data), None)
 
     def join(self, ids: Sequence[int], *, begins: bool) -> bytes:
-        """The bytes of `ids` in a row. `begins`: no text stands before them."""
+        """The concatenated bytes of `ids`. `begins`: they are at the beginning of the text."""
         data = list(map(self.bytes_of, ids))
         if begins:
             first = next((i for i, each in enumerate(data) if each), None)
@@ -73,7 +78,7 @@ class Detokenizer:
         return b"".join(data)
 
     def text(self, ids: Iterable[int]) -> str:
-        """The text of whole ids; bytes that are no UTF-8 read as U+FFFD."""
+        """The text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.join(list(ids), begins=True).decode(errors="replace")
 
     def _read(self, token_id: int) -> bytes:
@@ -96,15 +101,15 @@ class Detokenizer:
         return self._decode([spelling]).encode()
 
     def _spelling(self, token_id: int) -> str | None:
-        """As the file has it. The library gives an added token as its normaliser changes it."""
+        """The token as in the file; the library may return added tokens in normalised form."""
         return self._added.get(token_id) or self._file.id_to_token(token_id)
 
     def _is_outside(self, token_id: int, spelling: str) -> bool:
-        """Whether it was added and the model does not know it."""
+        """Whether this is an added token that is not in the model's vocabulary."""
         return token_id in self._added and self._model.token_to_id(spelling) != token_id
 
     def _is_byte(self, token_id: int, spelling: str) -> bool:
-        """Whether it is a byte by its name, as `<0x0A>` is."""
+        """Whether this is a byte token, such as `<0x0A>`."""
         return (
             self._bytewise
             and _BYTE.fullmatch(spelling) is not None
@@ -112,8 +117,7 @@ class Detokenizer:
         )
 
     def _is_content(self, token_id: int, spelling: str) -> bool:
-        """Whether it is an added token that stands for its content, which the decoder would
-        change."""
+        """Whether this is an added token whose literal content the decoder would change."""
         return (
             self._rewrites
             and self._is_outside(token_id, spelling)
@@ -124,7 +128,7 @@ class Detokenizer:
         assert self._alphabet is not None
         try:
             data = bytes(map(self._alphabet.__getitem__, spelling))
-        except KeyError:  # the decoder, too, takes it as it is
+        except KeyError:  # not in the byte alphabet: literal, as in the library's decoder
             return spelling.encode()
         if token_id in self._added and (
             self._is_outside(token_id, spelling) or not _is_text_or_byte(data)
@@ -147,8 +151,10 @@ class Detokenizer:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE spells bytes with: printable ones stand for themselves,
-    the others come after U+0100, in order (Radford et al. 2019)."""
+    """The byte for each character of the alphabet of byte-level BPE (Radford et al. 2019).
+
+    Printable bytes have their own character; the others have U+0100 and up, in order.
+    """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
@@ -162,7 +168,7 @@ def _is_text_or_byte(data: bytes) -> bool:
 
 
 def _steps(decoder: decoders.Decoder | None) -> list[Step]:
-    """What a decoder does, in order."""
+    """The steps of a decoder in order, with sequences flattened."""
     if decoder is None:
         return []
     state: Step = msgspec.json.decode(decoder.__getstate__())
@@ -176,19 +182,19 @@ def _flat(step: Step) -> list[Step]:
 
 
 def _check(steps: list[Step]) -> None:
-    """Raise ValueError unless every step looks at one token, or at the beginning of the text."""
+    """Raise ValueError unless every step depends on one token or the beginning of the text."""
     kinds = [step["type"] for step in steps]
     per_token = {"Replace", "Metaspace", "WordPiece", "ByteFallback", "Strip", "ByteLevel"}
     fused = False
     for number, step in enumerate(steps):
         kind = step["type"]
         fits = kind in per_token and not fused
-        if kind == "Replace" and fused:  # one character is never in two tokens
+        if kind == "Replace" and fused:  # a single character cannot span tokens
             fits = len(step["pattern"].get("String", "")) == 1
         if kind == "Strip" and (fused or "ByteFallback" in kinds[:number]):
             fits = fused and step["start"] <= 1 and step["stop"] == 0
         if kind == "Strip" and step["start"] and step["stop"]:
-            fits = False  # the library panics at a token that is nothing but one such character
+            fits = False  # the library panics at a token that is just one such character
         if kind == "ByteLevel":
             fits = fits and set(kinds) <= {"ByteLevel", "Fuse"}
         if not (fits or kind == "Fuse"):
@@ -200,7 +206,7 @@ def _check(steps: list[Step]) -> None:
 
 
 def _replaced(steps: list[Step]) -> list[tuple[str, str]] | None:
-    """Pairs of old and new, if replacing is all that happens to a token after others."""
+    """Pairs (old, new) if a token after others is only changed by replacements; else None."""
     pairs, fused = [], False
     for step in steps:
         fused = fused or step["type"] == "Fuse"

@@ -1,7 +1,7 @@
-"""Chat messages as users send them, checked and brought into one plain form.
+"""Checks the chat messages of a request and converts them to one plain form.
 
-Knows OpenAI's shapes, not the template that will read them. Every mistake is a `RequestError` that
-names the field, like messages[2].content[0].type.
+Knows OpenAI's message format, but no chat templates. Every invalid message raises a `RequestError`
+that names the field, such as messages[2].content[0].type.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,23 +11,23 @@ from typing import Final
 from specserve.types import RequestError
 
 Message = Mapping[str, object]  # {"role": ..., "content": ...}
-PlainMessage = dict[str, str]  # role and content, and name if there is one
+PlainMessage = dict[str, str]  # role, content, and optionally name
 ROLES: Final = ("system", "developer", "user", "assistant")
-WRITTEN: Final = ("content", "name")  # fields of a message that hold a user's own text
+WRITTEN: Final = ("content", "name")  # fields of a message that hold user text
 MAX_MESSAGES: Final = 2048
 MAX_NAME: Final = 256  # characters
 
 _NO_TOOLS: Final = "tools are not supported yet"
 _TOOL_ROLES: Final = ("tool", "function")
 _TOOL_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call")
-_MAX_KEY: Final = 64  # characters of a field's name that an error repeats
+_MAX_KEY: Final = 64  # characters of an unknown field's name that an error quotes
 
 
 def read_messages(messages: Sequence[Message]) -> list[PlainMessage]:
-    """The messages with their contents as strings. Raises `RequestError` for the first bad field.
+    """The messages with their contents as strings.
 
-    Clients send an assistant's answer back with all its fields, so those that hold nothing are
-    accepted whatever their name.
+    Unknown fields are accepted if they are null or an empty list, because clients send an
+    assistant's answer back with all its fields. Raises `RequestError` for the first invalid field.
     """
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise RequestError("messages", "expected a list of at least one message")
@@ -39,7 +39,7 @@ def read_messages(messages: Sequence[Message]) -> list[PlainMessage]:
 
 
 def developers_as_system(messages: Sequence[PlainMessage]) -> list[PlainMessage]:
-    """The same with `developer` messages as `system` ones, as older models call them."""
+    """The messages with role `developer` changed to `system`, its name in older models."""
     return [
         message | {"role": "system"} if message["role"] == "developer" else message
         for message in messages
@@ -47,7 +47,10 @@ def developers_as_system(messages: Sequence[PlainMessage]) -> list[PlainMessage]
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise `RequestError` for text that is not Unicode: JSON can spell half a character."""
+    """Raise `RequestError` for text with a lone surrogate, which JSON can express.
+
+    `name` is the field that the error names.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -81,7 +84,7 @@ def _read(at: str, message: Message) -> PlainMessage:
 
 
 def _check_fields(at: str, message: Message) -> None:
-    """Refuse what would have no effect, unless it says nothing: null or an empty list."""
+    """Raise `RequestError` for an unsupported field, unless it is null or an empty list."""
     for key, value in message.items():
         if key in ("role", "content", "name") or value is None or value == []:
             continue
@@ -93,7 +96,7 @@ def _check_fields(at: str, message: Message) -> None:
 
 
 def _text(at: str, content: object) -> str:
-    """A content: a string, or a list of text parts, which follow one another."""
+    """The content as one string; a list of text parts is concatenated."""
     if not isinstance(content, list | tuple):
         return _string(at, content, "a string or a list of text parts")
     if not content:

@@ -1,7 +1,7 @@
-"""What a model directory says about its tokenizer and its chat template beside tokenizer.json.
+"""Reads the tokenizer, its special tokens and the chat template from a model directory.
 
-Owns the places and shapes that libraries have written these in. Everything is read as UTF-8,
-whatever the locale. Compiles nothing.
+Owns the file names and formats that libraries have used for them. Files are read as UTF-8 in every
+locale. The chat template is not compiled here.
 """
 
 from pathlib import Path
@@ -14,33 +14,36 @@ from tokenizers import Tokenizer as TokenizerFile
 from specserve.files import FileError, is_there, quoted, read_file
 
 _CONFIG: Final = "tokenizer_config.json"
-_TOKENS_MAP: Final = "special_tokens_map.json"  # where older libraries named them
+_TOKENS_MAP: Final = "special_tokens_map.json"  # written by older libraries
 _NAMED: Final = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
 _MAX_BYTES: Final = 2**28  # of one file
-_MAX_TEMPLATE: Final = 2**20  # characters; the longest that are published have some ten thousand
+_MAX_TEMPLATE: Final = 2**20  # characters; the longest published templates have some ten thousand
 
 
 class TextError(ValueError):
-    """A model directory without a usable tokenizer; the message says why and what to do."""
+    """The model directory has no usable tokenizer; the message says why and what to do."""
 
 
 class SpecialTokens(Struct, frozen=True):
-    """Tokens that the files name: `roles` such as eos_token, and all of them."""
+    """The special tokens that the files name.
+
+    `roles` maps a role, such as eos_token, to its token. `all` also has the tokens without a role.
+    """
 
     roles: dict[str, str]
     all: frozenset[str]
 
 
 class ChatTemplateSource(Struct, frozen=True):
-    """A chat template, not compiled, and the file it came from."""
+    """The source of a chat template, and the name of the file it is from."""
 
     text: str
     place: str
 
 
 def read_tokenizer(directory: Path) -> TokenizerFile:
-    """tokenizer.json. Raises `TextError`."""
+    """Load tokenizer.json, without truncation and padding. Raises `TextError`."""
     path = directory / "tokenizer.json"
     if not is_there(path):
         raise TextError(
@@ -58,7 +61,8 @@ def read_tokenizer(directory: Path) -> TokenizerFile:
 
 
 def read_special_tokens(directory: Path) -> SpecialTokens:
-    """The named tokens; tokenizer_config.json counts first. Raises `TextError`."""
+    """Read the special tokens. For roles tokenizer_config.json takes precedence over
+    special_tokens_map.json. Raises `TextError`."""
     files = {name: _read_json(directory / name) for name in (_CONFIG, _TOKENS_MAP)}
     roles: dict[str, str] = {}
     found: set[str] = set()
@@ -84,7 +88,10 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
 
 
 def read_chat_template(directory: Path) -> ChatTemplateSource | None:
-    """The template, where there is one: of several the one called default. Raises `TextError`."""
+    """The chat template, or None; of several named templates the one named "default".
+
+    Raises `TextError` if the file is invalid or the template is too long.
+    """
     source = _find_template(directory)
     if source is not None and len(source.text) > _MAX_TEMPLATE:
         raise TextError(
@@ -106,7 +113,7 @@ def _find_template(directory: Path) -> ChatTemplateSource | None:
 
 
 def _choose(path: Path, found: object) -> str:
-    """A template as it stands in a JSON file: by itself, or one of several with names."""
+    """The template in a JSON field that holds one template or several named ones."""
     if isinstance(found, str):
         return found
     named = found
@@ -124,7 +131,7 @@ def _choose(path: Path, found: object) -> str:
 
 
 def _content(path: Path, field: str, token: object) -> str | None:
-    """A token as the files write it: a string, an object around one, or null."""
+    """The token in a field that holds a string, an object with the string, or null."""
     content = token.get("content") if isinstance(token, dict) else token
     if content is not None and not isinstance(content, str):
         raise _unusable(path, field, token, "a token: a string, or an object with its content")
@@ -145,7 +152,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
-    """The file's text, without the mark that some editors put in front of UTF-8."""
+    """The text of a UTF-8 file, without a byte order mark."""
     try:
         return read_file(path, _MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:

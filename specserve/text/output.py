@@ -1,4 +1,4 @@
-"""The text of one generated sequence as it grows, piece by piece, cut at its stop string."""
+"""The growing text of one generated sequence as text deltas, cut at its stop string."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from specserve.text.tokenizer import Tokenizer
 
 
 class OutputText:
-    """Shows text once no stop string can take it back.
+    """Converts generated token ids to text deltas.
 
-    `prompt` is what the text follows. `keep_stop` leaves the stop string itself in the text.
+    Text that may be the beginning of a stop string is held back, so that a returned delta is
+    final. `prompt` has the ids before the generated ones. `skip_special` hides control tokens.
+    `keep_stop` leaves the stop string itself in the text, and then nothing is held back.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class OutputText:
         self._keep_stop = keep_stop
         self._holds_back = bool(stops) and not keep_stop
         self._num_shown = 0
-        self._offsets: deque[int] = deque()  # per id, where its text begins
+        self._offsets: deque[int] = deque()  # per id, the offset in `text` where its text begins
         self._last = False
 
     def feed(
@@ -40,10 +42,11 @@ class OutputText:
         stop_reason: str | int | None = None,
         end_token: bool = False,
     ) -> str:
-        """The text that may be shown now. `last`: no ids follow; `stop_reason`: why.
+        """Append `ids`; returns the next text delta.
 
-        `end_token`: the last id is the end token that ended the answer; it is hidden as control
-        tokens are, whatever it spells.
+        `last`: no ids follow, because of `stop_reason`; if that is a string, it is the stop string
+        at which the text ends. `end_token`: the last id is the end token that ended the answer; it
+        is hidden if control tokens are, even if it is not one of them.
         """
         self._last = last
         shown = ids[:-1] if end_token and self._skip_special else ids
@@ -56,7 +59,7 @@ class OutputText:
         if last:
             self.text += self._decoder.flush()
             if isinstance(stop_reason, str):
-                # The last token completed it; one before that may have been spared by min_tokens.
+                # The last token completed it; min_tokens may have let an earlier one pass.
                 start = self.text.index(stop_reason, max(0, num_before - len(stop_reason) + 1))
                 self.text = self.text[: start + len(stop_reason) * self._keep_stop]
         safe = len(self.text)
@@ -68,8 +71,11 @@ class OutputText:
         return piece
 
     def take_offsets(self) -> list[int]:
-        """Where in the text each of the next ids begins. An id waits until the text before it is
-        shown: a stop string may still take back what is not."""
+        """The offsets in `text` of the next ids, in characters; each id is reported once.
+
+        The offset of an id is withheld until all text before it has been returned, because a stop
+        string may still remove the rest.
+        """
         settled = []
         while self._offsets and (self._last or self._offsets[0] <= self._num_shown):
             settled.append(min(self._offsets.popleft(), self._num_shown))

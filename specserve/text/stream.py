@@ -1,7 +1,7 @@
-"""Text as it grows: ids to text piece by piece, and watching it for stop strings.
+"""Incremental decoding of token ids, and incremental search for stop strings.
 
-Both give the same answer however the stream is cut into pieces, so that the number of tokens a
-step accepts never shows in the text.
+Invariant: the result does not depend on how the ids are split into calls, so the number of tokens
+accepted per step never affects the text.
 """
 
 from codecs import utf_8_decode
@@ -10,14 +10,14 @@ from functools import lru_cache
 
 from specserve.text.tokenizer import Tokenizer
 
-_LONGEST = 4  # bytes of a character
+_LONGEST = 4  # bytes of the longest UTF-8 character
 
 
 class IncrementalDecoder:
-    """Turns ids into text as they come, without ever showing half a character.
+    """Decodes a stream of ids to text; incomplete characters are held back.
 
-    `prompt` is what stands before them: a space at their beginning stays, and a character that
-    the prompt began is completed.
+    `prompt` has the ids before the stream. After a prompt, a space at the beginning of the stream
+    is kept, and a character that the prompt begins is completed.
     """
 
     def __init__(
@@ -25,12 +25,12 @@ class IncrementalDecoder:
     ) -> None:
         self._detokenizer = tokenizer.detokenizer
         self._skipped = tokenizer.hidden_ids if skip_special else frozenset()
-        self._begins = True  # no bytes yet
-        self._held = b""  # the beginning of a character
+        self._begins = True  # whether the text has no bytes yet
+        self._held = b""  # bytes of an incomplete character
         self._follow(prompt)
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete."""
+        """Append `ids`; returns the text of all characters that are complete now."""
         shown = [index for index in ids if index not in self._skipped]
         data = self._detokenizer.join(shown, begins=self._begins)
         if self._begins:
@@ -38,13 +38,15 @@ class IncrementalDecoder:
         return self._complete(data)
 
     def flush(self) -> str:
-        """The rest, at the end: bytes that never became a character."""
+        """The text of the bytes still held back, as U+FFFD; call it at the end."""
         text, self._held = self._held.decode(errors="replace"), b""
         return text
 
     def num_given_up(self, token_id: int) -> int:
-        """How many U+FFFD show before this token's own text, if it comes next: what is held
-        becomes those, unless the token goes on with it."""
+        """The number of U+FFFD that appear before the text of `token_id` if it comes next.
+
+        The bytes held back become U+FFFD unless the token continues their character.
+        """
         data = self._detokenizer.bytes_of(token_id) if self._held else b""
         if not data or token_id in self._skipped:
             return 0
@@ -72,16 +74,16 @@ class IncrementalDecoder:
 class StopChecker:
     """Finds the first of several strings in a growing text (Knuth, Morris, Pratt 1977).
 
-    First means ending first; of those that end together, the longest.
+    The first is the one that ends first; of several that end together it is the longest.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._borders = [_borders(stop) for stop in self._stops]
-        self._matched = [0] * len(self._stops)  # how much of each the text ends with
+        self._matched = [0] * len(self._stops)  # characters of each that the text ends with
 
     def feed(self, text: str) -> int | None:
-        """Watch more text; the index of the stop string found in it, or None."""
+        """Append `text`; returns the index of the first stop string that ends in it, or None."""
         found = None
         for character in text:
             self._matched = [
@@ -97,12 +99,12 @@ class StopChecker:
 
     @property
     def num_held(self) -> int:
-        """How many characters at the end of the text may be the beginning of a stop string."""
+        """The number of characters at the end of the text that may begin a stop string."""
         rows = zip(self._stops, self._borders, self._matched, strict=True)
         return max((borders[n] if n == len(stop) else n for stop, borders, n in rows), default=0)
 
 
-@lru_cache(maxsize=512)  # the choices of a request, 128 at most, have the same stop strings
+@lru_cache(maxsize=512)  # all choices of a request, up to 128, share the stop strings
 def _borders(stop: str) -> tuple[int, ...]:
     """For each prefix of `stop`, the length of its longest proper prefix that also ends it."""
     borders = [0] * (len(stop) + 1)

@@ -1,11 +1,10 @@
-"""The chat template of a model: messages to the text the model was trained on.
+"""The chat template of a model: renders messages to the text format the model was trained on.
 
-Owns the sandbox. Knows where in the text each piece that a user wrote went, so that the caller can
-treat it as text, and which messages the template leaves out. Knows no tokens.
+Owns the Jinja sandbox. Finds where the rendered text has user text, so that the caller can encode
+it without control tokens, and rejects messages that the template omits. Knows nothing about tokens.
 
-A template is a program of the model's author: rendering it can take any time and memory, so
-whoever serves others does it in a process that can be killed. Nothing of it runs when it is
-compiled.
+A template is a program by the model's author, and rendering it can take unbounded time and memory.
+A server must render in a process that can be killed. Compiling a template runs none of its code.
 """
 
 import json
@@ -24,31 +23,32 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from specserve.text.messages import WRITTEN, PlainMessage, developers_as_system
 from specserve.types import RequestError
 
+# Roles of the chats that `own_texts` renders.
 _SAMPLES: Final = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant"))
 
 _END_OF_THINKING: Final = "</think>"
 
 
 class TemplateUnusable(ValueError):
-    """Text that cannot be compiled to a template; the message says why."""
+    """The template cannot be compiled; the message says why."""
 
 
 class Span(NamedTuple):
-    """Characters [start, end) of a rendered chat, where a field of messages[number] stands."""
+    """Characters [start, end) of a rendered chat that hold `field` of messages[number]."""
 
     number: int
     field: str
     start: int
     end: int
-    mark_end: int  # where its mark ends in the marked chat
+    mark_end: int  # end of the field's mark in `Rendering.marked`
 
 
 class Rendering(NamedTuple):
-    """A chat as text, and the same with a mark in place of everything that users wrote.
+    """A rendered chat, and the same chat rendered with a mark in place of each user text.
 
-    `spans` tells where in `text` they wrote, in order; None if the template does more with it than
-    put it there, whole, stripped or without the thinking at its beginning. `marked` is None if
-    the template refuses marks.
+    `spans` has the places of the user texts in `text`, in order. It is None if the template changes
+    them by more than stripping space or removing the thinking at their beginning. `marked` is None
+    if the template raises an error for the marks.
     """
 
     text: str
@@ -56,7 +56,10 @@ class Rendering(NamedTuple):
     spans: list[Span] | None
 
     def up_to_content(self, number: int) -> "Rendering":
-        """The same, ending where the content of a message ends. Raises `RequestError`."""
+        """The rendering cut off at the end of the content of messages[number].
+
+        Raises `RequestError` if that place is not known.
+        """
         spans = self.spans or []
         last = max((i for i, s in enumerate(spans) if s[:2] == (number, "content")), default=None)
         if last is None or self.marked is None:
@@ -70,7 +73,11 @@ class Rendering(NamedTuple):
 
 
 class ChatTemplate:
-    """One compiled template. Raises `TemplateUnusable`."""
+    """A compiled chat template. The constructor raises `TemplateUnusable`.
+
+    `special_tokens` are variables of the template, such as bos_token. Developer messages are
+    rendered as system messages if the template does not mention the role `developer`.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = _Environment(
@@ -86,12 +93,12 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self._constants = _constants(environment.parse(source))
-        except Exception as error:  # its author can get it wrong in any way
+        except Exception as error:  # compiling a faulty template can raise any exception
             raise TemplateUnusable(_in_short(error)) from None
         self._knows_developers = "developer" in self._constants
 
     def render(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> Rendering:
-        """The whole chat. Raises `RequestError` for what the template refuses or leaves out."""
+        """Render a chat. Raises `RequestError` if the template fails or omits a user text."""
         if not self._knows_developers:
             messages = developers_as_system(messages)
         text = self._render(messages, add_generation_prompt)
@@ -104,20 +111,20 @@ class ChatTemplate:
             self._check_counts(messages, number, field, text, add_generation_prompt)
         spans = marks.locate(text, marked)
         if spans is None and marks.with_blanks:
-            # Many templates write no turn, or a default, for a content without a word.
+            # Many templates write no turn, or a default text, for a blank content.
             marks = _Marks(messages, with_blanks=False)
             marked = self._render(marks.messages(), add_generation_prompt)
             spans = marks.locate(text, marked)
         return Rendering(text, marked, spans)
 
     def text(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> str:
-        """The whole chat as text alone. Raises `RequestError` for what the template refuses."""
+        """Render a chat to text only. Raises `RequestError` if the template fails."""
         if not self._knows_developers:
             messages = developers_as_system(messages)
         return self._render(messages, add_generation_prompt)
 
     def own_texts(self) -> list[str]:
-        """What the template itself writes: its constants, and short chats around nothing said."""
+        """Texts that the template itself writes: its constants, and chats with empty contents."""
         texts = list(self._constants)
         for roles in _SAMPLES:
             chat = [{"role": role, "content": ""} for role in roles]
@@ -137,7 +144,7 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except Exception as error:  # a template is a program: it can fail in any way
+        except Exception as error:  # a template is a program and can raise any exception
             raise RequestError(
                 "messages", f"the model's chat template cannot render them ({_in_short(error)})"
             ) from error
@@ -150,7 +157,7 @@ class ChatTemplate:
         text: str,
         add_generation_prompt: bool,
     ) -> None:
-        """Raise `RequestError` if the chat reads the same whatever the field says."""
+        """Raise `RequestError` if the rendered chat does not depend on the field's value."""
         others = [dict(message) for message in messages]
         others[number][field] = secrets.token_hex(16)
         try:
@@ -171,8 +178,10 @@ class ChatTemplate:
 
 
 class _Marks:
-    """Unguessable marks in place of what users wrote, one for each field, or for each that is
-    more than space."""
+    """Replaces user texts by random, unguessable marks and finds the marks in a rendered chat.
+
+    Every field of `WRITTEN` gets a mark; without `with_blanks` only those that are not blank.
+    """
 
     def __init__(self, messages: Sequence[PlainMessage], *, with_blanks: bool = True) -> None:
         self._secret = secrets.token_hex(16)
@@ -190,12 +199,15 @@ class _Marks:
         return marked
 
     def missing(self, marked: str) -> list[tuple[int, str]]:
-        """The fields whose mark is not in the text, in whatever case."""
+        """The fields whose mark is not in `marked`, ignoring case."""
         found = {int(digits) for digits in self._mark.findall(marked)}
         return [place for mark, place in enumerate(self._fields) if mark not in found]
 
     def locate(self, text: str, marked: str) -> list[Span] | None:
-        """Where the fields stand in `text`: where the marks are in `marked`. None: elsewhere."""
+        """The places of the fields in `text`, found by those of the marks in `marked`.
+
+        None if `text` is not `marked` with each mark replaced by a form of its field (`_forms`).
+        """
         marks = [*self._mark.finditer(marked)]
         ends = [*(mark.start() for mark in marks), len(marked)]
         if not text.startswith(marked[: ends[0]]):
@@ -214,8 +226,10 @@ class _Marks:
 
 
 def _forms(whole: str) -> list[str]:
-    """What published templates make of a text without changing it otherwise: all of it, or what
-    follows a model's thinking, whole or stripped."""
+    """The forms in which published templates insert a user text.
+
+    These are the whole text, or the part after the end of thinking, each unchanged or stripped.
+    """
     answer = whole.rpartition(_END_OF_THINKING)[2]
     return [
         form
@@ -225,9 +239,9 @@ def _forms(whole: str) -> list[str]:
 
 
 class _Compiler(CodeGenerator):
-    """Leaves every expression to be evaluated when the template is rendered.
+    """Compiles every expression so that it is evaluated only when the template is rendered.
 
-    Jinja evaluates constant ones when it compiles: `'x' * 10**10` would be made right there.
+    Jinja evaluates constant expressions while compiling: `'x' * 10**10` would be computed then.
     """
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
@@ -246,7 +260,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _constants(tree: nodes.Template) -> list[str]:
-    """Text between the tags, and strings in them."""
+    """The text between the tags, and the string literals in them."""
     texts = [node.data for node in tree.find_all(nodes.TemplateData)]
     return [*texts, *(c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str))]
 
@@ -263,12 +277,12 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own would escape for HTML."""
+    """The filter `tojson`, without the HTML escapes of Jinja's own."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained on; here its body is all that counts."""
+    """`{% generation %}` marks text that a model is trained on; here only its body is rendered."""
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)

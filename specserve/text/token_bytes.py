@@ -1,4 +1,4 @@
-"""What one token stands for by itself: its bytes, and how logprobs name it."""
+"""The bytes of single tokens, and their names in logprobs."""
 
 from functools import lru_cache
 
@@ -8,10 +8,11 @@ _ID, _BYTE = "token_id:", "bytes:\\x"
 
 
 class TokenBytes:
-    """Bytes of single tokens, and a name for each that no other has.
+    """The bytes and a unique name of each token.
 
-    A name is the token's text, `bytes:\\xe2\\x80` if that is no whole character, and `token_id:7`
-    if the tokenizer has no such token, or another one of the same text that is spelled as usual.
+    The name is the token's text; `bytes:\\xe2\\x80` if its bytes are not whole characters; and
+    `token_id:7` if the tokenizer has no such token, or if another token with the same bytes is
+    preferred (`Detokenizer.usual`).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -26,7 +27,7 @@ class TokenBytes:
         except UnicodeDecodeError:
             text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
         else:
-            if text.startswith((_ID, _BYTE)):  # it reads like a name of the other kinds
+            if text.startswith((_ID, _BYTE)):  # it could be mistaken for the other kinds of names
                 text = ""
         usual = self._detokenizer.usual(data) == token_id
         return text if text and usual else f"{_ID}{token_id}"

@@ -1,7 +1,7 @@
-"""Token ids from text and chats, and back.
+"""Converts text and chats to token ids, and token ids to text.
 
-Owns the tokenizer and the template of one model directory. Invariant: text that a user wrote never
-becomes a control token, however it is spelled, unless the caller allows it.
+Owns the tokenizer and the chat template of one model directory. Invariant: user text never becomes
+a control token, whatever its spelling, unless the caller allows it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from specserve.text.template import ChatTemplate, Rendering
 
 _NORMALISED: Final = (
-    4  # bytes that Unicode's normal forms make one of at most, as in U+1D400 to "A"
+    4  # at most so many bytes become one in a Unicode normal form: U+1D400 becomes "A"
 )
 _NOT_KEPT: Final = (
     "a control token, and the template rewrites messages so that it cannot be kept as text; "
@@ -49,10 +49,12 @@ _NOT_KEPT: Final = (
 
 
 class Tokenizer:
-    """The tokenizer of a model directory: tokenizer.json and what is said about it beside it.
+    """The tokenizer of a model directory: tokenizer.json and the files that complete it.
 
-    Raises `TextError` when the files are missing or unusable. Whoever only decodes never compiles
-    the chat template: that is done by `prepare`, or when it is first needed.
+    `eos_ids` are the end tokens that these files name. `hidden_ids` are those and the special
+    tokens; they are left out of decoded text by default. Decoding never compiles the chat template;
+    `compile_template` and `prepare` do, or the first encoding. Raises `TextError` if the files are
+    missing or unusable.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -73,7 +75,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; a model may have padded its head beyond it."""
+        """The number of tokens. The vocabulary of the model's head may be padded beyond it."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -81,13 +83,13 @@ class Tokenizer:
         return self._source is not None
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token's id by its spelling in the file."""
+        """The id of every token, by its spelling in tokenizer.json."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def max_token_bytes(self) -> int | None:
-        """How many bytes of text one token stands for at most, not counting control tokens.
+        """The largest number of bytes of text that one token can stand for, except control tokens.
 
-        None if there is no such number: unknown words, or space that is dropped.
+        None if there is no such bound: one token stands for any unknown word, or space is dropped.
         """
         model = self._tokenizer.model
         bytewise = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
@@ -97,22 +99,25 @@ class Tokenizer:
         return longest if self._tokenizer.normalizer is None else longest * _NORMALISED
 
     def compile_template(self) -> None:
-        """Compile the chat template, if there is one, and see what it writes by itself.
+        """Compile the chat template, if there is one, and render it for `ChatTemplate.own_texts`.
 
-        Not for a process that serves others: a template is a program. Raises `TextError`.
+        A template is a program, so a server must do this in a process that can be killed. Raises
+        `TextError`.
         """
         _ = self._own_texts
 
     def prepare(self) -> None:
-        """Do now what the first text would have to wait for. Raises `TextError`."""
+        """Do in advance what the first `encode` or `chat` would do. Raises `TextError`."""
         _ = self._control
 
     def encode(
         self, text: str, *, allow_special: bool = False, add_special: bool = True
     ) -> list[int]:
-        """Token ids of a prompt, with what the model expects at its start unless told not to.
+        """Token ids of a prompt.
 
-        Control tokens spelled out in `text` stay text unless allowed. Raises `RequestError`.
+        `allow_special`: spellings of control tokens in `text` become these tokens, not plain text.
+        `add_special`: add the tokens that the model expects around a text, such as BOS. Raises
+        `RequestError`.
         """
         check_text("prompt", text)
         try:
@@ -128,12 +133,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Token ids of a chat under the model's template, ready for the model's answer.
+        """Token ids of a chat, rendered by the model's chat template.
 
-        With `continue_final_message` they end where the last message does, an assistant's.
-        Control tokens come from the template only. If it does more with a content than stripping
-        space and thinking from it, and that content makes a control token, the two cannot be told
-        apart and the request is refused. Raises `RequestError` naming the message.
+        `add_generation_prompt` appends the beginning of the model's answer. With
+        `continue_final_message` the ids end where the content of the last message ends, which must
+        be an assistant's. Control tokens come from the template only. If the template changes
+        a content by more than stripping space and thinking, and the content makes a control token,
+        that token cannot be attributed and the request is rejected. Raises `RequestError` naming
+        the message.
         """
         plain = read_messages(messages)
         if continue_final_message:
@@ -153,16 +160,19 @@ class Tokenizer:
             raise RequestError("messages", str(error)) from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are no UTF-8 read as U+FFFD, unknown ids as nothing."""
+        """The text of `ids`. Invalid UTF-8 becomes U+FFFD; unknown ids have no text.
+
+        `skip_special` leaves out the tokens in `hidden_ids`.
+        """
         skipped = self.hidden_ids if skip_special else frozenset()
         return self.detokenizer.text([index for index in ids if index not in skipped])
 
     def _encode_chat(
         self, chat: "Rendering", plain: Sequence[PlainMessage], add_generation_prompt: bool
     ) -> list[int]:
-        """Token ids of a rendered chat, of which users wrote what `plain` holds.
+        """Token ids of the rendered chat of the messages `plain`.
 
-        Raises RequestError, or EncodingError.
+        Raises `RequestError` or `EncodingError`.
         """
         ids = encode(self._tokenizer, chat.text, add_special_tokens=False)
         if not self._is_forged(chat, plain, ids, add_generation_prompt):
@@ -176,7 +186,7 @@ class Tokenizer:
 
     @cached_property
     def _template(self) -> "ChatTemplate | None":
-        # Imported here, so that a process that only decodes cannot have compiled anything.
+        # Imported only here, so that a process that only decodes cannot compile a template.
         from specserve.text.template import ChatTemplate, TemplateUnusable
 
         if self._source is None:
@@ -211,7 +221,11 @@ class Tokenizer:
         ids: list[int],
         add_generation_prompt: bool,
     ) -> bool:
-        """Whether users' text makes a control token: a chat without it has other ones."""
+        """Whether user text makes a control token.
+
+        It does if the chat with harmless text in its place has other control tokens. If the
+        template fails for such a chat, it does if a user text alone makes a control token.
+        """
         found = self._control.among(ids)
         if chat.marked is None:
             return self._spelled(messages) is not None
@@ -219,7 +233,8 @@ class Tokenizer:
             return False
         if chat.spans is not None:
             return True
-        # Some templates write other tokens if a message says so: "/no_think" closes a <think>.
+        # The template may react to user text: "/no_think" makes some write <think></think>.
+        # So compare with a rendering that keeps the user text except for control tokens in it.
         assert self._template is not None
         disarmed = [
             message | {f: self._control.disarmed(message[f]) for f in WRITTEN if f in message}
@@ -232,7 +247,7 @@ class Tokenizer:
         return self._control.among(encode(self._tokenizer, text, add_special_tokens=False))
 
     def _spelled(self, messages: Sequence[PlainMessage]) -> RequestError | None:
-        """Refuses the first text of a user that makes a control token by itself, if any."""
+        """The error for the first user text that by itself makes a control token; else None."""
         for index, message in enumerate(messages):
             for field in WRITTEN:
                 if found := self._control_tokens_of(message.get(field, "")):
@@ -243,7 +258,7 @@ class Tokenizer:
         return None
 
     def _end_tokens(self, added: Mapping[str, int]) -> tuple[int, ...]:
-        """The named end token, and those that the chat template ends a turn with."""
+        """The ids of eos_token, and of the `END_OF_TURN` tokens in the chat template."""
         template = "" if self._source is None else self._source.text
         named = self._special.roles.get("eos_token")
         ids = [None if named is None else self._tokenizer.token_to_id(named)]
@@ -259,7 +274,7 @@ def _detokenizer(tokenizer: TokenizerFile, directory: Path) -> Detokenizer:
 
 
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> str | None:
-    """None if both give every id to the same token, else the first difference in words."""
+    """None if both map every id to the same token, else a description of the first difference."""
     first, second = a.vocabulary(), b.vocabulary()
     if first == second:
         return None
