@@ -91,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _with_prefix(checkpoint: Checkpoint) -> Checkpoint:
-    """Add the prefix `model.` to tensor names if the model was saved without it and its head."""
+    """Add the prefix `model.` to tensor names; a model saved without its head lacks it."""
     if "embed_tokens.weight" not in checkpoint.entries:
         return checkpoint
     names = {

@@ -15,7 +15,7 @@ from specserve.files import FileError, is_there, quoted, read_file, short
 
 MAX_JSON_BYTES: Final = 64 * 2**20
 MAX_INTEGER: Final = 2**31 - 1
-_SMALLEST, _LARGEST = 1e-12, 1e12  # default range of numbers, in which float32 can compute
+_SMALLEST, _LARGEST = 1e-12, 1e12  # default range of `number`: float32 can compute with these
 _LISTED: Final = 5  # at most so many unread fields are named in one message
 
 
@@ -57,8 +57,8 @@ def _read_python_json(content: bytes) -> dict[str, Any] | None:
 class Fields:
     """Typed access to one JSON object. `source` names it in messages.
 
-    Typed getters raise `ModelError` naming the field. A field that is null counts as absent. A
-    default of None makes a number required.
+    Typed getters treat null as absent and raise `ModelError` naming the field. `integer` and
+    `number` without a default require the field.
     """
 
     def __init__(self, values: dict[str, Any], source: str) -> None:

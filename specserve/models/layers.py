@@ -13,7 +13,7 @@ from specserve.models.row_tiles import BASE_ROWS, RowTiles, probe_row_tiles
 
 
 class Linear:
-    """x W^T + b. With `tiles` set, the bits of a row do not depend on the number of rows."""
+    """x W^T + b. With `tiles` set, a row's bits do not depend on the other rows: `row_tiles`."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from specserve.models.fields import Fields
 from specserve.models.known_fields import HARMLESS_ROPE
 from specserve.models.memory import check_memory
 
-MAX_POSITIONS: Final = 2**24  # angles are float32, which cannot represent every larger integer
+MAX_POSITIONS: Final = 2**24  # the table is float32, which is exact for integers up to this
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 

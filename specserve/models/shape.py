@@ -1,7 +1,7 @@
 """Reads a model's shape from its directory: every number that the forward pass needs.
 
-The forward pass depends on this shape and never on a model's name. The names of architectures are
-used only in the table of their defaults, `FAMILIES`.
+The forward pass depends on this shape and never on a model's name. Architecture names select the
+defaults in `FAMILIES` and the class in `registry.BUILDERS`, and nothing else.
 """
 
 from collections.abc import Mapping

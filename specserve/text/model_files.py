@@ -61,8 +61,10 @@ def read_tokenizer(directory: Path) -> TokenizerFile:
 
 
 def read_special_tokens(directory: Path) -> SpecialTokens:
-    """Read the special tokens. For roles tokenizer_config.json takes precedence over
-    special_tokens_map.json. Raises `TextError`."""
+    """The special tokens that the model's files name. Raises `TextError`.
+
+    For a role, tokenizer_config.json takes precedence over special_tokens_map.json.
+    """
     files = {name: _read_json(directory / name) for name in (_CONFIG, _TOKENS_MAP)}
     roles: dict[str, str] = {}
     found: set[str] = set()

@@ -11,8 +11,8 @@ class TokenBytes:
     """The bytes and a unique name of each token.
 
     The name is the token's text; `bytes:\\xe2\\x80` if its bytes are not whole characters; and
-    `token_id:7` if the tokenizer has no such token, or if another token with the same bytes is
-    preferred (`Detokenizer.usual`).
+    `token_id:7` if the tokenizer has no such token, if another token with the same bytes is
+    preferred (`Detokenizer.usual`), or if the text looks like one of these other names.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -51,10 +51,10 @@ _NOT_KEPT: Final = (
 class Tokenizer:
     """The tokenizer of a model directory: tokenizer.json and the files that complete it.
 
-    `eos_ids` are the end tokens that these files name. `hidden_ids` are those and the special
-    tokens; they are left out of decoded text by default. Decoding never compiles the chat template;
-    `compile_template` and `prepare` do, or the first encoding. Raises `TextError` if the files are
-    missing or unusable.
+    `eos_ids` are the end tokens that these files name. `hidden_ids` are those and the tokens
+    flagged special, except single characters of the vocabulary; decoded text omits them by default.
+    Decoding never compiles the chat template; `compile_template` and `prepare` do, or the first
+    encoding. Raises `TextError` if the files are missing or unusable.
     """
 
     def __init__(self, directory: Path) -> None:
