@@ -1,6 +1,8 @@
-"""KV accounting for all sequences: admission through the prefix cache, growth, commit, release.
+"""KV block accounting for all sequences: admission through the prefix cache, reserve, commit,
+publish and release.
 
-Host only: it says which slots move, somebody else moves the tensors.
+Runs on the host only: it returns the slot moves of a commit, and the engine applies them to the
+tensors.
 """
 
 import enum
@@ -12,19 +14,21 @@ from specserve.cache.table import BlockTable
 
 
 class Denied(enum.Enum):
-    """Why a sequence is not admitted now."""
+    """Why a sequence cannot be admitted in this step."""
 
-    NO_ROOM = enum.auto()
-    IN_FLIGHT = enum.auto()
+    NO_ROOM = enum.auto()  # not enough free blocks or places
+    IN_FLIGHT = enum.auto()  # a running sequence is about to publish the next block of the prompt
 
 
 class KVCacheManager:
+    """The block pool and the prefix cache, and the operations on block tables that use both."""
+
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.prefix = PrefixCache()
         self.pool = BlockPool(num_blocks, on_evict=self.prefix.evict)
-        self._promised: set[bytes] = set()  # by running sequences; each hash by one of them
+        self._promised: set[bytes] = set()  # pending hashes: running sequences will publish them
 
     @property
     def num_slots(self) -> int:
@@ -33,11 +37,12 @@ class KVCacheManager:
     def admit(
         self, num_tokens: int, hashes: Sequence[bytes], *, spare_blocks: int
     ) -> BlockTable | Denied:
-        """A table with room for `num_tokens`, its cached prefix already committed.
+        """Return a block table with room for `num_tokens`, its cached prefix already committed.
 
-        `hashes` are the prompt's `prefix_hashes`. Denied NO_ROOM if fewer than `spare_blocks`
-        would be left to the sequences that run; Denied IN_FLIGHT if a running sequence is about to
-        publish the next block: waiting for it saves computing and storing that block twice.
+        `hashes` are the `prefix_hashes` of the tokens. Returns `Denied.NO_ROOM` if fewer than
+        `spare_blocks` available blocks would remain. Returns `Denied.IN_FLIGHT` if the first block
+        that is not cached is pending: a running sequence is about to publish it, and waiting avoids
+        computing and storing that block twice.
         """
         if not self.prefix_caching:
             hashes = ()
@@ -64,28 +69,29 @@ class KVCacheManager:
         return table
 
     def reserve(self, table: BlockTable, num_slots: int) -> bool:
-        """Room for `num_slots` tokens past the commit point; False if the pool is exhausted."""
+        """Reserve `num_slots` slots past the commit point; False if the pool has too few blocks."""
         return table.reserve(num_slots, self.pool)
 
     def commit(
         self, table: BlockTable, num_chain: int, path: Sequence[int]
     ) -> list[tuple[int, int]]:
-        """Commit `num_chain` rows and then the tree nodes on `path` (ascending, the root first).
+        """Commit `num_chain` prompt tokens, then the tree nodes of `path` (ascending, root first).
 
-        Rolls the rest back. Returns the slot moves, from and to, in ascending order, that close
-        the path up; node i was written to slot num_committed + num_chain + i.
+        Node i was written at position num_committed + num_chain + i. Returns the moves
+        (source slot, destination slot), in ascending order, that make the accepted path
+        contiguous. If `path` is not empty, the blocks past the new commit point are released.
         """
         moves = []
-        if path and path[-1] >= len(path):  # some node before the last was not accepted
+        if path and path[-1] >= len(path):  # a node before the last one was rejected
             slots = table.slots(table.num_committed + num_chain, path[-1] + 1)
             moves = [(slots[node], slots[at]) for at, node in enumerate(path) if node != at]
         table.commit(num_chain + len(path))
-        if path:  # an unfinished prompt keeps the room it was admitted with
+        if path:  # an unfinished prompt keeps the blocks reserved at admission
             table.rollback(self.pool)
         return moves
 
     def publish(self, table: BlockTable, tokens: Sequence[int], salt: str) -> None:
-        """Hash the blocks that have become full, so that others can share them."""
+        """Hash the committed blocks that have become full, and add them to the prefix cache."""
         if not self.prefix_caching:
             return
         size = self.block_size
@@ -97,9 +103,10 @@ class KVCacheManager:
             self._keep_promise(table, {block_hash})
 
     def release(self, table: BlockTable) -> None:
-        """Give every block back; published ones stay findable until the room is needed.
+        """Release every block; published blocks stay in the prefix cache until they are evicted.
 
-        Last block first, so that eviction takes the end of a prefix before its beginning.
+        The last block is released first, so that eviction takes the end of a prefix before its
+        beginning.
         """
         self._keep_promise(table, set(table.promised))
         for block_id in reversed(table.block_ids):
@@ -109,6 +116,7 @@ class KVCacheManager:
         table.num_committed = 0
 
     def _keep_promise(self, table: BlockTable, hashes: set[bytes]) -> None:
+        """`hashes` are no longer pending for `table`: published, or given up."""
         kept = table.promised & hashes
         table.promised -= kept
         self._promised -= kept

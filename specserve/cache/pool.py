@@ -1,7 +1,7 @@
-"""Blocks as numbers: which are free, who shares them, which are idle but still hold a prefix.
+"""The pool of KV block ids and their reference counts. Knows no tokens and no tensors.
 
-Knows nothing of tokens or tensors. A block is exactly one of: free, used (refcount > 0), idle
-(refcount 0, its content kept until the room is needed, oldest first).
+A block is in exactly one of three states: free; used (refcount > 0); idle (refcount 0, its content
+kept for the prefix cache until the block is needed; the least recently used is evicted first).
 """
 
 from collections import OrderedDict, deque
@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 
 class BlockPool:
-    """`on_evict(block_id)` is called when an idle block loses its content."""
+    """Hands out block ids 0 .. num_blocks - 1.
+
+    `on_evict(block_id)` is called when an idle block is reused and so loses its content.
+    """
 
     def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
         self.num_blocks = num_blocks
@@ -20,7 +23,7 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `take` can still hand out."""
+        """Number of blocks that `take` can still hand out."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -32,7 +35,10 @@ class BlockPool:
         return len(self._idle)
 
     def take(self) -> int:
-        """A block with refcount 1. Free blocks first, then the least recently used idle one."""
+        """Take a free block, else the least recently used idle one, and set its refcount to 1.
+
+        The caller checks `num_available` first.
+        """
         if self._free:
             block_id = self._free.popleft()
         else:
@@ -42,12 +48,12 @@ class BlockPool:
         return block_id
 
     def share(self, block_id: int) -> None:
-        """One more user of a used or idle block."""
+        """Add a reference to a used or idle block."""
         self._idle.pop(block_id, None)
         self._ref_counts[block_id] += 1
 
     def release(self, block_id: int, *, keep: bool) -> None:
-        """One user less; the last one leaves it idle if `keep`, else free."""
+        """Drop a reference; at refcount 0 the block becomes idle if `keep`, else free."""
         self._ref_counts[block_id] -= 1
         assert self._ref_counts[block_id] >= 0, f"block {block_id} released twice"
         if self._ref_counts[block_id] == 0:
@@ -60,7 +66,7 @@ class BlockPool:
         return block_id in self._idle
 
     def check_integrity(self, users: dict[int, int]) -> None:
-        """Assert the pool against `users`: block_id -> how many block tables hold it."""
+        """Assert that the pool agrees with `users`: block_id -> number of tables that hold it."""
         free, idle = set(self._free), set(self._idle)
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & idle, "a block is both free and idle"

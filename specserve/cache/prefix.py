@@ -1,7 +1,7 @@
-"""Which block holds which prefix: a chain of hashes over committed blocks.
+"""The prefix cache: maps hashes of token prefixes to the KV blocks that hold them.
 
-A block's hash covers its own tokens and, through its parent's hash, everything before them and the
-salt; so equal hashes mean equal KV. Knows block ids, not refcounts or tensors.
+The hash of a block covers its tokens and, through the hash of the block before it, all earlier
+tokens and the salt, so equal hashes mean equal KV. Knows block ids, no refcounts and no tensors.
 """
 
 import hashlib
@@ -11,24 +11,24 @@ import numpy as np
 
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Hash of a full block given the hash before it.
+    """Hash of a full block; `parent` is the hash of the block before it.
 
-    A collision would serve one tenant another's KV, so this is a cryptographic hash.
+    A collision would let one tenant use the KV of another, so the hash is cryptographic.
     """
     content = np.array(tokens, np.int64).tobytes()
     return hashlib.blake2b(content, key=parent, digest_size=16).digest()
 
 
 def root_hash(salt: str) -> bytes:
-    """The hash before the first block; a different salt never shares a block."""
+    """The parent hash of the first block. Sequences with different salts never share a block."""
     return hashlib.blake2b(salt.encode(), digest_size=16).digest()
 
 
 def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str) -> list[bytes]:
-    """Hashes of the full blocks of a prompt that may be shared.
+    """Hashes of the full blocks of `tokens` that may come from the cache.
 
-    The block of the last token is left out: that token has to be computed in any case, its logits
-    are what the request is for.
+    The block that holds the last token is left out: that token is always computed, because its
+    logits are needed.
     """
     hashes: list[bytes] = []
     parent = root_hash(salt)
@@ -39,6 +39,8 @@ def prefix_hashes(tokens: Sequence[int], block_size: int, salt: str) -> list[byt
 
 
 class PrefixCache:
+    """A one-to-one map between block hashes and the ids of the blocks that hold them."""
+
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -53,7 +55,7 @@ class PrefixCache:
         return self._block_of.get(block_hash)
 
     def insert(self, block_hash: bytes, block_id: int) -> None:
-        """Remember a full committed block, unless its content is already held by another."""
+        """Add a full committed block, unless another block with this hash is already cached."""
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash

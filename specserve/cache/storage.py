@@ -1,6 +1,6 @@
-"""The KV tensors. Owns device memory; knows nothing of sequences or block tables.
+"""The KV tensors. Owns device memory; knows no sequences and no block tables.
 
-Target and draft models have a storage of their own, indexed by the same block tables.
+The target and each draft model have separate storages, indexed by the same block tables.
 """
 
 import torch
@@ -11,7 +11,7 @@ from specserve_kernels import huge_pages
 
 
 class KVSpec(Struct, frozen=True):
-    """The KV shape of one model: what a token costs in every layer."""
+    """The shape and dtype of the KV cache of one model."""
 
     num_layers: int
     num_kv_heads: int
@@ -24,15 +24,15 @@ class KVSpec(Struct, frozen=True):
 
 
 class KVStorage:
-    """One allocation for all layers, so that a commit is one launch.
+    """The KV cache of one model: one tensor for all layers, so that a commit is one kernel launch.
 
-    Slot s of block b is row `b * block_size + s`.
+    Slot s of block b has index `b * block_size + s` in the slot dimension.
     """
 
     def __init__(self, spec: KVSpec, num_slots: int, device: torch.device) -> None:
         self.spec = spec
-        # [num_layers, 2, num_slots, num_kv_heads, head_dim]. Zeroed: attention multiplies slots
-        # that are masked out by zero, and 0 * NaN would not be zero.
+        # [num_layers, 2, num_slots, num_kv_heads, head_dim]. Zeroed because
+        # attention multiplies masked-out slots by 0, and 0 * NaN is NaN.
         size = (spec.num_layers, 2, num_slots, spec.num_kv_heads, spec.head_dim)
         if device.type == "cpu":
             self.data = huge_pages.zeros(size, spec.dtype)

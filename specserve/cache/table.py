@@ -1,7 +1,8 @@
 """The block table of one sequence: reserve, commit, rollback.
 
-Indexes target and draft storage alike. Slots [0, num_committed) hold valid KV; slots up to the
-capacity are reserved and may hold anything; only full committed blocks carry a hash.
+The same table indexes the storage of the target and of the draft models. Slots [0, num_committed)
+hold valid KV; slots up to `capacity` are reserved, with undefined content. Only full committed
+blocks have a hash.
 """
 
 from dataclasses import dataclass, field
@@ -14,21 +15,24 @@ from specserve.read_only import ReadOnlyList
 class BlockTable:
     block_size: int
     block_ids: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)  # of the leading full committed blocks
+    hashes: list[bytes] = field(default_factory=list)  # hashes of the leading full committed blocks
     num_committed: int = 0  # tokens whose KV is valid
-    promised: set[bytes] = field(default_factory=set)  # hashes this table will publish
+    promised: set[bytes] = field(default_factory=set)  # pending hashes: to be published
 
     @property
     def capacity(self) -> int:
-        """Slots the table owns."""
+        """Number of slots in the blocks of the table."""
         return len(self.block_ids) * self.block_size
 
     def blocks_for(self, num_slots: int) -> int:
-        """How many blocks are missing to hold `num_slots` slots in all."""
+        """Number of additional blocks needed for a capacity of `num_slots`."""
         return max(0, -(-num_slots // self.block_size) - len(self.block_ids))
 
     def reserve(self, num_slots: int, pool: BlockPool) -> bool:
-        """Own at least `num_committed + num_slots` slots; False, and no change, if short."""
+        """Grow the capacity to at least `num_committed + num_slots`.
+
+        Returns False and changes nothing if the pool has too few blocks.
+        """
         missing = self.blocks_for(self.num_committed + num_slots)
         if missing > pool.num_available:
             return False
@@ -36,26 +40,26 @@ class BlockTable:
         return True
 
     def commit(self, num_tokens: int) -> None:
-        """The next `num_tokens` reserved slots hold valid KV."""
+        """Mark the next `num_tokens` reserved slots as holding valid KV."""
         self.num_committed += num_tokens
         assert self.num_committed <= self.capacity, "committed past the reserved slots"
 
     def rollback(self, pool: BlockPool) -> None:
-        """Give back the blocks wholly past the commit point."""
+        """Release the blocks that lie wholly past the commit point."""
         needed = -(-self.num_committed // self.block_size)
         for block_id in self.block_ids[needed:]:
             pool.release(block_id, keep=False)
         del self.block_ids[needed:]
 
     def slots(self, start: int, count: int) -> list[int]:
-        """[count] storage slots of positions start, start + 1, ..."""
+        """Storage slots of the `count` positions from `start` on."""
         size, blocks = self.block_size, self.block_ids
         positions = range(start, start + count)
         return [blocks[position // size] * size + position % size for position in positions]
 
 
 class TableView:
-    """A block table as drafters see it: nothing of it can be changed."""
+    """A read-only view of a block table, for drafters."""
 
     __slots__ = ("_table",)
 

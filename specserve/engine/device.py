@@ -1,4 +1,4 @@
-"""Which device, dtype and exactness are used, and why. `specserve doctor` prints the reasons."""
+"""Chooses device, dtype, kernels and exactness. `specserve doctor` prints the reasons."""
 
 import torch
 from msgspec import Struct
@@ -9,18 +9,22 @@ from specserve_kernels.ops import Kernels
 
 
 class Platform(Struct, frozen=True):
-    """What the settings come to on this machine."""
+    """The device, dtypes and kernels that the settings select on this machine.
+
+    `exact`: a row's result does not depend on the other rows of its forward pass. `reasons`
+    explains the choice of device, dtype, kernels and exactness.
+    """
 
     device: torch.device
     dtype: torch.dtype
-    packed_dtype: torch.dtype  # of K and V beside quantised weights
+    packed_dtype: torch.dtype  # of K and V, for models with quantized weights
     kernels: Kernels
     exact: bool
     reasons: dict[str, str]
 
 
 def choose_platform(config: TargetConfig) -> Platform:
-    """Raises ConfigError if a setting asks for what this machine does not have."""
+    """Raises ConfigError if this machine cannot provide what a setting requires."""
     reasons: dict[str, str] = {}
     device = _device(config, reasons)
     dtype = _dtype(config, device, reasons)
@@ -70,7 +74,11 @@ def _dtype(config: TargetConfig, device: torch.device, reasons: dict[str, str]) 
 
 
 def _packed_dtype(config: TargetConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """Kernels with quantised weights only read K and V: half the bytes need no instructions."""
+    """The dtype of K and V for models with quantized weights.
+
+    On a CPU `auto` is bfloat16, half the bytes of float32: the kernels of these models only load
+    K and V, which needs no bfloat16 instructions.
+    """
     return torch.bfloat16 if config.dtype == "auto" and device.type == "cpu" else dtype
 
 

@@ -1,4 +1,4 @@
-"""Which tokens end an answer: all that any of a model's files says, in one place."""
+"""The end tokens of a model: the union of what its files name."""
 
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
@@ -6,10 +6,10 @@ from specserve.text import Tokenizer
 
 
 def end_tokens(shape: ModelShape, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The ids in config.json and generation_config.json, and what the tokenizer's files name.
+    """The ids in config.json and generation_config.json and those that the tokenizer's files name.
 
-    A fine-tune often changes one of them and forgets the others. Raises `ModelError` for a token
-    that the model has no logit for.
+    The union, because the files of a fine-tuned model often disagree. Raises `ModelError` if an end
+    token of the tokenizer is outside the model's vocabulary.
     """
     if tokenizer is None:
         return shape.eos_token_ids

@@ -1,4 +1,4 @@
-"""Whether an engine can serve a request to its end, said before it starts. No torch."""
+"""Checks before a request starts that the engine can serve it to completion. No torch."""
 
 from collections.abc import Sequence as Seq
 
@@ -9,17 +9,17 @@ from specserve.types import Request, RequestError
 
 
 class Limits(Struct, frozen=True):
-    """What an engine can serve: token counts, and what it has."""
+    """What an engine can serve. Lengths and sizes are in tokens."""
 
     vocab_size: int
     max_model_len: int
-    max_position_embeddings: int  # what the model would allow
+    max_position_embeddings: int  # the limit of the model itself
     num_kv_slots: int
-    stop_strings: bool  # whether there is a tokenizer to find them with
-    drafters: tuple[str, ...]  # source i + 1 of a token is drafters[i]; source 0 is the target
+    stop_strings: bool  # supported: whether there is a tokenizer
+    drafters: tuple[str, ...]  # drafters[i] has drafter id i + 1; id 0 is the target
 
     def check(self, request: Request) -> None:
-        """Raise RequestError, naming the field, unless all of the request can be served."""
+        """Raise RequestError, naming the field, if any part of the request cannot be served."""
         request.sampling.validate(self.vocab_size)
         if not request.prompt_ids:
             raise RequestError("prompt", "it is empty; give at least one token")

@@ -1,7 +1,6 @@
-"""How long a pass takes by its number of rows and by how much stands before them, on this machine
-and with this model.
+"""Measures how long a forward pass takes, by number of rows and by context length.
 
-Times the runner alone, on one sequence that is thrown away. Knows nothing of drafters.
+Times the runner alone, on one probe sequence, with this model on this machine. Knows no drafters.
 """
 
 import time
@@ -18,18 +17,22 @@ from specserve.sequence import Sequence
 from specserve.step import Entry
 from specserve.tree import MAX_NODES, chain_tree
 
-_Point = tuple[int, int]  # rows, tokens before them
-_SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_Point = tuple[int, int]  # rows, context length in tokens
+_SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows, measured at _CONTEXT
 _CONTEXT: Final = 128  # tokens before the tree
-_LONG_CONTEXT: Final = 1024
-_LONG_SIZES: Final = (1, 8)
-_REPEATS: Final = 5
-_SECONDS: Final = 2.0  # after which larger passes are left to the slope
-_NEEDED: Final = len(_LONG_SIZES) + _SIZES.index(max(_LONG_SIZES)) + 1  # points, whatever they take
+_LONG_CONTEXT: Final = 1024  # tokens, to measure how the time grows with the context
+_LONG_SIZES: Final = (1, 8)  # rows, measured at _LONG_CONTEXT
+_REPEATS: Final = 5  # samples per point, while there is time
+_SECONDS: Final = 2.0  # time budget; sizes that it leaves out are extrapolated by `PassCosts`
+_NEEDED: Final = len(_LONG_SIZES) + _SIZES.index(max(_LONG_SIZES)) + 1  # points always measured
 
 
 def measure_costs(scheduler: Scheduler, kv: KVCacheManager, runner: Runner, room: int) -> PassCosts:
-    """Median seconds of passes of one tree. The sequence may have `room` tokens before it."""
+    """Measure the median seconds of forward passes over one tree.
+
+    The context of the probe sequence is at most `room` tokens. Adds that sequence to `scheduler`;
+    the caller discards scheduler and KV manager afterwards.
+    """
     scheduler.add(probe_request(min(_LONG_CONTEXT, room)))
     seq = scheduler.plan().entries[0].seq
     kv.reserve(seq.table, seq.num_pending + MAX_NODES)
@@ -48,10 +51,10 @@ def measure_costs(scheduler: Scheduler, kv: KVCacheManager, runner: Runner, room
 
 
 def _medians(runner: Runner, seq: Sequence, points: Seq[_Point]) -> dict[_Point, float]:
-    """By rows and tokens before them, as far as time is.
+    """The median seconds of each point, for as many points as the time budget allows.
 
-    Round after round, as a machine that is slower for a while is so for all of them. The first
-    round only warms up, and tells how many there is time for.
+    The first round is a warm-up and decides how many points are measured. The points are then
+    timed round by round, so that a temporary slowdown of the machine affects all of them alike.
     """
     end = time.perf_counter() + _SECONDS
     known: dict[_Point, list[float]] = {}
@@ -69,7 +72,7 @@ def _medians(runner: Runner, seq: Sequence, points: Seq[_Point]) -> dict[_Point,
 
 def _timed(runner: Runner, seq: Sequence, point: _Point) -> float:
     size, context = point
-    seq.table.num_committed = context  # nothing was computed: what K and V hold takes no time
+    seq.table.num_committed = context  # not computed: the time does not depend on K and V
     tree = chain_tree(0, [0] * (size - 1), [1.0] * (size - 1), 1)
     start = time.perf_counter()
     runner.forward([Entry(seq, 0, size)], {seq.id: tree})

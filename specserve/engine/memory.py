@@ -1,4 +1,4 @@
-"""How many KV blocks fit: the budget the user gave, or what the machine can spare."""
+"""Sizes the KV pool: from the budget in the settings, or from the memory that is free."""
 
 import os
 from typing import Final
@@ -7,13 +7,13 @@ import torch
 
 from specserve.config import CacheConfig, ConfigError, parse_bytes
 
-CPU_SHARE: Final = 0.25  # of the memory that is free now
-CUDA_SHARE: Final = 0.85  # of what is free once the weights are loaded
+CPU_SHARE: Final = 0.25  # fraction of the memory that is free when the pool is sized
+CUDA_SHARE: Final = 0.85  # the same on a GPU
 _GIB: Final = 2**30
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device now."""
+    """Free memory of the device, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -26,10 +26,10 @@ def count_blocks(
     max_num_seqs: int,
     device: torch.device,
 ) -> int:
-    """Blocks of the KV pool. `bytes_per_slot` covers the target and every draft.
+    """The number of blocks of the KV pool. `bytes_per_slot` covers the target and every draft.
 
-    Measured budgets stop at what `max_num_seqs` full contexts can use. Raises ConfigError if not
-    even one block fits.
+    Without `kv_memory` the budget is a fraction of the free memory, and at most what `max_num_seqs`
+    sequences of `max_model_len` tokens can use. Raises ConfigError if not even one block fits.
     """
     bytes_per_block = bytes_per_slot * config.block_size
     if config.kv_memory is not None:

@@ -1,4 +1,4 @@
-"""What the engine says about itself: what it is, and what it counts. No torch."""
+"""The description and the statistics of an engine. No torch."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from specserve.types import SpecStats
 
 
 class EngineInfo(Struct, frozen=True):
-    """What an engine is, once it runs."""
+    """The properties of a running engine."""
 
     limits: Limits
     block_size: int
@@ -22,14 +22,14 @@ class EngineInfo(Struct, frozen=True):
 
 
 class DrafterStats(Struct, frozen=True):
-    """The nodes of one source. Index d of a tuple is depth d + 1."""
+    """What one drafter proposed, and what became of it. Index d of a tuple is depth d + 1."""
 
     name: str
-    active: bool  # False: it kept failing and was switched off
+    active: bool  # False: switched off after repeated failures
     num_proposed: int  # nodes, before the trees of several drafters are merged
-    verified_by_depth: tuple[int, ...]  # nodes of merged trees, by the source they count for
+    verified_by_depth: tuple[int, ...]  # nodes of merged trees that have its drafter id
     accepted_by_depth: tuple[int, ...]
-    num_failures: int = 0  # calls; a request for which it failed is decoded without it
+    num_failures: int = 0  # failed calls
 
     @property
     def num_verified(self) -> int:
@@ -41,33 +41,33 @@ class DrafterStats(Struct, frozen=True):
 
 
 class EngineStats(Struct, frozen=True):
-    """A snapshot; counts and seconds are totals since the start.
+    """A snapshot of the statistics; counts and seconds are totals since the start.
 
-    On a GPU a stage's work may show in the seconds of the stage that waits for its result.
+    On a GPU the work of a stage may count as time of the stage that waits for its result.
     """
 
     num_steps: int
     num_running: int
     num_waiting: int
     num_preemptions: int
-    prompt_tokens: int  # of all requests admitted so far
-    prefix_cache_queries: int  # tokens looked up: those of the prompts, unless it is switched off
-    prefix_cache_hits: int  # tokens found
+    prompt_tokens: int  # of all requests admitted so far, each counted once
+    prefix_cache_queries: int  # tokens looked up: `prompt_tokens`, or 0 without caching
+    prefix_cache_hits: int  # prompt tokens found in the cache
     kv_slots_total: int
     kv_slots_allocated: int  # in blocks held by running sequences
-    kv_slots_used: int  # of those, with valid KV; a slot shared by several counts once
-    kv_blocks_idle: int  # cached prefixes nobody uses now
+    kv_slots_used: int  # of those, with valid KV; a slot of a shared block counts once
+    kv_blocks_idle: int  # blocks of cached prefixes that no running sequence uses
     draft_seconds: float
     forward_seconds: float
     sample_seconds: float
     commit_seconds: float
-    speculation: SpecStats  # all requests together
-    drafters: tuple[DrafterStats, ...]  # as in `EngineInfo`
-    predictions: DrafterStats  # nodes from texts that callers predicted, whoever read them
+    speculation: SpecStats  # over all requests
+    drafters: tuple[DrafterStats, ...]  # in the order of `EngineInfo.limits.drafters`
+    predictions: DrafterStats  # nodes drafted from the `prediction` of requests
 
     @property
     def kv_utilisation(self) -> float:
-        """Slots in use / slots allocated."""
+        """Slots in use / slots allocated; 1.0 if none is allocated."""
         return self.kv_slots_used / self.kv_slots_allocated if self.kv_slots_allocated else 1.0
 
     @property
@@ -76,12 +76,12 @@ class EngineStats(Struct, frozen=True):
 
     @property
     def num_drafts(self) -> int:
-        """Passes of one sequence that verified at least one drafted node."""
+        """Number of verifications (one sequence, one forward pass) with a drafted node."""
         return self.speculation.drafted_by_depth[0] if self.speculation.drafted_by_depth else 0
 
     @property
     def num_draft_tokens(self) -> int:
-        """Drafted nodes verified."""
+        """Number of drafted nodes verified."""
         return self.speculation.num_draft_tokens
 
     @property
@@ -90,21 +90,21 @@ class EngineStats(Struct, frozen=True):
 
     @property
     def drafted_by_depth(self) -> tuple[int, ...]:
-        """Index d: passes whose tree reached depth d + 1."""
+        """Index d: verifications whose tree reached depth d + 1."""
         return self.speculation.drafted_by_depth
 
     @property
     def accepted_by_depth(self) -> tuple[int, ...]:
-        """Index d: passes that accepted d + 1 tokens or more."""
+        """Index d: verifications that accepted d + 1 tokens or more."""
         return self.speculation.accepted_by_depth
 
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds spent inside `with`, added up."""
+    """Accumulates the seconds spent inside its `with` blocks."""
 
     seconds: float = 0.0
-    last: float = 0.0  # the latest `with` alone
+    last: float = 0.0  # seconds of the latest `with` block
     _started: float = 0.0
 
     def __enter__(self) -> None:
@@ -117,7 +117,7 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class StepTimes:
-    """Where the time of the steps went."""
+    """The number of steps, and the time spent in each stage."""
 
     num_steps: int = 0
     draft: Stopwatch = field(default_factory=Stopwatch)

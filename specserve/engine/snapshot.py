@@ -1,4 +1,4 @@
-"""What the parts of an engine have counted, as one EngineStats."""
+"""Collects the counters of the parts of an engine into one EngineStats."""
 
 from specserve.cache.manager import KVCacheManager
 from specserve.drafting.compose import ComposedDrafter
@@ -10,9 +10,12 @@ from specserve.schedule.scheduler import Scheduler
 def take_snapshot(
     scheduler: Scheduler, kv: KVCacheManager, drafter: ComposedDrafter, times: StepTimes
 ) -> EngineStats:
-    """Between steps. Cheap enough for every one of them: nothing here grows with the context."""
+    """Take a snapshot between two steps.
+
+    It is cheap enough for every step: it loops over sequences and drafters, not over tokens.
+    """
     tables = [seq.table for seq in scheduler.running]
-    # Only full blocks are shared, so each user after the first counts a whole block too many.
+    # Only full blocks are shared, so each further user of a block counts `block_size` slots twice.
     num_doubled = sum(len(table.block_ids) for table in tables) - kv.pool.num_used
     num_committed = sum(table.num_committed for table in tables)
     counts, active, failures = drafter.counts, drafter.active, drafter.num_failures

@@ -1,4 +1,7 @@
-"""One target pass: entries and trees in, logits out. The only place that runs the target model."""
+"""Runs one forward pass of the target for the entries of a step.
+
+No other module of the engine runs the target model.
+"""
 
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -26,12 +29,15 @@ class Runner:
         self._storage = storage
         self._block_size = block_size
         self._device = device
-        self._num_top = num_top  # best tokens of a row that are wanted, where they cost nothing
-        self.taps = taps  # layers whose input is wanted, see `Model`
+        self._num_top = num_top  # top tokens wanted per logits row, see `Model`
+        self.taps = taps  # layers whose hidden states are wanted, see `Model`
 
     def forward(self, entries: Seq[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
-        """Prompt chunks and all trees together. One logits row per tree node, in entry order; one
-        row of taps per row of the pass, padding left out."""
+        """Run the prompt chunks and the trees (by sequence id) of `entries` in one forward pass.
+
+        Returns one logits row per tree node, in entry order, and one row of auxiliary hidden
+        states per token of the pass, without padding.
+        """
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
         out = self._model(batch, self._storage, taps=self.taps, num_top=self._num_top)

@@ -1,7 +1,7 @@
-"""Throw-away requests that take an engine through the passes it will meet.
+"""Warm-up requests: they make an engine run forward passes of every size it will meet.
 
-The first pass of a shape is slow: kernels are built or chosen, memory is claimed. Knows what passes
-look like, not how an engine runs.
+The first pass of a shape is slow, because kernels are compiled or chosen and memory is allocated.
+This module makes the requests; the engine runs them and discards the results.
 """
 
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from specserve.types import Request, SamplingParams
 
-NUM_PASSES: Final = 3  # a round is over then: prompts, a tree after them, a tree after a tree
-_PROMPT_LEN: Final = 4  # where trees are what matters
+NUM_PASSES: Final = 3  # steps per round: prompts, a tree after a prompt, a tree after a tree
+_PROMPT_LEN: Final = 4  # tokens per prompt in the rounds that run trees
 
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
 _NOISY = SamplingParams(
@@ -30,11 +30,11 @@ _NOISY = SamplingParams(
 def warmup_rounds(
     *, row_multiple: int, max_rows: int, max_seqs: int, max_nodes: int, max_tokens: int
 ) -> Iterator[list[Request]]:
-    """Requests to be run together, round by round.
+    """Yield the rounds; the requests of one round run together.
 
-    First prompts alone, in passes of `row_multiple` rows, twice as many, and so on to `max_rows`;
-    then trees of `max_nodes`, of one sequence and of as many as fit. A sequence may have
-    `max_tokens` tokens, prompt and output.
+    The first rounds have prompts only: `row_multiple` rows in one forward pass, then twice as many
+    each time, up to `max_rows`. The last rounds have trees of `max_nodes` nodes: for one sequence,
+    then for as many sequences as fit. No sequence exceeds `max_tokens` tokens, prompt and output.
     """
     num_rows = row_multiple
     while num_rows < max_rows:
@@ -50,18 +50,18 @@ def warmup_rounds(
 
 
 def probe_request(prompt_len: int) -> Request:
-    """A sequence to time passes on; it is never run to its end."""
+    """A request for timing forward passes; it is never run to completion."""
     return _request(0, prompt_len, 2)
 
 
 def _prompts(num_rows: int, max_seqs: int, longest: int) -> list[Request]:
-    """Up to `max_seqs` prompts of `num_rows` tokens together, each good for a single pass."""
+    """Up to `max_seqs` prompts of `num_rows` tokens in total, each of which generates one token."""
     lengths = [longest] * (num_rows // longest) + [num_rows % longest]
     return [_request(i, length, 1) for i, length in enumerate(lengths[:max_seqs]) if length]
 
 
 def _request(index: int, prompt_len: int, max_tokens: int) -> Request:
-    """A prompt of one token over and over: drafters that look for repetition find it."""
+    """A prompt that repeats one token, so that drafters that copy repeated text propose trees."""
     sampling = replace(_NOISY if index % 2 else _GREEDY, max_tokens=max_tokens)
-    salt = f"{prompt_len}/{max_tokens}/{index}"  # nothing is taken from the prefix cache
+    salt = f"{prompt_len}/{max_tokens}/{index}"  # distinct, so the prefix cache has no hits
     return Request(f"warm-up-{index}", (0,) * prompt_len, sampling, cache_salt=salt)

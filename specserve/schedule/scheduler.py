@@ -1,8 +1,8 @@
-"""Queues, chunked prefill, plan and commit. Host only: it never sees a tensor.
+"""The scheduler: queues, admission, chunked prefill, preemption. Host only, without tensors.
 
-Speculation gives way first: short of rows or blocks, trees shrink to their root, then nobody is
-admitted, then the youngest sequence is preempted. A preempted sequence keeps its tokens and is
-computed again, to the same bits. `tenants` says what each of several tenants may have.
+When rows or KV blocks are short, trees shrink to their root first, then no sequence is admitted,
+then one is preempted (`Tenants.last_in_line`). A preempted sequence keeps its tokens; its KV is
+recomputed, with identical bits. `tenants` divides the resources between tenants.
 """
 
 import bisect
@@ -22,7 +22,11 @@ from specserve.types import Request, StepOutput
 
 
 class Scheduler:
-    """`on_leave(seq_id)` is called whenever a sequence loses its KV: finished or preempted."""
+    """Owns all sequences, waiting and running.
+
+    `on_leave(seq_id)` is called when a sequence is finished or preempted, and so loses its KV.
+    `costs`: measured costs of a forward pass, or None if they were not measured.
+    """
 
     def __init__(
         self,
@@ -32,12 +36,12 @@ class Scheduler:
         on_leave: Callable[[str], None],
         costs: PassCosts | None = None,
     ) -> None:
-        self.running: list[Sequence] = []  # by priority, then age
-        self.waiting: list[Sequence] = []  # likewise
+        self.running: list[Sequence] = []  # by descending priority, then arrival
+        self.waiting: list[Sequence] = []  # in the same order
         self.num_preemptions = 0
-        self.num_prompt_tokens = 0  # of all requests ever admitted
+        self.num_prompt_tokens = 0  # of all requests admitted, each counted once
         self.num_cached_tokens = 0  # of those, taken from the prefix cache
-        self.counts = SpecCounts()  # of all requests together
+        self.counts = SpecCounts()  # over all requests
         self.tenants = Tenants(config.max_batch_rows, costs)
         self._kv = kv
         self._policy = policy
@@ -67,7 +71,7 @@ class Scheduler:
         self._enqueue(self.waiting, seq)
 
     def finish(self, seq_id: str, ending: Ending, error: str | None = None) -> StepOutput:
-        """Take a request out, wherever it is, and give its blocks back."""
+        """Remove a request, waiting or running, release its blocks and return its last output."""
         seq = self._seqs.pop(seq_id)
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
@@ -89,7 +93,7 @@ class Scheduler:
         )
 
     def expire(self, now: float) -> list[StepOutput]:
-        """End the requests whose deadline has passed."""
+        """Abort the requests whose deadline is before `now` (`time.monotonic()` seconds)."""
         late = [
             seq.id
             for seq in self._seqs.values()
@@ -101,7 +105,7 @@ class Scheduler:
         ]
 
     def plan(self) -> StepPlan:
-        """Who runs in the next pass. Reserves every slot the pass will write."""
+        """Plan the next forward pass and reserve every KV slot that it will write."""
         self._reserve_roots()
         if self.tenants.several:
             self._make_way()
@@ -123,7 +127,10 @@ class Scheduler:
     def commit(
         self, plan: StepPlan, trees: dict[str, DraftTree], verdicts: dict[str, Verdict]
     ) -> list[StepOutput]:
-        """Append what was emitted, share full blocks, finish who is done."""
+        """Append the emitted tokens, publish full blocks and finish completed requests.
+
+        `trees` and `verdicts` are by sequence id. Returns one output per entry with a tree.
+        """
         outputs = []
         for entry in plan.entries:
             seq, verdict = entry.seq, verdicts.get(entry.seq.id)
@@ -155,8 +162,7 @@ class Scheduler:
         )
 
     def _reserve_roots(self) -> None:
-        """A slot for the root of everyone who decodes, at the cost of the last in line if need
-        be."""
+        """Reserve a slot for the root of every decoding sequence, preempting others if needed."""
         for seq in list(self.running):
             while seq.status is Status.RUNNING and seq.num_pending == 1:
                 if self._kv.reserve(seq.table, 1):
@@ -164,7 +170,7 @@ class Scheduler:
                 self._preempt(self.tenants.last_in_line(self._order))
 
     def _make_way(self) -> None:
-        """Admit those of tenants that have fewer sequences running than others, at their cost."""
+        """Let tenants that run fewer sequences than others take their places, by preemption."""
         for tenant in self.tenants.in_turn():
             for seq in _of(tenant, self.waiting):
                 denied: Denied | None = Denied.NO_ROOM
@@ -178,7 +184,11 @@ class Scheduler:
                     break
 
     def _plan_chunks(self, decoding: list[Sequence]) -> dict[Sequence, int]:
-        """Prompt tokens per sequence: those that run first, then those admitted now."""
+        """Prompt tokens to compute per sequence: first of running sequences, then of new ones.
+
+        Admits the new ones. With several tenants the rows are dealt out in rounds of equal parts,
+        to the tenants that still want rows and are allowed them.
+        """
         chunks: dict[Sequence, int] = {}
         rows = self._config.max_batch_rows - len(decoding)
         if not self.tenants.only_one:
@@ -206,7 +216,7 @@ class Scheduler:
         return chunks
 
     def _wanted(self, seqs: list[Sequence]) -> dict[str, int]:
-        """Prompt tokens of these, by tenant whose turn it is."""
+        """Uncomputed prompt tokens of `seqs` per tenant, in the tenants' order of service."""
         wanted = dict.fromkeys(self.tenants.in_turn(), 0)
         for seq in seqs:
             if seq.num_pending > 1 or seq.status is Status.WAITING:
@@ -220,9 +230,10 @@ class Scheduler:
         rows: int,
         chunks: dict[Sequence, int],
     ) -> tuple[int, bool]:
-        """Give so many rows more to prompts: to those that run, then to those admitted now.
+        """Give up to `rows` more rows to prompts: first to running sequences, then to new ones.
 
-        How many were taken, and whether one waits for room that nobody else may take.
+        Admits the new ones and adds the rows to `chunks`. Returns the number of rows given, and
+        whether a waiting sequence now blocks the admission of all others (`_insists`).
         """
         left = rows
         for seq in [seq for seq in running if seq.num_pending > 1]:
@@ -252,7 +263,7 @@ class Scheduler:
         )
 
     def _insists(self, seq: Sequence) -> bool:
-        """Whether nobody else is admitted until there is room for it."""
+        """Whether no other sequence is admitted until there is room for this one."""
         return self._is_within_share(seq) or self.tenants.is_next(seq.request.tenant)
 
     def _admit(self, seq: Sequence) -> Denied | None:
@@ -262,7 +273,7 @@ class Scheduler:
             seq.prefix_hashes = prefix_hashes(
                 seq.tokens, self._kv.block_size, seq.request.cache_salt
             )
-        # One block for each running sequence, so that admission is not undone by preemption.
+        # One spare block per running sequence, so that the next step does not have to preempt.
         admitted = self._kv.admit(
             len(seq.tokens), seq.prefix_hashes, spare_blocks=len(self.running)
         )
@@ -285,7 +296,7 @@ class Scheduler:
         self.tenants.stop(seq)
         self._kv.release(seq.table)
         seq.status = Status.WAITING
-        seq.prefix_hashes = []  # it has grown since
+        seq.prefix_hashes = []  # they have to cover the emitted tokens too
         seq.num_preemptions += 1
         self.num_preemptions += 1
         self._on_leave(seq.id)

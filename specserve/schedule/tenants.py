@@ -1,11 +1,11 @@
-"""What tenants share in the engine: places, KV, and the prompt rows of a pass. Host only.
+"""Divides the engine between tenants: places, KV blocks and time in each pass. Host only.
 
-With one tenant nothing here decides anything. A tenant may use what the others do not want; what
-they want is shared by three rules. A free place goes to the tenant with the fewest sequences
-running, then to the one served least. A tenant that has two fewer than another takes one of its
-places, and the other's last in line is preempted. And of a pass one tenant takes no more time than
-it takes for any other, and what it left unused before: its sequences take turns, its prompts come
-in small pieces.
+With one tenant nothing here has an effect. A tenant may use what the others leave unused; contended
+resources follow three rules. (1) A free place goes to the tenant with the fewest running sequences,
+then to the one served least. (2) A tenant with at least two running sequences fewer than another
+takes one of its places: that tenant's last sequence is preempted. (3) In a forward pass a tenant
+adds no more time than the pass takes for any other tenant, plus its unused time from earlier
+passes: its sequences decode in turns, and its prompts are computed in small chunks.
 """
 
 import math
@@ -18,28 +18,31 @@ from specserve.fair_share import Turns
 from specserve.schedule.cost import PassCosts
 from specserve.sequence import Sequence, Status
 
-_QUANTUM: Final = 32  # tokens that a sequence emits before it makes way for one of no more
-_RECOMPUTED: Final = 8  # tokens that it loses by that, for one that it has emitted since
-_ROWS_OF_A_PASS: Final = 16  # that a pass costs beside its own, where nothing was measured
-_SHARE: Final = 0.5  # of the time of another in a pass, for who runs more
-_CHUNK: Final = 8  # rows; a part of a prompt is a multiple of them
-_LARGEST_CHUNK: Final = 512  # rows of a tenant in a pass with others
-_LATELY: Final = 256  # passes
-_ROWS_OF_A_GUEST: Final = 64  # of prompts, while others may come back at any moment
+# The only running sequence of a tenant may be preempted for a tenant that runs none as soon as it
+# has emitted, since its admission, at least _QUANTUM tokens and at least one token for each
+# _RECOMPUTED tokens that have to be recomputed after the preemption.
+_QUANTUM: Final = 32
+_RECOMPUTED: Final = 8
+_ROWS_OF_A_PASS: Final = 16  # fixed cost of a pass, in rows, where costs were not measured
+_SHARE: Final = 0.5  # factor on the time that a tenant with more running sequences may add
+_CHUNK: Final = 8  # rows: a prompt chunk that this limits is rounded down to a multiple
+_LARGEST_CHUNK: Final = 512  # most prompt rows of a tenant in a pass shared with others
+_LATELY: Final = 256  # passes for which a tenant that left counts as likely to return
+_ROWS_OF_A_GUEST: Final = 64  # prompt rows per pass of a tenant that is alone within _LATELY
 
 
 @dataclass(slots=True)
 class _Tenant:
     num_seqs: int = 0  # waiting and running
-    running: list[Sequence] = field(default_factory=list)  # by priority, then age
-    credit: float = math.inf  # seconds it may add to passes of others
-    pays: bool = False  # others are in the pass that is planned
-    prices: list[float] = field(default_factory=list)  # of that pass, by rows that it adds
-    seen_at: int = 0  # the last pass that was planned with something of it
+    running: list[Sequence] = field(default_factory=list)  # by descending priority, then arrival
+    credit: float = math.inf  # seconds that it may add to passes shared with others
+    pays: bool = False  # whether the pass being planned has rows of other tenants
+    prices: list[float] = field(default_factory=list)  # seconds of it, by rows added
+    seen_at: int = 0  # number of the latest planned pass in which it was present
 
 
 class Tenants:
-    """Every tenant that has been here, by the name its requests carry."""
+    """The state of every tenant seen so far, by the `tenant` of its requests."""
 
     def __init__(self, max_rows: int, costs: PassCosts | None) -> None:
         self._max_rows = max_rows
@@ -47,8 +50,8 @@ class Tenants:
         self._all: dict[str, _Tenant] = {}
         self._turns = Turns()
         self._num_planned = 0
-        self._num_turns = 0  # of sequences that decoded beside other tenants
-        self.present: set[str] = set()  # that have a sequence waiting or running
+        self._num_turns = 0  # turns given to sequences to decode, see `Sequence.last_turn`
+        self.present: set[str] = set()  # tenants with a sequence waiting or running
 
     @property
     def several(self) -> bool:
@@ -56,11 +59,11 @@ class Tenants:
 
     @property
     def only_one(self) -> bool:
-        """There never was another."""
+        """Whether there has been at most one tenant so far."""
         return len(self._all) <= 1
 
     def arrive(self, tenant: str) -> None:
-        """One more sequence of this tenant waits."""
+        """A new sequence of this tenant is waiting."""
         its = self._all.setdefault(tenant, _Tenant())
         if its.num_seqs == len(its.running):
             self._turns.join(tenant, [name for name in self.present if self._waits(name)])
@@ -68,7 +71,7 @@ class Tenants:
         self.present.add(tenant)
 
     def leave(self, tenant: str) -> None:
-        """One of its sequences is over, and does not run any more."""
+        """A sequence of this tenant is finished; if it was running, `stop` was called before."""
         its = self._all[tenant]
         its.num_seqs -= 1
         if not its.num_seqs:
@@ -76,32 +79,42 @@ class Tenants:
             self._turns.forget(self.present)
 
     def start(self, seq: Sequence, running: Iterable[Sequence]) -> None:
-        """It runs, beside the others of its tenant. `running`: all, by priority, then age."""
+        """`seq` was admitted. `running`: all running sequences, by priority, then arrival."""
         tenant = seq.request.tenant
         self._all[tenant].running = [s for s in running if s.request.tenant == tenant]
         self._turns.take(tenant, seq.num_pending, waiting=any(map(self._waits, self.present)))
 
     def stop(self, seq: Sequence) -> None:
+        """`seq` no longer runs: it is finished or preempted."""
         self._all[seq.request.tenant].running.remove(seq)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
-        """Tokens that were emitted for it."""
+        """`num_tokens` were emitted for this tenant."""
         self._turns.charge(tenant, num_tokens)
 
     def in_turn(self) -> list[str]:
-        """The tenants that are here, whose turn it is first."""
+        """The present tenants in order of service: fewest running, then least served, first."""
         if len(self.present) == 1:
             return list(self.present)
         return sorted(self.present, key=lambda name: (self._running(name), self._served(name)))
 
     def last_in_line(self, arrivals: dict[str, tuple[int, int]]) -> Sequence:
-        """The sequence that is preempted first: of the tenant that runs the most, the lowest
-        priority, of these the youngest. `arrivals`: (-priority, arrival) by sequence id."""
+        """The sequence to preempt first when KV blocks are short.
+
+        It is the one with the lowest priority, and of these the latest, of the tenant with the most
+        running sequences. If tenants run equally many, the later of their candidates is chosen.
+        `arrivals`: (-priority, arrival) by sequence id.
+        """
         lasts = [its.running[-1] for its in self._all.values() if its.running]
         return max(lasts, key=lambda seq: (self._running(seq.request.tenant), arrivals[seq.id][1]))
 
     def makes_way(self, tenant: str) -> Sequence | None:
-        """Whose place this tenant may have, if it has fewer than another."""
+        """The sequence to preempt for `tenant`, or None if it may not take a place.
+
+        The candidate is the last sequence of the other tenant that runs the most. It is preempted
+        if that tenant runs at least two more, or if `tenant` runs none and the candidate has
+        emitted enough tokens since its admission (`_has_had_its_turn`).
+        """
         others = [its for name, its in self._all.items() if name != tenant and its.running]
         if not others:
             return None
@@ -112,17 +125,20 @@ class Tenants:
         return None
 
     def is_within_share(self, tenant: str, num_blocks: int, total: int) -> bool:
-        """Whether so many more blocks are within its share of the `total`."""
+        """Whether its blocks and `num_blocks` more are at most its equal share of `total`."""
         held = sum(len(seq.table.block_ids) for seq in self._all[tenant].running)
         return (held + num_blocks) * len(self.present) <= total
 
     def is_next(self, tenant: str) -> bool:
-        """Whether it runs nothing and was served least."""
+        """Whether it runs no sequence and was served least of those present."""
         return not self._running(tenant) and min(self.present, key=self._served) == tenant
 
     def most_prompt_rows(self) -> int:
-        """Of a pass. Fewer for a tenant that is alone while another was here lately: that one
-        would have to wait for the end of the pass."""
+        """The most prompt rows that the next pass may have. Called once per planned pass.
+
+        The number is smaller for a tenant that is alone if another was present within the last
+        `_LATELY` passes, because a request of that other tenant has to wait for the pass to end.
+        """
         self._num_planned += 1
         for tenant in self.present:
             self._all[tenant].seen_at = self._num_planned
@@ -130,12 +146,13 @@ class Tenants:
         return _ROWS_OF_A_GUEST if lately > 1 and not self.several else self._max_rows
 
     def decoding(self, ready: list[Sequence], prompts: dict[str, int]) -> list[Sequence]:
-        """Who of those that are `ready` decodes in this pass, beside running prompts of so many
-        tokens by tenant.
+        """Choose which of the `ready` sequences decode in this pass.
 
-        Those of one tenant take no longer than the pass takes for any other, half as long if it
-        runs more, and what it has left of earlier passes: they take turns. So a tenant has its
-        share of the time, whatever others send.
+        `prompts`: uncomputed tokens of running prompts, per tenant. The rows of a tenant may add as
+        much time as the pass takes for the other tenant with the fewest rows (times `_SHARE` if it
+        runs more sequences than another), plus its unused credit from earlier passes. Beyond that
+        its sequences decode in turns, so the load of one tenant does not reduce the share of time
+        of another.
         """
         share = self._max_rows // max(len(prompts), 1)
         roots = {tenant: [s for s in ready if s.request.tenant == tenant] for tenant in self._all}
@@ -161,7 +178,10 @@ class Tenants:
         return chosen
 
     def allowances(self, num_roots: int, wanting: dict[str, int]) -> dict[str, int]:
-        """Rows of prompts that every tenant of `wanting` may add to the pass, by what it wants."""
+        """Prompt rows that each tenant may add to a pass of `num_roots` decoding sequences.
+
+        `wanting`: prompt rows that each tenant could use.
+        """
         allowances: dict[str, int] = {}
         for tenant, wanted in wanting.items():
             its = self._all[tenant]
@@ -174,19 +194,26 @@ class Tenants:
         return allowances
 
     def _fits(self, its: _Tenant, beside: int, wanted: int, seqs: list[Sequence]) -> int:
-        """Rows that its credit pays for, beside others."""
+        """How many of the `wanted` rows the credit pays for, in a pass with `beside` other rows.
+
+        Stores in `prices` the seconds of the pass with 0 .. `wanted` of these rows.
+        """
         first = max(beside, 1)
         its.prices = self._seconds(first, first + wanted, _mean_context(seqs))
         return bisect_right(its.prices, its.prices[0] + its.credit) - 1
 
     def spend(self, tenant: str, rows: int) -> None:
-        """So many of the rows that it was allowed are in the pass."""
+        """Pay for `rows` of the rows that `_fits` allowed in this pass."""
         its = self._all[tenant]
         if its.pays and rows:
             its.credit = max(0.0, its.credit - (its.prices[rows] - its.prices[0]))
 
     def _earn(self, its: _Tenant, num_rows: int, context: float) -> None:
-        """For a pass with so many rows of another, after `context` tokens in the mean."""
+        """Add to the credit the seconds of a pass with `num_rows` rows of another tenant.
+
+        `context`: mean context length of those rows, in tokens. The credit is capped at the cost of
+        one pass of the largest size.
+        """
         largest = min(self._max_rows, _LARGEST_CHUNK)
         most = self._seconds(largest, largest, 0.0)[0]
         earned = self._seconds(num_rows, num_rows, context)[0]
@@ -195,6 +222,7 @@ class Tenants:
         its.credit = min(most, its.credit + earned)
 
     def _seconds(self, first: int, last: int, context: float) -> list[float]:
+        """Cost of steps with `first` .. `last` rows: seconds, or rows if nothing was measured."""
         if self._costs is not None:
             return self._costs.seconds(first, last, context)
         return [float(_ROWS_OF_A_PASS + rows) for rows in range(first, last + 1)]
@@ -211,11 +239,11 @@ class Tenants:
 
 
 def _has_had_its_turn(seq: Sequence) -> bool:
-    """It has emitted enough since it was admitted to be worth its computing again."""
+    """Whether it has emitted enough since its admission to justify recomputing it later."""
     assert seq.status is Status.RUNNING
     return seq.num_since_admitted >= max(_QUANTUM, seq.num_tokens // _RECOMPUTED)
 
 
 def _mean_context(seqs: list[Sequence]) -> float:
-    """Tokens before the rows of a pass."""
+    """Mean context length of `seqs`, in tokens."""
     return sum(seq.num_committed for seq in seqs) / max(len(seqs), 1)

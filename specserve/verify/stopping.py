@@ -1,6 +1,6 @@
-"""When a request is over: EOS, stop tokens, stop strings, max_tokens. Fed every emitted token.
+"""Decides when a request is finished: EOS, stop tokens, stop strings, max_tokens.
 
-Stop strings are looked for in the text that is shown (`text/output.py` cuts it there).
+Stop strings are searched in the text that the client sees; `text/output.py` cuts the text there.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from specserve.types import Request
 
 
 class StopRule:
-    """The end of one request, token by token, in the order they are emitted."""
+    """The stop conditions of one request. `feed` takes every emitted token, in order."""
 
     def __init__(
         self, request: Request, eos_ids: Sequence[int], tokenizer: Tokenizer | None
@@ -35,9 +35,11 @@ class StopRule:
             self._checker = StopChecker(params.stop)
 
     def feed(self, token: int) -> Ending | None:
-        """The ending that `token` brings, or None to go on.
+        """Return the finish info if `token` ends the request, else None.
 
-        A stop string comes first: whatever else ends the answer, its text holds none.
+        A stop string takes precedence over the other conditions, so that the text does not contain
+        one when something else ends the request at the same token. Stop strings that are complete
+        before `min_tokens` tokens are ignored.
         """
         self._num_tokens += 1
         ending = self._without_text(token)

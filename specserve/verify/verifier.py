@@ -1,7 +1,8 @@
-"""Verification of all trees of a pass together, depth by depth.
+"""Verifies all trees of a forward pass together.
 
-Walks that take the best token go to their end at once; of the others each round draws one token
-for every walk that is not over. A row that cannot be drawn fails its own request and no other.
+If the model returned its top-k tokens, plain greedy walks use them and need no sampling. For the
+other walks, each round draws one token per unfinished walk in a single batched sampler call. A row
+that cannot be sampled fails its own request only.
 """
 
 from collections.abc import Sequence as Seq
@@ -37,7 +38,7 @@ class Verifier:
         self._stops: dict[str, StopRule] = {}
 
     def state(self, seq: Sequence) -> SamplingState:
-        """The request's sampling state, with every emitted token counted."""
+        """The sampling state of `seq`, updated with every token emitted so far."""
         if seq.id not in self._states:
             self._states[seq.id] = SamplingState(
                 seq.request, self._eos_ids, self._vocab_size, self._sampler.device
@@ -53,7 +54,10 @@ class Verifier:
     def __call__(
         self, entries: Seq[Entry], trees: Seq[DraftTree], out: ModelOutput
     ) -> list[Verdict]:
-        """One verdict per entry. The logits rows of `out` are the trees' nodes, in order."""
+        """Return one verification result per entry.
+
+        The logits rows of `out` are the nodes of `trees`, tree after tree.
+        """
         states = [self.state(entry.seq) for entry in entries]
         walks = [Walk(tree) for tree in trees]
         first_rows = list(accumulate((len(tree) for tree in trees), initial=0))
@@ -79,7 +83,7 @@ class Verifier:
         return [walk.verdict() for walk in walks]
 
     def _draw(self, logits: Tensor, rows: Seq[Row]) -> list[int | str]:
-        """Per row the token drawn, or what went wrong."""
+        """Sample one token per row. Returns the token, or an error message for a failed row."""
         try:
             finite = torch.isfinite(logits.amax(dim=-1)).tolist()
             tokens = self._sampler.draw(self._sampler.process(logits, rows), rows).tolist()
@@ -90,7 +94,7 @@ class Verifier:
         return [token if ok else _NOT_NUMBERS for token, ok in zip(tokens, finite, strict=True)]
 
     def _emit(self, walk: Walk, seq: Sequence, drawn: int | str, logits: Tensor, row: int) -> None:
-        """`logits[row]` is where `drawn` was drawn."""
+        """Advance `walk` by the token `drawn` from `logits[row]`, or fail it with the message."""
         if isinstance(drawn, str):
             walk.fail(drawn)
             return

@@ -1,8 +1,8 @@
-"""The verification rule for one tree: replay the sampler along it.
+"""The verification rule for one tree: replay the target's sampler along it.
 
-At the current node the target's sampler draws a token; it is emitted; if a child carries it the
-walk moves there, else it ends. What comes out is what plain decoding would have produced, because
-it is the same draw at the same position with the same history. Any tree is lossless.
+At the current node the sampler draws a token, which is emitted. If a child has this token, the walk
+continues there; otherwise it ends. Each draw has the same position and history as in plain
+decoding, so the emitted tokens are those of plain decoding, whatever the tree proposes.
 """
 
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from specserve.types import TokenLogprobs
 
 @dataclass(slots=True)
 class Walk:
-    """Where the replay of one tree stands. It is over when `node` is None."""
+    """The state of the walk through one tree. The walk is finished when `node` is None."""
 
     tree: DraftTree
     node: int | None = 0
-    path: list[int] = field(default_factory=lambda: [0])  # nodes whose KV stays, root included
+    path: list[int] = field(default_factory=lambda: [0])  # nodes whose KV is kept, root included
     emitted: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -27,11 +27,11 @@ class Walk:
 
     @property
     def num_accepted(self) -> int:
-        """Emitted tokens that the draft had proposed."""
+        """Number of emitted tokens that the tree proposed."""
         return sum(source != TARGET_SOURCE for source in self.sources)
 
     def emit(self, token: int, ending: Ending | None) -> None:
-        """The target drew `token` at the current node; `ending` cuts the walk right there."""
+        """Emit `token`, drawn at the current node; the walk ends there if `ending` is given."""
         assert self.node is not None
         child = self.tree.child_of.get((self.node, token))
         self.emitted.append(token)
@@ -44,7 +44,7 @@ class Walk:
             self.path.append(child)
 
     def fail(self, error: str) -> None:
-        """End the walk: this request cannot go on, the others can."""
+        """End the walk with an error. Other requests are not affected."""
         self.error = error
         self.node = None
 
