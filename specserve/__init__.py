@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from specserve.types import RequestError, SamplingParams, SpeculationParams
 
-# OpenMP threads that spin while they wait for one another cost an idle machine nothing and a busy
-# one 20 times its speed. Short spins cost neither; only in force if torch is not imported yet.
+# By default OpenMP threads spin for long while they wait for each other, which made decoding more
+# than 20 times slower beside another busy process. A limit of 20000 spins avoids most of that and
+# costs nothing on an idle machine (benchmarks/LOG.md). It has no effect once torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = [
     "SpeculationParams",
     "__version__",
 ]
-# `LLM` brings torch along and the clients aiohttp: each is imported when it is first used.
+# Imported on first use, because `LLM` imports torch and the clients import aiohttp.
 _LAZY: Final = {
     "LLM": "specserve.llm",
     "AsyncClient": "specserve.client",

@@ -1,6 +1,6 @@
-"""From chains and trees to the flat tensors of one pass, and what a pass gives back.
+"""The input and output of a forward pass: flattens prompt chunks and trees into tensors.
 
-Host lists become device tensors here, once per pass. Knows nothing of scheduling or models.
+Host lists become device tensors here, once per pass. Knows no scheduling and no models.
 """
 
 from collections.abc import Iterator
@@ -16,46 +16,50 @@ from specserve.step import Entry
 from specserve.tree import DraftTree
 from specserve_kernels.ops import MAX_SEGMENT_ROWS, Segments
 
-# Words of a chain: node i sees nodes 0..i.
+# Ancestor words of a chain: node i sees nodes 0..i.
 _CHAIN_WORDS = [(2 << i) - 1 for i in range(MAX_SEGMENT_ROWS)]
 _CHAIN_DEPTHS = list(range(MAX_SEGMENT_ROWS))
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One pass. Rows past the last segment are padding (slot -1, token 0, position 0)."""
+    """The input of one forward pass, one row per token.
+
+    Rows past the last segment are padding (slot -1, token 0, position 0).
+    """
 
     input_ids: Tensor  # [num_rows] int64
     positions: Tensor  # [num_rows] int64, RoPE positions
-    slots: Tensor  # [num_rows] int64, where each row's K and V go; -1: nowhere
+    slots: Tensor  # [num_rows] int64, KV slot to write; -1: none
     logit_rows: Tensor  # [num_logit_rows] int64, rows whose logits are wanted
     segments: Segments
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """What one pass returns."""
+    """The output of one forward pass."""
 
     logits: Tensor  # [num_logit_rows, vocab_size] float32
-    topk: Tensor | None = None  # [num_logit_rows, k] int64, best first
-    taps: Tensor | None = None  # [num_rows, num_taps * hidden_size], rows as in `plan_segments`
+    topk: Tensor | None = None  # [num_logit_rows, k] int64, best first; -1: logits not finite
+    # Auxiliary hidden states [num_rows, num_taps * hidden_size], rows as in `plan_segments`.
+    taps: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentRows:
-    """Consecutive nodes of one tree that hangs from `context_len` tokens of a block table."""
+    """Consecutive nodes of one tree that follows the first `context_len` tokens of a table."""
 
     table: BlockTable | TableView
     context_len: int
-    first_node: int  # nodes before it are in the cache already
+    first_node: int  # the KV of the nodes before it is in the cache already
     tokens: Seq[int]
     depths: Seq[int]
-    ancestors: Seq[int]  # words, as in `DraftTree`
+    ancestors: Seq[int]  # ancestor words, as in `DraftTree`
     wants_logits: bool
 
 
 def joined(outputs: Seq[ModelOutput]) -> ModelOutput:
-    """What one pass over the same rows would have returned, but for the best tokens."""
+    """Concatenate outputs into that of one pass over all their rows, without `topk`."""
     taps = [output.taps for output in outputs if output.taps is not None]
     logits = torch.cat([output.logits for output in outputs])
     return ModelOutput(logits, taps=torch.cat(taps) if taps else None)
@@ -64,7 +68,7 @@ def joined(outputs: Seq[ModelOutput]) -> ModelOutput:
 def chain_segments(
     table: BlockTable | TableView, start: int, tokens: Seq[int]
 ) -> Iterator[SegmentRows]:
-    """Known tokens at positions start, start + 1, ...: one chain per 64, no logits."""
+    """Segments for known tokens at positions start, start + 1, ...: one per 64, no logits."""
     for offset in range(0, len(tokens), MAX_SEGMENT_ROWS):
         piece = tokens[offset : offset + MAX_SEGMENT_ROWS]
         n = len(piece)
@@ -76,7 +80,7 @@ def chain_segments(
 def tree_segment(
     table: BlockTable, context_len: int, tree: DraftTree, first_node: int = 0
 ) -> SegmentRows:
-    """The nodes of a tree from `first_node` on, with logits."""
+    """The segment of the nodes of `tree` from `first_node` on, with logits."""
     return SegmentRows(
         table,
         context_len,
@@ -89,7 +93,7 @@ def tree_segment(
 
 
 def plan_segments(entries: Seq[Entry], trees: dict[str, DraftTree]) -> Iterator[SegmentRows]:
-    """The target's rows of one step: per entry its chain, then its tree."""
+    """The target's segments of one step: per entry its prompt chunk, then its tree."""
     for entry in entries:
         seq = entry.seq
         start, root = seq.num_committed, seq.num_committed + entry.num_chain
@@ -101,8 +105,8 @@ def plan_segments(entries: Seq[Entry], trees: dict[str, DraftTree]) -> Iterator[
 def build_batch(
     rows: Seq[SegmentRows], block_size: int, row_multiple: int, device: torch.device
 ) -> ForwardBatch:
-    """Flatten segments, padded to a multiple of `row_multiple` rows."""
-    # Lists, and one array of each in the end: between passes a call of numpy costs microseconds.
+    """Flatten segments into tensors on `device`, padded to a multiple of `row_multiple` rows."""
+    # Lists first, one array of each at the end: between passes each numpy call costs microseconds.
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

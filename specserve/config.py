@@ -1,7 +1,7 @@
-"""EngineConfig: small frozen Structs from a TOML file, flags or keyword arguments.
+"""EngineConfig: frozen Structs, filled from a TOML file, flags or keyword arguments.
 
-An unknown key is an error that names it; every field is in force somewhere. Field names are unique
-over all sections, so flags and keyword arguments need no section.
+An unknown key is an error that names it. Field names are unique over all sections, so flags and
+keyword arguments need no section.
 """
 
 import tomllib
@@ -15,17 +15,20 @@ from msgspec import Struct
 
 from specserve.files import quoted
 
-MAX_MODEL_NAME: Final = 256  # characters of the name that requests give as `model`
+MAX_MODEL_NAME: Final = 256  # characters of the name that requests pass as `model`
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used; the message names it, its value and the fix."""
+    """An invalid setting; the message names the setting, its value and the fix."""
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """'512MiB', '2GB', '1.5G' or plain bytes. Units are powers of 1024."""
+    """The bytes of a size such as '512MiB', '2GB', '1.5G' or '4096'. Units are powers of 1024.
+
+    Raises ConfigError, naming the setting `name`, if `text` is not a positive size.
+    """
     cleaned = text.strip().upper().removesuffix("B").removesuffix("I")
     unit = cleaned[-1:] if cleaned[-1:] in "KMGT" else ""
     try:
@@ -38,7 +41,7 @@ def parse_bytes(name: str, text: str) -> int:
 
 
 def check_model_name(name: str) -> None:
-    """Raise ConfigError for a name that no request could give as `model`."""
+    """Raise ConfigError for a name that no request can pass as `model`."""
     if not 0 < len(name) <= MAX_MODEL_NAME or not name.isprintable():
         raise ConfigError(
             f"served_model_name: {name[:40]!r} ({len(name)} characters) cannot be asked for; give "
@@ -63,20 +66,21 @@ class TargetConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
     block_size: int = 16  # tokens per KV block
-    kv_memory: str | None = None  # such as "2GiB"; None: measured
+    kv_memory: str | None = None  # such as "2GiB"; None: a part of the free memory
     prefix_caching: bool = True
 
 
 class DraftConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    draft: tuple[str, ...] = ("auto",)  # drafter names and checkpoints, merged into one tree
-    max_nodes: int = 8  # tree budget per sequence, root included
-    pricing: Literal["measured", "off"] = "measured"  # off: every drafted node is verified
-    options: dict[str, dict[str, Any]] = {}  # per drafter name
+    draft: tuple[str, ...] = ("auto",)  # drafter names or checkpoints; their trees are merged
+    max_nodes: int = 8  # nodes of a sequence's tree, root included
+    # measured: adaptive verification by measured costs; off: every drafted node is verified.
+    pricing: Literal["measured", "off"] = "measured"
+    options: dict[str, dict[str, Any]] = {}  # by drafter name
 
 
 class ScheduleConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_num_seqs: int = 32  # sequences that run together
-    max_batch_rows: int = 256  # rows of one pass: tree nodes and prompt tokens together
+    max_batch_rows: int = 256  # tokens of one forward pass: tree nodes and prompt tokens
 
 
 _SERVER_RANGES: Final[Mapping[str, tuple[float, float]]] = {
@@ -99,29 +103,31 @@ _SERVER_RANGES: Final[Mapping[str, tuple[float, float]]] = {
 
 
 class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """What only `serve` uses. Times are in seconds."""
+    """Settings of the server, used by `serve` only. Times are in seconds."""
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: a free one
     served_model_name: str | None = None  # None: the target's name
     api_key_file: str | None = None
-    allow_public: bool = False  # reachable from other machines, without keys
+    allow_public: bool = False  # serve other machines without API keys
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     max_body_bytes: str = "8MiB"
     body_timeout: float = 30.0  # for the whole body of a request
     keepalive_timeout: float = 30.0  # of an idle connection; also for the headers of a request
-    max_connections: int = 1024  # with accepted requests; an eighth more may be open
-    max_queued_requests: int = 256  # sequences that wait for the engine
-    max_queued_tokens: int = 1_000_000  # prompt tokens of those
+    max_connections: int = 1024  # with accepted requests; an eighth more (16 at least) may be open
+    max_queued_requests: int = 256  # sequences waiting for the engine
+    max_queued_tokens: int = 1_000_000  # prompt tokens of the waiting sequences
     max_prompt_tokens: int | None = None  # per prompt; None: what the context has room for
     max_output_tokens: int | None = None  # per sequence; None: until the context is full
-    request_timeout: float = 600.0  # a request's deadline; it may ask for an earlier one
-    write_timeout: float = 30.0  # a client that reads nothing for this long is dropped
-    drain_timeout: float = 30.0  # for accepted requests, once the server is told to stop
-    heartbeat_timeout: float = 30.0  # an engine silent for so much longer than a step is restarted
-    template_timeout: float = 5.0  # for one chat template or tokenisation
-    stream_interval: int = 0  # tokens per event of a stream; 0: what one pass yields
+    request_timeout: float = 600.0  # a request's time limit; it may set a shorter one
+    write_timeout: float = 30.0  # a client that reads nothing for so long is disconnected
+    drain_timeout: float = 30.0  # for accepted requests to finish, after a stop signal
+    # Without a message for this long, the engine is restarted; during a step, the time that the
+    # step may take is added.
+    heartbeat_timeout: float = 30.0
+    template_timeout: float = 5.0  # for rendering one chat template or tokenising one text
+    stream_interval: int = 0  # tokens per streamed event; 0: the tokens of one forward pass
     status_interval: float = 10.0  # between status lines; 0: none
 
     def __post_init__(self) -> None:
@@ -181,10 +187,10 @@ def load_config(
     *,
     sections: Collection[str] = ENGINE_SECTIONS,
 ) -> EngineConfig:
-    """The configuration of a TOML `file` (sections), overridden by flat `settings`.
+    """Load the configuration from a TOML `file`, overridden by `settings` (field name -> value).
 
-    `settings` are fields of `sections`; the file may have all sections. Raises ConfigError on an
-    unknown key, a wrong type or a value out of range.
+    `settings` may hold fields of `sections` only; the file may have all sections. Raises
+    ConfigError on an unknown key, a wrong type or a value out of range.
     """
     merged: dict[str, dict[str, Any]] = {} if file is None else _read_toml(file)
     section_of = {
@@ -204,12 +210,12 @@ def load_config(
     try:
         return msgspec.convert(merged, EngineConfig)
     except msgspec.ValidationError as error:
-        reason = error.__cause__ or _misread(str(error), merged)  # our own words, if there are any
+        reason = error.__cause__ or _misread(str(error), merged)  # the cause: a ConfigError
         raise ConfigError(f"{'' if file is None else f'{file}: '}{reason}") from error
 
 
 def _misread(message: str, sections: dict[str, dict[str, Any]]) -> str:
-    """The decoder's words with the setting and its value in front."""
+    """The decoder's error message, prefixed with the setting and its value."""
     reason, _, place = message.replace("`", "").replace(" | null", "").partition(" - at $.")
     section, _, name = place.partition(".")
     name = name.partition("[")[0]
@@ -218,7 +224,7 @@ def _misread(message: str, sections: dict[str, dict[str, Any]]) -> str:
 
 
 def show_config(config: EngineConfig) -> str:
-    """The configuration in force, as JSON."""
+    """The configuration as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
 
 

@@ -1,50 +1,53 @@
-"""What tenants (API keys) share: whose turn it is, and how much of a queue one of them may fill.
+"""Fair sharing between tenants (API keys): which one is served next, and how much one may queue.
 
-Knows names and numbers only. Every queue of the server uses it: in front of the engine, inside of
-it, and in front of the tokenizer.
+Every queue uses it: in front of the engine, in the scheduler, and in front of the tokenizer pool.
+Knows tenant names and amounts only.
 """
 
 from collections.abc import Collection, Iterable
 
 
 class Turns:
-    """The tenant that was served least goes next (a virtual token counter: Sheng et al. 2024,
-    "Fairness in Serving Large Language Models").
+    """Service counters: the tenant that was served least goes next.
 
-    One that had nothing waiting takes up the least of those that have, so that nobody saves up
-    service.
+    This is the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language
+    Models". When a tenant that had nothing waiting returns, its counter is raised to the lowest
+    counter of the waiting tenants, so that an idle tenant does not accumulate credit.
     """
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
-        self._floor = 0.0  # of a tenant that nobody remembers
+        self._floor = 0.0  # the counter of a tenant that is not in `_served`
 
     def __len__(self) -> int:
-        """Tenants whose service is remembered."""
+        """Number of tenants with a counter of their own."""
         return len(self._served)
 
     def served(self, tenant: str) -> float:
+        """The service counter of `tenant`, in the unit of `take` and `charge`."""
         return self._served.get(tenant, self._floor)
 
     def join(self, tenant: str, waiting: Iterable[str]) -> None:
-        """A tenant that had nothing waiting now has, beside those that are `waiting` already."""
+        """`tenant` had nothing waiting and now has. `waiting`: the tenants already waiting."""
         least = min(map(self.served, waiting), default=self._floor)
         self._served[tenant] = max(self.served(tenant), least)
 
     def take(self, tenant: str, amount: float, *, waiting: bool) -> None:
-        """It is this one's turn: `amount` is served. `waiting`: others or more of it still wait."""
+        """`tenant` is served `amount`. `waiting`: whether any tenant, itself too, still waits."""
         self._floor = max(self._floor, self.served(tenant))
         self.charge(tenant, amount)
-        if not waiting:  # nobody has a claim from before this one
+        if not waiting:  # so no tenant with a lower counter is owed service
             self._floor = max(self._floor, self.served(tenant))
 
     def charge(self, tenant: str, amount: float) -> None:
-        """Service beyond what a turn was known to take."""
+        """Add service to the counter, such as what was not known when the turn began."""
         self._served[tenant] = self.served(tenant) + amount
 
     def forget(self, present: Collection[str]) -> None:
-        """Drop tenants that are not `present` and have no more than a new one; with nobody present
-        all of them."""
+        """Drop the counters of absent tenants that are not above the one a new tenant gets.
+
+        `present`: tenants that keep theirs. If it is empty, all counters are reset.
+        """
         if not present:
             self._served.clear()
             self._floor = 0.0
@@ -55,11 +58,12 @@ class Turns:
 
 
 def room(limit: int, held: int, own: int, *, shared: bool) -> int:
-    """What a tenant that holds `own` may still take of `limit`, of which all hold `held`.
+    """How much more a tenant may take of `limit`, when it holds `own` and all together hold `held`.
 
-    Alone, whatever is left. Where others may come (`shared`), it may hold as much as it leaves
-    free: so there is always room for one more tenant, and all of them together stay within the
-    limit (dynamic thresholds: Choudhury and Hahne 1998).
+    Returns all that is left, `limit - held`, for an only tenant. If the limit is `shared`, a tenant
+    may hold as much as it leaves free: ceil((limit - held - own) / 2) more. All tenants together
+    stay within the limit, and a new one may take half of what is left (dynamic thresholds,
+    Choudhury and Hahne 1998). Never negative.
     """
     left = limit - held
     return max(0, -((own - left) // 2) if shared else left)

@@ -1,7 +1,7 @@
-"""Opening the files of a directory that somebody else made.
+"""Safe access to the files of an untrusted directory, such as a downloaded model.
 
-Only regular files up to a size: a FIFO keeps its reader waiting, a device may never end. Owns how
-values from such files are quoted in messages: on one line, and short.
+Only regular files up to a given size are opened: reading a FIFO may block, reading a device may
+never end. Also formats values from such files for messages: short, and on one line.
 """
 
 import errno
@@ -19,19 +19,19 @@ _KINDS: Final = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_LISTED: Final = 6
-_QUOTE: Final = reprlib.Repr()
+_LISTED: Final = 6  # names that a message shows
+_QUOTE: Final = reprlib.Repr()  # limits are characters, levels of nesting and items
 _QUOTE.maxstring = _QUOTE.maxother = 80
 _QUOTE.maxlevel = 3
 _QUOTE.maxlist = _QUOTE.maxtuple = _QUOTE.maxdict = 8
 
 
 class FileError(ValueError):
-    """A file that is not opened; the message names it and says why."""
+    """A file that cannot be used; the message names it and the reason."""
 
 
 def check_file(path: Path) -> int:
-    """The size of the regular file `path`, in bytes. Raises `FileError` for anything else."""
+    """The size of the regular file `path`, in bytes. Raises `FileError` if it is not one."""
     try:
         status = path.stat()
     except OSError as error:
@@ -45,7 +45,10 @@ def check_file(path: Path) -> int:
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file. Raises `FileError` for anything else, and if it is larger."""
+    """The content of the regular file `path`.
+
+    Raises `FileError` if it is not a regular file, is larger than `max_bytes` or cannot be read.
+    """
     size = check_file(path)
     if size > max_bytes:
         raise FileError(f"{path}: {size} bytes are too many (limit {max_bytes})")
@@ -56,24 +59,24 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is anything of that name, be it a link that leads nowhere."""
+    """Whether `path` exists, as a file of any kind or as a dangling link."""
     return os.path.lexists(path)
 
 
 def quoted(value: object) -> str:
-    """`value` as Python writes it, cut where it is long."""
+    """The `repr` of `value`, shortened if it is long."""
     try:
         return _QUOTE.repr(value)
-    except ValueError:  # Python writes out no integer of thousands of digits
+    except ValueError:  # `repr` refuses integers of thousands of digits
         return "a number of thousands of digits"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Some names, or the first of many."""
+    """The names separated by commas, at most the first `_LISTED`, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(map(short, names[:_LISTED])) + more
 
 
 def short(name: str) -> str:
-    """A name on one line, cut where it is long."""
+    """`name` with control characters escaped, shortened if it is long."""
     return quoted(name)[1:-1]

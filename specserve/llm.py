@@ -1,4 +1,4 @@
-"""The offline API: a model, an engine in this process, `generate`.
+"""The offline API: an engine in this process, and `generate`.
 
 llm = LLM("smollm2-135m")
 for result in llm.generate(["Once upon a time"], SamplingParams(temperature=0)):
@@ -42,22 +42,22 @@ Prompt = str | Seq[int] | Seq[Message]
 
 
 class Timing(Struct, frozen=True):
-    """Wall-clock seconds. TTFT and TPOT are None without the tokens to measure them."""
+    """Wall-clock seconds. A time is None if there were too few tokens to measure it."""
 
     ttft_s: float | None  # from submission to the first token
-    tpot_s: float | None  # per token after the first
-    total_s: float
+    tpot_s: float | None  # per token after those of the first step
+    total_s: float  # from submission to the end
 
 
 class Completion(Struct, frozen=True):
-    """One generated sequence. `error` says what was wrong when finish_reason is "error"."""
+    """One generated sequence. `error` is the reason if it failed or was aborted."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: SpecStats
     timing: Timing
-    sources: tuple[int, ...] = ()  # per token: 0 the target, else 1 + index of the drafter
+    sources: tuple[int, ...] = ()  # drafter id per token, see `StepOutput.sources`
     logprobs: tuple[TokenLogprobs, ...] | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
@@ -65,7 +65,7 @@ class Completion(Struct, frozen=True):
 
 
 class Generation(Struct, frozen=True):
-    """The answer to one prompt: `n` completions. The properties speak of the first."""
+    """The `n` completions of one prompt. Properties are those of the first one, but for `error`."""
 
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
@@ -92,13 +92,16 @@ class Generation(Struct, frozen=True):
 
     @property
     def error(self) -> str | None:
+        """The first error of any completion."""
         return next((c.error for c in self.completions if c.error is not None), None)
 
 
 class LLM:
-    """`settings` are the fields of `EngineConfig`, flat; an unknown one is an error.
+    """A model and an engine, loaded into this process.
 
-    Raises ConfigError, DraftError, HubError or ModelError, all ValueErrors, with the fix.
+    `settings` are fields of the sections of `EngineConfig`, by field name. `draft` is one drafter
+    or several. `progress(stage, fraction)` reports on the download of models. Raises ConfigError,
+    DraftError, HubError or ModelError, all subclasses of ValueError, with the fix in the message.
     """
 
     def __init__(
@@ -132,11 +135,13 @@ class LLM:
         predictions: Seq[str | None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Generation]:
-        """One Generation per prompt, in order; a prompt is text, token ids or chat messages.
+        """Generate completions. Returns one Generation per prompt, in order.
 
-        `predictions` are texts expected as answers: they only make it faster. `on_text(index,
-        piece)` is called as text of a prompt's first completion appears. A request that cannot be
-        served comes back with finish_reason "error"; the others are untouched.
+        A prompt is text, token ids or chat messages. `sampling` is one value for all prompts or a
+        list with one per prompt. `predictions` has an expected output text or None per prompt; it
+        affects speed, never the output. `on_text(index, delta)` is called with each text delta of
+        the first completion of prompt `index`. A request that cannot be served has finish_reason
+        "error"; other requests are not affected. Raises ValueError if a list has the wrong length.
         """
         batch = _as_batch(prompts)
         params = _per_prompt("sampling", sampling or SamplingParams(), len(batch))
@@ -156,12 +161,12 @@ class LLM:
                         if output.id in running and running[output.id].take(output):
                             del running[output.id]
         finally:
-            for request_id in running:  # only after an exception: leave nothing behind
+            for request_id in running:  # not empty only after an exception
                 self.engine.abort(request_id)
         return [job.generation() for job in jobs]
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt. Raises RequestError."""
+        """The token ids of a prompt. Raises RequestError if it cannot be encoded."""
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt))
         if any(isinstance(item, dict) for item in prompt):
@@ -178,7 +183,7 @@ class LLM:
         speculation: SpeculationParams,
         prediction: str | None,
     ) -> "_Job":
-        """Submit the `n` sequences of one prompt; what cannot be served ends right here."""
+        """Submit the `n` sequences of one prompt; if it cannot be served, return a failed job."""
         tracks = [_Track("", self.tokenizer, params, ())]
         prompt_ids: tuple[int, ...] = ()
         try:
@@ -207,9 +212,12 @@ class LLM:
 
 @contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
-    """Going through what a model is made of again and again takes 2 % of the time for one sequence
-    and a fifth for hundreds. Afterwards they are collected as ever."""
-    if gc.get_freeze_count():  # somebody else's
+    """Exclude the objects that exist now from garbage collection, until the context ends.
+
+    Scanning the objects of a model in every collection takes 2 % of the time for one sequence and
+    a fifth for hundreds.
+    """
+    if gc.get_freeze_count():  # other code has frozen objects, and `unfreeze` would release those
         yield
         return
     gc.freeze()
@@ -220,7 +228,7 @@ def _old_objects_left_alone() -> Iterator[None]:
 
 
 class _Track:
-    """One sequence on its way: text so far, ids, times."""
+    """One sequence in progress: its outputs, text and times."""
 
     def __init__(
         self,
@@ -242,11 +250,11 @@ class _Track:
         )
         self._outputs: list[StepOutput] = []
         self._started = time.perf_counter()
-        self._first: tuple[float, int] | None = None  # when the first tokens came, and how many
+        self._first: tuple[float, int] | None = None  # time and number of the first tokens
         self._last = self._started
 
     def take(self, output: StepOutput) -> bool:
-        """Add a step's output; True when it was the last."""
+        """Add the output of a step. Returns whether it is the last one."""
         self._outputs.append(output)
         if output.new_ids:
             self._last = time.perf_counter()
@@ -265,7 +273,7 @@ class _Track:
         return self.finish is not None
 
     def fail(self, error: str) -> None:
-        """End it before it began."""
+        """Finish the sequence with an error before any output."""
         self.take(StepOutput(self.id, finish="error", error=error, stats=SpecStats()))
 
     def completion(self) -> Completion:
@@ -296,7 +304,7 @@ class _Track:
 
 
 class _Job:
-    """One prompt and its n sequences."""
+    """One prompt and its `n` sequences."""
 
     def __init__(self, prompt_ids: tuple[int, ...], tracks: list[_Track]) -> None:
         self.prompt_ids = prompt_ids
@@ -307,14 +315,17 @@ class _Job:
 
 
 def _as_batch(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt or several."""
+    """Wrap a single prompt into a list; a list of prompts is copied."""
     if isinstance(prompts, str) or any(isinstance(item, int | dict) for item in prompts):
         return [cast(Prompt, prompts)]
     return list(cast(Seq[Prompt], prompts))
 
 
 def _per_prompt(name: str, value: T | Seq[T], count: int) -> list[T]:
-    """One value per prompt: the same for all, or a list of the right length."""
+    """One value per prompt: the single `value` repeated, or a list with `count` values.
+
+    Raises ValueError if the list has another length.
+    """
     if not isinstance(value, list | tuple):
         return [cast(T, value)] * count
     if len(value) != count:

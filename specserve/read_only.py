@@ -1,4 +1,4 @@
-"""Views of what others own: reading goes through, changing raises."""
+"""Read-only views of mutable objects: reads go to the original, writes raise."""
 
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class ReadOnlyList(Sequence[T]):
-    """A list as its owner has it now; slices are copies."""
+    """A live, read-only view of a list; slices are copies."""
 
     __slots__ = ("_items",)
 
@@ -37,6 +37,6 @@ class ReadOnlyList(Sequence[T]):
 
 
 def read_only_params(params: SamplingParams) -> SamplingParams:
-    """The same; of a frozen Struct only a dict in it could be changed."""
+    """A copy of `params` whose only mutable field, the `logit_bias` dict, is read-only."""
     bias = MappingProxyType(params.logit_bias)
     return msgspec.structs.replace(params, logit_bias=bias)

@@ -1,8 +1,8 @@
-"""The one sampler that target and drafts share.
+"""The sampler, used by the target and by the drafters.
 
-A row is one token to be drawn: its logits, the request's parameters, its absolute position and
-the tokens before it. What is drawn depends on those alone, never on the other rows: that is what
-makes speculation exact. Order: logit_bias, min_tokens mask, penalties, temperature, top-k, top-p,
+A row is one token to draw: its logits, the request's parameters, its absolute position and the
+tokens before it. The drawn token depends on these alone, never on other rows, which makes
+speculation lossless. Order: logit_bias, min_tokens mask, penalties, temperature, top-k, top-p,
 min-p, then argmax(logits + Gumbel noise keyed by (seed, position, token)).
 """
 
@@ -17,11 +17,11 @@ from specserve.read_only import read_only_params
 from specserve.types import Request, SamplingParams, TokenLogprobs
 from specserve_kernels.ops import Kernels
 
-_NUCLEUS_GUESS = 1024  # candidates looked at before sorting the whole vocabulary
+_NUCLEUS_GUESS = 1024  # top tokens to try before sorting the whole vocabulary
 
 
 class SamplingState:
-    """What the sampler keeps per request: constant tensors and, for penalties, token counts."""
+    """The sampler's state of one request: constant tensors and, for penalties, token counts."""
 
     def __init__(
         self, request: Request, eos_ids: Sequence[int], vocab_size: int, device: torch.device
@@ -46,34 +46,37 @@ class SamplingState:
             self._prompt_mask[torch.tensor(request.prompt_ids, device=device)] = True
             self._counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
 
-        # Whether tokens named or drawn before change the logits.
+        # Whether it has logit adjustments: logit_bias, min_tokens or a penalty.
         self.shaped = _shapes(params)
-        # Whether anything but the noise stands between the logits and the draw.
+        # Whether `Sampler.process` changes its logits.
         self.processed = _processes(params)
-        # Whether what is drawn is the token of the largest logit, as the model gave them.
+        # Whether it is plain greedy: the drawn token is the argmax of the model's logits.
         self.takes_best = params.greedy and not self.processed
 
     def copy(self) -> "SamplingState":
-        """The same for others than its owner: whatever they do to it, this one stays."""
+        """An independent copy, for drafters: changes to it do not affect the original."""
         other = copy(self)
         if self._counts is not None:
             other._prompt_mask, other._counts = self._prompt_mask.clone(), self._counts.clone()
         return other
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Count the tokens emitted since the last call; `tokens` is prompt and output."""
+        """Count the tokens emitted since the last call. `tokens`: prompt and output so far."""
         if self._counts is not None and len(tokens) > self._num_counted:
             self._counts = self._counted(tokens[self._num_counted :])
         self._num_counted = len(tokens)
 
     def _counted(self, tokens: Sequence[int]) -> Tensor:
-        """[vocab_size] int32 counts with `tokens` added, the state unchanged."""
+        """The counts with `tokens` added, [vocab_size] int32; the state does not change."""
         assert self._counts is not None
         ids = torch.tensor(tokens, dtype=torch.long, device=self._counts.device)
         return self._counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def mask(self, logits: Tensor, position: int) -> None:
-        """Bias and min_tokens on one row, in place. logits: [vocab_size] float32."""
+        """Apply logit_bias and min_tokens to one row, in place. logits: [vocab_size] float32.
+
+        `position` is the absolute position of the token to draw.
+        """
         if self._bias is not None:
             ids, values = self._bias
             logits[ids] += values
@@ -81,7 +84,11 @@ class SamplingState:
             logits[self._ends] = -torch.inf
 
     def penalties(self, path: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Prompt mask [vocab_size] bool and output counts [vocab_size] int32, `path` included."""
+        """The inputs of the penalties, for a token that follows `path`.
+
+        Returns the prompt mask [vocab_size] bool and the output counts [vocab_size] int32, those
+        of `path` included.
+        """
         assert self._counts is not None
         return self._prompt_mask, self._counted(path) if path else self._counts
 
@@ -103,20 +110,21 @@ class Row:
 
     state: SamplingState
     position: int  # absolute position of the token to draw
-    path: tuple[int, ...] = ()  # tree tokens before it that are not counted in the state
+    path: tuple[int, ...] = ()  # tree tokens before it, not yet counted in the state
 
 
 class Sampler:
-    """Stateless but for its kernels: every method is a function of logits and rows."""
+    """Draws tokens. Stateless: every method is a function of logits and rows."""
 
     def __init__(self, kernels: Kernels, device: torch.device) -> None:
         self._kernels = kernels
         self.device = device
 
     def process(self, logits: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Everything before the noise. logits: [num_rows, vocab_size] float32, unchanged.
+        """Apply all steps before the noise. logits: [num_rows, vocab_size] float32, not modified.
 
-        Returns the same shape; tokens that may not be drawn are -inf.
+        Returns a tensor of the same shape and dtype, -inf for tokens that must not be drawn; it is
+        `logits` itself if no row needs a change.
         """
         if not any(row.state.processed for row in rows):
             return logits
@@ -131,7 +139,10 @@ class Sampler:
         return logits
 
     def draw(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
-        """[num_rows] int64: argmax of processed logits, plus noise where temperature > 0."""
+        """Draw a token per row: argmax of processed logits, plus noise if temperature > 0.
+
+        processed: [num_rows, vocab_size] float32. Returns [num_rows] int64.
+        """
         noisy = [not row.state.params.greedy for row in rows]
         if not any(noisy):
             return processed.argmax(dim=-1)
@@ -141,9 +152,9 @@ class Sampler:
         )
 
     def perturb(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
-        """processed + the noise `draw` uses. [num_rows, vocab_size] float32.
+        """Return processed + the noise that `draw` uses, [num_rows, vocab_size] float32.
 
-        This is how a draft ranks candidates with the target's own noise.
+        A drafter uses it to rank candidates with the same noise as the target.
         """
         if all(row.state.params.greedy for row in rows):
             return processed
@@ -177,8 +188,10 @@ class Sampler:
         )
 
     def _filter(self, logits: Tensor, rows: Sequence[Row]) -> None:
-        """top-k, top-p and min-p of noisy rows, in place. Greedy rows need none: the best token
-        survives every filter."""
+        """Apply top-k, top-p and min-p to sampled rows, in place.
+
+        Greedy rows need no filter, since the token of the largest logit passes all of them.
+        """
         for index, row in enumerate(rows):
             params = row.state.params
             if params.greedy:
@@ -189,14 +202,14 @@ class Sampler:
 
 
 def filter_threshold(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor | None:
-    """The lowest logit that survives top-k, then top-p among those, then min-p; None: all do.
+    """The lowest logit that passes top-k, then top-p among those, then min-p; None: no filter.
 
-    logits: [vocab_size] float32, scaled by the temperature. A threshold rather than a set of
-    indices, so that tokens of equal logit share their fate and the order of a sort never matters.
+    logits: [vocab_size] float32, scaled by the temperature. A threshold and not a set of indices,
+    so that tokens of equal logit are treated alike and the order of a sort does not matter.
     """
     best = logits.max()
     thresholds: list[Tensor] = []
-    if min_p > 0.0:  # relative to the best token, so normalisation cancels out
+    if min_p > 0.0:  # p / p_max >= min_p: the normalisation cancels out
         thresholds.append(best + torch.log(torch.tensor(min_p, device=logits.device)))
     if top_k > 0 or top_p < 1.0:
         thresholds.append(_nucleus(logits, top_k, top_p))
@@ -204,9 +217,10 @@ def filter_threshold(logits: Tensor, top_k: int, top_p: float, min_p: float) -> 
 
 
 def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Smallest logit of the smallest set of top tokens whose mass reaches top_p.
+    """The smallest logit in the smallest set of top tokens whose probability mass reaches top_p.
 
-    Holtzman et al. 2020 (nucleus sampling), section 3.1, over the top_k tokens renormalised.
+    Nucleus sampling (Holtzman et al. 2020, section 3.1) over the top_k tokens, renormalised.
+    `top_k` 0: all tokens.
     """
     vocab_size = logits.shape[0]
     limit = min(top_k or vocab_size, vocab_size)
@@ -226,7 +240,10 @@ def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """The model's own log-probabilities at one row. logits: [vocab_size] float32, unprocessed."""
+    """The log-probabilities of one row. logits: [vocab_size] float32, unprocessed.
+
+    Returns that of `token_id` and the `num_top` largest ones.
+    """
     logprobs = logits.log_softmax(0)
     top: tuple[tuple[int, float], ...] = ()
     if num_top:

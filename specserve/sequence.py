@@ -1,11 +1,10 @@
-"""One request on its way through the engine: the only mutable per-request object; and what others
-than the engine see of it.
+"""The state of one request in the engine, and a read-only view of it for drafters.
 
-The algebra of lengths, defined once:
+The meaning of the lengths:
 
     tokens [0, num_prompt)               the prompt
     tokens [num_prompt, num_tokens)      emitted
-    tokens [0, num_committed)            their target KV is valid
+    tokens [0, num_committed)            committed: their target KV is valid
     tokens [num_committed, num_tokens)   pending; the last of them is the root of the next tree
 """
 
@@ -25,7 +24,7 @@ class Status(enum.Enum):
 
 @dataclass(slots=True)
 class SpecCounts:
-    """Running totals behind `SpecStats`."""
+    """The running totals from which `SpecStats` are made."""
 
     num_steps: int = 0
     num_drafted: int = 0
@@ -35,7 +34,11 @@ class SpecCounts:
     drafted_by_depth: list[int] = field(default_factory=list)
 
     def record(self, drafted: int, draft_depth: int, accepted: int, emitted: int) -> None:
-        """One verification pass over `drafted` nodes that reach down to `draft_depth`."""
+        """Count one verification.
+
+        drafted: nodes without the root; draft_depth: depth of the deepest; accepted: drafted
+        tokens accepted; emitted: tokens emitted.
+        """
         self.num_steps += 1
         self.num_drafted += drafted
         self.num_accepted += accepted
@@ -61,14 +64,16 @@ class SpecCounts:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
+    """One request, waiting or running. Owned by the scheduler."""
+
     request: Request
     tokens: list[int]
     table: BlockTable
     status: Status = Status.WAITING
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
-    last_turn: int = 0  # to decode beside other tenants, as the scheduler counts them
-    num_when_admitted: int = 0  # tokens, prompt and emitted, at the latest admission
+    last_turn: int = 0  # number of its latest decoding turn, see `Tenants.decoding`
+    num_when_admitted: int = 0  # `num_tokens` at the latest admission
     prefix_hashes: list[bytes] = field(default_factory=list)
     counts: SpecCounts = field(default_factory=SpecCounts)
 
@@ -90,7 +95,7 @@ class Sequence:
 
     @property
     def num_since_admitted(self) -> int:
-        """Tokens emitted since it was admitted, or admitted again."""
+        """Tokens emitted since the latest admission."""
         return len(self.tokens) - self.num_when_admitted
 
     @property
@@ -99,12 +104,12 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """1 while decoding: the root."""
+        """Tokens without valid KV: 1 while decoding, the root of the next tree."""
         return len(self.tokens) - self.table.num_committed
 
 
 class SequenceView:
-    """A sequence as drafters see it: up to date at any time, and nothing of it can be changed."""
+    """A live, read-only view of a sequence, for drafters."""
 
     __slots__ = ("_seq", "_tokens")
 
@@ -118,7 +123,7 @@ class SequenceView:
 
     @property
     def tokens(self) -> ReadOnlyList[int]:
-        """Prompt and output. A slice is a copy: take no more than is needed."""
+        """Prompt and output. A slice is a copy, so slices should be short."""
         return self._tokens
 
     @property
@@ -147,7 +152,7 @@ class SequenceView:
 
     @property
     def table(self) -> TableView:
-        """The one it has now: it is another after a preemption."""
+        """A view of the current block table. After a preemption the sequence has a new table."""
         return TableView(self._seq.table)
 
     @property

@@ -1,4 +1,4 @@
-"""What one step plans and what it settles, for the host. No tensors."""
+"""The plan of one step and its verification results. Host only, no tensors."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from specserve.types import FinishReason, TokenLogprobs
 class Entry:
     """One sequence in one step.
 
-    `num_chain` pending tokens are computed without looking at their logits; `num_nodes` is the
-    budget of the tree that hangs from the last pending token, its root included. 0 nodes: the
+    The first `num_chain` pending tokens are the prefill chunk, computed without logits. `num_nodes`
+    is the budget of the tree whose root is the last pending token, root included; 0 means that the
     prompt is not finished in this step.
     """
 
@@ -22,7 +22,7 @@ class Entry:
 
 
 class EntryView(NamedTuple):
-    """An entry as drafters see it."""
+    """A read-only `Entry`, for drafters."""
 
     seq: SequenceView
     num_chain: int
@@ -41,7 +41,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a request is over. `stop_reason` is the stop string or token id that did it."""
+    """Why a request ends. `stop_reason` is the stop string or token id that ended it."""
 
     finish: FinishReason
     stop_reason: str | int | None = None
@@ -49,12 +49,12 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What verification settled for one entry with a tree."""
+    """The verification result of one entry with a tree."""
 
     path: tuple[int, ...]  # tree nodes whose KV is committed, ascending, the root first
     emitted: tuple[int, ...]
-    sources: tuple[int, ...]  # per emitted token
-    num_accepted: int
+    sources: tuple[int, ...]  # drafter id per emitted token, see `tree.TARGET_SOURCE`
+    num_accepted: int  # emitted tokens that the tree proposed
     logprobs: tuple[TokenLogprobs, ...] = ()
-    ending: Ending | None = None
-    error: str | None = None
+    ending: Ending | None = None  # None: the request continues
+    error: str | None = None  # why the request fails, or None

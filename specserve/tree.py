@@ -1,8 +1,8 @@
-"""The draft tree: what every drafter proposes and the verifier walks. Numpy only.
+"""The draft tree, which drafters propose and the verifier walks. Numpy only.
 
-Node 0 is the root, the last emitted token, whose KV is not computed yet. Parents come before their
-children, ancestry is one 64-bit word per node, and nodes are laid out with the most likely chain
-first, so that the usual accepted path already lies where its KV belongs.
+Node 0 is the root: the last emitted token, whose KV is not computed yet. A parent comes before its
+children. Ancestry is one 64-bit word per node. The most likely path comes first in the layout, so
+that its KV is usually written where it belongs and a commit moves nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,25 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-MAX_NODES: Final = 64
+MAX_NODES: Final = 64  # bits of an ancestor word
 
-PREDICTION: Final = 255  # `source` of nodes taken from the text the caller predicted
-_MAX_SOURCE: Final = 31  # of those that `United` tells apart
-TARGET_SOURCE: Final = 0  # `source` of the root, and of tokens the target drew itself
+PREDICTION: Final = 255  # drafter id of nodes from the request's `prediction`
+_MAX_SOURCE: Final = 31  # in `United`, this and all larger drafter ids share one bit
+TARGET_SOURCE: Final = 0  # drafter id of the root, and of tokens that no drafter proposed
 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """At most 64 nodes. `scores[i]` estimates P(the path to i is accepted); the root has 1.
+    """A tree of 1 to 64 nodes, immutable: its arrays become read-only.
 
-    Nothing of it can be changed: the arrays it is made of are read-only from then on.
+    `scores[i]` is the path probability of node i: the estimated probability that node i and all
+    its ancestors are accepted. It is 1 for the root.
     """
 
     tokens: npt.NDArray[np.int32]  # [n]
     parents: npt.NDArray[np.int16]  # [n], parents[0] = -1, parents[i] < i
     scores: npt.NDArray[np.float32]  # [n], never above the parent's
-    source: npt.NDArray[np.uint8]  # [n], 0 target, else 1 + index of the drafter
+    source: npt.NDArray[np.uint8]  # [n], drafter id: 0 target, 1 + drafter index, or PREDICTION
 
     def __post_init__(self) -> None:
         for array in (self.tokens, self.parents, self.scores, self.source):
@@ -42,7 +43,7 @@ class DraftTree:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """[n] distance from the root."""
+        """Distance of each node from the root."""
         depths = [0]
         for parent in self.parents.tolist()[1:]:
             depths.append(depths[parent] + 1)
@@ -50,7 +51,7 @@ class DraftTree:
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
-        """[n] estimated P(a node is accepted), given its parent is."""
+        """Conditional acceptance probability of each node, given that its parent is accepted."""
         scores = self.scores.tolist()
         above = [1.0, *(scores[parent] for parent in self.parents.tolist()[1:])]
         return tuple(
@@ -62,7 +63,7 @@ class DraftTree:
 
     @cached_property
     def ancestors(self) -> tuple[int, ...]:
-        """[n] ancestor words: bit j of node i is set iff j is i or an ancestor of i."""
+        """The ancestor word of each node: bit j of word i is set iff j is i or an ancestor of i."""
         words = [1]
         for node, parent in enumerate(self.parents.tolist()[1:], start=1):
             words.append(words[parent] | 1 << node)
@@ -70,7 +71,7 @@ class DraftTree:
 
     @cached_property
     def child_of(self) -> Mapping[tuple[int, int], int]:
-        """(node, token) -> the child of the node that carries the token."""
+        """(node, token) -> the child of `node` with `token`."""
         edges = zip(self.parents.tolist(), self.tokens.tolist(), strict=True)
         return MappingProxyType({edge: node for node, edge in enumerate(edges)})
 
@@ -80,7 +81,7 @@ class DraftTree:
         return {token: child for (parent, token), child in edges if parent == node}
 
     def validate(self, vocab_size: int, max_nodes: int = MAX_NODES) -> None:
-        """Raise ValueError unless this is a tree that the verifier may walk."""
+        """Raise ValueError if the tree is malformed or larger than `max_nodes`."""
         n = len(self)
         if not 1 <= n <= min(max_nodes, MAX_NODES):
             raise ValueError(f"tree has {n} nodes; expected 1 to {min(max_nodes, MAX_NODES)}")
@@ -104,9 +105,12 @@ class DraftTree:
                 raise ValueError("a path score must be in [0, its parent's score]")
 
 
-@lru_cache(maxsize=4096)  # with all that is known of a tree once it was asked
+@lru_cache(maxsize=4096)  # keeps the cached properties of the trees too
 def root_tree(token: int) -> DraftTree:
-    """No draft: the root alone. All share it, so its arrays lie in memory that nobody can write."""
+    """The tree without drafted nodes: the root alone, cached and shared by all callers.
+
+    `np.frombuffer` makes arrays that cannot be made writeable again.
+    """
     tree = _freeze([token], [-1], [1.0], [TARGET_SOURCE])
     return DraftTree(
         np.frombuffer(tree.tokens.tobytes(), np.int32),
@@ -122,10 +126,11 @@ def build_tree(
     scores: Sequence[float],
     source: int | Sequence[int],
 ) -> DraftTree:
-    """Lay nodes out chain-first (depth first, children by descending score).
+    """Build a tree, laid out depth first, with children by descending path probability.
 
-    Node 0 is the root; every node comes after its parent. Scores are capped by the parent's, so
-    that the best nodes of a tree always form a tree. `source` applies to all but the root.
+    In the input node 0 is the root and every node comes after its parent. Path probabilities
+    (`scores`) are capped by the parent's, so that the n most likely nodes always form a tree.
+    `source`: drafter id of all nodes, or one per node; the root always has TARGET_SOURCE.
     """
     n = len(tokens)
     sources = [source] * n if isinstance(source, int) else list(source)
@@ -150,15 +155,15 @@ def build_tree(
 
 
 def chain_tree(root: int, tokens: Sequence[int], scores: Sequence[float], source: int) -> DraftTree:
-    """One path: `scores[i]` is the path score of `tokens[i]`."""
+    """A tree of a single path; `scores[i]` is the path probability of `tokens[i]`."""
     n = len(tokens)
     return build_tree([root, *tokens], list(range(-1, n)), [1.0, *scores], source)
 
 
 def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
-    """Keep the `max_nodes` best nodes by path score, root included; they form a tree.
+    """Keep the `max_nodes` nodes of the largest path probability, root included.
 
-    They stay in order, which is still the most likely chain first.
+    They form a tree and keep their order, so the most likely path still comes first.
     """
     if len(tree) <= max_nodes:
         return tree
@@ -173,17 +178,21 @@ def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
 
 @dataclass(frozen=True)
 class United:
-    """Several trees with the same root as one: nodes unite by (parent, token)."""
+    """Several trees with the same root, merged: nodes of equal (parent, token) become one node."""
 
     tokens: list[int]
     parents: list[int]
-    shares: list[float]  # given its parent, what the surest of a node's proposers says
-    sources: list[int]  # that proposer
-    proposers: list[int]  # bit s: source s proposed the node
-    present: list[int]  # bit s: source s proposed something beside it, or the node itself
+    shares: list[float]  # conditional acceptance probability: the maximum over its proposers
+    sources: list[int]  # drafter id of that proposer
+    proposers: list[int]  # bit s: drafter s proposed the node
+    present: list[int]  # bit s: drafter s proposed the node or a sibling of it
 
     def tree(self, shares: Sequence[float], max_nodes: int) -> DraftTree:
-        """The best `max_nodes`, where a node is as likely as `shares` says; paths multiply."""
+        """Build a tree of the `max_nodes` nodes of the largest path probability.
+
+        The path probability of a node is the product of the conditional acceptance probabilities
+        `shares` along its path; those of this object are not used.
+        """
         scores = [1.0]
         for share, parent in zip(shares[1:], self.parents[1:], strict=True):
             scores.append(share * scores[parent])
@@ -200,10 +209,10 @@ class United:
 
 
 def unite(trees: Sequence[DraftTree], shares: Sequence[Sequence[float]]) -> United:
-    """`shares[i]` has for every node of `trees[i]` how likely it is, given its parent."""
+    """Merge trees; `shares[i][j]`: conditional acceptance probability of node j of `trees[i]`."""
     united = United([int(trees[0].tokens[0])], [-1], [1.0], [TARGET_SOURCE], [0], [0])
     index_of: dict[tuple[int, int], int] = {}
-    under = [0]  # per node, who proposed something under it
+    under = [0]  # per node, bit s: drafter s proposed a child of it
     for tree, of_tree in zip(trees, shares, strict=True):
         nodes = zip(
             tree.tokens.tolist(), tree.parents.tolist(), of_tree, tree.source.tolist(), strict=True

@@ -1,7 +1,7 @@
-"""What crosses boundaries: frozen Structs, no torch, no engine.
+"""The messages between an engine and its callers: frozen Structs, without torch.
 
-A `Request` or an `Abort` goes in, `StepOutput`s come out. Every range a user can get wrong is
-checked here once, by `SamplingParams.validate`, and named in the error.
+A `Request` or an `Abort` goes in, `StepOutput`s come out. `SamplingParams.validate` checks the
+ranges of the sampling parameters; `engine.limits` checks the rest of a request.
 """
 
 import hashlib
@@ -11,10 +11,10 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-MIN_TEMPERATURE = 0.01
-MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 0.01  # smallest temperature above 0
+MAX_LOGPROBS = 20  # alternatives per token
 MAX_STOP_STRINGS = 16
-MAX_N = 128
+MAX_N = 128  # completions per prompt
 MAX_SEED = 2**63 - 1
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -22,9 +22,9 @@ Quantization = Literal["auto", "none", "int8", "int4"]
 
 
 class RequestError(ValueError):
-    """A request that cannot be served as asked.
+    """A request that cannot be served.
 
-    `param` names the field; the message says the value and the fix.
+    `param` names the field; the message gives its value and the fix.
     """
 
     def __init__(self, param: str, message: str) -> None:
@@ -34,12 +34,13 @@ class RequestError(ValueError):
 
 
 class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
-    """How tokens are chosen. The defaults sample the model's own distribution.
+    """How tokens are chosen. The defaults sample from the model's unmodified distribution.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 switch the filters off. `logprobs` is the
-    number of alternatives returned per token beside the chosen one (None: no logprobs at all).
-    `seed` None draws a fresh one per request. `skip_special_tokens` and
-    `include_stop_str_in_output` say what the text holds, and so where stop strings are found.
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filters off. `logprobs` is the
+    number of alternatives returned per token in addition to the chosen one (None: no logprobs).
+    `seed` None draws a random seed per request. `skip_special_tokens` leaves control tokens out of
+    the text, in which stop strings are searched too. `include_stop_str_in_output` keeps the stop
+    string that ended the text.
     """
 
     temperature: float = 1.0
@@ -67,7 +68,7 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def penalised(self) -> bool:
-        """Whether the logits depend on the tokens before them."""
+        """Whether a penalty is set, so that the logits depend on earlier tokens."""
         return (
             self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
@@ -75,7 +76,10 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def samples(self, seed: int) -> list["SamplingParams"]:
-        """One of n = 1 per sample, each with a seed of its own; the first one's is `seed`."""
+        """The parameters of each of the `n` samples, with n = 1 and a seed of its own.
+
+        The first sample has `seed` itself; the others have hashes of `seed` and their index.
+        """
         seeds = [seed]
         for index in range(1, self.n):
             digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
@@ -83,7 +87,7 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
         return [msgspec.structs.replace(self, seed=own, n=1) for own in seeds]
 
     def validate(self, vocab_size: int) -> None:
-        """Raise `RequestError` naming the first field that is out of its range."""
+        """Raise `RequestError`, naming the first field that is out of range."""
         _check_number("temperature", self.temperature, 0.0, 100.0)
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             raise RequestError(
@@ -118,10 +122,11 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SpeculationParams(Struct, frozen=True, forbid_unknown_fields=True):
-    """What one request may ask of speculation.
+    """The speculation settings of one request.
 
-    `max_nodes` caps the tree, root included. `prediction` is text the caller expects, as token
-    ids, drafted from beside what the drafters propose. `drafters` names those to ask (None: all).
+    `max_nodes` limits the nodes of a tree, root included. `prediction` is the output that the
+    caller expects, as token ids; nodes are drafted from it in addition to those of the drafters.
+    `drafters` names the drafters to use (None: all).
     """
 
     enabled: bool = True
@@ -131,28 +136,28 @@ class SpeculationParams(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(Struct, frozen=True, tag=True):
-    """One sequence to generate. `sampling.seed` is set and `sampling.n` is 1 by now."""
+    """One sequence to generate. `sampling.seed` must be set and `sampling.n` must be 1."""
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     speculation: SpeculationParams = SpeculationParams()
     deadline: float | None = None  # time.monotonic() seconds
-    priority: int = 0  # higher runs first, of the same tenant
-    cache_salt: str = ""
+    priority: int = 0  # among requests of one tenant, higher runs first
+    cache_salt: str = ""  # cached prefixes and drafters' tables are shared at equal salt only
     arrived_at: float = 0.0  # time.monotonic() seconds
-    tenant: str = ""  # who shares places, KV and passes with others: the name of an API key
+    tenant: str = ""  # the unit of fair sharing: the name of an API key
 
 
 class Abort(Struct, frozen=True, tag=True):
-    """Stop a request; its slot, blocks and draft state come back."""
+    """End a request; its place, KV blocks and draft state are released."""
 
     id: str
     reason: str = "aborted by the caller"
 
 
 class TokenLogprobs(Struct, frozen=True):
-    """The target's own log-probabilities at one emitted token, before any processor."""
+    """The target's log-probabilities at one emitted token, before any sampling parameter."""
 
     token_id: int
     logprob: float
@@ -160,14 +165,14 @@ class TokenLogprobs(Struct, frozen=True):
 
 
 class SpecStats(Struct, frozen=True):
-    """Speculation over one request. Tokens after a stop, EOS or max_tokens are not counted.
+    """Speculation statistics. Tokens after a stop, EOS or max_tokens are not counted.
 
-    `acceptance_histogram[a]` counts passes that accepted `a` drafted tokens; `drafted_by_depth[d]`
-    counts passes whose tree reached depth d+1 and `accepted_by_depth[d]` those that accepted
-    d+1 tokens or more.
+    A verification is one sequence in one forward pass. `acceptance_histogram[a]` counts the
+    verifications that accepted `a` drafted tokens, `drafted_by_depth[d]` those whose tree reached
+    depth d + 1, and `accepted_by_depth[d]` those that accepted at least d + 1 tokens.
     """
 
-    num_spec_steps: int = 0
+    num_spec_steps: int = 0  # verifications
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
     num_emitted_tokens: int = 0
@@ -177,16 +182,19 @@ class SpecStats(Struct, frozen=True):
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens per target pass, the bonus token included (1.0 is plain decoding)."""
+        """Tokens per forward pass of the target, bonus token included (plain decoding: 1.0)."""
         return self.num_emitted_tokens / self.num_spec_steps if self.num_spec_steps else 0.0
 
 
 class StepOutput(Struct, frozen=True, tag=True):
-    """What one step did for one request. `error` is set when `finish` is "error"."""
+    """The result of one step for one request.
+
+    `error` is set if `finish` is "error", and may give the reason for "abort".
+    """
 
     id: str
     new_ids: tuple[int, ...] = ()
-    # Per new id: 0 the target itself, else 1 + index of the drafter, or tree.PREDICTION.
+    # Drafter id per new id: 0 the target, 1 + index of the drafter, or `tree.PREDICTION`.
     sources: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None

@@ -75,11 +75,12 @@ class KVCacheManager:
     def commit(
         self, table: BlockTable, num_chain: int, path: Sequence[int]
     ) -> list[tuple[int, int]]:
-        """Commit `num_chain` prompt tokens, then the tree nodes of `path` (ascending, root first).
+        """Commit a prefill chunk of `num_chain` tokens, then the tree nodes of `path` (ascending).
 
-        Node i was written at position num_committed + num_chain + i. Returns the moves
-        (source slot, destination slot), in ascending order, that make the accepted path
-        contiguous. If `path` is not empty, the blocks past the new commit point are released.
+        `path` is empty, or begins with the root. Node i was written at position
+        num_committed + num_chain + i. Returns the moves (source slot, destination slot), in
+        ascending order, that make the accepted path contiguous. If `path` is not empty, the blocks
+        past the new commit point are released.
         """
         moves = []
         if path and path[-1] >= len(path):  # a node before the last one was rejected
