@@ -68,7 +68,7 @@ def joined(outputs: Seq[ModelOutput]) -> ModelOutput:
 def chain_segments(
     table: BlockTable | TableView, start: int, tokens: Seq[int]
 ) -> Iterator[SegmentRows]:
-    """Segments for known tokens at positions start, start + 1, ...: one per 64, no logits."""
+    """Split known tokens from position `start` on into segments of up to 64, without logits."""
     for offset in range(0, len(tokens), MAX_SEGMENT_ROWS):
         piece = tokens[offset : offset + MAX_SEGMENT_ROWS]
         n = len(piece)

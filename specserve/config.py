@@ -60,7 +60,7 @@ class TargetConfig(Struct, frozen=True, forbid_unknown_fields=True):
     quantization: Literal["auto", "none", "int8", "int4"] = "auto"  # of the weights
     device: str = "auto"  # auto, cpu, cuda, cuda:N
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's
-    exactness: Literal["auto", "exact", "fast"] = "auto"
+    exactness: Literal["auto", "exact", "fast"] = "auto"  # see `engine.device.Platform`
     threads: int | None = None  # CPU threads; None: torch's choice
 
 

@@ -40,13 +40,13 @@ class Turns:
             self._floor = max(self._floor, self.served(tenant))
 
     def charge(self, tenant: str, amount: float) -> None:
-        """Add service to the counter, such as what was not known when the turn began."""
+        """Add `amount` to the counter: service that was not known when `take` was called."""
         self._served[tenant] = self.served(tenant) + amount
 
     def forget(self, present: Collection[str]) -> None:
-        """Drop the counters of absent tenants that are not above the one a new tenant gets.
+        """Drop the counters of absent tenants that do not exceed the counter of a new tenant.
 
-        `present`: tenants that keep theirs. If it is empty, all counters are reset.
+        `present`: the tenants that are not absent. If it is empty, all counters are reset.
         """
         if not present:
             self._served.clear()
@@ -60,10 +60,10 @@ class Turns:
 def room(limit: int, held: int, own: int, *, shared: bool) -> int:
     """How much more a tenant may take of `limit`, when it holds `own` and all together hold `held`.
 
-    Returns all that is left, `limit - held`, for an only tenant. If the limit is `shared`, a tenant
-    may hold as much as it leaves free: ceil((limit - held - own) / 2) more. All tenants together
-    stay within the limit, and a new one may take half of what is left (dynamic thresholds,
-    Choudhury and Hahne 1998). Never negative.
+    If the limit is not `shared` with other tenants, this is all that is left, `limit - held`. If it
+    is, a tenant may hold as much as it leaves free: ceil((limit - held - own) / 2) more. All
+    tenants together stay within the limit, and a new one may take half of what is left (dynamic
+    thresholds: Choudhury and Hahne 1998). Never negative.
     """
     left = limit - held
     return max(0, -((own - left) // 2) if shared else left)

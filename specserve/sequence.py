@@ -64,7 +64,7 @@ class SpecCounts:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request, waiting or running. Owned by the scheduler."""
+    """The mutable state of one request, owned by the scheduler."""
 
     request: Request
     tokens: list[int]

@@ -157,7 +157,7 @@ class Abort(Struct, frozen=True, tag=True):
 
 
 class TokenLogprobs(Struct, frozen=True):
-    """The target's log-probabilities at one emitted token, before any sampling parameter."""
+    """The target's log-probabilities at one emitted token, before sampling parameters apply."""
 
     token_id: int
     logprob: float

@@ -20,6 +20,7 @@ class KVSpec(Struct, frozen=True):
 
     @property
     def bytes_per_slot(self) -> int:
+        """Bytes of K and V of one token, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
@@ -31,8 +32,8 @@ class KVStorage:
 
     def __init__(self, spec: KVSpec, num_slots: int, device: torch.device) -> None:
         self.spec = spec
-        # [num_layers, 2, num_slots, num_kv_heads, head_dim]. Zeroed because
-        # attention multiplies masked-out slots by 0, and 0 * NaN is NaN.
+        # [num_layers, 2, num_slots, num_kv_heads, head_dim]. Zeroed because attention multiplies
+        # masked-out slots by 0, and 0 * NaN is NaN.
         size = (spec.num_layers, 2, num_slots, spec.num_kv_heads, spec.head_dim)
         if device.type == "cpu":
             self.data = huge_pages.zeros(size, spec.dtype)

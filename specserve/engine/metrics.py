@@ -29,7 +29,7 @@ class DrafterStats(Struct, frozen=True):
     num_proposed: int  # nodes, before the trees of several drafters are merged
     verified_by_depth: tuple[int, ...]  # nodes of merged trees that have its drafter id
     accepted_by_depth: tuple[int, ...]
-    num_failures: int = 0  # failed calls
+    num_failures: int = 0  # failed calls; a request whose own call fails is decoded without it
 
     @property
     def num_verified(self) -> int:

@@ -170,7 +170,7 @@ class Scheduler:
                 self._preempt(self.tenants.last_in_line(self._order))
 
     def _make_way(self) -> None:
-        """Let tenants that run fewer sequences than others take their places, by preemption."""
+        """Admit sequences of tenants that run fewer than others, preempting as `makes_way` says."""
         for tenant in self.tenants.in_turn():
             for seq in _of(tenant, self.waiting):
                 denied: Denied | None = Denied.NO_ROOM

@@ -1,11 +1,12 @@
-"""Divides the engine between tenants: places, KV blocks and time in each pass. Host only.
+"""Divides the engine between tenants: places, KV blocks and time in each forward pass. Host only.
 
-With one tenant nothing here has an effect. A tenant may use what the others leave unused; contended
-resources follow three rules. (1) A free place goes to the tenant with the fewest running sequences,
-then to the one served least. (2) A tenant with at least two running sequences fewer than another
-takes one of its places: that tenant's last sequence is preempted. (3) In a forward pass a tenant
-adds no more time than the pass takes for any other tenant, plus its unused time from earlier
-passes: its sequences decode in turns, and its prompts are computed in small chunks.
+There are `max_num_seqs` places for running sequences. With one tenant nothing here has an effect. A
+tenant may use what the others leave unused; contended resources follow three rules. (1) A free
+place goes to the tenant with the fewest running sequences, then to the one served least. (2) A
+tenant with at least two running sequences fewer than another takes one of its places: the other's
+last sequence is preempted. (3) A tenant adds to a pass no more time than the pass takes for any
+other tenant, plus its unused time from earlier passes: its sequences decode in turns, and its
+prompts are computed in small chunks.
 """
 
 import math
@@ -24,11 +25,11 @@ from specserve.sequence import Sequence, Status
 _QUANTUM: Final = 32
 _RECOMPUTED: Final = 8
 _ROWS_OF_A_PASS: Final = 16  # fixed cost of a pass, in rows, where costs were not measured
-_SHARE: Final = 0.5  # factor on the time that a tenant with more running sequences may add
+_SHARE: Final = 0.5  # factor on the time of a tenant that runs more sequences than another
 _CHUNK: Final = 8  # rows: a prompt chunk that this limits is rounded down to a multiple
 _LARGEST_CHUNK: Final = 512  # most prompt rows of a tenant in a pass shared with others
-_LATELY: Final = 256  # passes for which a tenant that left counts as likely to return
-_ROWS_OF_A_GUEST: Final = 64  # prompt rows per pass of a tenant that is alone within _LATELY
+_LATELY: Final = 256  # passes: how long a tenant that left counts as likely to return
+_ROWS_OF_A_GUEST: Final = 64  # most prompt rows of a lone tenant while another may return
 
 
 @dataclass(slots=True)
@@ -150,9 +151,9 @@ class Tenants:
 
         `prompts`: uncomputed tokens of running prompts, per tenant. The rows of a tenant may add as
         much time as the pass takes for the other tenant with the fewest rows (times `_SHARE` if it
-        runs more sequences than another), plus its unused credit from earlier passes. Beyond that
-        its sequences decode in turns, so the load of one tenant does not reduce the share of time
-        of another.
+        runs more sequences than another), plus its unused credit from earlier passes. If that is
+        not enough for all its sequences, they decode in turns. So the load of one tenant does not
+        reduce the share of time of another.
         """
         share = self._max_rows // max(len(prompts), 1)
         roots = {tenant: [s for s in ready if s.request.tenant == tenant] for tenant in self._all}

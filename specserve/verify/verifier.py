@@ -1,8 +1,8 @@
-"""Verifies all trees of a forward pass together.
+"""Verifies all trees of a forward pass together, one `Walk` per tree.
 
-If the model returned its top-k tokens, plain greedy walks use them and need no sampling. For the
-other walks, each round draws one token per unfinished walk in a single batched sampler call. A row
-that cannot be sampled fails its own request only.
+If the model returned its top-k tokens, walks of plain greedy requests use them and need no sampler.
+For the other walks, each round draws one token per unfinished walk in a single batched sampler
+call. A row that cannot be sampled fails its own request only.
 """
 
 from collections.abc import Sequence as Seq
