@@ -1,7 +1,7 @@
-"""Accepted requests: from authorisation to the last byte of the answer.
+"""Counts accepted requests, each from its authorisation to the last byte of its answer.
 
-What is accepted is answered before the server stops, and no connection of it is closed for others.
-So there is a bound.
+A drain waits for every accepted request, and the connection of an accepted request is never closed
+to make room for a new one. The number of accepted requests is therefore bounded.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from specserve.server.errors import APIError
 
 
 class AcceptedRequests:
-    """At most `limit` at a time. `shared`: there are several keys, so none may have all places."""
+    """At most `limit` requests at a time; with `shared` (several API keys), no key may hold all."""
 
     def __init__(self, limit: int, *, shared: bool) -> None:
         self._limit = limit
@@ -24,9 +24,10 @@ class AcceptedRequests:
         return len(self._tasks)
 
     def add(self, key: str) -> None:
-        """Accept the request of this task, which ends with the answer's last byte.
+        """Accept the request that the current task handles; it counts until that task is done.
 
-        Raises APIError if there are too many, of this key or of all.
+        The task is done when the last byte of the answer is written. Raises APIError (503) if this
+        key, or all keys together, have too many accepted requests.
         """
         if not room(self._limit, len(self._tasks), self._by_key[key], shared=self._shared):
             raise APIError.unavailable("too many requests are open; try again in 1 s", 1.0)
@@ -37,7 +38,7 @@ class AcceptedRequests:
         task.add_done_callback(lambda task: self._remove(task, key))
 
     async def all_answered(self) -> None:
-        """Return when there are none."""
+        """Return when no accepted request is left."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 

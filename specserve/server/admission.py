@@ -1,7 +1,8 @@
-"""The fair queue in front of the engine: who waits, whose turn it is, when it is too much.
+"""The fair queue in front of the engine: admits sequences by API key and bounds the queue.
 
-Knows keys and numbers of tokens, no HTTP and no engine. Nobody waits while a place is free.
-Whatever ends a request, its place, its tokens and its turn come back.
+It knows API keys and token counts; it does not know HTTP or the engine. Invariants: no sequence
+waits while it may be admitted, and every way in which a request ends releases its slot and its
+queued tokens.
 """
 
 import asyncio
@@ -16,12 +17,12 @@ from typing import Final, Literal
 from specserve.fair_share import Turns, room
 
 FullReason = Literal["max_queued_requests", "max_queued_tokens"]
-_MAX_RETRY: Final = 60.0  # seconds
-_MEASURED: Final = 64  # completions that the rate is measured over
+_MAX_RETRY: Final = 60.0  # seconds; upper bound of `Admission.retry_after`
+_MEASURED: Final = 64  # completion times that the rate is averaged over
 
 
 class QueueFull(Exception):
-    """Too many wait. `retry_after` seconds from now is a good time to ask again."""
+    """The queue is full. `retry_after`: estimated seconds until a new attempt can succeed."""
 
     def __init__(self, what: str, reason: FullReason, retry_after: float) -> None:
         super().__init__(f"{what}; try again in {retry_after:.0f} s")
@@ -31,7 +32,7 @@ class QueueFull(Exception):
 
 @dataclass(order=True, slots=True)
 class _Turn:
-    """One that waits or runs; sorts by priority, then age."""
+    """One waiting or running sequence; sorts by descending priority, then by age."""
 
     minus_priority: int
     number: int
@@ -42,7 +43,7 @@ class _Turn:
 
 @dataclass(slots=True)
 class _Client:
-    """One key that has something running or waiting."""
+    """State of one API key that has running or waiting sequences."""
 
     num_running: int = 0
     num_queued_tokens: int = 0
@@ -50,12 +51,14 @@ class _Client:
 
 
 class Admission:
-    """At most `window` sequences of one key are with the engine, and of all keys together unless a
-    key has less than its share of the window: the engine makes room for that one. The others wait
-    here, by key.
+    """Admits sequences to the engine, at most `window` at a time; the others wait, grouped by key.
 
-    The waiting key that got the fewest tokens is next (`Turns`); within a key a higher priority
-    goes first, then age. `shared`: there are several keys, so none may fill the queue.
+    The total may exceed `window` only for a key that runs fewer than max(1, window // num_keys)
+    sequences: the scheduler preempts sequences of other keys for it.
+
+    The waiting key with the least service so far, in tokens, is next (`Turns`); within a key,
+    higher priority goes first, then age. `shared`: there are several keys, so that no key may fill
+    the queue.
     """
 
     def __init__(
@@ -73,7 +76,8 @@ class Admission:
         self._num_turns = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._completions: deque[float] = deque(maxlen=_MEASURED)  # the first: busy since
+        # time.monotonic() seconds: when the queue became busy, then the latest completions.
+        self._completions: deque[float] = deque(maxlen=_MEASURED)
 
     @property
     def full(self) -> bool:
@@ -84,17 +88,17 @@ class Admission:
 
     @property
     def capacity(self) -> int:
-        """Sequences of a key that can run and wait together; a request of more never fits."""
+        """Most sequences of one key that can run and wait at once; a larger request never fits."""
         return self.window + room(self.max_queued_requests, 0, 0, shared=self._shared)
 
     @property
     def num_keys(self) -> int:
-        """Keys that are remembered."""
+        """Number of keys that have state here."""
         return max(len(self._clients), len(self._turns))
 
     @property
     def retry_after(self) -> float:
-        """Seconds until those that wait now will have run, 1 to 60, at the rate of the moment."""
+        """Estimated seconds, 1 to 60, until the sequences that wait now have run."""
         if not self._completions:
             return 1.0
         num_completed = max(1, len(self._completions) - 1)
@@ -103,10 +107,10 @@ class Admission:
 
     @asynccontextmanager
     async def slot(self, key: str, num_tokens: int, priority: int = 0) -> AsyncIterator[None]:
-        """A place with the engine, once it is this one's turn.
+        """Wait until a sequence of `key` is admitted, and hold its slot inside `async with`.
 
-        `num_tokens` count as service when it is admitted. Raises QueueFull at once if it would
-        have to wait and too many do.
+        `num_tokens` (the prompt's length) is charged to the key as service on admission. Raises
+        QueueFull immediately if the sequence would have to wait and the queue has no room for it.
         """
         turn = self._join(key, num_tokens, priority)
         try:
@@ -116,11 +120,11 @@ class Admission:
             self._leave(key, turn)
 
     def charge(self, key: str, num_tokens: int) -> None:
-        """Count tokens that the engine emitted for one of the key's running sequences."""
+        """Charge the key for tokens that the engine emitted for one of its sequences."""
         self._turns.charge(key, num_tokens)
 
     async def drain(self) -> None:
-        """Return when nothing runs or waits."""
+        """Return when no sequence runs or waits."""
         while self.num_running or self.num_waiting:
             await self._idle.wait()
 
@@ -169,11 +173,11 @@ class Admission:
             turn.admitted = True
             if not self._completions:
                 self._completions.append(time.monotonic())
-            if not turn.granted.done():  # else cancelled; it leaves when it gets to run
+            if not turn.granted.done():  # if cancelled, its task calls `_leave` when it resumes
                 turn.granted.set_result(None)
 
     def _next(self) -> str | None:
-        """The key whose turn it is, if one of those that wait may run."""
+        """The key to admit next, or None if no waiting sequence may be admitted."""
         num_keys = len(self._clients)
         return min(
             (
@@ -186,7 +190,7 @@ class Admission:
         )
 
     def _may_run(self, client: _Client, num_keys: int) -> bool:
-        """Whether one more of this key may go to the engine, with so many keys present."""
+        """Whether one more sequence of this key may be admitted, with `num_keys` keys present."""
         return self.num_running < self.window or client.num_running < max(
             1, self.window // num_keys
         )

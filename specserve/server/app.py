@@ -1,4 +1,4 @@
-"""The routes and what wraps them. Makes the application; starts nothing."""
+"""Builds the aiohttp application: its routes and its middlewares. Starts nothing."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -24,7 +24,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def build_app(service: Service, keyring: Keyring) -> web.Application:
-    """`client_max_size` plays no part: `read_body` has its own limit."""
+    """The application. aiohttp's `client_max_size` is not used: `read_body` bounds the body."""
     app = web.Application(middlewares=[render_errors, authorise(keyring), accept, hold_body])
     app[SERVICE] = service
     app.router.add_post("/v1/chat/completions", chat.chat_completions)
@@ -45,9 +45,11 @@ def build_app(service: Service, keyring: Keyring) -> web.Application:
 
 @web.middleware
 async def accept(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """After `authorise`: from here on the request is answered, whoever else comes or stops it.
+    """Count the request as accepted; runs after `authorise`.
 
-    Requests for public routes cost nothing and promise nothing.
+    An accepted request is answered before a drain ends, and its connection is not closed to make
+    room for others. Requests for public routes are not counted. Raises APIError (503) if the server
+    is shutting down or too many requests are accepted.
     """
     service, required = request.app[SERVICE], required_scope(request)
     if required is not None:
@@ -60,7 +62,10 @@ async def accept(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 @web.middleware
 async def render_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost layer: whatever happens inside, the client gets OpenAI's error form."""
+    """The outermost middleware: turns every exception into an error response of OpenAI's form.
+
+    It also adds the common response headers and counts the request in the metrics.
+    """
     service = request.app[SERVICE]
     request[REQUEST_ID] = request_id(request)
     request[ARRIVED] = started = time.monotonic()
@@ -82,8 +87,8 @@ async def render_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 @web.middleware
 async def hold_body(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """What the request's body holds is given back when it is over."""
-    if PRINCIPAL not in request:  # there is no such route
+    """Count the bytes of the request's body as held until the request is over."""
+    if PRINCIPAL not in request:  # no route matched
         return await handler(request)
     with request.app[SERVICE].bodies.hold(request[PRINCIPAL].name) as request[BODY]:
         return await handler(request)

@@ -1,7 +1,8 @@
-"""Who may do what: API keys, their scopes, and the scope that every route asks for.
+"""Authentication and authorisation: API keys, their scopes, and the scope each route requires.
 
-Keys are kept as SHA-256 digests only, and no message repeats one. A route is authorised by the
-handler that matched, never by the path as it was typed; a handler without a mark is refused.
+Keys are stored only as SHA-256 digests, and no message contains a key. Authorisation depends on
+the handler that the router matched, never on the request's path; a handler that has neither
+`@scope` nor `@public` is refused.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 KEYS_VARIABLE: Final = "SPECSERVE_API_KEYS"
 _MIN_KEY: Final = 16  # bytes
-_MAX_KEY: Final = 1024
+_MAX_KEY: Final = 1024  # bytes
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MARK: Final = "required_scope"
 
@@ -42,7 +43,7 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks. `cache_salt` keeps one key's cached prefixes from the others."""
+    """The caller of a request. `cache_salt` separates its cached prefixes from other keys'."""
 
     name: str
     scopes: frozenset[Scope]
@@ -54,9 +55,10 @@ PRINCIPAL: Final = web.RequestKey("principal", Principal)
 
 
 class Keyring:
-    """The keys of a server, as (where it is written, entry) pairs: `name:scopes:key`.
+    """The API keys of a server.
 
-    Raises ConfigError, which says where but never what.
+    Takes (location, entry) pairs, where an entry is `name:scopes:key`. Raises ConfigError, whose
+    message names the location and never contains the entry.
     """
 
     def __init__(self, entries: Iterable[tuple[str, str]] = ()) -> None:
@@ -75,9 +77,10 @@ class Keyring:
     def authenticate(
         self, authorization: str | bytes | None, api_key: str | bytes | None = None
     ) -> Principal | None:
-        """Whose key the headers Authorization or x-api-key carry; the first one counts.
+        """The owner of the key in the Authorization or x-api-key header; None without a known key.
 
-        Compares with every key, however soon one fits. Without keys everybody is ANONYMOUS.
+        Authorization takes precedence. The key is compared with every known key, also after a
+        match. A server without keys returns ANONYMOUS for every request.
         """
         if not self._keys:
             return ANONYMOUS
@@ -98,10 +101,10 @@ class Keyring:
 
 
 def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.environ) -> Keyring:
-    """The keys of `api_key_file` and of SPECSERVE_API_KEYS, which is taken out of `environ`.
+    """The keys of `api_key_file` and of SPECSERVE_API_KEYS, which is removed from `environ`.
 
-    Taken out, because the processes this one starts have no business with it. Raises ConfigError
-    for keys that cannot be used, and if other machines could get in without one.
+    The variable is removed so that child processes do not inherit it. Raises ConfigError for
+    invalid keys, and if other machines could reach the server without a key.
     """
     entries: list[tuple[str, str]] = []
     if config.api_key_file is not None:
@@ -122,7 +125,7 @@ def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.en
 
 
 def scope(required: Scope) -> Callable[[H], H]:
-    """Marks a handler: only for keys with this scope."""
+    """Decorator: the handler requires an API key with this scope."""
 
     def mark(handler: H) -> H:
         vars(handler)[_MARK] = required
@@ -132,30 +135,30 @@ def scope(required: Scope) -> Callable[[H], H]:
 
 
 def public(handler: H) -> H:
-    """Marks a handler: for everybody."""
+    """Decorator: the handler needs no API key."""
     vars(handler)[_MARK] = None
     return handler
 
 
 def check_routes(app: web.Application) -> None:
-    """Asserts that every route says who may use it."""
+    """Assert that every handler is marked with `@scope` or `@public`."""
     unmarked = [str(route) for route in app.router.routes() if not hasattr(route.handler, _MARK)]
     assert not unmarked, f"mark these handlers with @scope or @public: {unmarked}"
 
 
 def required_scope(request: web.Request) -> Scope | None:
-    """What a key needs for the route that matched; None: nothing, or there is no such route."""
+    """The scope that the matched route requires; None if it is public or no route matched."""
     required: Scope | None = getattr(request.match_info.handler, _MARK, None)
     return required
 
 
 def authorise(keyring: Keyring) -> Middleware:
-    """A middleware that lets a request through to the route it matched, or raises APIError."""
+    """A middleware that sets `request[PRINCIPAL]`, or raises APIError (401 or 403)."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         match = request.match_info
-        if match.http_exception is None:  # else there is no such route: 404 or 405
+        if match.http_exception is None:  # otherwise no route matched: 404 or 405
             request[PRINCIPAL] = _authorised(keyring, request, match.handler)
         return await handler(request)
 
@@ -163,7 +166,7 @@ def authorise(keyring: Keyring) -> Middleware:
 
 
 def principal(request: web.Request) -> Principal:
-    """Who asks, once the request is past `authorise`."""
+    """The caller of the request; available after `authorise`."""
     return request[PRINCIPAL]
 
 
@@ -196,7 +199,7 @@ def _authorised(keyring: Keyring, request: web.Request, matched: object) -> Prin
 
 
 def _parse(where: str, entry: str) -> tuple[bytes, Principal]:
-    """An entry's digest and owner. Any of its fields may be the key, so none is repeated."""
+    """An entry's digest and owner. Error messages quote no field: a misplaced key could be any."""
     if entry.count(":") < 2:
         raise ConfigError(f"{where}: expected name:scopes:key")
     name, scopes, key = entry.split(":", 2)
@@ -221,7 +224,7 @@ def _read_file(file: Path) -> list[tuple[str, str]]:
         mode = stat.S_IMODE(file.stat().st_mode)
     except OSError as error:
         raise ConfigError(f"api_key_file: {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError:  # its message would repeat what it read
+    except UnicodeDecodeError:  # its message would contain bytes of the file
         raise ConfigError(f"api_key_file: {file} is not UTF-8 text") from None
     if mode & 0o077:
         logger.warning("api_key_file: other users can read %s; run chmod 600 on it", file)
@@ -237,7 +240,7 @@ def _read_file(file: Path) -> list[tuple[str, str]]:
 
 
 def _as_bytes(header: str | bytes) -> bytes:
-    """Never raises: bytes that are no UTF-8 reach a handler as lone surrogates."""
+    """Never raises: header bytes that are not UTF-8 reach a handler as lone surrogates."""
     return header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
 
 

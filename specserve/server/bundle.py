@@ -1,7 +1,7 @@
-"""How many tokens an event carries.
+"""Groups the tokens of a sequence into token chunks: one chunk per streamed event.
 
-One event per verification pass shows how many tokens each pass accepted, and so something about
-the text, to whoever sees packet sizes (arXiv 2411.01076). Bundles of a fixed number hide it.
+With one event per forward pass, packet sizes reveal how many tokens each forward pass accepted, and
+so something about the text (arXiv 2411.01076). Chunks of a fixed number of tokens hide it.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from specserve.types import FinishReason, StepOutput, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Tokens of one sequence that are shown together."""
+    """A token chunk: consecutive tokens of one sequence that are sent in one event."""
 
     ids: tuple[int, ...]
     sources: tuple[int, ...]
@@ -22,9 +22,9 @@ class Bundle:
 
 
 class Bundler:
-    """Cuts a sequence's outputs into bundles of `size` tokens, the last one smaller.
+    """Splits a sequence's outputs into token chunks of `size` tokens; the last may be smaller.
 
-    0: a bundle is what one pass emitted.
+    With `size` 0, a chunk holds what one forward pass emitted.
     """
 
     def __init__(self, size: int) -> None:

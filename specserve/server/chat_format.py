@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` on the wire: pieces to chunks, all pieces to a response."""
+"""Wire format of `/v1/chat/completions`: text deltas to stream chunks or to one response."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ from specserve.types import TokenLogprobs
 
 
 class ChatFormat:
-    """The wire form of one request's answer."""
+    """Formats the answer to one request."""
 
     def __init__(
         self,
@@ -33,13 +33,13 @@ class ChatFormat:
         prompt: tuple[int, ...],
         token_bytes: TokenBytes,
     ) -> None:
-        self._answer = answer  # a chunk with the id, the time and the model of all of them
+        self._answer = answer  # a chunk with the id, creation time and model of every chunk
         self._request = request
         self._prompt = prompt if request.return_token_ids else UNSET
         self._token_bytes = token_bytes
 
     def opening(self) -> list[ChatChunk]:
-        """The role of every choice, before its first piece."""
+        """The chunks that open a stream: the role of every choice, before its first delta."""
         delta = ChatDelta("assistant", "")
         choices = [
             ChatChunkChoice(index=index, delta=delta) for index in range(self._request.n or 1)
@@ -49,7 +49,7 @@ class ChatFormat:
         return chunks
 
     def chunk(self, piece: Piece) -> ChatChunk | None:
-        """None if there is nothing to show."""
+        """The chunk for one text delta, or None if the delta has nothing to send."""
         bundle = piece.bundle
         shows = self._request.return_token_ids or self._request.return_sources
         if not (piece.text or bundle.finish or piece.logprobs or (shows and bundle.ids)):
@@ -66,7 +66,7 @@ class ChatFormat:
         return self._chunk((choice,))
 
     def closing(self) -> ChatChunk:
-        """The chunk without choices, for the usage."""
+        """The last chunk, without choices; it carries the usage."""
         return self._chunk(())
 
     def response(

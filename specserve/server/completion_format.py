@@ -1,4 +1,4 @@
-"""`/v1/completions` on the wire: pieces to chunks, all pieces to a response."""
+"""Wire format of `/v1/completions`: text deltas to stream chunks or to one response."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from specserve.types import TokenLogprobs
 
 
 class CompletionFormat:
-    """The wire form of one request's answer. `echoes` are the prompts as text, for `echo`."""
+    """Formats the answer to one request. `echoes`: the prompts as text, empty without `echo`."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class CompletionFormat:
         echoes: Sequence[str],
         token_bytes: TokenBytes,
     ) -> None:
-        self._answer = answer  # without choices: the id, the time and the model
+        self._answer = answer  # the id, creation time and model of every chunk, without choices
         self._request = request
         self._prompts = prompts
         self._echoes = echoes
@@ -37,7 +37,7 @@ class CompletionFormat:
         self._token_bytes = token_bytes
 
     def opening(self) -> list[Completion]:
-        """The echo of every choice, before its first piece."""
+        """The chunks that open a stream: with `echo`, the prompt of every choice."""
         if not self._request.echo:
             return []
         return [
@@ -46,7 +46,7 @@ class CompletionFormat:
         ]
 
     def chunk(self, piece: Piece) -> Completion | None:
-        """None if there is nothing to show."""
+        """The chunk for one text delta, or None if the delta has nothing to send."""
         bundle = piece.bundle
         shows = self._request.return_token_ids or self._request.return_sources
         if not (piece.text or bundle.finish or piece.logprobs or (shows and bundle.ids)):
@@ -54,7 +54,7 @@ class CompletionFormat:
         return self._chunk((self._choice([piece], piece.text),))
 
     def closing(self) -> Completion:
-        """The chunk without choices, for the usage."""
+        """The last chunk, without choices; it carries the usage."""
         return self._chunk(())
 
     def response(
@@ -103,7 +103,7 @@ class CompletionFormat:
         )
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
-        """The likeliest tokens, and the emitted one if it is not among them."""
+        """The most likely tokens, plus the emitted token if it is not among them."""
         top = dict(entry.top)
         top.setdefault(entry.token_id, entry.logprob)
         return {self._token_bytes.text(token): logprob for token, logprob in top.items()}

@@ -1,7 +1,7 @@
-"""What aiohttp leaves open of a connection: how long a body and an answer may take, errors as JSON.
+"""One client connection: the limits and error responses that aiohttp lacks.
 
-Every connection is bounded in time and in size before a handler is asked; `door.py` bounds their
-number. Knows the routes and their bodies only as bytes.
+Bounds the size and time of a request's body and the time a client may take to read its answer;
+`door.py` bounds the number of connections. It sees bodies and answers only as bytes.
 """
 
 import asyncio
@@ -19,20 +19,21 @@ from specserve.server.errors import APIError
 
 logger = logging.getLogger(__name__)
 
-SERVER_NAME: Final = "specserve"  # aiohttp would tell its version
-_LINGER_S: Final = 1.0  # a client that still sends is heard this long, so that it reads its answer
-_SHUTDOWN_S: Final = 2.0  # for handlers to write their last words, once draining is over
-_POLL_S: Final = 0.02  # between looks at what TLS has handed on
-_FIRST_LOOK_S: Final = 0.05  # after a client sent its last byte, whether it is there at all
-_LONGEST_LOOK_S: Final = 5.0
-_INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"  # which a client has to skip
-_ACKNOWLEDGED: Final = slice(120, 128)  # tcpi_bytes_acked of Linux's struct tcp_info
+SERVER_NAME: Final = "specserve"  # aiohttp's default would reveal its version
+# Seconds that a body is still read after an early answer, so that the client gets to read it.
+_LINGER_S: Final = 1.0
+_SHUTDOWN_S: Final = 2.0  # seconds that handlers get to end their answers after a drain
+_POLL_S: Final = 0.02  # seconds between checks whether an answer has been sent entirely
+_FIRST_LOOK_S: Final = 0.05  # seconds from a client's FIN to the first check that it is alive
+_LONGEST_LOOK_S: Final = 5.0  # seconds; the interval of these checks doubles up to this
+_INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"  # HTTP clients must skip interim responses
+_ACKNOWLEDGED: Final = slice(120, 128)  # bytes of tcpi_bytes_acked in Linux's struct tcp_info
 _CLOSE: Final = {"Connection": "close"}
 _CHARSETS: Final = {None, "utf-8", "utf8", "us-ascii"}
 
 
 def runner_options(config: ServerConfig) -> dict[str, Any]:
-    """For `web.AppRunner`: a client that is gone cancels its handler, nothing waits for ever."""
+    """Options for `web.AppRunner`. A client that disconnects cancels its handler."""
     return {
         "handler_cancellation": True,
         "shutdown_timeout": _SHUTDOWN_S,
@@ -41,7 +42,7 @@ def runner_options(config: ServerConfig) -> dict[str, Any]:
 
 
 def keep_place(request: web.Request) -> None:
-    """From here to the last byte of its answer, nobody else gets the place of its connection."""
+    """Do not close the request's connection for a new one before its answer is sent."""
     if isinstance(request.protocol, Connection):
         request.protocol.keep_place()
 
@@ -52,8 +53,12 @@ async def read_body(
     timeout: float,
     take: Callable[[int], None] = lambda num_bytes: None,
 ) -> bytes:
-    """The whole body, of JSON to be. Raises APIError: 400, 408, 413 or 415, or what `take` raises
-    when it is told the size of a piece."""
+    """The whole body, at most `max_bytes` long and received within `timeout` seconds.
+
+    `take` is called with the number of bytes of each part before the part is stored. Raises
+    APIError: 400 (cut or malformed), 408 (`timeout`), 413 (too large), 415 (a Content-Type or
+    Content-Encoding that is not plain JSON in UTF-8), and whatever `take` raises.
+    """
     _check_headers(request, max_bytes)
     body = bytearray()
     try:
@@ -95,17 +100,17 @@ def _too_large(max_bytes: int) -> APIError:
 
 
 def _connection_options(config: ServerConfig) -> dict[str, Any]:
-    """aiohttp's own bounds on headers are right: 8190 bytes a line, 128 lines."""
+    """aiohttp's own limits on headers are kept: 8190 bytes per line, 128 lines."""
     return {
         "keepalive_timeout": config.keepalive_timeout,
         "lingering_time": _LINGER_S,
-        "auto_decompress": False,  # `read_body` takes no compressed ones
+        "auto_decompress": False,  # `read_body` refuses compressed bodies
         "access_log": None,
     }
 
 
 class Places(Protocol):
-    """Of connections: a newcomer gets one that is offered when there are no others."""
+    """The limited set of connections. At the limit, a new connection replaces an offered one."""
 
     def keep(self, raw: asyncio.Transport) -> None: ...
 
@@ -115,10 +120,11 @@ class Places(Protocol):
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's protocol; but what it answers by itself has OpenAI's form and no traceback.
+    """aiohttp's protocol, with three changes.
 
-    A client that takes nothing of its answer for `write_timeout` seconds is dropped: aiohttp would
-    wait for it for ever. One that has sent its last byte still gets its answers.
+    Errors that aiohttp answers by itself have OpenAI's form and no traceback. A client that reads
+    nothing of its answer for `write_timeout` seconds is dropped; aiohttp would wait forever. A
+    client that has closed its sending side (FIN) still gets its answers.
     """
 
     __slots__ = ("_check", "_half_closed", "_last_body", "_places", "_raw", "_write_timeout")
@@ -126,7 +132,7 @@ class Connection(web.RequestHandler):
     def __init__(
         self, server: web.Server, places: "Places", raw: asyncio.Transport, config: ServerConfig
     ) -> None:
-        """`raw` carries the bytes, in clear or not."""
+        """`raw` is the TCP transport, also below TLS."""
         super().__init__(server, loop=asyncio.get_running_loop(), **_connection_options(config))
         self._places = places
         self._raw = raw
@@ -136,37 +142,37 @@ class Connection(web.RequestHandler):
         self._last_body = EMPTY_PAYLOAD
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """From here on, whatever the system does not take at once counts as unsent."""
+        """Set the write limits so that `pause_writing` is called as soon as any byte is unsent."""
         super().connection_made(transport)
-        # TLS pauses at `high` bytes, plain transports above.
+        # TLS transports pause at `high` buffered bytes, plain ones above `high`.
         high = 0 if transport is self._raw else 1
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=high, low=0)
 
     def keep_place(self) -> None:
-        """Until its answer is out, the request of this task keeps the connection's place."""
+        """Keep the connection's place until the current task has sent its request's answer."""
         task = asyncio.current_task()
         assert task is not None
         self._places.keep(self._raw)
         task.add_done_callback(lambda _: self._places.offer(self._raw))
 
     def data_received(self, data: bytes) -> None:
-        """More of requests."""
+        """Parse the bytes and remember the body of the latest request."""
         super().data_received(data)
         if self._messages:
             self._last_body = self._messages[-1][1]
 
     def pause_writing(self) -> None:
-        """The connection holds no more."""
+        """The write buffer is not empty: start to check that the client reads."""
         super().pause_writing()
         self._expect_more_than(-math.inf)
 
     def resume_writing(self) -> None:
-        """The client has read enough of it."""
+        """The write buffer is empty again: stop checking."""
         super().resume_writing()
         self._stop_checking()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The client is gone, or was dropped."""
+        """The connection is closed, by either side."""
         self._stop_checking()
         self._places.leave(self._raw)
         super().connection_lost(exc)
@@ -184,10 +190,10 @@ class Connection(web.RequestHandler):
             self._check = None
 
     def _num_taken(self) -> int:
-        """A number that grows while the client takes something.
+        """A number that grows while the client reads.
 
-        That is what its system has acknowledged; where ours does not tell, what ours has taken, in
-        large steps.
+        On Linux: bytes that the client's TCP has acknowledged. Elsewhere: minus the bytes that the
+        local system has not taken yet, which changes in large steps.
         """
         if sys.platform == "linux":
             sock = self._raw.get_extra_info("socket")
@@ -197,14 +203,14 @@ class Connection(web.RequestHandler):
         return -self._num_unsent()
 
     def _num_unsent(self) -> int:
-        """Bytes that the system has not taken yet."""
+        """Bytes that the local system has not taken yet."""
         if self.transport is None:
             return 0
         encrypted = 0 if self.transport is self._raw else self._raw.get_write_buffer_size()
         return self.transport.get_write_buffer_size() + encrypted
 
     async def _all_sent(self) -> None:
-        """Return when the system has everything. TLS says so when it has encrypted everything."""
+        """Return when the local system has taken all bytes, those that TLS encrypted included."""
         if self._num_unsent():
             self._expect_more_than(-math.inf)
             while self._num_unsent():
@@ -212,9 +218,10 @@ class Connection(web.RequestHandler):
             self._stop_checking()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's never keeps it
-        """The client sends no more: it waits for its answer, or is gone, which looks alike.
+        """The client sent FIN: it may wait for its answer or be gone; TCP does not tell which.
 
-        True keeps the connection. TLS has no such state, and a body that is cut has no answer.
+        Returns True to keep the connection. Returns False (close) for TLS, which has no half-closed
+        state, for an idle connection, and when the last body is incomplete.
         """
         if self.transport is not self._raw or self._is_idle or not self._last_body.is_eof():
             return False
@@ -228,11 +235,16 @@ class Connection(web.RequestHandler):
         return self._waiter is not None and not self._waiter.done()
 
     def _look_for_client(self, waited: float) -> None:
-        """Only who is still there takes what is written: an interim answer, so often that nothing
-        is computed for long for nobody. HTTP/1.0 has none, so its clients have to listen."""
+        """Close a half-closed connection if its client is gone or everything is answered.
+
+        As long as no answer has begun, each check writes an interim response (100): if the client
+        is gone, this causes a socket error that the next check finds. HTTP/1.0 has no interim
+        responses, so that an unanswered HTTP/1.0 request is dropped. The interval doubles up to
+        `_LONGEST_LOOK_S`.
+        """
         if self.transport is None or self.transport.is_closing():
             return
-        if self._is_idle:  # everything is answered, and no more will come
+        if self._is_idle:  # all requests are answered, and no more can come
             self.force_close()
             return
         request = self._current_request
@@ -254,12 +266,12 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answers bytes that are no HTTP, and what escaped the application."""
+        """The response to malformed HTTP, or to an exception that left the application."""
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun; there is no place for an error")
         if status < 500:
             logger.debug("malformed HTTP from %s: %s", request.remote, message)
-            reason = (message or "").partition(":")[0]  # what follows repeats the input
+            reason = (message or "").partition(":")[0]  # the rest quotes the input
             error = APIError(status, f"malformed HTTP: {reason}")
         else:
             logger.error("a request failed", exc_info=exc)
@@ -271,8 +283,8 @@ class Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Sends an answer, to its last byte; one that says so is the connection's last."""
-        if isinstance(resp, web.HTTPException):  # raised before any middleware: a strange Expect
+        """Send an answer and wait for its last byte; `Connection: close` closes after it."""
+        if isinstance(resp, web.HTTPException):  # before any middleware: unknown Expect
             resp = APIError(resp.status, f"{resp.reason}").response()
         resp.headers.setdefault("Server", SERVER_NAME)
         if resp.headers.get("Connection") == "close":

@@ -1,9 +1,9 @@
-"""Where connections come in: how many there may be, TLS, and who has to go when there are too many.
+"""The listening port: bounds the number of connections and performs the TLS handshake.
 
-A connection counts from the moment the system hands it over, a TLS handshake included. It is never
-the newcomer that is turned away: of those that have no accepted request the one that has been idle
-for the longest, or has been at its request for the longest, is closed. As at most
-`max_connections` requests are accepted and there are places beyond those, there is one.
+A connection counts from the moment the system hands it over, TLS handshake included. At the limit
+a new connection is not refused: instead the connection that has been without an accepted request
+for the longest is closed. Such a connection exists, because at most `max_connections` requests are
+accepted and the limit (`num_places`) is higher.
 """
 
 import asyncio
@@ -19,17 +19,18 @@ from specserve.server.connections import Connection
 
 logger = logging.getLogger(__name__)
 
-_HANDSHAKE_S: Final = 10.0
-_FILES: Final = 256  # that are open beside connections: ours, and of arrivals before they count
+_HANDSHAKE_S: Final = 10.0  # seconds for a TLS handshake
+# Open files beyond `num_places`: the server's own, and connections accepted but not yet counted.
+_FILES: Final = 256
 
 
 def num_places(config: ServerConfig) -> int:
-    """Connections at most: those with accepted requests, and others, such as for `/health`."""
+    """Most open connections: `max_connections`, plus at least 16 for others such as `/health`."""
     return config.max_connections + max(16, config.max_connections // 8)
 
 
 def allow_files(config: ServerConfig) -> None:
-    """Have the system let this process open as many files as there may be. Raises ConfigError."""
+    """Raise the soft limit on open files to what is needed. Raises ConfigError if impossible."""
     needed = num_places(config) + _FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -44,7 +45,7 @@ def allow_files(config: ServerConfig) -> None:
 
 
 class Door:
-    """The server's port and the connections that came in through it. `listen` opens one."""
+    """The server's port and its open connections. `listen` creates one."""
 
     def __init__(
         self, server: web.Server, config: ServerConfig, tls: ssl.SSLContext | None
@@ -53,20 +54,20 @@ class Door:
         self._config = config
         self._tls = tls
         self._limit = num_places(config)
-        self._kept: set[asyncio.Transport] = set()
-        self._offered: dict[asyncio.Transport, None] = {}  # whose place others may get, in order
+        self._kept: set[asyncio.Transport] = set()  # with an accepted request
+        self._offered: dict[asyncio.Transport, None] = {}  # not protected, oldest first
         self._handshakes: set[asyncio.Task[None]] = set()
         self._port: asyncio.Server | None = None
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port."""
+        """The host and port that the server listens on."""
         assert self._port is not None
         host, port = self._port.sockets[0].getsockname()[:2]
         return host, port
 
     def __len__(self) -> int:
-        """Connections that are open."""
+        """Number of open connections."""
         return len(self._kept) + len(self._offered)
 
     async def open(self) -> None:
@@ -75,7 +76,7 @@ class Door:
         )
 
     def close(self) -> None:
-        """Let nobody in any more; who is in stays."""
+        """Stop listening and cancel pending TLS handshakes; other connections stay open."""
         assert self._port is not None
         self._port.close()
         for task in self._handshakes:
@@ -98,26 +99,26 @@ class Door:
         task.add_done_callback(self._handshakes.discard)
 
     def keep(self, raw: asyncio.Transport) -> None:
-        """It has an accepted request. Nothing happens if its place has been given away."""
+        """Protect a connection that has an accepted request. No effect if it was closed already."""
         if raw in self._offered:
             del self._offered[raw]
             self._kept.add(raw)
 
     def offer(self, raw: asyncio.Transport) -> None:
-        """It has none any more."""
+        """End the protection: the connection has no accepted request any more."""
         if raw in self._kept:
             self._kept.remove(raw)
             self._offered[raw] = None
 
     def leave(self, raw: asyncio.Transport) -> None:
-        """It is closed."""
+        """Remove a connection that is closed."""
         self._kept.discard(raw)
         self._offered.pop(raw, None)
 
     async def _shake_hands(
         self, raw: asyncio.Transport, arrival: "_Arrival", tls: ssl.SSLContext
     ) -> None:
-        raw.set_write_buffer_limits(high=0)  # else TLS would take a lot for sent that is not
+        raw.set_write_buffer_limits(high=0)  # or TLS would count bytes in this buffer as sent
         transport: asyncio.Transport | None = None
         try:
             transport = await _start_tls(raw, arrival, tls)
@@ -143,9 +144,9 @@ class Door:
 async def listen(
     runner: web.AppRunner, config: ServerConfig, tls: ssl.SSLContext | None = None
 ) -> Door:
-    """Open the server's port: a site of `runner`, which has to be set up.
+    """Open the server's port for `runner`, whose `setup` must have been called.
 
-    Close what comes back before `runner.cleanup()`.
+    The caller must close the returned door before `runner.cleanup()`. Raises OSError.
     """
     assert runner.server is not None
     door = Door(runner.server, config, tls)
@@ -154,11 +155,11 @@ async def listen(
 
 
 class _Arrival(asyncio.Protocol):
-    """A connection until it is served."""
+    """The protocol of a connection until `Connection` replaces it."""
 
     def __init__(self, door: Door) -> None:
         self._door = door
-        self.early = bytearray()  # before TLS or with the last of its handshake
+        self.early = bytearray()  # received before TLS starts, or with the end of its handshake
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._door.arrived(cast(asyncio.Transport, transport), self)
@@ -174,15 +175,15 @@ class _Arrival(asyncio.Protocol):
 async def _start_tls(
     raw: asyncio.Transport, arrival: _Arrival, tls: ssl.SSLContext
 ) -> asyncio.Transport | None:
-    """The transport of what is encrypted. Raises OSError."""
+    """The TLS transport over `raw`. Raises OSError if the handshake fails."""
     loop = asyncio.get_running_loop()
     handshake = asyncio.create_task(
         loop.start_tls(raw, arrival, tls, server_side=True, ssl_handshake_timeout=_HANDSHAKE_S)
     )
     try:
         await asyncio.sleep(0)
-        # `start_tls` has taken the connection, which does not read until TLS is set up, and that is
-        # scheduled. uvloop's may have read something before.
+        # By now `start_tls` has replaced the protocol of `raw`, and reading is paused until the TLS
+        # setup, which is scheduled, has run. With uvloop, bytes may have arrived before that.
         protocol = cast(asyncio.BufferedProtocol, raw.get_protocol())
         loop.call_soon(_feed, protocol, arrival.take())
         return await handshake

@@ -1,6 +1,7 @@
-"""Errors as clients see them: OpenAI's nested form, whatever went wrong.
+"""Error responses in OpenAI's nested form, for every kind of error.
 
-No traceback, no path of the machine, and no more of the input than helps to find the mistake.
+An error contains no traceback, no path of the machine, and only as much of the input as helps to
+find the mistake.
 """
 
 import msgspec
@@ -28,7 +29,7 @@ TYPES = {
 
 
 class APIError(Exception):
-    """An answer that is no success. Raised by handlers, rendered by the outermost middleware."""
+    """An error response. Raised by handlers and rendered by the outermost middleware."""
 
     def __init__(
         self,
@@ -69,9 +70,9 @@ class APIError(Exception):
 
 
 def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> bytes:
-    """The JSON of one error, cut to `MAX_MESSAGE` characters."""
+    """The JSON of one error, with the message cut to `MAX_MESSAGE` characters."""
     if len(message) > MAX_MESSAGE:
         message = message[:MAX_MESSAGE] + "..."
-    # JSON can spell half a character, UTF-8 cannot.
+    # A JSON string can hold lone surrogates, which UTF-8 cannot encode.
     message = message.encode(errors="replace").decode()
     return msgspec.json.encode(ErrorResponse(ErrorDetail(message, type, param, code)))

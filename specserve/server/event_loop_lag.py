@@ -1,4 +1,4 @@
-"""How late the event loop runs timers: whatever blocks it makes every client wait as long."""
+"""Measures how late the event loop runs timers. Code that blocks the loop delays every client."""
 
 import asyncio
 from typing import Final
@@ -9,7 +9,7 @@ INTERVAL: Final = 0.1  # seconds
 
 
 async def watch_lag(metrics: ServerMetrics) -> None:
-    """Measure until cancelled."""
+    """Observe `metrics.event_loop_lag` (seconds) every `INTERVAL` until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + INTERVAL

@@ -1,4 +1,4 @@
-"""Every exception a handler can raise, as the answer a client gets."""
+"""Maps every exception that a handler can raise to the error response for the client."""
 
 import logging
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def as_api_error(error: Exception) -> APIError:
-    """What a client is told of any exception."""
+    """The error response for `error`. Unknown exceptions are logged and become a 500."""
     match error:
         case APIError():
             return error
@@ -26,7 +26,7 @@ def as_api_error(error: Exception) -> APIError:
         case EngineUnavailable() | TextUnavailable():
             return APIError.unavailable(str(error), error.retry_after)
         case DeadlinePassed():
-            status = 408 if error.asked else 504  # 4xx is the caller's doing
+            status = 408 if error.asked else 504  # 408 if the client set the deadline
             return APIError(status, str(error), code="deadline_exceeded")
         case GenerationFailed():
             return APIError(500, str(error), code="generation_failed")

@@ -1,7 +1,7 @@
-"""One generating request at work: its choices run side by side, their text comes out in pieces.
+"""Runs one generation request: its choices run concurrently and yield text deltas.
 
-Knows admission, engine and text; knows no HTTP and no wire format. Whoever stops listening to
-`pieces` ends the request: places in the queue and in the engine come back.
+It uses admission, the engine and the detokenizer; it does not know HTTP or the wire format. Closing
+the generator `Generation.pieces` ends the request and releases its slots in queue and engine.
 """
 
 import asyncio
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 
 
 class GenerationFailed(Exception):
-    """The engine gave this request up; the message says why."""
+    """The engine ended this request with an error; the message says why."""
 
 
 class DeadlinePassed(Exception):
-    """The request ran out of time, in the queue or while running.
+    """The request's deadline passed, in the queue or while running.
 
-    `asked`: the caller had set the deadline; else it was the server's limit.
+    `asked`: the client set the deadline (`request_timeout`); otherwise it is the server's limit.
     """
 
     def __init__(self, message: str, asked: bool) -> None:
@@ -58,24 +58,25 @@ class DeadlinePassed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A request as the engine will see it, `sampling.n` times per prompt."""
+    """A checked generation request. It becomes `sampling.n` engine requests per prompt."""
 
     id: str
     prompts: list[tuple[int, ...]]
     sampling: SamplingParams
     speculation: SpeculationParams
-    key: str  # whose turn it uses up
+    key: str  # name of the API key that is charged
     cache_salt: str
     priority: int
     deadline: float  # time.monotonic() seconds
-    deadline_asked: bool  # by the caller
+    deadline_asked: bool  # set by the client
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one event says of one choice.
+    """A text delta: the text and token chunk that one event carries for one choice.
 
-    Logprobs wait until it is settled where in the text their token begins: `offsets`.
+    `logprobs` are those of the tokens whose start in the text is final, and `offsets` are these
+    starts, in characters of the choice's text. Both may lag behind `bundle`.
     """
 
     choice: int
@@ -86,12 +87,12 @@ class Piece:
 
 
 class _Pieces:
-    """Makes the pieces of one choice of its bundles."""
+    """Turns the token chunks of one choice into text deltas."""
 
     def __init__(self, choice: int, request: Request, tokenizer: Tokenizer) -> None:
         params = request.sampling
         self._choice = choice
-        self._logprobs: deque[TokenLogprobs] = deque()  # of tokens whose text may be taken back
+        self._logprobs: deque[TokenLogprobs] = deque()  # of tokens that a stop string may still cut
         self._text = OutputText(
             tokenizer,
             params.stop,
@@ -124,18 +125,18 @@ class _Times:
 
 
 class Generation:
-    """`usage` and `metrics` are those so far, and final once `pieces` is exhausted."""
+    """One running request. `usage` and `metrics` are final once `pieces` is exhausted."""
 
     def __init__(self, service: "Service", job: Job) -> None:
         self.job = job
         self._service = service
-        self._mark = secrets.token_hex(4)  # callers choose job ids, and may choose one twice
+        self._mark = secrets.token_hex(4)  # clients choose job ids and may repeat one
         self._stats: list[SpecStats] = []
         self._num_tokens = 0
         self._num_bundles = 0
         self._predictions: dict[int, PredictionUsage] = {}  # by choice
         self._max_nodes = min(job.speculation.max_nodes or 64, service.engine_info().max_nodes)
-        self._cached: dict[int, int] = {}  # prompt -> tokens taken from the prefix cache
+        self._cached: dict[int, int] = {}  # prompt index -> tokens found in the prefix cache
         self._times = _Times()
         self._timer = service.metrics.request(
             num_prompt_tokens=sum(map(len, job.prompts)),
@@ -144,10 +145,10 @@ class Generation:
         )
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """What every choice emits, as it comes. Choice p * n + i is sample i of prompt p.
+        """The text deltas of all choices as they arrive. Choice p * n + i is sample i of prompt p.
 
-        Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed or DeadlinePassed; then
-        all choices are over. Use with `contextlib.aclosing`.
+        Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed or DeadlinePassed, which
+        ends all choices. Use with `contextlib.aclosing`.
         """
         queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
         seed = self.job.sampling.seed
@@ -157,7 +158,7 @@ class Generation:
             for prompt in range(len(self.job.prompts))
             for i, sampling in enumerate(samples)
         ]
-        reason: FinishReason = "abort"  # until every choice has ended: the caller may leave
+        reason: FinishReason = "abort"  # until every choice has ended: the consumer may close this
         try:
             num_running = num_unfinished = len(tasks)
             while num_running:
@@ -177,7 +178,7 @@ class Generation:
         finally:
             for task in tasks:
                 task.cancel()
-            self._timer.finish(reason)  # whatever becomes of the waiting
+            self._timer.finish(reason)  # first, as the wait below may be cancelled
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(
@@ -200,7 +201,7 @@ class Generation:
             job.key,
         )
         try:
-            # The engine keeps the deadline itself; this is for the wait before it.
+            # The engine enforces the deadline too, but not for the wait in the queue.
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._time_left()):
                 await self._admitted(request, queue, choice, prompt)
             queue.put_nowait(None)
@@ -261,7 +262,7 @@ class Generation:
         num_prompt = sum(map(len, self.job.prompts))
         details: CompletionDetails | UnsetType = UNSET
         if prediction := self.job.speculation.prediction:
-            # Of several choices the one that took over most: the two add up to the prediction.
+            # The best of several choices, so that accepted + rejected = the prediction's length.
             accepted = max((used.num_accepted for used in self._predictions.values()), default=0)
             details = CompletionDetails(accepted, len(prediction) - accepted)
         return Usage(

@@ -1,4 +1,4 @@
-"""How many bytes of bodies the HTTP process holds: of requests that are read, wait or run."""
+"""Bounds the bytes of all request bodies that the HTTP process holds at one time."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,14 +10,16 @@ from aiohttp import web
 from specserve.fair_share import room
 from specserve.server.errors import APIError
 
-_NUM_LARGEST: Final = 8  # bodies of the largest size that are held at once
-_AT_LEAST: Final = 2**26  # bytes, however small the largest body may be
-_RETRY_S: Final = 1.0
+_NUM_LARGEST: Final = 8  # bodies of `max_body_bytes` that fit at one time
+_AT_LEAST: Final = 2**26  # bytes; lower bound of the limit for a small `max_body_bytes`
+_RETRY_S: Final = 1.0  # seconds, for Retry-After
 
 
 class HeldBodies:
-    """A body counts from its first byte until its request is over. `shared`: there are several
-    keys, so none may take all that there is."""
+    """Counts the bytes of a body from their arrival until its request is over.
+
+    `shared`: there are several API keys, so that no key may use the whole limit.
+    """
 
     def __init__(self, max_body_bytes: int, *, shared: bool) -> None:
         self.limit = max(_NUM_LARGEST * max_body_bytes, _AT_LEAST)
@@ -30,7 +32,7 @@ class HeldBodies:
 
     @contextmanager
     def hold(self, key: str) -> Iterator["HeldBody"]:
-        """The body of one request of the key."""
+        """Count the body of one request of `key` inside the `with` block."""
         body = HeldBody(self, key)
         try:
             yield body
@@ -39,7 +41,7 @@ class HeldBodies:
             self._by_key += Counter()  # drops zeros
 
     def take(self, key: str, num_bytes: int) -> None:
-        """So many more. Raises APIError, a 429, where it is too much."""
+        """Count `num_bytes` more bytes for `key`. Raises APIError (429) above the limit."""
         if num_bytes > room(self.limit, self.num_bytes, self._by_key[key], shared=self._shared):
             whose = "of this key" if self._shared else "on this server"
             error = APIError.unavailable(
@@ -54,13 +56,15 @@ class HeldBodies:
 
 
 class HeldBody:
+    """The counted bytes of one request's body."""
+
     def __init__(self, bodies: HeldBodies, key: str) -> None:
         self.num_bytes = 0
         self._bodies = bodies
         self._key = key
 
     def take(self, num_bytes: int) -> None:
-        """To be told of every piece before it is kept. Raises APIError, a 429."""
+        """Count a part of the body before it is stored. Raises APIError (429)."""
         self._bodies.take(self._key, num_bytes)
         self.num_bytes += num_bytes
 

@@ -1,7 +1,7 @@
-"""What speculation did for the requests of each API key: all that one key may learn about it.
+"""Speculation totals per API key: the only speculation figures shown to a key without `metrics`.
 
-Totals of the whole engine would tell a key how many tokens each forward pass of another key's
-requests accepted, and that tells their content (arXiv 2411.01076).
+Totals of the whole engine would reveal to one key how many tokens each forward pass of another
+key's requests accepted, and so something about their content (arXiv 2411.01076).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from specserve.types import SpecStats
 
 @dataclass(slots=True)
 class KeyTotals:
-    """Of finished requests. `num_drafts` counts forward passes that had drafted nodes to verify."""
+    """Counts over finished requests. `num_drafts`: forward passes that verified drafted nodes."""
 
     num_drafts: int = 0
     num_draft_tokens: int = 0
@@ -19,7 +19,7 @@ class KeyTotals:
 
 
 class KeySpeculation:
-    """The totals by key; there are as many as the server has keys."""
+    """The totals by key. Their number is bounded by the number of API keys."""
 
     def __init__(self) -> None:
         self._totals: dict[str, KeyTotals] = {}

@@ -1,7 +1,7 @@
-"""A server from its first line to its last: start, serve, drain, stop.
+"""The life of a server: start, serve, drain, stop.
 
-SIGTERM and SIGINT drain: what is being answered is finished, within `drain_timeout`, new requests
-get a 503. A second signal stops now; streams that are still open end with an error event.
+SIGTERM and SIGINT start a drain: accepted requests are finished within `drain_timeout`, and new
+ones get a 503. A second signal stops at once; streams that are still open end with an error event.
 """
 
 import asyncio
@@ -43,16 +43,20 @@ from specserve.text import Tokenizer
 from specserve.text.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
-_SPARE_PLACES: Final = 4  # sequences with the engine beyond those that run, so it never waits
-_ECHO_S: Final = 0.25  # `timeout` and others signal a process, then its whole group
+# Sequences admitted beyond `max_num_seqs`, so that the engine never waits for the next one.
+_SPARE_PLACES: Final = 4
+# Seconds within which a repeated signal counts as the same one: `timeout` and similar programs
+# signal a process and then its whole group.
+_ECHO_S: Final = 0.25
 
 OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name
 
 
 async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:
-    """Serve until a signal. True: every accepted request was answered.
+    """Serve until a signal. Returns whether every accepted request was answered.
 
-    Raises ConfigError, TextError or OSError if it cannot start.
+    Calls `on_ready(url, model_name, info)` once the engine is ready. Raises ConfigError, TextError
+    or OSError if the server cannot start.
     """
     async with open_server(config, target) as (service, url):
         signals = _Signals()
@@ -73,7 +77,7 @@ async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:
 
 @asynccontextmanager
 async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple[Service, str]]:
-    """A listening server whose engine is starting, and its URL."""
+    """Yields the service of a listening server, whose engine is still starting, and its URL."""
     keyring = load_keyring(config.server)
     allow_files(config.server)
     service = _assemble(config, target, shared=len(keyring) > 1)
@@ -103,14 +107,14 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
         service.draining = True
         if door is not None:
             door.close()
-        # What is open now ends with an error, which `cleanup` gives time to be read.
+        # Open requests now end with an error; `cleanup` gives their handlers time to send it.
         await service.texts.stop()
         await service.engine.stop()
         await runner.cleanup()
 
 
 class _Signals:
-    """`first`: drain. `second`, if it is not the first one's echo: stop now."""
+    """The first signal (drain) and the second (stop now); a repeat within `_ECHO_S` is ignored."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
@@ -147,7 +151,7 @@ async def _drain(service: Service, signals: _Signals) -> bool:
 
 
 def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
-    """`shared`: by several keys."""
+    """`shared`: the server has several API keys."""
     server = config.server
     model_name = server.served_model_name or base_name(config.target.target)
     check_model_name(model_name)

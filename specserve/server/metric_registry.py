@@ -1,7 +1,7 @@
-"""Prometheus metrics that carry the model's name and cannot grow without bound.
+"""Prometheus metrics that carry the model's name and have a bounded number of series.
 
-Owns a registry of its own, so that several servers fit into one process. Knows no metric by name.
-A family never holds more than `MAX_SERIES` series: what comes later is counted as "other".
+It owns its own registry, so that several servers fit into one process, and knows no metric by name.
+A family holds at most `MAX_SERIES` series: further label values are counted under "other".
 """
 
 from typing import Final, Generic, TypeVar
@@ -13,7 +13,7 @@ from prometheus_client.metrics import MetricWrapperBase
 MAX_SERIES: Final = 256
 OTHER: Final = "other"
 OPENMETRICS: Final = "application/openmetrics-text"
-# With any other escaping the library turns the colons of our names into underscores.
+# With any other escaping the library replaces the colons in metric names by underscores.
 OPENMETRICS_ACCEPTED: Final = f"{OPENMETRICS};version=1.0.0;escaping=allow-utf-8"
 LABELS: Final = ("model_name", "engine")
 
@@ -21,7 +21,7 @@ M = TypeVar("M", bound=MetricWrapperBase)
 
 
 class Family(Generic[M]):
-    """One metric with labels; called with their values it gives the series."""
+    """One metric with labels; calling it with label values returns the series."""
 
     def __init__(self, metric: M, constant: tuple[str, ...]) -> None:
         self._metric = metric
@@ -43,7 +43,7 @@ class Family(Generic[M]):
 
 
 class MetricRegistry:
-    """Every metric has the labels `model_name` and `engine`, as vLLM's have."""
+    """Creates metrics. Each has the labels `model_name` and `engine`, as in vLLM."""
 
     def __init__(self, model_name: str) -> None:
         self._registry = CollectorRegistry()
@@ -74,5 +74,5 @@ class MetricRegistry:
 
 
 def printable(text: str) -> str:
-    """Text that UTF-8 can spell."""
+    """`text` with characters that UTF-8 cannot encode replaced by "?"."""
     return text.encode(errors="replace").decode()

@@ -1,7 +1,7 @@
-"""What Prometheus is told: vLLM's names, and our own under `specserve:`.
+"""The server's Prometheus metrics: vLLM's names, and further ones under `specserve:`.
 
-Knows no HTTP and no sockets: it is told, or looks at an engine when it is scraped. The engine
-counts from 0 again after a restart; the counters here only ever grow.
+It does not know HTTP or sockets: other modules report values, and engine gauges are read at each
+scrape. An engine counts from 0 again after a restart; the counters here never decrease.
 """
 
 import asyncio
@@ -13,11 +13,11 @@ from specserve.engine.metrics import DrafterStats, EngineInfo, EngineStats
 from specserve.server.metric_registry import MetricRegistry
 from specserve.server.request_timer import SECONDS, SIZES, RequestMetrics, RequestTimer
 
-MAX_POSITIONS: Final = 64
+MAX_POSITIONS: Final = 64  # depths of a tree that have series
 LAG_SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
 SHORT_SECONDS: Final = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1.0, 3.0))
 
-# What the engine counts: name, help, where its total so far stands in a snapshot.
+# The engine's counters: name, help, function that reads the total from a snapshot.
 TOTALS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
     ("vllm:prompt_tokens", "Prompt tokens of the requests started.", lambda s: s.prompt_tokens),
     ("vllm:generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
@@ -50,11 +50,11 @@ TOTALS_BY_SOURCE: Final[tuple[tuple[str, str, Callable[[DrafterStats], int]], ..
     ("specserve:nodes_verified", "Nodes of merged trees.", lambda d: d.num_verified),
     ("specserve:nodes_accepted", "Nodes accepted.", lambda d: d.num_accepted),
 )
-Totals = dict[tuple[str, tuple[str, ...]], float]  # by name and values of the labels
+Totals = dict[tuple[str, tuple[str, ...]], float]  # by metric name and label values
 
 
 class Engine(Protocol):
-    """What is read of an engine's process when metrics are scraped."""
+    """The attributes of an engine process that are read when metrics are scraped."""
 
     @property
     def state(self) -> str: ...
@@ -67,10 +67,10 @@ class Engine(Protocol):
 
 
 class ServerMetrics:
-    """All that one server counts.
+    """All metrics of one server.
 
-    `connections`, `body_bytes`, `text_jobs_waiting`, `tokenize_seconds` and `event_loop_lag` are
-    for those who know them to set.
+    Other modules set `connections`, `body_bytes`, `text_jobs_waiting`, `tokenize_seconds` and
+    `event_loop_lag`.
     """
 
     def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -79,9 +79,9 @@ class ServerMetrics:
         self._requests = RequestMetrics(registry)
         self._engine: Engine | None = None
         self._num_queued: Callable[[], int] = lambda: 0
-        self._num_restarts = 0  # of the engine, as far as counted
-        self._stats: EngineStats | None = None  # the latest of this engine process
-        self._totals: Totals = {}  # what it says
+        self._num_restarts = 0  # engine restarts counted so far
+        self._stats: EngineStats | None = None  # latest snapshot of this engine process
+        self._totals: Totals = {}  # of that snapshot
         self._counters = {
             **{name: registry.counters(name, help) for name, help, _ in TOTALS},
             **{
@@ -122,7 +122,7 @@ class ServerMetrics:
         )
 
     def _add_gauges(self) -> None:
-        """Gauges are read when they are asked for; those of an engine that is not up are 0."""
+        """Register the gauges that are read at each scrape; 0 while the engine is not ready."""
 
         def now(read: Callable[[EngineStats], float]) -> float:
             return read(self._stats) if self._stats is not None and self._is_up() else 0.0
@@ -154,12 +154,15 @@ class ServerMetrics:
         gauge("specserve:tasks", "Tasks of the event loop.").set_function(_num_tasks)
 
     def watch(self, engine: Engine, num_queued: Callable[[], int]) -> None:
-        """Whose state, restarts and queue are shown."""
+        """Set the engine whose state and restarts are shown, and the length of the queue."""
         self._engine = engine
         self._num_queued = num_queued
 
     def on_stats(self, stats: EngineStats) -> None:
-        """The latest snapshot; its totals are those of one engine process."""
+        """Record the latest snapshot. Counters grow by the difference to the one before.
+
+        Totals count from the start of one engine process; `num_steps` falls after a restart.
+        """
         self._notice_restarts()
         if self._stats is not None and stats.num_steps < self._stats.num_steps:
             self._forget_engine()
@@ -175,21 +178,24 @@ class ServerMetrics:
             self._iteration_tokens.observe(_num_tokens(stats) - _num_tokens(before))
 
     def on_engine_restart(self) -> None:
-        """Another engine process counts from 0. Called for the one that is watched."""
+        """Count one restart; the new engine process counts from 0.
+
+        Called automatically for the engine that `watch` set.
+        """
         self._restarts.inc()
         self._forget_engine()
 
     def request(self, num_prompt_tokens: int, max_tokens: int, n: int) -> RequestTimer:
-        """A request has arrived."""
+        """A timer for a request that arrives now."""
         return RequestTimer(self._requests, self._clock, num_prompt_tokens, max_tokens, n)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """An HTTP request is over. `route` is its pattern, never its path."""
+        """Count an answered HTTP request. `route` is the pattern of the route, never the path."""
         self._http_requests(route, str(status)).inc()
         self._http_seconds.observe(seconds)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """Everything, and its content type; OpenMetrics if the Accept header asks for it."""
+        """All metrics and their content type: OpenMetrics if the Accept header asks for it."""
         self._notice_restarts()
         if self._engine is not None and self._engine.info is not None:
             info = self._engine.info
@@ -212,7 +218,7 @@ class ServerMetrics:
 
 
 def engine_totals(stats: EngineStats) -> Totals:
-    """A snapshot, by our names. Sources are the drafters and "prediction"."""
+    """The totals of a snapshot by metric name. `source` is a drafter's name or "prediction"."""
     totals: Totals = {(name, ()): read(stats) for name, _, read in TOTALS}
     for name, _, read_depths in TOTALS_BY_POSITION:
         for position, total in enumerate(read_depths(stats)[:MAX_POSITIONS]):
@@ -226,7 +232,7 @@ def engine_totals(stats: EngineStats) -> Totals:
 def _num_tasks() -> int:
     try:
         return len(asyncio.all_tasks())
-    except RuntimeError:  # scraped from outside of a loop
+    except RuntimeError:  # no running event loop
         return 0
 
 

@@ -1,4 +1,4 @@
-"""The API's own description (OpenAPI 3.1), made from the Structs that requests are decoded into."""
+"""The OpenAPI 3.1 description of the API, generated from the Structs in `protocol/`."""
 
 from functools import cache
 from typing import Any, Final

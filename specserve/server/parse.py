@@ -1,4 +1,4 @@
-"""From bytes to a checked request: every mistake is a `RequestError` that names the field."""
+"""Decodes a request body into a Struct. Every mistake is a `RequestError` that names the field."""
 
 import re
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ UNSUPPORTED: Final = {
     "prompt_logprobs": "logprobs of the prompt are not supported; leave it out",
     "use_beam_search": "beam search is not supported; leave it out",
 }
-# What these say is what happens anyway.
+# Values of unsupported fields that are accepted because they ask for the default behaviour.
 _HARMLESS: Final[dict[str, list[Any]]] = {
     "response_format": [{"type": "text"}],
     "tool_choice": ["none"],
@@ -47,18 +47,18 @@ _PATH: Final = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
 _STEPS: Final = re.compile(r"\.([^.[\]]+)|\[(\d+|\.\.\.)\]")
 _FIELD: Final = re.compile(r"(?:unknown|required) field `(.*)`$", re.DOTALL)
 _GOT: Final = re.compile(r", got \w+$")
-_SHOWN: Final = 40  # characters of a value in a message
+_SHOWN: Final = 40  # characters of a string value that a message quotes
 
 
 def decode(body: bytes, request_type: type[T]) -> T:
-    """The request in `body`. Raises RequestError."""
+    """The request in `body`. Raises RequestError, also for unknown and unsupported fields."""
     fields = decode_object(body)
     known = request_type.__struct_fields__
     for name in list(fields):
         if name in known:
             continue
         if name not in UNSUPPORTED:
-            shown = _short(name)  # comparing a long one would take seconds
+            shown = _short(name)  # finding names similar to a long one would take seconds
             raise RequestError(shown, f"unknown field; {_hint(shown, known)}")
         value = fields.pop(name)
         if value is not None and value not in _HARMLESS.get(name, []):
@@ -68,7 +68,10 @@ def decode(body: bytes, request_type: type[T]) -> T:
 
 
 def convert(value: object, wanted: Any, name: str = "") -> Any:
-    """`value`, which stands in the field `name`, as a `wanted`. Raises RequestError."""
+    """`value`, the content of the field `name`, converted to the type `wanted`.
+
+    Raises RequestError.
+    """
     try:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
@@ -76,7 +79,7 @@ def convert(value: object, wanted: Any, name: str = "") -> Any:
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises RequestError for anything else."""
+    """Decode a JSON object. Raises RequestError for anything else."""
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
@@ -91,7 +94,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
 
 
 def _unreadable(body: bytes) -> str:
-    """The field with a number that nothing holds; the decoder does not say which."""
+    """The top-level field with a number too large to decode, which the decoder does not name."""
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError:
@@ -105,14 +108,14 @@ def _unreadable(body: bytes) -> str:
 
 
 def _named(message: str, name: str, value: object, wanted: Any) -> RequestError:
-    """The decoder's words with the field in front and the value at the end.
+    """The decoder's message, rewritten to start with the field and to end with the value.
 
     "Expected `int` <= 64 - at `$.n`" becomes "n: expected int <= 64, got 99".
     """
     path, steps = name, list[str]()
     if match := _PATH.match(message):
         message, place = match[1], match[2]
-        # It does not tell the keys of an object.
+        # The decoder does not name the keys of an object.
         path = (name + place.replace("[...]", "")).lstrip(".")
         steps = [step[1] or step[2] for step in _STEPS.finditer(place)]
     choices = _choices(_kind(wanted), steps)
@@ -136,7 +139,7 @@ def _kind(wanted: Any) -> inspect.Type:
 
 
 def _choices(kind: inspect.Type, steps: list[str]) -> list[str]:
-    """What can stand there in a `kind`: the names of an object's fields, or words of a list."""
+    """What is allowed at the path `steps` of a `kind`: field names, or the values of a Literal."""
     match kind:
         case inspect.Metadata():
             return _choices(kind.type, steps)
@@ -166,7 +169,7 @@ def _at(value: Any, steps: list[str]) -> Any:
 
 
 def _shown(value: Any, message: str) -> str:
-    """`value` as JSON, if it is short; of others the length, if that is at fault, or the type."""
+    """A short form of `value`: its length if that is the mistake, its type, or its JSON."""
     match value:
         case str() | list() | dict() if "of length" in message:
             return str(len(value))

@@ -1,4 +1,4 @@
-"""How much of a request's `prediction` came true, for OpenAI's `usage`."""
+"""Counts how much of a request's `prediction` the answer contains, for OpenAI's `usage`."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,25 @@ from specserve.tree import PREDICTION
 
 
 class PredictionUsage:
-    """Counts the tokens of the prediction that one answer took over.
+    """Counts the tokens of the prediction that one answer contains.
 
-    A token counts if it is the one that the prediction goes on with, whoever proposed it: the
-    target itself emits the last token of every forward pass.
+    A token counts if it equals the prediction's token at the current position, whatever its drafter
+    id: the target itself emits the last token of every forward pass. A token drafted from another
+    position of the prediction counts too. The current position moves behind the counted token.
     """
 
     def __init__(self, prediction: tuple[int, ...]) -> None:
         self._prediction = prediction
-        self._next = 0  # the prediction's token that comes next
+        self._next = 0  # the current position in the prediction
         self._num_matched = 0
 
     @property
     def num_accepted(self) -> int:
-        """At most the length of the prediction, also if an answer repeats parts of it."""
+        """Counted tokens; at most the length of the prediction, even if parts are repeated."""
         return min(self._num_matched, len(self._prediction))
 
     def feed(self, ids: Sequence[int], sources: Sequence[int]) -> None:
-        """The next tokens of the answer and who proposed each."""
+        """Count the next tokens of the answer; `sources` are their drafter ids."""
         for token, source in zip(ids, sources, strict=True):
             if self._next < len(self._prediction) and self._prediction[self._next] == token:
                 position = self._next
@@ -35,7 +36,7 @@ class PredictionUsage:
             self._next = position + 1
 
     def _find(self, token: int) -> int:
-        """The first place at or after the current one that holds `token`, else before it."""
+        """The first position of `token` from the current one on, else the first of all."""
         try:
             return self._prediction.index(token, self._next)
         except ValueError:

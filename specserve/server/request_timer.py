@@ -1,8 +1,8 @@
-"""The times and sizes of one request, as the HTTP process sees them.
+"""Measures the times and sizes of one request in the HTTP process.
 
-A request waits in the queue from its arrival until `scheduled`, prefills until its first token and
-decodes until its last. Time inside the engine before its first step counts as prefill. Tokens come
-in bundles: with speculation the gap between bundles is not the time per token, so both are kept.
+Queue time lasts from the arrival until `scheduled`, prefill until the first token (waiting inside
+the engine included) and decoding until the last token. Tokens arrive in token chunks: with
+speculation the gap between chunks is not the time per token, so both are measured.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from typing import Final
 from specserve.server.metric_registry import MetricRegistry
 from specserve.types import FinishReason
 
-# From a toy model on a CPU to a long answer of a large one.
+# Bucket bounds in seconds: from a tiny model on a CPU to a long answer of a large model.
 SECONDS: Final = tuple(digit * 10.0**power for power in range(-3, 3) for digit in (1.0, 2.5, 5.0))
 SIZES: Final = tuple(digit * 10.0**power for power in range(6) for digit in (1.0, 2.0, 5.0))
 CHOICES: Final = tuple(2.0**power for power in range(8))
 FINISH_REASONS: Final[tuple[FinishReason, ...]] = ("stop", "length", "abort", "error")
-# Our reasons to turn a request away because the queue is full, and vLLM's words for them.
+# Why a full queue refuses a request: `FullReason` of `admission.py` to vLLM's label value.
 QUEUE_REASONS: Final = {
     "max_queued_requests": "max_num_queued_reqs",
     "max_queued_tokens": "max_num_queued_tokens",
@@ -25,7 +25,7 @@ QUEUE_REASONS: Final = {
 
 
 class RequestMetrics:
-    """What all requests together have told."""
+    """The metrics that all requests share."""
 
     def __init__(self, registry: MetricRegistry) -> None:
         def seconds(name: str, help: str) -> Callable[[float], None]:
@@ -73,7 +73,7 @@ class _Choice:
 
 
 class RequestTimer:
-    """Told what happens to a request when it happens. It ends once, whatever is called after."""
+    """Records the events of one request as they happen. Calls after its end have no effect."""
 
     def __init__(
         self,
@@ -94,12 +94,12 @@ class RequestTimer:
         self._over = False
 
     def scheduled(self) -> None:
-        """The engine has the request; calls after the first mean nothing."""
+        """The request was admitted to the engine; only the first call counts."""
         if self._scheduled is None:
             self._scheduled = self._clock()
 
     def tokens(self, count: int, choice: int = 0) -> None:
-        """A bundle of `count` > 0 tokens of one choice is on its way out."""
+        """A token chunk of `count` > 0 tokens of one choice is sent."""
         now = self._clock()
         seen = self._choices.get(choice)
         if seen is not None:
@@ -112,7 +112,7 @@ class RequestTimer:
         self._choices[choice] = _Choice(now, now, count)
 
     def finish(self, reason: FinishReason) -> None:
-        """The request is over, all choices. Calls after the first mean nothing."""
+        """The request is over, with all its choices; only the first call counts."""
         if self._over:
             return
         self._over = True
@@ -136,7 +136,7 @@ class RequestTimer:
             metrics.inference(last - self._scheduled)
 
     def rejected(self, reason: str) -> None:
-        """Turned away by a full queue: it counts as rejected and not as finished."""
+        """A full queue refused the request: it counts as rejected and not as finished."""
         if not self._over:
             self._over = True
             self._metrics.rejected(reason)

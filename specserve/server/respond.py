@@ -1,4 +1,4 @@
-"""One answer to one generating request, whole or as a stream of events."""
+"""Sends the answer to a generation request, as one response or as a stream of events."""
 
 import logging
 from collections.abc import AsyncGenerator, Sequence
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Format(Protocol):
-    """How one route writes its answers. Chunks have the fields `usage` and `metrics`."""
+    """How a route formats its answers. Chunks have the fields `usage` and `metrics`."""
 
     def opening(self) -> Sequence[Struct]: ...
 
@@ -38,7 +38,7 @@ class Format(Protocol):
 async def respond(
     request: web.Request, fields: GenerationFields, generation: Generation, form: Format
 ) -> web.StreamResponse:
-    """The answer. Raises what `Generation.pieces` raises while nothing is sent."""
+    """Generate and send the answer. Raises what `Generation.pieces` raises before the first byte."""
     if fields.stream:
         options = fields.stream_options or StreamOptions()
         return await _stream(request, options, generation, form)
@@ -83,7 +83,7 @@ async def _stream(
 async def _chunks(
     options: StreamOptions, generation: Generation, form: Format
 ) -> AsyncGenerator[list[Struct], None]:
-    """The chunks of every event, in order."""
+    """The chunks of each write, in order."""
     num_open = len(generation.job.prompts) * generation.job.sampling.n
     opened = False
 
@@ -112,7 +112,7 @@ async def _chunks(
 
 
 async def _break_off(events: EventStream, error: APIError) -> None:
-    """Too late for a status: an error event, and the end."""
+    """End a stream that has begun with an error event; its status can no longer change."""
     with suppress(ConnectionError):
         await events.send_json(error.body())
         await events.end()

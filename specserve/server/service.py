@@ -1,4 +1,4 @@
-"""What every handler needs, in one place: handed around, never global."""
+"""The objects that every handler needs, stored in the application instead of globals."""
 
 import re
 import secrets
@@ -21,7 +21,7 @@ from specserve.server.metrics import ServerMetrics
 from specserve.text import Tokenizer
 from specserve.text.token_bytes import TokenBytes
 
-RETRY_STARTING: Final = 2.0  # seconds
+RETRY_STARTING: Final = 2.0  # seconds, for Retry-After while the engine starts
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -33,7 +33,7 @@ class Service:
     model_name: str
     engine: EngineProcess
     texts: TextProcess
-    tokenizer: Tokenizer  # for decoding only: encoding would hold up everybody
+    tokenizer: Tokenizer  # for decoding only: encoding would block the event loop
     token_bytes: TokenBytes
     admission: Admission
     bodies: HeldBodies
@@ -48,11 +48,11 @@ class Service:
         return int(time.time())
 
     def not_ready(self) -> APIError | None:
-        """Why no new request is served now: a 503 that says when to come again, or None."""
+        """Why the server takes no new request now: a 503 with Retry-After, or None if it does."""
         return self.shutting_down() or self.no_engine()
 
     def shutting_down(self) -> APIError | None:
-        """Why none is accepted."""
+        """The 503 for new requests during a drain, else None."""
         if not self.draining:
             return None
         error = APIError.unavailable(
@@ -62,7 +62,7 @@ class Service:
         return error
 
     def no_engine(self) -> APIError | None:
-        """Why one that has been accepted cannot be served."""
+        """The 503 for an accepted request while there is no ready engine, else None."""
         if self.engine.state == "failed":
             return APIError.unavailable("the engine could not be started", 60.0)
         if self.engine.state != "ready":
@@ -70,7 +70,7 @@ class Service:
         return None
 
     def engine_info(self) -> EngineInfo:
-        """Raises APIError while there is no engine to ask."""
+        """The engine's properties. Raises APIError (503) until an engine has been ready."""
         if self.engine.info is None:
             raise APIError.unavailable(f"the engine is {self.engine.state}", RETRY_STARTING)
         return self.engine.info
@@ -91,6 +91,6 @@ REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 
 def request_id(request: web.Request) -> str:
-    """The caller's X-Request-Id if it is harmless, else a fresh one."""
+    """The client's X-Request-Id if it has only safe characters, else a new random id."""
     own = request.headers.get("X-Request-Id", "")
     return own if _SAFE_ID.fullmatch(own) else secrets.token_hex(12)

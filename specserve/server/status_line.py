@@ -1,4 +1,4 @@
-"""A line in the log every few seconds, in vLLM's words; none while there is nothing to tell."""
+"""Logs a status line at a fixed interval, worded as vLLM's; no line while nothing happens."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ from specserve.engine.metrics import EngineStats
 if TYPE_CHECKING:
     from specserve.server.service import Service
 
-MAX_POSITIONS: Final = 16
+MAX_POSITIONS: Final = 16  # depths whose acceptance rate is printed
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,10 @@ async def print_status(service: "Service", interval: float) -> None:
 def format_status(
     before: EngineStats | None, after: EngineStats, seconds: float, num_queued: int = 0
 ) -> str | None:
-    """What happened between two snapshots; None if nothing did and nothing runs.
+    """The status line for the time between two snapshots, `seconds` apart.
 
-    `before` None, or of an engine that was restarted since, means the totals of `after`.
+    None if there was no step and nothing runs or waits. If `before` is None, or from an engine that
+    has been restarted since, the totals of `after` are used.
     """
     if before is not None and before.num_steps > after.num_steps:
         before = None
@@ -75,7 +76,7 @@ def format_status(
 
 
 def _at(totals: Sequence[int], depth: int) -> int:
-    """Deeper than anything so far: none."""
+    """The total at `depth`; 0 for depths without an entry."""
     return totals[depth] if depth < len(totals) else 0
 
 

@@ -1,4 +1,4 @@
-"""Server-sent events: one `data:` line per message, comments while nothing happens, [DONE]."""
+"""Server-sent events: a `data:` line per message, keep-alive comments, and a final [DONE]."""
 
 import asyncio
 import secrets
@@ -8,17 +8,18 @@ from typing import Final, TypeVar
 import msgspec
 from aiohttp import web
 
-KEEP_ALIVE_S: Final = 15.0
-_PAD_TO: Final = 512  # bytes; obfuscated events are a multiple of it
+KEEP_ALIVE_S: Final = 15.0  # seconds without an event before a comment is sent
+_PAD_TO: Final = 512  # bytes; the size of obfuscated events is a multiple of this
 
 T = TypeVar("T")
 _encoder = msgspec.json.Encoder()
 
 
 class EventStream:
-    """Sends nothing, not even a status, before the first event: an error can still be a 4xx.
+    """Writes events to the client.
 
-    Writing waits for a client that reads slowly and raises ConnectionError if it is gone.
+    The status is sent with the first event, so that an error before it can still be a 4xx or 5xx.
+    Writing waits for a client that reads slowly, and raises ConnectionError if it disconnected.
     """
 
     def __init__(self, request: web.Request, headers: dict[str, str]) -> None:
@@ -53,12 +54,15 @@ class EventStream:
 
 
 def padding(message: msgspec.Struct) -> str:
-    """What to put into `obfuscation` so that the event's size says little about its text."""
+    """The value of `obfuscation` that makes the message's JSON a multiple of `_PAD_TO` bytes.
+
+    Even sizes hide the length of the text. `message` must hold an empty `obfuscation`.
+    """
     return secrets.token_hex(_PAD_TO)[: -len(_encoder.encode(message)) % _PAD_TO]
 
 
 async def with_pauses(source: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None, None]:
-    """The items of `source`, and None whenever it was silent for `seconds`."""
+    """The items of `source`, and None whenever none arrives for `seconds`."""
     pending: asyncio.Task[T] | None = None
     try:
         while True:
@@ -75,7 +79,7 @@ async def with_pauses(source: AsyncIterator[T], seconds: float) -> AsyncGenerato
             pending = None
             yield item
     finally:
-        if pending is not None:  # if it is done already, nobody has seen how it ended
+        if pending is not None:  # if done, `gather` retrieves its exception
             pending.cancel()
             await asyncio.gather(pending, return_exceptions=True)
 

@@ -1,7 +1,7 @@
-"""The server's text worker: a text worker that also reads and answers bodies of requests.
+"""The server's tokenizer process: `process.text_main` plus handlers for request bodies.
 
-Decoding 8 MB of JSON, or writing a million tokens, takes up to seconds in which the event loop
-would serve nobody. Here it has a time and a memory limit, and holds up one worker only.
+Decoding 8 MB of JSON, or encoding a million tokens, can take seconds, during which the event loop
+would be blocked. Here it has a time limit and a memory limit, and occupies one process only.
 Run as `python -m specserve.server.text_worker FD`.
 """
 
@@ -30,18 +30,21 @@ from specserve.text.token_bytes import TokenBytes
 from specserve.types import RequestError
 
 MODULE: Final = "specserve.server.text_worker"
-MAX_TOKENS: Final = 2**20  # that one request may bring as ids, or get: 8 MB of JSON
+MAX_TOKENS: Final = 2**20  # token ids in one request or answer: 8 MB of JSON
 
 
 class Answer(Struct, frozen=True):
-    """The whole body of a response, and the `model` that the request asked for."""
+    """The body of a response, and the `model` that the request named."""
 
     model: str | None
     body: bytes
 
 
 def read_completion(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
-    """A `CompletionRequest` in msgpack. Raises RequestError, also for ids that cannot fit."""
+    """Decode a `CompletionRequest` and re-encode it as msgpack.
+
+    Raises RequestError, also if a prompt of token ids exceeds the context.
+    """
     request = decode(body, CompletionRequest)
     request.check()
     num_tokens = 0
@@ -58,7 +61,10 @@ def read_completion(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
 
 
 def read_chat(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
-    """A `ChatRequest` in msgpack, its messages brought into their plain form."""
+    """Decode a `ChatRequest` and re-encode it as msgpack, its messages in plain form.
+
+    Raises RequestError.
+    """
     request = decode(body, ChatRequest)
     request.check()
     messages = read_messages(request.messages)
@@ -66,7 +72,7 @@ def read_chat(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
 
 
 def tokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
-    """The `Answer` of /tokenize."""
+    """The `Answer` to /tokenize, as msgpack. Raises RequestError."""
     request = decode(body, TokenizeRequest)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("prompt", "send exactly one of prompt and messages")
@@ -88,7 +94,7 @@ def tokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
 
 
 def detokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
-    """The `Answer` of /detokenize."""
+    """The `Answer` to /detokenize, as msgpack. Raises RequestError."""
     request = decode(body, DetokenizeRequest)
     for index, token in enumerate(request.tokens):
         if token >= limits.vocab_size:
