@@ -1,7 +1,8 @@
-"""Which requests make the next pass: those that come while it is held for them, a moment.
+"""Batch coalescing: delays a forward pass for a short time so that more requests can join it.
 
-Requests come in company: a burst one by one through the HTTP process, a finished one's successor
-as soon as its client has read the end. Without a moment's patience each waits for a whole pass.
+Related requests arrive at almost the same time: a burst one by one through the HTTP process, and
+the successor of a finished request as soon as its client has read the end. Without the delay, each
+of them waits for a whole forward pass.
 """
 
 import time
@@ -10,15 +11,17 @@ from typing import Final, Generic, TypeVar
 from specserve.process.frames import FrameSocket
 from specserve.types import Request
 
-_SHARE: Final = 0.1  # of the last pass's time: what waiting for one request may cost
-_MOST_S: Final = 0.005  # and never more
-_MOST_IN_BURST: Final = 10  # such moments, for a burst that nobody running waits for
+# The delay, in seconds, is min(_SHARE * duration of the last forward pass, _MOST_S): longer delays
+# catch more requests but slow down the running ones.
+_SHARE: Final = 0.1
+_MOST_S: Final = 0.005
+_MOST_IN_BURST: Final = 10  # most delays in a row for a burst while no sequence is running
 
 T = TypeVar("T")
 
 
 class Boarding(Generic[T]):
-    """Receives the engine's messages between two passes."""
+    """Receives the messages to the engine between two forward passes."""
 
     def __init__(self, frames: FrameSocket[T], idle_s: float) -> None:
         self._frames = frames
@@ -26,15 +29,16 @@ class Boarding(Generic[T]):
         self._moment_s = 0.0
 
     def passed(self, seconds: float) -> None:
-        """How long the last pass took."""
+        """Set the duration of the last step, from which the delay follows."""
         self._moment_s = min(_SHARE * seconds, _MOST_S)
 
     def receive(self, *, running: bool, places: int) -> list[T] | None:
-        """What has arrived; None: the peer is gone.
+        """The messages that have arrived; None if the peer has closed the connection.
 
-        `running`: there is work; then at most one moment is spent on `places` requests, those that
-        could take the place of what has just finished. Else: waits `idle_s` for the first message,
-        and for others as long as they keep coming.
+        With `running` (the engine has work): waits until `places` requests have arrived, but at
+        most one delay; `places` is the number of free slots that finished requests left. Without:
+        waits up to `idle_s` seconds for the first message. If that is a request, further messages
+        are received as long as each arrives within one delay, for `_MOST_IN_BURST` delays at most.
         """
         messages = self._frames.receive(0 if running else self._idle_s)
         now = time.perf_counter()

@@ -1,6 +1,7 @@
-"""A child process of ours and the socket to it: started, listened to, ended without a trace.
+"""A child process and the socket to it: start, exchange messages, end.
 
-The end of the stream is the end of the child: it alone holds the other end.
+Invariant: only the child holds the other end of the socket, so that the end of the stream means
+the end of the child.
 """
 
 import asyncio
@@ -14,11 +15,11 @@ from typing import Any, Final, Generic, TypeVar
 from specserve.process.frames import FrameStream
 
 T = TypeVar("T")
-_POLL_S: Final = 0.01
+_POLL_S: Final = 0.01  # seconds between checks whether the child has ended
 
 
 class Child(Generic[T]):
-    """`frames` carries its messages; use `start` to get one and `reap` to be rid of it."""
+    """A running child; `frames` carries the messages. Create with `start`, end with `reap`."""
 
     def __init__(self, process: subprocess.Popen[bytes], frames: FrameStream[T]) -> None:
         self._process = process
@@ -26,7 +27,7 @@ class Child(Generic[T]):
 
     @classmethod
     async def start(cls, module: str, message_type: Any) -> "Child[T]":
-        """Run `python -m module FD`; what it sends is of `message_type`. Raises OSError."""
+        """Run `python -m module FD`, which sends messages of `message_type`. Raises OSError."""
         ours, theirs = socket.socketpair()
         with theirs:
             frames: FrameStream[T] = await FrameStream.open(ours, message_type)
@@ -48,9 +49,9 @@ class Child(Generic[T]):
         self._process.kill()
 
     async def reap(self, patience: float) -> int:
-        """Close the socket and wait for the end; killed after `patience` seconds. The exit code.
+        """Close the socket, wait until the child ends, and return its exit code.
 
-        Goes on to the end even if the caller is cancelled.
+        The child is killed after `patience` seconds. Completes even if the caller is cancelled.
         """
         reaping = asyncio.create_task(self._reap(patience))
         try:
@@ -69,9 +70,10 @@ class Child(Generic[T]):
 
 
 def _spawn(module: str, sock: socket.socket) -> subprocess.Popen[bytes]:
-    # The child imports what this process would: -m alone would look into the working directory.
-    # In a session of its own, for a Ctrl-C in the terminal is not meant for it. It ends with the
-    # thread that starts it here (parent.py): the one of the event loop, in `serve` the main one.
+    # PYTHONPATH and -P give the child this process's import path, without the working directory
+    # that -m would add. A new session keeps a Ctrl-C in the terminal from the child. The child is
+    # killed when the thread that starts it ends (parent.py): that of the event loop, which in
+    # `serve` is the main thread.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, str(sock.fileno())],

@@ -1,8 +1,8 @@
-"""The engine's own process: `python -m specserve.process.engine_main FD`, spoken to over FD.
+"""The engine process: `python -m specserve.process.engine_main FD`, with messages over socket FD.
 
-Loads, warms up, then runs the step loop; says so in frames (`messages.py`). It lives as long as
-its parent does. What goes wrong with the settings is a `Failed`, with a request a `Refused`;
-anything else ends the process, and the parent starts another.
+It loads the model, warms up, then runs the step loop and reports each of these in frames
+(`messages.py`). It ends with its parent. Unusable settings are reported as `Failed` and invalid
+requests as `Refused`; any other error ends the process, and the parent starts a new one.
 """
 
 import gc
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever runs the parent decides there
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(levelname)s engine: %(message)s"
     )
@@ -52,20 +52,21 @@ def main() -> int:
     try:
         return _serve(frames)
     except ConnectionError:
-        return 0  # the parent is gone
+        return 0  # the parent has ended
     except Exception:
         logger.exception("the engine stops")
         return 1
 
 
 def _end_with_parent(sock: socket.socket) -> None:
-    """The step loop notices too, but not while it loads weights.
+    """Exit when the parent closes the socket; runs in its own thread.
 
-    Where `kill_with_parent` does nothing, or came too late, this does. Keeps the socket open to the
-    very end, so that its end is the end of the process.
+    The step loop notices this too, but not while weights are loaded. Needed where
+    `kill_with_parent` has no effect or was called after the parent ended. The socket stays open
+    until the process exits, so that the end of the stream means the end of the process.
     """
     poll = select.poll()
-    poll.register(sock, 0)  # nothing but the end of the connection
+    poll.register(sock, 0)  # no event but the end of the connection
     poll.poll()
     os._exit(0)
 
@@ -87,7 +88,7 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
     while (boarded := boarding.receive(running=engine.has_work, places=places)) is not None:
         _take(engine, frames, boarded)
         outputs: list[StepOutput] = []
-        if engine.has_work:  # a round without says nothing about the next pass
+        if engine.has_work:  # a round without work says nothing about the next
             started = time.perf_counter()
             outputs = engine.step()
             boarding.passed(time.perf_counter() - started)
@@ -99,7 +100,7 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
 
 
 def _load(configure: Configure, progress: "_Progress") -> tuple[Engine, float]:
-    """A warm engine, and the seconds of its slowest step so far."""
+    """A warm engine, and the duration of its slowest warm-up step in seconds."""
     target = Path(configure.target)
     progress.stage("reading the tokenizer")
     tokenizer = Tokenizer(target)
@@ -111,7 +112,7 @@ def _load(configure: Configure, progress: "_Progress") -> tuple[Engine, float]:
         progress.stage,
     )
     slowest_step = engine.warm_up(progress.stage)
-    gc.freeze()  # all this stays: going through it again and again took 1 % of the time
+    gc.freeze()  # garbage collection over these permanent objects took 1 % of the time
     return engine, slowest_step
 
 
@@ -127,7 +128,7 @@ def _take(engine: Engine, frames: FrameSocket[ToEngine], messages: list[ToEngine
 
 
 class _Progress:
-    """Tells the parent what the start is doing, and so that it is alive."""
+    """Reports the stages of the start to the parent, which also shows that it makes progress."""
 
     def __init__(self, frames: FrameSocket[ToEngine]) -> None:
         self._frames = frames

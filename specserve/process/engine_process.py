@@ -1,7 +1,7 @@
-"""The engine's process as the HTTP process sees it: started, watched, restarted, spoken to.
+"""Supervises the engine process for the HTTP process: starts, watches and restarts it.
 
-Whatever becomes of the engine, its streams end: with their last output or with EngineUnavailable.
-Knows nothing of HTTP or text. Runs in one event loop; all time is monotonic.
+Invariant: however the engine ends, every stream ends too, with its last output or with
+EngineUnavailable. It does not know HTTP or text. It runs in one event loop; times are monotonic.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ from specserve.process.messages import (
 )
 from specserve.types import Abort, Request, RequestError, StepOutput
 
-MAX_STARTS: Final = 5  # in a row, of an engine that never became ready
+MAX_STARTS: Final = 5  # failed starts, of an engine that has never been ready, before giving up
 _MODULE: Final = "specserve.process.engine_main"
-_TICK_S: Final = 0.25  # how often silence is looked at
-_HEALTHY_S: Final = 60.0  # of an engine that was no failure
-_MAX_DELAY_S: Final = 30.0
-_PATIENCE_S: Final = 2.0  # with a process that has reason to end
-_MARGIN: Final = 3.0  # how much slower than when it warmed up a busy machine may be
+_TICK_S: Final = 0.25  # seconds; the unit in which the engine's silence is counted
+_HEALTHY_S: Final = 60.0  # seconds that an engine must stay ready to reset the restart delay
+_MAX_DELAY_S: Final = 30.0  # seconds; upper bound of the restart delay, which doubles
+_PATIENCE_S: Final = 2.0  # seconds that a process that should end gets before it is killed
+_MARGIN: Final = 3.0  # how many times slower than in the warm-up a step may be on a busy machine
 
 logger = logging.getLogger(__name__)
 _decoder: Final = msgspec.msgpack.Decoder(ToEngine)
@@ -49,7 +49,7 @@ _REASONS: Final = {
 
 
 class EngineUnavailable(Exception):
-    """There is no engine now; the message is for users, `retry_after` in seconds."""
+    """There is no ready engine. The message is for clients; `retry_after` is in seconds."""
 
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
@@ -57,11 +57,11 @@ class EngineUnavailable(Exception):
 
 
 class EngineFailed(ValueError):
-    """The engine can never start as it is set up; the message says why."""
+    """The engine cannot be started with these settings; the message says why."""
 
 
 class EngineProcess:
-    """One engine, in a process that is replaced when it dies or hangs."""
+    """One engine, in a child process that is replaced when it ends or hangs."""
 
     def __init__(
         self,
@@ -71,30 +71,32 @@ class EngineProcess:
         heartbeat_timeout: float = 30.0,
         start_timeout: float = 600.0,
     ) -> None:
-        """`heartbeat_timeout`: seconds of silence of an engine that is ready, after which it is
-        taken for hung, beside the time that its steps may take; `start_timeout`: of one that
-        starts, and the most for any."""
+        """`target` is the model directory; both timeouts are seconds without a message.
+
+        A ready engine counts as hung after `heartbeat_timeout` plus the time that a step may take,
+        a starting one after `start_timeout`, which also bounds the former (see `_patience`).
+        """
         self.state: State = "stopped"
-        self.stage = ""  # what a starting engine is doing
-        self.info: EngineInfo | None = None  # of the latest engine that was ready
-        self.stats: EngineStats | None = None  # of the engine that is there now
+        self.stage = ""  # what a starting engine does, for users
+        self.info: EngineInfo | None = None  # of the latest engine that became ready
+        self.stats: EngineStats | None = None  # of the current engine
         self.num_restarts = 0
         self.last_seen = 0.0  # time.monotonic() of the latest frame
         self.on_stats: Callable[[EngineStats], None] | None = None
         self._configure = Configure(config, str(target))
         self._heartbeat_timeout = heartbeat_timeout
         self._start_timeout = start_timeout
-        self._start_s = 5.0  # how long a start takes, as far as we know
+        self._start_s = 5.0  # duration of the latest start; before it, an estimate
         self._starts_at, self._ready_at = 0.0, inf
-        self._refusal = ""  # what the latest engine said of its settings
-        self._error = ""  # why there will be no engine
+        self._refusal = ""  # error that the latest engine reported about its settings
+        self._error = ""  # why the state is "failed"
         self._child: Child[FromEngine] | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()  # ready, failed or stopped
         self._settled.set()
         self._streams: dict[str, asyncio.Queue[StepOutput | Exception]] = {}
-        self._contexts: dict[str, int] = {}  # with the engine: prompt and output so far, in tokens
-        self._slowest_step = 0.0  # seconds, of what the engine did to warm up
+        self._contexts: dict[str, int] = {}  # by request: tokens so far
+        self._slowest_step = 0.0  # seconds, in the warm-up
 
     @property
     def pid(self) -> int | None:
@@ -102,18 +104,21 @@ class EngineProcess:
 
     @property
     def num_open(self) -> int:
-        """Requests that the engine is working on and somebody listens to."""
+        """Number of requests in the engine whose `stream` is open."""
         return len(self._streams)
 
     async def start(self) -> None:
-        """Returns at once; `wait_ready` waits."""
+        """Start the engine and return at once; `wait_ready` waits for it."""
         assert self._supervisor is None, "started already"
         self.info, self._error, self.num_restarts = None, "", 0
         self._set_state("starting")
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def wait_ready(self) -> EngineInfo:
-        """Raises EngineFailed if it can never be, EngineUnavailable if it is stopped meanwhile."""
+        """Wait until the engine is ready.
+
+        Raises EngineFailed if it cannot be started, EngineUnavailable if it is stopped meanwhile.
+        """
         while True:
             await self._settled.wait()
             if self.state == "failed":
@@ -124,7 +129,7 @@ class EngineProcess:
                 return self.info
 
     async def stop(self) -> None:
-        """End the engine and what it is doing; neither process nor task stays."""
+        """End the engine, its process and the supervising task; open streams fail."""
         self._set_state("stopped")
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -132,11 +137,11 @@ class EngineProcess:
             self._supervisor = None
 
     async def stream(self, request: Request) -> AsyncGenerator[StepOutput, None]:
-        """The outputs of a request, up to the one that finishes it. Leaving before aborts it.
+        """The outputs of a request, up to the one that finishes it. Closing earlier aborts it.
 
-        Use with `contextlib.aclosing`. `request.deadline` means the same in the engine's process:
-        on Linux all processes share the monotonic clock. Raises RequestError if it cannot be
-        served, EngineUnavailable if there is no engine, or no longer.
+        Use with `contextlib.aclosing`. `request.deadline` has the same meaning in the engine
+        process: on Linux all processes share the monotonic clock. Raises RequestError if the
+        request cannot be served, EngineUnavailable if the engine is not ready or ends.
         """
         child = self._child
         if self.state != "ready":
@@ -181,7 +186,7 @@ class EngineProcess:
             self.num_restarts += 1
 
     async def _run(self) -> str:
-        """One engine, from its start to its end; how it ended."""
+        """Run one engine process from start to end; returns how it ended, in words."""
         self.stage, self._refusal = "starting a process", ""
         self._starts_at, self._ready_at = time.monotonic(), inf
         try:
@@ -207,10 +212,10 @@ class EngineProcess:
         return self._refusal or (f"signal {-code}" if code < 0 else f"exit code {code}")
 
     async def _listen(self, child: Child[FromEngine]) -> None:
-        """Until the end of the stream, brought about here if there is silence for too long.
+        """Handle messages until the stream ends; kill an engine that is silent for too long.
 
-        Silence is counted in ticks of this loop: when it is this process that stood still, the
-        engine is not to blame.
+        Silence is counted in ticks of this loop, so that time in which this process itself was
+        suspended does not count.
         """
         silent_s = 0.0
         while True:
@@ -232,10 +237,11 @@ class EngineProcess:
                 self._take(message)
 
     def _patience(self) -> float:
-        """How long the engine may be silent: it only speaks between two steps.
+        """Seconds that the engine may be silent; it sends messages only between two steps.
 
-        A row's cost is a constant and a part that grows with the tokens before it. To warm up, the
-        engine ran as many rows as a step may have, with half as many tokens before each.
+        A token's cost is a constant plus a part proportional to its context length. The largest
+        warm-up step ran `max_batch_rows` tokens, whose context was `max_batch_rows` / 2 on average.
+        With contexts of c tokens a step may hence take 1 + 2c / `max_batch_rows` times as long.
         """
         if self.state != "ready":
             return self._start_timeout
@@ -277,7 +283,7 @@ class EngineProcess:
                 logger.exception("the engine's numbers could not be passed on")
 
     def _deliver(self, request_id: str, output: StepOutput | Exception, *, last: bool) -> None:
-        """To whoever listens; what nobody waits for any more is dropped."""
+        """Pass an output to the request's stream, or drop it if the stream is closed."""
         if request_id in self._streams:
             self._streams[request_id].put_nowait(output)
         if last:
@@ -305,7 +311,7 @@ class EngineProcess:
 
 
 def _check_readable(request: Request) -> None:
-    """Raise RequestError for what the engine could not decode: it would die of it, with others."""
+    """Raise RequestError if the engine could not decode the request, which would end the engine."""
     try:
         _decoder.decode(msgspec.msgpack.encode(request))
     except (ValueError, TypeError, OverflowError) as error:

@@ -1,7 +1,8 @@
-"""Messages over a Unix socket: a length of four bytes, then a msgspec-encoded Struct.
+"""Messages over a Unix socket: a length of four bytes (big-endian), then a Struct in msgpack.
 
-Both ends, blocking and asyncio. Nothing here can run code that comes with the data. A frame that
-is too long or no message of the expected type is a `FrameError`: the stream cannot go on after it.
+Provides a blocking end and an asyncio end. Decoding never executes code from the data. A frame that
+is too long, or not a message of the expected type, is a `FrameError`, after which the stream is
+unusable.
 """
 
 import asyncio
@@ -12,15 +13,15 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 
 MAX_FRAME: Final = 2**28  # bytes
-_LENGTH: Final = 4
-_RECEIVE: Final = 2**18
+_LENGTH: Final = 4  # bytes
+_RECEIVE: Final = 2**18  # bytes per read
 
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 
 
 class FrameError(ValueError):
-    """Bytes that are no message."""
+    """Bytes that are not a valid message, or a message that is too long."""
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:
@@ -32,14 +33,14 @@ def encode_frame(message: msgspec.Struct) -> bytes:
 
 
 class FrameDecoder(Generic[T]):
-    """Cuts a byte stream into messages of one (union) type."""
+    """Splits a byte stream into messages of one (union) type."""
 
     def __init__(self, message_type: Any) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(message_type)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[T]:
-        """The messages that `data` completes, in order."""
+        """The messages that `data` completes, in order. Raises FrameError."""
         self._buffer += data
         messages: list[T] = []
         at = 0
@@ -60,7 +61,7 @@ class FrameDecoder(Generic[T]):
 
 
 class FrameSocket(Generic[T]):
-    """The blocking end, for a process with nothing else to wait for."""
+    """The blocking end, for a process that waits for nothing else."""
 
     def __init__(self, sock: socket.socket, message_type: Any) -> None:
         self._sock = sock
@@ -71,7 +72,11 @@ class FrameSocket(Generic[T]):
         self._sock.sendall(encode_frame(message))
 
     def receive(self, timeout: float | None) -> list[T] | None:
-        """What has arrived: waits `timeout` seconds (0: not at all) for it; None: peer gone."""
+        """The messages that one read completes, or None if the peer has closed the connection.
+
+        Waits up to `timeout` seconds for data (None: without limit) and returns an empty list if
+        none arrives.
+        """
         self._sock.settimeout(timeout)
         try:
             data = self._sock.recv(_RECEIVE)
@@ -98,12 +103,12 @@ class FrameStream(Generic[T]):
         return cls(reader, writer, message_type)
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queue a message; never blocks. Frames to a peer that is gone are dropped."""
+        """Queue a message; never blocks. Dropped if the connection is closed."""
         if not self._writer.is_closing():
             self._writer.write(encode_frame(message))
 
     async def receive(self) -> list[T] | None:
-        """At least one message, or None when the peer is gone."""
+        """Wait for at least one message; None if the peer has closed the connection."""
         while True:
             try:
                 data = await self._reader.read(_RECEIVE)
@@ -115,7 +120,7 @@ class FrameStream(Generic[T]):
                 return messages
 
     async def close(self) -> None:
-        """Close the socket now; what is not sent yet is dropped."""
+        """Close the socket at once; unsent data is dropped."""
         self._writer.transport.abort()
         with contextlib.suppress(ConnectionError):
             await self._writer.wait_closed()

@@ -1,8 +1,8 @@
-"""What the HTTP process and the engine's process say to each other. No torch.
+"""The messages between the HTTP process and the engine process. Imports no torch.
 
-To the engine: `Configure` once, then `Request` and `Abort`. From it: `Loading` while it starts,
-`Ready` once (or `Failed`, and it is over), then a `Stepped` after every step, and every
-`HEARTBEAT_S` when there is nothing to do. `Ready` tells how long a step may take.
+To the engine: `Configure` once, then `Request` and `Abort`. From the engine: `Loading` while it
+starts, then `Ready` once (or `Failed`, after which it ends), then a `Stepped` after every step and,
+while it has no work, every `HEARTBEAT_S`.
 """
 
 from typing import Final
@@ -14,7 +14,7 @@ from specserve.engine.metrics import EngineInfo as EngineInfo
 from specserve.engine.metrics import EngineStats
 from specserve.types import Abort, Request, StepOutput
 
-HEARTBEAT_S: Final = 0.5
+HEARTBEAT_S: Final = 0.5  # seconds
 
 
 class Configure(Struct, frozen=True, tag=True):
@@ -23,23 +23,23 @@ class Configure(Struct, frozen=True, tag=True):
 
 
 class Loading(Struct, frozen=True, tag=True):
-    stage: str  # what it is doing, in words
+    stage: str  # a description for users
 
 
 class Ready(Struct, frozen=True, tag=True):
     info: EngineInfo
     stats: EngineStats
-    slowest_step: float  # seconds, while it warmed up
+    slowest_step: float  # seconds, of the warm-up steps
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """Settings that cannot be used: starting again would not help."""
+    """The settings cannot be used; another start would fail as well."""
 
     error: str
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """A request that can never be served as asked (`RequestError`)."""
+    """A request that can never be served as it is (`RequestError`)."""
 
     id: str
     param: str
@@ -47,7 +47,7 @@ class Refused(Struct, frozen=True, tag=True):
 
 
 class Stepped(Struct, frozen=True, tag=True):
-    """A step, or a heartbeat without outputs."""
+    """The outputs of a step; a heartbeat has none."""
 
     outputs: tuple[StepOutput, ...]
     stats: EngineStats

@@ -1,4 +1,4 @@
-"""The system ends a child process of ours with its parent, whatever the child is doing."""
+"""Makes the operating system kill a child process when its parent ends (Linux only)."""
 
 import ctypes
 import signal
@@ -9,10 +9,11 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 def kill_with_parent() -> None:
-    """From now on, SIGKILL when the thread that started this process ends. On Linux alone.
+    """Have SIGKILL sent to this process when the thread that started it ends. Linux only.
 
-    Native code that holds the interpreter lets no thread of Python run, so no thread of ours could
-    do it. A parent that is gone already is not noticed here: its end of the socket is closed then.
+    A watching thread would not suffice: native code that holds the interpreter lock lets no other
+    Python thread run. If the parent has ended already, this has no effect; the caller then finds
+    the socket to the parent closed.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

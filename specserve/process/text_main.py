@@ -1,7 +1,8 @@
-"""A text worker: tokenises and renders chats, one job after another, until its peer is gone.
+"""A tokenizer process: tokenizes texts and renders chats, one job at a time.
 
-Run as `python -m specserve.process.text_main FD`. A job can take any time and memory, as a template
-is a program: the peer kills the worker when it takes too long, and memory has a limit here.
+Run as `python -m specserve.process.text_main FD`; it ends when its peer closes the socket FD. A
+chat template is a program, so that a job can take any time and memory: the peer kills the process
+when a job takes too long, and the process limits its own memory.
 """
 
 import contextlib
@@ -35,21 +36,21 @@ from specserve.process.text_messages import (
 from specserve.text import TextError, Tokenizer
 from specserve.types import RequestError
 
-_LOAD_TIMEOUT: Final = 120.0  # seconds for a tokenizer
-_PREPARING: Final = 2**31  # bytes for reading a tokenizer of any size
-_GRACE: Final = 1.0  # seconds beyond its limit after which a job nobody waits for ends the worker
+_LOAD_TIMEOUT: Final = 120.0  # seconds to load a tokenizer
+_PREPARING: Final = 2**31  # bytes beyond the memory limit while the tokenizer is loaded
+_GRACE: Final = 1.0  # seconds beyond a job's time limit until SIGALRM ends the process
 
 
 Handler = Callable[[Tokenizer, bytes, Limits], bytes]  # raises RequestError
 
 
 def main(fd: int, handlers: Mapping[str, Handler] = MappingProxyType({})) -> None:
-    """Serve the peer at the other end of the socket `fd`; `handlers` are what it may `Call`."""
+    """Serve the peer at the other end of the socket `fd`; `Call` messages name the `handlers`."""
     kill_with_parent()
-    # One text at a time needs no threads, and theirs would be a lot of the memory limit.
+    # One job at a time needs no threads, whose memory would use up much of the limit.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     peer: FrameSocket[ToText] = FrameSocket(socket.socket(fileno=fd), ToText)
-    with contextlib.suppress(ConnectionError):  # the peer is gone
+    with contextlib.suppress(ConnectionError):  # the peer closed the socket
         _serve(peer, handlers)
 
 
@@ -73,7 +74,7 @@ def _serve(peer: FrameSocket[ToText], handlers: Mapping[str, Handler]) -> None:
 
 
 def _load(peer: FrameSocket[ToText], setup: Setup) -> Tokenizer:
-    """A tokenizer that is ready for the first job. Raises TextError."""
+    """Load a tokenizer and compile its chat template, in `Stage`s. Raises TextError."""
     tokenizer = Tokenizer(Path(setup.directory))
     problem = (
         f"{setup.directory}: the chat template takes too much time or memory to compile; use the "
@@ -96,7 +97,10 @@ def _enter(peer: FrameSocket[ToText], stage: Stage) -> None:
 
 
 def _set_alarm(seconds: float) -> None:
-    """Where nothing kills it with its peer, this alarm does, and needs no Python to run."""
+    """Have SIGALRM end this process if the peer, which should kill it, has ended.
+
+    Needed where `kill_with_parent` has no effect. The signal's default action runs no Python.
+    """
     signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
 
 
@@ -117,7 +121,7 @@ def _answer(
             case Chat(messages, add_generation_prompt, continue_final_message):
                 ids = tokenizer.chat(messages, add_generation_prompt, continue_final_message)
     except RequestError as error:
-        # `Tokenizer.encode` does not know what its text is.
+        # `Tokenizer.encode` does not know the name of the field.
         return Refused(job.param if isinstance(job, Encode) else error.param, error.message)
     except MemoryError:
         return Refused(job.param, "it needs more memory than it may have; send less")
@@ -125,8 +129,8 @@ def _answer(
 
 
 def _limit_memory(size: int) -> None:
-    """Let the process map `size` bytes more than it has, where the system tells what it has."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would hold what users wrote
+    """Let the process map `size` bytes more than now (Linux only), and disable core dumps."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump would contain users' texts
     statm = Path("/proc/self/statm")
     if statm.exists():
         limit = int(statm.read_text(encoding="utf-8").split()[0]) * resource.getpagesize() + size

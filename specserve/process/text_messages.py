@@ -1,8 +1,8 @@
-"""What the HTTP process and a text worker say to each other. No torch.
+"""The messages between the HTTP process and a tokenizer process. Imports no torch.
 
-To the worker: `Setup` once, then one job at a time, the next one after the answer. From it: each
-`Stage` of its start, `Ready` (or `Failed`, and it is over), then one `Ids`, `Result` or `Refused`
-per job.
+To the tokenizer process: `Setup` once, then one job at a time, the next one after the answer. From
+it: each `Stage` of its start, `Ready` (or `Failed`, after which it ends), then one `Ids`, `Result`
+or `Refused` per job.
 """
 
 from msgspec import Struct
@@ -12,14 +12,14 @@ from specserve.text.messages import PlainMessage
 
 
 class Setup(Struct, frozen=True, tag=True):
-    directory: str  # of the model
+    directory: str  # model directory
     time_limit: float  # seconds for one job
     memory_limit: int  # bytes for one job
-    compile_limit: float  # seconds for the chat template
+    compile_limit: float  # seconds to compile the chat template
 
 
 class Encode(Struct, frozen=True, tag=True):
-    """`Tokenizer.encode` of the field `param`."""
+    """`Tokenizer.encode` of the text in the request field `param`."""
 
     text: str
     allow_special: bool
@@ -28,7 +28,7 @@ class Encode(Struct, frozen=True, tag=True):
 
 
 class Chat(Struct, frozen=True, tag=True):
-    """`Tokenizer.chat`."""
+    """`Tokenizer.chat` of these messages."""
 
     messages: tuple[PlainMessage, ...]
     add_generation_prompt: bool
@@ -37,14 +37,14 @@ class Chat(Struct, frozen=True, tag=True):
 
 
 class Stage(Struct, frozen=True, tag=True):
-    """What comes next takes `time_limit` seconds at most; `problem` says what it means if not."""
+    """The next stage of the start may take `time_limit` seconds; `problem`: the error if exceeded."""
 
     time_limit: float
     problem: str
 
 
 class Call(Struct, frozen=True, tag=True):
-    """Run the worker's handler of this name on the body of a request."""
+    """Run the handler `name` of the process's module on the body of a request."""
 
     name: str
     body: bytes
@@ -53,7 +53,7 @@ class Call(Struct, frozen=True, tag=True):
 
 
 class Ready(Struct, frozen=True, tag=True):
-    max_token_bytes: int | None  # of the tokenizer
+    max_token_bytes: int | None  # see `Tokenizer.max_token_bytes`
 
 
 class Failed(Struct, frozen=True, tag=True):
@@ -67,13 +67,13 @@ class Ids(Struct, frozen=True, tag=True):
 
 
 class Result(Struct, frozen=True, tag=True):
-    """What a handler returned."""
+    """The bytes that a handler returned."""
 
     data: bytes
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """A job that cannot be done as asked (`RequestError`)."""
+    """A job that can never be done as it is (`RequestError`)."""
 
     param: str
     message: str

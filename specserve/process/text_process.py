@@ -1,8 +1,8 @@
-"""Tokenising and chat templates in processes of their own, so that they can be killed.
+"""The tokenizer pool: tokenizes texts and renders chat templates in processes that can be killed.
 
-Both can take seconds, and a thread in the middle of either cannot be stopped. Owns the workers;
-`text_queue` says whose job is next. Invariant: a worker has one job at a time, so a job that takes
-too long, or ends its worker, harms no other.
+Both can take seconds, during which a thread could not be stopped. This module owns the processes;
+`text_queue` selects the next job. Invariant: a process has one job at a time, so that a job that
+takes too long or crashes its process affects no other job.
 """
 
 import asyncio
@@ -39,11 +39,11 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT: Final = 120.0  # seconds for a process to start and read a tokenizer
 _MAX_DELAY: Final = 30.0  # seconds between attempts to start a worker
-_MAX_BYTES: Final = 2**27  # of one text, below what a frame holds
+_MAX_BYTES: Final = 2**27  # of one text; below `frames.MAX_FRAME`
 
 
 class TextUnavailable(Exception):
-    """Nothing is wrong with the request; trying again after `retry_after` seconds may work."""
+    """The job could not be done now; a retry after `retry_after` seconds may succeed."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -51,16 +51,17 @@ class TextUnavailable(Exception):
 
 
 class TextProcess:
-    """`Tokenizer.encode` and `.chat` of the model directory `target`, for one event loop.
+    """Runs `Tokenizer.encode` and `.chat` of the model directory `target`, for one event loop.
 
-    `module` is the workers' program; what it can be called for beyond texts is its own affair.
-
-    `time_limit` is what one job may take once a worker has it, in seconds; `memory_limit` what it
-    may need beyond the tokenizer, in bytes; `compile_limit` what the chat template may take to be
-    compiled and to render three short chats, in seconds. Two `workers`, so that one long job
-    blocks no other. At most `max_waiting` jobs wait; `shared`: for several tenants, so none may
-    fill the queue.
-    `on_done` is told how many seconds a job took, waiting included.
+    Arguments:
+        module: the program of the processes; it defines the handlers that `call` can name.
+        time_limit: seconds that one job may take in a process.
+        memory_limit: bytes that one job may need beyond the loaded tokenizer.
+        compile_limit: seconds to compile the chat template and render three short chats with it.
+        workers: number of processes. With two, one long job does not block the others.
+        max_waiting: most jobs that may wait.
+        shared: several tenants use the pool, so that none may fill the queue.
+        on_done: called with the duration of each job in seconds, waiting included.
     """
 
     def __init__(
@@ -88,16 +89,16 @@ class TextProcess:
 
     @property
     def pids(self) -> list[int]:
-        """The workers that are running."""
+        """The process ids of the running processes."""
         return [worker.pid for worker in self._workers]
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that no worker has yet."""
+        """Number of jobs that no process has started."""
         return len(self._queue)
 
     async def start(self) -> None:
-        """Return when the first worker is ready. Raises TextError if the files are unusable."""
+        """Return when the first process is ready. Raises TextError if the files are unusable."""
         assert not self._tasks
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks = [
@@ -110,7 +111,7 @@ class TextProcess:
             raise
 
     async def stop(self) -> None:
-        """End the workers; jobs that are open fail with TextUnavailable."""
+        """End the processes; unfinished jobs fail with TextUnavailable."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -127,9 +128,10 @@ class TextProcess:
         max_tokens: int | None = None,
         tenant: str = "",
     ) -> tuple[int, ...]:
-        """Token ids of a prompt. Raises RequestError naming `param`, or TextUnavailable.
+        """Token ids of a text. Raises RequestError naming `param`, or TextUnavailable.
 
-        Text that cannot fit into `max_tokens` is refused at once; other text may still not fit.
+        Text whose number of bytes rules out that it fits `max_tokens` is refused at once; the
+        result may still be longer than `max_tokens`.
         """
         check_text(param, text)
         num_bytes = len(text.encode())
@@ -146,7 +148,7 @@ class TextProcess:
         max_tokens: int | None = None,
         tenant: str = "",
     ) -> tuple[int, ...]:
-        """Token ids of a chat. Raises RequestError or TextUnavailable; sizes as in `encode`."""
+        """Token ids of a chat. Raises RequestError or TextUnavailable; `max_tokens` as in `encode`."""
         plain = read_messages(messages)
         num_bytes = sum(len(message["content"].encode()) for message in plain)
         self._check_size("messages", num_bytes, max_tokens)
@@ -154,7 +156,7 @@ class TextProcess:
         return await self._ids(job, num_bytes, tenant)
 
     async def call(self, name: str, body: bytes, limits: Limits, *, tenant: str = "") -> bytes:
-        """What the handler `name` of the workers' module makes of the body of a request.
+        """The result of the handler `name` of `module` for the body of a request.
 
         Raises RequestError or TextUnavailable.
         """
@@ -198,7 +200,10 @@ class TextProcess:
             ticket.fail(TextUnavailable(reason))
 
     async def _keep_working(self, started: "asyncio.Future[None]") -> None:
-        """Have a worker at work, and a new one whenever it ends, until cancelled."""
+        """Run one process and replace it whenever it ends, until cancelled.
+
+        `started` gets a result when the first process is ready, or the exception of its start.
+        """
         delay = 0.0
         while True:
             await asyncio.sleep(delay)
@@ -229,7 +234,7 @@ class TextProcess:
                 await worker.end()
 
     async def _next(self, worker: "_Worker") -> "Ticket | None":
-        """The next job that is still wanted, or None if the worker ended."""
+        """The next job that is not cancelled, or None if the process ended."""
         while not worker.incoming.done():
             take = asyncio.create_task(self._queue.get())
             try:
@@ -243,7 +248,7 @@ class TextProcess:
         return None
 
     async def _serve(self, worker: "_Worker", ticket: "Ticket") -> None:
-        """Have one job done. The worker may be at its end after it."""
+        """Run one job in the process, which may have ended afterwards."""
         limit, param = self._setup.time_limit, ticket.job.param
         try:
             worker.send(ticket.job)
@@ -264,12 +269,12 @@ class TextProcess:
                 self._give_up_or_retry(ticket, status)
 
     def _give_up_or_retry(self, ticket: "Ticket", status: int) -> None:
-        """A job whose worker ended, for its own reasons or because of the job."""
-        if status == -signal.SIGABRT:  # how the tokenizers library answers to a lack of memory
+        """Fail or requeue a job whose process ended, because of the job or for another reason."""
+        if status == -signal.SIGABRT:  # the tokenizers library aborts when out of memory
             ticket.fail(RequestError(ticket.job.param, "it needs more memory than it may have"))
             return
         ticket.num_attempts += 1
-        # Every worker may have been dead already when it got the job: it is one try more than that.
+        # Every process may have been dead when it got the job, hence one attempt more than processes.
         if ticket.num_attempts > self._num_workers:
             ticket.fail(
                 TextUnavailable(
@@ -281,17 +286,17 @@ class TextProcess:
 
 
 class _Worker:
-    """A child process that does one job at a time."""
+    """A tokenizer process, which does one job at a time."""
 
     def __init__(self, child: Child[FromText]) -> None:
         self._child = child
         self.pid = child.pid
         self._arrived: list[FromText] = []
-        self.incoming = asyncio.create_task(self._receive())  # done without a job: it ended
+        self.incoming = asyncio.create_task(self._receive())  # done while it has no job: it ended
 
     @classmethod
     async def start(cls, module: str, setup: Setup) -> "tuple[_Worker, Ready]":
-        """A worker that has loaded its tokenizer. Raises TextError."""
+        """Start a process and wait until its tokenizer is loaded. Raises TextError."""
         try:
             worker = cls(await Child.start(module, FromText))
         except OSError as error:
@@ -318,7 +323,7 @@ class _Worker:
         self._child.frames.send(message)
 
     async def answer(self, time_limit: float) -> FromText | None:
-        """What it says next, or None if it ended. Raises TimeoutError after `time_limit` s."""
+        """The next message, or None if the process ended. Raises TimeoutError after `time_limit` s."""
         await asyncio.wait({self.incoming}, timeout=time_limit)
         if not self.incoming.done():
             raise TimeoutError
@@ -328,7 +333,7 @@ class _Worker:
         return answer
 
     async def end(self) -> int:
-        """Kill it unless it is over; its exit status."""
+        """Kill the process unless it has ended; returns its exit status."""
         self._child.kill()
         status = await self._child.reap(0.0)
         self.incoming.cancel()

@@ -1,4 +1,4 @@
-"""Jobs that wait for a text worker: whose turn it is, and who has to leave a worker free."""
+"""The queue of the tokenizer pool: the order of jobs, and the processes each kind may occupy."""
 
 import asyncio
 from collections import Counter, deque
@@ -8,19 +8,19 @@ from typing import Final
 from specserve.fair_share import Turns, room
 from specserve.process.text_messages import Ids, Job, Result
 
-_LONG: Final = 2**16  # bytes: from there on a job takes longer than others should wait for it
-_ANY_JOB: Final = 2**10  # bytes that the shortest job counts as
+_LONG: Final = 2**16  # bytes from which a job is long: other jobs should not wait for it
+_ANY_JOB: Final = 2**10  # bytes; the least that a job is charged
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A job of so many bytes and who waits for it, if anybody still does."""
+    """A job, its size in bytes, and the future for its answer, which may be cancelled."""
 
     job: Job
     tenant: str
     num_bytes: int
     answer: "asyncio.Future[Ids | Result]"
-    num_attempts: int = 0  # that ended their worker
+    num_attempts: int = 0  # that ended their process
 
     @property
     def long(self) -> bool:
@@ -37,7 +37,7 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Waiting:
-    """The jobs of one tenant, short and long, each in order of arrival."""
+    """The waiting jobs of one tenant: short and long ones, each in order of arrival."""
 
     short: deque[Ticket] = field(default_factory=deque)
     long: deque[Ticket] = field(default_factory=deque)
@@ -50,21 +50,21 @@ class _Waiting:
 
 
 class TextQueue:
-    """The tenant that had the fewest bytes tokenised is next, its short jobs first.
+    """Selects the next job: the tenant with the fewest bytes served so far, short jobs first.
 
-    Long jobs, whoever sent them, leave one of several workers free; so do the jobs of one tenant,
-    if the queue is `shared` by several. At most `max_open` jobs wait or are at work; of one tenant
-    fewer, if others may come.
+    With several processes, long jobs never occupy all of them, and if the queue is `shared` by
+    several tenants, neither do the jobs of one tenant. At most `max_open` jobs wait or run; if
+    `shared`, one tenant may have only as many as it leaves free.
     """
 
     def __init__(self, max_open: int, num_workers: int, *, shared: bool) -> None:
         self._max_open = max_open
-        self._most = max(1, num_workers - 1)  # workers that long jobs, or one tenant, may have
+        self._most = max(1, num_workers - 1)  # processes for long jobs, or for one tenant
         self._shared = shared
-        self._num_long = 0  # at work
-        self._at_work: Counter[str] = Counter()
+        self._num_long = 0  # running long jobs
+        self._at_work: Counter[str] = Counter()  # running jobs by tenant
         self._num_waiting = 0
-        self._tenants: dict[str, _Waiting] = {}  # that have something waiting
+        self._tenants: dict[str, _Waiting] = {}  # those with waiting jobs
         self._turns = Turns()
         self._changed = asyncio.Event()
 
@@ -85,7 +85,7 @@ class TextQueue:
         self._changed.set()
 
     async def get(self) -> Ticket:
-        """The next job, once there is one that may start. Tell `done` when it is over."""
+        """Wait for a job that may start and remove it. Call `done` when the job is over."""
         while (ticket := self._next()) is None:
             self._changed.clear()
             await self._changed.wait()
@@ -99,14 +99,14 @@ class TextQueue:
         return ticket
 
     def done(self, ticket: Ticket) -> None:
-        """A job that was got is not at work any more."""
+        """A job that `get` returned is over."""
         self._num_long -= ticket.long
         self._at_work[ticket.tenant] -= 1
         self._at_work += Counter()  # drops zeros
         self._changed.set()
 
     def discard(self, ticket: Ticket) -> None:
-        """Nobody wants it any more; no matter whether it still waits."""
+        """Remove a job if it still waits."""
         waiting = self._tenants.get(ticket.tenant)
         if waiting is not None and ticket in waiting.of(ticket):
             self._remove(ticket)

@@ -47,9 +47,9 @@ def build_app(service: Service, keyring: Keyring) -> web.Application:
 async def accept(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Count the request as accepted; runs after `authorise`.
 
-    An accepted request is answered before a drain ends, and its connection is not closed to make
-    room for others. Requests for public routes are not counted. Raises APIError (503) if the server
-    is shutting down or too many requests are accepted.
+    A drain waits for the answers to accepted requests, and their connections are not closed to make
+    room for others. Requests for public routes are not counted. Raises APIError (503) if too many
+    requests are accepted and, on routes with the scope `inference`, during a drain.
     """
     service, required = request.app[SERVICE], required_scope(request)
     if required is not None:

@@ -38,7 +38,7 @@ class Format(Protocol):
 async def respond(
     request: web.Request, fields: GenerationFields, generation: Generation, form: Format
 ) -> web.StreamResponse:
-    """Generate and send the answer. Raises what `Generation.pieces` raises before the first byte."""
+    """Send the answer. Before its first byte, raises what `Generation.pieces` raises."""
     if fields.stream:
         options = fields.stream_options or StreamOptions()
         return await _stream(request, options, generation, form)

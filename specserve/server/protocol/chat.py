@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: request, response and stream chunk."""
+"""`/v1/chat/completions`: the Structs of request, response and stream chunk."""
 
 from typing import Annotated, Any, Literal
 
@@ -30,17 +30,17 @@ Messages = Annotated[
 
 
 class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    messages: Messages  # what a message may hold is checked where templates are
-    max_completion_tokens: Count | None = None  # max_tokens is its older name
+    messages: Messages  # their content is checked by `text.messages`
+    max_completion_tokens: Count | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    store: Literal[False] | None = None  # nothing is ever stored
+    store: Literal[False] | None = None  # completions are never stored
 
     @property
     def names(self) -> dict[str, str]:
-        """What this route calls fields that others call otherwise."""
+        """Maps the engine's field names to the names that this request uses."""
         newer = self.max_completion_tokens is not None
         return {"prompt": "messages", **({"max_tokens": "max_completion_tokens"} if newer else {})}
 
@@ -64,7 +64,8 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class TopLogprob(Struct, frozen=True):
-    """`token` names it as `TokenBytes` does; `bytes` are its own, part of a character or none."""
+    """One alternative token. `token` is the token's text, or `bytes:\\xe4` if that is not a whole
+    character, or `token_id:7` if the text is not unique. `bytes` are the token's bytes."""
 
     token: str
     logprob: float

@@ -1,4 +1,4 @@
-"""`/v1/completions`: request, response and stream chunk (which have one shape)."""
+"""`/v1/completions`: the Structs of request and response; stream chunks are responses, too."""
 
 from typing import Annotated, Any, Literal
 
@@ -46,7 +46,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
             )
 
     def prompts(self) -> Prompts:
-        """Texts, or lists of token ids. Raises RequestError."""
+        """The prompts: all texts, or all tuples of token ids. Raises RequestError."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -65,11 +65,13 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
 
 
 class CompletionLogprobs(Struct, frozen=True):
-    """One entry per token, named as `TokenBytes` does, so that no two have a name in common.
+    """One entry per token. Different tokens have different names: the token's text,
+    `bytes:\\xe4` if that is not a whole character, or `token_id:7` if the text is not unique.
 
-    `top_logprobs` holds the emitted token as well, if need be beside the N that were asked for.
-    `text_offset` is where in the choice's text the token's own begins; where the text ends, if a
-    stop string cut it off. In a stream a token comes once that is settled.
+    `top_logprobs` also holds the emitted token, in addition to the N requested if necessary.
+    `text_offset` is the position in the choice's text where the token's text begins, or the end of
+    the text if a stop string cut the token off. In a stream, an entry is sent once its offset is
+    final.
     """
 
     tokens: tuple[str, ...]
@@ -90,7 +92,7 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
 
 
 class Completion(Struct, frozen=True, kw_only=True):
-    """The response, and every chunk of a stream."""
+    """The response, or one chunk of a stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"

@@ -1,7 +1,7 @@
-"""The fields of a request: what both generating routes share, each with its type and bounds.
+"""The request fields that both generation routes share, each with its type and bounds.
 
-A field that is null counts as not given. Ranges that depend on the model (token ids, context) are
-checked where the model is known.
+A field that is null counts as not given. Bounds that depend on the model (token ids, context) are
+checked by `engine.limits`.
 """
 
 from typing import Annotated, Any, Literal
@@ -34,13 +34,13 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool | None = None  # a last chunk without choices, with the usage
-    continuous_usage_stats: bool | None = None  # the usage so far on every chunk
-    include_obfuscation: bool | None = None  # pad events to even sizes
+    include_usage: bool | None = None  # send a last chunk without choices that holds the usage
+    continuous_usage_stats: bool | None = None  # put the usage so far into every chunk
+    include_obfuscation: bool | None = None  # pad events to a multiple of 512 bytes
 
 
 class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Only speed depends on these, never the output."""
+    """Settings of speculative decoding; they affect the speed, never the output."""
 
     enabled: bool | None = None  # false: plain decoding
     max_nodes: Annotated[int, Meta(ge=1, le=64)] | None = None  # tree nodes, the root included
@@ -53,7 +53,7 @@ class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Prediction(Struct, frozen=True, forbid_unknown_fields=True):
-    """Text the caller expects in the answer."""
+    """Text that the client expects in the answer."""
 
     type: Literal["content"]
     content: str | Annotated[list[TextPart], Meta(max_length=1024)]
@@ -66,13 +66,13 @@ class Prediction(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `/v1/completions` and `/v1/chat/completions` have in common."""
+    """The fields that `/v1/completions` and `/v1/chat/completions` share."""
 
     model: ModelName | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0: all tokens
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 or 0: no limit
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -90,14 +90,14 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_sources: bool | None = (
-        None  # per token: 0 the target, 255 the prediction, else 1 + drafter
+        None  # drafter id per token: 0 target, 255 prediction, else 1 + index
     )
     speculation: SpeculationOptions | None = None
     prediction: Prediction | None = None
     cache_salt: Salt | None = None
     priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None  # higher runs first
     request_timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None  # seconds
-    # Fields of clients that say nothing about the answer.
+    # Accepted for compatibility with clients; no effect on the answer.
     user: Name | None = None
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
@@ -111,7 +111,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def check(self) -> None:
-        """Raise `RequestError` for fields that contradict each other."""
+        """Raise `RequestError` for fields that contradict each other, or an empty prediction."""
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "only allowed when stream is true")
         if self.prediction is not None and not self.prediction.text:

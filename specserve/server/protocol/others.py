@@ -1,4 +1,4 @@
-"""Requests and responses of the small routes."""
+"""Requests and responses of all routes that do not generate text."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,14 +23,14 @@ class ModelList(Struct, frozen=True):
 
 
 class TokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Text or a chat: exactly one of `prompt` and `messages`."""
+    """Text or a chat to tokenize: exactly one of `prompt` and `messages`."""
 
     model: ModelName | None = None
     prompt: str | None = None
     messages: Messages | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    add_special_tokens: bool = True  # what the model expects at a prompt's start; not for chats
+    add_special_tokens: bool = True  # e.g. a BOS token; ignored for chats
     return_token_strs: bool = False
 
 
@@ -51,7 +51,7 @@ class DetokenizeResponse(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True):
-    """Alive: the engine may be starting, ready or restarting."""
+    """`status` is "failed" if the engine cannot be started. `engine` is the engine's state."""
 
     status: Literal["ok", "failed"]
     engine: str
@@ -67,11 +67,11 @@ class Version(Struct, frozen=True):
 
 
 class SourceReport(Struct, frozen=True):
-    """One drafter: how many of its nodes were verified and accepted, in all and by depth."""
+    """One drafter: its tree nodes that were verified and accepted, in total and by depth."""
 
     name: str
-    active: bool  # False: switched off after failing
-    num_failures: int  # calls; a request for which it failed is decoded without it
+    active: bool  # False: switched off after repeated failures
+    num_failures: int  # failed calls; requests for which it fails are decoded without it
     num_proposed: int
     num_verified: int
     num_accepted: int
@@ -81,10 +81,10 @@ class SourceReport(Struct, frozen=True):
 
 
 class SpeculationReport(Struct, frozen=True, kw_only=True):
-    """What speculation did. A number s > 0 in a choice's `sources` is `drafters[s - 1]`, or
-    255 for the caller's own prediction; 0 is the target itself.
+    """Totals of speculative decoding. A drafter id s in a choice's `sources` means: 0 the target
+    model, 255 the request's own prediction, else `drafters[s - 1]`.
 
-    With the scope `metrics` the counts are of all requests. Without it they are of the finished
+    With the scope `metrics` the counts cover all requests. Without it they cover the finished
     requests of the caller's own key, and `num_running` and `sources` are left out.
     """
 
@@ -93,7 +93,7 @@ class SpeculationReport(Struct, frozen=True, kw_only=True):
     exactness: Literal["exact", "fast"]
     max_nodes: int
     num_running: int | UnsetType = UNSET
-    num_drafts: int  # forward passes that had something to verify
+    num_drafts: int  # forward passes of a sequence that verified drafted nodes
     num_draft_tokens: int
     num_accepted_tokens: int
     mean_acceptance_length: float

@@ -1,4 +1,4 @@
-"""What a response says about its cost: OpenAI's `usage` and vLLM's `metrics`."""
+"""The cost of a response: OpenAI's `usage` and vLLM's `metrics`."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ class PromptDetails(Struct, frozen=True):
 
 
 class CompletionDetails(Struct, frozen=True):
-    """The two add up to the tokens of the request's `prediction`."""
+    """The sum of both is the number of tokens of the request's `prediction`."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
@@ -27,10 +27,11 @@ class Usage(Struct, frozen=True):
 
 
 class SpeculativeDecoding(Struct, frozen=True):
-    """Lengths are of accepted paths; `num_draft_tokens` counts tree nodes.
+    """Speculative decoding over one request; `num_draft_tokens` counts verified tree nodes.
 
-    `acceptance_histogram[a]` counts passes that accepted `a` drafted tokens and has
-    `num_spec_tokens` + 1 entries, the deepest path that the budget allows.
+    `acceptance_histogram[a]` counts the forward passes that accepted `a` drafted tokens.
+    `num_spec_tokens` is the length of the deepest path that the node budget allows; the histogram
+    has `num_spec_tokens` + 1 entries.
     """
 
     mean_acceptance_length: float
@@ -43,7 +44,10 @@ class SpeculativeDecoding(Struct, frozen=True):
 
 
 class Metrics(Struct, frozen=True):
-    """Milliseconds; null without the tokens to measure them."""
+    """Times of one request; null if there were too few tokens to measure them.
+
+    `mean_itl_ms` is the mean gap between token chunks. `tokens_per_second` counts from the arrival.
+    """
 
     time_to_first_token_ms: float | None
     generation_time_ms: float | None
@@ -54,7 +58,7 @@ class Metrics(Struct, frozen=True):
 
 
 def speculative_decoding(stats: Sequence[SpecStats], max_nodes: int) -> SpeculativeDecoding:
-    """The sum over the sequences of a request."""
+    """The sum over the sequences of a request. `max_nodes`: the node budget, root included."""
     steps = sum(s.num_spec_steps for s in stats)
     drafted = sum(s.num_draft_tokens for s in stats)
     accepted = sum(s.num_accepted_draft_tokens for s in stats)

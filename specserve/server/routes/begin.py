@@ -1,4 +1,4 @@
-"""What both generating routes do first: read the body, check it, make a `Generation` of it."""
+"""The first steps of both generation routes: read and check the body, create a `Generation`."""
 
 import asyncio
 import re
@@ -20,7 +20,9 @@ from specserve.server.protocol.fields import GenerationFields
 from specserve.server.service import ARRIVED, REQUEST_ID, SERVICE, Service
 from specserve.types import Request, RequestError
 
-_READ_HERE: Final = 2**15  # bytes; 10 ms if each is a JSON value
+# Bytes; a longer body is decoded by a tokenizer process. Decoding this many in the event loop takes
+# 10 ms if every byte is a JSON value.
+_READ_HERE: Final = 2**15
 
 _TIMEOUT: Final = re.compile(rb'"request_timeout"\s*:\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)[\s,}]')
 
@@ -28,9 +30,10 @@ T = TypeVar("T", bound=GenerationFields)
 
 
 async def read(request: web.Request, request_type: type[T], handler: str) -> T:
-    """The body as a request. Raises APIError or RequestError.
+    """Read and decode the body. Raises APIError, RequestError, TextUnavailable or DeadlinePassed.
 
-    A long one is read by the text workers' `handler`: in the event loop it would hold up everybody.
+    A body over `_READ_HERE` bytes is decoded by the function `handler` of a tokenizer process,
+    because it would block the event loop.
     """
     body = await read_bytes(request)
     if len(body) <= _READ_HERE:
@@ -42,15 +45,17 @@ async def read(request: web.Request, request_type: type[T], handler: str) -> T:
 
 
 async def read_bytes(request: web.Request) -> bytes:
-    """The body. Raises APIError."""
+    """Read the body, within the configured limits. Raises APIError."""
     config = request.app[SERVICE].config.server
     limit = parse_bytes("max_body_bytes", config.max_body_bytes)
     return await read_body(request, limit, config.body_timeout, request[BODY].take)
 
 
 async def call_text_worker(request: web.Request, handler: str, body: bytes) -> bytes:
-    """What the text workers' handler makes of the body. Raises APIError, RequestError,
-    TextUnavailable or DeadlinePassed."""
+    """Run the function `handler` of a tokenizer process on the body; returns its result.
+
+    Raises APIError, RequestError, TextUnavailable or DeadlinePassed.
+    """
     service = request.app[SERVICE]
     limits, tenant = service.engine_info().limits, principal(request).name
     async with in_time(request, _wanted_timeout(body)):
@@ -58,16 +63,17 @@ async def call_text_worker(request: web.Request, handler: str, body: bytes) -> b
 
 
 def _wanted_timeout(body: bytes) -> float | None:
-    """The `request_timeout` of a body that nobody has read yet: it may have to wait for that."""
+    """The `request_timeout` of a body that is not decoded yet; decoding may have to wait, too."""
     found = _TIMEOUT.match(body, max(0, body.rfind(b'"request_timeout"')))
     return float(found[1]) if found else None
 
 
 @asynccontextmanager
 async def in_time(request: web.Request, wanted: float | None) -> AsyncIterator[None]:
-    """Around what a request waits for before it is a `Generation`, which keeps its own deadline.
+    """Enforce the request's deadline on the `with` block, before there is a `Generation`.
 
-    `wanted`: what the caller gives it, in seconds. Raises DeadlinePassed.
+    `wanted`: the client's `request_timeout` in seconds, or None. Raises DeadlinePassed when the
+    deadline passes, RequestError if `wanted` exceeds the server's limit.
     """
     left = _deadline(request, wanted) - time.monotonic()
     try:
@@ -86,9 +92,11 @@ async def begin(
     max_tokens: int | None,
     logprobs: int | None,
 ) -> Generation:
-    """`names` are the route's own for fields that the engine calls otherwise.
+    """Check the request and create its `Generation`; `prompts` are the token ids.
 
-    Raises APIError while nothing can be served, RequestError for what never can.
+    `names` maps the engine's field names to those of the route, for error messages. Raises APIError
+    (404 for another model, 503 without an engine), RequestError for a request that can never be
+    served, and TextUnavailable or DeadlinePassed.
     """
     try:
         return await _begin(request, fields, prompts, max_tokens, logprobs)
@@ -123,12 +131,15 @@ async def _begin(
         deadline=_deadline(request, fields.request_timeout),
         deadline_asked=fields.request_timeout is not None,
     )
-    _check_prompts(service, job)  # before any of them runs
+    _check_prompts(service, job)  # before any prompt runs
     return Generation(service, job)
 
 
 def _salt(of_key: str, of_request: str) -> str:
-    """Nothing without either: what such requests teach drafters is there for all."""
+    """The salt for prefix cache and drafter tables; empty if neither part is given.
+
+    What drafters learn from requests with an empty salt is used for all requests.
+    """
     return f"{of_key}/{of_request}" if of_key or of_request else ""
 
 
@@ -147,14 +158,14 @@ async def _prediction(request: web.Request, fields: GenerationFields) -> tuple[i
 
 
 def _room(service: Service, longest_prompt: int, wanted: int | None) -> int:
-    """Tokens to generate at most: what was asked for, or else what fits."""
+    """The limit on generated tokens: `wanted`, or else what the context and KV cache hold."""
     limit = service.config.server.max_output_tokens
     if wanted is not None:
         if limit is not None and wanted > limit:
             raise RequestError("max_tokens", f"{wanted} is more than this server gives ({limit})")
         return wanted
     engine = service.engine_info().limits
-    # A prompt that leaves no room is refused below, in the engine's words.
+    # At least 1: `_check_prompts` refuses a prompt that leaves no room.
     room = max(1, min(engine.max_model_len, engine.num_kv_slots) - longest_prompt)
     return room if limit is None else min(room, limit)
 

@@ -53,7 +53,8 @@ async def _encode(service: Service, given: Prompts, tenant: str) -> list[tuple[i
 
 
 async def _echoes(service: Service, fields: CompletionRequest, given: Prompts) -> list[str]:
-    """The prompts as text; a character that one given as ids leaves open is the completion's."""
+    """The prompts as text. Token ids are decoded without an incomplete last character, which
+    belongs to the completion."""
     echoes = []
     for prompt in given:
         if isinstance(prompt, str):
@@ -62,5 +63,5 @@ async def _echoes(service: Service, fields: CompletionRequest, given: Prompts) -
         skip_special = fields.skip_special_tokens is not False
         decoder = IncrementalDecoder(service.tokenizer, skip_special=skip_special)
         echoes.append(decoder.feed(prompt))
-        await asyncio.sleep(0)  # others first: there may be many long ones
+        await asyncio.sleep(0)  # let other tasks run: there may be many long prompts
     return echoes

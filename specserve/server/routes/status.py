@@ -24,7 +24,7 @@ from specserve.server.service import SERVICE
 
 @public
 async def health(request: web.Request) -> web.Response:
-    """Whether this process should be left alone: it restarts a dead engine by itself."""
+    """Liveness: 503 only if the engine cannot be started; a dead engine is restarted here."""
     state = request.app[SERVICE].engine.state
     failed = state == "failed"
     return reply(Health("failed" if failed else "ok", state), status=503 if failed else 200)
@@ -32,7 +32,7 @@ async def health(request: web.Request) -> web.Response:
 
 @public
 async def ready(request: web.Request) -> web.Response:
-    """Whether to send requests here: warm, not draining, room in the queue."""
+    """Readiness: 200 if the engine is warm, the queue has room and the server is not draining."""
     service = request.app[SERVICE]
     error = service.not_ready()
     if error is None and service.admission.full:
@@ -60,7 +60,7 @@ async def metrics(request: web.Request) -> web.Response:
 
 @scope(Scope.INFERENCE)
 async def speculation(request: web.Request) -> web.Response:
-    """Of all requests with the scope `metrics`; else of the caller's own, see `KeySpeculation`."""
+    """Totals of all requests for a key with the scope `metrics`, else those of the caller's key."""
     service, caller = request.app[SERVICE], principal(request)
     info = service.engine_info()
     if Scope.METRICS not in caller.scopes:

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize: a text worker reads the request and writes the answer."""
+"""POST /tokenize and /detokenize: a tokenizer process decodes the request and writes the answer."""
 
 import msgspec
 from aiohttp import web
