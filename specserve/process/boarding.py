@@ -11,8 +11,8 @@ from typing import Final, Generic, TypeVar
 from specserve.process.frames import FrameSocket
 from specserve.types import Request
 
-# The delay, in seconds, is min(_SHARE * duration of the last forward pass, _MOST_S): longer delays
-# catch more requests but slow down the running ones.
+# Seconds of one delay: min(_SHARE * duration of the last forward pass, _MOST_S). This is the time
+# that running sequences may lose to let others join.
 _SHARE: Final = 0.1
 _MOST_S: Final = 0.005
 _MOST_IN_BURST: Final = 10  # most delays in a row for a burst while no sequence is running
@@ -36,7 +36,7 @@ class Boarding(Generic[T]):
         """The messages that have arrived; None if the peer has closed the connection.
 
         With `running` (the engine has work): waits until `places` requests have arrived, but at
-        most one delay; `places` is the number of free slots that finished requests left. Without:
+        most one delay; `places` is the number of free slots that finished requests left. Otherwise:
         waits up to `idle_s` seconds for the first message. If that is a request, further messages
         are received as long as each arrives within one delay, for `_MOST_IN_BURST` delays at most.
         """

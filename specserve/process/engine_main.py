@@ -88,7 +88,7 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
     while (boarded := boarding.receive(running=engine.has_work, places=places)) is not None:
         _take(engine, frames, boarded)
         outputs: list[StepOutput] = []
-        if engine.has_work:  # a round without work says nothing about the next
+        if engine.has_work:  # only steps count for the delay
             started = time.perf_counter()
             outputs = engine.step()
             boarding.passed(time.perf_counter() - started)

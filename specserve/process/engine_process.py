@@ -92,7 +92,7 @@ class EngineProcess:
         self._error = ""  # why the state is "failed"
         self._child: Child[FromEngine] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._settled = asyncio.Event()  # ready, failed or stopped
+        self._settled = asyncio.Event()  # set while ready, failed or stopped
         self._settled.set()
         self._streams: dict[str, asyncio.Queue[StepOutput | Exception]] = {}
         self._contexts: dict[str, int] = {}  # by request: tokens so far

@@ -88,7 +88,7 @@ class FrameSocket(Generic[T]):
 
 
 class FrameStream(Generic[T]):
-    """The asyncio end."""
+    """The asyncio end, for a process that runs an event loop."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message_type: Any

@@ -37,7 +37,7 @@ class Chat(Struct, frozen=True, tag=True):
 
 
 class Stage(Struct, frozen=True, tag=True):
-    """The next stage of the start may take `time_limit` seconds; `problem`: the error if exceeded."""
+    """A stage of the start begins. After `time_limit` seconds the start fails with `problem`."""
 
     time_limit: float
     problem: str

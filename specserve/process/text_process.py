@@ -38,7 +38,7 @@ from specserve.types import RequestError
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT: Final = 120.0  # seconds for a process to start and read a tokenizer
-_MAX_DELAY: Final = 30.0  # seconds between attempts to start a worker
+_MAX_DELAY: Final = 30.0  # seconds; upper bound of the delay between attempts to start a process
 _MAX_BYTES: Final = 2**27  # of one text; below `frames.MAX_FRAME`
 
 
@@ -148,7 +148,10 @@ class TextProcess:
         max_tokens: int | None = None,
         tenant: str = "",
     ) -> tuple[int, ...]:
-        """Token ids of a chat. Raises RequestError or TextUnavailable; `max_tokens` as in `encode`."""
+        """Token ids of a chat, with `max_tokens` as in `encode`.
+
+        Raises RequestError or TextUnavailable.
+        """
         plain = read_messages(messages)
         num_bytes = sum(len(message["content"].encode()) for message in plain)
         self._check_size("messages", num_bytes, max_tokens)
@@ -274,7 +277,7 @@ class TextProcess:
             ticket.fail(RequestError(ticket.job.param, "it needs more memory than it may have"))
             return
         ticket.num_attempts += 1
-        # Every process may have been dead when it got the job, hence one attempt more than processes.
+        # Every process may have been dead when it got the job: allow one attempt more than that.
         if ticket.num_attempts > self._num_workers:
             ticket.fail(
                 TextUnavailable(
@@ -323,7 +326,7 @@ class _Worker:
         self._child.frames.send(message)
 
     async def answer(self, time_limit: float) -> FromText | None:
-        """The next message, or None if the process ended. Raises TimeoutError after `time_limit` s."""
+        """The next message; None if the process ended. Raises TimeoutError after `time_limit` s."""
         await asyncio.wait({self.incoming}, timeout=time_limit)
         if not self.incoming.done():
             raise TimeoutError

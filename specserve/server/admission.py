@@ -18,7 +18,7 @@ from specserve.fair_share import Turns, room
 
 FullReason = Literal["max_queued_requests", "max_queued_tokens"]
 _MAX_RETRY: Final = 60.0  # seconds; upper bound of `Admission.retry_after`
-_MEASURED: Final = 64  # completion times that the rate is averaged over
+_MEASURED: Final = 64  # completion times over which the completion rate is averaged
 
 
 class QueueFull(Exception):

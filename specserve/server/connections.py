@@ -20,7 +20,7 @@ from specserve.server.errors import APIError
 logger = logging.getLogger(__name__)
 
 SERVER_NAME: Final = "specserve"  # aiohttp's default would reveal its version
-# Seconds that a body is still read after an early answer, so that the client gets to read it.
+# Seconds that a body is still read after an early answer, so that the client can read that answer.
 _LINGER_S: Final = 1.0
 _SHUTDOWN_S: Final = 2.0  # seconds that handlers get to end their answers after a drain
 _POLL_S: Final = 0.02  # seconds between checks whether an answer has been sent entirely
@@ -149,7 +149,7 @@ class Connection(web.RequestHandler):
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=high, low=0)
 
     def keep_place(self) -> None:
-        """Keep the connection's place until the current task has sent its request's answer."""
+        """Protect the connection from replacement until the current task has sent its answer."""
         task = asyncio.current_task()
         assert task is not None
         self._places.keep(self._raw)
@@ -217,7 +217,7 @@ class Connection(web.RequestHandler):
                 await asyncio.sleep(_POLL_S)
             self._stop_checking()
 
-    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's never keeps it
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp's returns None
         """The client sent FIN: it may wait for its answer or be gone; TCP does not tell which.
 
         Returns True to keep the connection. Returns False (close) for TLS, which has no half-closed
@@ -266,7 +266,10 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The response to malformed HTTP, or to an exception that left the application."""
+        """The response to malformed HTTP, or to an exception that left the application.
+
+        Raises ConnectionError if an answer has begun already.
+        """
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun; there is no place for an error")
         if status < 500:

@@ -55,7 +55,7 @@ class Door:
         self._tls = tls
         self._limit = num_places(config)
         self._kept: set[asyncio.Transport] = set()  # with an accepted request
-        self._offered: dict[asyncio.Transport, None] = {}  # not protected, oldest first
+        self._offered: dict[asyncio.Transport, None] = {}  # no accepted request; oldest first
         self._handshakes: set[asyncio.Task[None]] = set()
         self._port: asyncio.Server | None = None
 

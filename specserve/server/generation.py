@@ -116,7 +116,7 @@ class _Pieces:
 
 @dataclass(slots=True)
 class _Times:
-    """time.monotonic() seconds."""
+    """time.monotonic() seconds: arrival, first admission, first and last token chunk."""
 
     arrived: float = field(default_factory=time.monotonic)
     scheduled: float | None = None

@@ -49,7 +49,7 @@ _SPARE_PLACES: Final = 4
 # signal a process and then its whole group.
 _ECHO_S: Final = 0.25
 
-OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name
+OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name, info
 
 
 async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:

@@ -122,7 +122,7 @@ class ServerMetrics:
         )
 
     def _add_gauges(self) -> None:
-        """Register the gauges that are read at each scrape; 0 while the engine is not ready."""
+        """Register the gauges read at each scrape; those of an engine that is not ready are 0."""
 
         def now(read: Callable[[EngineStats], float]) -> float:
             return read(self._stats) if self._stats is not None and self._is_up() else 0.0
@@ -161,7 +161,7 @@ class ServerMetrics:
     def on_stats(self, stats: EngineStats) -> None:
         """Record the latest snapshot. Counters grow by the difference to the one before.
 
-        Totals count from the start of one engine process; `num_steps` falls after a restart.
+        A smaller `num_steps` than before means a new engine process, which counts from 0.
         """
         self._notice_restarts()
         if self._stats is not None and stats.num_steps < self._stats.num_steps:

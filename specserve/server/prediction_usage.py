@@ -10,7 +10,7 @@ class PredictionUsage:
 
     A token counts if it equals the prediction's token at the current position, whatever its drafter
     id: the target itself emits the last token of every forward pass. A token drafted from another
-    position of the prediction counts too. The current position moves behind the counted token.
+    position of the prediction counts too. The current position moves past the counted token.
     """
 
     def __init__(self, prediction: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 KEEP_ALIVE_S: Final = 15.0  # seconds without an event before a comment is sent
-_PAD_TO: Final = 512  # bytes; the size of obfuscated events is a multiple of this
+_PAD_TO: Final = 512  # bytes; the JSON of obfuscated events is padded to a multiple of this
 
 T = TypeVar("T")
 _encoder = msgspec.json.Encoder()
@@ -56,7 +56,7 @@ class EventStream:
 def padding(message: msgspec.Struct) -> str:
     """The value of `obfuscation` that makes the message's JSON a multiple of `_PAD_TO` bytes.
 
-    Even sizes hide the length of the text. `message` must hold an empty `obfuscation`.
+    This hides the length of the text. `message` must hold an empty `obfuscation`.
     """
     return secrets.token_hex(_PAD_TO)[: -len(_encoder.encode(message)) % _PAD_TO]
 

@@ -18,7 +18,7 @@ from specserve.types import (
     SpeculationParams,
 )
 
-MAX_STOP_BYTES = 1024  # per stop string
+MAX_STOP_BYTES = 1024  # characters per stop string
 MAX_TOKEN_LIST = 1024  # entries of stop_token_ids and logit_bias
 
 Name = Annotated[str, Meta(max_length=256)]
@@ -36,13 +36,13 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = None  # send a last chunk without choices that holds the usage
     continuous_usage_stats: bool | None = None  # put the usage so far into every chunk
-    include_obfuscation: bool | None = None  # pad events to a multiple of 512 bytes
+    include_obfuscation: bool | None = None  # pad the JSON of events to a multiple of 512 bytes
 
 
 class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of speculative decoding; they affect the speed, never the output."""
 
-    enabled: bool | None = None  # false: plain decoding
+    enabled: bool | None = None  # false: no drafting, plain decoding
     max_nodes: Annotated[int, Meta(ge=1, le=64)] | None = None  # tree nodes, the root included
     drafters: Annotated[list[Name], Meta(min_length=1, max_length=16)] | None = None
 

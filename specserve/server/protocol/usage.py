@@ -44,7 +44,7 @@ class SpeculativeDecoding(Struct, frozen=True):
 
 
 class Metrics(Struct, frozen=True):
-    """Times of one request; null if there were too few tokens to measure them.
+    """Times of one request in milliseconds, and its rate; null if there were too few tokens.
 
     `mean_itl_ms` is the mean gap between token chunks. `tokens_per_second` counts from the arrival.
     """
