@@ -1,6 +1,6 @@
-"""Growing a draft tree by its most likely paths, where looking what may follow costs nothing.
+"""Best-first tree expansion for drafters whose expansion step is a lookup, not a forward pass.
 
-The compiled drafters have the same in kernels/specserve_kernels/host/csrc/tree.h.
+The compiled drafters use the same algorithm in kernels/specserve_kernels/host/csrc/tree.h.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,9 +20,15 @@ def grow_best_first(
     min_probability: float,
     source: int,
 ) -> DraftTree:
-    """`expand(payload, depth)`: per token that may follow a node, how likely it is, its payload."""
+    """The tree of the `max_nodes` most likely nodes, root included, by path probability.
+
+    `expand(payload, depth)` yields the candidate children of a node of that depth: token,
+    conditional acceptance probability, and the payload to expand the child with. Nodes of a path
+    probability below `min_probability` are left out. `source` is the drafter id.
+    """
     tokens, parents, scores = [root], [-1], [1.0]
-    # Open nodes: score (negative: a heap pops the least), age, parent, depth, token, payload.
+    # Frontier entries: (negative path probability, insertion number, parent, depth, token,
+    # payload); heapq pops the smallest.
     heap: list[tuple[float, int, int, int, int, P]] = []
     num_found, depth = 0, 0
     while len(tokens) < max_nodes:

@@ -1,10 +1,12 @@
-"""A small causal LM drafts for a large one (Leviathan et al. 2023, Chen et al. 2023), as a tree.
+"""The `draft_lm` drafter: a small causal LM proposes a tree for a large one (Leviathan et al. 2023,
+Chen et al. 2023).
 
-Its KV lives in the target's blocks, in a storage of its own. Candidates are ranked by
-log q + g with the target's sampler and the target's noise, so a draft that agrees with the target
-is accepted whatever the temperature. The tree grows best-first by path score. Past the draft's own
-context it proposes nothing, nor after a token that only the target has a row for: models of one
-family often share a tokenizer and pad their vocabularies to different sizes.
+Its KV is in a storage of its own, indexed by the target's block tables. Candidates are ranked by
+log q + g with the target's sampler and Gumbel noise g, so a draft model whose distribution agrees
+with the target's is accepted at any temperature. The tree is grown best-first by path probability.
+Only the root is proposed for a sequence that is longer than the draft model's context, or that
+contains a token id for which the draft model has no embedding row: models of one family often share
+a tokenizer but pad their vocabularies to different sizes.
 """
 
 from collections.abc import Sequence as Seq
@@ -27,12 +29,12 @@ from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve_drafts.growth import Growth, rank, take
 
-_MAX_CATCH_UP_ROWS = 256  # rows of one pass over tokens the draft has not seen
+_MAX_CATCH_UP_ROWS = 256  # tokens without draft KV in one forward pass of the draft model
 
 
 class DraftLMOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     branching: int = 3  # candidates kept per node; 1 drafts a chain
-    beam: int = 2  # nodes looked at per draft pass
+    beam: int = 2  # nodes of a tree that are expanded per forward pass of the draft model
     max_depth: int = 8
 
 
@@ -60,9 +62,9 @@ class DraftLM:
         self._options = options
         self._path = path
         self._shape = ModelShape.from_dir(path)
-        self._num_valid: dict[str, int] = {}  # tokens whose draft KV is there, by sequence id
-        self._num_readable: dict[str, int] = {}  # leading tokens that the draft has rows for
-        # Content of each block in the draft's storage, as the prefix cache names it.
+        self._num_valid: dict[str, int] = {}  # leading tokens with valid draft KV, by sequence id
+        self._num_readable: dict[str, int] = {}  # leading tokens with an embedding row, likewise
+        # Block id -> prefix cache hash of the content whose draft KV the block holds.
         self._filled: dict[int, bytes] = {}
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
@@ -93,7 +95,7 @@ class DraftLM:
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
     def _grow(self, asked: Seq[tuple[SequenceView, int]]) -> dict[str, DraftTree]:
-        """Trees of so many nodes at most, by sequence id."""
+        """Trees for (sequence, node budget) pairs, by sequence id."""
         growths = [Growth(seq, self._context.sampling_state(seq), budget) for seq, budget in asked]
         missed = [row for seq, _ in asked for row in self._catch_up(seq, seq.num_tokens - 1)]
         while growing := [growth for growth in growths if growth.num_done < len(growth.nodes)]:
@@ -103,11 +105,11 @@ class DraftLM:
             for growth in growing:
                 growth.pick(self._options.beam, self._options.max_depth)
         for seq, _ in asked:
-            self._num_valid[seq.id] = seq.num_tokens  # the root is in the cache too
+            self._num_valid[seq.id] = seq.num_tokens  # the root has draft KV too
         return {growth.seq.id: growth.tree(self._context.source) for growth in growths}
 
     def observe(self, feedback: Feedback) -> None:
-        """Follow prompt chunks, so that the first proposal does not have the prompt to read."""
+        """Compute draft KV of prefill chunks, so that the first proposal need not do it all."""
         chunks = [
             entry.seq
             for entry in feedback.entries
@@ -129,8 +131,10 @@ class DraftLM:
         self._num_readable.pop(seq_id, None)
 
     def _can_read(self, seq: SequenceView) -> bool:
-        """Whether the draft has a row for every token. It is asked before anything is looked up: a
-        row beyond the last one cannot be caught afterwards, on a GPU it ends the process."""
+        """Whether the draft model has an embedding row for every token of `seq`.
+
+        Must be checked before the lookup: an index out of range is a fatal error on a GPU.
+        """
         num_rows = self._shape.vocab_size
         if num_rows >= self._context.vocab_size:
             return True
@@ -141,8 +145,11 @@ class DraftLM:
         return readable == len(tokens)
 
     def _catch_up(self, seq: SequenceView, end: int) -> list[SegmentRows]:
-        """Rows for the tokens before `end` that the draft has not seen; the caller counts them as
-        seen when they are computed."""
+        """Segments of the tokens before `end` that have no draft KV.
+
+        Runs forward passes over the first of them if they exceed _MAX_CATCH_UP_ROWS; the caller
+        runs the returned rest and then updates `_num_valid`.
+        """
         table = seq.table
         if seq.id not in self._num_valid:
             self._num_valid[seq.id] = self._num_shared(table)
@@ -156,13 +163,14 @@ class DraftLM:
         return segments
 
     def _num_shared(self, table: TableView) -> int:
-        """Leading tokens whose draft KV came with the blocks of the prefix cache."""
+        """Leading tokens of the table's blocks that already hold their draft KV."""
         blocks = zip(table.block_ids, table.hashes, strict=False)
         matching = takewhile(lambda block: self._filled.get(block[0]) == block[1], blocks)
         return sum(1 for _ in matching) * table.block_size
 
     def _forward(self, rows: Seq[SegmentRows]) -> Tensor:
-        """[num_logit_rows, vocab_size of the target] float32."""
+        """Logits [num_logit_rows, target vocab_size] float32; -inf for ids that the draft model
+        lacks."""
         context = self._context
         batch = build_batch(rows, context.block_size, self._model.row_multiple, context.device)
         logits = self._model(batch, self._storage).logits

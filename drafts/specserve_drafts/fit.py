@@ -1,4 +1,4 @@
-"""Which target a draft was made for, and whether another model is one it fits."""
+"""Compatibility: for which target a draft was made, and which shipped draft a target can use."""
 
 import hashlib
 from pathlib import Path
@@ -16,15 +16,19 @@ ZOO: Final = Path(__file__).parent / "zoo"
 
 
 class Target(Struct, frozen=True):
-    """What must agree. Weights may differ: a tune of the same model is still worth drafting for."""
+    """The properties of a target that a draft must match.
+
+    Weights may differ: a draft is still of use for a fine-tune of its target.
+    """
 
     hidden_size: int
     num_layers: int
     vocab_size: int
-    vocabulary: str  # SHA-256 over the tokens by id
+    vocabulary: str  # SHA-256 of the JSON list of (id, token), ordered by id
 
     @classmethod
     def of(cls, directory: Path) -> "Target":
+        """Those of the model in `directory`. Raises ModelError."""
         shape = ModelShape.from_dir(directory)
         tokens = sorted(
             (index, token) for token, index in Tokenizer(directory).vocabulary().items()
@@ -34,14 +38,14 @@ class Target(Struct, frozen=True):
 
 
 class DraftConfig(Struct, frozen=True):
-    """config.json of a draft of ours that is no model."""
+    """config.json of a draft made by `specserve tune` that is not a neural network."""
 
     specserve_method: str
     target: Target
 
 
 def read_config(directory: Path) -> DraftConfig:
-    """Raises DraftError, naming the file."""
+    """Read config.json of such a draft. Raises DraftError, naming the file."""
     path = directory / "config.json"
     try:
         return msgspec.convert(read_json(path), DraftConfig)
@@ -50,7 +54,8 @@ def read_config(directory: Path) -> DraftConfig:
 
 
 def check_fit(directory: Path, target: Target) -> None:
-    """Raises DraftError, naming the difference, unless the draft was made for such a target."""
+    """Raises DraftError, naming the first difference, unless the draft in `directory` was made for
+    a target with these properties."""
     made_for = read_config(directory).target
     for name in Target.__struct_fields__:
         if (made := getattr(made_for, name)) != (asked := getattr(target, name)):
@@ -61,7 +66,7 @@ def check_fit(directory: Path, target: Target) -> None:
 
 
 def shipped(method: str, target: Target) -> Path | None:
-    """The draft of this kind that ships for a target."""
+    """The directory of the shipped draft of this method for a target; None: there is none."""
     for path in sorted(ZOO.glob("*/config.json")):
         if "specserve_method" in read_json(path):
             config = read_config(path.parent)
@@ -71,8 +76,11 @@ def shipped(method: str, target: Target) -> Path | None:
 
 
 def shipped_head(target: Path) -> Path | None:
-    """The trained head that ships for a target. Its layout knows the target's name and sizes; of
-    another model with both, the head is a poor draft and no error."""
+    """The directory of the pretrained EAGLE head that ships for a target; None: there is none.
+
+    Its layout records only the target's name, hidden size and vocabulary size. For a different
+    model that has the same name and sizes the head drafts badly; the output is not affected.
+    """
     for path in sorted(ZOO.glob("*/config.json")):
         config = read_json(path)
         verifier = config.get("speculators_config", {}).get("verifier", {})

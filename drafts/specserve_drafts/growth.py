@@ -1,7 +1,8 @@
-"""Growing a draft tree best-first with a model: look at a few nodes, take in the successors it
-proposes, go on with the best of them.
+"""Best-first tree expansion with a draft model.
 
-Knows the nodes and their scores; which model looks at them, and how, is the drafter's matter.
+Each expansion step evaluates a few nodes in one forward pass, adds their candidate successors to
+the frontier, and selects the nodes to evaluate next. Knows nodes and path probabilities; the
+drafter runs the model.
 """
 
 from collections.abc import Callable
@@ -15,37 +16,38 @@ from specserve.sampling import Row, Sampler, SamplingState
 from specserve.sequence import SequenceView
 from specserve.tree import DraftTree, build_tree
 
-# What a look is worth: tokens that the successors of a node that comes true add to a pass, beside
-# those that emit one now.
-_GAIN: Final = 0.4
-_TOKENS: Final = 1.8
-_NEXT: Final = 0.6  # how likely the best successor of a node is, if the node comes true
-_MEMORY: Final = 64.0  # drafts that means are of
+# Assumptions of `LookPrice`:
+_GAIN: Final = 0.4  # tokens per forward pass that an accepted node's successors add
+_TOKENS: Final = 1.8  # tokens per forward pass without them
+_NEXT: Final = 0.6  # conditional acceptance probability of a node's best successor
+_MEMORY: Final = 64.0  # drafts that the running means cover
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
     token: int
     parent: int  # index among the evaluated nodes, -1 for the root
-    score: float
+    score: float  # path probability
     depth: int
-    word: int  # ancestors among the evaluated nodes
+    word: int  # bit j: evaluated node j is an ancestor, or the node itself
 
 
 class Growth:
-    """One tree while it grows: evaluated nodes, in cache order, and the candidates they brought."""
+    """A tree during expansion: the evaluated nodes in the order of their KV, and the frontier."""
 
     def __init__(self, seq: SequenceView, state: SamplingState, budget: int) -> None:
         self.seq, self.state, self.budget = seq, state, budget
         self.nodes = [Node(seq.tokens[-1], -1, 1.0, 0, 1)]
-        self.pool: list[Node] = []  # not evaluated; `word` is the parent's
-        self.num_done = 0  # nodes whose KV and candidates are there
+        self.pool: list[Node] = []  # the frontier: candidates not evaluated; `word` is the parent's
+        self.num_done = 0  # leading `nodes` that are evaluated: KV written, candidates added
 
     def pick(self, beam: int, max_depth: int, min_score: float = 0.0) -> bool:
-        """Move the best candidates to the nodes of the next pass; False if there are none.
+        """Select up to `beam` frontier nodes to evaluate next; False if there are none.
 
-        One node of the budget is left for a leaf: evaluating all would be evaluating in vain.
-        Compiled: kernels/specserve_kernels/cpu/csrc/draft_head.cpp.
+        Nodes at `max_depth` or of a path probability below `min_score` are never evaluated. One
+        node of the budget is kept for a leaf: with the budget used up, the successors of the last
+        evaluated nodes could not be added. kernels/specserve_kernels/cpu/csrc/draft_head.cpp has
+        the compiled version.
         """
         self.num_done = len(self.nodes)
         room = min(beam, self.budget - 1 - len(self.nodes))
@@ -57,17 +59,18 @@ class Growth:
 
     @property
     def fresh(self) -> list[Node]:
-        """The nodes of the next pass."""
+        """The nodes selected for the next expansion step."""
         return self.nodes[self.num_done :]
 
     def sampler_rows(self) -> list[Row]:
+        """The sampler's row of the position after each fresh node."""
         return [
             Row(self.state, self.seq.num_tokens + node.depth, self._path(node))
             for node in self.fresh
         ]
 
     def add_candidates(self, index: int, tokens: list[int], probabilities: list[float]) -> None:
-        """Successors of evaluated node `num_done + index`."""
+        """Add successors of fresh node `index`, given their conditional probabilities."""
         parent = self.num_done + index
         node = self.nodes[parent]
         for token, probability in zip(tokens, probabilities, strict=True):
@@ -76,6 +79,7 @@ class Growth:
                 self.pool.append(Node(token, parent, score, node.depth + 1, node.word))
 
     def tree(self, source: int) -> DraftTree:
+        """The evaluated nodes and the best of the frontier, `budget` nodes at most."""
         leaves = sorted(self.pool, key=lambda node: -node.score)[: self.budget - len(self.nodes)]
         nodes = self.nodes + leaves
         return build_tree(
@@ -94,10 +98,12 @@ class Growth:
 
 
 class LookPrice:
-    """How likely a node's path has to be for a pass of the draft over it to be worth its time.
+    """The least path probability at which evaluating a node is worth its time.
 
-    `least` at any rate; more where `step_seconds` tells what a step of the target takes, and a
-    node more: it has to be worth the pass, and its successors have to be worth their rows.
+    It is `least` where `step_seconds` returns None. Otherwise that returns the seconds of a step
+    without drafts and of one more node, and with x the seconds of one more expansion step it is
+    max(least, _TOKENS / step * max(x / _GAIN, node / _NEXT)): the tokens expected from evaluating
+    a node, and from verifying its best successor, must exceed those emitted in the same time.
     """
 
     def __init__(
@@ -105,11 +111,11 @@ class LookPrice:
     ) -> None:
         self._least, self._step_seconds = least, step_seconds
         self._num_drafts = 0
-        self._passes = self._seconds = 0.0  # of a draft, their means
-        self._variance = self._covariance = 0.0  # of passes, and of both
+        self._passes = self._seconds = 0.0  # running means per draft
+        self._variance = self._covariance = 0.0  # of passes; of passes and seconds
 
     def took(self, seconds: float, num_passes: int) -> None:
-        """A draft."""
+        """Record one draft: its total time and its expansion steps."""
         self._num_drafts += 1
         share = 1.0 / min(self._num_drafts, _MEMORY)
         more_passes, more_seconds = num_passes - self._passes, seconds - self._seconds
@@ -128,9 +134,13 @@ class LookPrice:
         return max(self._least, round(_TOKENS * dearer / step, 2))
 
     def _another(self) -> float:
-        """Seconds of one pass more: the first finds no weights in the cache, the others do."""
+        """Seconds of one more expansion step.
+
+        The slope of seconds over steps, not the mean: the first step of a draft takes longer, as
+        its weights are not in the CPU cache. Limited to 0.2 to 1 times the mean.
+        """
         mean = self._seconds / max(self._passes, 1.0)
-        if self._variance < 0.01:  # drafts are all alike
+        if self._variance < 0.01:  # nearly equal numbers of steps determine no slope
             return mean
         return min(max(self._covariance / self._variance, 0.2 * mean), mean)
 
@@ -138,10 +148,10 @@ class LookPrice:
 def rank(
     growing: Seq[Growth], logits: Tensor, sampler: Sampler, branching: int
 ) -> tuple[Tensor, Tensor]:
-    """Candidates of the nodes just looked at, by log q + g with the target's own noise.
+    """The best candidates of the fresh nodes by log q + g, with the target's Gumbel noise g.
 
-    logits: [num_fresh, vocab_size of the target] float32, growth after growth. Returns tokens and
-    log probabilities, [num_fresh, branching].
+    logits: [num_fresh, target vocab_size] float32, the growths one after the other. Returns tokens
+    and log-softmax of the perturbed logits, each [num_fresh, branching].
     """
     rows = [row for growth in growing for row in growth.sampler_rows()]
     perturbed = sampler.perturb(sampler.process(logits, rows), rows)
@@ -150,7 +160,7 @@ def rank(
 
 
 def take(growing: Seq[Growth], tokens: Tensor, scores: Tensor) -> None:
-    """Candidates of the nodes just looked at: tokens and log probabilities, [num_fresh, n]."""
+    """Add candidates of the fresh nodes: tokens and log probabilities, each [num_fresh, n]."""
     rows = zip(tokens.tolist(), scores.exp().tolist(), strict=True)
     for growth in growing:
         for index in range(len(growth.fresh)):

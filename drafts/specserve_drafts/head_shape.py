@@ -1,6 +1,6 @@
-"""What a draft head over the target's layers is made of: its shape, and its tensors' sizes.
+"""The configuration of an EAGLE draft head and the sizes of its tensors.
 
-Knows no file; see `formats`, and `heads` for what the parts do.
+Knows no file format (see `formats`) and no computation (see `heads`).
 """
 
 from typing import Literal
@@ -11,14 +11,15 @@ from specserve.models.rope import RopeShape
 
 
 class HeadShape(Struct, frozen=True):
-    """Taps of the target, made one row, and Llama layers over it and the next token's embedding.
+    """Llama layers over the target's auxiliary hidden states and the next token's embedding.
 
-    `eagle1`: fc joins embedding and row, and the first layer has no norm before attention.
-    `eagle3`: fc makes the taps one row, and the first layer attends from embedding and row.
+    `eagle1`: `fc` projects the concatenated embedding and last hidden state to `hidden_size`; the
+    first layer has no norm before attention. `eagle3`: `fc` projects the concatenated auxiliary
+    hidden states; the first layer's attention reads the concatenated embedding and projection.
     """
 
     kind: Literal["eagle1", "eagle3"]
-    taps: tuple[int, ...]
+    taps: tuple[int, ...]  # target layers whose input hidden states it reads; num_layers: the last
     hidden_size: int
     target_hidden_size: int
     intermediate_size: int
@@ -30,27 +31,27 @@ class HeadShape(Struct, frozen=True):
     rope: RopeShape
     max_position_embeddings: int
     vocab_size: int  # the target's
-    draft_vocab_size: int  # rows of the head
+    draft_vocab_size: int  # rows of the LM head
     fc_bias: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    tap_norm: Literal["none", "each", "joint"] = "none"  # before fc
-    norm_before_residual: bool = False  # the residual of the first layer is the normed row
-    norm_output: bool = False  # what is fed back is normed, as in EAGLE-3.1
+    tap_norm: Literal["none", "each", "joint"] = "none"  # RMS norm of the `fc` inputs
+    norm_before_residual: bool = False  # the first layer's residual is taken after `hidden_norm`
+    norm_output: bool = False  # the output fed back is normed, as in EAGLE-3.1
     logit_scale: float = 1.0
-    own_embedding: bool = False  # else the target's
-    own_head: bool = True
+    own_embedding: bool = False  # False: uses the target's embedding
+    own_head: bool = True  # False: uses the target's LM head
 
     @property
     def first_width(self) -> int:
-        """Inputs of the first layer's attention."""
+        """Input size of the first layer's q, k and v projections."""
         return 2 * self.hidden_size if self.kind == "eagle3" else self.hidden_size
 
 
 def tensor_sizes(shape: HeadShape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of such a head, by our names."""
+    """The size of every tensor of such a head, by internal name."""
     hidden, taps = shape.hidden_size, len(shape.taps)
     fc_inputs = 2 * hidden if shape.kind == "eagle1" else taps * shape.target_hidden_size
     sizes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, fc_inputs)}

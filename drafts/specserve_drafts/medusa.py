@@ -1,11 +1,13 @@
-"""Heads over the target's last row each guess one of the next tokens (Medusa, Cai et al. 2024,
+"""The `medusa` drafter: several heads over the target's last hidden state (Medusa, Cai et al. 2024,
 arXiv 2401.10774).
 
-The row of the last committed token, normed as for the target's own head, has told the root; head i
-guesses the token i + 1 after the root, whatever is between. So a depth has the same candidates
-below every parent, and the tree is the best part of their product: best-first, where the authors
-have a fixed shape, with the guesses' own probabilities. At temperature > 0 candidates are ranked by
-log q / T + g with the noise of the target. No KV; nothing of a sequence but its last row is kept.
+The heads read the hidden state of the last committed token after the target's final norm, the same
+input from which the target's LM head predicted the root. Head i (from 0) predicts the token i + 1
+positions after the root, independently of the tokens in between. So all nodes of one depth have the
+same candidate children; the tree is grown best-first by the product of the heads' probabilities,
+where the authors use a fixed tree shape. At temperature T > 0 candidates are ranked by
+log q / T + g with the target's Gumbel noise g. There is no draft KV; the only state of a sequence
+is its last hidden state.
 """
 
 import heapq
@@ -33,13 +35,13 @@ Candidates = Seq[tuple[int, float]]  # tokens and their probabilities at one dep
 
 class MedusaOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     branching: int = 8  # candidates kept per depth; 1 drafts a chain
-    num_heads: int | None = None  # the first ones; None: all
+    num_heads: int | None = None  # use only the first `num_heads` heads; None: all
 
 
 @dataclass(frozen=True, slots=True)
 class _LastRow:
-    position: int  # of its token
-    row: Tensor  # [hidden_size], before the final norm
+    position: int  # of the token in its sequence
+    row: Tensor  # [hidden_size], the token's last hidden state before the final norm
 
 
 class MedusaDrafter:
@@ -97,13 +99,13 @@ class MedusaDrafter:
         ]
 
     def observe(self, feedback: Feedback) -> None:
-        """Keep the row of the last token that was committed."""
+        """Store the hidden state of the last committed token of each sequence."""
         taps = feedback.output.taps
         if taps is None:
-            return  # what is kept has the wrong position by now
+            return  # the stored states are now out of date; `_knows` compares their positions
         tops: list[tuple[str, int]] = []  # sequence, position
         places: list[int] = []
-        first = 0  # row of the entry; chains come before trees
+        first = 0  # first row of the entry's prefill chunk, then of its tree
         for entry in feedback.entries:
             first += entry.num_chain
             if entry.num_nodes:
@@ -120,12 +122,12 @@ class MedusaDrafter:
         self._last.pop(seq_id, None)
 
     def _knows(self, seq: SequenceView) -> bool:
-        """Whether the row before the root was seen."""
+        """Whether the hidden state of the token before the root is stored."""
         last = self._last.get(seq.id)
         return last is not None and last.position == seq.num_tokens - 2
 
     def _candidates(self, seqs: Seq[SequenceView], depth: int) -> list[list[Candidates]]:
-        """Per sequence, for each of the `depth` positions after the root."""
+        """The candidates of each of the `depth` positions after the root, per sequence."""
         if not seqs:
             return []
         context = self._context
@@ -136,7 +138,7 @@ class MedusaDrafter:
             whole = logits.new_full((len(logits), context.vocab_size), -torch.inf)
             whole[:, ids.to(context.device)] = logits
             logits = whole
-        # A penalty counts what is emitted, but not the path to the node: a depth has many.
+        # Penalties count the emitted tokens only: the nodes of one depth have different paths.
         draws = [
             Row(context.sampling_state(seq), seq.num_tokens + after)
             for seq in seqs
@@ -150,7 +152,7 @@ class MedusaDrafter:
 
 
 class MedusaHeads:
-    """The first `num_heads` heads, their weights read from `file` into `dtype`."""
+    """The first `num_heads` heads of `file`, with their weights converted to `dtype`."""
 
     def __init__(
         self, file: MedusaFile, num_heads: int, dtype: torch.dtype, device: torch.device
@@ -170,8 +172,10 @@ class MedusaHeads:
         self._unembed = [Linear(put(file.unembedding(head))) for head in range(num_unembeddings)]
 
     def __call__(self, rows: Tensor, num_heads: int) -> Tensor:
-        """Normed rows of the target [n, hidden_size] -> logits [n, num_heads, draft_vocab_size]
-        float32."""
+        """Logits [n, num_heads, draft_vocab_size] float32 of the first `num_heads` heads.
+
+        rows: [n, hidden_size], the target's last hidden states after its final norm.
+        """
         rows = rows.to(self._dtype)
         outs = []
         for layers in self._layers[:num_heads]:
@@ -179,7 +183,7 @@ class MedusaHeads:
             for layer in layers:
                 x = x + F.silu(layer(x))
             outs.append(x)
-        if len(self._unembed) == 1:  # read once for all heads
+        if len(self._unembed) == 1:  # one matrix product, which reads a shared weight once
             (unembed,) = self._unembed
             logits = unembed(torch.stack(outs, dim=1).flatten(0, 1)).view(len(rows), num_heads, -1)
         else:
@@ -189,10 +193,15 @@ class MedusaHeads:
 
 
 def product_tree(root: int, depths: Seq[Candidates], budget: int, source: int) -> DraftTree:
-    """The best `budget` nodes of the tree in which every node of depth d has the candidates
-    `depths[d]` below it, by the product of their probabilities."""
+    """The `budget` nodes of highest path probability, root included, of the tree in which every
+    node of depth d has the children `depths[d]`.
+
+    A path's probability is the product of its candidates' probabilities. `source` is the drafter
+    id of all nodes but the root.
+    """
     tokens, parents, scores = [root], [-1], [1.0]
-    # Open nodes, one per parent: score (negative: a heap pops the least), age, parent, depth, rank.
+    # Frontier: the next unused child of each node, as (negative path probability, insertion number,
+    # parent, depth, rank among the candidates); heapq pops the smallest.
     heap: list[tuple[float, int, int, int, int]] = []
     age = 0
 

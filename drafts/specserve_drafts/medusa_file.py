@@ -1,10 +1,10 @@
-"""Medusa heads as they are published, checked against their target.
+"""Reads published Medusa checkpoints and checks that they are compatible with the target.
 
-Owns who calls what by which name: the authors (Cai et al. 2024, arXiv 2401.10774;
-github.com/FasterDecoding/Medusa) write {head}.{layer}.linear and, after the last layer,
-{head}.{num_layers}; vLLM writes blocks.{head}.layers.{layer}, lm_heads.{head} and, for fewer tokens
-than the target has, token_map; with original_lm_head in its config, all heads have lm_heads.0. The
-authors' names are ours. Safetensors only.
+Owns the mapping of tensor and config names. The authors (Cai et al. 2024, arXiv 2401.10774;
+github.com/FasterDecoding/Medusa) write {head}.{layer}.linear for the residual layers and
+{head}.{num_layers} for the unembedding of a head. vLLM writes blocks.{head}.layers.{layer},
+lm_heads.{head} and, for a reduced vocabulary, token_map; with original_lm_head in its config, all
+heads use lm_heads.0. The authors' names are used internally. Safetensors only.
 """
 
 import re
@@ -35,28 +35,29 @@ _AGAIN: Final = "fetch the checkpoint again"
 
 @dataclass(frozen=True, slots=True)
 class MedusaFile:
-    """A checkpoint that fits its target; no weights are read yet."""
+    """A checkpoint that is compatible with its target. Weights are read on request."""
 
     num_heads: int
-    num_layers: int  # residual layers of a head, before its own unembedding
-    token_ids: Tensor | None  # [draft_vocab_size] int64, what each row is to the target; None: same
+    num_layers: int  # residual layers of a head, before its unembedding
+    # [draft_vocab_size] int64, target token id of each unembedding row; None: row i is token i.
+    token_ids: Tensor | None
     logit_scale: float
-    shared_unembedding: bool  # one for all heads, that of head 0
+    shared_unembedding: bool  # all heads use the unembedding of head 0
     _checkpoint: SafetensorsCheckpoint
-    _names: Mapping[str, str]  # ours -> the file's
+    _names: Mapping[str, str]  # internal name -> name in the file
 
     def layer(self, head: int, layer: int) -> tuple[Tensor, Tensor | None]:
-        """Weight [hidden_size, hidden_size] and bias [hidden_size], as they are stored."""
+        """Weight [hidden_size, hidden_size] and bias [hidden_size] or None, in the stored dtype."""
         name = f"{head}.{layer}.linear"
         bias = self._tensor(f"{name}.bias") if f"{name}.bias" in self._names else None
         return self._tensor(f"{name}.weight"), bias
 
     def unembedding(self, head: int) -> Tensor:
-        """[draft_vocab_size, hidden_size], as it is stored."""
+        """[draft_vocab_size, hidden_size] in the stored dtype."""
         owner = 0 if self.shared_unembedding else head
         weight = self._tensor(f"{owner}.{self.num_layers}.weight")
         if self.token_ids is not None and len(weight) != len(self.token_ids):
-            return weight[self.token_ids]  # of all tokens, of which the map takes some
+            return weight[self.token_ids]  # the file has rows for the whole vocabulary
         return weight
 
     def _tensor(self, name: str) -> Tensor:
@@ -64,7 +65,7 @@ class MedusaFile:
 
 
 def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
-    """The heads in the directory `path`, checked against their target.
+    """Open the checkpoint in the directory `path` and check it against the target.
 
     Raises DraftError naming the field, its value and the fix.
     """
@@ -72,7 +73,7 @@ def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
         config = Fields(read_json(path / "config.json"), str(path / "config.json"))
         _check_config(config, target)
         if not (is_there(path / SINGLE_FILE) or is_there(path / INDEX)):
-            read_checkpoint(path)  # says what is wrong with what is there
+            read_checkpoint(path)  # raises a more specific error, e.g. for a missing file
             raise ModelError(f"{path}: the weights of Medusa heads must be safetensors")
         checkpoint = SafetensorsCheckpoint(path, INTEGERS)
         num_layers = config.integer(
@@ -107,7 +108,8 @@ def _our_name(name: str, num_layers: int) -> str:
 
 
 def _check_config(config: Fields, target: ModelShape) -> None:
-    """The authors' files say neither; the tensors' sizes do."""
+    """Check the sizes in config.json, if given. The authors' configs have neither field; there
+    `_check_sizes` decides by the tensors."""
     for name, wanted in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
         if (value := config.integer(name, wanted)) != wanted:
             raise DraftError(
@@ -116,8 +118,11 @@ def _check_config(config: Fields, target: ModelShape) -> None:
 
 
 def _count_heads(config: Fields, names: Mapping[str, str]) -> int:
-    """The weights decide: published configs name fewer heads than there are, which the authors'
-    code corrects as well (medusa_model.py, "fix the uploaded config")."""
+    """The number of heads that have weights.
+
+    Published configs give fewer heads than the file has; the authors' code corrects this as well
+    (medusa_model.py, "fix the uploaded config"). Raises ModelError if the config gives more.
+    """
     heads = {int(name.partition(".")[0]) for name in names if name[:1].isdigit()}
     num_heads = next(head for head in range(len(heads) + 1) if head not in heads)
     field = _field(config, "medusa_num_heads", "num_heads")

@@ -1,7 +1,8 @@
-"""Prompt lookup: what followed the last few tokens when they last occurred.
+"""The `ngram` drafter: prompt lookup (Saxena 2023, "Prompt Lookup Decoding").
 
-Looks in the request's own prompt and output; the longest match wins. (Saxena 2023, "Prompt Lookup
-Decoding".) Host only, microseconds per proposal.
+It proposes the tokens that followed the latest earlier occurrence of the last few tokens, searching
+the request's own prompt and output; the longest match wins. All work is on the host and takes
+microseconds per proposal.
 """
 
 from collections.abc import Sequence as Seq
@@ -19,7 +20,7 @@ from specserve.tree import DraftTree, root_tree
 
 class NgramOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     min_match: int = 1  # tokens that must match before anything is proposed
-    max_match: int = 4
+    max_match: int = 4  # the longest match looked up, in tokens
 
 
 class NgramDrafter:

@@ -1,4 +1,4 @@
-"""No speculation: the root alone. The yardstick every drafter is compared with."""
+"""The `none` drafter: proposes the root alone, which is plain decoding, the baseline."""
 
 from collections.abc import Sequence as Seq
 from pathlib import Path

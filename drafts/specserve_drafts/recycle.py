@@ -1,17 +1,18 @@
-"""Token recycling: what the target held likely when these tokens last came along.
+"""The `recycle` drafter: token recycling from the target's own top-k tokens.
 
-Every verification pass tells, for each of its rows, rejected nodes included, the target's own best
-next tokens there. A table keeps them by the last tokens, and a tree is grown from it best-first
-(after Luo et al. 2024, "Turning Trash into Treasure: Accelerating Inference of Large Language
-Models with Token Recycling", arXiv 2408.08696, who keep them by the last token alone).
+Every verification pass yields the target's most likely next tokens at each tree node, rejected
+nodes included. A top-k table (`successors`) stores them by the last one to three tokens, and a tree
+is grown from the table best-first (after Luo et al. 2024, "Turning Trash into Treasure:
+Accelerating Inference of Large Language Models with Token Recycling", arXiv 2408.08696, whose table
+is keyed by the last token alone).
 
-Beside the table of all requests each one has its own, which begins with its prompt and believes
-more in what it heard last: a text repeats itself. What is in a prompt is nobody else's.
+One table is shared by all requests. Each request also has a table of its own, which is filled with
+its prompt first and has a higher learning rate, as texts repeat themselves. Prompt text is added to
+the request's own table only.
 
-A request that is not drafted for teaches nothing, as that takes time which brings it none.
-
-What requests of one `cache_salt` have taught is not found by another's; what was taught without a
-salt, and so what a table was tuned on, is there for all. Host only.
+Entries learned under one `cache_salt` are not read under another. Entries learned without a salt,
+including those of a tuned table, are read by all requests. A request for which this drafter was not
+called is not learned from: that would cost time and not speed it up. All work is on the host.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ from specserve_drafts.fit import Target, check_fit, shipped
 from specserve_drafts.successors import NO_SALT, ORDERS, OWN, TABLE, WIDTH, SuccessorTable
 from specserve_kernels.dispatch import native_host
 
-_OWN_CONTEXTS: Final = 2**14  # of a request; 230 kB, which stay in the cache
+_OWN_CONTEXTS: Final = 2**14  # rows of a request's own table: 230 kB, which fit the CPU cache
 _SAVE_INTERVAL: Final = 60.0  # seconds
 
 logger = logging.getLogger(__name__)
@@ -46,17 +47,18 @@ _Best = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 @dataclass(slots=True)
 class _Own:
-    """A request's own table, and how many of its tokens that has heard."""
+    """A request's own table, and how many of the sequence's tokens it contains."""
 
     table: SuccessorTable
     num_known: int = 0
 
 
 class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    contexts: int = 2**19  # that a new table has room for; a power of two
-    shipped: bool = True  # begin with the table that ships for the target, if there is one
-    min_probability: float = 0.02  # paths less likely than this are not proposed
-    file: str | None = None  # a table kept between runs: read at start-up, written once a minute
+    contexts: int = 2**19  # rows of a new table; a power of two
+    shipped: bool = True  # start with the table that ships for the target, if there is one
+    min_probability: float = 0.02  # nodes of a lower path probability are not proposed
+    # File that keeps the table between runs: read at start-up, written at most once a minute.
+    file: str | None = None
 
 
 class RecycleDrafter:
@@ -84,11 +86,12 @@ class RecycleDrafter:
             path = shipped("recycle", self.target)
         self.table = self._first_table(path, options.contexts)
         self._own: dict[str, _Own] = {}  # by sequence id
-        self._asked: set[str] = set()  # sequences, in this step
+        self._asked: set[str] = set()  # ids of the sequences proposed for in this step
         self._saved_at = time.monotonic()
 
     def _first_table(self, path: Path | None, contexts: int) -> SuccessorTable:
-        """What the file holds, else what the draft's directory holds, else nothing."""
+        """The table in `options.file` if that exists, else the one in the draft's directory `path`,
+        else an empty one. Raises DraftError."""
         vocab_size, field = self.target.vocab_size, "draft"
         try:
             if self._file is not None:
@@ -111,10 +114,11 @@ class RecycleDrafter:
         self._host = native_host() if context.device.type == "cpu" else None
 
     def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
-        """Best-first by path score.
+        """Grow trees best-first by path probability.
 
-        The target's noise is left out at temperature > 0: what was likely in another text is too
-        far from the distribution here to gain by it (drafts/LOG.md).
+        At temperature > 0 candidates are ranked without the target's noise: probabilities that were
+        recorded in other texts are too far from the current distribution to gain from it
+        (drafts/LOG.md, 2026-11-25).
         """
         source = self._context.source
         trees = [
@@ -157,11 +161,11 @@ class RecycleDrafter:
             self._save(self._file)
 
     def forget(self, seq_id: str) -> None:
-        """What a request taught is there for the next one, but for its own table."""
+        """Drop the request's own table; the shared table keeps what was learned."""
         self._own.pop(seq_id, None)
 
     def _save(self, file: Path) -> None:
-        """Whatever becomes of the file, the table goes on."""
+        """Write the table to `file`; a failure is logged, and drafting continues."""
         try:
             self.table.save(file)
         except ValueError as error:
@@ -172,13 +176,14 @@ class RecycleDrafter:
         if own is None:
             table = SuccessorTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)
             own = self._own[seq.id] = _Own(table)
-        if own.num_known < seq.num_tokens:  # the prompt, or what came while nobody asked
+        # The prompt, or tokens that were emitted while this drafter was not called.
+        if own.num_known < seq.num_tokens:
             own.table.learn_text(seq.tokens[max(own.num_known - ORDERS, 0) :])
             own.num_known = seq.num_tokens
         return own.table
 
     def _best(self, output: ModelOutput) -> _Best:
-        """[rows, WIDTH] the best next tokens and their logits."""
+        """The WIDTH most likely next tokens of each logit row and their logits, [rows, WIDTH]."""
         top = output.topk
         if top is None:
             top = output.logits.topk(WIDTH).indices
@@ -192,7 +197,7 @@ class RecycleDrafter:
 
 @lru_cache(maxsize=1024)
 def _salts(cache_salt: str) -> tuple[int, ...]:
-    """Where a request looks; the first is where it writes."""
+    """The table salts that a request reads, in order; it writes under the first."""
     if not cache_salt:
         return (NO_SALT,)
     digest = hashlib.blake2b(cache_salt.encode(), digest_size=8).digest()

@@ -1,9 +1,9 @@
-"""Suffix decoding: a tree of what followed the last tokens wherever they occurred before.
+"""The `suffix` drafter: a tree of the continuations of earlier occurrences of the last tokens.
 
-Looks in the request's own prompt and output and in what earlier requests of the same `cache_salt`
-were answered; long matches count more, frequent continuations are tried first. (After Oliaro et
-al. 2024, arXiv 2411.04975, who keep suffix trees with counts; here hash chains as in LZ77 find the
-matches and the tree is counted from the texts.) Host only.
+It searches the request's own prompt and output, and the outputs of earlier requests with the same
+`cache_salt`. Longer matches have more weight, and frequent continuations are proposed first. After
+Oliaro et al. 2024, arXiv 2411.04975, who keep suffix trees with counts; here hash chains as in LZ77
+find the matches, and counts are taken from the texts at each proposal. All work is on the host.
 """
 
 from collections.abc import Callable
@@ -20,23 +20,24 @@ from specserve.tree import DraftTree
 from specserve_drafts.suffix_search import Log, SuffixSearch
 from specserve_drafts.token_log import END
 
-_INDEXED: Final = (4, 2)  # lengths of the n-grams matches are found by, besides min_match
-_LOG_PRICE: Final = 64  # tokens that a log takes the room of, however short it is
+_INDEXED: Final = (4, 2)  # n-gram lengths that are indexed besides min_match
+_LOG_PRICE: Final = 64  # tokens counted against `capacity` for each log, besides its text
 
 
 class SuffixOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     min_match: int = 1  # tokens that must match before anything is proposed
-    max_match: int = 16  # longer matches count no more
-    shared: bool = True  # learn from outputs of earlier requests with the same cache_salt
-    capacity: int = 500_000  # tokens of such outputs kept, for all salts together
-    min_probability: float = 0.02  # paths less likely than this are not proposed
+    max_match: int = 16  # matches are compared up to this many tokens
+    shared: bool = True  # search outputs of earlier requests with the same cache_salt too
+    capacity: int = 500_000  # tokens of such outputs kept, over all salts
+    min_probability: float = 0.02  # nodes of a lower path probability are not proposed
 
 
 class PastOutputs:
-    """Outputs of requests that are over, a log per salt, in two generations.
+    """Outputs of finished requests: one log per salt, in two generations.
 
-    When the young one has taken half of `capacity`, the old one goes and the young one is the old
-    one from then on: whatever the salts, the oldest goes first and nothing has to be unlinked.
+    When the young generation holds half of `capacity` tokens, the old one is dropped and the young
+    one takes its place. So the oldest outputs are evicted first, across all salts, and no single
+    entry ever has to be removed from a log.
     """
 
     def __init__(self, capacity: int, new_log: Callable[[], Log]) -> None:
@@ -44,7 +45,7 @@ class PastOutputs:
         self._new_log = new_log
         self._young: dict[str, Log] = {}
         self._old: dict[str, Log] = {}
-        self._num_taken = 0  # tokens in the young generation, its logs' price included
+        self._num_taken = 0  # tokens in the young generation, _LOG_PRICE per log included
 
     def add(self, salt: str, output: list[int]) -> None:
         text = [*output[-(self._room - _LOG_PRICE - 1) :], END]
@@ -57,7 +58,7 @@ class PastOutputs:
         self._num_taken += len(text)
 
     def logs(self, salt: str) -> list[Log]:
-        """The salt's logs, latest first."""
+        """The salt's logs, young generation first."""
         return [logs[salt] for logs in (self._young, self._old) if salt in logs]
 
 
@@ -72,8 +73,8 @@ class SuffixDrafter:
         self._options = options
         between = [size for size in _INDEXED if options.min_match < size <= options.max_match]
         self._search = SuffixSearch((*between, options.min_match), options.min_probability)
-        self._own: dict[str, Log] = {}  # by sequence id: prompt and output
-        self._running: dict[str, SequenceView] = {}  # by sequence id, to learn from in the end
+        self._own: dict[str, Log] = {}  # prompt and output, by sequence id
+        self._running: dict[str, SequenceView] = {}  # by sequence id; `forget` takes their outputs
         self._past = PastOutputs(options.capacity, self._search.new_log)
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
@@ -92,7 +93,7 @@ class SuffixDrafter:
     def forget(self, seq_id: str) -> None:
         self._own.pop(seq_id, None)
         seq = self._running.pop(seq_id, None)
-        # One that was preempted comes back, and is learned from when it is really over.
+        # A preempted sequence is resumed later; its output is added when it has finished.
         if seq is not None and seq.status is Status.FINISHED and seq.num_output:
             self._past.add(seq.cache_salt, seq.tokens[seq.num_prompt :])
 
