@@ -4,8 +4,8 @@ Chen et al. 2023).
 Its KV is in a storage of its own, indexed by the target's block tables. Candidates are ranked by
 log q + g with the target's sampler and Gumbel noise g, so a draft model whose distribution agrees
 with the target's is accepted at any temperature. The tree is grown best-first by path probability.
-Only the root is proposed for a sequence that is longer than the draft model's context, or that
-contains a token id for which the draft model has no embedding row: models of one family often share
+Only the root is proposed for a sequence that fills the draft model's context, or that contains a
+token id for which the draft model has no embedding row: models of one family often share
 a tokenizer but pad their vocabularies to different sizes.
 """
 

@@ -1,10 +1,11 @@
-"""A head over the target's own layers drafts a dynamic tree (EAGLE, Li et al. 2024 and 2025).
+"""The `eagle` drafter: an EAGLE head proposes a dynamic tree (EAGLE, Li et al. 2024 and 2025).
 
-A published head of EAGLE-1, 2, 3 or 3.1 (`formats`) runs over pairs of the target's row and the
-token after it (`pairs`). What a pass verified is taken in with the target's true rows; from there
-the head goes on with its own output. The tree grows best-first over path scores, EAGLE-2's dynamic
-tree (arXiv 2406.16858, section 4) cut to the budget as it grows. Candidates are ranked by log q at
-temperature 0, else by log q / T + g with the noise of the target.
+A published head of EAGLE-1, 2, 3 or 3.1 (`formats`) reads draft inputs: an auxiliary hidden state
+of the target and the token after it (`pairs`). For committed tokens these are the target's own
+hidden states; from the root's successors on the head's output takes their place. The tree is grown
+best-first by path probability: EAGLE-2's dynamic tree (arXiv 2406.16858, section 4), cut to the
+budget during expansion. Candidates are ranked by log q at temperature 0, else by log q / T + g with
+the target's Gumbel noise g.
 """
 
 import time
@@ -35,36 +36,44 @@ from specserve_drafts.pairs import BlockContents, Track
 from specserve_kernels.dispatch import native_host
 from specserve_kernels.draft_head import Drawing, Growing, GrowShape
 
-_PRICED_VOCAB = 12288  # rows of a target's head that a packed head reads where time counts
-_MAX_WAITING = 128  # pairs of a sequence that may wait for the next proposal
-# Of static trees: how likely a candidate is taken to be, by its rank alone. Falling guesses.
+# LM head rows that a quantized head takes from the target with cost-aware verification. All 49152
+# rows of SmolLM2 gained 0.02 tokens per forward pass more, at 4 ms a draft (drafts/LOG.md).
+_PRICED_VOCAB = 12288
+# Draft inputs of a sequence that may wait for the next proposal; more are computed at once, as
+# their hidden states take memory.
+_MAX_WAITING = 128
+# Static trees: the assumed conditional acceptance probability of a candidate by its rank. Not
+# measured.
 _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
 
 
 class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     branching: int = 8  # candidates kept per node; 1 drafts a chain
-    beam: int = 2  # nodes looked at per draft pass
+    beam: int = 2  # nodes of a tree that are expanded per forward pass of the head
     max_depth: int = 8
-    min_score: float = 0.05  # nodes whose path is less likely are never looked at
-    static: bool = False  # one shape for every tree, whatever the head says: to compare with
-    # Rows of the head to keep: the first ones, of a head that is the target's the frequent ones.
-    # None: all; where time counts, of a packed head that is the target's as many as pay.
+    # Nodes of a lower path probability are never expanded; expanding them gained nothing
+    # (drafts/LOG.md, 2026-11-26).
+    min_score: float = 0.05
+    static: bool = False  # one tree shape for all, by candidate rank; for comparison only
+    # LM head rows to keep: the first ones; of the target's own LM head the most frequent tokens.
+    # None: all, or _PRICED_VOCAB of a quantized head that uses the target's, if cost-aware.
     draft_vocab: int | None = None
-    taps: tuple[int, ...] | None = None  # layers entered, if the checkpoint does not say or errs
+    # Target layers whose input hidden states the head reads; None: as in the checkpoint.
+    taps: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A sequence that a tree is wanted for, and can be had."""
+    """A sequence to propose a tree for."""
 
     seq: SequenceView
     state: SamplingState
     budget: int
     track: Track
-    lane: Tensor  # int32, slots of the pairs before the root, and of the nodes
+    lane: Tensor  # int32, slots of the draft inputs before the root, then of root and nodes
 
     def at_once(self) -> Growing:
-        """The task for the kernel that grows it in one call."""
+        """The task for the kernel that grows the whole tree in one call."""
         tokens, params, track = self.seq.tokens, self.state.params, self.track
         root = len(tokens) - 1
         return Growing(
@@ -81,14 +90,18 @@ class _Asked:
 
 
 class _Draft:
-    """One tree while it grows pass by pass. `row` [hidden_size] is what its root goes on from."""
+    """One tree that is grown one forward pass at a time.
+
+    row: [hidden_size], the hidden state of the root's draft input.
+    """
 
     def __init__(self, asked: _Asked, row: Tensor) -> None:
         self.growth = Growth(asked.seq, asked.state, asked.budget)
         self._track, self._lane, self._row = asked.track, asked.lane, row
-        self._rows: list[Tensor] = []  # each [hidden_size], out of the nodes so far
+        self._rows: list[Tensor] = []  # outputs of the evaluated nodes, each [hidden_size]
 
     def fresh(self) -> HeadRows:
+        """The segment of the fresh nodes."""
         growth, root = self.growth, self.growth.seq.num_tokens - 1
         depths = np.array([node.depth for node in growth.fresh], np.int64)
         return HeadRows(
@@ -101,12 +114,12 @@ class _Draft:
         )
 
     def inputs(self) -> list[Tensor]:
-        """A row [hidden_size] for every fresh node: what its parent gave."""
+        """The hidden state [hidden_size] of every fresh node's draft input: its parent's output."""
         fresh = self.growth.fresh
         return [self._row if node.parent < 0 else self._rows[node.parent] for node in fresh]
 
     def keep(self, outputs: Iterator[Tensor]) -> None:
-        """A row [hidden_size] came out of every fresh node."""
+        """Store the head's output [hidden_size] of every fresh node."""
         self._rows += [next(outputs) for _ in self.growth.fresh]
 
 
@@ -172,15 +185,15 @@ class EagleDrafter:
         packed = isinstance(self.head, PackedHead) and not self._options.static
         for one in asked:
             if one is not None:
-                # What bias and penalties make of the candidates the kernel does not know.
+                # The kernel does not support logit adjustments such as bias and penalties.
                 (at_once if packed and not one.state.shaped else by_passes).append(one)
         trees = self._grow_at_once(at_once) | self._grow_by_passes(by_passes)
         for one in (*at_once, *by_passes):
-            one.track.settle(1)  # the root's pair was with the target's own row
+            one.track.settle(1)  # the root's draft KV is final: it is from the target's own state
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
     def _grow_at_once(self, asked: Seq[_Asked]) -> dict[str, DraftTree]:
-        """By sequence id."""
+        """Trees by sequence id, grown in one kernel call."""
         if not asked:
             return {}
         assert isinstance(self.head, PackedHead)
@@ -197,7 +210,7 @@ class EagleDrafter:
         }
 
     def _grow_by_passes(self, asked: Seq[_Asked]) -> dict[str, DraftTree]:
-        """By sequence id."""
+        """Trees by sequence id, grown by one forward pass of the head per expansion step."""
         if not asked:
             return {}
         options, started, num_passes = self._options, time.perf_counter(), 0
@@ -229,7 +242,7 @@ class EagleDrafter:
         return {draft.growth.seq.id: draft.growth.tree(source) for draft in drafts}
 
     def _load(self, dtype: torch.dtype) -> DraftHead | PackedHead:
-        """With packed weights where the target's are."""
+        """The head: quantized if the target is, the kernels support it and the shape allows it."""
         context, make = self._context, self._context.kernels.packed_draft_head
         embedding = context.packed_embedding
         if make is not None and embedding is not None and can_be_packed(self._file.shape):
@@ -251,10 +264,10 @@ class EagleDrafter:
         )
 
     def observe(self, feedback: Feedback) -> None:
-        """Keep the rows of everything that was committed until the next proposal."""
+        """Store the hidden states of all committed tokens until the next proposal."""
         taps = feedback.output.taps
         if taps is None:
-            return  # what is missed becomes a hole
+            return  # these tokens become a missing range
         first = 0
         for entry in feedback.entries:
             start, places = _settled(entry, feedback)
@@ -265,7 +278,7 @@ class EagleDrafter:
                 first += len(feedback.trees[entry.seq.id])
 
     def _wanted(self, taps: Tensor) -> Tensor:
-        """The head's own of what all drafters want together."""
+        """The columns of this head's layers; `taps` has the layers that all drafters need."""
         if self._takes_all:
             return taps
         return torch.cat([taps[:, columns] for columns in self._columns], dim=-1)
@@ -274,7 +287,7 @@ class EagleDrafter:
         self._tracks.pop(seq_id, None)
 
     def _begin(self, seq: SequenceView, budget: int) -> _Asked | None:
-        """None where the row before the root is not known: the target has yet to compute it."""
+        """None if the hidden state of the token before the root was not observed."""
         track = self._tracks.get(seq.id)
         root = seq.num_tokens - 1
         if track is None or not track.rows or track.num_seen != root:
@@ -284,13 +297,16 @@ class EagleDrafter:
         return _Asked(seq, self._context.sampling_state(seq), budget, track, lane)
 
     def _follow(self, seq: SequenceView, start: int, rows: Tensor) -> None:
-        """The target has computed tokens start, start + 1, ... of a sequence."""
+        """Store the hidden states of tokens start, start + 1, ... that the target has computed.
+
+        rows: [n, len(taps) * target_hidden_size].
+        """
         track = self._tracks.get(seq.id)
         if track is not None and track.num_seen == start + len(rows):
-            return  # told again, as another sequence's part of the pass has failed
+            return  # a repeated call: `observe` is retried if it raised for another sequence
         if track is None or track.num_seen != start:
             track = self._tracks[seq.id] = self._contents.begin(seq.table, start)
-        if track.num_waiting >= _MAX_WAITING:  # nobody asks for drafts; what waits takes memory
+        if track.num_waiting >= _MAX_WAITING:
             chains = list(track.waiting(seq.tokens, track.lane_up_to(track.num_seen, seq.table)))
             batch = lay_out(chains, self._context.device)
             self.head.take_in(batch, self.head.fuse(track.latest()[:-1]), self._storage)
@@ -300,11 +316,11 @@ class EagleDrafter:
         track.extend(rows)
 
     def _forward(self, parts: Seq[HeadRows], rows: Tensor) -> Tensor:
-        """rows: [num_rows, hidden_size], and so is the result."""
+        """The head's output [num_rows, hidden_size]; `rows` has the same shape."""
         return self.head(lay_out(parts, self._context.device), rows, self._storage)
 
     def _rank(self, growing: Seq[Growth], logits: Tensor) -> None:
-        """logits: [num_fresh, draft_vocab_size]."""
+        """Add candidates of the fresh nodes; logits: [num_fresh, draft_vocab_size]."""
         branching, ids = min(self._options.branching, logits.shape[1]), self._token_ids
         if all(growth.state.takes_best for growth in growing):
             scores, best = logits.log_softmax(-1).topk(branching)
@@ -321,15 +337,15 @@ class EagleDrafter:
 
 
 def _rows(taps: Tensor, first: int, places: Seq[int]) -> Tensor:
-    """Rows first + places[0], first + places[1], ..., ascending."""
-    if places[-1] - places[0] == len(places) - 1:  # the usual path: no copy
+    """Rows first + places[0], first + places[1], ...; `places` is ascending."""
+    if places[-1] - places[0] == len(places) - 1:  # consecutive, the usual case: no copy
         return taps[first + places[0] : first + places[-1] + 1]
     return taps[torch.tensor([first + place for place in places], device=taps.device)]
 
 
 def _settled(entry: EntryView, feedback: Feedback) -> tuple[int, list[int]]:
-    """What a pass has committed of a sequence: the first token's position, and the rows among its
-    own; chains come before trees, as `plan_segments` has them."""
+    """The tokens of a sequence that a forward pass committed: the position of the first, and their
+    rows among the entry's, of which the prefill chunk comes before the tree (`plan_segments`)."""
     seq, num_chain = entry.seq, entry.num_chain
     places = list(range(num_chain))
     if not entry.num_nodes:

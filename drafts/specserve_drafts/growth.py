@@ -100,10 +100,11 @@ class Growth:
 class LookPrice:
     """The least path probability at which evaluating a node is worth its time.
 
-    It is `least` where `step_seconds` returns None. Otherwise that returns the seconds of a step
-    without drafts and of one more node, and with x the seconds of one more expansion step it is
-    max(least, _TOKENS / step * max(x / _GAIN, node / _NEXT)): the tokens expected from evaluating
-    a node, and from verifying its best successor, must exceed those emitted in the same time.
+    `least` if `step_seconds` returns None. Otherwise `step_seconds` returns (step, row), the
+    seconds of a step without drafts and of one more verified node; with x the seconds of one more
+    expansion step, the bound is max(least, _TOKENS / step * max(x / _GAIN, row / _NEXT)). So the
+    tokens expected from evaluating a node, and from verifying its best successor, exceed the tokens
+    that plain steps emit in the same time.
     """
 
     def __init__(

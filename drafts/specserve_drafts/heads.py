@@ -1,9 +1,10 @@
-"""The forward pass of a draft head: (row of the target, next token) pairs to what may come next.
+"""The forward pass of an EAGLE draft head.
 
-A pair is one position: the target's fused taps of a token, and the token after it. Once past the
-tokens the target has seen, the head's own output stands in for the taps (Li et al. 2025, EAGLE-3,
-section 3; EAGLE-1 does the same with the target's last hidden state). Knows no sequences: rows
-carry their slots. Rows may be rounded differently in other passes; a draft need not be exact.
+A draft input is one position: the target's fused auxiliary hidden states of a token, and the next
+token. For positions that the target has not computed, the head's own output takes the place of the
+fused hidden states (Li et al. 2025, EAGLE-3, section 3; EAGLE-1 does the same with the target's
+last hidden state). Knows no sequences: rows come with their KV slots. Rounding may differ between
+batch shapes, as a draft need not be exact.
 """
 
 from collections.abc import Callable
@@ -25,14 +26,16 @@ from specserve_kernels.ops import Kernels, Plan, Segments
 
 @dataclass(frozen=True, slots=True)
 class HeadRows:
-    """One segment of a pass. `lane` lists the slots of all pairs it may see, in order."""
+    """One segment of a forward pass: nodes of a tree, or a chain of draft inputs."""
 
-    lane: Tensor  # int32; the segment's own rows are lane[context_len + first_node:]
-    context_len: int  # pairs before the tree, or before the chain
-    first_node: int
+    # Slot list, int32: slots of all draft inputs that the segment may attend to, in order. Its own
+    # are lane[context_len + first_node:].
+    lane: Tensor
+    context_len: int  # draft inputs before the tree, or before the chain
+    first_node: int  # nodes of the tree before the segment
     tokens: Seq[int]
     positions: npt.NDArray[np.int64]  # [n] RoPE positions
-    ancestors: npt.NDArray[np.uint64]  # [n]
+    ancestors: npt.NDArray[np.uint64]  # [n] words, as in `DraftTree`
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,11 @@ class HeadBatch:
 
 
 def lay_out(rows: Seq[HeadRows], device: torch.device) -> HeadBatch:
-    """One pass. Lanes are block tables of blocks of one slot: pairs that do not exist leave no
-    gap that attention would have to skip."""
+    """The tensors of one forward pass over `rows`.
+
+    Slot lists are passed as block tables with a block size of 1, so a missing range leaves no gap
+    in what attention reads.
+    """
     lengths = [len(part.tokens) for part in rows]
     cu_rows = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(lengths, out=cu_rows[1:])
@@ -81,7 +87,10 @@ def head_kv_spec(shape: HeadShape, dtype: torch.dtype) -> KVSpec:
 
 
 class DraftHead:
-    """One head, its weights read from `file` into `dtype`."""
+    """One head, with the weights of `file` converted to `dtype`.
+
+    `embed`, `final_norm` and `unembed` are the target's (see `DraftContext`).
+    """
 
     def __init__(
         self,
@@ -91,7 +100,7 @@ class DraftHead:
         dtype: torch.dtype,
         device: torch.device,
         num_positions: int,
-        embed: Callable[[Tensor], Tensor],  # the target's, and so are the other two
+        embed: Callable[[Tensor], Tensor],
         final_norm: Callable[[Tensor], Tensor],
         unembed: Callable[[Tensor], Tensor],
     ) -> None:
@@ -117,7 +126,8 @@ class DraftHead:
         self._head = weights.linear("lm_head", False) if shape.own_head else None
 
     def fuse(self, taps: Tensor) -> Tensor:
-        """[n, num_taps * target_hidden_size], as `shape.taps` -> rows [n, hidden_size]."""
+        """Auxiliary hidden states [n, num_taps * target_hidden_size], in the order of `shape.taps`,
+        -> fused [n, hidden_size]."""
         shape = self.shape
         if shape.kind == "eagle1":
             return self._final_norm(taps).to(self._dtype)
@@ -128,10 +138,11 @@ class DraftHead:
     def __call__(
         self,
         batch: HeadBatch,
-        rows: Tensor,  # [num_rows, hidden_size], from `fuse` or from this
+        rows: Tensor,  # [num_rows, hidden_size], results of `fuse` or of this method
         kv: KVStorage,
     ) -> Tensor:
-        """Rows [num_rows, hidden_size] to go on with; writes the pairs' K and V to `kv`."""
+        """Output hidden states [num_rows, hidden_size]; writes the draft inputs' K and V to
+        `kv`."""
         shape = self.shape
         embeds = (
             F.embedding(batch.input_ids, self._embedding)
@@ -150,11 +161,12 @@ class DraftHead:
         return self._norm(x) if self._norm is not None and shape.norm_output else x
 
     def take_in(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
-        """The pairs' K and V alone: nothing goes on from them."""
+        """Write the draft inputs' K and V to `kv`; the output is not needed."""
         self(batch, rows, kv)
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Of the token after each pair: [n, hidden_size] -> [n, draft_vocab_size] float32."""
+        """Logits of the token after each draft input: [n, hidden_size], results of the forward
+        pass, -> [n, draft_vocab_size] float32."""
         if self._norm is not None and not self.shape.norm_output:
             rows = self._norm(rows)
         logits = self._unembed(rows) if self._head is None else self._head(rows).float()
@@ -163,7 +175,7 @@ class DraftHead:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What the layers of a pass share."""
+    """Inputs that all layers of a forward pass share."""
 
     kernels: Kernels
     plan: Plan
@@ -172,7 +184,7 @@ class _Step:
 
 
 class _Weights:
-    """Tensors of a checkpoint on their device, as the parts that hold them."""
+    """Reads tensors of a checkpoint as modules, in the head's dtype and on its device."""
 
     def __init__(self, file: HeadFile, dtype: torch.dtype, device: torch.device) -> None:
         self._file, self._dtype, self._device = file, dtype, device
@@ -184,7 +196,7 @@ class _Weights:
         return Linear(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None)
 
     def fused(self, names: Seq[str], bias: bool) -> Linear:
-        """Maps of the same input as one."""
+        """Linear maps of the same input, concatenated into one."""
         weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
         return Linear(
             weight, torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
@@ -198,8 +210,7 @@ class _Weights:
 
 
 class _Layer:
-    """A Llama layer. The first of EAGLE-3 attends from embedding and row side by side; the first of
-    EAGLE-1 has no norm before attention."""
+    """A Llama layer, with `HeadShape`'s exceptions for the first layer of EAGLE-1 and EAGLE-3."""
 
     def __init__(self, shape: HeadShape, weights: _Weights, prefix: str, *, first: bool) -> None:
         self._shape = shape
@@ -220,7 +231,7 @@ class _Layer:
 
     def __call__(
         self, x: Tensor, embeds: Tensor, cache: tuple[Tensor, Tensor], step: _Step
-    ) -> Tensor:  # [num_rows, hidden_size], as are the first two
+    ) -> Tensor:  # [num_rows, hidden_size], as are `x` and `embeds`
         wide = x
         if self._row_norm is not None and self._input_norm is not None:
             normed = self._row_norm(x)

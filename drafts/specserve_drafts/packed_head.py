@@ -1,7 +1,8 @@
-"""The same head with its weights as int4, by the kernels of a backend that has such.
+"""The EAGLE-3 head of `heads` with int4 weights, run by the kernels of a backend that has them.
 
-Reading the weights is most of what a pass over one or two nodes costs, and of floats they are an
-eighth. Owns which tensor of a head goes where. EAGLE-3 only, with rows for its head.
+Reading weights takes most of the time of a forward pass over one or two nodes, and int4 weights
+have an eighth of the bytes of float32. Owns the mapping from the checkpoint's tensors to the
+kernels' weights. EAGLE-3 only, and the head file must have its own LM head rows.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ _NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 def can_be_packed(shape: HeadShape) -> bool:
+    """Whether the kernels support an int4 head of this shape."""
     reason = why_not_packed(
         shape.hidden_size,
         shape.intermediate_size,
@@ -47,7 +49,8 @@ def can_be_packed(shape: HeadShape) -> bool:
 
 
 class PackedHead:
-    """What `heads.DraftHead` is, and trees grown in one call. `can_be_packed` must hold."""
+    """As `heads.DraftHead`, and `grow` expands whole trees in one call. `can_be_packed` of the
+    file's shape must be True."""
 
     def __init__(
         self,

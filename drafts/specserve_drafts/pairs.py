@@ -1,10 +1,11 @@
-"""Which (row, next token) pairs of a sequence have draft KV, and what the next pair begins with.
+"""Bookkeeping of EAGLE draft KV: which tokens of a sequence have it, and the waiting hidden states.
 
-The pair of token i is the target's row of token i - 1 with token i, and lies in the slot of
-token i: so a block of the prefix cache depends on nothing after it. The first token has no pair,
-and neither have tokens whose rows nobody has seen: tokens of cached blocks that were filled before
-the draft was looking, and the one after them. Drafts are the worse for it, never wrong. Knows no
-head.
+The draft input of token i is the target's auxiliary hidden state of token i - 1 with the embedding
+of token i; its draft KV is in the slot of token i. So a block of the prefix cache depends on no
+token after it. There is no draft input for the first token, nor for a token whose predecessor's
+hidden state was not observed: tokens of cached blocks that were filled while the drafter did not
+observe, and the token after them. Such a missing range makes drafts less accurate and never affects
+the output. Knows nothing of the head that computes the KV.
 """
 
 from collections.abc import Iterator
@@ -25,22 +26,27 @@ _CHAIN_WORDS = np.array([(2 << i) - 1 for i in range(MAX_NODES)], np.uint64)
 
 @dataclass(slots=True)
 class Track:
-    """One sequence. Pairs [1, hole[0]) and [hole[1], num_done) are in the cache, the pairs
-    num_done .. num_seen - 1 are waiting."""
+    """The draft KV state of one sequence.
 
-    hole: tuple[int, int]  # tokens without a pair, 1 <= hole[0] <= hole[1] <= num_done
+    Tokens [1, hole[0]) and [hole[1], num_done) have draft KV; the draft inputs of tokens
+    [num_done, num_seen) are waiting to be computed.
+    """
+
+    hole: tuple[int, int]  # missing range of tokens, 1 <= hole[0] <= hole[1] <= num_done
     num_done: int
-    num_seen: int  # tokens whose rows were seen
-    # Each [n, row_size], the last one's last of token num_seen - 1; what pairs can need, or more.
+    num_seen: int  # leading tokens up to the last one whose hidden state was observed
+    # Consecutive hidden states, each tensor [n, row_size], the last row that of token num_seen - 1;
+    # at least those of the waiting draft inputs and of the one after them.
     rows: list[Tensor] = field(default_factory=list)
-    num_named: int = 0  # leading blocks that `BlockContents` has seen the names of
-    # See `lane_up_to`; the same memory twice. Those of tokens before `_num_fixed` are there.
+    num_named: int = 0  # leading blocks that `BlockContents.name` has handled
+    # The slot list of `lane_up_to`, as a tensor and an array of the same memory. The slots of
+    # tokens before `_num_fixed` are final.
     _lane: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
     _numbers: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     _num_fixed: int = 0
 
     def extend(self, rows: Tensor) -> None:
-        """The target has computed the next tokens; rows: [num_tokens, row_size]."""
+        """Append the hidden states of the next tokens; rows: [num_tokens, row_size]."""
         self.rows.append(rows)
         self.num_seen += len(rows)
 
@@ -49,7 +55,8 @@ class Track:
         return max(self.num_seen - self.num_done, 0)
 
     def latest(self) -> Tensor:
-        """[num_waiting + 1, row_size]: rows of the waiting pairs, and of the one after them."""
+        """[num_waiting + 1, row_size]: hidden states of the waiting draft inputs and of the next
+        one, the root's."""
         count = self.num_waiting + 1
         if len(self.rows[-1]) < count:
             self.rows = [torch.cat(self.rows)]
@@ -57,9 +64,11 @@ class Track:
         return rows if len(rows) == count else rows[-count:]
 
     def lane_up_to(self, end: int, table: TableView) -> Tensor:
-        """[count(end) or more] int32: slots of all pairs before token `end`, written or not.
+        """The slot list, [count(end) or more] int32: slots of all draft inputs before token `end`,
+        whether their KV is written or not.
 
-        Those of committed tokens stay; the blocks after them are given back and taken anew.
+        Slots of committed tokens are final. The others are read again at every call, as their
+        blocks may have been released and reserved anew.
         """
         if self.count(end) > len(self._lane):
             longer = torch.empty(max(2 * self.count(end), 256), dtype=torch.int32)
@@ -75,11 +84,11 @@ class Track:
         return self._lane
 
     def count(self, end: int) -> int:
-        """Pairs before token `end`."""
+        """The number of draft inputs before token `end`, which is not in the missing range."""
         return self.hole[0] - 1 + end - self.hole[1]
 
     def waiting(self, tokens: Seq[int], lane: Tensor) -> Iterator[HeadRows]:
-        """The waiting pairs as chains; `tokens` are the sequence's."""
+        """The waiting draft inputs as chains; `tokens` are the sequence's."""
         for first in range(self.num_done, self.num_seen, MAX_NODES):
             piece = tokens[first : min(first + MAX_NODES, self.num_seen)]
             yield HeadRows(
@@ -92,14 +101,17 @@ class Track:
             )
 
     def settle(self, num_more: int = 0) -> None:
-        """The waiting pairs are in the cache, and `num_more` after them."""
+        """Record that the waiting draft inputs and `num_more` after them have draft KV."""
         self.num_done = max(self.num_done, self.num_seen + num_more)
-        del self.rows[:-1]  # of the last ones one is enough, but cutting takes time
+        del self.rows[:-1]  # only the last row is needed, but slicing the tensor would cost time
 
 
 class BlockContents:
-    """The blocks with draft KV by the names the prefix cache has for their content, and the
-    target's row of each one's last token, which the pair after it needs."""
+    """Which blocks hold draft KV for which content, and each block's last hidden state.
+
+    Contents are identified by the hashes of the prefix cache. The hidden state of a block's last
+    token is needed for the draft input of the token after it.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, row_size: int, like: Tensor) -> None:
         self._block_size = block_size
@@ -107,7 +119,11 @@ class BlockContents:
         self._last_rows = like.new_zeros(num_blocks, row_size)
 
     def begin(self, table: TableView, num_cached: int) -> Track:
-        """A sequence whose first `num_cached` tokens came with the prefix cache."""
+        """The state of a sequence whose first `num_cached` tokens were not observed.
+
+        Leading blocks that already hold draft KV for the same content are used; unobserved tokens
+        after them are the missing range.
+        """
         num_shared = 0
         for block_id, name in zip(table.block_ids, table.hashes, strict=False):
             if num_shared >= num_cached or self._names.get(block_id) != name:
@@ -120,7 +136,7 @@ class BlockContents:
         return Track(hole, num_cached + 1, num_cached)
 
     def name(self, track: Track, table: TableView) -> None:
-        """Take note of what the blocks are called whose pairs are all there."""
+        """Record the hashes of the blocks for all of whose tokens there is draft KV."""
         size = self._block_size
         first, last = track.hole
         for index in range(track.num_named, min(track.num_done // size, len(table.hashes))):
@@ -129,10 +145,11 @@ class BlockContents:
             track.num_named = index + 1
 
     def write(self, track: Track, table: TableView, rows: Tensor) -> None:
-        """Rows [n, row_size] of the track's next tokens: the blocks they are in change."""
+        """Store the hidden states of the sequence's next tokens that end a block, and drop the
+        recorded hashes of the blocks that these tokens are in. rows: [n, row_size]."""
         size, start = self._block_size, track.num_seen
         end = start + len(rows)
-        goes_on = bool(track.rows) and start % size > 0  # in a block without a name
+        goes_on = bool(track.rows) and start % size > 0  # its block's hash is dropped already
         for index in range(start // size + goes_on, (end - 1) // size + 1):
             self._names.pop(table.block_ids[index], None)
         first = -(-(start + 1) // size) * size - 1  # the first token that ends a block

@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all, whoever else writes and whenever a run is killed."""
+"""Atomic writes: a reader sees the old file or the new one, even if the writer is killed or several
+processes write."""
 
 import os
 from collections.abc import Iterator
@@ -11,14 +12,16 @@ from safetensors import SafetensorError
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` if nothing is raised. Raises ValueError, naming the
-    file, if it cannot be written."""
+    """Yields a temporary path to write to, which replaces `path` at the end unless the body raised.
+
+    Raises ValueError, naming the file, if it cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()
         mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # safetensors makes files that only their owner may read
+        part.chmod(mode)  # safetensors creates files that only their owner may read
         part.replace(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be written: {error}") from error
@@ -27,5 +30,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically. Raises ValueError, as `whole_file`."""
     with whole_file(path) as part:
         part.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))

@@ -1,1 +1,1 @@
-"""Drafts that ship with specserve: a folder each, made by `specserve tune` and nothing else."""
+"""Pretrained drafts that ship with specserve: one directory each, all made by `specserve tune`."""
