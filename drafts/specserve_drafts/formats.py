@@ -1,9 +1,9 @@
-"""EAGLE checkpoints as they are published, read into one shape and one set of tensor names.
+"""Reads published EAGLE checkpoints into one `HeadShape` and one set of tensor names.
 
-Owns who calls what by which name: EAGLE-1 and 2 (Li et al. 2024, arXiv 2401.15077 and 2406.16858),
-EAGLE-3 (Li et al. 2025, arXiv 2503.01840) as its authors, SpecForge and vllm-project/speculators
-write it, and EAGLE-3.1 (arXiv 2605.09992). A tap is "the residual stream entering layer i" here,
-whatever the file means by i. Safetensors only.
+Owns the mapping of names: EAGLE-1 and 2 (Li et al. 2024, arXiv 2401.15077 and 2406.16858), EAGLE-3
+(Li et al. 2025, arXiv 2503.01840) as its authors, SpecForge and vllm-project/speculators write it,
+and EAGLE-3.1 (arXiv 2605.09992). Auxiliary hidden state i is always the residual stream entering
+layer i, whatever the numbering of the file. Safetensors only.
 """
 
 import dataclasses
@@ -33,26 +33,29 @@ from specserve.models.shape import MAX_LAYERS, ModelShape
 from specserve_drafts.head_shape import HeadShape, tensor_sizes
 from specserve_drafts.vocabulary_map import token_ids_of
 
-TOKEN_ORDER: Final = "token_order.safetensors"  # ours: beside a head over the whole vocabulary
-_EMBEDDING: Final = "model.embed_tokens.weight"  # of targets, and the head of those that tie it
-_DEFAULT_CONTEXT: Final = 2048
-# Of the target, of training, or computed here.
+# Tokens by frequency, beside a head over the whole vocabulary; written by `tune.eagle_export`.
+TOKEN_ORDER: Final = "token_order.safetensors"
+_EMBEDDING: Final = "model.embed_tokens.weight"  # of a target; also its LM head if that is tied
+_DEFAULT_CONTEXT: Final = 2048  # tokens
+# Tensors that are no weights of the head: vocabulary maps, and copies of the target's weights.
 _IGNORED: Final = {"d2t", "t2d", "verifier_norm.weight", "verifier_lm_head.weight"}
 _MADE_FOR: Final = "use the draft that was made for this target"
 
 
 @dataclass(frozen=True, slots=True)
 class HeadFile:
-    """A checkpoint that fits its target; no weights are read yet."""
+    """A checkpoint that is compatible with its target. Weights are read on request."""
 
     shape: HeadShape
-    token_ids: Tensor | None  # [draft_vocab_size] int64, what each row is to the target; None: same
+    # [draft_vocab_size] int64, target token id of each LM head row; None: row i is token i.
+    token_ids: Tensor | None
     _checkpoint: SafetensorsCheckpoint
-    _names: Mapping[str, str]  # ours -> the file's
-    _target: Path | None = None  # whose head's rows are used, if the checkpoint has none
+    _names: Mapping[str, str]  # internal name -> name in the file
+    _target: Path | None = None  # directory of the target whose LM head rows are used; see `cut`
 
     def tensor(self, name: str) -> Tensor:
-        """By our name, as it is stored; the head only as far as its vocabulary is used."""
+        """The tensor of an internal name in its stored dtype; of `lm_head.weight` the rows of the
+        draft vocabulary."""
         if name != "lm_head.weight":
             return self._checkpoint.floats(self._names[name])
         if self._target is None:
@@ -63,9 +66,13 @@ class HeadFile:
         return target.floats(own)[self.token_ids]
 
     def cut(self, draft_vocab: int, target: Path) -> "HeadFile":
-        """With `draft_vocab` rows of its head: the first ones, as a BPE vocabulary begins with the
-        tokens it merged first. A head that is the target's keeps the tokens that stand first in
-        the file beside it, if there is one. Raises DraftError."""
+        """The same with an LM head of `draft_vocab` rows.
+
+        A checkpoint with its own LM head keeps the first rows. Otherwise the rows come from the
+        target's LM head: those of the first tokens in TOKEN_ORDER beside the checkpoint, or without
+        that file of the lowest ids, as a BPE vocabulary begins with the tokens merged first.
+        target: the target's directory. Raises DraftError.
+        """
         shape = self.shape
         if not 1 <= draft_vocab <= shape.draft_vocab_size:
             raise DraftError(
@@ -85,7 +92,7 @@ class HeadFile:
         )
 
     def _frequent(self, count: int) -> Tensor:
-        """[count] int64, ascending."""
+        """The `count` most frequent tokens: [count] int64, ascending."""
         path = self._checkpoint.path / TOKEN_ORDER
         if not is_there(path):
             return torch.arange(count)
@@ -108,15 +115,15 @@ def read_head(
     *,
     taps: tuple[int, ...] | None = None,
 ) -> HeadFile:
-    """The head in the directory `path`, checked against its target.
+    """Open the head in the directory `path` and check it against the target.
 
-    `taps` overrides the layers that the file names. Raises DraftError naming the field, its value
-    and the fix.
+    `taps` overrides the layers named in the checkpoint. Raises DraftError naming the field, its
+    value and the fix.
     """
     try:
         config = _read_config(path / "config.json")
         if not (is_there(path / SINGLE_FILE) or is_there(path / INDEX)):
-            read_checkpoint(path)  # says what is wrong with what is there
+            read_checkpoint(path)  # raises a more specific error, e.g. for a missing file
             raise ModelError(f"{path}: the weights of a draft head must be safetensors")
         checkpoint = SafetensorsCheckpoint(path, (*INTEGERS, "U8"))
         names = {_our_name(name): name for name in checkpoint.entries}
@@ -131,7 +138,11 @@ def read_head(
 
 
 def _read_config(path: Path) -> Fields:
-    """vLLM nests what describes the head's layers in `model`, and has its vocabulary beside it."""
+    """config.json with the fields of its `model` section moved to the top.
+
+    vLLM writes the configuration of the head's layers in `model`, and the size of a reduced
+    vocabulary beside it as `truncated_vocab_size`.
+    """
     config = Fields(read_json(path), str(path))
     nested, own = config.section("model").values, dict(config.values)
     if own.pop("model", None) is not None and own.get("truncated_vocab_size") is not None:
@@ -184,10 +195,10 @@ def _read_shape(
         qkv_bias=f"{attention}.q_proj.bias" in sizes,
         o_bias=f"{attention}.o_proj.bias" in sizes,
         mlp_bias="layers.0.mlp.gate_proj.bias" in sizes,
-        # Not by model_type: that may be the target's, which a head of Llama layers was made for.
+        # By the tensors, not by model_type, which may be that of the target.
         qk_norm=not sizes.keys().isdisjoint({f"{attention}.{x}_norm.weight" for x in "qk"}),
         tap_norm=_tap_norm(config, eagle, sizes),
-        # Files of speculators that do not say mean it.
+        # The default of speculators is True.
         norm_before_residual=_flag(config, eagle, "norm_before_residual", speculators),
         norm_output=_flag(config, eagle, "norm_output", False),
         logit_scale=layer.number("logit_scale", 1.0),
@@ -211,8 +222,11 @@ def _kind(config: Fields, sizes: Mapping[str, tuple[int, ...]]) -> Literal["eagl
 
 
 def _taps(config: Fields, eagle: Fields, kind: str, num_layers: int) -> tuple[int, ...]:
-    """The layers entered. At the top of config.json (vLLM, speculators) ids mean just that; in
-    `eagle_config` (SGLang, SpecForge) the layer whose output is read, one less."""
+    """The layers whose input hidden states the head reads.
+
+    Ids at the top of config.json (vLLM, speculators) mean exactly these. Ids in `eagle_config`
+    (SGLang, SpecForge) name the layers whose output is read, one less.
+    """
     name = "eagle_aux_hidden_state_layer_ids"
     if kind == "eagle1":
         return (num_layers,)
@@ -243,12 +257,12 @@ def _tap_norm(
 
 
 def _flag(config: Fields, eagle: Fields, name: str, default: bool) -> bool:
-    """Some publishers nest what others have at the top."""
+    """A flag of `eagle_config`, where some publishers put it, else of the top of config.json."""
     return (eagle if eagle.has(name) else config).flag(name, default)
 
 
 def _check_fit(config: Fields, shape: HeadShape, target: ModelShape, fc_inputs: int) -> None:
-    """Raises DraftError unless the head can read what this target gives."""
+    """Raises DraftError unless the head's sizes and layers are compatible with the target's."""
 
     def fail(field: str, value: object, reason: str, fix: str = _MADE_FOR) -> None:
         raise DraftError(f"draft: {config.source}: {field} = {quoted(value)}: {reason}; {fix}")

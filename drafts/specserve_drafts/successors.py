@@ -1,9 +1,9 @@
-"""A bounded table: the last one, two or three tokens of a text -> what the target held likely next.
+"""The top-k table of `recycle`: the last one to three tokens -> the target's likely next tokens.
 
-Direct-mapped: a context's row is a hash of it, with a tag of the same hash, so that another
-context's row is not taken for one's own. A context that comes again takes a share of what it now
-says into what its row says, and is spared once when another wants the row (the second chance of
-Corbato 1968): most contexts never come again. Host only.
+Bounded and direct-mapped: a hash of a context gives its row, and a tag from the same hash tells
+whether the row is the context's. A context that is written again is merged into its row by a
+running mean, and its row survives the next write of another context to the same row (second
+chance, Corbato 1968), as most contexts occur only once. All work is on the host.
 """
 
 import struct
@@ -26,26 +26,29 @@ if TYPE_CHECKING:
     from specserve_kernels.host import _native
 
 ORDERS: Final = 3  # contexts of 1 .. ORDERS tokens
-WIDTH: Final = 4  # successors of each
-TABLE: Final = "table.safetensors"  # in the directory of a draft
-_PER_OCTAVE: Final = 16  # steps of a stored share in which it halves
-_SHARES: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # of a step
+WIDTH: Final = 4  # successors stored per context; more gained nothing (drafts/LOG.md, 2026-11-25)
+TABLE: Final = "table.safetensors"  # file name in a draft's directory
+# Probabilities are stored as one byte s, which stands for 2 ** (-s / _PER_OCTAVE).
+_PER_OCTAVE: Final = 16
+_SHARES: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # by byte
 _SHARE_LIST: Final[list[float]] = _SHARES.tolist()
-# A tag: the upper bits of a context's state, and two more.
+# A tag has the 14 upper bits of a context's hash state, "row was written" and "written again",
+# which is the second chance.
 _WRITTEN, _AGAIN, _TAG_BITS = np.uint16(1), np.uint16(2), np.uint16(0xFFFC)
 NO_SALT: Final = 0
-_NO_TOKEN: Final = 0xFFFFFFFF  # before the first one of a text
+_NO_TOKEN: Final = 0xFFFFFFFF  # hashed for positions before the first token of a text
 _MULTIPLIER: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio (Knuth, TAOCP 3, section 6.4)
 _WORD: Final = 2**64 - 1
 
-Context = tuple[int, ...]  # the last token first
+Context = tuple[int, ...]  # tokens, the last one first
 
 
 class Manner(NamedTuple):
-    """How a table takes in what it is told, by order; measured in drafts/LOG.md.
+    """The update rule of a table, for contexts of 1, 2, ... tokens; measured in drafts/LOG.md.
 
-    news: what is said again counts this much against all before; long contexts come seldom and mean
-    what they last meant. trust: when read, a context counts this much against the shorter ones.
+    news: the learning rate, the weight of a new observation in the running mean; higher for long
+    contexts, which recur rarely and whose latest continuation predicts best. trust: the weight of a
+    context's row against those of the shorter contexts when candidates are read.
     """
 
     news: tuple[float, ...]
@@ -53,18 +56,18 @@ class Manner(NamedTuple):
 
 
 SHARED: Final = Manner(news=(0.1, 0.2, 0.4), trust=(1.0, 0.5, 0.6))
-OWN: Final = Manner(news=(0.5, 0.6, 0.8), trust=(0.6, 0.6, 0.7))  # of a single text
+OWN: Final = Manner(news=(0.5, 0.6, 0.8), trust=(0.6, 0.6, 0.7))  # for the table of one request
 
 
 class SuccessorTable:
-    """`num_rows` contexts, a power of two."""
+    """A table of `num_rows` rows, a power of two, for token ids below `vocab_size`."""
 
     def __init__(self, num_rows: int, vocab_size: int, manner: Manner = SHARED) -> None:
         assert num_rows.bit_count() == 1, f"{num_rows} is no power of two"
         self._manner = manner
         token = "H" if vocab_size <= 2**16 else "I"
         self._row = struct.Struct(f"<H{WIDTH}{token}{WIDTH}B")
-        # A row lies together: reading one misses the cache once.
+        # The fields of a row are adjacent, so that reading it costs one CPU cache miss.
         fields = [("tags", "<u2"), ("tokens", f"<{token}", WIDTH), ("shares", "u1", WIDTH)]
         rows = np.zeros(num_rows, fields)
         assert rows.itemsize == self._row.size
@@ -82,10 +85,11 @@ class SuccessorTable:
             )
         self._tags: npt.NDArray[np.uint16] = rows["tags"]  # 0: never written
         self._tokens: npt.NDArray[np.unsignedinteger[Any]] = rows["tokens"]
-        self._shares: npt.NDArray[np.uint8] = rows["shares"]  # in steps below 1
+        self._shares: npt.NDArray[np.uint8] = rows["shares"]  # see _PER_OCTAVE
 
     @property
     def num_filled(self) -> int:
+        """Rows that were written."""
         return int(np.count_nonzero(self._tags))
 
     def grow(
@@ -97,10 +101,11 @@ class SuccessorTable:
         source: int,
         own: "SuccessorTable | None" = None,
     ) -> DraftTree:
-        """The likely paths from the last token of a context, which stands first in it.
+        """Grow a tree best-first from `context`, whose first element, the last token, is the root.
 
-        What is found under an earlier salt goes before what is found under a later one. `own` is
-        of the text alone, without salts; it is mixed in at every length of context.
+        salts: for each context the first salt that has a row is used. own: the request's own table,
+        which has no salts; its rows are mixed with this table's at every context length. `source`
+        is the drafter id. Nodes of a path probability below `min_probability` are left out.
         """
         if self._native is not None:
             of_text = None if own is None else own._native
@@ -123,10 +128,11 @@ class SuccessorTable:
         best: npt.NDArray[np.int64],
         logits: npt.NDArray[np.float32],
     ) -> None:
-        """What the target says at every node of a tree.
+        """Write the target's best next tokens at every node of a verified tree.
 
         before: the tokens before the root, the latest first. best, logits: [nodes, WIDTH], the
-        best next tokens and their logits. Rows without tokens or numbers are left out.
+        best next tokens and their logits; the softmax over the WIDTH logits is stored. Rows with a
+        negative token or a logit that is not finite are skipped.
         """
         if self._native is not None:
             self._native.learn(salt, before, tree, best, logits)
@@ -140,7 +146,10 @@ class SuccessorTable:
         self.write(salts[sound], contexts[sound], best[sound], shares[sound])
 
     def learn_text(self, tokens: Seq[int]) -> None:
-        """That every token surely follows those before it; without a salt."""
+        """Write every token as the successor, of probability 1, of the tokens before it; no salt.
+
+        tokens: in the order of the text.
+        """
         if self._native is not None:
             self._native.learn_text(tokens)
             return
@@ -157,10 +166,12 @@ class SuccessorTable:
         tokens: npt.NDArray[np.int64],
         shares: npt.NDArray[np.float32],
     ) -> None:
-        """salts [n]; contexts [n, ORDERS], the last token first, -1 before the text; tokens and
-        shares [n, WIDTH], the best first.
+        """Write n contexts, under each of their lengths from 1 to ORDERS.
 
-        What is new under a salt begins with what is known without one, if anything is."""
+        salts: [n]. contexts: [n, ORDERS], the last token first, -1 before the text. tokens, shares:
+        [n, WIDTH], successors and their probabilities, the best first. A context that is new under
+        its salt starts from its row without a salt, if there is one.
+        """
         state, without = salts, np.full_like(salts, NO_SALT)
         for order in range(ORDERS):
             token = contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN)
@@ -175,7 +186,7 @@ class SuccessorTable:
         tokens: npt.NDArray[np.int64],
         shares: npt.NDArray[np.float32],
     ) -> None:
-        """Contexts of one length, by their states with and without their salt."""
+        """Write contexts of one length, given their hash states with and without their salt."""
         rows, known = self._find(states)
         before, told = self._find(without)
         tags, there = _tags(states), self._tags[rows]
@@ -197,14 +208,18 @@ class SuccessorTable:
     def _find(
         self, states: npt.NDArray[np.uint64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Where contexts have their rows, and whether these are theirs."""
+        """The row index of each context, and whether the row currently holds that context."""
         rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64)
         return rows, self._tags[rows] & ~_AGAIN == _tags(states)
 
     def candidates(
         self, salts: Seq[int], context: Seq[int], own: "SuccessorTable | None" = None
     ) -> list[tuple[int, float]]:
-        """At most WIDTH tokens and how likely they are, the best first; see `grow`."""
+        """At most WIDTH (token, probability) pairs, the best first; parameters as in `grow`.
+
+        Rows are mixed from the longest context down, each with the part `trust` of the weight that
+        is left; at each length the row of `own` comes first.
+        """
         mixed: dict[int, float] = {}
         left = 1.0
         states = [_states(salt, context) for salt in salts]
@@ -222,20 +237,21 @@ class SuccessorTable:
         return sorted(mixed.items(), key=lambda item: -item[1])[:WIDTH]
 
     def _said(self, state: int) -> list[int] | None:
-        """The tokens of a context's row and their steps; None: it has none."""
+        """WIDTH tokens and then their WIDTH probability bytes; None: the context has no row."""
         row = state & (len(self._tags) - 1)
         tag, *said = self._row.unpack_from(self._buffer, row * self._row.size)
         return said if tag & 0xFFFD == state >> 48 & 0xFFFC | 1 else None
 
     def save(self, path: Path) -> None:
-        """As safetensors; a reader never sees half a file."""
+        """Write the table as safetensors, atomically. Raises ValueError, naming the file."""
         columns = {"tags": self._tags, "tokens": self._tokens, "shares": self._shares}
         with whole_file(path) as part:
             save_file({name: column.copy() for name, column in columns.items()}, part)
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> "SuccessorTable":
-        """Raises ValueError, naming the file, if it is no table for such a vocabulary."""
+        """Read a table. Raises ValueError, naming the file, if it is not a table for a vocabulary
+        of this size."""
         try:
             arrays = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -263,9 +279,10 @@ def _merged(
     old: npt.NDArray[np.unsignedinteger[Any]],
     old_shares: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float32]]:
-    """The WIDTH best of both, row by row; a token in both has the sum of its shares."""
+    """The WIDTH best of the new and old successors, row by row; a token in both has the sum of its
+    weighted probabilities."""
     same = new[:, :, None] == old[:, None, :]
-    same &= same.cumsum(1) == 1  # a token that fills up new rows is there more than once
+    same &= same.cumsum(1) == 1  # rows of `learn_text` are padded with a repeated token
     both = new_shares + (same * old_shares[:, None, :]).sum(2)
     alone = np.where(same.any(1), np.float32(0.0), old_shares)
     shares = np.concatenate([both, alone], 1)
@@ -286,7 +303,7 @@ def _steps(shares: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def _contexts(tree: DraftTree, before: Seq[int]) -> list[Context]:
-    """Of every node: the last tokens of its path, its own first; -1 before the text."""
+    """The last ORDERS tokens up to each node, the node's own first; -1 before the text."""
     above = (*before[: ORDERS - 1], *[-1] * (ORDERS - 1 - len(before)))
     contexts: list[Context] = []
     for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
@@ -298,13 +315,13 @@ def _contexts(tree: DraftTree, before: Seq[int]) -> list[Context]:
 def _next_states(
     states: npt.NDArray[np.uint64], tokens: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """Of contexts that are longer by a token."""
+    """The hash states of contexts after one more, earlier token; a multiplicative hash."""
     states = (states ^ tokens) * np.uint64(_MULTIPLIER)
     return states ^ (states >> np.uint64(29))
 
 
 def _states(salt: int, context: Seq[int]) -> list[int]:
-    """What identifies the contexts of 1, 2 ... tokens; as `_next_states`."""
+    """The hash states of the contexts of 1, 2, ... tokens; computed as `_next_states` does."""
     states, state = [], salt
     for token in context:
         state = ((state ^ (token & _NO_TOKEN)) * _MULTIPLIER) & _WORD

@@ -1,6 +1,8 @@
-"""What followed the last tokens wherever they occurred before, as a tree.
+"""The search of `suffix`: finds earlier occurrences of the last tokens and grows a tree from what
+followed them.
 
-Compiled where that is built, see `specserve_kernels.host`; the twin and all numbers are here.
+A compiled version is used where it is built, see `specserve_kernels.host`. This file has the
+reference implementation and all constants.
 """
 
 from collections.abc import Iterator
@@ -16,16 +18,16 @@ from specserve_kernels.dispatch import native_host
 if TYPE_CHECKING:
     from specserve_kernels.host import _native
 
-_MAX_MATCHES: Final = 32  # counted per proposal, and looked at per n-gram and log
-_ENOUGH: Final = 64  # tokens matched, over all matches, that tell what others would
-_LONGER: Final = 4.0  # a match longer by a token weighs as much as this many
-_DOUBT: Final = 1.0  # matched tokens that leave a continuation as likely right as wrong
+_MAX_MATCHES: Final = 32  # matches used per proposal; also positions checked per n-gram and log
+_ENOUGH: Final = 64  # the search stops once its matches have this many matched tokens in all
+_LONGER: Final = 4.0  # factor in the weight of a match for each matched token
+_DOUBT: Final = 1.0  # pseudo-count: m matched tokens scale a probability by m / (m + _DOUBT)
 
-_Match = tuple[float, int, Seq[int]]  # weight, matched tokens, what followed
+_Match = tuple[float, int, Seq[int]]  # weight, number of matched tokens, tokens that followed
 
 
 class Log(Protocol):
-    """What is searched; made by the search that reads it."""
+    """Text that a `SuffixSearch` can search; made by its `new_log`."""
 
     def __len__(self) -> int: ...
 
@@ -33,9 +35,10 @@ class Log(Protocol):
 
 
 class SuffixSearch:
-    """`sizes`: lengths of the n-grams matches are found by, falling; the last is what must match.
+    """Searches logs for occurrences of a text's last tokens.
 
-    Paths less likely than `min_probability` are left out.
+    sizes: lengths of the n-grams by which matches are found, descending; the last one is the
+    shortest match. Nodes of a path probability below `min_probability` are not proposed.
     """
 
     def __init__(self, sizes: Seq[int], min_probability: float) -> None:
@@ -54,13 +57,16 @@ class SuffixSearch:
             )
 
     def new_log(self) -> Log:
-        """Of the kind that this search reads, compiled or not."""
+        """An empty log for this search: compiled if the search is, else a `TokenLog`."""
         log: Log = TokenLog(self._sizes) if self._host is None else self._host.TokenLog(self._sizes)
         return log
 
     def tree(self, logs: Seq[Any], recent: Seq[int], max_nodes: int, source: int) -> DraftTree:
-        """logs: made by `new_log`. recent: the text's last tokens, as many as may match; the very
-        last is the root."""
+        """The tree of at most `max_nodes` nodes, root included.
+
+        logs: made by `new_log`, in order of preference. recent: the text's last tokens, as many as
+        may match; the last one is the root. `source` is the drafter id.
+        """
         if self._native is not None:
             return DraftTree(*self._native.tree(logs, recent, max_nodes, source))
         matches = self._matches(logs, recent, max_nodes - 1)
@@ -68,7 +74,7 @@ class SuffixSearch:
         return grow_best_first(recent[-1], matches, _branches, max_nodes, floor, source)
 
     def _matches(self, logs: Seq[Any], recent: Seq[int], length: int) -> list[_Match]:
-        """Matches and the `length` tokens that followed, those by long n-grams first."""
+        """Matches with the `length` tokens that followed them, those of long n-grams first."""
         found: list[_Match] = []
         backwards, known, seen = recent[::-1], len(recent) + 1, 0
         for size in self._sizes:
@@ -77,7 +83,7 @@ class SuffixSearch:
             for log in logs:
                 for position in islice(log.positions(recent[-size:]), _MAX_MATCHES):
                     matched = log.common(position, backwards)
-                    if size <= matched < known:  # the others were found by longer n-grams
+                    if size <= matched < known:  # longer matches were found by longer n-grams
                         found.append((_LONGER**matched, matched, log.follow(position, length)))
                         seen += matched
                         if seen >= _ENOUGH or len(found) == _MAX_MATCHES:
@@ -87,10 +93,10 @@ class SuffixSearch:
 
 
 def _branches(matches: list[_Match], depth: int) -> Iterator[tuple[int, float, list[_Match]]]:
-    """Per token that the matches have at `depth`: how likely it is, and the matches that have it.
+    """The tokens that follow at `depth`: token, conditional probability, the matches that have it.
 
-    The share of their weights, discounted for the little that may have been seen; whoever comes
-    to this depth has matched `depth` tokens more.
+    The probability is the token's fraction of the matches' weight, times m / (m + _DOUBT) with m
+    the matched tokens of its matches, each of which has matched `depth` tokens more by now.
     """
     followers: dict[int, list[_Match]] = {}
     for match in matches:

@@ -1,6 +1,6 @@
-"""Text that only grows, and where each of its n-grams occurred: hash chains as in LZ77.
+"""An append-only text with an index of its n-grams: hash chains as in LZ77.
 
-The twin of `TokenLog` in kernels/specserve_kernels/host.
+The reference implementation of `TokenLog` in kernels/specserve_kernels/host.
 """
 
 from array import array
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Final
 
-END: Final = -1  # closes a text in a log of several; no token, so nothing matches across it
+END: Final = -1  # ends a text in a log of several; not a token id, so no match crosses it
 
 
 class TokenLog:
-    """Text that only grows, and where each of its n-grams occurred, latest first.
+    """An append-only text, and the positions after each occurrence of its n-grams, latest first.
 
-    A position is that after an n-gram; it is known as soon as something follows.
+    sizes: the n-gram lengths to index. An occurrence is indexed once a token follows it.
     """
 
     def __init__(self, sizes: Seq[int]) -> None:
-        self._text = array("i", [END])  # nothing matches across it, so no match starts before it
-        # By n-gram length: hash -> latest position, and per position the one before it. Hashes
-        # may collide; `common` tells.
+        self._text = array("i", [END])  # the first END stops every match at the text's beginning
+        # By n-gram length: hash -> latest position, and position -> previous one of the same hash,
+        # 0: none. Hashes may collide; callers compare the tokens with `common`.
         self._chains: dict[int, tuple[dict[int, int], array[int]]] = {
             size: ({}, array("i", [0] * size)) for size in sizes
         }
@@ -29,6 +29,7 @@ class TokenLog:
         return len(self._text) - 1
 
     def extend(self, tokens: Seq[int]) -> None:
+        """Append tokens."""
         self._text.extend(tokens)
         for size, (latest, earlier) in self._chains.items():
             recent = self._text[len(earlier) - size : -1].tolist()
@@ -39,7 +40,7 @@ class TokenLog:
                 latest[key] = position
 
     def positions(self, ngram: Seq[int]) -> Iterator[int]:
-        """Where `ngram` occurred; rarely one where it did not."""
+        """Positions after occurrences of `ngram`, and, rarely, of an n-gram of the same hash."""
         latest, earlier = self._chains[len(ngram)]
         position = latest.get(hash(tuple(ngram)), 0)
         while position:
@@ -47,7 +48,7 @@ class TokenLog:
             position = earlier[position]
 
     def common(self, position: int, backwards: Seq[int]) -> int:
-        """How many tokens before `position` are the first ones of `backwards`."""
+        """How many tokens before `position`, going back, equal those of `backwards`."""
         text, length = self._text, 0
         for token in backwards:
             length += 1
@@ -56,7 +57,7 @@ class TokenLog:
         return length
 
     def follow(self, position: int, length: int) -> Seq[int]:
-        """The text from `position`; where it ends it goes on with what has just been read."""
+        """The `length` tokens from `position`; if the text ends before, they repeat cyclically."""
         text = self._text[position : position + length]
         while len(text) < length:
             text.extend(text[: length - len(text)])

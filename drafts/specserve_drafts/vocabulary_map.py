@@ -1,8 +1,8 @@
-"""Which tokens of the target the rows of an EAGLE-3 head stand for.
+"""The token ids of the LM head rows of an EAGLE-3 head with a reduced vocabulary.
 
-`d2t` holds, for every row, what to add to its number to have its token; `t2d` marks the tokens that
-have a row. Files with the tokens themselves in `d2t` are around: they would be read as other
-tokens, so that nothing is ever accepted and nobody is told.
+`d2t[i]` is an offset: row i stands for token i + d2t[i]. `t2d` marks the tokens that have a row.
+Some published files have the token ids themselves in `d2t`. Read as offsets these would give wrong
+tokens: drafts would never be accepted, without any error. So such files are detected and refused.
 """
 
 from typing import Final
@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 
 _AGAIN: Final = "fetch the checkpoint again"
-_NEIGHBOURS: Final = 10  # expected among tokens taken at random; having none is no accident then
+# `_has_no_neighbours` decides only if a random choice of tokens would have more than this many
+# pairs of consecutive ids, so that having none is not chance.
+_NEIGHBOURS: Final = 10
 
 
 def token_ids_of(d2t: Tensor, t2d: Tensor | None, num_rows: int, vocab_size: int) -> Tensor:
-    """[num_rows] int64, all different. Raises ValueError with what is wrong and what to do."""
+    """The token id of each row, [num_rows] int64, all different.
+
+    d2t: [num_rows], any dtype. t2d: [vocab_size], nonzero for tokens with a row, or None. Raises
+    ValueError saying what is wrong and what to do.
+    """
     if d2t.shape != (num_rows,):
         raise ValueError(
             f"d2t has shape {list(d2t.shape)}; config.json says draft_vocab_size {num_rows}; "
@@ -41,7 +47,7 @@ def token_ids_of(d2t: Tensor, t2d: Tensor | None, num_rows: int, vocab_size: int
 
 
 def _marked(t2d: Tensor, vocab_size: int) -> Tensor:
-    """[n] int64, ascending: the tokens that have a row."""
+    """The tokens that have a row: [n] int64, ascending."""
     if t2d.shape != (vocab_size,):
         raise ValueError(
             f"t2d has shape {list(t2d.shape)}; expected a mark for each of the target's "
@@ -51,7 +57,7 @@ def _marked(t2d: Tensor, vocab_size: int) -> Tensor:
 
 
 def _problem(ids: Tensor, marked: Tensor | None, vocab_size: int) -> str | None:
-    """Why these cannot be the tokens of the rows."""
+    """Why `ids` cannot be the token ids of the rows; None: they can."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if len(outside):
         return (
@@ -73,7 +79,7 @@ def _problem(ids: Tensor, marked: Tensor | None, vocab_size: int) -> str | None:
 
 
 def _could_be_tokens(offsets: Tensor, marked: Tensor | None, vocab_size: int) -> bool:
-    """Whether `d2t` may hold the tokens themselves."""
+    """Whether the values of `d2t` can be token ids."""
     ordered = offsets.sort().values
     if marked is not None:
         return torch.equal(ordered, marked)
@@ -82,9 +88,11 @@ def _could_be_tokens(offsets: Tensor, marked: Tensor | None, vocab_size: int) ->
 
 
 def _has_no_neighbours(offsets: Tensor, vocab_size: int) -> bool:
-    """Whether no row's token is the one after that of the row before, which is seen in `d2t` by
-    equal numbers: among many tokens some are. The first numbers in order are no list of tokens:
-    for those nobody needs one."""
+    """Whether `d2t`, read as offsets, has no two consecutive rows with consecutive token ids.
+
+    Such rows have equal offsets, and a real map of many tokens has some. The values 0, 1, 2, ... do
+    not count: as token ids they would be the identity, for which no map is written.
+    """
     count = len(offsets)
     in_order = torch.equal(offsets, torch.arange(count))
     return _is_ascending(offsets) and not in_order and count * count > _NEIGHBOURS * vocab_size
