@@ -2,7 +2,8 @@
 
 specserve tune eagle --prompts train.jsonl --exclude spec_bench.jsonl --out DIR --minutes 120
 
-Answering and training take turns. A run can be killed at any moment and goes on with --resume.
+Generating answers and training alternate. A run can be killed at any time and continued with
+--resume.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""A trained head as a checkpoint in the layout of vllm-project/speculators, which `formats` reads.
+"""Writes a trained EAGLE head in the layout of vllm-project/speculators, which `formats` reads.
 
-The embedding is the target's, and so is a head over the whole vocabulary. Engines have them
-already, and vLLM too takes them from the target if a file has none; speculators itself has them in
-every file and needs them there, or loads them from the target (`load_verifier_weights`).
+The embedding is the target's, and so is an LM head over the whole vocabulary. Both are left out by
+default: engines, vLLM included, take them from the target if a file lacks them. The speculators
+package itself needs them in the file, or loads them from the target (`load_verifier_weights`).
 """
 
 from collections.abc import Mapping
@@ -18,24 +18,27 @@ from specserve_drafts.formats import TOKEN_ORDER
 from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.export import CONFIG, public_name, write_checkpoint
 
-_LAYOUT: Final = "0.7.0"  # the first speculators with all of these fields
-_ROPE: Final = ("rope_theta", "rope_scaling", "rope_parameters")  # as the target says it
+_LAYOUT: Final = "0.7.0"  # the first speculators version with all fields written here
+_ROPE: Final = ("rope_theta", "rope_scaling", "rope_parameters")  # copied from the target's config
 
 
 def write_head(
     folder: Path,
     shape: HeadShape,
-    weights: Mapping[str, Tensor],  # without the head's rows
-    head: Tensor,  # [draft_vocab, hidden_size]
+    weights: Mapping[str, Tensor],  # by internal name, without the LM head
+    head: Tensor,  # [draft_vocab, hidden_size], the LM head rows
     token_ids: Tensor,  # [draft_vocab] int64, ascending
     target: Path,
     depth: int,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    embedding: Tensor | None = None,  # [vocab_size, hidden_size], the target's; None: left out,
-    # as is a whole head
+    embedding: Tensor | None = None,  # [vocab_size, hidden_size], the target's
 ) -> None:
-    """See `write_checkpoint`."""
+    """Write the checkpoint to `folder`, atomically per file.
+
+    Without `embedding` the file has no embedding, and no LM head if that covers the whole
+    vocabulary. `depth` is the number of tokens to draft that the config recommends.
+    """
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
     if embedding is not None:
         tensors["embed_tokens.weight"] = embedding.to("cpu", dtype)
@@ -51,8 +54,10 @@ def write_head(
 
 
 def write_token_order(folder: Path, counts: Tensor) -> None:
-    """Beside a whole head: all tokens, the frequent ones first, for those who keep some of them.
-    `counts`: [vocab_size]. Where none was seen BPE's rank decides: it merges what is frequent."""
+    """Write TOKEN_ORDER: all tokens by frequency, from which `HeadFile.cut` selects.
+
+    counts: [vocab_size]. Equal counts are ordered by id, as BPE merges frequent tokens first.
+    """
     order = counts.argsort(descending=True, stable=True).to(torch.int32)
     part = folder / f"{TOKEN_ORDER}.part"
     save_file({"token_ids": order.contiguous()}, part)
@@ -62,7 +67,7 @@ def write_token_order(folder: Path, counts: Tensor) -> None:
 def head_config(
     shape: HeadShape, target: Mapping[str, Any], name: str, depth: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """`target` is its config.json."""
+    """config.json of the checkpoint. target: the target's config.json; name: its public name."""
     layer = {
         "model_type": "llama",
         "hidden_size": shape.hidden_size,

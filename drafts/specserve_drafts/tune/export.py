@@ -1,4 +1,4 @@
-"""Trained heads as a checkpoint: weights and config, each written whole or not at all."""
+"""Writing trained heads as a checkpoint: weights and config, each written atomically."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +16,15 @@ CONFIG: Final = "config.json"
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
-    """model.safetensors and config.json; a reader never sees half a file."""
+    """Write model.safetensors and config.json to `folder`. Raises ValueError."""
     with whole_file(folder / WEIGHTS) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     write_json(folder / CONFIG, config)
 
 
 def public_name(target: Path) -> str:
-    """By which others find a target: the hub id of which the directory is a copy, else the
-    directory's name. Never a path of this machine."""
+    """A name under which others can find the target, without local paths: the hub id if the
+    directory is in a hub cache, else the directory's name."""
     parts = target.absolute().parts
     if len(parts) > 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return parts[-3].removeprefix("models--").replace("--", "/")

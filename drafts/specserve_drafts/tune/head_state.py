@@ -1,4 +1,4 @@
-"""How far a training run is, on disk: a state in JSON and tensors beside it."""
+"""The progress of a training run on disk: a state in JSON and a file of tensors."""
 
 import argparse
 from pathlib import Path
@@ -19,29 +19,34 @@ STATE: Final = "state.json"
 
 
 class State(Struct, frozen=True):
-    """How far a run is; with the tensors, all that resuming takes."""
+    """The progress of a run; together with the tensors, all that is needed to resume."""
 
     settings: dict[str, Any]
     num_steps: int = 0
     num_tokens: int = 0  # of answers trained on, repeats counted
-    num_answered: int = 0  # different ones
-    passes: tuple[int, ...] = ()  # over each shard, the one at work included
-    shard: int = -1  # at work; -1: none
-    cursor: int = 0  # batches of it that are done
+    num_answered: int = 0  # answer tokens in all shards
+    passes: tuple[int, ...] = ()  # training passes over each shard, the current one included
+    shard: int = -1  # the one being trained on; -1: none
+    cursor: int = 0  # batches of that shard that are done
     answering: float = 0.0  # seconds
     training: float = 0.0  # seconds, checks included
     curve: tuple[HeadPoint, ...] = ()
-    tensors: str | None = None  # file beside this one
+    tensors: str | None = None  # name of the tensors' file in the same directory
 
 
 def begun(out: Path, lasting: dict[str, Any]) -> State:
-    """Not on disk yet. Raises ValueError."""
+    """The state of a new run, not written yet. Raises ValueError if `out` holds a run.
+
+    lasting: the settings that must not change on resuming.
+    """
     if (out / STATE).exists():
         raise ValueError(f"out: {out} holds a run; add --resume, or give another directory")
     return State(lasting)
 
 
 def resumed(out: Path, lasting: dict[str, Any]) -> State:
+    """The state of the run in `out`; removes files left by a killed save. Raises ValueError if it
+    cannot be read or was made with other settings."""
     path = out / STATE
     try:
         state = msgspec.json.decode(path.read_bytes(), type=State)
@@ -50,7 +55,7 @@ def resumed(out: Path, lasting: dict[str, Any]) -> State:
     for name, value in lasting.items():
         if (before := state.settings.get(name)) != value:
             raise ValueError(f"{name}: {value!r} goes on with a run that had {before!r}; leave it")
-    for left in (*out.glob("run-*.safetensors"), *out.glob(".*.part")):  # killed while it saved
+    for left in (*out.glob("run-*.safetensors"), *out.glob(".*.part")):
         if left.name != state.tensors:
             left.unlink()
     return state
@@ -59,11 +64,12 @@ def resumed(out: Path, lasting: dict[str, Any]) -> State:
 def lasting_settings(
     args: argparse.Namespace, settings: HeadSettings, target: dict[str, Any]
 ) -> dict[str, Any]:
+    """The settings that must not change on resuming, those of the data included."""
     return settings.lasting() | data_settings(args, target)
 
 
 def answer_settings(lasting: dict[str, Any]) -> dict[str, Any]:
-    """Those of `lasting_settings` that answers depend on."""
+    """The part of `lasting_settings` that the answers depend on."""
     names = ("max_tokens", "max_len", "temperature", "seed", *DATA_SETTINGS)
     return {name: lasting[name] for name in names}
 
@@ -78,8 +84,10 @@ def load_tensors(out: Path, state: State) -> dict[str, Tensor]:
 
 
 def save(out: Path, state: State, tensors: dict[str, Tensor]) -> State:
-    """The tensors under a new name, then the state that names them: never one without the
-    other. Gives the state as it was written."""
+    """Write the tensors to a file of a new name, then the state with that name, and return it.
+
+    The order ensures that the state on disk always names a complete file.
+    """
     before, name = state.tensors, f"run-{state.num_steps}.safetensors"
     if name != before:
         with whole_file(out / name) as part:

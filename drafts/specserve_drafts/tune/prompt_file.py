@@ -1,4 +1,4 @@
-"""What a draft is trained on: prompts of a file, without those that an evaluation asks."""
+"""Training prompts: those of a file, without prompts that overlap with an evaluation's."""
 
 import argparse
 import random
@@ -14,20 +14,21 @@ from specserve.config import TargetConfig
 from specserve_evals.prompts import load_prompts
 from specserve_evals.provenance import DataFile
 
-NGRAM: Final = 13  # words in a row that make a prompt one of an evaluation's (Brown et al. 2020, C)
-HELD_OUT: Final = 32  # prompts that are never learned from
+# Words in a row shared with an evaluation prompt that exclude a prompt (Brown et al. 2020, app. C).
+NGRAM: Final = 13
+HELD_OUT: Final = 32  # prompts that are never trained on
 DATA_SETTINGS: Final = ("prompts", "exclude", "target", "quantization", "dtype")
 _WORDS: Final = re.compile(r"\w+")
 
 
 class Prompts(NamedTuple):
-    learned: list[Messages]  # in random order
+    learned: list[Messages]  # the training prompts, in random order
     held_out: list[Messages]
     num_excluded: int
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """What every method asks: which prompts, where to, and whether to go on."""
+    """Add the flags of every method: prompts, exclusions, output directory, resuming."""
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument(
         "--exclude",
@@ -42,7 +43,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def data_settings(args: argparse.Namespace, target: Mapping[str, Any]) -> dict[str, Any]:
-    """`DATA_SETTINGS`: of which prompts and which target, as JSON has it."""
+    """The values of `DATA_SETTINGS`, which identify prompts and target, as JSON types."""
     default = TargetConfig()
     return {
         "prompts": DataFile.of(args.prompts).label,
@@ -54,9 +55,9 @@ def data_settings(args: argparse.Namespace, target: Mapping[str, Any]) -> dict[s
 
 
 def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> Prompts:
-    """The prompts of `file`, each once, without those that share an n-gram with one of `exclude`.
+    """The different prompts of `file` that share no n-gram with a prompt of `exclude`.
 
-    Raises ValueError if too few are left.
+    Raises ValueError unless more than HELD_OUT are left.
     """
     asked = {
         ngram
@@ -76,7 +77,8 @@ def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> Prompts:
 
 
 def _ngrams(prompt: Messages) -> Iterator[tuple[str, ...]]:
-    """Runs of `NGRAM` words, whatever stands between them; a shorter text is one by itself."""
+    """All runs of `NGRAM` words, case and punctuation ignored; a shorter text gives all its words
+    as one."""
     words = _WORDS.findall(" ".join(message["content"] for message in prompt).lower())
     if len(words) < NGRAM:
         yield tuple(words)

@@ -1,9 +1,10 @@
-"""Fill a recycling table with what the target says to training prompts.
+"""Fill a recycling table from the target's answers to training prompts.
 
 specserve tune recycle --prompts train.jsonl --exclude spec_bench.jsonl --out DIR --minutes 20
 
-The engine answers the prompts with the drafter at work: every pass teaches the table, rejected
-nodes included, and an answer's acceptance is that of a text the table has not seen.
+The engine answers the prompts with the `recycle` drafter enabled. Every forward pass updates the
+table, rejected nodes included, and the acceptance length of an answer is measured before the table
+contains that answer.
 """
 
 import argparse
@@ -33,21 +34,21 @@ from specserve_evals.progress import track
 from specserve_evals.runs import at_least_one
 
 STATE: Final = "state.json"
-CHUNK: Final = 96  # prompts between two saves: less than a minute
+CHUNK: Final = 96  # prompts answered between two saves, which takes less than a minute
 
 
 class State(Struct, frozen=True):
-    """How far a run is; with the table, all that resuming takes."""
+    """The progress of a run; together with the table, all that is needed to resume."""
 
     settings: dict[str, Any]
-    num_prompts: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
+    num_prompts: int = 0  # answered, repeats counted
+    num_tokens: int = 0  # of the answers
+    seconds: float = 0.0  # of answering
     curve: tuple[Point, ...] = ()
 
 
 class Run:
-    """One run, from its beginning or from where an earlier one stopped."""
+    """One run, new or resumed. Raises ValueError."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -63,7 +64,7 @@ class Run:
             drafter.table = SuccessorTable.load(args.out / TABLE, drafter.target.vocab_size)
 
     def learn(self) -> None:
-        """Answer prompts until the limit; saved after every chunk."""
+        """Answer prompts until the limit of time or tokens; saves after every chunk."""
         limit = self._args.tokens or round(60 * self._args.minutes)
         with track(limit) as advance:
             advance(min(self._done, limit), "learning")
@@ -75,14 +76,14 @@ class Run:
                 advance(min(self._done, limit) - before, tau)
 
     def held_out_tau(self) -> float:
-        """Of greedy answers to prompts that were kept back."""
+        """Tokens per forward pass of greedy answers to the held-out prompts."""
         greedy = SamplingParams(temperature=0.0, max_tokens=self._args.max_tokens)
         answers = self.llm.generate(self._held_out, greedy)
         return _pooled_tau([answer.stats for answer in answers if answer.error is None])
 
     @property
     def num_prompts(self) -> int:
-        """Answered so far, each counted once."""
+        """Different prompts answered so far."""
         return min(self.state.num_prompts, len(self._prompts))
 
     @property
@@ -115,7 +116,8 @@ class Run:
 
 
 def _pooled_tau(stats: Sequence[SpecStats]) -> float:
-    """Tokens per pass that verified a tree, the target's own token included."""
+    """Emitted tokens per forward pass that verified a tree, pooled over requests; the target's own
+    token is included."""
     return sum(s.num_emitted_tokens for s in stats) / max(sum(s.num_spec_steps for s in stats), 1)
 
 
@@ -139,7 +141,7 @@ def _resumed(args: argparse.Namespace) -> State:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run must not change halfway, as JSON has it."""
+    """The settings that must not change on resuming, as JSON types."""
     names = ("temperature", "max_tokens", "max_nodes", "contexts", "seed")
     chosen = {name: getattr(args, name) for name in names}
     return chosen | data_settings(args, given(args, TargetConfig))
@@ -161,7 +163,7 @@ def _open(args: argparse.Namespace) -> LLM:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: made; 2: wrong usage."""
+    """Run the command; the exit code is 0, or 2 for wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:

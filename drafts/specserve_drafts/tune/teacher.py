@@ -1,9 +1,10 @@
-"""The target while a head learns from it: taps of whole texts, and what it held likely.
+"""The target as a head's teacher: auxiliary hidden states of whole texts, and token probabilities.
 
-A second copy of the weights beside the engine's: the engine answers, this one reads answers back.
-On a CPU reading costs as much as learning, so the rows of the newest texts stay in memory, those
-that the engine had while it answered among them; a GPU has room for more. On disk they would be
-7 KB a token.
+It has a copy of the target's weights beside the engine's: the engine generates answers, this one
+runs forward passes over the finished texts. On a CPU such a pass takes as long as a training step,
+so the hidden states of the latest texts stay in memory, including those that the engine computed
+while it answered; a GPU has memory for more. They are not written to disk: for SmolLM2-135M they
+take 7 KB a token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,24 +24,28 @@ from specserve.models.loader import load_model
 from specserve.types import Quantization
 from specserve_drafts.tune.texts import Ids, Text
 
-_BLOCK: Final = 16
-_PASS_ROWS: Final = {"cpu": 1024, "cuda": 16384}  # slots of one pass, if no text needs more
-# Rows whose logits over the whole vocabulary exist at once: on a CPU they stay in its cache.
+_BLOCK: Final = 16  # tokens of a KV block
+# KV slots of one forward pass; more if a single text needs more.
+_PASS_ROWS: Final = {"cpu": 1024, "cuda": 16384}
+# Rows whose logits over the whole vocabulary exist at once; on a CPU so few that they stay in its
+# cache.
 _LOGIT_ROWS: Final = {"cpu": 32, "cuda": 2048}
-_KEPT_BYTES: Final = 2**29  # of rows that were read, on a CPU
-_KEPT_SHARE: Final = 0.5  # of a GPU's memory that is free, for the same
+_KEPT_BYTES: Final = 2**29  # bytes of hidden states kept in memory on a CPU
+_KEPT_SHARE: Final = 0.5  # fraction of the free GPU memory for the same
 
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What the target made of some texts; N pairs and M answer tokens, as in `ChainBatch`."""
+    """The target's hidden states for some texts: N draft inputs, M answer tokens (`ChainBatch`)."""
 
-    taps: Tensor  # [N, num_taps * hidden_size] float32
-    last: Tensor  # [M, hidden_size], leaving the last layer, where answer tokens are decided
+    taps: Tensor  # [N, num_taps * hidden_size] float32, auxiliary hidden states
+    # [M, hidden_size], output of the last layer at the positions that predict the answer tokens.
+    last: Tensor
 
 
 class Teacher:
-    """`taps`: the layers entered, as the head wants them."""
+    """taps: the layers whose input hidden states the head reads, in the head's order. max_len: the
+    longest text in tokens."""
 
     def __init__(
         self,
@@ -61,7 +66,7 @@ class Teacher:
         )
         self.device = platform.device
         shape = self.model.shape
-        # Those whose rows it reads: its taps, and the end.
+        # The layers whose hidden states are kept: `taps`, and the output of the last layer.
         self.layers = tuple(sorted({*taps, shape.num_layers}))
         size = shape.hidden_size
         places = [self.layers.index(tap) for tap in taps]
@@ -70,21 +75,22 @@ class Teacher:
         self._last = slice(len(self.layers) * size - size, None)
         num_slots = max(_PASS_ROWS[self.device.type], max_len + _BLOCK)
         self._storage = KVStorage(self.model.kv_spec, num_slots, self.device)
-        self._kept: dict[bytes, Tensor] = {}  # by a text's tokens but the last, the oldest first
+        self._kept: dict[bytes, Tensor] = {}  # by `_key`, the oldest first
         self._num_kept_bytes, self._most_kept_bytes = 0, _KEPT_BYTES
         if self.device.type == "cuda":
             self._most_kept_bytes = int(_KEPT_SHARE * free_memory(self.device))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[n] int64 -> [n, hidden_size] float32, fit for autograd."""
+        """The target's embeddings, [n] int64 -> [n, hidden_size] float32, usable with autograd."""
         return self.model.embed(ids).float().clone()
 
     def normed(self, last: Tensor) -> Tensor:
-        """[M, hidden_size] as in `Lesson` -> float32 of the same shape, as the target's own head
-        reads it, fit for autograd."""
+        """`Lesson.last` [M, hidden_size] after the target's final norm: float32 of the same shape,
+        usable with autograd."""
         return self.model.final_norm(last).float().clone()
 
     def read(self, texts: Sequence[Text]) -> Lesson:
+        """The hidden states of `texts`, from memory or by forward passes."""
         rows = {key: self._kept[key] for key in map(_key, texts) if key in self._kept}
         unread = [text for text in texts if _key(text) not in rows]
         for part in _passes(unread, _PASS_ROWS[self.device.type]):
@@ -99,8 +105,11 @@ class Teacher:
         return Lesson(torch.cat(taps), torch.cat(last))
 
     def keep(self, tokens: Ids, rows: Tensor) -> None:
-        """Rows of `layers` [len(tokens), num_layers * hidden_size] of a text without its last
-        token, so that they need not be read; the oldest give way."""
+        """Keep hidden states in memory; the oldest ones are dropped beyond the limit.
+
+        tokens: a text without its last token. rows: [len(tokens), len(layers) * hidden_size], the
+        hidden states of `layers`.
+        """
         key = tokens.tobytes()
         if key not in self._kept and rows.nbytes <= self._most_kept_bytes:
             self._kept[key] = rows.clone()
@@ -109,7 +118,8 @@ class Teacher:
             self._num_kept_bytes -= self._kept.pop(next(iter(self._kept))).nbytes
 
     def likely(self, last: Tensor, token_ids: Tensor | None) -> Tensor:
-        """[M, hidden_size] -> [M, draft_vocab] float32: probabilities of `token_ids`, or of all."""
+        """`Lesson.last` [M, hidden_size] -> [M, draft_vocab] float32, the target's probabilities of
+        `token_ids`, or of all tokens."""
         parts = []
         for rows in torch.split(last, _LOGIT_ROWS[last.device.type]):
             p = self.model.logits(rows).softmax(-1)
@@ -117,7 +127,8 @@ class Teacher:
         return torch.cat(parts)
 
     def _pass(self, texts: Sequence[Text]) -> Tensor:
-        """[tokens, num_taps * hidden_size], of `_all_taps`."""
+        """The hidden states of `layers` [num_rows, len(layers) * hidden_size] in one forward pass,
+        one text after the other; rows past the texts are padding."""
         segments: list[SegmentRows] = []
         first = 0
         for text in texts:
@@ -132,6 +143,7 @@ class Teacher:
 
 
 def _passes(texts: Sequence[Text], most_slots: int) -> Iterator[list[Text]]:
+    """Texts in groups that need `most_slots` KV slots at most, or one text that needs more."""
     part: list[Text] = []
     for text in texts:
         if part and sum(map(_num_slots, part)) + _num_slots(text) > most_slots:
@@ -143,6 +155,7 @@ def _passes(texts: Sequence[Text], most_slots: int) -> Iterator[list[Text]]:
 
 
 def _key(text: Text) -> bytes:
+    """The text without its last token, whose hidden states nothing uses."""
     return text.tokens[:-1].tobytes()
 
 

@@ -1,4 +1,4 @@
-"""Prompts and what the target answered to them, as token ids: on disk, and in batches."""
+"""Prompts with the target's answers as token ids: their files on disk, and training batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Text:
 
     @property
     def num_pairs(self) -> int:
-        """Of those that some chain sees."""
+        """Draft inputs that a chain can read: all but those of the first token and the last one."""
         return len(self.tokens) - 2
 
 
@@ -47,7 +47,8 @@ def read_texts(path: Path) -> list[Text]:
 
 
 def whole_texts(texts: Sequence[Text]) -> list[Text]:
-    """As if all but what they begin with in common, from a chat template, were answers."""
+    """The texts with prompts counted as answers, except the common beginning of all texts, which
+    comes from the chat template."""
     shortest = min(len(text.tokens) for text in texts)
     rows = np.stack([text.tokens[:shortest] for text in texts])
     different = (rows != rows[0]).any(0)
@@ -56,8 +57,10 @@ def whole_texts(texts: Sequence[Text]) -> list[Text]:
 
 
 def batches(texts: Sequence[Text], step_tokens: int, seed: Sequence[int]) -> list[list[Text]]:
-    """In random order, about `step_tokens` answer tokens each; in a batch the short ones first,
-    so that there is little padding."""
+    """Random batches of about `step_tokens` answer tokens each.
+
+    The texts of a batch are sorted by length, so that groups of neighbours need little padding.
+    """
     order = np.random.default_rng(seed).permutation(len(texts))
     num_tokens = sum(text.num_answer for text in texts)
     num_batches = max(1, round(num_tokens / step_tokens))
