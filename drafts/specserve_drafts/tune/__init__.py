@@ -1,1 +1,1 @@
-"""Making drafts: one module per method, each behind `specserve tune METHOD`."""
+"""Training drafts: one module per method, each run by `specserve tune METHOD`."""

@@ -1,4 +1,4 @@
-"""One run at a time in a directory: two would remove each other's state."""
+"""A lock on a run's directory: two runs in one directory would remove each other's state."""
 
 import fcntl
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ LOCK: Final = ".running"
 
 @contextmanager
 def claimed(directory: Path) -> Iterator[None]:
-    """The directory, made if need be, is this run's. Raises ValueError if it is another's.
+    """Hold an exclusive lock on `directory`, which is created if missing.
 
-    A run that dies lets go of it, whatever became of the file.
+    Raises ValueError if another run holds the lock, or if the directory cannot be used. The system
+    releases the lock when a process dies, even if the lock file remains.
     """
     path = directory / LOCK
     try:
@@ -33,4 +34,4 @@ def claimed(directory: Path) -> Iterator[None]:
         finally:
             path.unlink(missing_ok=True)
             with suppress(OSError):
-                directory.rmdir()  # nothing came of it
+                directory.rmdir()  # succeeds only if the run left nothing in it

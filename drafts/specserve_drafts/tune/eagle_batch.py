@@ -1,9 +1,10 @@
-"""Texts side by side: where each pair stands, and which of them start a chain.
+"""The layout of a training batch: the draft inputs of several texts, and which of them start a
+chain.
 
-Pair i of a text is the target's row of token i and token i + 1; a chain that starts at pair i
-guesses tokens i + 2, i + 3, ... Chains start where serving has them start: from the last token of
-the prompt on. Row a of a text's answer is both the chain that first guesses answer token a, and
-the target's own distribution there; step k of chain a is about row a + k.
+Draft input i of a text is the target's hidden state of token i with token i + 1; a chain that
+starts at draft input i predicts tokens i + 2, i + 3, ... Chains start as in serving: the first one
+predicts the first answer token. Chain a predicts answer token a at step 0; at step k its target is
+the target model's distribution of answer token a + k, which is row a + k.
 """
 
 from collections.abc import Sequence
@@ -17,32 +18,33 @@ from torch import Tensor
 
 from specserve_drafts.tune.texts import Text
 
-_GPU_GROUP: Final = 16
+_GPU_GROUP: Final = 16  # texts of a `Group` on a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Texts whose attention is one matrix product: B texts, m chains in all."""
+    """B texts with m chains in all, whose attention is computed as one padded matrix product."""
 
-    pairs: Tensor  # [B, longest] int64, the pairs of each text; anything past its end
-    chains: Tensor  # [B, most] int64, the chains of each text; anything past its last
-    places: Tensor  # [m] int64 into B * most
-    hidden: Tensor  # [B, most, longest] bool, pairs after the chain's start
+    pairs: Tensor  # [B, longest] int64, indices of each text's draft inputs, padded
+    chains: Tensor  # [B, most] int64, indices of each text's chains, padded
+    places: Tensor  # [m] int64, indices into the flattened [B * most] that are not padding
+    hidden: Tensor  # [B, most, longest] bool, masked: draft inputs after the chain's start
 
 
 @dataclass(frozen=True, slots=True)
 class ChainBatch:
-    """N pairs and M chains, flat, one text after the other."""
+    """N draft inputs and M chains, one text after the other; a chain per answer token."""
 
-    next_ids: Tensor  # [N] int64, the token of each pair
-    positions: Tensor  # [N] int64, of the pairs in their texts
-    starts: Tensor  # [M] int64, the pair that each chain starts from
-    ids: Tensor  # [M] int64, the token of that pair
-    left: Tensor  # [M] int64, answer tokens from here to the text's end
+    next_ids: Tensor  # [N] int64, the token of each draft input
+    positions: Tensor  # [N] int64, RoPE positions of the draft inputs in their texts
+    starts: Tensor  # [M] int64, the draft input that each chain starts from
+    ids: Tensor  # [M] int64, the token of that draft input
+    left: Tensor  # [M] int64, answer tokens from the chain's first to the text's end
     groups: tuple[Group, ...]
 
     def step_rows(self, step: int) -> Tensor:
-        """[M] int64: the row that each chain is about at `step`; the last one past the end."""
+        """[M] int64: the answer token that each chain predicts at `step`, of all texts' answer
+        tokens; past the end of a text its last one."""
         rows = torch.arange(len(self.starts), device=self.starts.device)
         return rows + (self.left - 1).clamp_max(step)
 
@@ -50,14 +52,18 @@ class ChainBatch:
 def build_chains(
     texts: Sequence[Text], device: torch.device, per_group: int | None = None
 ) -> ChainBatch:
-    """Prompts have two tokens or more, answers one or more. `per_group`: texts."""
+    """The batch of `texts`. Each prompt must have at least two tokens, each answer at least one.
+
+    per_group: texts of a group; None: 1 on a CPU, _GPU_GROUP on a GPU.
+    """
     pairs = np.array([text.num_pairs for text in texts])
     chains = np.array([text.num_answer for text in texts])
     prompts = np.array([text.num_prompt for text in texts])
     first_pair, first_chain = np.cumsum(pairs) - pairs, np.cumsum(chains) - chains
-    # [5, num_texts]: what `_group` needs of each.
+    # [5, num_texts], see `_group`.
     about = np.stack([first_pair, pairs, first_chain, chains, prompts])
-    # A GPU wants few and large products; a CPU no padding, and scores that stay in its cache.
+    # A GPU is faster with few large products; a CPU without padding, and with attention scores that
+    # stay in its cache.
     size = per_group or (1 if device.type == "cpu" else _GPU_GROUP)
     groups = [
         _group(about[:, start : start + size], device) for start in range(0, len(texts), size)
@@ -85,15 +91,15 @@ def build_chains(
 
 
 def _group(about: npt.NDArray[np.int64], device: torch.device) -> Group:
-    """`about`: [5, B], each text's first pair and number of pairs, its first chain and number of
-    chains, and the length of its prompt."""
+    """about: [5, B], of each text the first draft input and their number, the first chain and their
+    number, and the length of the prompt."""
     longest, most = int(about[1].max()), int(about[3].max())
     places = np.flatnonzero(np.arange(most)[None] < about[3][:, None])
     first_pair, pairs, first_chain, chains, prompts = _copy(about, device)[:, :, None]
     column = torch.arange(longest, device=device)[None]
     row = torch.arange(most, device=device)[None]
     own = row < chains  # [B, most]
-    start = torch.where(own, prompts - 2 + row, longest)  # padding sees everything
+    start = torch.where(own, prompts - 2 + row, longest)  # padding is not masked
     return Group(
         torch.where(column < pairs, first_pair + column, 0),
         torch.where(own, first_chain + row, 0),
@@ -103,6 +109,6 @@ def _group(about: npt.NDArray[np.int64], device: torch.device) -> Group:
 
 
 def _copy(array: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """Without waiting for what the device is at."""
+    """Copy to the device without waiting for its running work."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

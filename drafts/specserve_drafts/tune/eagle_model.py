@@ -1,9 +1,10 @@
-"""An EAGLE-3.1 head that can be trained: `heads.DraftHead` again, differentiable.
+"""A trainable EAGLE-3.1 head: the computation of `heads.DraftHead`, differentiable.
 
-One Llama layer over the target's fused taps and the next token's embedding. Owns the weights under
-the names of the checkpoint, and the training-time test (Li et al. 2025, arXiv 2503.01840, section
-3.2): step k goes on from the head's own output of step k - 1, and sees the true pairs up to its
-chain's start and its own chain, which is what it sees while serving.
+One Llama layer over the target's fused auxiliary hidden states and the next token's embedding.
+Parameter names are those of the checkpoint. Owns the training-time test (Li et al. 2025, arXiv
+2503.01840, section 3.2): step k reads the head's own output of step k - 1, and attends to the draft
+inputs with the target's hidden states up to the start of its chain and to its own chain, as in
+serving.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +24,12 @@ Embed = Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
 
 @dataclass(frozen=True, slots=True)
 class EagleChains:
-    """What `depth` steps of some chains are made of."""
+    """The inputs of `depth` steps of M chains over N draft inputs; see `ChainBatch`."""
 
     batch: ChainBatch
-    taps: Tensor  # [N, num_taps * hidden_size], of the pairs
-    embed: Embed
-    depth: int
+    taps: Tensor  # [N, num_taps * hidden_size], auxiliary hidden states of the draft inputs
+    embed: Embed  # the target's
+    depth: int  # steps
 
     @property
     def left(self) -> Tensor:  # [M] int64
@@ -94,13 +95,17 @@ class Layer(nn.Module):
         self.mlp = Mlp(hidden, shape.intermediate_size)
 
     def wide(self, embeds: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention reads [n, 2 * hidden_size], and the residual [n, hidden_size]."""
+        """The input of attention [n, 2 * hidden_size], and the residual [n, hidden_size].
+
+        embeds, rows: [n, hidden_size], embeddings and hidden states of the draft inputs.
+        """
         normed = self.hidden_norm(rows)
         return torch.cat((self.input_layernorm(embeds), normed), -1), normed
 
 
 class EagleHead(nn.Module):
-    """A shape with `tap_norm` each, `norm_before_residual` and `norm_output`: EAGLE-3.1."""
+    """The head. `shape` must be EAGLE-3.1's: `tap_norm` "each", `norm_before_residual` and
+    `norm_output`."""
 
     def __init__(self, shape: HeadShape, device: torch.device) -> None:
         super().__init__()
@@ -114,7 +119,7 @@ class EagleHead(nn.Module):
         self.layers = nn.ModuleList([Layer(shape)])
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.to(device)
-        # Chains end beyond the texts they begin in.
+        # Chains that start near the end of a text continue past it.
         num_positions = shape.max_position_embeddings + MAX_DEPTH
         self._rotary = Rotary(shape.rope, shape.head_dim, num_positions, device)
 
@@ -125,7 +130,7 @@ class EagleHead(nn.Module):
         return rows
 
     def forward(self, chains: EagleChains) -> Iterator[Tensor]:
-        """Rows [M, hidden_size] of steps 0 to depth - 1, ready for the head."""
+        """Hidden states [M, hidden_size] of steps 0 to depth - 1, the inputs of the LM head."""
         (layer,) = self.layers
         assert isinstance(layer, Layer)
         batch, embed = chains.batch, chains.embed
@@ -134,7 +139,7 @@ class EagleHead(nn.Module):
         true = layer.self_attn.key_value(wide, angles)
         seen = _Seen(batch, *true)
         positions = batch.positions[batch.starts]
-        # Of pairs before a chain only K and V are of use: there is no second layer.
+        # Only K and V are needed of draft inputs before a chain, as there is no second layer.
         wide, rows = wide[batch.starts], residual[batch.starts]
         for step in range(chains.depth):
             angles = self._rotary.angles(positions + step)
@@ -149,10 +154,11 @@ class EagleHead(nn.Module):
 
 
 class _Seen:
-    """K and V of the true pairs, and of the chains so far: one more per step and chain."""
+    """K and V that chains attend to: those of the draft inputs with the target's hidden states, and
+    one entry per chain for each of its own steps after the first."""
 
     def __init__(self, batch: ChainBatch, k: Tensor, v: Tensor) -> None:
-        """`k`, `v`: [N, num_kv_heads, head_dim]."""
+        """k, v: [N, num_kv_heads, head_dim], of the draft inputs with the target's states."""
         self._groups = batch.groups
         self._num_kv = k.shape[1]
         # By group, each [B, num_kv_heads, longest, head_dim].
@@ -163,10 +169,12 @@ class _Seen:
         self._own: list[tuple[Tensor, Tensor]] = []  # by step, each [M, num_kv_heads, head_dim]
 
     def extend(self, k: Tensor, v: Tensor) -> None:
+        """Add a step of all chains; k, v: [M, num_kv_heads, head_dim]."""
         self._own.append((k, v))
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        """[M, num_heads, head_dim] -> [M, num_heads * head_dim]"""
+        """Attention of one query per chain: [M, num_heads, head_dim] -> [M, num_heads * head_dim].
+        """
         q = torch.unflatten(q, 1, (self._num_kv, -1)) * scale  # [M, num_kv, heads each, head_dim]
         own = [(q * k[:, :, None]).sum(-1) for k, _ in self._own]
         scores = torch.stack(own, -1) if own else q[..., :0]  # [M, num_kv, heads each, steps]
@@ -186,10 +194,14 @@ def _attend(
     k: Tensor,  # [B, num_kv, longest, head_dim]
     v: Tensor,
     q: Tensor,  # [M, num_kv, heads each, head_dim]
-    own: Tensor,  # [M, num_kv, heads each, steps], scores of the chain's own pairs
+    own: Tensor,  # [M, num_kv, heads each, steps], attention scores of the chain's own steps
 ) -> tuple[Tensor, Tensor]:
-    """What the group's chains take from true pairs [m, num_kv, heads each, head_dim], and the
-    shares [m, num_kv, heads each, steps] that their own pairs have."""
+    """Attention of the group's chains over the target's draft inputs k, v [B, num_kv, longest,
+    head_dim] and over their own steps.
+
+    Returns the weighted sum over the former [m, num_kv, heads each, head_dim], and the attention
+    weights of the latter [m, num_kv, heads each, steps].
+    """
     (_, most), longest, each = group.chains.shape, k.shape[2], q.shape[2]
     padded = q[group.chains].permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = torch.unflatten(padded @ k.transpose(2, 3), 2, (each, most))
@@ -202,5 +214,5 @@ def _attend(
 
 
 def _flat(x: Tensor, group: Group) -> Tensor:
-    """[B, num_kv, heads each, most, n] -> [m, num_kv, heads each, n]"""
+    """Drop padding: [B, num_kv, heads each, most, n] -> [m, num_kv, heads each, n]."""
     return x.permute(0, 3, 1, 2, 4).flatten(0, 1)[group.places]

@@ -1,11 +1,11 @@
-"""What the training of an EAGLE head can be told besides."""
+"""The settings that training an EAGLE head has in addition to `HeadSettings`."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Final, Literal
 
 from specserve_drafts.tune.head_settings import HELP, RANGES, HeadSettings
 
-MAX_DEPTH: Final = 16
+MAX_DEPTH: Final = 16  # steps of a chain
 
 
 class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):

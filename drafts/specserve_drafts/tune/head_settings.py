@@ -1,4 +1,4 @@
-"""What any training run of heads can be told, by flags or by an experiment file in TOML."""
+"""The settings of a training run of heads, from flags or from an experiment file in TOML."""
 
 import argparse
 import tomllib
@@ -51,12 +51,13 @@ RANGES: Final = {
     "check_every": (1, 10**6),
     "seed": (0, 2**31),
 }
-_LISTS: Final = {"temperature": float, "taps": int}  # written as a list behind one flag
+_LISTS: Final = {"temperature": float, "taps": int}  # flags that take several values
 _LIMITS: Final = frozenset({"minutes", "tokens"})
 
 
 class HeadSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """Defaults are those of a CPU; see drafts/experiments. A method adds fields of its own."""
+    """Settings common to all methods; a method's subclass adds its own. The defaults are for a CPU;
+    see drafts/experiments. Raises ValueError if a value is out of range."""
 
     HELP: ClassVar[Mapping[str, str]] = HELP
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES
@@ -93,10 +94,11 @@ class HeadSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def seconds(self) -> int:
+        """The time limit of a run without `tokens`."""
         return 60 * (self.minutes or 20)
 
     def lasting(self) -> dict[str, Any]:
-        """What must not change when a run goes on, as JSON has it."""
+        """The settings that must not change on resuming, as JSON types."""
         values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return {name: value for name, value in values.items() if name not in self.FREE}
 
@@ -105,6 +107,7 @@ Settings = TypeVar("Settings", bound=HeadSettings)
 
 
 def add_settings(parser: argparse.ArgumentParser, kind: type[HeadSettings]) -> None:
+    """Add the flags of `kind` and of the target to `parser`."""
     limit = parser.add_mutually_exclusive_group()
     for name in ("minutes", "tokens"):
         limit.add_argument(
@@ -130,7 +133,8 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[HeadSettings]) -> N
 def read_settings(
     args: argparse.Namespace, kind: type[Settings]
 ) -> tuple[Settings, dict[str, Any]]:
-    """The experiment file under the flags, and the target's settings. Raises ValueError."""
+    """The settings of the experiment file, overridden by flags, and those of the target. Raises
+    ValueError."""
     file: Path | None = args.experiment
     values = {} if file is None else _read_toml(file, kind)
     flags = given(args, kind)
@@ -142,7 +146,7 @@ def read_settings(
         msgspec.convert(target, TargetConfig)
         return msgspec.convert(values, kind), target
     except msgspec.ValidationError as error:
-        reason = error.__cause__ or error  # our own words, where it was our check
+        reason = error.__cause__ or error  # the message of `__post_init__`, if that raised
         raise ValueError(f"{'' if file is None else f'{file}: '}{reason}") from error
 
 

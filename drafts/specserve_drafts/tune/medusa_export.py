@@ -1,5 +1,5 @@
-"""Trained Medusa heads as a checkpoint in vLLM's layout, which `medusa_file` reads: the authors'
-has no way to leave tokens out."""
+"""Writes trained Medusa heads in vLLM's layout, which `medusa_file` reads. The authors' layout does
+not support a reduced vocabulary."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ def write_heads(
     target: Path,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """See `write_checkpoint`."""
+    """Write the checkpoint to `folder`, atomically per file. target: the target's directory."""
     tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
     if len(token_ids) < vocab_size:
         tensors["token_map"] = token_ids.cpu()

@@ -1,9 +1,10 @@
-"""Medusa heads that can be trained: `medusa.MedusaHeads` again, differentiable.
+"""Trainable Medusa heads: the computation of `medusa.MedusaHeads`, differentiable.
 
 A head is one residual block and an unembedding of its own. Medusa-1 (Cai et al. 2024, arXiv
-2401.10774) trains the latter whole, from the target's; here it is the target's times a square
-matrix that learns, which has a tenth of the weights or less, and is one matrix again in the file.
-The target's alone would not do: a residual block hardly takes anything away from its input.
+2401.10774) trains the whole unembedding, starting from the target's. Here it is the target's times
+a trained square matrix, which has far fewer weights; the file contains the product. With the
+target's fixed unembedding alone a head learns next to nothing, as a residual block can hardly
+remove anything from its input (drafts/LOG.md, 2026-11-26).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,29 +18,34 @@ from torch import Tensor, nn
 
 from specserve_drafts.tune.texts import Text
 
-# The token that is told is what a head is sure of at first, and wrong: logits begin softer.
+# Scale of the initial square matrices. An untrained head predicts the token that the target has
+# predicted already, which is wrong; a small scale makes it less confident of that token.
 _SOFTER: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class MedusaChains:
-    """M chains, flat, one text after the other. The target's row that tells answer token a starts
-    the chain that guesses a + 1, a + 2, ...; the last token of a text has nothing after it."""
+    """M chains, one text after the other.
 
-    rows: Tensor  # [M, hidden_size] float32, normed as for the target's own head
-    places: Tensor  # [M] int64, of those rows among the answer tokens of all texts
-    left: Tensor  # [M] int64, answer tokens from the first guess to the text's end
+    A chain starts at the target's hidden state that predicts answer token a, and its heads predict
+    the answer tokens a + 1, a + 2, ... The last answer token of a text starts no chain.
+    """
+
+    rows: Tensor  # [M, hidden_size] float32, those hidden states after the target's final norm
+    places: Tensor  # [M] int64, their answer tokens a, counted over all texts
+    left: Tensor  # [M] int64, answer tokens from a + 1 to the text's end
 
     def step_rows(self, step: int) -> Tensor:
-        """[M] int64: the answer token that each head guesses at `step`; the text's last one past
-        its end."""
+        """[M] int64: the answer token that head `step` predicts for each chain, counted over all
+        texts; past the end of a text its last one."""
         return self.places + 1 + torch.minimum(self.left - 1, self.left.new_tensor(step))
 
 
 def lay_out(
     texts: Sequence[Text],
-    rows: Tensor,  # [num_answer_tokens, hidden_size] float32, normed
+    rows: Tensor,  # [num_answer_tokens, hidden_size] float32, after the final norm
 ) -> MedusaChains:
+    """The chains of `texts`; `rows` has the hidden states that predict their answer tokens."""
     lengths = np.array([text.num_answer for text in texts])
     firsts = np.cumsum(lengths) - lengths
     places = [first + np.arange(n - 1) for first, n in zip(firsts, lengths, strict=True)]
@@ -49,7 +55,10 @@ def lay_out(
 
 
 class ResidualBlock(nn.Module):
-    """One layer, in a list for its name; it begins as nothing, as the authors' does."""
+    """x + silu(W x + b), with W = 0 and b = 0 at first, as in the authors' code.
+
+    The layer is in a list to have its name in the checkpoint.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -64,7 +73,7 @@ class ResidualBlock(nn.Module):
 
 
 class MedusaHeads(nn.Module):
-    """At first every head guesses the token that the target has told."""
+    """All heads. Untrained, each predicts the token that the target has predicted already."""
 
     def __init__(self, hidden_size: int, num_heads: int, device: torch.device) -> None:
         super().__init__()
@@ -73,13 +82,13 @@ class MedusaHeads(nn.Module):
         self.to(device)
 
     def forward(self, chains: MedusaChains) -> Iterator[Tensor]:
-        """Rows [M, hidden_size] of each head in turn, ready for the target's own head."""
+        """The outputs [M, hidden_size] of each head in turn, inputs of the target's LM head."""
         for block, mix in zip(self.blocks, self.mixes, strict=True):
             yield F.linear(block(chains.rows), mix)
 
     def tensors(self, target_rows: Tensor) -> dict[str, Tensor]:
-        """The weights under vLLM's names. `target_rows`: [draft_vocab, hidden_size], of the
-        target's own head."""
+        """The weights by vLLM's names. target_rows: [draft_vocab, hidden_size], rows of the
+        target's LM head."""
         blocks = {f"blocks.{name}": tensor for name, tensor in self.blocks.state_dict().items()}
         unembeddings = [target_rows @ mix.detach() for mix in self.mixes]
         return blocks | {f"lm_heads.{i}.weight": rows for i, rows in enumerate(unembeddings)}

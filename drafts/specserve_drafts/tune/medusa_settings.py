@@ -1,4 +1,4 @@
-"""What the training of Medusa heads can be told besides."""
+"""The settings that training Medusa heads has in addition to `HeadSettings`."""
 
 from collections.abc import Mapping
 from typing import ClassVar

@@ -1,8 +1,9 @@
-"""Muon for matrices, AdamW for everything else.
+"""The optimiser: Muon for matrices, AdamW for all other parameters.
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) makes the momentum of a matrix
-orthogonal, so that every direction moves alike. Its step is scaled to the size of AdamW's (Liu et
-al. 2025, arXiv 2502.16982, section 2.2). The state is tensors by name: nothing is ever pickled.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of a
+matrix, so that the update has about the same size in all directions. Its step is scaled to the RMS
+of an AdamW step (Liu et al. 2025, arXiv 2502.16982, section 2.2). The state is saved as named
+tensors, without pickle.
 """
 
 import math
@@ -12,18 +13,20 @@ from typing import Final
 import torch
 from torch import Tensor
 
-NS_STEPS: Final = 5
-_NS: Final = (3.4445, -4.7750, 2.0315)  # a, b, c of Jordan et al.: fast, and near 1 is enough
+NS_STEPS: Final = 5  # Newton-Schulz iterations
+# Coefficients a, b, c of Jordan et al.: singular values converge fast, but only to about 1.
+_NS: Final = (3.4445, -4.7750, 2.0315)
 _MOMENTUM: Final = 0.95
-_BETAS: Final = (0.9, 0.95)
+_BETAS: Final = (0.9, 0.95)  # of AdamW
 _EPS: Final = 1e-8
-_RMS: Final = 0.2  # of an AdamW step
+_RMS: Final = 0.2  # RMS of an AdamW step, in learning rates
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """U V^T of `matrix` [m, n] = U S V^T, roughly: singular values come out in about 0.7 to 1.2.
+    """An approximation of U V^T, where `matrix` [m, n] = U S V^T: the singular values of the result
+    are about 0.7 to 1.2.
 
-    Newton-Schulz in bfloat16, which is precise enough for what it is used for.
+    Newton-Schulz iteration in bfloat16, which is precise enough for an update direction.
     """
     a, b, c = _NS
     x: Tensor = matrix.bfloat16()
@@ -38,7 +41,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 class MuonAdamW:
-    """Steps for `parameters`, by name, in place. Learning rates come with each step."""
+    """Updates `parameters`, given by name, in place. Learning rates are passed to each step."""
 
     def __init__(self, parameters: Mapping[str, Tensor], *, weight_decay: float) -> None:
         self._parameters = parameters
@@ -49,7 +52,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, *, matrix_lr: float, other_lr: float) -> None:
-        """One step along the gradients that the parameters hold."""
+        """Take one step with the parameters' gradients; those without a gradient stay."""
         self._num_steps += 1
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
@@ -60,12 +63,13 @@ class MuonAdamW:
                 self._adamw(name, parameter, parameter.grad, other_lr)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there is to go on with."""
+        """The complete state, for `load`."""
         state = {f"first.{name}": tensor for name, tensor in self._first.items()}
         state |= {f"second.{name}": tensor for name, tensor in self._second.items()}
         return state | {"num_steps": torch.tensor([self._num_steps])}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the state that `tensors` returned."""
         self._num_steps = int(tensors["num_steps"])
         for kind, own in (("first", self._first), ("second", self._second)):
             for name, tensor in own.items():
@@ -78,7 +82,8 @@ class MuonAdamW:
         parameter.sub_(update, alpha=lr * _RMS * math.sqrt(max(parameter.shape)))
 
     def _adamw(self, name: str, parameter: Tensor, grad: Tensor, lr: float) -> None:
-        """Loshchilov and Hutter 2019. Vectors here are norms, which do not decay."""
+        """AdamW (Loshchilov and Hutter 2019), without weight decay: it updates norm weights and
+        biases."""
         first = self._first[name].lerp_(grad, 1 - _BETAS[0])
         second = self._second[name].lerp_(grad.square(), 1 - _BETAS[1])
         steps = self._num_steps

@@ -41,7 +41,7 @@ class State(Struct, frozen=True):
     """The progress of a run; together with the table, all that is needed to resume."""
 
     settings: dict[str, Any]
-    num_prompts: int = 0  # answered, repeats counted
+    num_prompts: int = 0  # submitted so far, repeats counted
     num_tokens: int = 0  # of the answers
     seconds: float = 0.0  # of answering
     curve: tuple[Point, ...] = ()

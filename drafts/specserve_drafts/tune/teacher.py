@@ -155,7 +155,7 @@ def _passes(texts: Sequence[Text], most_slots: int) -> Iterator[list[Text]]:
 
 
 def _key(text: Text) -> bytes:
-    """The text without its last token, whose hidden states nothing uses."""
+    """The text's tokens but the last, as the hidden state of the last one is never used."""
     return text.tokens[:-1].tobytes()
 
 
