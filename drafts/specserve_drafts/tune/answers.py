@@ -1,8 +1,8 @@
-"""What a head learns from: the target's own answers, as token ids in shards on disk.
+"""The training data of heads: the target's own answers, as token ids in shards on disk.
 
-Shards are written once and whole, so a run that was killed finds each of them complete or not at
-all. An answer depends on its prompt's number and the seed alone, so several processes can share
-the work, and a later run takes up what an earlier one left.
+Shards are written atomically, so after a killed run each is complete or missing. An answer depends
+on its prompt's number and the seed alone, so several processes can share the work, and a later run
+uses the shards of an earlier one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,18 @@ from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text, read_texts, write_texts
 from specserve_drafts.whole_file import write_json
 
-SHARD_PROMPTS: Final = 64  # answered between two saves: less than a minute
-_COUNTED_PROMPTS: Final = 4000
+SHARD_PROMPTS: Final = 64  # prompts of a shard, which take less than a minute to answer
+_COUNTED_PROMPTS: Final = 4000  # prompts whose tokens `prompt_counts` counts
 _SETTINGS: Final = "settings.json"
 
 
 class Answers:
-    """The shards of one run. Prompt n is answered with seed + n; prompts come round again.
+    """The shards of one run. Prompt n is answered with seed + n; after the last prompt the first
+    one follows again.
 
-    `teacher` gets the rows that the engine has anyway while it answers, where they are the same
-    to the bit. Raises ValueError if the folder has answers that were made with other settings.
+    `teacher` receives the hidden states that the engine computes while it answers, on platforms
+    where they are bitwise equal to the teacher's. Raises ValueError if `folder` has answers that
+    were made with other settings.
     """
 
     def __init__(
@@ -42,28 +44,29 @@ class Answers:
         settings: HeadSettings,
         folder: Path,
         teacher: Teacher | None,
-        made_with: Mapping[str, Any],  # what answers depend on, as JSON has it
+        made_with: Mapping[str, Any],  # the settings that answers depend on, as JSON types
     ) -> None:
         self._llm, self._prompts, self._settings = llm, prompts, settings
         self._folder, self._teacher = folder, teacher
-        self._rows: dict[str, tuple[Sequence[int], list[Tensor]]] = {}  # tokens and rows, by id
+        # Tokens and hidden states, by sequence id.
+        self._rows: dict[str, tuple[Sequence[int], list[Tensor]]] = {}
         if teacher is not None and llm.engine.platform.exact:
             llm.engine.watch(teacher.layers, self._observe)
         folder.mkdir(parents=True, exist_ok=True)
         _check_settings(folder / _SETTINGS, made_with)
 
     def has(self, index: int) -> bool:
-        """Whether the shard is on disk: answered by this run, or left there by another."""
+        """Whether the shard is on disk, answered by this run or by another."""
         return self._path(index).exists()
 
     def shard(self, index: int) -> list[Text]:
-        """From disk, or answered now."""
+        """The shard's texts from disk; answers them first if missing."""
         if not self.has(index):
             self.answer([index])
         return read_texts(self._path(index))
 
     def answer(self, shards: Sequence[int]) -> None:
-        """All of them together, and onto disk."""
+        """Answer the prompts of several shards together and write the shards."""
         numbers = [
             number
             for index in shards
@@ -78,7 +81,7 @@ class Answers:
         return self._folder / f"shard-{index:05}.safetensors"
 
     def held_out(self, prompts: Sequence[Messages]) -> list[Text]:
-        """Greedy answers to prompts of their own."""
+        """Greedy answers to the held-out prompts, from disk if they are there."""
         path = self._folder / "held_out.safetensors"
         if not path.exists():
             answers = self._answer(prompts, range(len(prompts)), temperature=0.0)
@@ -86,7 +89,7 @@ class Answers:
         return read_texts(path)
 
     def prompt_counts(self, vocab_size: int) -> Tensor:
-        """[vocab_size] float32: how often a token stands in the first prompts, in all 1."""
+        """Token frequencies in the first _COUNTED_PROMPTS prompts: [vocab_size] float32, sum 1."""
         counts = torch.zeros(vocab_size)
         for prompt in self._prompts[:_COUNTED_PROMPTS]:
             try:
@@ -99,7 +102,7 @@ class Answers:
     def _answer(
         self, prompts: Sequence[Messages], numbers: Sequence[int], temperature: float | None = None
     ) -> list[Text | None]:
-        """None: there is no room for an answer."""
+        """The answers to prompts of these numbers; None where there is no room for an answer."""
         settings = self._settings
         mix = settings.temperature if temperature is None else (temperature,)
         sampling = [
@@ -127,7 +130,8 @@ class Answers:
         return texts
 
     def _observe(self, feedback: Feedback) -> None:
-        """Chains and roots in order; who had to give way in between begins again."""
+        """Collect the hidden states of prefill chunks and roots, in order. A sequence that was
+        preempted is computed again from its first token, so its earlier states are dropped."""
         taps, first = feedback.output.taps, 0
         assert taps is not None
         for entry in feedback.entries:
@@ -139,7 +143,7 @@ class Answers:
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Those of the folder are these, from its first answer on. Raises ValueError."""
+    """Write the settings if `path` does not exist, else compare them. Raises ValueError."""
     if not path.exists():
         write_json(path, settings)
     before = msgspec.json.decode(path.read_bytes())

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a draft: config, provenance, model card, learning curve."""
+"""The files beside a recycling table: config, provenance, model card, learning curve."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,16 +15,16 @@ PROVENANCE: Final = "provenance.json"
 
 
 class Point(Struct, frozen=True):
-    """A run after some of its answers."""
+    """The progress of a run after a chunk of answers."""
 
-    num_tokens: int  # learned from so far
+    num_tokens: int  # answer tokens so far
     seconds: int
-    num_contexts: int  # in the table
-    tau: float  # of the latest greedy answers, before they were learned
+    num_contexts: int  # rows in use in the table
+    tau: float  # tokens per forward pass of the chunk's greedy answers, measured while answering
 
 
 class Made(Struct, frozen=True):
-    """How a draft was made."""
+    """How a draft was made; the contents of provenance.json."""
 
     method: str
     provenance: provenance.Provenance
@@ -38,7 +38,7 @@ class Made(Struct, frozen=True):
 
 
 def write_draft(folder: Path, config: DraftConfig, made: Made) -> None:
-    """Everything but the weights."""
+    """Write config.json, provenance.json, README.md and the learning curve to `folder`."""
     write_json(folder / "config.json", config)
     write_json(folder / PROVENANCE, made)
     with whole_file(folder / "README.md") as part:
@@ -74,7 +74,7 @@ def model_card(config: DraftConfig, made: Made) -> str:
 
 
 def check_curve() -> None:
-    """Raises ValueError, before anything is learned, if no curve can be drawn."""
+    """Raises ValueError if matplotlib is missing; called before a run starts."""
     if find_spec("matplotlib") is None:
         raise ValueError(
             "out: its curve needs matplotlib, which is not installed; "
@@ -83,7 +83,7 @@ def check_curve() -> None:
 
 
 def draw_curve(curve: tuple[Point, ...], path: Path) -> None:
-    """Acceptance of new text while a draft learns. Needs matplotlib."""
+    """Plot the acceptance on new answers over the course of a run. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

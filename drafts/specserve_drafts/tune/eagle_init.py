@@ -1,8 +1,9 @@
-"""Where a head begins: as the target's last layer over its own final row.
+"""The initial weights of an EAGLE head: the target's last layer, reading its last hidden state.
 
-`fc` lets the last tap through, so that the first row is the one the target's head reads; the layer
-has the weights of the target's last one on that half of its input, and noise on the half of the
-embedding. With the last tap after the last layer, that is close to EAGLE-1 (Li et al. 2024).
+`fc` passes the last auxiliary hidden state through and ignores the others. The head's layer has the
+weights of the target's last layer for that half of its input, and random weights for the half with
+the token embedding. If the last auxiliary hidden state is the output of the last layer, this is
+close to EAGLE-1 (Li et al. 2024).
 """
 
 import torch
@@ -13,22 +14,29 @@ from specserve.models.shape import ModelShape
 from specserve_drafts.head_shape import HeadShape
 from specserve_drafts.tune.eagle_model import EagleHead
 
-_EMBEDDING_SHARE = 1.0  # standard deviation of the embedding's half, against the other half's
-# The last row's own token is what the head is sure of at first, and wrong: logits begin softer.
+# Standard deviation of the random weights on the embedding, relative to that of the other half.
+_EMBEDDING_SHARE = 1.0
+# Scale of the initial output norm. An untrained head predicts the token that the target has
+# predicted already, which is wrong; a small scale makes it less confident of that token
+# (drafts/LOG.md, 2026-11-25).
 _SOFTER = 0.5
-_SMALLEST = 0.1  # of a norm's weights that are divided by, against their mean
+# Lower bound of the final norm's weights as divisors, relative to their mean absolute value.
+_SMALLEST = 0.1
 
 
 def default_taps(num_layers: int) -> tuple[int, ...]:
-    """EAGLE-3's low and middle layers, and what leaves the last one."""
+    """The layers whose input hidden states a head reads by default: EAGLE-3's low and middle ones,
+    and num_layers, the output of the last layer."""
     return tuple(sorted({min(2, num_layers - 1), num_layers // 2, num_layers}))
 
 
 def head_shape(
     target: ModelShape, taps: tuple[int, ...], draft_vocab: int, mlp_size: int | None = None
 ) -> HeadShape:
-    """One layer as wide as the target's, without biases, whatever the target has. `mlp_size`: its
-    MLP is wider, or narrower."""
+    """The shape of a head with one layer of the target's sizes, without biases.
+
+    mlp_size: the width inside its MLP; None: the target's.
+    """
     return HeadShape(
         kind="eagle3",
         taps=taps,
@@ -54,9 +62,12 @@ def head_shape(
 def start_from_target(
     head: EagleHead, checkpoint: Checkpoint, target: ModelShape, last: Tensor, seed: int
 ) -> None:
-    """Fill `head` in place. `last`: some rows [n, hidden_size] that leave the target's last layer;
-    the layer works on rows of size 1, the target's on rows of their size. What is new in a wider
-    MLP adds nothing yet."""
+    """Set the weights of `head` in place.
+
+    last: [n, hidden_size], some outputs of the target's last layer. Their median RMS scales the
+    layer's output weights, as the head's residual has an RMS of about 1. Additional units of a
+    wider MLP have zero output weights at first.
+    """
     prefix = f"model.layers.{target.num_layers - 1}"
 
     def floats(name: str) -> Tensor:
@@ -83,7 +94,7 @@ def start_from_target(
         floor = final.abs().mean() * _SMALLEST
         divisor = torch.where(final < 0, -1.0, 1.0) * final.abs().clamp_min(floor)
         weights[f"fc_norm.{len(head.shape.taps) - 1}.weight"] = final
-        weights["layers.0.hidden_norm.weight"] = row_size / divisor  # undoes the final norm's
+        weights["layers.0.hidden_norm.weight"] = row_size / divisor  # cancels the final norm's
     for kind in "qkv":
         name = f"self_attn.{kind}_proj"
         own = floats(name) * floats("input_layernorm")
@@ -99,8 +110,8 @@ def start_from_target(
 
 
 def _fitted(rows: Tensor, num_rows: int, generator: torch.Generator | None) -> Tensor:
-    """The first of `rows` [n, size], and what is missing to `num_rows` as noise of their size, or
-    zero where there is no generator."""
+    """`rows` [n, size], cut or extended to `num_rows` rows. Added rows are random with the standard
+    deviation of `rows`, or zero if there is no generator."""
     missing = max(0, num_rows - len(rows))
     more = torch.zeros(missing, rows.shape[1])
     if generator is not None:

@@ -173,8 +173,7 @@ class _Seen:
         self._own.append((k, v))
 
     def attend(self, q: Tensor, scale: float) -> Tensor:
-        """Attention of one query per chain: [M, num_heads, head_dim] -> [M, num_heads * head_dim].
-        """
+        """Attend with one query per chain: [M, num_heads, head_dim] -> [M, num_heads * head_dim]"""
         q = torch.unflatten(q, 1, (self._num_kv, -1)) * scale  # [M, num_kv, heads each, head_dim]
         own = [(q * k[:, :, None]).sum(-1) for k, _ in self._own]
         scores = torch.stack(own, -1) if own else q[..., :0]  # [M, num_kv, heads each, steps]

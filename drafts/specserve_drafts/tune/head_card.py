@@ -1,4 +1,4 @@
-"""What lies beside the weights of trained heads: provenance, model card, learning curve."""
+"""The files beside the weights of trained heads: provenance, model card, learning curve."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,49 +13,53 @@ from specserve_evals import provenance
 
 
 class HeadPoint(Struct, frozen=True):
-    """A look at held-out answers."""
+    """One check of the averaged weights on the held-out answers.
+
+    `loss`, `accepted` and `coverage` are means over the training steps since the previous point;
+    None or empty: no step yet.
+    """
 
     num_steps: int
-    num_tokens: int  # of answers, repeats counted
-    num_answered: int  # different ones
+    num_tokens: int  # answer tokens trained on, repeats counted
+    num_answered: int  # answer tokens generated
     seconds: int  # of answering and training
-    loss: float | None  # mean since the point before, as are the next two; None: no step yet
-    accepted: tuple[float, ...]  # per token of the chain, at temperature 1
-    coverage: float | None  # the target's mass on the draft vocabulary
-    tau: float  # a chain's tokens per pass on greedy answers to prompts that were kept back
-    conditional: tuple[float, ...]  # c_1, c_2, ... there
+    loss: float | None
+    accepted: tuple[float, ...]  # acceptance probability per chain step, at temperature 1
+    coverage: float | None  # the target's probability mass on the draft vocabulary
+    tau: float  # tokens per forward pass, chains, greedy held-out answers
+    conditional: tuple[float, ...]  # there: conditional acceptance c_1, c_2, ... by chain step
 
 
 class HeadMade(Struct, frozen=True):
-    """How heads were made."""
+    """How heads were made; the contents of provenance.json."""
 
     method: str
     provenance: provenance.Provenance
     settings: dict[str, Any]
     num_prompts: int
     num_excluded: int
-    best: HeadPoint  # the one that was kept
+    best: HeadPoint  # the point of the exported weights
     curve: tuple[HeadPoint, ...]
 
     @property
     def coverage(self) -> float:
-        """The target's mass on the draft vocabulary, of late; a run that goes on may end without
-        another step."""
+        """The target's probability mass on the draft vocabulary, from the last point that has it: a
+        resumed run may end without another step."""
         known = [point.coverage for point in self.curve if point.coverage is not None]
         return known[-1] if known else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a card says of a kind of heads."""
+    """A method's part of the model card."""
 
-    kind: str
-    about: str  # what they read and hold
-    layout: str  # of the file, a sentence
+    kind: str  # of heads, for the title
+    about: str  # inputs and weights of the heads, in sentences
+    layout: str  # a sentence on the layout of the checkpoint
 
 
 def write_card(folder: Path, description: Description, made: HeadMade) -> None:
-    """Everything but weights and config."""
+    """Write provenance.json, README.md and the learning curve to `folder`, atomically per file."""
     write_json(folder / PROVENANCE, made)
     with whole_file(folder / "README.md") as part:
         part.write_text(model_card(description, made), encoding="utf-8")
@@ -102,7 +106,7 @@ def _origin(made: HeadMade) -> str:
 
 
 def draw_curve(curve: Sequence[HeadPoint], path: Path) -> None:
-    """Acceptance of held-out text while heads learn. Needs matplotlib."""
+    """Plot the acceptance on held-out answers over the course of training. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6), layout="constrained")

@@ -1,4 +1,4 @@
-"""The command line of every method that trains heads: flags, one run, and the card at its end."""
+"""The command line of methods that train heads: parses flags, performs one run, writes the card."""
 
 import argparse
 import sys
@@ -25,7 +25,10 @@ def train(
     make: Callable[[Settings], Method],
     argv: Sequence[str] | None,
 ) -> int:
-    """0: made, or answered; 2: wrong usage."""
+    """Run the command; the exit code is 0, or 2 for wrong usage.
+
+    kind: the method's settings; make: creates the method from them; argv: None: sys.argv.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(arguments)
     try:
@@ -60,6 +63,7 @@ def train(
 
 
 def head_parser(name: str, description: str, kind: type[HeadSettings]) -> argparse.ArgumentParser:
+    """The parser of `specserve tune NAME`, with the settings of `kind` as flags."""
     parser = argparse.ArgumentParser(
         prog=f"specserve tune {name}", description=description, allow_abbrev=False
     )

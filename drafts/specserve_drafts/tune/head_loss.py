@@ -1,8 +1,8 @@
-"""The loss over a frozen head, with its gradient by hand.
+"""The loss of hidden states under a frozen LM head, with an explicit gradient.
 
-Logits of thousands of tokens would fill the memory if autograd kept them for every step of the
-chain. The head does not learn, so the gradient of its input is all that is needed, and it is known
-as soon as the logits are.
+Autograd would keep the logits of every step of the chain, which for thousands of tokens exceeds the
+memory. As the LM head is not trained, only the gradient with respect to its input is needed; it is
+computed together with the loss from a chunk of logits at a time.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-_CHUNK: Final = {"cpu": 128, "cuda": 4096}  # rows whose logits exist at once: they stay in cache
-_ETA: Final = 3.0  # how fast the hybrid turns to the acceptance itself
+# Rows whose logits exist at once; on a CPU so few that they stay in its cache.
+_CHUNK: Final = {"cpu": 128, "cuda": 4096}
+_ETA: Final = 3.0  # rate at which the hybrid loss turns from KL to TV as acceptance rises
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the target held likely, and what every step of the chain needs to know of it."""
+    """The target's distributions at m tokens, and sums of them that every chain step needs."""
 
     p: Tensor  # [m, draft_vocab] float32
-    mass: Tensor  # [m], sum_v p: at most 1, as what other tokens have is missing
+    mass: Tensor  # [m], sum_v p; below 1 by the probability of tokens outside the draft vocabulary
     log_p: Tensor  # [m], sum_v p log p
 
     @classmethod
@@ -36,9 +37,9 @@ class HeadLoss(torch.autograd.Function):
     """sum_n weights[n] * loss[n], and the acceptance sum_v min(p, q) of each row.
 
     p is the target's distribution over the draft vocabulary, q = softmax(head x). The loss is the
-    forward KL sum_v p log(p / q); as a hybrid it is lambda KL + (1 - lambda) TV with lambda =
-    exp(-3 acceptance) per row, the acceptance held fixed (LK losses, arXiv 2602.23881): total
-    variation alone has no gradient to begin with.
+    forward KL sum_v p log(p / q). The hybrid loss is lambda KL + (1 - lambda) TV with lambda =
+    exp(-_ETA acceptance) per row, treated as a constant (LK losses, arXiv 2602.23881): total
+    variation alone has almost no gradient at the start of training.
     """
 
     @staticmethod
@@ -55,7 +56,7 @@ class HeadLoss(torch.autograd.Function):
         accepted = x.new_empty(len(x), dtype=torch.float32)
         total = x.new_zeros((), dtype=torch.float32)
         chunk = _CHUNK[x.device.type]
-        # Only the products by the head are rounded, never the sums over the rows.
+        # Only products with the head have its lower precision; sums over rows are in float32.
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, len(x), chunk):
                 part = slice(start, start + chunk)
@@ -82,7 +83,8 @@ head_loss: Final[Callable[..., tuple[Tensor, Tensor]]] = HeadLoss.apply
 def loss_by_torch(
     logits: Tensor, wanted: Wanted, rows: Tensor, weights: Tensor, hybrid: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [n], acceptance [n] and weights * d loss / d logits, like `logits`."""
+    """Loss [n], acceptance [n], and weights * d loss / d logits in the shape and dtype of
+    `logits` [n, draft_vocab]. rows: [n] int64, indices into `wanted`; weights: [n]."""
     p, mass = wanted.p.index_select(0, rows), wanted.mass[rows]
     log_q = logits.float().log_softmax(-1)
     loss = wanted.log_p[rows] - torch.linalg.vecdot(p, log_q)
@@ -91,7 +93,7 @@ def loss_by_torch(
     if hybrid:
         share = torch.exp(-_ETA * accepted)
         loss = share * loss + (1 - share) * (1 - accepted)
-        # Of TV = 1 - sum min(p, q): only tokens with q < p pull, against their own mean.
+        # With b_v = q_v where q_v < p_v, else 0: d TV / d logit_v = q_v * sum(b) - b_v.
         below = (p - q).sign_().relu_().mul_(q)
         pull = share * mass + (1 - share) * below.sum(-1)
         slope = q.mul_(pull[:, None]).addcmul_(p, share[:, None], value=-1)
@@ -104,7 +106,7 @@ def loss_by_torch(
 def loss_by_triton(
     logits: Tensor, wanted: Wanted, rows: Tensor, weights: Tensor, hybrid: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `loss_by_torch`; in place."""
+    """As `loss_by_torch`, with the gradient written to `logits`."""
     from specserve_kernels.triton.draft_loss import draft_loss
 
     loss, accepted = draft_loss(

@@ -1,7 +1,8 @@
-"""One run: answers and steps in turn, saved every half minute, the best head exported as it comes.
+"""A training run: alternates between generating answers and training steps, saves its state every
+half minute, and exports the head whenever a check finds it to be the best so far.
 
-Everything random is a function of the seed and of how far the run is, so a run that was killed
-takes the same steps again.
+All randomness is a function of the seed and of the run's progress, so a run that was killed repeats
+the same steps after resuming.
 """
 
 import argparse
@@ -44,17 +45,18 @@ from specserve_drafts.whole_file import write_json
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0
-DATA: Final = "data"
-_BATCHES_AT_ONCE: Final = 2  # answered between two saves where nothing is learned
+DATA: Final = "data"  # subdirectory of the output directory with the answers
+_BATCHES_AT_ONCE: Final = 2  # batches answered between two saves with --answer
 
 
 class Method(Protocol):
-    """A kind of heads."""
+    """The interface of a method, such as EAGLE or Medusa, that trains heads."""
 
     name: str  # of the subcommand
 
     def taps(self, target: ModelShape) -> tuple[int, ...]:
-        """The layers entered whose rows the heads read. Raises ValueError."""
+        """The layers whose input hidden states the heads read; num_layers: the output of the last
+        one. Raises ValueError."""
         ...
 
     def begin(
@@ -62,24 +64,30 @@ class Method(Protocol):
         checkpoint: Checkpoint,  # the target's
         target: ModelShape,
         teacher: Teacher,
-        last: Tensor,  # [n, hidden_size], some rows that leave the target's last layer
+        last: Tensor,  # [n, hidden_size], some outputs of the target's last layer
         draft_vocab: int,
     ) -> nn.Module:
-        """The heads that training starts from; see `Trainer` for what they are called with."""
+        """The initial heads, on the teacher's device; `Trainer` defines how they are called."""
         ...
 
-    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> Chains: ...
+    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> Chains:
+        """The input of the heads for some texts."""
+        ...
 
     def export(self, folder: Path, target: Path, trainer: Trainer, counts: Tensor) -> None:
-        """Weights and config of the average; a reader never sees half a file. `counts`:
-        [vocab_size] int64, how often each token stands in the texts that were learned from."""
+        """Write weights and config of `trainer.average` to `folder`, atomically per file.
+
+        counts: [vocab_size] int64, occurrences of each token in all training texts.
+        """
         ...
 
-    def describe(self, trainer: Trainer, made: HeadMade) -> Description: ...
+    def describe(self, trainer: Trainer, made: HeadMade) -> Description:
+        """The method's part of the model card."""
+        ...
 
 
 class Run:
-    """From its beginning or from where an earlier one stopped. Raises ValueError."""
+    """One run, new or resumed. Raises ValueError."""
 
     def __init__(
         self,
@@ -120,7 +128,7 @@ class Run:
             self._count_tokens(self._answers.shard(index))
         if not self.state.passes:
             self._add_shard()
-            while self._answers.has(len(self.state.passes)):  # another run's
+            while self._answers.has(len(self.state.passes)):  # answered by an earlier run
                 self._add_shard()
         if not held_out:
             raise ValueError(f"max_len: {settings.max_len} has no room for the prompts' answers")
@@ -132,17 +140,17 @@ class Run:
 
     @property
     def num_prompts(self) -> int:
-        """Answered so far, each counted once."""
+        """Different prompts answered so far."""
         return min(len(self.state.passes) * SHARD_PROMPTS, self._num_prompts)
 
     def learn(self) -> None:
-        """Until the limit, then one more look."""
+        """Train until the limit of time or tokens, then check and save."""
         limit = self.settings.tokens or self.settings.seconds
         saved = time.monotonic()
         with track(limit) as advance:
             advance(min(self._done, limit), "training")
             if not self.state.curve:
-                self._check()  # what training starts from
+                self._check()  # of the untrained heads
             while (before := self._done) < limit:
                 if self._wants_answers():
                     self._answer()
@@ -160,10 +168,12 @@ class Run:
 
     @property
     def _done(self) -> int:
+        """Progress in the unit of the limit: tokens, else seconds."""
         state = self.state
         return state.num_tokens if self.settings.tokens else round(state.answering + state.training)
 
     def _wants_answers(self) -> bool:
+        """Whether to answer another shard next, rather than train."""
         settings, state = self.settings, self.state
         learned = state.shard < 0 and min(state.passes) >= settings.repeats
         if settings.tokens:
@@ -177,6 +187,7 @@ class Run:
         self._count(answering=time.perf_counter() - started)
 
     def _add_shard(self) -> None:
+        """Answer the next shard, or read it from disk, and count its tokens."""
         index = len(self.state.passes)
         texts = self._answers.shard(index)
         if not texts:
@@ -195,7 +206,7 @@ class Run:
 
     def _train(self, progress: float) -> None:
         started = time.perf_counter()
-        if self.state.shard < 0:  # one of those that were trained on least
+        if self.state.shard < 0:  # choose at random among those with the fewest passes
             passes = self.state.passes
             least = [index for index, count in enumerate(passes) if count == min(passes)]
             rng = np.random.default_rng((self.settings.seed, sum(passes)))
@@ -225,7 +236,8 @@ class Run:
         return self._loaded[1]
 
     def _check(self) -> None:
-        """The averaged weights on held-out answers; exported where they are the best so far."""
+        """Measure the averaged weights on the held-out answers; export them if they are the best
+        so far. Raises ValueError if a loss since the last check was not finite."""
         started = time.perf_counter()
         recent, state = self._recent, self.state
         if not all(math.isfinite(step.loss) for step in recent):
@@ -291,7 +303,7 @@ class Run:
 
 
 def answer(args: argparse.Namespace, settings: HeadSettings, target: dict[str, Any]) -> None:
-    """Answer the first `args.answer` prompts, or this process' part of them, and learn nothing.
+    """Answer the first `args.answer` prompts, or this process's part of them, without training.
     Raises ValueError."""
     prompts = training_prompts(args.prompts, args.exclude, settings.seed)
     made_with = answer_settings(lasting_settings(args, settings, target))
@@ -310,7 +322,7 @@ def answer(args: argparse.Namespace, settings: HeadSettings, target: dict[str, A
 
 
 def open_target(settings: HeadSettings, target: dict[str, Any]) -> LLM:
-    """An engine with room for `settings.batch` texts of the length that is trained on."""
+    """An engine that runs `settings.batch` sequences together, each as long as training needs."""
     with show_progress() as progress:
         directory = resolve(target.get("target", TargetConfig().target), progress=progress)
         room = ModelShape.from_dir(directory).max_position_embeddings

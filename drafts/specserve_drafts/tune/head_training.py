@@ -1,7 +1,7 @@
-"""One optimiser step, the average of the weights, and a look at held-out answers.
+"""Training steps, the moving average of the weights, and the check on held-out answers.
 
-Knows no files, no time and no method: how far a run is comes as a fraction with each step, and
-heads are any module that makes rows for the target's own head of what it finds in `Chains`.
+Knows no files, no time and no method: the progress of the run is passed to each step as a fraction,
+and heads are any module that maps `Chains` to inputs of the target's LM head.
 """
 
 import copy
@@ -22,20 +22,23 @@ from specserve_drafts.tune.muon import MuonAdamW
 from specserve_drafts.tune.teacher import Lesson, Teacher
 from specserve_drafts.tune.texts import Text
 
-_STEP_WEIGHT: Final = 0.8  # of each step of the chain against the one before (EAGLE-3)
-_WARM_UP: Final = 0.04  # share of the run in which learning rates rise
-_CLIP: Final = 1.0  # norm of all gradients together
-_EMA: Final = 0.999
-_LOGIT_ROWS: Final = 512
+_STEP_WEIGHT: Final = 0.8  # ratio of the loss weights of consecutive chain steps (EAGLE-3)
+_WARM_UP: Final = 0.04  # fraction of the run in which learning rates rise
+_CLIP: Final = 1.0  # limit of the norm of all gradients together
+_EMA: Final = 0.999  # decay of the moving average per step
+_LOGIT_ROWS: Final = 512  # rows whose logits exist at once in a check
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What a step saw before it changed anything. Its figures wait for the device when they are
-    read, not before: the next step can be prepared while a GPU is at work on this one."""
+    """Measurements of a training step, from before its update.
 
-    num_tokens: int  # of answers
-    _figures: Tensor  # [2 + depth] float32
+    Reading a figure waits for the device; until then the host can prepare the next step while a GPU
+    computes this one.
+    """
+
+    num_tokens: int  # answer tokens trained on
+    _figures: Tensor  # [2 + depth] float32: loss, coverage, acceptance per chain step
 
     @property
     def loss(self) -> float:
@@ -43,31 +46,31 @@ class Stepped:
 
     @property
     def coverage(self) -> float:
-        """The target's mass on the draft vocabulary."""
+        """The target's mean probability mass on the draft vocabulary."""
         return float(self._figures[1])
 
     @property
     def accepted(self) -> tuple[float, ...]:
-        """Per token of the chain: mean of sum min(p, q), at temperature 1."""
+        """Mean acceptance probability sum_v min(p, q) per chain step, at temperature 1."""
         return tuple(self._figures[2:].tolist())
 
 
 class Checked(Struct, frozen=True):
-    """Greedy answers drafted for by chains, with the averaged weights."""
+    """The acceptance of drafted chains on greedy answers, with the averaged weights."""
 
-    tau: float  # tokens per pass, the target's own included
-    conditional: tuple[float, ...]  # c_k: token k right, given those before it were
+    tau: float  # tokens per forward pass, the target's own token included
+    conditional: tuple[float, ...]  # c_k: P(token k is right, given that those before it are)
 
 
 class Chains(Protocol):
-    """M chains over some texts, one text after the other, with all that a head reads of them."""
+    """M chains over some texts, one text after the other, with all inputs of the heads."""
 
     @property
-    def left(self) -> Tensor: ...  # [M] int64, answer tokens from a chain's first guess on
+    def left(self) -> Tensor: ...  # [M] int64, answer tokens from the first predicted one on
 
     def step_rows(self, step: int) -> Tensor:
-        """[M] int64: the answer token that each chain guesses at `step`, of those of all texts;
-        the last one of its text past the end."""
+        """[M] int64: the answer token that each chain predicts at `step`, counted over all texts;
+        past the end of a text its last one."""
 
 
 LayOut = Callable[[Sequence[Text], Lesson], Chains]
@@ -75,15 +78,15 @@ LayOut = Callable[[Sequence[Text], Lesson], Chains]
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Some texts, and what the target gave for them."""
+    """A batch of held-out texts: the heads' inputs and the answers."""
 
     chains: Chains
     answers: Tensor  # [num_answer_tokens] int64
 
 
 class Trainer:
-    """`head`, called with `Chains`, yields rows [M, hidden_size] per step. `rows` is the target's
-    head for `token_ids`, and stays as it is."""
+    """Trains `head`, a module that, called with `Chains`, yields hidden states [M, hidden_size] for
+    each chain step. `rows` are the target's LM head rows for `token_ids`; they are not trained."""
 
     def __init__(
         self,
@@ -110,7 +113,7 @@ class Trainer:
         self.num_steps = 0
 
     def step(self, texts: Sequence[Text], progress: float) -> Stepped:
-        """Learn from texts; `progress` from 0 to 1 sets the learning rates and the loss."""
+        """Train on one batch; `progress`, from 0 to 1, sets the learning rates and the loss."""
         settings = self._settings
         lesson = self._teacher.read(texts)
         wanted = Wanted.of(self._teacher.likely(lesson.last, self._drafted_ids))
@@ -137,7 +140,7 @@ class Trainer:
         return Stepped(len(lesson.last), figures)
 
     def hold_out(self, texts: Sequence[Text]) -> list[HeldOut]:
-        """Read once; a step's worth at a time."""
+        """Prepare held-out texts for `check`, in batches of the size of a training step."""
         held, part = [], list[Text]()
         for index, text in enumerate(texts):
             part.append(text)
@@ -150,6 +153,7 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, held: Sequence[HeldOut]) -> Checked:
+        """Measure the averaged weights on held-out answers."""
         hits, left = [], []
         for part in held:
             with self._cast():
@@ -163,7 +167,7 @@ class Trainer:
         return chain_acceptance(np.concatenate(hits), np.concatenate(left))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that going on takes."""
+        """The complete state, for `load`, on the CPU."""
         parts = {
             "head": self.head.state_dict(),
             "average": self.average.state_dict(),
@@ -177,6 +181,8 @@ class Trainer:
         }
 
     def load(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
+        """Restore the state that `tensors` returned after `num_steps` steps."""
+
         def of(kind: str) -> dict[str, Tensor]:
             prefix = f"{kind}."
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -197,21 +203,23 @@ class Trainer:
         )
 
     def _guesses(self, out: Tensor) -> Tensor:
-        """[n, hidden_size] -> [n] int64, the best tokens."""
+        """The most likely tokens: [n, hidden_size] -> [n] int64."""
         head = self._rows.T
         best = [(x.to(head.dtype) @ head).float().argmax(-1) for x in torch.split(out, _LOGIT_ROWS)]
         return self.token_ids[torch.cat(best)]
 
     @torch.no_grad()
     def _follow(self) -> None:
-        """The average forgets its beginning fast while the run is young."""
+        """Update the moving average; its decay is lower in the first steps, so that the initial
+        weights fade fast."""
         decay = min(_EMA, (1 + self.num_steps) / (10 + self.num_steps))
         for own, new in zip(self.average.parameters(), self.head.parameters(), strict=True):
             own.lerp_(new, 1 - decay)
 
 
 def schedule(progress: float) -> float:
-    """Up in a line, down in a cosine (Loshchilov and Hutter 2017)."""
+    """The factor of the learning rates at `progress` from 0 to 1: linear warm-up, then cosine decay
+    to 0 (Loshchilov and Hutter 2017)."""
     if progress < _WARM_UP:
         return (progress + 0.1 * _WARM_UP) / (1.1 * _WARM_UP)
     done = min(1.0, (progress - _WARM_UP) / (1 - _WARM_UP))
@@ -219,8 +227,12 @@ def schedule(progress: float) -> float:
 
 
 def chain_acceptance(hits: npt.NDArray[np.bool_], left: npt.NDArray[np.int64]) -> Checked:
-    """`hits`: [M, depth], step k of chain m drafted the right token; `left`: [M], answer tokens
-    from there on. Every text is walked as serving would: what was accepted, and one more."""
+    """The acceptance figures of M chains.
+
+    hits: [M, depth], whether step k of chain m predicted the right token. left: [M], answer tokens
+    from the chain's first to the text's end. For tau every text is walked as in serving: each
+    forward pass emits the accepted tokens and one more.
+    """
     alive = np.logical_and.accumulate(hits, 1)
     conditional = []
     for step in range(hits.shape[1]):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from specserve_drafts.tune.texts import Text
 
 # Scale of the initial square matrices. An untrained head predicts the token that the target has
-# predicted already, which is wrong; a small scale makes it less confident of that token.
+# predicted already, which is wrong; a small scale makes it less confident of that token
+# (drafts/LOG.md, 2026-11-26).
 _SOFTER: Final = 0.2
 
 

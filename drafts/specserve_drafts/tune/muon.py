@@ -19,7 +19,7 @@ _NS: Final = (3.4445, -4.7750, 2.0315)
 _MOMENTUM: Final = 0.95
 _BETAS: Final = (0.9, 0.95)  # of AdamW
 _EPS: Final = 1e-8
-_RMS: Final = 0.2  # RMS of an AdamW step, in learning rates
+_RMS: Final = 0.2  # RMS of an AdamW step at learning rate 1
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from specserve.types import SamplingParams
 from specserve_evals.progress import Advance, track
 from specserve_evals.runs import at_least_one
 
-_AT_ONCE: Final = 8  # attempts per round, times `batch`: the end of a round runs below full batch
+# Attempts of one round are this times `batch`: many, as the last of a round run in a batch that is
+# not full.
+_AT_ONCE: Final = 8
 _SHORTEST: Final = 3  # words of a prompt that is kept
 
 

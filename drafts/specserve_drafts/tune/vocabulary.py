@@ -1,4 +1,4 @@
-"""The tokens that heads propose, and the rows of the target's own head for them."""
+"""The draft vocabulary of trained heads, and the rows of the target's LM head for it."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -11,15 +11,19 @@ from specserve.models.shape import ModelShape
 from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text
 
-_COUNTED_ROWS: Final = 4096
-_PROMPT_SHARE: Final = 0.5  # what words of prompts count against likely words of answers
+_COUNTED_ROWS: Final = 4096  # answer tokens whose distributions are averaged
+_PROMPT_SHARE: Final = 0.5  # weight of token frequencies in prompts; answer probabilities have 1
 
 
 def draft_vocabulary(
     texts: Sequence[Text], prompt_counts: Tensor, teacher: Teacher, size: int
 ) -> Tensor:
-    """[size] int64 ascending: the tokens with the most mass where the target answers; what is
-    rare there goes by the prompts, then by rank: BPE merges what is frequent first."""
+    """The `size` tokens of the draft vocabulary, int64 ascending.
+
+    Tokens are ranked by the target's mean probability at answer tokens of `texts` plus their
+    frequency in prompts (`prompt_counts`: [vocab_size], of sum 1); equal ones by id, as BPE merges
+    frequent tokens first. End tokens are always included.
+    """
     if size >= len(prompt_counts):
         return torch.arange(len(prompt_counts))
     last = teacher.read(texts).last[:_COUNTED_ROWS]
@@ -34,6 +38,6 @@ def draft_vocabulary(
 
 
 def head_rows(checkpoint: Checkpoint, target: ModelShape, token_ids: Tensor) -> Tensor:
-    """[len(token_ids), hidden_size] float32: the target's head, as far as it is drafted from."""
+    """The rows of the target's LM head for `token_ids`: [len(token_ids), hidden_size] float32."""
     name = "model.embed_tokens.weight" if target.tied_head else "lm_head.weight"
     return checkpoint.floats(name)[token_ids.cpu()].float()
