@@ -5,8 +5,8 @@ Its KV is in a storage of its own, indexed by the target's block tables. Candida
 log q + g with the target's sampler and Gumbel noise g, so a draft model whose distribution agrees
 with the target's is accepted at any temperature. The tree is grown best-first by path probability.
 Only the root is proposed for a sequence that fills the draft model's context, or that contains a
-token id for which the draft model has no embedding row: models of one family often share
-a tokenizer but pad their vocabularies to different sizes.
+token id for which the draft model has no embedding row: models of one family often share a
+tokenizer but pad their vocabularies to different sizes.
 """
 
 from collections.abc import Sequence as Seq
@@ -109,7 +109,8 @@ class DraftLM:
         return {growth.seq.id: growth.tree(self._context.source) for growth in growths}
 
     def observe(self, feedback: Feedback) -> None:
-        """Compute draft KV of prefill chunks, so that the first proposal need not do it all."""
+        """Compute draft KV for prefill chunks, so that the first proposal need not process the
+        whole prompt."""
         chunks = [
             entry.seq
             for entry in feedback.entries

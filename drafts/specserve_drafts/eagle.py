@@ -56,7 +56,8 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     min_score: float = 0.05
     static: bool = False  # one tree shape for all, by candidate rank; for comparison only
     # LM head rows to keep: the first ones; of the target's own LM head the most frequent tokens.
-    # None: all, or _PRICED_VOCAB of a quantized head that uses the target's, if cost-aware.
+    # None: all; but _PRICED_VOCAB if the head is quantized, uses the target's LM head, and
+    # verification is cost-aware.
     draft_vocab: int | None = None
     # Target layers whose input hidden states the head reads; None: as in the checkpoint.
     taps: tuple[int, ...] | None = None
@@ -287,7 +288,8 @@ class EagleDrafter:
         self._tracks.pop(seq_id, None)
 
     def _begin(self, seq: SequenceView, budget: int) -> _Asked | None:
-        """None if the hidden state of the token before the root was not observed."""
+        """The inputs for a tree; None if the hidden state of the token before the root was not
+        observed."""
         track = self._tracks.get(seq.id)
         root = seq.num_tokens - 1
         if track is None or not track.rows or track.num_seen != root:

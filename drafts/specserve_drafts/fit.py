@@ -28,7 +28,7 @@ class Target(Struct, frozen=True):
 
     @classmethod
     def of(cls, directory: Path) -> "Target":
-        """Those of the model in `directory`. Raises ModelError."""
+        """The properties of the model in `directory`. Raises ModelError."""
         shape = ModelShape.from_dir(directory)
         tokens = sorted(
             (index, token) for token, index in Tokenizer(directory).vocabulary().items()

@@ -19,7 +19,8 @@ class HeadShape(Struct, frozen=True):
     """
 
     kind: Literal["eagle1", "eagle3"]
-    taps: tuple[int, ...]  # target layers whose input hidden states it reads; num_layers: the last
+    # Target layers whose input hidden states it reads; num_layers: the output of the last layer.
+    taps: tuple[int, ...]
     hidden_size: int
     target_hidden_size: int
     intermediate_size: int

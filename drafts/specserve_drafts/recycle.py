@@ -11,8 +11,9 @@ its prompt first and has a higher learning rate, as texts repeat themselves. Pro
 the request's own table only.
 
 Entries learned under one `cache_salt` are not read under another. Entries learned without a salt,
-including those of a tuned table, are read by all requests. A request for which this drafter was not
-called is not learned from: that would cost time and not speed it up. All work is on the host.
+including those of a tuned table, are read by all requests. Requests for which this drafter was not
+called are not learned from, as learning takes time and would not speed them up. All work is on the
+host.
 """
 
 import hashlib
@@ -37,7 +38,8 @@ from specserve_drafts.fit import Target, check_fit, shipped
 from specserve_drafts.successors import NO_SALT, ORDERS, OWN, TABLE, WIDTH, SuccessorTable
 from specserve_kernels.dispatch import native_host
 
-_OWN_CONTEXTS: Final = 2**14  # rows of a request's own table: 230 kB, which fit the CPU cache
+# Rows of a request's own table: 230 kB with 16-bit token ids, which stays in the CPU cache.
+_OWN_CONTEXTS: Final = 2**14
 _SAVE_INTERVAL: Final = 60.0  # seconds
 
 logger = logging.getLogger(__name__)

@@ -32,8 +32,8 @@ TABLE: Final = "table.safetensors"  # file name in a draft's directory
 _PER_OCTAVE: Final = 16
 _SHARES: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # by byte
 _SHARE_LIST: Final[list[float]] = _SHARES.tolist()
-# A tag has the 14 upper bits of a context's hash state, "row was written" and "written again",
-# which is the second chance.
+# A tag has the 14 upper bits of a context's hash state and two flags: the row was written, and its
+# context was written again, which gives the row its second chance.
 _WRITTEN, _AGAIN, _TAG_BITS = np.uint16(1), np.uint16(2), np.uint16(0xFFFC)
 NO_SALT: Final = 0
 _NO_TOKEN: Final = 0xFFFFFFFF  # hashed for positions before the first token of a text
@@ -315,7 +315,7 @@ def _contexts(tree: DraftTree, before: Seq[int]) -> list[Context]:
 def _next_states(
     states: npt.NDArray[np.uint64], tokens: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """The hash states of contexts after one more, earlier token; a multiplicative hash."""
+    """The hash states of contexts extended by one token further back; a multiplicative hash."""
     states = (states ^ tokens) * np.uint64(_MULTIPLIER)
     return states ^ (states >> np.uint64(29))
 

@@ -48,6 +48,7 @@ class PastOutputs:
         self._num_taken = 0  # tokens in the young generation, _LOG_PRICE per log included
 
     def add(self, salt: str, output: list[int]) -> None:
+        """Append the output of a finished request to its salt's log."""
         text = [*output[-(self._room - _LOG_PRICE - 1) :], END]
         if self._num_taken + _LOG_PRICE + len(text) > self._room:
             self._young, self._old, self._num_taken = {}, self._young, 0

@@ -28,7 +28,7 @@ class Group:
     pairs: Tensor  # [B, longest] int64, indices of each text's draft inputs, padded
     chains: Tensor  # [B, most] int64, indices of each text's chains, padded
     places: Tensor  # [m] int64, indices into the flattened [B * most] that are not padding
-    hidden: Tensor  # [B, most, longest] bool, masked: draft inputs after the chain's start
+    hidden: Tensor  # [B, most, longest] bool; True: masked, a draft input after the chain's start
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class State(Struct, frozen=True):
 
     settings: dict[str, Any]
     num_steps: int = 0
-    num_tokens: int = 0  # of answers trained on, repeats counted
+    num_tokens: int = 0  # answer tokens trained on, repeats counted
     num_answered: int = 0  # answer tokens in all shards
     passes: tuple[int, ...] = ()  # training passes over each shard, the current one included
     shard: int = -1  # the one being trained on; -1: none
@@ -75,6 +75,7 @@ def answer_settings(lasting: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_tensors(out: Path, state: State) -> dict[str, Tensor]:
+    """The tensors saved with `state`; empty if none were saved yet. Raises ValueError."""
     if state.tensors is None:
         return {}
     try:

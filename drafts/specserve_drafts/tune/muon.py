@@ -82,8 +82,8 @@ class MuonAdamW:
         parameter.sub_(update, alpha=lr * _RMS * math.sqrt(max(parameter.shape)))
 
     def _adamw(self, name: str, parameter: Tensor, grad: Tensor, lr: float) -> None:
-        """AdamW (Loshchilov and Hutter 2019), without weight decay: it updates norm weights and
-        biases."""
+        """AdamW (Loshchilov and Hutter 2019), without weight decay, as it updates only norm weights
+        and biases."""
         first = self._first[name].lerp_(grad, 1 - _BETAS[0])
         second = self._second[name].lerp_(grad.square(), 1 - _BETAS[1])
         steps = self._num_steps

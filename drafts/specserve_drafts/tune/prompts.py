@@ -23,8 +23,8 @@ from specserve.types import SamplingParams
 from specserve_evals.progress import Advance, track
 from specserve_evals.runs import at_least_one
 
-# Attempts of one round are this times `batch`: many, as the last of a round run in a batch that is
-# not full.
+# Attempts of one round, as a multiple of `batch`. Rounds are long because the batch is not full
+# while the last attempts of a round finish.
 _AT_ONCE: Final = 8
 _SHORTEST: Final = 3  # words of a prompt that is kept
 

@@ -29,6 +29,7 @@ class Text:
 
 
 def write_texts(path: Path, texts: Sequence[Text]) -> None:
+    """Write texts as one safetensors file, atomically. Raises ValueError."""
     lengths = [(text.num_prompt, len(text.tokens)) for text in texts]
     arrays = {
         "tokens": np.concatenate([np.empty(0, np.int32), *(text.tokens for text in texts)]),
@@ -39,6 +40,7 @@ def write_texts(path: Path, texts: Sequence[Text]) -> None:
 
 
 def read_texts(path: Path) -> list[Text]:
+    """Read a file of `write_texts`."""
     arrays = load_file(path)
     ends = np.cumsum(arrays["lengths"][:, 1])
     pieces = np.split(arrays["tokens"], ends[:-1]) if len(ends) else []
