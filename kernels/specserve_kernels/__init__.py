@@ -1,1 +1,1 @@
-"""Kernels of the runtime: tensors in, tensors out. `ops` is the contract, `dispatch` picks one."""
+"""Compute kernels of the runtime: `ops` defines their interface, `dispatch` selects a backend."""

@@ -1,4 +1,4 @@
-"""Shared cases: seeded inputs on which every backend is compared with the torch twin.
+"""Shared test cases: seeded inputs on which backends are compared with the torch reference.
 
 Slots that no row may see hold NaN, so that reading one of them shows in the result.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 from specserve_kernels.ops import Segments
 from specserve_kernels.packing import GROUP, PackedWeight, WeightFormat, pack_int4, pack_int8
 
-# chain: node i hangs from i - 1. tree: from any earlier node. late: a tree whose first half is in
-# the cache already, so that only its later nodes are rows.
+# chain: the parent of node i is i - 1. tree: the parent is one of the 4 nodes before. late: a tree
+# whose first half is in the cache already, so that only its later nodes are rows.
 Kind = Literal["chain", "tree", "late"]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
-    """What `paged_tree_attention` takes, and the parents of the trees behind it."""
+    """Inputs of `paged_tree_attention`; `segments` is what its plan is made from."""
 
     q: Tensor  # [num_rows, num_heads, head_dim]
     k_cache: Tensor  # [num_slots, num_kv_heads, head_dim]
@@ -32,7 +32,7 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True)
 class AttentionCase:
-    """A pass: one (context_len, num_nodes, kind) per segment, and the shape of the model."""
+    """A forward pass: (context_len, num_nodes, kind) per segment, and the shape of the model."""
 
     name: str
     parts: tuple[tuple[int, int, Kind], ...]
@@ -46,7 +46,7 @@ class AttentionCase:
 
     @property
     def num_scores(self) -> int:
-        """Multiplications up to a constant: how long the case takes where time is short."""
+        """Attention scores over all heads: a measure of how long the case takes."""
         heads = self.num_kv_heads * self.group_size
         return heads * sum((context + nodes) * nodes for context, nodes, _ in self.parts)
 
@@ -92,7 +92,7 @@ class AttentionCase:
 
 
 def ancestor_words(parents: list[int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """[num_nodes] uint64; parents[i] < i, -1 for the root."""
+    """The ancestor words of a tree, [num_nodes] uint64; parents[i] < i, -1 for the root."""
     words: list[int] = []
     for node, parent in enumerate(parents):
         words.append((words[parent] if parent >= 0 else 0) | 1 << node)
@@ -102,7 +102,7 @@ def ancestor_words(parents: list[int]) -> np.ndarray[tuple[int], np.dtype[np.uin
 def _parents(num_nodes: int, kind: Kind, rng: np.random.Generator) -> list[int]:
     if kind == "chain":
         return list(range(-1, num_nodes - 1))
-    # Reaching back 4 at most gives both deep paths and many side branches.
+    # Parents at most 4 nodes back give both deep paths and many side branches.
     return [-1, *(int(rng.integers(max(0, node - 4), node)) for node in range(1, num_nodes))]
 
 
@@ -154,7 +154,7 @@ assert len({case.name for case in ATTENTION_CASES}) == len(ATTENTION_CASES)
 
 @dataclass(frozen=True, slots=True)
 class SamplerInputs:
-    """What the sampling kernels take; every field has `num_rows` rows."""
+    """Inputs of the sampling kernels; every field has `num_rows` rows."""
 
     logits: Tensor  # [num_rows, vocab_size] float32
     seeds: Tensor  # [num_rows] int64
@@ -168,7 +168,7 @@ class SamplerInputs:
 
 
 def sampler_inputs(num_rows: int, vocab_size: int, device: torch.device) -> SamplerInputs:
-    """Logits with ties and tokens not allowed, seeds and positions that need more than 32 bits."""
+    """Logits with ties and excluded tokens; seeds and positions that need more than 32 bits."""
     generator = torch.Generator().manual_seed(num_rows * 1_000_003 + vocab_size)
 
     def uniform(*shape: int) -> Tensor:
@@ -194,7 +194,7 @@ def sampler_inputs(num_rows: int, vocab_size: int, device: torch.device) -> Samp
 
 @dataclass(frozen=True, slots=True)
 class LinearCase:
-    """A quantised weight, with scales over the whole range that occurs, and rows for it."""
+    """A quantized weight with scales from 0 to 0.05, and activation rows for it."""
 
     format: WeightFormat
     num_outputs: int
@@ -226,7 +226,7 @@ LINEAR_CASES = tuple(
     for num_outputs, num_inputs in ((16, 32), (1, 64), (100, 96), (960, 576), (49, 1536))
 )
 
-# Moves of `kv_commit`: paths closing up, two sequences, destinations that are earlier sources.
+# (src, dst) moves of `kv_commit`: compacted paths, two sequences, later reused sources.
 COMMIT_MOVES: tuple[tuple[tuple[int, int], ...], ...] = (
     (),
     ((5, 3),),

@@ -1,8 +1,8 @@
-"""A whole pass of a decoder-only transformer with packed weights, as one kernel.
+"""A whole forward pass of a decoder-only transformer with quantized weights, as one kernel.
 
-Owns what such a kernel takes and gives; `torch_ref.decoder` defines what it computes. Knows no
-checkpoint and no model's name. Activations are float32, rounded to 8 bits in groups of 32 before
-every product; K and V have the dtype of the cache.
+Defines the kernel's inputs and outputs; `torch_ref.decoder` defines what it computes. Knows no
+checkpoint and no model names. Activations are float32 and are quantized to 8 bits in groups of 32
+before every product with a weight; K and V have the dtype of the cache.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from torch import Tensor
 from specserve_kernels.ops import Segments
 from specserve_kernels.packing import GROUP, PackedWeight
 
-MAX_TOP: Final = 64
+MAX_TOP: Final = 64  # largest `DecoderPass.num_top`
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """x W^T + b."""
+    """The map x -> x W^T + b."""
 
     weight: PackedWeight
     bias: Tensor | None = None  # [num_outputs] float32
@@ -27,7 +27,7 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """Attention and SwiGLU, each behind a norm. The norms are float32."""
+    """Attention and a SwiGLU MLP, each preceded by an RMSNorm. Norm weights are float32."""
 
     attention_norm: Tensor  # [hidden_size]
     mlp_norm: Tensor  # [hidden_size]
@@ -38,14 +38,14 @@ class LayerWeights:
     gate: PackedLinear
     up: PackedLinear
     down: PackedLinear
-    q_norm: Tensor | None = None  # [head_dim], and so is k_norm
+    q_norm: Tensor | None = None  # [head_dim], as k_norm
     k_norm: Tensor | None = None
-    window: int = 0  # 0: none
+    window: int = 0  # sliding window in positions, 0: none
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """A model, ready to run."""
+    """The weights of one model, and its shape."""
 
     num_heads: int
     num_kv_heads: int
@@ -57,10 +57,11 @@ class DecoderWeights:
     layers: Sequence[LayerWeights]
     norm: Tensor  # [hidden_size] float32
     head: PackedLinear
-    # Of a draft head (`draft_head`): the first layer attends from the token's embedding and the
-    # pass's row side by side, each behind a norm of its own, this one the row's.
+    # Set for a draft head (`draft_head`) only. The input of its first layer's q, k and v is the
+    # token's embedding, normalized by `attention_norm`, concatenated with its row of
+    # `DecoderPass.rows`, normalized by `row_norm`.
     row_norm: Tensor | None = None  # [hidden_size] float32
-    normed_residual: bool = False  # the stream goes on from the row after that norm
+    normed_residual: bool = False  # the residual stream starts as the row after `row_norm`
 
     @property
     def hidden_size(self) -> int:
@@ -72,7 +73,7 @@ class DecoderWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights that every pass with logits reads."""
+        """Bytes of all weights that a forward pass with logits reads: the layers and the head."""
         linears = [
             linear
             for layer in self.layers
@@ -86,46 +87,47 @@ class DecoderWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderPass:
-    """One pass. Every row belongs to a segment; the tensors are contiguous."""
+    """The inputs of one forward pass. Every row belongs to a segment; tensors are contiguous."""
 
     input_ids: Tensor  # [num_rows] int64
     positions: Tensor  # [num_rows] int64
-    slots: Tensor  # [num_rows] int64, -1: K and V are not kept
+    slots: Tensor  # [num_rows] int64, -1: K and V are not written
     segments: Segments
     kv: Tensor  # [num_layers, 2, num_slots, num_kv_heads, head_dim], written in place
     logit_rows: Tensor  # [num_logit_rows] int64
-    num_top: int = 0
-    taps: tuple[int, ...] = ()  # layers whose input is wanted; num_layers: the last one's output
-    rows: Tensor | None = None  # [num_rows, hidden_size] float32, of a draft head alone
+    num_top: int = 0  # best tokens to return per logit row
+    # Auxiliary hidden states to return: i is the input of layer i, num_layers the last output.
+    taps: tuple[int, ...] = ()
+    rows: Tensor | None = None  # [num_rows, hidden_size] float32, for a draft head only
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderOutput:
     logits: Tensor  # [num_logit_rows, vocab_size] float32
-    # [num_logit_rows, num_top] int64: the best first, the lowest id first among equals; -1 in rows
-    # with a logit that is not a number.
+    # [num_logit_rows, num_top] int64, the best token first, the lowest id first among equals; -1 in
+    # rows with a logit that is not finite.
     top: Tensor
-    tapped: Tensor  # [num_rows, num_taps, hidden_size] float32
+    tapped: Tensor  # [num_rows, num_taps, hidden_size] float32, the states that `taps` names
 
 
 class PackedDecoder(Protocol):
-    """One model on one backend."""
+    """A model with quantized weights on one backend."""
 
     def __call__(self, batch: DecoderPass) -> DecoderOutput: ...
 
     def head(self, x: Tensor) -> Tensor:
-        """Final norm and head: [n, hidden_size] float32 -> [n, vocab_size] float32."""
+        """Final norm and unembedding: [n, hidden_size] float32 -> [n, vocab_size] float32."""
         ...
 
     def unembed(self, x: Tensor) -> Tensor:
-        """The head alone: [n, hidden_size] float32 -> [n, vocab_size] float32."""
+        """Unembedding without the norm: [n, hidden_size] float32 -> [n, vocab_size] float32."""
         ...
 
 
 def why_not_packed(
     hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> str | None:
-    """Why a model of this shape cannot have packed weights, or None if it can."""
+    """The reason why a model of this shape cannot have quantized weights; None if it can."""
     group_size = num_heads // num_kv_heads
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size % GROUP:

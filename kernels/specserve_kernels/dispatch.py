@@ -1,4 +1,4 @@
-"""Which backend runs on which device. The only reader of SPECSERVE_KERNELS."""
+"""Selects the kernel backend of a device. The only module that reads SPECSERVE_KERNELS."""
 
 import importlib
 import os
@@ -13,10 +13,10 @@ CHOICES = ("torch", "cpu", "cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-avx512
 
 
 def select_kernels(device: torch.device) -> Kernels:
-    """triton on CUDA; elsewhere the native kernels for this CPU, torch where it has none.
+    """triton on CUDA, native kernels on a CPU that can run a fast build, otherwise torch.
 
-    SPECSERVE_KERNELS overrides: a name of `CHOICES`. Raises ValueError for any other value, and
-    for native kernels that cannot run here.
+    SPECSERVE_KERNELS overrides this with a name of `CHOICES`. Raises ValueError for any other
+    value, and for native kernels that cannot run on this machine.
     """
     if choice := os.environ.get(VARIABLE):
         return named_kernels(choice)
@@ -26,7 +26,7 @@ def select_kernels(device: torch.device) -> Kernels:
 
 
 def native_host() -> Any:
-    """The compiled work on the host, `specserve_kernels.host._native`; None: Python serves."""
+    """The compiled module `specserve_kernels.host._native`; None: use the Python versions."""
     if os.environ.get(VARIABLE) == "torch":
         return None
     try:
@@ -36,7 +36,10 @@ def native_host() -> Any:
 
 
 def named_kernels(name: str) -> Kernels:
-    """The backend of that name; `cpu`: the best native kernels. Raises ValueError."""
+    """The backend of that name; `cpu` is the best native build.
+
+    Raises ValueError for an unknown name and for a native build that cannot run here.
+    """
     if name not in CHOICES:
         raise ValueError(f"{VARIABLE}={name!r} is not a backend; use one of {', '.join(CHOICES)}")
     if name == "torch":
@@ -65,7 +68,7 @@ def _native(name: str) -> Kernels:
 
 
 def _fast_builds() -> tuple[str, ...]:
-    """Without the portable one: it is slower than torch, and there to be compared with."""
+    """All but `portable`, which is slower than torch and exists for comparison only."""
     from specserve_kernels.cpu.native import runnable_builds
 
     return tuple(build for build in runnable_builds() if build != "portable")

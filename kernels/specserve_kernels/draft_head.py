@@ -1,7 +1,10 @@
-"""A draft head over the target's layers (EAGLE-3, Li et al. 2025) with packed weights, as kernels.
+"""Kernels of a draft head over the target's layers (EAGLE-3, Li et al. 2025), quantized weights.
 
-Owns what such kernels take and give; `torch_ref.draft_head` defines what they compute, and
-`specserve_drafts.growth` how a tree grows. Knows no checkpoint and no sequence.
+Defines their inputs and outputs; `torch_ref.draft_head` defines what they compute, and
+`specserve_drafts.growth` how trees are expanded. Knows no checkpoint and no sequences. The draft
+input of a token is the token and the row [hidden_size] of the token before it. That row is fused
+from the target's auxiliary hidden states (`fuse`), or is the head's own output if the target has
+not computed that token yet.
 """
 
 from collections.abc import Sequence
@@ -12,34 +15,36 @@ from torch import Tensor
 
 from specserve_kernels.decoder import DecoderPass, DecoderWeights, PackedLinear
 
-MAX_BRANCHING: Final = 64
+MAX_BRANCHING: Final = 64  # largest `GrowShape.branching`
 
 
 @dataclass(frozen=True, slots=True)
 class DraftHeadWeights:
-    """A head, ready to run."""
+    """The weights of one draft head."""
 
-    decoder: DecoderWeights  # with a `row_norm`
-    fc: PackedLinear  # from taps to rows
-    tap_norms: Sequence[Tensor]  # none, one over all taps, or one for each; float32
-    norm_output: bool  # what is gone on from is normed
+    decoder: DecoderWeights  # `row_norm` is set
+    fc: PackedLinear  # auxiliary hidden states -> rows
+    tap_norms: Sequence[Tensor]  # empty, one norm for all states, or one for each; float32
+    norm_output: bool  # output rows, from which expansion continues, are normalized
     logit_scale: float
-    token_ids: Tensor  # [draft_vocab_size] int64, ascending is quickest
+    token_ids: Tensor  # [draft_vocab_size] int64 target ids; ascending is fastest
 
 
 @dataclass(frozen=True, slots=True)
 class GrowShape:
-    branching: int  # candidates kept per node, at most MAX_BRANCHING
-    beam: int  # nodes of a tree looked at per pass
-    max_depth: int
-    min_score: float  # nodes whose path is less likely are not looked at
+    """Limits of tree expansion."""
+
+    branching: int  # candidates kept per expanded node, at most MAX_BRANCHING
+    beam: int  # nodes of a tree expanded per forward pass
+    max_depth: int  # only nodes of a smaller depth are expanded; the root has 0
+    min_score: float  # nodes with a lower path probability are not expanded
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How the target draws, for candidates to be ranked by its own noise."""
+    """The target's sampling parameters: candidates are ranked with the target's own noise."""
 
-    temperature: float = 0.0  # 0: by probability alone
+    temperature: float = 0.0  # 0: ranked by probability, without noise
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
@@ -48,49 +53,51 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Growing:
-    """One tree to grow. Pairs that wait are written to the cache, and the nodes looked at."""
+    """One tree to expand. K and V of pending draft inputs and of expanded nodes are written."""
 
-    lane: Tensor  # int32: slots of all pairs before the root, then of the nodes, then anything
-    num_context: int  # pairs before the root, the waiting ones the last of them
-    waiting: Sequence[int]  # tokens of pairs that are not in the cache yet
-    taps: Tensor  # [num_waiting + 1, inputs of fc] float32: of those pairs, and of the root's
-    root: int
-    position: int  # of the root's pair, for RoPE
+    lane: Tensor  # int32 slot list: draft inputs before the root, tree nodes, unused entries
+    num_context: int  # draft inputs before the root; the pending ones are the last of them
+    waiting: Sequence[int]  # tokens of pending draft inputs, whose K and V are not cached yet
+    taps: Tensor  # [num_waiting + 1, inputs of fc] float32: states of pending inputs, then root
+    root: int  # token id
+    position: int  # RoPE position of the root's draft input
     budget: int  # nodes, the root included
     drawing: Drawing
-    draw_position: int  # of the root's successors, for the noise
+    draw_position: int  # noise position of the root's successors
 
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """A tree, parents before children; candidates of the same parent are different tokens."""
+    """An expanded tree, parents before children; siblings have different tokens."""
 
     tokens: list[int]
-    parents: list[int]  # -1: the root's
-    scores: list[float]  # probabilities of paths
-    num_passes: int  # in which nodes of it were looked at
+    parents: list[int]  # -1 for the root
+    scores: list[float]  # path probabilities
+    num_passes: int  # forward passes in which nodes of this tree were expanded
 
 
 class PackedDraftHead(Protocol):
-    """One head on one backend."""
+    """A draft head on one backend."""
 
     def fuse(self, taps: Tensor) -> Tensor:
-        """[n, inputs of fc] float32 -> rows [n, hidden_size] float32"""
+        """Auxiliary hidden states [n, inputs of fc] -> rows [n, hidden_size], both float32."""
         ...
 
     def __call__(self, batch: DecoderPass) -> Tensor:
-        """Rows [num_rows, hidden_size] to go on from; writes K and V. `batch` has rows, and wants
-        no logits: see `logits`."""
+        """One forward pass: writes K and V and returns the output rows [num_rows, hidden_size].
+
+        `batch.rows` is set and `batch.logit_rows` is empty; `logits` computes logits of rows.
+        """
         ...
 
     def take_in(self, batch: DecoderPass) -> None:
-        """K and V alone, of rows that nothing goes on from."""
+        """A forward pass that only writes K and V; its output rows are not needed."""
         ...
 
     def logits(self, rows: Tensor) -> Tensor:
-        """[n, hidden_size] -> [n, draft_vocab_size] float32, of the token after each pair."""
+        """Output rows [n, hidden_size] -> next-token logits [n, draft_vocab_size] float32."""
         ...
 
     def grow(self, shape: GrowShape, kv: Tensor, trees: Sequence[Growing]) -> list[Grown]:
-        """Trees as `specserve_drafts.growth` grows them, several side by side."""
+        """Expand several trees together, by the rule of `specserve_drafts.growth`."""
         ...

@@ -1,7 +1,7 @@
-"""Host memory in huge pages, where the system gives them: for what every pass reads end to end.
+"""Allocates host memory in huge pages, where available, for data that every forward pass reads.
 
-With pages of 4 KiB a pass over a hundred megabytes of weights looks up tens of thousands of
-addresses, and no prefetch of the hardware crosses from one page to the next.
+With 4 KiB pages, reading a hundred megabytes of weights needs tens of thousands of address
+translations, and hardware prefetchers do not cross from one page to the next.
 """
 
 import mmap
@@ -12,30 +12,30 @@ from typing import Final
 import torch
 from torch import Tensor
 
-PAGE: Final = 2 * 2**20  # bytes; what Linux calls huge on x86-64 and on arm64 with small pages
+PAGE: Final = 2 * 2**20  # bytes; Linux's huge page on x86-64, and on arm64 with 4 KiB pages
 
 
 def zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Like torch.zeros; memory is taken when it is first written, a page at a time."""
+    """Like torch.zeros; from one huge page up, memory is allocated page by page at first write."""
     num_bytes = prod(size) * dtype.itemsize
     if num_bytes < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=dtype)
     memory = mmap.mmap(-1, num_bytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them: ordinary pages
+    with suppress(OSError):  # no kernel support: ordinary pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     raw = torch.frombuffer(memory, dtype=torch.uint8)
     return raw[-raw.data_ptr() % PAGE :][:num_bytes].view(dtype).view(size)
 
 
 class Arena:
-    """Takes in tensors that live as long as each other, one after the other in the same pages."""
+    """Copies tensors of the same lifetime into shared huge pages, one after the other."""
 
     def __init__(self, chunk_bytes: int = 16 * PAGE) -> None:
         self._chunk_bytes = chunk_bytes
         self._free = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, x: Tensor) -> Tensor:
-        """`x` again, contiguous, at a multiple of 64 bytes."""
+        """A contiguous copy of `x`, aligned to 64 bytes."""
         if x.nbytes > len(self._free):
             self._free = zeros((max(self._chunk_bytes, x.nbytes),), torch.uint8)
         size = -(-x.nbytes // 64) * 64

@@ -1,15 +1,16 @@
-"""THE contract: what every backend implements, and the data the kernels share.
+"""The kernel interface: what every backend implements, and the data that kernels share.
 
-Knows tensors and nothing of sequences, trees or schedulers. The torch twin in `torch_ref` is the
-definition; `cases.py` holds the shapes on which every backend is compared with it.
+Knows tensors, but not sequences, draft trees or schedulers. The plain torch implementation in
+`torch_ref` is the reference; `cases.py` holds the inputs on which backends are compared with it.
 
-Rows. A pass runs `num_rows` tokens, grouped into segments of 1 to 64 rows that follow one another.
-A segment is a token tree hanging from a committed context, or the end of one: its row j is node
-i = first_node + j, is written to position slot `context_len + i` of the segment's block table, and
-sees the `context_len` slots before the tree plus those nodes whose bit is set in its ancestor word;
-nodes before first_node are in the cache already. A plain decode step is a tree of one node, a
-prefill chunk is one chain per 64 tokens, each seeing the chains before it as context. Nothing below
-this line knows the difference.
+Rows. A forward pass computes `num_rows` tokens; each is one row of the activation tensors. Rows are
+grouped into segments of 1 to 64 consecutive rows. A segment is a token tree, or the last nodes of
+one, that follows a committed context. Row j of a segment is tree node i = first_node + j. Its K and
+V belong in position slot `context_len + i` of the segment's block table. The row attends to the
+`context_len` slots before the tree and to the nodes whose bits are set in its ancestor word; K and
+V of nodes before first_node are in the cache already. A plain decode step is a tree of one node. A
+prefill chunk is split into chains of up to 64 tokens; each has all tokens before it as context.
+Kernels do not distinguish these cases.
 """
 
 from collections.abc import Callable
@@ -29,29 +30,29 @@ MAX_SEGMENT_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The segments of one pass, on the host. Built once per pass, planned once, used by all layers.
+    """The segments of one forward pass, on the host; `plan_attention` is called once per pass.
 
-    Rows from `cu_rows[-1]` to `num_rows` are padding: they attend to nothing and come out as zero.
+    Rows from `cu_rows[-1]` on are padding: they attend to nothing and their attention is zero.
     """
 
     cu_rows: npt.NDArray[np.int32]  # [num_segments + 1], first row of each segment
-    context_lens: npt.NDArray[np.int32]  # [num_segments], slots before the segment's first row
-    first_nodes: npt.NDArray[np.int32]  # [num_segments], tree node of the segment's first row
-    ancestors: npt.NDArray[np.uint64]  # [cu_rows[-1]], bit i: node i of the tree is self or above
+    context_lens: npt.NDArray[np.int32]  # [num_segments], slots before the segment's tree
+    first_nodes: npt.NDArray[np.int32]  # [num_segments], node index of the first row
+    ancestors: npt.NDArray[np.uint64]  # [cu_rows[-1]], bit i: node i is the row's or an ancestor
     block_tables: npt.NDArray[np.int32]  # [num_segments, max_blocks], padded with 0
-    num_rows: int  # rows of the pass, padding included
+    num_rows: int  # rows of the forward pass, padding included
     block_size: int  # slots per block
 
 
 class Plan(Protocol):
-    """What a backend derives from `Segments` once per pass; opaque to everyone else."""
+    """What a backend derives from `Segments` once per forward pass; opaque to its callers."""
 
 
 class Kernels(Protocol):
-    """One backend: `torch_ref` (the definition), `triton`, `cpu`.
+    """One backend: `torch_ref` (the reference implementation), `triton` or `cpu`.
 
-    `exact` says that a row's result depends on its own inputs only: not on the other rows of the
-    launch, nor on where in the tree its ancestors lie.
+    `exact` means that a row's result depends on its own inputs only: neither on the other rows of
+    the launch nor on the node indices of its ancestors in the tree.
     """
 
     name: str
@@ -59,12 +60,12 @@ class Kernels(Protocol):
 
     @property
     def packed_decoder(self) -> "Callable[[DecoderWeights], PackedDecoder] | None":
-        """Makes a model with packed weights ready to run; None: this backend has no such kernel."""
+        """Builds a decoder from quantized weights; None: the backend has no such kernel."""
         ...
 
     @property
     def packed_draft_head(self) -> "Callable[[DraftHeadWeights], PackedDraftHead] | None":
-        """The same for a draft head; a backend has both or neither."""
+        """Builds a draft head from quantized weights; None exactly if `packed_decoder` is."""
         ...
 
     def plan_attention(self, segments: Segments, num_kv_heads: int, group_size: int) -> Plan:
@@ -81,11 +82,12 @@ class Kernels(Protocol):
         scale: float,
         window: int = 0,
     ) -> Tensor:  # [num_rows, num_heads, head_dim], dtype of q
-        """softmax(scale * q k) v over the slots each row sees, accumulated in float32.
+        """softmax(scale * q k) v over the slots that each row sees, accumulated in float32.
 
-        q and the weights of v are rounded to the dtype of the cache before they meet it.
-        `window` > 0 (sliding window): a row at position p (context_len + depth) sees only
-        positions above p - window. Block b of a table is slots b*block_size .. of the cache.
+        q and the softmax weights are rounded to the dtype of the cache before they are multiplied
+        with K and V. `window` > 0 (sliding window): a row at position p (context_len + depth) sees
+        only positions above p - window. Entry b of a block table stands for the `block_size`
+        consecutive slots of the cache that begin at b * block_size.
         """
         ...
 
@@ -106,10 +108,10 @@ class Kernels(Protocol):
         src: Tensor,  # [num_moves] int64
         dst: Tensor,  # [num_moves] int64
     ) -> None:
-        """Move slots src[i] -> dst[i] in every layer, in place, as if in ascending i.
+        """Move slots src[i] -> dst[i] in every layer, in place, as if in ascending order of i.
 
-        A destination may be the source of an EARLIER move (an accepted path closing up: by then
-        it has been read), never of a later one.
+        A destination may be the source of an EARLIER move, which has been read by then (as when
+        an accepted path is compacted), but never the source of a later move.
         """
         ...
 
@@ -129,7 +131,7 @@ class Kernels(Protocol):
 
     def gumbel_argmax(
         self,
-        logits: Tensor,  # [num_rows, vocab_size] float32, -inf: not allowed
+        logits: Tensor,  # [num_rows, vocab_size] float32, -inf: token excluded
         seeds: Tensor,  # [num_rows] int64
         positions: Tensor,  # [num_rows] int64
         noisy: Tensor,  # [num_rows] bool, False: plain argmax
@@ -146,6 +148,10 @@ class Kernels(Protocol):
         frequency: Tensor,  # [num_rows] float32, 0: off
         presence: Tensor,  # [num_rows] float32, 0: off
     ) -> Tensor:  # [num_rows, vocab_size] float32
-        """Repetition over prompt and output (Keskar et al. 2019, section 4.1: divide a positive
-        logit, multiply a negative one), then minus frequency * count and presence * (count > 0)."""
+        """A new tensor of penalized logits.
+
+        First the repetition penalty for tokens of prompt and output (Keskar et al. 2019, section
+        4.1: it divides positive logits and multiplies negative ones), then frequency * count and
+        presence * (count > 0) are subtracted.
+        """
         ...

@@ -1,14 +1,15 @@
-"""Quantised weights as every backend reads them: groups of 32 inputs, tiles of 16 outputs.
+"""Quantized weights as every backend reads them: groups of 32 inputs, tiles of 16 outputs.
 
-Owns the two formats, made to take GGUF's Q4_0, Q4_1 and Q8_0 as they are. Knows no file and no
-instruction set. A weight is value * scale + minimum, both of the group, in float16:
+Defines the two formats, which can hold GGUF's Q4_0, Q4_1 and Q8_0 without requantization. Knows no
+files and no instruction sets. A weight is value * scale + minimum (no minimum in int8). Scale and
+minimum are float16, one of each per group:
 
     int4  320 bytes a tile: scale[16], minimum[16], then nibbles [4][16][4]; byte [c][n][i] holds
           output n's inputs 8c + i (low) and 8c + 4 + i (high), 0..15
     int8  544 bytes a tile: scale[16], then [8][16][4] int8; byte [c][n][i] is input 4c + i
 
-The tiles of 16 outputs, one after the other along the inputs, are a panel: what one core reads in
-one go. Outputs that are missing in the last panel are zero.
+A panel is all tiles of the same 16 outputs, in the order of their inputs; one core reads it
+sequentially. Outputs that the last panel has too many are zero.
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 
 GROUP: Final = 32  # inputs that share a scale
-PANEL: Final = 16  # outputs side by side
+PANEL: Final = 16  # outputs of a tile
 
 
 class WeightFormat(IntEnum):
-    """The value is bits per weight, scales not counted."""
+    """The value is the number of bits per weight, without scales."""
 
     INT4 = 4
     INT8 = 8
@@ -36,7 +37,7 @@ class WeightFormat(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """[num_outputs, num_inputs] of quantised weights; see the module."""
+    """A quantized weight [num_outputs, num_inputs]; the module describes the layout."""
 
     format: WeightFormat
     num_outputs: int
@@ -53,7 +54,10 @@ def pack_int4(
     scales: Tensor,  # [num_outputs, num_inputs / 32] float16
     minimums: Tensor,  # [num_outputs, num_inputs / 32] float16
 ) -> PackedWeight:
-    """Q4_1 as it is; Q4_0 with `minimums` = -8 * scale. Raises ValueError for other shapes."""
+    """Pack int4 values: Q4_1 as stored, Q4_0 with `minimums` = -8 * scales.
+
+    Raises ValueError for other shapes, and if num_inputs is not a multiple of 32.
+    """
     tiles = _tiles(values)  # [panel, group, n, 32]
     chunks = torch.unflatten(tiles, -1, (4, 2, 4)).permute(0, 1, 3, 4, 2, 5)  # ..., c, half, n, i
     nibbles = chunks[:, :, :, 0] | chunks[:, :, :, 1] << 4
@@ -64,26 +68,33 @@ def pack_int8(
     values: Tensor,  # [num_outputs, num_inputs] int8
     scales: Tensor,  # [num_outputs, num_inputs / 32] float16
 ) -> PackedWeight:
-    """Q8_0 as it is. Raises ValueError for other shapes."""
+    """Pack int8 values: Q8_0 as stored.
+
+    Raises ValueError for other shapes, and if num_inputs is not a multiple of 32.
+    """
     chunks = torch.unflatten(_tiles(values), -1, (8, 4)).transpose(2, 3)
     return _packed(WeightFormat.INT8, values, chunks, [scales])
 
 
 def quantize_int8(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs], any float dtype
-    """The nearest int8 weights, symmetric per group of 32. Raises ValueError for other shapes."""
+    """Round to the nearest int8 weights, symmetric per group of 32.
+
+    Raises ValueError if num_inputs is not a multiple of 32.
+    """
     groups = torch.unflatten(_tiles_check(weight).float(), 1, (-1, GROUP))
     scales = (groups.abs().amax(-1) / 127).half()
-    # A scale too small for float16 is zero, and so are its weights.
+    # A scale that is too small for float16 becomes zero, and so do the weights of its group.
     inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
     values = (groups * inverse[..., None]).round().clamp(-127, 127).to(torch.int8)
     return pack_int8(values.flatten(1), scales)
 
 
 def quantize_int4(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs], any float dtype
-    """int4 weights with a minimum per group of 32. Raises ValueError for other shapes.
+    """Quantize to int4 with a scale and a minimum per group of 32.
 
-    Of a few ranges around the middle of a group, from all of it to four fifths, the one with the
-    least squared error: outliers may be cut off for finer steps.
+    Per group, tries value ranges of 100 % to 80 % of the group's own range around its middle and
+    uses the one with the smallest squared error: clipping outliers gives smaller steps. Raises
+    ValueError if num_inputs is not a multiple of 32.
     """
     groups = torch.unflatten(_tiles_check(weight).float(), 1, (-1, GROUP))
     low, high = groups.amin(-1), groups.amax(-1)
@@ -106,13 +117,13 @@ def quantize_int4(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs],
 
 
 def unpack(weight: PackedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
-    """The weights that the packed ones stand for."""
+    """Dequantize all weights."""
     floats = _floats(weight.format, weight.panels, PANEL)
     return floats.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs]
 
 
 def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
-    """`unpack` of some rows [n] int64 alone: [n, num_inputs] float32."""
+    """Dequantize the outputs `rows` [n] int64 only: [n, num_inputs] float32."""
     groups = torch.arange(weight.panels.shape[1])
     places = _row_bytes(weight.format)[rows % PANEL]
     tiles = weight.panels[(rows // PANEL)[:, None, None], groups[:, None], places[:, None]]
@@ -138,7 +149,7 @@ def _floats(weight_format: WeightFormat, tiles: Tensor, width: int) -> Tensor:
 
 @cache
 def _row_bytes(weight_format: WeightFormat) -> Tensor:
-    """[PANEL, n] int64: where in a tile the bytes of each output are; a tile of one, in order."""
+    """[PANEL, n] int64: each output's byte offsets in a tile, ordered as in a one-output tile."""
     places = torch.arange(weight_format.tile_bytes)
     num_heads = 2 if weight_format is WeightFormat.INT4 else 1
     heads, chunks = places[: 2 * PANEL * num_heads], places[2 * PANEL * num_heads :]
@@ -160,7 +171,7 @@ def _tiles(values: Tensor) -> Tensor:  # -> [num_panels, num_groups, PANEL, GROU
     return padded.view(-1, PANEL, values.shape[1] // GROUP, GROUP).transpose(1, 2)
 
 
-def _padded(x: Tensor) -> Tensor:  # rows up to whole panels
+def _padded(x: Tensor) -> Tensor:  # with zero rows up to a whole panel
     missing = -x.shape[0] % PANEL
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 

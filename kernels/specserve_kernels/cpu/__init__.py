@@ -1,6 +1,6 @@
-"""The native CPU backend: kernels compiled at install time, for the instructions this CPU has.
+"""The native CPU backend: kernels compiled at install time, once per instruction set.
 
-What has no native kernel, or none for its shape, runs in the torch twin.
+Operations without a native kernel, or of a shape it does not support, run in the torch reference.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from specserve_kernels.torch_ref import TorchKernels
 
 
 class CpuKernels:
-    """Implements `Kernels` by one of `native.runnable_builds`; exact."""
+    """Implements `Kernels` with one of `native.runnable_builds`; exact."""
 
     exact: bool = True
 

@@ -1,4 +1,4 @@
-"""Paged tree attention by the native kernel; no plan but the segments themselves."""
+"""Paged tree attention by the native kernel, which needs no plan beyond the segments."""
 
 import ctypes
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _MAX_GROUP = 32
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """The segments of a pass and the heads they are for."""
+    """The segments of a forward pass and the numbers of heads."""
 
     segments: Segments
     num_kv_heads: int
@@ -26,12 +26,12 @@ class SegmentPlan:
 
     @cached_property
     def twin(self) -> AttentionPlan:
-        """For the torch kernel, where there is no native one."""
+        """The plan of the torch kernel, for shapes that the native kernel does not support."""
         return AttentionPlan(self.segments, self.num_kv_heads, self.group_size)
 
 
 def supports(head_dim: int, group_size: int, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for K and V of this shape and dtype."""
+    """Whether the native kernel supports K and V of this shape and dtype."""
     fits = head_dim % _LANES == 0 and head_dim <= _MAX_HEAD_DIM and group_size <= _MAX_GROUP
     return fits and dtype in (torch.float32, torch.bfloat16)
 
@@ -39,7 +39,7 @@ def supports(head_dim: int, group_size: int, dtype: torch.dtype) -> bool:
 def paged_tree_attention(
     library: ctypes.CDLL,
     q: Tensor,  # [num_rows, num_heads, head_dim]
-    k_cache: Tensor,  # [num_slots, num_kv_heads, head_dim], and so is v_cache
+    k_cache: Tensor,  # [num_slots, num_kv_heads, head_dim], as v_cache
     v_cache: Tensor,
     plan: SegmentPlan,
     scale: float,

@@ -1,4 +1,4 @@
-"""A whole pass in one native call. Owns the C structures, field by field as in decoder.h."""
+"""A forward pass in one native call. Defines the C structures, field by field as in decoder.h."""
 
 import ctypes
 from dataclasses import dataclass
@@ -109,12 +109,12 @@ class _Head(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class CacheView:
-    """What a pass has to know of the tensor that holds K and V."""
+    """What the native code needs to know about the tensor that holds K and V."""
 
     kv: Tensor
     address: int
     num_slots: int
-    wide: bool  # float32
+    wide: bool  # float32, else bfloat16
 
     @classmethod
     def of(cls, kv: Tensor) -> "CacheView":
@@ -129,8 +129,8 @@ class CpuDecoder:
     def __init__(self, library: ctypes.CDLL, weights: DecoderWeights) -> None:
         self._library = library
         self._weights = weights
-        self._kept: list[Tensor] = []  # what the structures point to
-        # Made once: every touch of torch between two passes finds the caches empty.
+        self._kept: list[Tensor] = []  # keeps alive what the structures point to
+        # Created once: right after a forward pass the CPU caches are cold and torch calls slow.
         self._cache: CacheView | None = None
         self._taps: dict[tuple[int, ...], Tensor] = {}
         self._residual = torch.empty(0, weights.hidden_size)
@@ -214,7 +214,7 @@ class CpuDecoder:
         return logits if head.bias is None else logits + head.bias
 
     def _head(self, rows: Tensor, num_top: int) -> tuple[Tensor, Tensor, _Head]:
-        """Logits, the best of them, and the structure that tells where both go."""
+        """Buffers for logits and top tokens, and the C structure that points to both."""
         num_rows = rows.shape[0]
         logits = torch.empty(num_rows, self.structure.head.weight.num_outputs)
         top = torch.empty(num_rows, num_top, dtype=torch.int64)
@@ -253,7 +253,7 @@ class CpuDecoder:
         )
 
     def floats(self, x: Tensor | None) -> Any:
-        """The address of `x` as float32, kept alive; None for None."""
+        """The address of a float32 copy of `x` that is kept alive; None for None."""
         if x is None:
             return None
         self._kept.append(x.float().contiguous())

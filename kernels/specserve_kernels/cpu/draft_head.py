@@ -1,4 +1,4 @@
-"""A draft head by the native kernels. Owns the C structures, field by field as in draft_head.h."""
+"""The native draft head. Defines the C structures, field by field as in draft_head.h."""
 
 import ctypes
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from specserve_kernels.draft_head import (
 _ADDRESS = ctypes.c_void_p
 _SIZE = ctypes.c_int64
 _FLOAT = ctypes.c_float
-_MAX_NODES: Final = 64  # an ancestor word each
+_MAX_NODES: Final = 64  # bits of an ancestor word
 
 
 class _DraftHead(ctypes.Structure):
@@ -77,7 +77,7 @@ class _DraftCache(ctypes.Structure):
 
 
 class _Output:
-    """Where a tree goes."""
+    """The buffers that one expanded tree is written to."""
 
     def __init__(self) -> None:
         self.tokens, self.parents = (_SIZE * _MAX_NODES)(), (_SIZE * _MAX_NODES)()
@@ -104,7 +104,7 @@ class CpuDraftHead:
             weights.token_ids.data_ptr(),
             len(weights.token_ids),
         )
-        # Made once: every touch of Python between two passes finds the caches empty.
+        # Created once: right after a forward pass the CPU caches are cold and Python is slow.
         self._shape: tuple[GrowShape, _GrowShape] | None = None
         self._cache: tuple[Tensor, _DraftCache] | None = None
         self._outputs: list[_Output] = []
@@ -168,7 +168,7 @@ class CpuDraftHead:
         ]
 
     def _task(self, tree: Growing, output: "_Output", kept: list[Any]) -> _Growing:
-        """`kept`: what the structure points to and nobody else holds."""
+        """The C structure of `tree`; appends to `kept` what only the structure refers to."""
         drawing, taps, num_waiting = tree.drawing, tree.taps, len(tree.waiting)
         assert taps.is_contiguous(), "taps must follow one another in memory"
         assert taps.dtype == torch.float32, f"taps are float32, not {taps.dtype}"

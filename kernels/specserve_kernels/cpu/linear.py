@@ -1,4 +1,4 @@
-"""Products with quantised weights: rows to 8 bits, then integer products in a fixed order."""
+"""Products with quantized weights: rows are quantized to 8 bits, sums have a fixed order."""
 
 import ctypes
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from specserve_kernels.packing import GROUP, PANEL, PackedWeight
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Activations as the integer products take them."""
+    """Quantized activations, the operands of the integer products."""
 
     values: Tensor  # [num_rows, size] int8
     scales: Tensor  # [num_rows, size / 32] float32
-    sums: Tensor  # [num_rows, size / 32] int32, of a group's integers
+    sums: Tensor  # [num_rows, size / 32] int32, sum of each group's integers
 
 
 def quantize_rows(library: ctypes.CDLL, x: Tensor) -> QuantizedRows:
-    """x [num_rows, size] float32, contiguous; the definition is `torch_ref.linear`."""
+    """Quantize x [num_rows, size] float32, contiguous; `torch_ref.linear` is the reference."""
     _check(x)
     num_rows, size = x.shape
     groups = (num_rows, size // GROUP)

@@ -1,7 +1,7 @@
-"""The compiled kernels: which builds are here, which of them this CPU can run, their functions.
+"""Loads the compiled kernels: which builds exist, which this CPU can run, their signatures.
 
-The same C++ sources are built once per instruction set, each build a shared library that is called
-by ctypes (which lets other threads run meanwhile). Without a compiler there are none.
+The same C++ sources are built once per instruction set. Each build is a shared library that ctypes
+calls without holding the GIL. If there was no compiler at install time, there are no builds.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ _SIZE = ctypes.c_int64
 _INT = ctypes.c_int32
 _FLOAT = ctypes.c_float
 
-# Each needs more of the CPU than those before it.
+# In ascending order: each build needs the CPU features of those before it and more.
 BUILDS: Final = ("portable", "avx2", "avx512", "avx512bf16")
 _SIGNATURES: Final = {
     "specserve_quantize": [_ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 3],
@@ -67,7 +67,7 @@ def load(build: str) -> ctypes.CDLL:
 
 
 def num_threads() -> int:
-    """Of torch's pool: its OpenMP runtime, loaded before the libraries, is the one they find."""
+    """The size of torch's pool; the libraries use its OpenMP runtime, which is loaded first."""
     return torch.get_num_threads()
 
 

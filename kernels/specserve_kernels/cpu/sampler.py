@@ -1,4 +1,4 @@
-"""Gumbel noise and draws by the native kernels."""
+"""Gumbel noise and sampling by the native kernels."""
 
 import ctypes
 

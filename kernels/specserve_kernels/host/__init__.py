@@ -1,6 +1,6 @@
-"""Drafting's work on the host, compiled: trees are grown, calibrated and merged in one call each.
+"""Compiled host code of drafting: draft trees are expanded, calibrated and merged in one call.
 
-After a pass nothing of the host's code and data is left in the caches, and there Python takes
-three times as long as in a loop of its own. `dispatch.native_host` has the module; whoever uses it
-has a twin in Python beside it, which serves where it is not built.
+After a forward pass the CPU caches hold no code and data of the host any more, and Python code then
+takes three times as long as in a loop of its own. `dispatch.native_host` loads the module. Every
+user of it also has an equivalent Python implementation, for installations without the module.
 """

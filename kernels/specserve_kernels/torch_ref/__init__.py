@@ -1,10 +1,10 @@
-"""The plain torch twin: the definition of every kernel, and the CPU path of this release."""
+"""The reference implementation of every kernel in plain torch; also the portable backend."""
 
 from specserve_kernels.torch_ref import attention, kv, sampler, tiles
 
 
 class TorchKernels:
-    """Implements `Kernels` on any device torch knows; exact on CPU."""
+    """Implements `Kernels` on any device that torch supports; exact on the CPU."""
 
     name: str = "torch"
     exact: bool = True

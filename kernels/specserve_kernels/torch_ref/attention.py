@@ -1,9 +1,9 @@
-"""Paged tree attention in plain torch: the definition, and the CPU path.
+"""Paged tree attention in plain torch: the reference implementation.
 
-A row's positions are cut into chunks of KV_CHUNK at absolute multiples; each chunk's matmul has a
-fixed shape, the row maximum is taken over all chunks and their sums are added in ascending order.
-So a row's bits depend on what it sees at which position only: never on the rows it shares a launch
-with (they decide the padding, an exact zero), nor on the slots its ancestors lie in.
+A row's positions are split into chunks of KV_CHUNK at absolute multiples of it. The matmul of every
+chunk has a fixed shape, the row maximum is taken over all chunks, and the chunks' sums are added in
+ascending order. So a row's bits depend only on what it sees at which position: neither on the other
+rows of the launch (they determine the padding, which adds exact zeros) nor on its ancestors' slots.
 """
 
 import math
@@ -45,10 +45,10 @@ def paged_tree_attention(
 
 
 def _scores(tile: Tile, index: int, queries: Tensor, keys: Tensor, scratch: Scratch) -> Tensor:
-    """[pairs, num_chunks, rows, KV_CHUNK], base 2, -inf where hidden; pair: a group and KV head."""
+    """Base-2 scores [n, num_chunks, rows, KV_CHUNK], -inf where hidden; n = groups * KV heads."""
     q = scratch.gather("q", queries, tile.query_rows).view(-1, tile.num_rows, queries.shape[1])
     k = scratch.gather("kv", keys, tile.slots).view(-1, KV_CHUNK, keys.shape[1])
-    # A name per tile: the scores of all tiles of a batch live until their common maximum is known.
+    # One buffer per tile: a batch's scores are all kept until the common row maxima are known.
     scores = scratch.take(f"scores{index}", tile.shape, queries)
     torch.bmm(q, k.transpose(1, 2), out=scores.view(-1, *tile.shape[2:]))
     if tile.hidden is not None:
@@ -58,7 +58,7 @@ def _scores(tile: Tile, index: int, queries: Tensor, keys: Tensor, scratch: Scra
 
 
 def _maxima(tiles: tuple[Tile, ...], all_scores: list[Tensor], sums: Tensor) -> list[Tensor]:
-    """Each row's maximum over every tile that holds some of its chunks, [pairs, rows] per tile."""
+    """Each row's maximum over all tiles that hold chunks of it, per tile [groups * heads, rows]."""
     own = [scores.amax(3).amax(1) for scores in all_scores]
     if len(tiles) == 1:
         return own
@@ -71,7 +71,7 @@ def _maxima(tiles: tuple[Tile, ...], all_scores: list[Tensor], sums: Tensor) -> 
 def _accumulate(
     tile: Tile, weights: Tensor, values: Tensor, out: Tensor, sums: Tensor, scratch: Scratch
 ) -> None:
-    """In place on `out` and `sums`: add the tile's chunks, in ascending order."""
+    """Add the tile's chunks to `out` and `sums` in place, in ascending order."""
     head_dim = values.shape[1]
     v = scratch.gather("kv", values, tile.slots).view(-1, KV_CHUNK, head_dim)
     chunk_out = scratch.take("out", (*tile.shape[:3], head_dim), weights)

@@ -1,4 +1,4 @@
-"""A pass with packed weights by the definition, row after row of products."""
+"""Reference implementation of a forward pass with quantized weights, in plain torch."""
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class TorchDecoder:
         return DecoderOutput(logits, top, torch.stack(tapped, dim=1))
 
     def _enter(self, batch: DecoderPass) -> tuple[Tensor, Tensor | None]:
-        """The stream, and of a draft head what its first layer attends from."""
+        """The initial residual stream; for a draft head also the input of the first q, k and v."""
         weights = self._weights
         x = unpack(weights.embed)[batch.input_ids]
         if weights.row_norm is None:

@@ -1,4 +1,4 @@
-"""A draft head with packed weights by the definition. Trees are grown in `specserve_drafts`."""
+"""Reference implementation of a quantized draft head. `specserve_drafts` expands its trees."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from specserve_kernels.torch_ref.decoder import TorchDecoder, linear
 
 
 class TorchDraftHead:
-    """Implements `PackedDraftHead` but for `grow`."""
+    """Implements `PackedDraftHead` except `grow`."""
 
     def __init__(self, weights: DraftHeadWeights) -> None:
         self._weights = weights
@@ -50,7 +50,7 @@ class TorchDraftHead:
 
 
 def normed_taps(norms: Sequence[Tensor], taps: Tensor, eps: float) -> Tensor:
-    """[n, inputs of fc], the same shape back."""
+    """Normalize auxiliary hidden states [n, inputs of fc] by parts; same shape back."""
     if not norms:
         return taps
     parts = zip(norms, taps.chunk(len(norms), dim=-1), strict=True)

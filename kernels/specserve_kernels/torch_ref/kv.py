@@ -1,4 +1,4 @@
-"""Writing KV rows and closing up accepted paths. Knows slots, nothing of blocks or sequences."""
+"""Writes K and V to the cache and compacts accepted paths. Knows slots, not blocks or sequences."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 def kv_commit(kv: Tensor, src: Tensor, dst: Tensor) -> None:
     """In place: move slots src[i] -> dst[i] in every layer; see `Kernels.kv_commit`.
 
-    Reading every source before the first write equals ascending order: no destination is the
-    source of a later move.
+    Reading every source before the first write is equivalent to ascending order, because no
+    destination is the source of a later move.
     """
     kv.index_copy_(2, dst, kv.index_select(2, src))

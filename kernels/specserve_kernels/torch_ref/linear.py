@@ -1,18 +1,18 @@
-"""Products with quantised weights, by the definition: quantise the rows, multiply in float64."""
+"""Reference products with quantized weights: quantize the rows, then multiply in float64."""
 
 import torch
 from torch import Tensor
 
 from specserve_kernels.packing import GROUP, PackedWeight, unpack
 
-_LEAST = 1e-30  # the reciprocal of a smaller magnitude may be infinite: such a group is zero
+_LEAST = 1e-30  # groups with no larger magnitude become zero: 127 / magnitude might be infinite
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[num_rows, size] float32 -> integers [num_rows, size] int8, scales [num_rows, size / 32].
 
-    Symmetric per group of 32: scale = max |x| / 127, ties to even. A group with a value that is
-    not finite has a NaN scale.
+    Symmetric per group of 32: scale = max |x| / 127; rounds to nearest, ties to even. A group with
+    a value that is not finite has a NaN scale.
     """
     groups = torch.unflatten(x, -1, (-1, GROUP))
     most = groups.abs().amax(-1)
@@ -27,7 +27,7 @@ def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x [num_rows, num_inputs] float32 -> x W^T [num_rows, num_outputs] float32."""
     values, scales = quantize_rows(x)
     rows = torch.unflatten(values.double(), -1, (-1, GROUP)) * scales.double()[..., None]
-    # One row at a time: a row's bits must not depend on the others.
+    # One row at a time, so that a row's bits do not depend on the other rows.
     columns = unpack(weight).double()
     products = [columns @ row for row in rows.flatten(1)]
     return torch.stack(products).float() if products else x.new_empty(0, weight.num_outputs)

@@ -1,6 +1,6 @@
-"""Position-keyed Gumbel noise and penalties. Knows rows of logits, nothing of requests.
+"""Gumbel noise keyed by (seed, position, token), and penalties. Knows logits, not requests.
 
-The noise of a token is the same bits whether it is asked for alone or with the whole vocabulary.
+A token's noise has the same bits whether it is computed alone or with the whole vocabulary.
 """
 
 import torch
@@ -14,15 +14,16 @@ _ROWS_AT_ONCE = 4  # keeps the int64 and float64 temporaries in cache
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC'11) in two lanes: words (0, 2) and words (1, 3).
+    """Philox4x32-10 (Salmon et al., SC'11); `even` holds words 0 and 2, `odd` words 1 and 3.
 
-    All [2, ...] int64 in [0, 2**32), of shapes that broadcast; `key` holds its words 0 and 1.
+    All are int64 [2, ...] in [0, 2**32), of shapes that broadcast; `key` holds key words 0 and 1.
+    Returns the new even and odd words.
     """
     lanes = (2, *(1 for _ in range(even.dim() - 1)))
     multipliers = torch.tensor(_MULTIPLIERS, device=even.device).view(lanes)
     weyl = torch.tensor(_WEYL, device=even.device).view(lanes)
     for _ in range(_ROUNDS):
-        # The products wrap to negative int64: masking after the shift makes it a logical one.
+        # Products may wrap to negative int64; the mask turns the shift into a logical one.
         crossed = (even * multipliers).flip(0)
         even = ((crossed >> 32) & _MASK).bitwise_xor_(odd).bitwise_xor_(key)
         odd = crossed.bitwise_and_(_MASK)
@@ -75,7 +76,7 @@ def _words(seeds: Tensor, positions: Tensor, counters: Tensor) -> tuple[Tensor, 
 
 
 def _vocabulary_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """float32 [num_rows, vocab_size]; each counter is computed once and all its words used."""
+    """Noise of all tokens, float32 [num_rows, vocab_size]; each counter is computed once."""
     num_counters = (vocab_size + 3) // 4
     counters = torch.arange(num_counters, device=seeds.device).expand(len(seeds), -1)
     uniform = torch.empty((len(seeds), num_counters, 4), dtype=torch.float64, device=seeds.device)
@@ -85,6 +86,6 @@ def _vocabulary_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tens
 
 
 def gumbel_of_words(words: Tensor) -> Tensor:
-    """In place on float64 [...] of 32-bit words; returns float32 noise, see the contract."""
+    """Float32 noise of 32-bit words, given as float64 [...] and overwritten; see `Kernels`."""
     uniform = words.add_(0.5).mul_(2.0**-32)
     return uniform.log_().neg_().log_().neg_().to(torch.float32)

@@ -1,8 +1,9 @@
-"""Which query rows meet which KV chunks: the torch plan. Index arithmetic only, no attention.
+"""The plan of the torch attention: which query rows are multiplied with which KV chunks.
 
-A row's positions are 0 .. context_len + depth, and `Tile.slots` says in which slot each lies. Rows
-with the same slots at the same positions form a group: all rows of a chain; in a tree with side
-branches all rows over the context, then every row alone over the positions of its own path.
+Index arithmetic only. A row's positions are 0 .. context_len + depth; `Tile.slots` has the slot of
+each. Rows with the same slots at the same positions form a group. A segment that is a chain is one
+group. In a tree with side branches, all rows form a group for the chunks before the tree's first
+one; from that chunk on every row is a group of its own.
 """
 
 import math
@@ -17,7 +18,8 @@ from torch import Tensor
 from specserve_kernels.ops import MAX_SEGMENT_ROWS, Segments
 
 KV_CHUNK = 128
-# Scores of one tile kept in cache; a tile always holds one group, however long its context.
+# Scores per tile, so that they stay in the CPU cache. A tile holds at least one group, however
+# long its context is.
 MAX_TILE_ELEMENTS = 1 << 20
 
 Ints = npt.NDArray[np.int64]
@@ -25,13 +27,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Groups of equal shape, padded to the longest. Padding rows repeat the group's last row."""
+    """Groups padded to the same rows and chunks. Padding rows repeat the group's last row."""
 
     query_rows: Tensor  # [groups * kv_heads * chunks * rows] int64 into q as [num_rows * num_heads]
     rows: Tensor  # [groups * kv_heads * rows] int64, the same without the repetition per chunk
     slots: Tensor  # [groups * kv_heads * chunks * KV_CHUNK] int64 into [num_slots * kv_heads]
     hidden: Tensor | None  # [groups, 1, chunks - first_hidden, rows, KV_CHUNK] float32, -inf or 0
-    first_hidden: int  # chunks before this one are seen by every row
+    first_hidden: int  # all rows see all of the chunks before this one
     num_groups: int
     shape: tuple[int, int, int, int]  # groups * kv_heads, chunks, rows, KV_CHUNK
     continues: bool  # whether another tile holds the earlier chunks of these rows
@@ -66,13 +68,13 @@ class _Groups:
 
 
 class Scratch:
-    """Buffers that all layers of a pass reuse: fresh ones would be paged in again every time."""
+    """Buffers that all layers of a forward pass reuse; new ones would cause page faults."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Uninitialised, of `like`'s dtype and device; valid until the name is taken again."""
+        """Uninitialized, with `like`'s dtype and device; valid until `name` is taken again."""
         size = math.prod(shape)
         key = (name, like.dtype, like.device)
         if key not in self._buffers or self._buffers[key].numel() < size:
@@ -90,7 +92,7 @@ class Scratch:
 
 
 class AttentionPlan:
-    """Tiles of one pass, built at the first use with each window and device."""
+    """The tiles of one forward pass, built at the first use of each window and device."""
 
     def __init__(self, segments: Segments, num_kv_heads: int, group_size: int) -> None:
         self._segments = segments
@@ -103,17 +105,17 @@ class AttentionPlan:
         row_segment = np.repeat(np.arange(len(self._num_rows)), self._num_rows)
         bits = segments.ancestors[:, None] >> np.arange(MAX_SEGMENT_ROWS, dtype=np.uint64) & 1
         depth = bits.sum(axis=1, dtype=np.int64) - 1
-        # [rows, 64]: the node that is a row's ancestor at each depth, itself at its own
+        # [rows, 64]: the row's ancestor at each depth; at its own depth the row's node itself
         self._ancestors = np.argsort(bits == 0, axis=1, kind="stable")
         self._limit = self._context[row_segment] + depth
         self._max_depth = np.maximum.reduceat(depth, self._cu_rows[:-1]) if len(depth) else depth
-        # A node as deep as its index has every earlier node above it.
+        # A tree is a chain if and only if its last node is as deep as its index.
         self._branching = self._max_depth < segments.first_nodes + self._num_rows - 1
         self.scratch = Scratch()
         self._built: dict[tuple[int, torch.device], tuple[tuple[Tile, ...], ...]] = {}
 
     def batches(self, window: int, device: torch.device) -> tuple[tuple[Tile, ...], ...]:
-        """Tiles in the order to run them; those of one batch share rows, batches do not."""
+        """Batches of tiles, in execution order. Tiles of a batch may share rows, batches do not."""
         key = (window, device)
         if key not in self._built:
             self._built[key] = tuple(
@@ -128,7 +130,7 @@ class AttentionPlan:
         return np.maximum(lowest_position - window + 1, 0) // KV_CHUNK
 
     def _batched_segments(self, window: int) -> Iterator[Ints]:
-        """Segments alike enough to be padded to one another, within MAX_TILE_ELEMENTS."""
+        """Batches of segments of similar size, so that padding is small and tiles are bounded."""
         rows = _bucket(self._num_rows * self._group_size)
         chunks = (self._context + self._max_depth) // KV_CHUNK + 1
         chunks -= self._first_chunk(self._context, window)
@@ -159,7 +161,7 @@ class AttentionPlan:
             end = (context + self._max_depth[batch]) // KV_CHUNK + 1
             yield self._tile(_Groups(batch, none, count, begin, end), window, continues=False)
             return
-        own = context // KV_CHUNK  # the first chunk with positions of the segment itself
+        own = context // KV_CHUNK  # the first chunk with positions of the tree
         shared = bool((own > begin).any())
         if shared:
             yield self._tile(_Groups(batch, none, count, begin, own), window, continues=False)
@@ -202,10 +204,10 @@ class AttentionPlan:
         )
 
     def _slots(self, groups: _Groups, position: Ints) -> Ints:
-        """[groups, positions]: where each position lies for the group's last row.
+        """[groups, positions]: the slot of each position on the path of the group's last row.
 
-        Positions past the group's end were clamped to it: what is masked must be the sequence's
-        own, since another's NaN would survive a weight of zero.
+        The caller clamps positions to the group's end, so that masked entries are slots of the
+        same sequence: a NaN in another sequence's slot would survive a weight of zero.
         """
         context = self._context[groups.segment][:, None]
         last_row = self._cu_rows[groups.segment] + groups.first + groups.count - 1
@@ -219,7 +221,7 @@ class AttentionPlan:
 
 
 def _bucket(num_rows: Ints) -> Ints:
-    """A multiple of 8 (below it a matmul's bits depend on the row count), few of them."""
+    """Round up to one of few multiples of 8: with fewer rows matmul bits depend on the count."""
     step = np.maximum(8, np.exp2(np.ceil(np.log2(num_rows)) - 2).astype(np.int64))
     padded: Ints = -(-num_rows // step) * step
     return padded

@@ -1,4 +1,4 @@
-"""The CUDA backend. Runs in Triton's interpreter too, which is how it is tested without a GPU."""
+"""The CUDA backend. Tests without a GPU run its kernels in Triton's interpreter."""
 
 from specserve_kernels.triton.attention import AttentionPlan, paged_tree_attention
 from specserve_kernels.triton.kv import kv_commit, kv_write
@@ -6,7 +6,7 @@ from specserve_kernels.triton.sampler import apply_penalties, gumbel_argmax, gum
 
 
 class TritonKernels:
-    """Implements `Kernels`; not exact: tile shapes, hence rounding, follow the segment's size."""
+    """Implements `Kernels`; not exact: tile shapes, hence rounding, depend on the segment size."""
 
     name: str = "triton"
     exact: bool = False

@@ -1,7 +1,8 @@
-"""Plan and launches of the Triton attention. Host arithmetic only; see `attention_kernels`.
+"""Plan and launches of the Triton attention; the kernels are in `attention_kernels`.
 
 The plan cuts segments into tiles of rows and their contexts into splits of a fixed length, so the
-order of every sum is fixed too. Segments of like size share a launch; all layers share the plan.
+order of every sum is fixed. Segments with tiles of the same size share a launch; all layers share
+the plan.
 """
 
 import math
@@ -16,20 +17,21 @@ from torch import Tensor
 from specserve_kernels.ops import Plan, Segments
 from specserve_kernels.triton.attention_kernels import attend_split, merge_splits
 
-MAX_BLOCK_M = 64
-MERGE_LANES = 16
-# A split must outweigh the partial result it writes, which grows with the rows of the tile.
+MAX_BLOCK_M = 64  # rows of a tile, unless a KV head has more query heads
+MERGE_LANES = 16  # rows per program of the merge kernel
+# Context slots per split, by the rows of its tile. The partial result that a split writes grows
+# with the rows, so larger tiles have longer splits.
 SPLIT_OF_BLOCK_M = {16: 256, 32: 512}
-LONGEST_SPLIT = 1024
+LONGEST_SPLIT = 1024  # for all larger tiles
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Segments whose tiles have BLOCK_M rows."""
+    """One launch: the segments whose tiles have `block_m` rows."""
 
     block_m: int
     split: int
-    tree_n: int  # columns that hold every node of the segments' trees
+    tree_n: int  # columns for the tree nodes, enough for every segment
     work: Tensor  # [num_work, 4] int32: segment, first row, split, partial or -1
     merges: Tensor  # [num_merges, 4] int32: segment, first row, first partial, splits
     num_partials: int
@@ -44,7 +46,7 @@ class DevicePlan:
 
 
 class AttentionPlan:
-    """Built on the host once per pass, copied to each device at its first use."""
+    """Built on the host once per forward pass, copied to each device at its first use."""
 
     def __init__(self, segments: Segments, num_kv_heads: int, group_size: int) -> None:
         self.num_kv_heads = num_kv_heads
@@ -134,7 +136,7 @@ def _run(
     scale: float,
     window: int,
 ) -> None:
-    """In place on `out`: the rows of one launch's segments."""
+    """Compute the rows of one launch's segments into `out`."""
     head_dim, heads = q.shape[2], plan.num_kv_heads
     shape = {
         "NUM_KV_HEADS": heads,
@@ -146,7 +148,7 @@ def _run(
     partials = launch.num_partials * heads * launch.block_m
     partial_out = torch.empty(partials * head_dim, dtype=torch.float32, device=q.device)
     partial_stats = torch.empty(partials * 2, dtype=torch.float32, device=q.device)
-    wide = k_cache.dtype.itemsize * shape["DIM"] > 256  # a K tile of 64 rows over 16 KB
+    wide = k_cache.dtype.itemsize * shape["DIM"] > 256  # a K tile of 64 rows exceeds 16 KB
     attend_split[(launch.work.shape[0], heads)](
         q,
         k_cache,
@@ -191,7 +193,7 @@ def _power_of_2(number: int) -> int:
 
 
 def _copy(array: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """Without waiting for the device, where there is one."""
+    """Copy to the device; to CUDA asynchronously, from pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type != "cuda":
         return tensor.to(device)

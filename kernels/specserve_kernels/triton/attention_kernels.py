@@ -1,7 +1,8 @@
 """The two attention kernels: one tile of rows over one split of its slots, then the merge.
 
-A tile packs nodes and the query heads of one KV head into its rows, so K and V are read once for
-both. Lane i is node first + i // GROUP and query head i % GROUP. Scores are in base 2.
+The rows of a tile are the combinations of some nodes with all query heads of one KV head, so that K
+and V are read once for all. Row ("lane") i of a tile belongs to row first_row + i // GROUP of the
+segment and to query head i % GROUP of the KV head. Scores are in base 2.
 """
 
 import triton.language as tl
@@ -18,9 +19,9 @@ def fold(
     k_cache: tl.tensor,
     v_cache: tl.tensor,
     table: tl.tensor,  # the segment's block table
-    place: tl.tensor,  # [N] position slots
-    inside: tl.tensor,  # [N] bool, places that may be read; all, unless MASKED
-    seen: tl.tensor,  # [BLOCK_M, N] bool, places each row sees; all, unless MASKED
+    place: tl.tensor,  # [N] positions in the block table
+    inside: tl.tensor,  # [N] bool, positions that may be read; unless MASKED all
+    seen: tl.tensor,  # [BLOCK_M, N] bool, positions that each row sees; unless MASKED all
     head: tl.tensor,
     scale: float,
     NUM_KV_HEADS: tl.constexpr,
@@ -29,7 +30,7 @@ def fold(
     BLOCK_SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Online softmax over N slots; three TF32 products stand in for one of float32."""
+    """One online-softmax step over N slots. A float32 product is computed as three TF32 ones."""
     dim = tl.arange(0, DIM)
     readable = (dim < HEAD_DIM)[None, :]
     if MASKED:
@@ -44,7 +45,7 @@ def fold(
     if MASKED:
         scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen nothing yet: -inf - -inf would be NaN.
+    # For a row that has seen nothing yet, -inf - -inf would be NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(top - base)
@@ -90,7 +91,10 @@ def attend_split(
     SPLIT: tl.constexpr,
     WINDOWED: tl.constexpr,
 ) -> None:
-    """Grid (work items, KV heads)."""
+    """A tile over one split of the context; the last split includes the tree.
+
+    Grid (work items, KV heads).
+    """
     item = work + tl.program_id(0) * 4
     head = tl.program_id(1)
     segment, first_row = tl.load(item), tl.load(item + 1)
@@ -164,7 +168,7 @@ def attend_split(
 
 @kernel
 def merge_splits(
-    partial_out: tl.tensor,  # as above
+    partial_out: tl.tensor,  # as in `attend_split`
     partial_stats: tl.tensor,
     out: tl.tensor,  # [num_rows, NUM_KV_HEADS * GROUP, HEAD_DIM]
     merges: tl.tensor,  # [grid, 4] int32: segment, first row, first partial, splits
@@ -176,7 +180,7 @@ def merge_splits(
     BLOCK_M: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """Grid (merges, KV heads, BLOCK_M / LANES). Splits are added in ascending order."""
+    """Merges splits, in ascending order. Grid (merges, KV heads, BLOCK_M / LANES)."""
     item = merges + tl.program_id(0) * 4
     head = tl.program_id(1)
     segment, first_row = tl.load(item), tl.load(item + 1)

@@ -1,4 +1,7 @@
-"""`triton.jit` with types: what it returns is launched as `kernel[grid](...)` or called in one."""
+"""`triton.jit` with a static type, under the name `kernel`.
+
+A function that it decorates is launched as `function[grid](...)` or called from another kernel.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,7 @@
-"""The loss of a draft's logits and its gradient on CUDA: one read of them, one write in place.
+"""The loss of a draft's logits and its gradient on CUDA; the gradient overwrites the logits.
 
-Rows of logits and probabilities are read three times, the second and third time from the cache.
+One program per row reads the row's logits three times and the probabilities twice; the repeated
+reads come from the cache.
 """
 
 import torch
@@ -14,15 +15,18 @@ BLOCK = 2048
 
 def draft_loss(
     logits: Tensor,  # [n, vocab_size]; becomes weights[i] * d loss[i] / d logits[i]
-    p: Tensor,  # [m, vocab_size] float32, what the target held likely
+    p: Tensor,  # [m, vocab_size] float32, probabilities of the target
     mass: Tensor,  # [m] float32, sum_v p
     log_p: Tensor,  # [m] float32, sum_v p log p
-    rows: Tensor,  # [n] int64, of the three
+    rows: Tensor,  # [n] int64, row of p, mass and log_p
     weights: Tensor,  # [n] float32
     hybrid: float | None,  # eta of lambda = exp(-eta * acceptance); None: KL alone
 ) -> tuple[Tensor, Tensor]:
-    """Loss and acceptance sum_v min(p, q), each [n] float32. KL(p || q) with q = softmax(logits),
-    or as a hybrid lambda KL + (1 - lambda) (1 - acceptance), lambda held fixed."""
+    """Loss and acceptance sum_v min(p, q), each [n] float32, for q = softmax(logits).
+
+    The loss is KL(p || q), or the hybrid lambda KL + (1 - lambda) (1 - acceptance), in which lambda
+    counts as a constant in the gradient.
+    """
     num_rows, vocab_size = logits.shape
     loss = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     accepted = torch.empty_like(loss)

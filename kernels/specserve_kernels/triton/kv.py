@@ -1,4 +1,4 @@
-"""KV writes and commits on CUDA: one launch each, whatever the number of rows, moves or layers."""
+"""KV writes and commits on CUDA, one launch each for any number of rows, moves and layers."""
 
 import triton
 import triton.language as tl
@@ -86,7 +86,7 @@ def move_rows(
     DIM: tl.constexpr,
     MOVES: tl.constexpr,
 ) -> None:
-    """Grid (planes, heads): a program owns its elements in all slots, so it alone orders them."""
+    """Grid (planes, heads). No other program touches this plane and head, in any slot."""
     plane = kv + tl.program_id(0).to(tl.int64) * num_slots * NUM_HEADS * HEAD_DIM
     column = tl.program_id(1) * HEAD_DIM + tl.arange(0, DIM)
     for start in range(0, num_moves, MOVES):
@@ -97,7 +97,8 @@ def move_rows(
         source = (source * NUM_HEADS * HEAD_DIM)[:, None] + column[None, :]
         target = (target * NUM_HEADS * HEAD_DIM)[:, None] + column[None, :]
         rows = tl.load(plane + source, mask=moved)
-        # NOTE: a target may be a source of this round or an earlier one: no warp may run ahead.
+        # NOTE: a target may be a source of this iteration or an earlier one, so that no warp may
+        # write before all warps have read.
         tl.debug_barrier()
         tl.store(plane + target, rows, mask=moved)
         tl.debug_barrier()

@@ -1,6 +1,6 @@
-"""Noise, argmax and penalties on CUDA; the layout of the noise is that of `Kernels.gumbel_noise`.
+"""Gumbel noise, argmax and penalties on CUDA; `Kernels.gumbel_noise` defines the noise.
 
-`tl.philox` with a 64-bit seed and 32-bit counters is Philox4x32-10 keyed by the seed's words.
+`tl.philox` with a 64-bit seed and 32-bit counters is Philox4x32-10 keyed by the seed's two words.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from specserve_kernels.triton.compile import kernel
 
 BLOCK = 1024
-ROUNDING = {"enable_fp_fusion": False}  # every operation rounds by itself, as in torch
+ROUNDING = {"enable_fp_fusion": False}  # every operation is rounded, as in torch
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def apply_penalties(
 @kernel
 def _words(
     seeds: tl.tensor, positions: tl.tensor, row: tl.tensor, counter: tl.tensor
-) -> tl.tensor:  # four of them, [counters] uint32
+) -> tl.tensor:  # four words, each [counters] uint32
     position = tl.load(positions + row)
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -113,7 +113,7 @@ def noise_of_tokens(
 def _better(
     top: tl.tensor, word_index: tl.tensor, value: tl.tensor, index: int
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The earlier of equal values stays."""
+    """The larger value and its index; of equal values the earlier one."""
     return tl.where(value > top, value, top), tl.where(value > top, index, word_index)
 
 
@@ -129,7 +129,7 @@ def block_argmax(
     num_blocks: int,
     SIZE: tl.constexpr,
 ) -> None:
-    """Grid (rows, blocks of 4 * SIZE tokens). Each counter's four words are four tokens."""
+    """Grid (rows, blocks of 4 * SIZE tokens). A counter's four words belong to four tokens."""
     row = tl.program_id(0).to(tl.int64)
     counter = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     source = logits + row * vocab_size
