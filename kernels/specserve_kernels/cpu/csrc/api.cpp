@@ -1,4 +1,5 @@
-// What Python calls, by ctypes: plain C, addresses and sizes. Checked by the caller, `native.py`.
+// The C functions that Python calls by ctypes. Arguments are addresses and sizes; the Python
+// modules of this package check them before the call.
 #include <omp.h>
 
 #include <algorithm>
@@ -18,7 +19,7 @@ using specserve::Weight;
 
 namespace {
 
-constexpr int64_t kPanelsInChunk = 4;  // what a thread takes at a time
+constexpr int64_t kPanelsInChunk = 4;  // panels that a thread takes at a time
 
 template <typename Element>
 void attention(const Segments& segments, const AttentionShape& shape, const float* q,
@@ -47,8 +48,8 @@ void attention(const Segments& segments, const AttentionShape& shape, const floa
 #pragma GCC visibility push(default)
 extern "C" {
 
-// x [num_rows][size] floats -> what `Rows` has of them, row after row: values [num_rows][size],
-// scales and sums [num_rows][size / 32].
+// x [num_rows][size] floats -> the fields of `Rows`, but in plain row order: values
+// [num_rows][size], scales and sums [num_rows][size / 32].
 void specserve_quantize(const float* x, int64_t num_rows, int64_t size, int8_t* values,
                         float* scales, int32_t* sums) {
     const RowBuffer buffer(num_rows, size);
@@ -118,7 +119,8 @@ void specserve_gumbel_noise(const int64_t* seeds, const int64_t* positions,
     }
 }
 
-// tokens [num_rows]; logits [num_rows][vocab_size], a row after `stride` floats the next.
+// tokens [num_rows]; logits [num_rows][vocab_size], rows `stride` floats apart; noisy [num_rows],
+// 0: argmax without noise.
 void specserve_gumbel_argmax(const float* logits, int64_t stride, const int64_t* seeds,
                              const int64_t* positions, const uint8_t* noisy, int64_t num_rows,
                              int64_t vocab_size, int64_t* tokens, int32_t num_threads) {
@@ -131,7 +133,7 @@ void specserve_gumbel_argmax(const float* logits, int64_t stride, const int64_t*
     }
 }
 
-// One pass; see decoder.h, whose structs `decoder.py` mirrors.
+// One forward pass; see decoder.h, whose structs `decoder.py` mirrors.
 void specserve_decode(const specserve::Decoder* decoder, const specserve::Pass* pass,
                       const specserve::Head* head, float* residual, int32_t num_threads) {
     specserve::decode(*decoder, *pass, *head, residual, num_threads);

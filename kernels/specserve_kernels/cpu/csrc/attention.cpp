@@ -1,6 +1,6 @@
-// A softmax over each split, and online softmax (Milakov and Gimelshein 2018) over the splits, which
-// lie at absolute multiples of positions along a row's path, in ascending order (Dao et al. 2023,
-// Flash-Decoding).
+// A softmax within each split, and online softmax (Milakov and Gimelshein 2018) over the splits in
+// ascending order (Dao et al. 2023, Flash-Decoding). Splits begin at absolute multiples of kSplit
+// along a row's path.
 #include "attention.h"
 
 #include <algorithm>
@@ -11,14 +11,14 @@
 namespace specserve {
 namespace {
 
-// Loads: prefetches in such numbers are dropped.
+// Reads every cache line. The CPU would drop so many prefetches.
 template <typename Element>
 inline void touch(const Element* x, int64_t size) {
     const auto* bytes = reinterpret_cast<const volatile char*>(x);
     for (int64_t at = 0; at < size * int64_t(sizeof *x); at += 64) (void)bytes[at];
 }
 
-// Takes in what lies further along.
+// Merges the next split into `query` and `out`.
 void merge(Query& query, float* out, const Query& next, const float* next_out, int64_t dim) {
     if (query.top == kHidden) {
         query = next;
@@ -39,7 +39,7 @@ void merge(Query& query, float* out, const Query& next, const float* next_out, i
 }  // namespace
 
 int64_t num_splits(const Segments& segments, int64_t segment) {
-    int longest = 0;  // path; there may be more nodes in it than rows, if the first are in the cache
+    int longest = 0;  // path, which includes nodes that are in the cache already and are no rows
     for (int64_t row = segments.cu_rows[segment]; row < segments.cu_rows[segment + 1]; ++row)
         longest = std::max(longest, __builtin_popcountll(segments.ancestors[row]));
     return (segments.context_lens[segment] + longest + kSplit - 1) / kSplit;

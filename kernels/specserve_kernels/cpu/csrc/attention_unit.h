@@ -1,4 +1,5 @@
-// Some rows of a segment and a KV head on their way through the splits: they share the work on K and V.
+// Attention of some rows of a segment for one KV head, split by split. The rows share the work on K
+// and V.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +18,12 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 static_assert(kSplit % kChunk == 0);
 
-struct Query {  // what softmax keeps of one
+struct Query {  // softmax state of one query: maximum score and sum of weights
     float top = kHidden;
     float sum = 0;
 };
 
-// The weights of `count` scores, and of those up to a whole number of lanes.
+// Softmax weights of `count` scores, and of those after them up to a multiple of kLanes.
 template <typename Element>
 Query weigh(const float* scores, int64_t count, FactorOf<Element>* weights) {
     Floats most = load(scores);
@@ -48,12 +49,13 @@ struct Row {
 
     bool sees(int64_t first, int64_t last) const { return begin < last && end > first; }
 
-    uint64_t nodes = 0;  // those it sees, itself included
-    int64_t end = 0;     // positions along its path
-    int64_t begin = 0;
+    uint64_t nodes = 0;  // that it sees, itself included
+    int64_t end = 0;     // number of positions along its path
+    int64_t begin = 0;   // first position inside the window
 };
 
-// Calls f(n, first), n a constant, for tiles of n consecutive things, n <= kQueriesTogether.
+// Calls f(n, first) for tiles of n consecutive items; n is a compile-time constant, at most
+// kQueriesTogether.
 template <typename F>
 inline void in_tiles(int64_t count, const F& f) {
     for (int64_t first = 0; first < count; first += kQueriesTogether)
@@ -67,7 +69,7 @@ inline void in_tiles(int64_t count, const F& f) {
         }
 }
 
-// What a thread works with, unit after unit; too large for its stack.
+// Working memory of a thread, reused for all its units; too large for the stack.
 template <typename Element>
 struct Scratch {
     static constexpr int kMaxQueries = kMaxUnitRows * kMaxHeads;
@@ -87,7 +89,7 @@ struct Scratch {
     Query sums[kMaxQueries];
 };
 
-// The rows of a unit on their way through the splits. Its queries: [rows][group_size].
+// Computes the rows of a unit split by split. Its queries are ordered [rows][group_size].
 template <typename Element>
 class Unit {
    public:
@@ -117,7 +119,7 @@ class Unit {
     const Query& query(int64_t index) const { return near_.sums[index]; }
     const float* out(int64_t index) const { return near_.out + index * shape_.head_dim; }
 
-    // Leaves in `query` and `out` what its rows see of the split that begins here.
+    // Computes `query` and `out` of all rows for the split that begins at position `first`.
     void run(int64_t first) {
         const int64_t last = first + kSplit, num_queries = num_rows_ * shape_.group_size;
         first_ = first;
@@ -142,7 +144,7 @@ class Unit {
     }
 
    private:
-    // Where in K and V consecutive positions are, in elements.
+    // The offsets of consecutive context positions in K and V, in elements.
     void places_of(int64_t position, int64_t count, int64_t* places) const {
         int64_t block = position / block_size_, offset = position % block_size_;
         for (; count > 0; ++block, offset = 0) {
@@ -154,8 +156,8 @@ class Unit {
         }
     }
 
-    // Calls f(count, query, first) for `count` consecutive queries that see a chunk of the context,
-    // from its position `first` on: rows that see all of it go together.
+    // Calls f(count, query, first) for tiles of `count` consecutive queries that see the context
+    // chunk at `base`, from its position `first` on. Rows that see the whole chunk share tiles.
     template <typename F>
     void in_chunk(int64_t base, const F& f) const {
         for (int row = 0; row < num_rows_;) {
@@ -176,7 +178,7 @@ class Unit {
                            [&](const Row& row) { return row.sees(base, base + kChunk); });
     }
 
-    // A chunk of the context, which has the same slots for all rows.
+    // Scores of a whole chunk of the context, which has the same slots for all rows.
     void chunk_scores(int64_t base) {
         if (!seen(base)) return;
         near_.columns.load(keys_, shape_.head_dim, places_ + base - first_, kChunk);
@@ -197,7 +199,8 @@ class Unit {
         });
     }
 
-    // The rest of the context and the tree, through which every row has its own path.
+    // Scores of the tail: the context after its last whole chunk, and the tree, in which every row
+    // has its own path.
     void tail_scores() {
         const int num_columns = rest() + 64 - __builtin_clzll(seen_);
         if (!has_tail_) {
@@ -214,7 +217,7 @@ class Unit {
             if (from >= to) continue;
             int path[kMaxColumns];
             path_of(rows_[row], path);
-            const int64_t fork = std::clamp(context_, from, to);  // before it all rows' paths are one
+            const int64_t fork = std::clamp(context_, from, to);  // all rows share the path up to here
             for (int64_t g = 0; g < shape_.group_size; ++g) {
                 const int64_t query = row * shape_.group_size + g;
                 const float* by_column = near_.by_column + query * kMaxColumns;
@@ -226,10 +229,11 @@ class Unit {
         }
     }
 
-    // A chunk of that.
+    // Weighted values of a chunk of the tail.
     void tail_values(int64_t base) {
         const Element* values[kChunk];
-        // In the first chunk the same for all rows, but for a last one alone in its lane.
+        // The context's values in the first chunk are the same for all rows, except an odd last
+        // one, which shares its lane with a node (bfloat16).
         const int shared = base == tail_ ? rest() / kPacked<Element> * kPacked<Element> : 0;
         for (int i = 0; i < shared; ++i) values[i] = values_ + tail_places_[i];
         near_.values.load(values, shape_.head_dim, 0, shared);
@@ -248,7 +252,7 @@ class Unit {
         }
     }
 
-    // The columns of the tail that a row sees.
+    // The columns of the tail that a row sees, in the order of positions.
     void path_of(const Row& row, int* path) const {
         path = std::generate_n(path, rest(), [i = 0]() mutable { return i++; });
         for (uint64_t word = row.nodes; word; word &= word - 1)
@@ -263,7 +267,7 @@ class Unit {
                                                 shape_.scale * kLog2E, count, scores, stride);
     }
 
-    // Adds the weighted values of a chunk.
+    // Adds positions first .. last - 1 of a chunk, times their weights, to the queries' output.
     template <int kQueries>
     void add(int64_t query, int64_t base, int first, int last) {
         near_.values.template add<kQueries>(near_.weights + query * kSplit + base - first_, first, last,
@@ -274,18 +278,18 @@ class Unit {
     const AttentionShape& shape_;
     const Element* keys_;
     const Element* values_;
-    int64_t stride_;  // between slots
+    int64_t stride_;  // elements between slots
     int num_rows_;
     Row rows_[kMaxUnitRows];
-    uint64_t seen_ = 0;  // nodes
+    uint64_t seen_ = 0;  // nodes that any row sees
     const int32_t* table_;
     int64_t block_size_;
     int64_t context_;
-    int64_t tail_;
-    bool has_tail_ = false;  // in the columns
+    int64_t tail_;  // first position of the tail
+    bool has_tail_ = false;  // `columns` holds the tail, `by_column` its scores
     int64_t tail_places_[kMaxColumns];
     int64_t first_ = 0;       // position of the split
-    int64_t places_[kSplit];  // of the context from there
+    int64_t places_[kSplit];  // offsets of the context positions from there
 };
 
 }  // namespace specserve

@@ -1,4 +1,4 @@
-// How K and V are kept.
+// The bits of a bfloat16, one of the two storage types of K and V.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@
 namespace specserve {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // logits of a row, for one thread
+constexpr int64_t kPiece = 1024;  // logits of a row that a thread processes at a time
 constexpr float kLog2e = 1.4426950408889634f;
 
 float largest(const float* x, int64_t count) {
@@ -21,7 +21,7 @@ float largest(const float* x, int64_t count) {
     return result;
 }
 
-// y = 2^((x - most) * scale); returns their sum.
+// y = 2^((x - most) * scale); returns the sum of y.
 float exponents(const float* x, int64_t count, float most, float scale, float* y) {
     const Floats from = broadcast(most), by = broadcast(scale);
     Floats sum = zero_floats();
@@ -36,7 +36,7 @@ float exponents(const float* x, int64_t count, float most, float scale, float* y
     return result;
 }
 
-// x /= y; returns the sum.
+// x /= y; returns the sum of x.
 float quotients(float* x, const float* y, int64_t count) {
     Floats sum = zero_floats();
     int64_t i = 0;
@@ -50,7 +50,8 @@ float quotients(float* x, const float* y, int64_t count) {
     return result;
 }
 
-// The places of the `wanted` largest values, the largest first, the first among equals.
+// Finds the indices of the `wanted` largest values, the largest first, the lowest index first among
+// equals; returns how many there are.
 int64_t best_of(const float* values, int64_t count, int64_t wanted, int64_t* best) {
     int64_t found = 0;
     auto offer = [&](int64_t i) {
@@ -97,8 +98,8 @@ class Search {
     }
 
    private:
-    // exp(log q / T + g) of a piece of a row, times any constant, and their sum. Filtered rows get
-    // their noise when it is known for which tokens.
+    // Computes exp(log q / T + g) of a part of a row, up to a constant factor, and their sum. Rows
+    // with top-k, top-p or min-p get their noise in `filter`, when the remaining tokens are known.
     void weigh(int64_t unit) {
         const int64_t row = unit / num_pieces_, first = unit % num_pieces_ * kPiece;
         const int64_t count = std::min(kPiece, v_.size - first);
@@ -132,7 +133,8 @@ class Search {
         }
     }
 
-    // Those that the filters leave among the kMaxCandidates best, by their noise.
+    // Applies top-k, top-p and min-p to the kMaxCandidates best tokens, and ranks those that remain
+    // with noise.
     void filter(const Draw& draw, const float* weights, float sum, Candidates& found) const {
         const int64_t most = draw.top_k > 0 ? std::min(draw.top_k, kMaxCandidates) : kMaxCandidates;
         int64_t places[kMaxCandidates] = {}, tokens[kMaxCandidates] = {};

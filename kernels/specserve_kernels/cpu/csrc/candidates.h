@@ -1,4 +1,5 @@
-// Which tokens of a draft vocabulary may come next, by a row's logits and how its target draws.
+// Ranks the next tokens of a draft vocabulary, given a row's logits and the target's sampling
+// parameters.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@ namespace specserve {
 
 constexpr int64_t kMaxCandidates = 64;
 
-// By log q at temperature 0, else by log q / T + g; top-k, top-p and min-p come before the noise.
+// Tokens are ranked by log q at temperature 0, else by log q / T + g with noise g. Top-k, top-p and
+// min-p are applied before the noise.
 struct Draw {
     float temperature;
     float top_p;
@@ -19,20 +21,20 @@ struct Draw {
     Key key;        // of the noise
 };
 
-// The best first. Logits that are no numbers give none.
+// The best token first. Empty if the row's probabilities are not finite, as with a NaN logit.
 struct Candidates {
     int64_t count;
-    int64_t tokens[kMaxCandidates];  // the target's
-    float shares[kMaxCandidates];    // probabilities
+    int64_t tokens[kMaxCandidates];  // ids of the target
+    float shares[kMaxCandidates];    // probabilities: softmax of what they are ranked by
 };
 
 struct DraftVocabulary {
-    const int64_t* token_ids;  // [size]
+    const int64_t* token_ids;  // [size] ids of the target
     int64_t size;
     float logit_scale;
 };
 
-// logits: a row of the vocabulary after `stride` floats the next; `wanted`: at most kMaxCandidates.
+// logits: one row per draw, `stride` floats apart; `wanted` per row, at most kMaxCandidates.
 std::vector<Candidates> find_candidates(const DraftVocabulary& vocabulary, const float* logits,
                                         int64_t stride, const std::vector<Draw>& draws,
                                         int64_t wanted, int num_threads);

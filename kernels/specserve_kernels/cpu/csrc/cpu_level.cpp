@@ -1,4 +1,4 @@
-// Which of the builds this CPU can run: an index into `native.BUILDS`.
+// The best build that this CPU can run, as an index into `native.BUILDS`.
 
 extern "C" __attribute__((visibility("default"))) int specserve_cpu_level() {
 #if defined(__x86_64__)

@@ -1,6 +1,6 @@
-// The phases of a pass. All rows go through a phase before any enters the next; within one, units
-// of work (rows, panels of outputs, heads) are shared out. No unit's result depends on another's of
-// the same phase, nor on which thread computes it.
+// The phases of a forward pass. All rows finish a phase before any row enters the next one. Within
+// a phase, threads share units of work (rows, panels of outputs, heads). A unit's result depends
+// neither on other units of the phase nor on the thread that computes it.
 #include "decoder.h"
 
 #include <algorithm>
@@ -18,7 +18,8 @@
 namespace specserve {
 namespace {
 
-constexpr int64_t kUnitsPerThread = 4;  // fewer, and attention is shared out by splits
+constexpr int64_t kUnitsPerThread = 4;  // with fewer, threads share attention by splits
+// Upper bounds of the `share` calls: per layer, and besides (start, end, two moves of wanted rows).
 constexpr int64_t kPhasesPerLayer = 9, kMorePhases = 4;
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
@@ -50,7 +51,7 @@ void embed(const Weight& weight, int64_t token, float* x) {
     }
 }
 
-// Where the rows of a pass stand between the phases.
+// The activations of all rows between the phases.
 struct Stream {
     Stream(const Decoder& d, int64_t num_rows)
         : heads_size((d.num_heads + 2 * d.num_kv_heads) * d.head_dim),
@@ -61,11 +62,11 @@ struct Stream {
           gated(num_rows, d.intermediate_size) {}
 
     int64_t heads_size;
-    RowBuffer wide;  // what the first layer of a draft head attends from
+    RowBuffer wide;  // input of q, k and v in the first layer of a draft head
     RowBuffer normed;
     std::unique_ptr<float[]> heads;  // [num_rows][heads_size]: q, k, v
-    RowBuffer mixed;
-    RowBuffer gated;
+    RowBuffer mixed;  // output of attention
+    RowBuffer gated;  // input of `down`
 };
 
 // Rows of the residual stream.
@@ -152,7 +153,7 @@ class PassOf {
         if (narrow) move_wanted(team, x, whole_);
     }
 
-    // The wanted rows to where they lie together, or back.
+    // Copies the wanted rows to a buffer in which they are consecutive, or back.
     void move_wanted(Team& team, const Residual& from, const Residual& to) {
         team.share(wanted_.num_rows(), [&](int64_t place) {
             const int64_t row = wanted_.row(place);
@@ -173,7 +174,7 @@ class PassOf {
                             whole_.at(row), d_.hidden_size * sizeof(float));
     }
 
-    // What a draft head begins with: see `Decoder::row_norm`.
+    // The start of a draft head's forward pass; see `Decoder::row_norm`.
     void join(int64_t row) {
         const int64_t size = d_.hidden_size;
         thread_local std::vector<float> y;
@@ -195,7 +196,7 @@ class PassOf {
         quantize_row(y.data(), stream_.normed.rows(), row);
     }
 
-    // y[row][column] = what `finish` makes of it, for the columns of a unit.
+    // Computes the columns of a unit for all rows; calls finish(row, column, out) for each vector.
     template <typename Finish>
     void product(const Linear& linear, const RowBuffer& rows, int64_t num_rows, int64_t unit,
                  const Finish& finish) {
@@ -229,7 +230,7 @@ class PassOf {
         });
     }
 
-    // Shazeer 2020: silu(gate) * up, quantised at once: a unit is one group.
+    // SwiGLU (Shazeer 2020): silu(gate) * up, quantized at once, since a unit is one group.
     void gate(const Layer& l, int64_t unit, int64_t num_rows) {
         alignas(64) float gates[kRowBlock * kColumns], ups[kRowBlock * kColumns];
         const int64_t first = unit * kPanels, column = unit * kColumns;
@@ -257,7 +258,7 @@ class PassOf {
         return mul(div(gate, specserve::add(one, exp2(mul(gate, to_minus)))), up);
     }
 
-    // Norms and turns the heads of a row, and writes its K and V to its slot.
+    // Applies q and k norms and rotary embedding to a row, and writes its K and V to its slot.
     void place(const Layer& l, int64_t row, Element* keys, Element* values) {
         const int64_t dim = d_.head_dim, half = dim / 2, kv_size = d_.num_kv_heads * dim;
         const float* cos = d_.cos + pass_.positions[row] * half;
@@ -275,7 +276,7 @@ class PassOf {
         keep(heads + d_.num_heads * dim + kv_size, kv_size, values + slot * kv_size);
     }
 
-    // Of the wanted rows alone, if that is `narrow`.
+    // `narrow`: keeps the output of wanted rows only, and skips segments that have none.
     void attention(Team& team, const Layer& l, const Element* keys, const Element* values,
                    bool narrow) {
         const AttentionShape shape{d_.num_kv_heads, d_.num_heads / d_.num_kv_heads, d_.head_dim,
@@ -331,7 +332,7 @@ class PassOf {
         });
     }
 
-    // What attention gives a row of the heads that share a KV head.
+    // Quantizes a row's attention output of the query heads that share a KV head.
     void keep_mixed(int64_t row, int64_t kv_head, int64_t size, const float* out) {
         for (int64_t at = 0; at < size; at += kGroup)
             quantize_group(out + at, stream_.mixed.rows(), row, (kv_head * size + at) / kGroup);
@@ -342,9 +343,9 @@ class PassOf {
     const Residual whole_;
     const WantedRows wanted_;
     const bool narrows_;  // not all rows are wanted
-    std::unique_ptr<float[]> kept_;  // then: the wanted ones' residual, in the last layer
+    std::unique_ptr<float[]> kept_;  // the wanted rows' residual in the last layer, if narrows_
     Stream stream_;
-    std::unique_ptr<float[]> parts_;  // none: attention is not shared out by splits
+    std::unique_ptr<float[]> parts_;  // memory of partials_; null: attention is not split
     Partials partials_{};
 };
 

@@ -12,16 +12,16 @@ namespace {
 
 struct Node {
     int64_t token;
-    int64_t parent;  // among the evaluated nodes, -1 for the root
-    double score;
+    int64_t parent;  // index among the expanded nodes, -1 for the root
+    double score;    // path probability
     int64_t depth;
-    uint64_t word;  // ancestors among the evaluated nodes
+    uint64_t word;  // ancestors among the expanded nodes
 };
 
-// One tree while it grows: evaluated nodes in cache order, and the candidates they brought.
+// One tree during its expansion: expanded nodes in cache order, and the frontier of candidates.
 class Tree {
    public:
-    // `entering` [num_waiting + 1][hidden_size]: rows of the waiting pairs and the root's.
+    // `entering` [num_waiting + 1][hidden_size]: rows of the pending draft inputs and of the root.
     Tree(Growing& task, const float* entering, int64_t hidden_size)
         : task(task), entering(entering), hidden_size_(hidden_size) {
         nodes.push_back({task.root, -1, 1.0, 0, 1});
@@ -30,13 +30,13 @@ class Tree {
     int64_t num_fresh() const { return int64_t(nodes.size()) - num_done; }
     bool growing() const { return num_fresh() > 0; }
 
-    // What a node goes on from.
+    // The row of a node's draft input: the fused states for the root, else the parent's output.
     const float* row(const Node& node) const {
         return node.parent < 0 ? entering + task.num_waiting * hidden_size_
                                : rows_.data() + node.parent * hidden_size_;
     }
 
-    // The fresh nodes have been looked at; `rows` came out for them.
+    // Stores the output rows of the fresh nodes.
     void keep_rows(const float* rows) {
         rows_.insert(rows_.end(), rows, rows + num_fresh() * hidden_size_);
     }
@@ -47,8 +47,8 @@ class Tree {
         pool_.push_back({token, node, parent.score * share, parent.depth + 1, parent.word});
     }
 
-    // The best candidates become the nodes of the next pass. One node of the budget is left for a
-    // leaf: looking at all would be looking in vain.
+    // Selects the best candidates to be expanded in the next forward pass. One node of the budget
+    // is reserved for a leaf, since children of the last node would not fit.
     void pick(const GrowShape& shape) {
         ++task.num_passes;
         num_done = int64_t(nodes.size());
@@ -62,7 +62,7 @@ class Tree {
         }
     }
 
-    // The evaluated nodes, and the best of the others.
+    // Writes the result: the expanded nodes, and the best candidates up to the budget.
     void finish() {
         while (int64_t(nodes.size()) < task.budget) {
             const int64_t at = best_candidate(INT64_MAX);
@@ -81,7 +81,7 @@ class Tree {
     Growing& task;
     const float* entering;
     std::vector<Node> nodes;
-    int64_t num_done = 0;  // nodes whose K, V and candidates are there
+    int64_t num_done = 0;  // nodes that have been expanded
 
    private:
     int64_t best_candidate(int64_t max_depth) const {
@@ -93,11 +93,11 @@ class Tree {
     }
 
     int64_t hidden_size_;
-    std::vector<Node> pool_;  // `word` is the parent's
+    std::vector<Node> pool_;  // frontier; `word` is the parent's
     std::vector<float> rows_;
 };
 
-// The rows of a pass, segment after segment.
+// The rows of a forward pass, segment after segment.
 struct Batch {
     std::vector<int32_t> cu_rows{0}, context_lens, lanes;
     std::vector<uint64_t> ancestors;
@@ -114,7 +114,7 @@ struct Batch {
         rows.insert(rows.end(), row, row + hidden_size);
     }
 
-    // A segment of the rows since the last one, with `length` slots in use.
+    // Makes the rows since the last call a segment, which uses `length` slots of the slot list.
     void end_segment(const int32_t* lane, int64_t context_len, int64_t length) {
         cu_rows.push_back(int32_t(ids.size()));
         context_lens.push_back(int32_t(context_len));
@@ -122,7 +122,7 @@ struct Batch {
         lengths.push_back(length);
     }
 
-    // Lanes are block tables of blocks of one slot.
+    // A slot list is a block table with a block size of 1.
     Segments segments() {
         const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
         lanes.assign(lengths.size() * longest, 0);
@@ -166,7 +166,7 @@ class Grower {
         int64_t node;
     };
 
-    // The rows of all trees, one after the other.
+    // The fused rows of all trees, one tree after the other.
     std::vector<float> fused(const Growing* tasks, int64_t num_trees) const {
         const int64_t width = head_.fc.weight.num_inputs;
         std::vector<float> taps;
@@ -178,7 +178,8 @@ class Grower {
         return rows;
     }
 
-    // One pass over the fresh nodes, and in the first over what waits.
+    // One expansion step: a forward pass over the fresh nodes, and in the first step also over the
+    // pending draft inputs.
     void look(const std::vector<Tree*>& growing, bool first) {
         Batch batch;
         const int64_t size = d_.hidden_size;

@@ -1,5 +1,6 @@
-// A draft head over the target's layers (EAGLE-3, Li et al. 2025): rows out of taps, and trees that
-// grow by their most likely paths, a few nodes of every tree at a time.
+// A draft head over the target's layers (EAGLE-3, Li et al. 2025). Fuses auxiliary hidden states
+// into rows, and expands draft trees best-first by path probability, a few nodes of every tree per
+// forward pass.
 #pragma once
 
 #include <cstdint>
@@ -8,47 +9,47 @@
 
 namespace specserve {
 
-// Everything here is filled by draft_head.py, field by field.
+// draft_head.py fills all structs of this file, field by field; it explains draft inputs.
 struct DraftHead {
-    const Decoder* decoder;  // with a row_norm
-    Linear fc;
-    const float* tap_norms;  // [inputs of fc], num_norms of them side by side; 0: none
-    int64_t num_norms;
-    int64_t norm_output;  // what is gone on from is normed
+    const Decoder* decoder;  // row_norm is set
+    Linear fc;               // auxiliary hidden states -> rows
+    const float* tap_norms;  // [inputs of fc], num_norms norms of equal size
+    int64_t num_norms;       // 0: none
+    int64_t norm_output;     // output rows, from which expansion continues, are normalized
     float logit_scale;
-    const int64_t* token_ids;  // [vocab_size] the target's
+    const int64_t* token_ids;  // [vocab_size] ids of the target
     int64_t vocab_size;
 };
 
 struct GrowShape {
-    int64_t branching;  // candidates kept per node, at most kMaxCandidates
-    int64_t beam;       // nodes of a tree looked at per pass
-    int64_t max_depth;
-    double min_score;  // nodes less likely are not looked at
+    int64_t branching;  // candidates kept per expanded node, at most kMaxCandidates
+    int64_t beam;       // nodes of a tree expanded per forward pass
+    int64_t max_depth;  // only nodes of a smaller depth are expanded; the root has 0
+    double min_score;   // nodes with a lower path probability are not expanded
 };
 
-// One tree to grow. Candidates are ranked by log q at temperature 0, else by log q / T + g.
+// One tree to expand. Candidates are ranked by log q at temperature 0, else by log q / T + g.
 struct Growing {
-    const int32_t* lane;    // slots of all pairs before the root, then of the nodes
-    int64_t num_context;    // pairs before the root
-    int64_t num_waiting;    // the last ones of them, which are not in the cache yet
+    const int32_t* lane;    // slot list: draft inputs before the root, then nodes
+    int64_t num_context;    // draft inputs before the root
+    int64_t num_waiting;    // the last ones of them, whose K and V are not in the cache yet
     const int64_t* waiting; // [num_waiting] their tokens
-    const float* taps;      // [num_waiting + 1][inputs of fc], of those pairs and the root's
-    int64_t root;
-    int64_t position;  // of the root's pair, for RoPE
+    const float* taps;      // [num_waiting + 1][inputs of fc], states of these and of the root
+    int64_t root;           // token id
+    int64_t position;  // RoPE position of the root's draft input
     int64_t budget;    // nodes, the root included
     float temperature;
     float top_p;
     float min_p;
     int64_t top_k;  // 0: all
     uint64_t seed;
-    int64_t draw_position;  // of the root's successors, for the noise
-    // What comes out: num_nodes of them, parents first.
-    int64_t num_passes;  // in which nodes of it were looked at
+    int64_t draw_position;  // noise position of the root's successors
+    // Results: num_nodes nodes, parents before children.
+    int64_t num_passes;  // forward passes in which nodes of this tree were expanded
     int64_t num_nodes;
     int64_t* tokens;   // [budget]
-    int64_t* parents;  // [budget], -1 the root's
-    double* scores;    // [budget] probabilities of paths
+    int64_t* parents;  // [budget], -1 for the root
+    double* scores;    // [budget] path probabilities
 };
 
 struct DraftCache {
@@ -57,9 +58,10 @@ struct DraftCache {
     int64_t wide;
 };
 
-// taps [num_rows][inputs of fc] -> rows [num_rows][outputs of fc]
+// Auxiliary hidden states [num_rows][inputs of fc] -> rows [num_rows][outputs of fc].
 void fuse(const DraftHead& head, const float* taps, int64_t num_rows, float* rows, int num_threads);
 
+// Expands all trees together and fills in their results.
 void grow(const DraftHead& head, const GrowShape& shape, const DraftCache& cache, Growing* trees,
           int64_t num_trees, int num_threads);
 

@@ -1,5 +1,5 @@
-// A piece of K as columns and a piece of V as rows, and their products with several queries at once.
-// A sum runs over the dimensions or positions in order, whatever column a key stands in.
+// Chunks of K stored as columns and of V stored as rows, and their products with several queries at
+// once. Sums run over dimensions or positions in order, independent of the column that holds a key.
 #pragma once
 
 #include <algorithm>
@@ -14,14 +14,14 @@ namespace specserve {
 constexpr int kChunk = 64;
 constexpr int kMaxColumns = kChunk + kMaxSegmentRows;  // the context's last chunk, and a tree
 
-// As many vectors of columns or dimensions as go with so many queries: enough sums to be busy with,
-// and registers for all.
+// How many vectors of columns or dimensions are processed together with kQueries queries: enough
+// independent sums to keep the units busy, and few enough for the registers.
 template <int kQueries>
 constexpr int kVectorsFor = kQueries * 2 * kVectorsTogether <= 8
                                 ? std::min(2 * kVectorsTogether, kChunk / kLanes)
                                 : kVectorsTogether;
 
-// What a lane holds of K and V, and what that is multiplied with.
+// Values of K or V per 32-bit lane, and the type of the factors that they are multiplied with.
 template <typename Element>
 constexpr int kPacked = sizeof(float) / sizeof(Element);
 template <typename Element>
@@ -43,7 +43,7 @@ inline void keep_factors(Floats x, FactorOf<Element>* to) {
         store_factors(to, x);
 }
 
-// K at some places: a column for each place, a lane of it for as many dimensions as fit.
+// K at some slots: one column per slot, kPacked consecutive dimensions in a lane.
 template <typename Element>
 class Columns {
    public:
@@ -51,7 +51,7 @@ class Columns {
         dim_ = dim;
         for (int from = 0; from < count; from += kLanes) {
             const Element* rows[kLanes];
-            for (int i = 0; i < kLanes; ++i)  // beyond the last place: the last again
+            for (int i = 0; i < kLanes; ++i)  // columns after the last repeat it
                 rows[i] = keys + places[std::min(from + i, count - 1)];
             for (int64_t d = 0; d < dim; d += 4 * kPacked<Element>) {
                 Floats columns[4];
@@ -62,8 +62,8 @@ class Columns {
         }
     }
 
-    // Of consecutive queries and the columns from 0 to `count` - 1, and of some beyond, which may be
-    // filled with anything; a query's scores after `stride` floats the next one's.
+    // Scores of kQueries consecutive queries with columns 0 .. count - 1, and arbitrary values for
+    // some columns after these. The scores of two queries are `stride` floats apart.
     template <int kQueries>
     void scores(const FactorOf<Element>* q, float scale, int count, float* result,
                 int64_t stride) const {
@@ -95,16 +95,16 @@ class Columns {
     alignas(64) float keys_[kMaxHeadDim * kMaxColumns];  // [dim / kPacked][kMaxColumns]
 };
 
-// V of a chunk: a row for as many positions as fit a lane.
+// V of a chunk: one row per kPacked consecutive positions, which share the lanes.
 template <typename Element>
 class Values {
    public:
-    // The places first .. last - 1 of a chunk; `first` is where a row begins.
+    // Stores positions first .. last - 1 of a chunk; `first` is a multiple of kPacked.
     void load(const Element* const* values, int64_t dim, int first, int last) {
         dim_ = dim;
         for (int at = first; at < last; at += kPacked<Element>) {
             float* row = rows_ + at / kPacked<Element> * dim;
-            const Element* next = values[std::min(at + 1, last - 1)];  // beyond: weighs nothing
+            const Element* next = values[std::min(at + 1, last - 1)];  // after the last: weight 0
             for (int64_t d = 0; d < dim; d += kLanes)
                 if constexpr (kPacked<Element> == 1)
                     store(row + d, specserve::load(values[at] + d));
@@ -113,7 +113,8 @@ class Values {
         }
     }
 
-    // out [kQueries][dim] += the values at first .. last - 1, in order, by weights [kQueries][kSplit].
+    // out [kQueries][dim] += weights [kQueries][kSplit] times the values of positions first .. last
+    // - 1, in order.
     template <int kQueries>
     void add(const FactorOf<Element>* weights, int first, int last, float* out) const {
         constexpr int kVectors = kVectorsFor<kQueries>;

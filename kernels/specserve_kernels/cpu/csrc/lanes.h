@@ -1,8 +1,8 @@
-// Numbers side by side in a register, kLanes of them, and what a kernel may do with them. Instructions
-// are named here and in the file of each instruction set alone: the same sources are compiled once
-// per instruction set (see setup.py).
+// SIMD vectors of kLanes numbers and their operations. Only this file and the file of each
+// instruction set use vector intrinsics; the other sources are compiled once per instruction set
+// (see setup.py).
 //
-// All of them give the same integers; floats may differ between them in the last bit.
+// Integer results are the same in all builds; float results may differ in the last bit.
 #pragma once
 
 #include <cstdint>
@@ -19,16 +19,16 @@
 
 namespace specserve {
 
-// The same address, of which the compiler knows nothing: left alone, it loads early what is used
-// again later, and has no registers to keep it in.
+// Returns p, but hides its value from the compiler, which otherwise loads early what is used again
+// later and has no registers left to keep it in.
 template <typename T>
 inline const T* afresh(const T* p) {
     asm volatile("" : "+r"(p));
     return p;
 }
 
-// Sums over pairs of bfloat16, of which a lane holds one: sum += a pair in every lane times the same
-// pair of factors, which are rounded to bfloat16 too.
+// Dot products over pairs of bfloat16, one pair per lane: adds the product of every lane's pair
+// with the same pair of factors `two` to the lane's sum. The factors are rounded to bfloat16 too.
 #if defined(__AVX512BF16__)
 using Factor = bfloat16;
 inline Floats dot_pairs(Floats sum, Floats lanes, const Factor* two) {
@@ -36,7 +36,7 @@ inline Floats dot_pairs(Floats sum, Floats lanes, const Factor* two) {
     std::memcpy(&both, two, sizeof both);
     return {_mm512_dpbf16_ps(sum.v, __m512bh(lanes.v), __m512bh(broadcast(both).v))};
 }
-inline void store_factors(Factor* p, Floats x) {  // what is denormal counts as zero here and there
+inline void store_factors(Factor* p, Floats x) {  // both instructions treat denormals as zero
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), __m256i(_mm512_cvtneps_pbh(x.v)));
 }
 #else
@@ -53,7 +53,7 @@ inline void store_factors(Factor* p, Floats x) {
 #endif
 
 #if defined(__AVX2__)
-inline Floats exp2_part(Floats x) {  // Taylor: the first term left out is below 2e-8
+inline Floats exp2_part(Floats x) {  // Taylor: the first omitted term is below 1.2e-7
     Floats sum = broadcast(1.5403530e-4f);
     for (float coefficient : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f,
                               6.9314718e-1f, 1.0f})

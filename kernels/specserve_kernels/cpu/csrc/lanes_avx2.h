@@ -11,7 +11,7 @@ namespace specserve {
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 constexpr int kLanes = 8;
-constexpr int kQueriesTogether = 4, kVectorsTogether = 2;  // sums that fit the registers
+constexpr int kQueriesTogether = 4, kVectorsTogether = 2;  // whose sums fit the registers
 
 struct Ints {
     __m256i v;
@@ -22,7 +22,7 @@ struct Floats {
 struct Bytes {  // kLanes outputs x 4 weights
     __m256i v;
 };
-struct Nibbles {  // sums of products with at most 32 nibbles: two of 16 bits for each output
+struct Nibbles {  // sums of products with at most 32 nibbles, two 16-bit sums per output
     __m256i v;
 };
 
@@ -42,7 +42,7 @@ inline Floats load(const bfloat16* p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
-inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: low half a[i], high b[i]
     const auto wide = [](const bfloat16* p) {
         return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     };
@@ -104,10 +104,10 @@ inline void store(bfloat16* p, Floats x) {  // rounded to nearest, ties to even
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
 }
 
-// columns[c] lane i: number c of the four at from(i).
+// Transposes: lane i of columns[c] becomes float c of the four at from(i).
 template <typename From>
 inline void columns_of(const From& from, Floats (&columns)[4]) {
-    __m256 rows[4];  // row 4 j + i stands in 128 bits j of number i
+    __m256 rows[4];  // 128-bit part j of rows[i]: the four floats at from(4 j + i)
     for (int i = 0; i < 4; ++i)
         rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from(i))),
                                        _mm_loadu_ps(from(4 + i)), 1);
@@ -122,7 +122,7 @@ inline void columns_of(const From& from, Floats (&columns)[4]) {
 }
 
 inline Floats exp2(Floats x) {
-    // The clamps let NaN through: max and min give their second operand if either is NaN.
+    // The clamps preserve NaN: max and min return the second operand if either is NaN.
     const __m256 y =
         _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-126.0f), x.v));
     const __m256 nearest = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -138,18 +138,19 @@ inline Bytes low_nibbles(Bytes x) { return {_mm256_and_si256(x.v, _mm256_set1_ep
 inline Bytes high_nibbles(Bytes x) { return low_nibbles({_mm256_srli_epi16(x.v, 4)}); }
 inline Nibbles zero_nibbles() { return {_mm256_setzero_si256()}; }
 inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) {
-    // 16 products of at most 15 * 127 in each half: 16 bits hold them.
+    // Each half sums 16 products of at most 15 * 127, which 16 bits can hold.
     return {_mm256_add_epi16(sum.v, _mm256_maddubs_epi16(w.v, _mm256_set1_epi32(x4)))};
 }
-// Left alone, the compiler first makes all products, which no registers are left for, and then adds
-// them up.
+// Makes the compiler add to `sum` now. Otherwise it computes all products first, more than there
+// are registers for, and adds them up afterwards.
 template <typename Sum>
 inline void settle(Sum& sum) {
     asm volatile("" : "+x"(sum.v));
 }
 inline Ints whole(Nibbles sum) { return {_mm256_madd_epi16(sum.v, _mm256_set1_epi16(1))}; }
 
-// Signed weights: the sign moves to x. A pair is at most 2 * 128 * 127, which 16 bits hold.
+// Signed weights: their sign is applied to x, because the instruction multiplies unsigned by signed
+// bytes. The sum of two products is at most 2 * 128 * 127, which 16 bits can hold.
 inline Bytes as_signed(Bytes x) { return x; }
 inline Ints start_signed(int32_t) { return zero_ints(); }
 inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) {

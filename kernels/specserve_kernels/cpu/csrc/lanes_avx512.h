@@ -11,7 +11,7 @@ namespace specserve {
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 constexpr int kLanes = 16;
-constexpr int kQueriesTogether = 6, kVectorsTogether = 4;  // sums that fit the registers
+constexpr int kQueriesTogether = 6, kVectorsTogether = 4;  // whose sums fit the registers
 
 struct Ints {
     __m512i v;
@@ -40,7 +40,7 @@ inline Floats load(const bfloat16* p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: low half a[i], high b[i]
     const auto wide = [](const bfloat16* p) {
         return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     };
@@ -85,11 +85,11 @@ inline void store(bfloat16* p, Floats x) {  // rounded to nearest, ties to even
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
 }
 
-// columns[c] lane i: number c of the four at from(i).
+// Transposes: lane i of columns[c] becomes float c of the four at from(i).
 template <typename From>
 inline void columns_of(const From& from, Floats (&columns)[4]) {
     const auto four = [&](int i) { return _mm_loadu_ps(from(i)); };
-    __m512 rows[4];  // row 4 j + i stands in 128 bits j of number i
+    __m512 rows[4];  // 128-bit part j of rows[i]: the four floats at from(4 j + i)
     for (int i = 0; i < 4; ++i) {
         rows[i] = _mm512_castps128_ps512(four(i));
         rows[i] = _mm512_insertf32x4(rows[i], four(4 + i), 1);
@@ -107,7 +107,7 @@ inline void columns_of(const From& from, Floats (&columns)[4]) {
 }
 
 inline Floats exp2(Floats x) {
-    // The clamp lets NaN through: max gives its second operand if either is NaN.
+    // The clamp preserves NaN: max returns the second operand if either is NaN.
     const __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.0f), x.v);
     const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT);
     const Floats part = exp2_part({_mm512_sub_ps(y, whole)});
@@ -126,8 +126,8 @@ inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) {
 inline void settle(Nibbles&) {}
 inline Ints whole(Nibbles sum) { return sum; }
 
-// Signed weights: the instruction wants unsigned ones, so 128 is added to each weight and 128 * x
-// taken from the sum it starts with.
+// Signed weights: the instruction multiplies unsigned by signed bytes, so 128 is added to each
+// weight and the sum starts at -128 times the sum of x.
 inline Bytes as_signed(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
 inline Ints start_signed(int32_t x_sum) { return {_mm512_set1_epi32(-128 * x_sum)}; }
 inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) { return dot_nibbles(sum, w, x4); }

@@ -75,7 +75,7 @@ inline Floats load(const bfloat16* p) {
         return x;
     });
 }
-inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: a[i], and above it b[i]
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: low half a[i], high b[i]
     return each<Floats>([&](int i) {
         const uint32_t bits = uint32_t(b[i].bits) << 16 | a[i].bits;
         float x;
@@ -153,7 +153,7 @@ inline void store_bytes(int8_t* p, const Ints& x) {
 inline void store(bfloat16* p, const Floats& x) {
     for (int i = 0; i < kLanes; ++i) p[i] = round_to_bfloat16(x.v[i]);
 }
-// columns[c] lane i: number c of the four at from(i).
+// Transposes: lane i of columns[c] becomes float c of the four at from(i).
 template <typename From>
 inline void columns_of(const From& from, Floats (&columns)[4]) {
     for (int i = 0; i < kLanes; ++i) {

@@ -9,8 +9,10 @@ namespace specserve {
 namespace {
 
 constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
-constexpr int kRowsInCache = 5 * kRowsTogether;  // that go through all panels of a chunk together
-constexpr int64_t kAhead = 4096;         // bytes; the hardware alone stops at every page
+constexpr int kRowsInCache = 5 * kRowsTogether;  // rows that all panels are multiplied with in turn
+// Prefetch distance in bytes, measured in benchmarks/LOG.md. Hardware prefetching ends at each
+// page.
+constexpr int64_t kAhead = 4096;
 
 inline int32_t four(const int8_t* p) {
     int32_t x;
@@ -22,7 +24,7 @@ inline Floats halves(const uint8_t* p, int part) {
     return load_half(reinterpret_cast<const uint16_t*>(p) + part * kLanes);
 }
 
-// Parts of a panel whose sums go together: all of them, while there are registers.
+// Parts of a panel that are computed together: all of them if the registers suffice.
 template <int kRows>
 constexpr int kPartsTogether = kRows <= 4 ? kParts : 1;
 
@@ -84,7 +86,7 @@ inline void int8_tile(const uint8_t* tile, const GroupOfRows& x, Floats (&y)[kRo
     }
 }
 
-// The first kRows rows of a block.
+// Multiplies one panel with the first kRows rows of a block.
 template <Format kFormat, int kRows>
 __attribute__((noinline)) void panel_rows(const uint8_t* panel, const Rows& x, float* y, int64_t stride) {
     Floats sums[kRows][kParts];

@@ -1,4 +1,4 @@
-// Root mean square norm (Zhang and Sennrich 2019).
+// RMSNorm (Zhang and Sennrich 2019).
 #pragma once
 
 #include <cmath>

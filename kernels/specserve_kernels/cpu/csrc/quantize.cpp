@@ -29,7 +29,7 @@ void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group
     const GroupOfRows to = rows.at(row / kRowsTogether, group);
     const int64_t at = row % kRowsTogether;
     int8_t* values = to.values + at * kGroup;
-    // The reciprocal of what is hardly there would be infinite: such a group is zero.
+    // 127 / most might be infinite if `most` is tiny; such a group is quantized to zero.
     int32_t sum = 0;
     if (finite && most > 1e-30f) {
         const Floats inverse = broadcast(127.0f / most);

@@ -1,5 +1,5 @@
-// Activations as 8-bit integers, in groups of 32 along a row; rows stand in blocks, so that what a tile
-// of weights is multiplied with lies together.
+// Activations as 8-bit integers, quantized in groups of 32 along a row. Rows are stored in blocks,
+// so that the values that one tile of weights is multiplied with are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -8,31 +8,32 @@
 namespace specserve {
 
 constexpr int kGroup = 32;
-constexpr int kRowsTogether = 12;  // whose sums fit the registers of AVX-512; room for a tree of eight
+// Rows of a block. Their sums fit the AVX-512 registers; a tree of 8 drafted nodes fits one block.
+constexpr int kRowsTogether = 12;
 
-// The same group of the rows of a block.
+// One group of inputs, for all rows of a block.
 struct GroupOfRows {
     int8_t* values;  // [height][kGroup], -127..127
     float* scales;   // [height]; NaN where a value of the group was not finite
-    float* offsets;  // [height], scale * sum
-    int32_t* sums;   // [height], of the group's integers
+    float* offsets;  // [height], scale * sum: the factor of a weight's minimum
+    int32_t* sums;   // [height], sum of the group's integers
 };
 
-// Quantised rows of `size` values each, a multiple of kGroup.
+// Quantized rows of `size` values each, a multiple of kGroup.
 struct Rows {
     int8_t* values;  // [num_blocks][num_groups][height][kGroup]
-    float* scales;   // [num_blocks][num_groups][height], and so are these:
+    float* scales;   // [num_blocks][num_groups][height], as the next two
     float* offsets;
     int32_t* sums;
     int64_t num_groups;
-    int64_t height;  // kRowsTogether, or fewer if these are all rows
+    int64_t height;  // kRowsTogether, or the number of rows if that is smaller
 
     GroupOfRows at(int64_t block, int64_t group) const {
         const int64_t from = (block * num_groups + group) * height;
         return {values + from * kGroup, scales + from, offsets + from, sums + from};
     }
 
-    // Those from `row` on, a multiple of kRowsTogether.
+    // The rows from `row` on, which must be a multiple of kRowsTogether.
     Rows from(int64_t row) const {
         const int64_t skipped = row * num_groups;
         return {values + skipped * kGroup, scales + skipped, offsets + skipped, sums + skipped,
@@ -40,7 +41,7 @@ struct Rows {
     }
 };
 
-// Quantised rows and their memory.
+// Quantized rows and their memory.
 class RowBuffer {
    public:
     RowBuffer(int64_t num_rows, int64_t size);
@@ -54,10 +55,10 @@ class RowBuffer {
     Rows rows_;
 };
 
-// One group of a row; x has its values alone.
+// Quantizes one group of a row; x points to the values of that group.
 void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group);
 
-// All groups of a row.
+// Quantizes all groups of a row.
 void quantize_row(const float* x, const Rows& rows, int64_t row);
 
 }  // namespace specserve

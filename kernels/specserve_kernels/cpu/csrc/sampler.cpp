@@ -7,7 +7,7 @@
 namespace specserve {
 namespace {
 
-constexpr int kBlocks = 16;        // counters at a time, for the compiler to put side by side
+constexpr int kBlocks = 16;        // counters computed together, so that the compiler vectorizes
 constexpr int kTokens = 4 * kBlocks;
 constexpr float kMostNoise = 22.9f;  // -log(-log(1 - 2^-33)) is 22.87
 constexpr float kLog2 = 0.693148f;   // rounded up
@@ -16,7 +16,7 @@ constexpr float kLog2 = 0.693148f;   // rounded up
 void philox(const Key& key, const uint32_t (&counters)[kBlocks], uint32_t (&words)[4][kBlocks]) {
     constexpr uint64_t kLow = 0xffffffff;
     uint64_t seed_low = key.seed & kLow, seed_high = key.seed >> 32;
-    uint64_t w[4][kBlocks];  // 64 bits from the start: widening and narrowing every round is dearer
+    uint64_t w[4][kBlocks];  // 64 bits throughout: converting in every round is more expensive
     for (int b = 0; b < kBlocks; ++b) {
         w[0][b] = counters[b];
         w[1][b] = key.position & kLow;
@@ -39,7 +39,7 @@ void philox(const Key& key, const uint32_t (&counters)[kBlocks], uint32_t (&word
         for (int b = 0; b < kBlocks; ++b) words[i][b] = uint32_t(w[i][b]);
 }
 
-// Counters that follow one another.
+// The same for the consecutive counters that begin with `first`.
 void philox(const Key& key, uint32_t first, uint32_t (&words)[4][kBlocks]) {
     uint32_t counters[kBlocks];
     for (int b = 0; b < kBlocks; ++b) counters[b] = first + uint32_t(b);
@@ -51,7 +51,7 @@ float noise_of(uint32_t word) {
     return float(-std::log(-std::log(uniform)));
 }
 
-// No less than the noise: -log(u) is at least 1 - u, and the bits of that tell its logarithm.
+// An upper bound of the noise: -log(u) >= 1 - u, and the leading zeros of 1 - u bound its log.
 float noise_bound(uint32_t word) {
     const uint32_t rest = ~word;
     return kLog2 * float(rest ? __builtin_clz(rest) + 1 : 33);
@@ -69,13 +69,14 @@ float float_of(uint32_t bits) {
     return x;
 }
 
-// a where all bits of the mask are set, b where none is: for compilers to put side by side.
+// a if all bits of the mask are set, b if none is; without a branch, so that loops vectorize.
 float either(uint32_t mask, float a, float b) {
     return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
 }
 
-// -log(u), by log x = 2 atanh((x - 1) / (x + 1)): of 1 - u where u is above one half, which float32
-// tells from 0, else of u's mantissa.
+// -log(u), computed as 2 atanh(s). If u > 1/2, -log(u) = 2 atanh(x / (2 - x)) for x = 1 - u, which
+// float32 can distinguish from 0. Otherwise log(u) = exponent * log(2) + 2 atanh((m - 1) / (m + 1))
+// for u's mantissa m.
 float exponential_of(uint32_t word) {
     const uint32_t high = 0 - (word >> 31);
     const float x = (float(int32_t(word ^ high)) + 0.5f) * 0x1p-32f;
@@ -129,7 +130,7 @@ int64_t gumbel_argmax(const Key& key, const float* logits, int64_t vocab_size) {
     int64_t best = std::max_element(logits, logits + vocab_size) - logits;
     float noise;
     gumbel_noise(key, &best, 1, &noise);
-    float most = logits[best] + noise;  // the first guess; hardly any other token comes near
+    float most = logits[best] + noise;  // a lower bound, which few other tokens can exceed
     uint32_t words[4][kBlocks];
     for (int64_t first = 0; first < vocab_size; first += kTokens) {
         const int64_t last = std::min(first + kTokens, vocab_size);

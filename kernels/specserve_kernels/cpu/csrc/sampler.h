@@ -1,23 +1,23 @@
-// Position-keyed Gumbel noise; the contract is `gumbel_noise` and `gumbel_argmax` in ops.py.
+// Gumbel noise keyed by (seed, position, token), as `gumbel_noise` in ops.py defines it.
 #pragma once
 
 #include <cstdint>
 
 namespace specserve {
 
-struct Key {  // of a row
+struct Key {  // of the noise of one row
     uint64_t seed;
     uint64_t position;
 };
 
-// noise [count] of these tokens; quickest where they follow one another.
+// noise [count] of the given tokens; fastest if they are consecutive.
 void gumbel_noise(const Key& key, const int64_t* tokens, int64_t count, float* noise);
 
-// Of these tokens -log(u), to float32, where the noise is -log(-log(u)): what exp(noise) divides by.
-// Quickest where the tokens ascend.
+// -log(u) of the given tokens in float32 arithmetic, where the noise is -log(-log(u)); so exp(x +
+// noise) = exp(x) / value. Fastest if the tokens ascend.
 void exponentials(const Key& key, const int64_t* tokens, int64_t count, float* values);
 
-// The token of the largest logit + noise, the lowest among equals.
+// The token with the largest logit + noise, the lowest id among equals; `gumbel_argmax` in ops.py.
 int64_t gumbel_argmax(const Key& key, const float* logits, int64_t vocab_size);
 
 }  // namespace specserve

@@ -1,6 +1,7 @@
-// The threads of one parallel region, in step: they share out a phase's work, and enter the next when
-// all of it is done. Nobody waits for a thread that has none of it in hand: on a busy machine one may
-// not be running for milliseconds, which at hundreds of phases a pass would be all the time there is.
+// The threads of one parallel region, synchronized by phases: they share the work of a phase and
+// enter the next phase when all of it is done. A thread waits only for work that another thread has
+// begun, not for threads without work: on a busy machine a thread may not be scheduled for
+// milliseconds, and a forward pass has hundreds of phases.
 #pragma once
 
 #include <omp.h>
@@ -13,7 +14,7 @@
 
 namespace specserve {
 
-// What the threads have in common. `num_phases` calls of `share` at most.
+// The state that the threads share. Allows at most `num_phases` calls of `share`.
 class Board {
    public:
     Board(int64_t num_phases, int num_threads)
@@ -25,18 +26,18 @@ class Board {
         std::atomic<int64_t> value{0};
     };
     int num_threads_;
-    std::vector<Counter> claimed_;  // [phase][range]
-    std::vector<Counter> done_;     // [phase]
+    std::vector<Counter> claimed_;  // [phase][range], work items begun
+    std::vector<Counter> done_;     // [phase], work items finished
 };
 
-// One thread's view of it.
+// One thread's access to the board.
 class Team {
    public:
     Team(Board& board, int thread) : board_(board), thread_(thread) {}
 
-    // Calls work(i) for each i below `count`, once in the team, and returns when all are done.
-    // A thread takes its own consecutive range first (its prefetches run ahead there), then helps
-    // the others with theirs.
+    // Calls work(i) for each i below `count`, each once in the whole team, and returns when all
+    // calls are finished. A thread first takes its own consecutive range, where its prefetches run
+    // ahead, and then helps with the ranges of the other threads.
     template <typename Work>
     void share(int64_t count, const Work& work) {
         const int num_threads = board_.num_threads_;
@@ -60,11 +61,11 @@ class Team {
             if (spins < kSpins)
                 pause();
             else
-                std::this_thread::yield();  // perhaps to the one that is waited for
+                std::this_thread::yield();  // possibly to the thread that is awaited
     }
 
    private:
-    static constexpr int kSpins = 2000;  // some tens of microseconds
+    static constexpr int kSpins = 2000;  // iterations, some tens of microseconds
 
     static void pause() {
 #if defined(__x86_64__)
@@ -77,13 +78,13 @@ class Team {
     int64_t phase_ = 0;
 };
 
-// Runs body(team) on `num_threads` threads of the OpenMP pool, or as many as it gives.
+// Runs body(team) on `num_threads` threads of the OpenMP pool, or on fewer if it provides fewer.
 template <typename Body>
 void run_team(int64_t num_phases, int num_threads, const Body& body) {
     Board board(num_phases, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        // Ranges are dealt for `num_threads`; fewer threads take them all the same.
+        // There are `num_threads` ranges; if fewer threads run, they still process all of them.
         Team team(board, omp_get_thread_num());
         body(team);
     }

@@ -11,13 +11,13 @@
 namespace specserve {
 namespace {
 
-// The best of `num` logits by way of the units' own best: the k best lie in the k best units.
+// The num_top best tokens of a row: they lie in the num_top units whose best logits are largest.
 void find_top(const float* logits, const float* unit_best, int64_t vocab_size, int64_t num_top,
               int64_t* top) {
     const int64_t num_units = (vocab_size + kColumns - 1) / kColumns;
     int64_t best_units[kMaxTop];
     auto pick = [](int64_t count, int64_t wanted, const auto& value, int64_t* best) {
-        int64_t found = 0;  // insertion into a short sorted list; equals keep their order
+        int64_t found = 0;  // insertion into a short sorted list; equal values keep their order
         for (int64_t i = 0; i < count; ++i) {
             if (found == wanted && !(value(i) > value(best[found - 1]))) continue;
             int64_t at = found < wanted ? found++ : found - 1;
@@ -78,12 +78,12 @@ void Unembedding::columns(int64_t unit) {
     }
 }
 
-// The largest of a unit's logits, NaN if one of them is not finite.
+// The largest logit of a unit; NaN if any of them is not finite.
 float Unembedding::most(const float* logits, int64_t column) const {
     const int64_t count = std::min(kColumns, head_.vocab_size - column);
     if (count <= 0) return -INFINITY;
     float some[kColumns];
-    if (count < kColumns) {  // the last unit
+    if (count < kColumns) {  // the last unit: filled up with one of its logits
         std::fill(std::copy_n(logits, count, some), some + kColumns, logits[0]);
         logits = some;
     }

@@ -1,4 +1,4 @@
-// What comes out of the last layer: the final norm, the unembedding, and the best tokens of a row.
+// The end of a forward pass: the final norm, the unembedding, and the best tokens of each row.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ class Unembedding {
     const float* x_;
     RowBuffer normed_;
     int64_t num_units_;
-    std::unique_ptr<float[]> best_;  // [num_rows][num_units]
+    std::unique_ptr<float[]> best_;  // [num_rows][num_units] from `most`
 };
 
 }  // namespace specserve

@@ -8,8 +8,9 @@
 
 namespace specserve {
 
-// Of a pass, the rows that are wanted when they leave the last layer: of the others it computes K and V
-// alone. Prompts want their last row, and a draft head nothing of what it only takes in.
+// The rows of a forward pass whose output of the last layer is needed. For all other rows the last
+// layer only computes K and V. A prompt needs its last row only, and the pending draft inputs of a
+// draft head need none.
 class WantedRows {
    public:
     WantedRows(const Decoder& d, const Pass& pass, const Head& head)
@@ -33,7 +34,7 @@ class WantedRows {
 
    private:
     std::vector<int64_t> rows_, place_;
-    std::vector<char> segments_;  // with a wanted row
+    std::vector<char> segments_;  // 1: has a wanted row
 };
 
 }  // namespace specserve
