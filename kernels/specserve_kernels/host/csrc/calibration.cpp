@@ -6,17 +6,18 @@ namespace specserve {
 
 namespace {
 
-constexpr int kMaxSource = 31;  // of those that are told apart
-constexpr int kSteps = 21;  // twentieths of a share, 0 and 1 included
+constexpr int kMaxSource = 31;  // larger drafter ids share one bit with it
+constexpr int kSteps = 21;  // probabilities in steps of 1/20, from 0 to 1
 
-// The node that `token` is under `parent`, or -1.
+// The child of `parent` with this token, or -1.
 int child_of(const Tree& tree, int parent, int32_t token) {
     for (int node = parent + 1; node < tree.size(); ++node)
         if (tree.parents[node] == parent && tree.tokens[node] == token) return node;
     return -1;
 }
 
-// Calls seen(node, hit) for the children of the root and of every node that was emitted.
+// Calls seen(node, hit) for the children of the root and of every emitted node; hit: the child was
+// emitted.
 template <class Seen>
 void follow(
     const int16_t* parents,
@@ -76,7 +77,7 @@ Calibration::United Calibration::united(
     Table& own = own_[id];
     const double weight = numbers_.guess_weight;
     United all{Tree(trees[0].tokens[0]), {1.0}, {0}, {0}};
-    std::vector<uint32_t> under{0};  // per node, who proposed something under it
+    std::vector<uint32_t> under{0};  // per node, drafters that proposed a child of it
     for (const TreeView& tree : trees) {
         const std::vector<Key> keys = this->keys(tree, noisy);
         std::vector<int> place(tree.size, 0);

@@ -1,5 +1,5 @@
-// How often drafted nodes come true, and the merging of trees by it: the C++ half of
-// specserve/drafting/calibration.py.
+// Observed acceptance rates of drafted nodes, and the merging of draft trees by these rates: the
+// C++ version of specserve/drafting/calibration.py.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@
 
 namespace specserve {
 
-// Observations that fade.
+// Counts of observations; both are halved whenever visits reach `memory`.
 struct Counts {
     double hits = 0.0, visits = 0.0;
 
@@ -20,7 +20,7 @@ struct Counts {
     double rate(double guess, double guess_weight) const;
 };
 
-// The numbers of calibration.py, where they are explained.
+// The constants of calibration.py, which explains them.
 struct CalibrationNumbers {
     int max_depth;
     double guess_share, guess_weight, memory, request_memory;
@@ -30,11 +30,12 @@ class Calibration {
 public:
     explicit Calibration(const CalibrationNumbers& numbers) : numbers_(numbers) {}
 
-    // One tree of several with the same root, calibrated, its best nodes; `noisy`: temperature > 0.
+    // Merges trees with the same root into one with calibrated path probabilities, pruned to the
+    // best max_nodes nodes. `noisy`: temperature > 0.
     Tree merged(
         const std::string& id, bool noisy, const std::vector<TreeView>& trees, int max_nodes);
 
-    // Count the nodes of proposals whose parents were emitted.
+    // Records the outcome: counts every proposed node whose parent was emitted.
     void settle(
         const std::string& id,
         bool noisy,
@@ -45,13 +46,14 @@ public:
 
 private:
     struct Key {
-        int source, row;  // row: depth, twentieths of the share, noise
+        int source, row;  // drafter id; index from depth, probability in 1/20 steps, `noisy`
     };
-    // By source, then by row.
+    // By drafter id, then by row.
     using Table = std::unordered_map<int, std::vector<Counts>>;
 
-    // Several trees with the same root as one, and per node: how likely it is once its parent is
-    // right, by the surest of its proposers; who they are; who proposed anything beside it.
+    // Several trees with the same root as one. Per node: the conditional acceptance probability,
+    // the largest among its proposers; the bit set of drafters that proposed it; that of drafters
+    // that proposed any child of the same parent.
     struct United {
         Tree tree;
         std::vector<double> shares;
@@ -66,7 +68,7 @@ private:
 
     CalibrationNumbers numbers_;
     Table all_;
-    // By who proposed a node and who did not, then by twentieths of the share and noise.
+    // By `present` and `proposers` of a node, then by probability in 1/20 steps and `noisy`.
     std::unordered_map<uint64_t, std::vector<Counts>> agreement_;
     std::unordered_map<int, Counts> claims_;
     std::unordered_map<std::string, Table> own_;

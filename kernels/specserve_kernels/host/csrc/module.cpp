@@ -1,4 +1,4 @@
-// What Python sees of the host kernels; `__init__.pyi` beside the module has the types.
+// The Python module `_native`; `_native.pyi` beside it declares the types.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -53,7 +53,7 @@ py::tuple build_tree(
     return fields_of(laid_out(tree));
 }
 
-// DraftTrees, and what keeps their arrays alive.
+// Views of Python DraftTrees, and references that keep their arrays alive.
 class Trees {
 public:
     explicit Trees(const py::sequence& trees) {
@@ -85,8 +85,8 @@ private:
     std::vector<TreeView> views_;
 };
 
-// The first `width` of each row's best tokens, and their logits: [rows, width] both. A token of -1
-// has the logit of token 0.
+// The first `width` of each row's best tokens, and their logits, both [rows, width]. For a token of
+// -1 the logit of token 0 is returned.
 py::tuple best_logits(const Array<int64_t>& best, const Array<float>& logits, int width) {
     if (best.ndim() != 2 || logits.ndim() != 2 || best.shape(0) != logits.shape(0) ||
         best.shape(1) < width)
@@ -103,7 +103,7 @@ py::tuple best_logits(const Array<int64_t>& best, const Array<float>& logits, in
     return py::make_tuple(tokens, picked);
 }
 
-// Per tree what is worth its rows, None if that is all of it; see tree.h.
+// Per tree the nodes worth verifying, None if these are all of its nodes; see tree.h.
 py::list worthwhile_trees(const py::sequence& trees, const std::vector<double>& seconds) {
     const Trees all(trees);
     const std::vector<int> kept = worthwhile(all.views(), seconds);
@@ -118,7 +118,7 @@ py::list worthwhile_trees(const py::sequence& trees, const std::vector<double>& 
     return result;
 }
 
-// A table of successors over a numpy array's memory.
+// A top-k table in the memory of a numpy array.
 class BoundTable {
 public:
     BoundTable(

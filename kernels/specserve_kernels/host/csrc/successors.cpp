@@ -7,11 +7,11 @@ namespace specserve {
 
 namespace {
 
-// A tag: the upper bits of a context's state, and two more.
+// A tag: the upper bits of a context's state, and two flags.
 constexpr uint64_t kNoSalt = 0;
 constexpr uint16_t kWritten = 1, kAgain = 2, kTagBits = 0xFFFC;
 
-// What identifies the contexts of 1, 2 ... tokens.
+// Hashes of the contexts of 1, 2 ... kOrders tokens.
 std::array<uint64_t, kOrders> states_of(uint64_t salt, const Context& context) {
     std::array<uint64_t, kOrders> states;
     uint64_t state = salt;
@@ -55,7 +55,7 @@ SuccessorTable::Row SuccessorTable::read(int64_t row) const {
     at += sizeof read.tag;
     for (uint32_t& token : read.tokens) {
         token = 0;
-        std::memcpy(&token, at, token_bytes_);  // little-endian, as the table is
+        std::memcpy(&token, at, token_bytes_);  // little-endian, like the table
         at += token_bytes_;
     }
     std::memcpy(read.shares, at, sizeof read.shares);
@@ -92,12 +92,12 @@ void SuccessorTable::write(
         const uint16_t tag = tag_of(states[order]);
         Row row;
         const bool known = find(states[order], row);
-        if (!known && (row.tag & kAgain)) {  // spared this once
+        if (!known && (row.tag & kAgain)) {  // its context keeps the row this once
             row.tag &= ~kAgain;
             put(index, row);
             continue;
         }
-        const bool told = known || find(without[order], row);  // else what is read weighs nothing
+        const bool told = known || find(without[order], row);  // else `row` gets weight 0
         const float news = told ? numbers_.news[order] : 1.0f;
         float said[2 * kWidth];
         uint32_t named[2 * kWidth];

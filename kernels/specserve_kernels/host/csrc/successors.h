@@ -1,5 +1,5 @@
-// The last tokens of a text -> what the target held likely next: the C++ half of
-// specserve_drafts/successors.py, whose memory it works on.
+// Top-k table: the last tokens of a text -> the most likely next tokens according to the target.
+// The C++ version of specserve_drafts/successors.py, on whose memory it works.
 #pragma once
 
 #include <array>
@@ -11,22 +11,22 @@
 namespace specserve {
 
 constexpr int kOrders = 3;  // contexts of 1 .. kOrders tokens
-constexpr int kWidth = 4;   // successors of each
+constexpr int kWidth = 4;   // next tokens per context
 
 using Context = std::array<int64_t, kOrders>;  // the last token first; -1 before the text
 
-// The numbers of successors.py, where they are explained.
+// The constants of successors.py, which explains them.
 struct SuccessorNumbers {
-    std::array<float, 256> shares;  // of a stored step
-    double steps_per_octave;
-    std::array<float, kOrders> news;
-    std::array<double, kOrders> trust;
+    std::array<float, 256> shares;  // probability of each stored step
+    double steps_per_octave;        // steps in which a probability halves
+    std::array<float, kOrders> news;    // learning rate by order
+    std::array<double, kOrders> trust;  // weight by order
 };
 
 class SuccessorTable {
 public:
     // rows: {uint16 tag, tokens[kWidth], uint8 shares[kWidth]} without padding, tokens of 2 or 4
-    // bytes; a power of two of them in `num_bytes`.
+    // bytes. `num_bytes` holds a power of two of them.
     SuccessorTable(
         uint8_t* rows, int64_t num_bytes, int token_bytes, const SuccessorNumbers& numbers)
         : rows_(rows),
@@ -35,13 +35,15 @@ public:
           num_rows_(num_bytes / row_bytes_),
           numbers_(numbers) {}
 
-    // tokens, shares: [kWidth], the best first. What is new under a salt begins with what is known
-    // without one.
+    // Updates the context's rows of all orders. tokens, shares: [kWidth], the best first, with
+    // their probabilities. A context that is new under this salt starts from the row without salt,
+    // if there is one.
     void write(
         uint64_t salt, const Context& context, const int64_t* tokens, const float* shares) const;
 
-    // A row per node of a tree. before: the tokens before the root, the latest first. best, logits:
-    // [num_nodes][kWidth]; what has no tokens or no numbers is left out.
+    // Writes the context of every node of a tree. before: the tokens before the root, the latest
+    // first. best, logits: [num_nodes][kWidth], the best next tokens and their logits; nodes with a
+    // token of -1 or a probability that is not finite are skipped.
     void learn(
         uint64_t salt,
         const std::array<int64_t, kOrders - 1>& before,
@@ -49,16 +51,16 @@ public:
         const int64_t* best,
         const float* logits) const;
 
-    // That every token surely follows those before it; without a salt.
+    // Writes for every token the next one with probability 1, without salt.
     void learn_text(const std::vector<int64_t>& tokens) const;
 
-    // The likely paths from the last token of a context. What is found under an earlier salt goes
-    // before what is found under a later one. `own`, if any, is of the text alone, without salts; it
-    // is mixed in at every length of context.
+    // A tree of the likely paths that continue a context, whose last token is the root. Of several
+    // salts the first one with a row for the context counts. `own`, if any, is the table of this
+    // text alone, without salts; it is mixed in at every order.
     Tree grow(
         const std::vector<uint64_t>& salts,
         const Context& context,
-        int num_known,  // tokens of the context that are there
+        int num_known,  // number of tokens in the context
         int max_nodes,
         double min_probability,
         uint8_t source,

@@ -18,7 +18,7 @@ std::vector<SuffixSearch::Match> SuffixSearch::matches(
             int position = log->latest(size, end);
             for (int i = 0; i < numbers_.max_matches && position > 0; ++i) {
                 const int matched = log->common(position, end, int(recent.size()));
-                if (size <= matched && matched < known) {  // longer n-grams found the others
+                if (size <= matched && matched < known) {  // longer n-grams have found the others
                     found.push_back({
                         std::pow(numbers_.longer, matched),
                         matched,
@@ -46,7 +46,7 @@ Tree SuffixSearch::tree(
         int32_t token;
         double weight = 0.0;
         int seen = 0;
-        std::vector<int> having = {};  // matches
+        std::vector<int> having = {};  // matches that contain it
     };
     std::vector<int> all(matches.size());
     std::iota(all.begin(), all.end(), 0);
@@ -60,7 +60,7 @@ Tree SuffixSearch::tree(
             while (at < branches.size() && branches[at].token != token) ++at;
             if (at == branches.size()) branches.push_back({token});
             branches[at].weight += match.weight;
-            branches[at].seen += match.length + depth;  // who comes here has matched that much more
+            branches[at].seen += match.length + depth;  // `depth` more have matched here
             branches[at].having.push_back(index);
         }
         double total = 0.0;

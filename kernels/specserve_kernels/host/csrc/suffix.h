@@ -1,5 +1,5 @@
-// What followed the last tokens wherever they occurred before: the C++ half of
-// specserve_drafts/suffix.py.
+// Suffix search: a tree of the tokens that followed earlier occurrences of the last tokens. The C++
+// version of specserve_drafts/suffix_search.py.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace specserve {
 
-// The numbers of suffix.py, where they are explained.
+// The constants of suffix_search.py, which explains them.
 struct SuffixNumbers {
     std::vector<int> sizes;
     int max_matches, enough;
@@ -21,7 +21,7 @@ class SuffixSearch {
 public:
     explicit SuffixSearch(const SuffixNumbers& numbers) : numbers_(numbers) {}
 
-    // `recent`: the text's last tokens, as many as may match.
+    // `recent`: the last tokens of the text, as many as a match may have; the last one is the root.
     Tree tree(
         const std::vector<const TokenLog*>& logs,
         const std::vector<int32_t>& recent,

@@ -45,7 +45,7 @@ int TokenLog::earlier(int size, int position) const { return chain(size).earlier
 
 int TokenLog::common(int position, const int32_t* end, int most) const {
     int length = 0;
-    // The text begins with no token, so this ends there at the latest.
+    // The text begins with kEnd, which equals no token, so the loop ends there at the latest.
     while (length < most && text_[position - 1 - length] == end[-1 - length]) ++length;
     return length;
 }

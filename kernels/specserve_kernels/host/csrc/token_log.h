@@ -1,4 +1,4 @@
-// Text that only grows, and where each of its n-grams occurred: the C++ half of
+// An append-only text with an index of the positions of its n-grams: the C++ version of
 // specserve_drafts/token_log.py.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace specserve {
 
-constexpr int32_t kEnd = -1;  // closes a text in a log of several; no token
+constexpr int32_t kEnd = -1;  // ends each text in a log of several; not a token
 
 class TokenLog {
 public:
@@ -16,33 +16,34 @@ public:
     int size() const { return int(text_.size()) - 1; }
     void extend(const std::vector<int32_t>& tokens);
 
-    // The position after the latest occurrence that something follows of the n-gram that ends
-    // before `end`, and after the one before it; 0: none. `size`: one of the log's.
+    // Occurrences of an n-gram with `size` tokens, one of the log's sizes, that are followed by a
+    // token. `latest`: the position after the latest occurrence of the n-gram that ends before
+    // `end`. `earlier`: the position after the occurrence before the one at `position`. 0: none.
     int latest(int size, const int32_t* end) const;
     int earlier(int size, int position) const;
 
-    // How many tokens before `position` are the same as before `end`, of the `most` there.
+    // The number of tokens before `position` that equal those before `end`, at most `most`.
     int common(int position, const int32_t* end, int most) const;
 
-    // The text from `position`; where it ends it goes on with what has just been read.
+    // `length` tokens from `position`; past the end of the text what was read is repeated.
     std::vector<int32_t> follow(int position, int length) const;
 
 private:
-    // Where the n-grams of one size occurred: a hash table of latest positions, told apart by the
-    // text itself, and per position the one before it.
+    // The positions of the n-grams of one size: a hash table of the latest positions, whose keys
+    // are read from the text, and for every position the one before it with the same n-gram.
     struct Chain {
         int size;
-        std::vector<int32_t> latest;  // 0: free; a power of two of them, at most half of them taken
+        std::vector<int32_t> latest;  // 0: free; the size is a power of two; at most half is used
         std::vector<int32_t> earlier;
         int num_taken = 0;
     };
 
     const Chain& chain(int size) const;
-    // The place of the n-gram that ends before `end`: its own or the free one that it may take.
+    // The table entry of the n-gram that ends before `end`, or the free entry where it belongs.
     int32_t& find(Chain& chain, const int32_t* end) const;
     void grow(Chain& chain) const;
 
-    std::vector<int32_t> text_;  // begins with kEnd: no match starts before it
+    std::vector<int32_t> text_;  // begins with kEnd, so no match extends before it
     std::vector<Chain> chains_;
 };
 

@@ -25,7 +25,7 @@ void validate(const TreeView& tree, int vocab_size, int max_nodes) {
     for (int node = 1; node < tree.size; ++node) {
         const int parent = tree.parents[node];
         if (parent < 0 || parent >= node) refuse("a node's parent must come before it");
-        // Written so that a score that is no number fails.
+        // Written so that a NaN score fails.
         if (!(0.0f <= tree.scores[node] && tree.scores[node] <= tree.scores[parent]))
             refuse("a path score must be in [0, its parent's score]");
     }

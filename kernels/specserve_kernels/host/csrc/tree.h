@@ -1,4 +1,5 @@
-// Draft trees on the host: the C++ half of specserve/tree.py, whose functions are its twins.
+// Draft trees on the host: C++ versions of functions of specserve/tree.py,
+// specserve/schedule/selection.py (`worthwhile`) and specserve_drafts/best_first.py.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +12,7 @@ namespace specserve {
 
 constexpr int kMaxNodes = 64;
 
-// Node 0 is the root; every node comes after its parent. Scores are those of whole paths.
+// Node 0 is the root; parents precede their children. A score is the path probability of a node.
 struct Tree {
     std::vector<int32_t> tokens;
     std::vector<int16_t> parents;
@@ -30,7 +31,7 @@ struct Tree {
     }
 };
 
-// A tree as somebody else keeps it.
+// A view of a tree in memory that it does not own.
 struct TreeView {
     int size;
     const int32_t* tokens;
@@ -38,31 +39,34 @@ struct TreeView {
     const float* scores;
     const uint8_t* sources;
 
+    // The conditional acceptance probability of a node, given its parent; not of the root.
     double share(int node) const {
         const double above = scores[parents[node]];
         return above > 0.0 ? scores[node] / above : 0.0;
     }
 };
 
-// Throws std::invalid_argument unless this is a tree that a verifier may walk.
+// Throws std::invalid_argument unless the verifier can walk this tree.
 void validate(const TreeView& tree, int vocab_size, int max_nodes);
 
-// The most likely chain first: depth first, children by falling score, which the parent's caps.
+// Orders nodes depth first, children by descending score; caps scores at the parent's score.
 Tree laid_out(const Tree& tree);
 
-// The best nodes by path score, root included, laid out.
+// The best nodes by path probability, root included, in the order of `laid_out`.
 Tree pruned(const Tree& tree, int max_nodes);
 Tree pruned(const TreeView& tree, int max_nodes);
 
-// How many of the drafted nodes of some trees, the likeliest first, give the most tokens per second:
-// seconds[n] is what a pass with n of them takes. Per tree the number of nodes that stay, its root
+// Selects the nodes worth verifying: of all drafted nodes of the trees, by descending path
+// probability, the number that gives the most expected tokens per second, where a forward pass with
+// n drafted nodes takes seconds[n]. Returns per tree the number of nodes to keep, its root
 // included.
 std::vector<int> worthwhile(
     const std::vector<TreeView>& trees, const std::vector<double>& seconds);
 
-// Grows a tree by the most likely paths. `expand(payload, depth, add)` calls `add(token, share,
-// payload)` for what may follow a node; paths less likely than `floor` are left out. Of two that
-// are equally likely the one that was found first goes first.
+// Expands a tree best-first by path probability. `expand(payload, depth, add)` calls `add(token,
+// share, payload)` for each candidate child of a node, with its conditional acceptance probability.
+// Paths less likely than `floor` are dropped; of equally likely ones the one found first comes
+// first.
 template <class Payload, class Expand>
 Tree grow_best_first(
     int32_t root, Payload payload, int max_nodes, double floor, uint8_t source, Expand&& expand) {
