@@ -226,7 +226,8 @@ LINEAR_CASES = tuple(
     for num_outputs, num_inputs in ((16, 32), (1, 64), (100, 96), (960, 576), (49, 1536))
 )
 
-# (src, dst) moves of `kv_commit`: compacted paths, two sequences, later reused sources.
+# (src, dst) moves of `kv_commit`: compacted paths, also of two sequences. Some destinations are
+# sources of earlier moves.
 COMMIT_MOVES: tuple[tuple[tuple[int, int], ...], ...] = (
     (),
     ((5, 3),),

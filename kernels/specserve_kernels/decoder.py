@@ -61,7 +61,7 @@ class DecoderWeights:
     # token's embedding, normalized by `attention_norm`, concatenated with its row of
     # `DecoderPass.rows`, normalized by `row_norm`.
     row_norm: Tensor | None = None  # [hidden_size] float32
-    normed_residual: bool = False  # the residual stream starts as the row after `row_norm`
+    normed_residual: bool = False  # the residual stream starts as the normalized row
 
     @property
     def hidden_size(self) -> int:
@@ -96,7 +96,7 @@ class DecoderPass:
     kv: Tensor  # [num_layers, 2, num_slots, num_kv_heads, head_dim], written in place
     logit_rows: Tensor  # [num_logit_rows] int64
     num_top: int = 0  # best tokens to return per logit row
-    # Auxiliary hidden states to return: i is the input of layer i, num_layers the last output.
+    # Auxiliary hidden states to return. i: input of layer i; num_layers: output of the last layer.
     taps: tuple[int, ...] = ()
     rows: Tensor | None = None  # [num_rows, hidden_size] float32, for a draft head only
 

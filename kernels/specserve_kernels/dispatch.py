@@ -26,7 +26,7 @@ def select_kernels(device: torch.device) -> Kernels:
 
 
 def native_host() -> Any:
-    """The compiled module `specserve_kernels.host._native`; None: use the Python versions."""
+    """The compiled module `host._native`; None if it is not built or the backend is `torch`."""
     if os.environ.get(VARIABLE) == "torch":
         return None
     try:

@@ -1,4 +1,4 @@
-"""Kernels of a draft head over the target's layers (EAGLE-3, Li et al. 2025), quantized weights.
+"""Kernels of a draft head with quantized weights (EAGLE-3, Li et al. 2025).
 
 Defines their inputs and outputs; `torch_ref.draft_head` defines what they compute, and
 `specserve_drafts.growth` how trees are expanded. Knows no checkpoint and no sequences. The draft

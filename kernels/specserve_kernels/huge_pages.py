@@ -16,7 +16,7 @@ PAGE: Final = 2 * 2**20  # bytes; Linux's huge page on x86-64, and on arm64 with
 
 
 def zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Like torch.zeros; from one huge page up, memory is allocated page by page at first write."""
+    """Like torch.zeros, but in huge pages unless smaller than one; allocated at first write."""
     num_bytes = prod(size) * dtype.itemsize
     if num_bytes < PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=dtype)

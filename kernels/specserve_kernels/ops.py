@@ -60,12 +60,12 @@ class Kernels(Protocol):
 
     @property
     def packed_decoder(self) -> "Callable[[DecoderWeights], PackedDecoder] | None":
-        """Builds a decoder from quantized weights; None: the backend has no such kernel."""
+        """A function that makes a decoder from quantized weights; None: no such kernel."""
         ...
 
     @property
     def packed_draft_head(self) -> "Callable[[DraftHeadWeights], PackedDraftHead] | None":
-        """Builds a draft head from quantized weights; None exactly if `packed_decoder` is."""
+        """The same for a draft head; a backend has both functions or neither."""
         ...
 
     def plan_attention(self, segments: Segments, num_kv_heads: int, group_size: int) -> Plan:

@@ -9,7 +9,7 @@ minimum are float16, one of each per group:
     int8  544 bytes a tile: scale[16], then [8][16][4] int8; byte [c][n][i] is input 4c + i
 
 A panel is all tiles of the same 16 outputs, in the order of their inputs; one core reads it
-sequentially. Outputs that the last panel has too many are zero.
+sequentially. The last panel is padded with zeros.
 """
 
 from dataclasses import dataclass

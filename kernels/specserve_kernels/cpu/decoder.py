@@ -130,7 +130,7 @@ class CpuDecoder:
         self._library = library
         self._weights = weights
         self._kept: list[Tensor] = []  # keeps alive what the structures point to
-        # Created once: right after a forward pass the CPU caches are cold and torch calls slow.
+        # Created once: right after a forward pass the CPU caches are cold and torch calls are slow.
         self._cache: CacheView | None = None
         self._taps: dict[tuple[int, ...], Tensor] = {}
         self._residual = torch.empty(0, weights.hidden_size)

@@ -50,7 +50,7 @@ class TorchDraftHead:
 
 
 def normed_taps(norms: Sequence[Tensor], taps: Tensor, eps: float) -> Tensor:
-    """Normalize auxiliary hidden states [n, inputs of fc] by parts; same shape back."""
+    """Normalize auxiliary hidden states [n, inputs of fc] one part per norm; same shape back."""
     if not norms:
         return taps
     parts = zip(norms, taps.chunk(len(norms), dim=-1), strict=True)

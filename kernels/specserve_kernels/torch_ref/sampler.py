@@ -57,7 +57,7 @@ def apply_penalties(
     frequency: Tensor,
     presence: Tensor,
 ) -> Tensor:
-    """A new tensor of penalised logits; see `Kernels.apply_penalties`."""
+    """A new tensor of penalized logits; see `Kernels.apply_penalties`."""
     factor = repetition[:, None]
     emitted = counts > 0
     repeated = torch.where(logits > 0, logits / factor, logits * factor)

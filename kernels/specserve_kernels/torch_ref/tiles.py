@@ -221,7 +221,7 @@ class AttentionPlan:
 
 
 def _bucket(num_rows: Ints) -> Ints:
-    """Round up to one of few multiples of 8: with fewer rows matmul bits depend on the count."""
+    """Round up to one of few multiples of 8; below 8 rows a matmul's bits depend on the number."""
     step = np.maximum(8, np.exp2(np.ceil(np.log2(num_rows)) - 2).astype(np.int64))
     padded: Ints = -(-num_rows // step) * step
     return padded

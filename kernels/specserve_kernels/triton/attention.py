@@ -17,7 +17,7 @@ from torch import Tensor
 from specserve_kernels.ops import Plan, Segments
 from specserve_kernels.triton.attention_kernels import attend_split, merge_splits
 
-MAX_BLOCK_M = 64  # rows of a tile, unless a KV head has more query heads
+MAX_BLOCK_M = 64  # rows of a tile, unless one KV head has more query heads
 MERGE_LANES = 16  # rows per program of the merge kernel
 # Context slots per split, by the rows of its tile. The partial result that a split writes grows
 # with the rows, so larger tiles have longer splits.
@@ -42,7 +42,7 @@ class DevicePlan:
     launches: tuple[Launch, ...]
     segments: Tensor  # [num_segments, 4] int32: first row, rows, context length, first node
     tables: Tensor  # [num_segments, max_blocks] int32
-    words: Tensor  # [num_rows] int64
+    words: Tensor  # [num_rows] int64 ancestor words
 
 
 class AttentionPlan:

@@ -61,7 +61,7 @@ def apply_penalties(
     frequency: Tensor,
     presence: Tensor,
 ) -> Tensor:
-    """A new tensor of penalised logits; see `Kernels.apply_penalties`."""
+    """A new tensor of penalized logits; see `Kernels.apply_penalties`."""
     num_rows, vocab_size = logits.shape
     inputs = [tensor.contiguous() for tensor in (logits, prompt_mask, counts)]
     out = torch.empty((num_rows, vocab_size), dtype=torch.float32, device=logits.device)

@@ -31,7 +31,7 @@ constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kMaxSegmentRows = 64;
 constexpr int64_t kMaxHeads = 32;     // query heads per KV head
 constexpr int64_t kMaxUnitRows = 16;  // rows of a segment that a thread processes together
-constexpr int64_t kSplit = 128;       // positions per split, at absolute multiples
+constexpr int64_t kSplit = 128;       // positions of a split, which begins at a multiple of this
 
 // Attention of rows first_row .. last_row - 1 of a segment, at most kMaxUnitRows, for one KV head.
 // q: this head's queries, all rows of the forward pass, `stride` floats apart. K and V:

@@ -19,7 +19,7 @@ namespace specserve {
 namespace {
 
 constexpr int64_t kUnitsPerThread = 4;  // with fewer, threads share attention by splits
-// Upper bounds of the `share` calls: per layer, and besides (start, end, two moves of wanted rows).
+// Upper bounds of the `share` calls: per layer, and for start, end and two moves of wanted rows.
 constexpr int64_t kPhasesPerLayer = 9, kMorePhases = 4;
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {

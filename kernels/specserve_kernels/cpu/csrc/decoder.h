@@ -41,7 +41,7 @@ struct Decoder {
     // token's embedding, normalized by attention_norm, concatenated with its row of `Pass::rows`,
     // normalized by row_norm.
     const float* row_norm;    // [hidden_size]
-    int64_t normed_residual;  // the residual stream starts as the row after row_norm
+    int64_t normed_residual;  // 1: the residual stream starts as the normalized row, 0: as the row
 };
 
 struct Pass {

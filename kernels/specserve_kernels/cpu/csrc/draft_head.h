@@ -9,7 +9,8 @@
 
 namespace specserve {
 
-// draft_head.py fills all structs of this file, field by field; it explains draft inputs.
+// cpu/draft_head.py fills all structs of this file, field by field; the terms are explained in
+// specserve_kernels/draft_head.py.
 struct DraftHead {
     const Decoder* decoder;  // row_norm is set
     Linear fc;               // auxiliary hidden states -> rows

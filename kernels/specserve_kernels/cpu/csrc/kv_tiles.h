@@ -113,8 +113,8 @@ class Values {
         }
     }
 
-    // out [kQueries][dim] += weights [kQueries][kSplit] times the values of positions first .. last
-    // - 1, in order.
+    // Adds the values of positions first .. last - 1, in order, times weights [kQueries][kSplit] to
+    // out [kQueries][dim].
     template <int kQueries>
     void add(const FactorOf<Element>* weights, int first, int last, float* out) const {
         constexpr int kVectors = kVectorsFor<kQueries>;

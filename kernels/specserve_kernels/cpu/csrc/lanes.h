@@ -19,8 +19,8 @@
 
 namespace specserve {
 
-// Returns p, but hides its value from the compiler, which otherwise loads early what is used again
-// later and has no registers left to keep it in.
+// Returns p, but hides from the compiler that it is the same address. Otherwise the compiler loads
+// values early that are used several times, and has no registers to keep them in.
 template <typename T>
 inline const T* afresh(const T* p) {
     asm volatile("" : "+r"(p));

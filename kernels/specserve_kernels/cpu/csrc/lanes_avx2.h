@@ -11,7 +11,7 @@ namespace specserve {
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 constexpr int kLanes = 8;
-constexpr int kQueriesTogether = 4, kVectorsTogether = 2;  // whose sums fit the registers
+constexpr int kQueriesTogether = 4, kVectorsTogether = 2;  // tiles whose sums fit the registers
 
 struct Ints {
     __m256i v;

@@ -11,7 +11,7 @@ namespace specserve {
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 constexpr int kLanes = 16;
-constexpr int kQueriesTogether = 6, kVectorsTogether = 4;  // whose sums fit the registers
+constexpr int kQueriesTogether = 6, kVectorsTogether = 4;  // tiles whose sums fit the registers
 
 struct Ints {
     __m512i v;

@@ -10,8 +10,7 @@ namespace {
 
 constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
 constexpr int kRowsInCache = 5 * kRowsTogether;  // rows that all panels are multiplied with in turn
-// Prefetch distance in bytes, measured in benchmarks/LOG.md. Hardware prefetching ends at each
-// page.
+// Prefetch distance in bytes (measured: benchmarks/LOG.md). Hardware prefetch stops at page ends.
 constexpr int64_t kAhead = 4096;
 
 inline int32_t four(const int8_t* p) {

@@ -13,8 +13,8 @@ struct Key {  // of the noise of one row
 // noise [count] of the given tokens; fastest if they are consecutive.
 void gumbel_noise(const Key& key, const int64_t* tokens, int64_t count, float* noise);
 
-// -log(u) of the given tokens in float32 arithmetic, where the noise is -log(-log(u)); so exp(x +
-// noise) = exp(x) / value. Fastest if the tokens ascend.
+// values [count]: -log(u) of the given tokens in float32 arithmetic. The noise is -log of it, so
+// that exp(noise) = 1 / value. Fastest if the tokens ascend.
 void exponentials(const Key& key, const int64_t* tokens, int64_t count, float* values);
 
 // The token with the largest logit + noise, the lowest id among equals; `gumbel_argmax` in ops.py.

@@ -1,7 +1,7 @@
 // The threads of one parallel region, synchronized by phases: they share the work of a phase and
 // enter the next phase when all of it is done. A thread waits only for work that another thread has
-// begun, not for threads without work: on a busy machine a thread may not be scheduled for
-// milliseconds, and a forward pass has hundreds of phases.
+// begun, never for a thread that has begun none: on a busy machine a thread may not be scheduled
+// for milliseconds, and a forward pass has hundreds of phases.
 #pragma once
 
 #include <omp.h>

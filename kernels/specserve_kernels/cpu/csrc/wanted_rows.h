@@ -28,8 +28,8 @@ class WantedRows {
     }
 
     int64_t num_rows() const { return int64_t(rows_.size()); }
-    int64_t row(int64_t place) const { return rows_[place]; }
-    int64_t place(int64_t row) const { return place_[row]; }  // -1: not wanted
+    int64_t row(int64_t place) const { return rows_[place]; }  // of the wanted ones
+    int64_t place(int64_t row) const { return place_[row]; }  // among those; -1: not wanted
     bool has_segment(int64_t segment) const { return segments_[segment]; }
 
    private:

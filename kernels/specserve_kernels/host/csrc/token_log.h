@@ -16,9 +16,10 @@ public:
     int size() const { return int(text_.size()) - 1; }
     void extend(const std::vector<int32_t>& tokens);
 
-    // Occurrences of an n-gram with `size` tokens, one of the log's sizes, that are followed by a
-    // token. `latest`: the position after the latest occurrence of the n-gram that ends before
-    // `end`. `earlier`: the position after the occurrence before the one at `position`. 0: none.
+    // Iterate over the occurrences of an n-gram that are followed by a token, latest first; `size`
+    // is one of the log's sizes. Both return the position after an occurrence, 0 if there is none.
+    // `latest`: the last occurrence of the n-gram that ends before `end`. `earlier`: the occurrence
+    // before the one that ends before `position`.
     int latest(int size, const int32_t* end) const;
     int earlier(int size, int position) const;
 

@@ -39,7 +39,7 @@ struct TreeView {
     const float* scores;
     const uint8_t* sources;
 
-    // The conditional acceptance probability of a node, given its parent; not of the root.
+    // The conditional acceptance probability of a node, given its parent; `node` is not the root.
     double share(int node) const {
         const double above = scores[parents[node]];
         return above > 0.0 ? scores[node] / above : 0.0;
