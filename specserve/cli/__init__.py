@@ -1,4 +1,7 @@
-"""The command line. Every command is a thin caller of what the packages below offer."""
+"""The command line. It holds no logic of its own: commands call the packages below.
+
+The module of a command has a function `run(args)` that returns the exit code.
+"""
 
 from specserve.cli.main import main
 

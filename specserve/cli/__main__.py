@@ -1,4 +1,4 @@
-"""`python -m specserve.cli`."""
+"""The entry point of `python -m specserve.cli`."""
 
 import sys
 

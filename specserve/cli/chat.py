@@ -1,4 +1,4 @@
-"""`specserve chat`: talk to a server, on a terminal or line by line through pipes."""
+"""`specserve chat`: a chat with a server, on a terminal or with one prompt per input line."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ DEFAULT_KEY_VARIABLE: Final = "SPECSERVE_API_KEY"
 def run(args: argparse.Namespace) -> int:
     key = _api_key(args.api_key_env)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    # Who sits at a terminal is told of a failure at once, and has /retry.
+    # On a terminal a failure is shown at once instead of retried: the user has /retry.
     with Client(args.url, api_key=key, max_retries=0 if terminal else 2) as client:
         try:
             return _on_terminal(client, args) if terminal else _through_pipes(client, args)
@@ -44,18 +44,18 @@ def _on_terminal(client: Client, args: argparse.Namespace) -> int:
     report = client.speculation() if args.show_speculation else None
     screen = TerminalScreen(Console(), report)
     conversation = Conversation(client, screen, _options(args, report is not None), args.system)
-    with suppress(ImportError):  # input() edits lines and remembers them if this is loaded
+    with suppress(ImportError):  # once loaded, input() has line editing and a history
         import_module("readline")
     screen.note(f"{name} at {client.url}; /help lists what else you can do")
     screen.legend()
     while True:
-        with suppress(KeyboardInterrupt):  # however often it is pressed
+        with suppress(KeyboardInterrupt):  # from a Ctrl-C outside of the `try` blocks in `_turn`
             if not _turn(conversation, screen, args.api_key_env):
                 return 0
 
 
 def _turn(conversation: Conversation, screen: TerminalScreen, key_variable: str) -> bool:
-    """One line and what comes of it. False: the user left."""
+    """Read one line and run it. Returns False if the user leaves."""
     try:
         line = input("> ")
     except EOFError:
@@ -76,8 +76,8 @@ def _turn(conversation: Conversation, screen: TerminalScreen, key_variable: str)
 
 
 def _through_pipes(client: Client, args: argparse.Namespace) -> int:
-    """One prompt per line; exit code 1 if any of them failed."""
-    client.models()  # says what is wrong before anything is read
+    """Run stdin line by line. Returns the exit code: 1 if any line failed."""
+    client.models()  # fails before any input is read if the server cannot be used
     screen = PlainScreen()
     conversation = Conversation(client, screen, _options(args, False), args.system)
     status = 0
@@ -93,7 +93,7 @@ def _through_pipes(client: Client, args: argparse.Namespace) -> int:
 
 
 def explain(error: SpecserveError, key_variable: str) -> str:
-    """What went wrong, and what to do about it if that is known."""
+    """The error message, followed by a remedy if one is known."""
     if isinstance(error, ConnectionFailed):
         return f"{error}; start a server with `specserve serve` or `make serve`"
     if isinstance(error, AuthenticationError):
@@ -105,7 +105,7 @@ def explain(error: SpecserveError, key_variable: str) -> str:
 
 
 def _options(args: argparse.Namespace, tokens: bool) -> Options:
-    """`tokens`: the answer has to say which bytes are which token's."""
+    """The options of a request. `tokens`: request logprobs, which give the bytes of each token."""
     options = given(args, SamplingParams) | {"model": args.model}
     return cast(Options, options | ({"logprobs": 0} if tokens else {}))
 

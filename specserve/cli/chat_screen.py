@@ -1,4 +1,4 @@
-"""Where a chat appears: a terminal, or whatever plain text is piped to."""
+"""The output of a chat: on a terminal, or as plain text."""
 
 import sys
 from collections import deque
@@ -13,7 +13,7 @@ from specserve.client import Delta, SpeculationReport
 
 _STYLES: Final = ("green", "cyan", "magenta", "yellow", "blue")
 _PREDICTION_STYLE: Final = "bright_green"
-# A model's text must not be able to command the terminal: control characters lose their meaning.
+# Replaces control characters, so that a model's text cannot send commands to the terminal.
 _CONTROLS: Final = {
     code: "" if chr(code) == "\r" else "\ufffd"
     for code in (*range(0x20), *range(0x7F, 0xA0))
@@ -22,23 +22,23 @@ _CONTROLS: Final = {
 
 
 class Screen(Protocol):
-    """What a chat needs to show."""
+    """The output interface of a chat."""
 
     def show(self, delta: Delta) -> None:
-        """A piece of the answer."""
+        """Show the next part of the answer."""
 
     def end_answer(self) -> None:
-        """The answer is over, complete or not."""
+        """End the answer, complete or not."""
 
     def note(self, text: str) -> None:
-        """Something about the chat itself."""
+        """Show a message about the chat itself."""
 
     def error(self, text: str) -> None:
-        """What went wrong, on one line."""
+        """Show an error on one line."""
 
 
 class PlainScreen:
-    """Answers on stdout as they are, everything else on stderr."""
+    """Writes answers to stdout unchanged, everything else to stderr."""
 
     def show(self, delta: Delta) -> None:
         print(delta.text, end="", flush=True)
@@ -54,7 +54,10 @@ class PlainScreen:
 
 
 class TerminalScreen:
-    """`report` None: one colour for all; else each drafter's tokens have a colour of their own."""
+    """Writes to a terminal. With a `report`, drafted tokens are coloured by drafter id.
+
+    The deltas must then hold logprobs, which give the bytes of each token.
+    """
 
     def __init__(self, console: Console, report: SpeculationReport | None = None) -> None:
         self._console = console
@@ -77,7 +80,7 @@ class TerminalScreen:
         self._write(f"error: {_one_line(text)}\n", "red")
 
     def legend(self) -> None:
-        """Which colour is whose."""
+        """Show the colour of each drafter, if tokens are coloured."""
         if self._report is not None:
             self._write("tokens by source: target")
             for source, name in enumerate(self._report.drafters, start=1):
@@ -99,16 +102,18 @@ class TerminalScreen:
 
 
 class SourceRuns:
-    """Cuts text into runs of one source each, by the bytes of the tokens that made it.
+    """Splits streamed text into runs of characters with the same drafter id.
 
-    Text lags behind its tokens, so tokens wait here for theirs.
+    A character belongs to the token that holds its first byte. Text may arrive later than its
+    tokens, so the lengths of tokens are queued until their text arrives.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[int, int]] = deque()  # (bytes, source)
-        self._spent = 0  # bytes of the first one that have been shown
+        self._waiting: deque[tuple[int, int]] = deque()  # (number of bytes, drafter id)
+        self._spent = 0  # bytes of the first waiting token that have been shown
 
     def feed(self, delta: Delta) -> Iterator[tuple[str, int]]:
+        """Yields the (text, drafter id) of each run in the text of `delta`."""
         for logprob, source in zip(delta.logprobs, delta.sources, strict=False):
             raw = logprob.token.encode() if logprob.raw is None else logprob.raw
             self._waiting.append((len(raw), source))
@@ -117,7 +122,7 @@ class SourceRuns:
             yield "".join(char for char, _ in run), source
 
     def _source_of(self, char: str) -> int:
-        """The source of the token in which the next character begins."""
+        """The drafter id of the next character, `char`; 0 if its token is unknown."""
         while self._waiting and self._spent >= self._waiting[0][0]:
             self._spent -= self._waiting.popleft()[0]
         self._spent += len(char.encode())

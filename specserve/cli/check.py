@@ -1,4 +1,4 @@
-"""One thing that `specserve doctor` looked at."""
+"""The result of one check of `specserve doctor`."""
 
 from typing import Literal
 
@@ -6,7 +6,10 @@ from msgspec import Struct
 
 
 class Check(Struct, frozen=True, omit_defaults=True):
-    """`note`: worth knowing, all works without. `broken`: it will not work until fixed."""
+    """A finding and its `fix`, if one is known.
+
+    `status` "note": something optional is missing. "broken": specserve fails until this is fixed.
+    """
 
     section: str
     name: str

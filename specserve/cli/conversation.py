@@ -1,6 +1,6 @@
-"""A conversation with a server: what has been said, and the commands that change it.
+"""A conversation with a server: its history and the commands that change it.
 
-Knows no terminal: it is handed lines and a screen.
+It takes input as lines and writes to a `Screen`; it does not know the terminal.
 """
 
 from collections import Counter
@@ -20,11 +20,11 @@ A line that starts with a space is text, whatever follows. Ctrl-C stops an answe
 
 
 class Left(Exception):
-    """The user asked to leave."""
+    """Raised by the commands /exit and /quit."""
 
 
 class Conversation:
-    """Each prompt is sent with everything said before it."""
+    """The state of a chat. Each prompt is sent together with all earlier turns."""
 
     def __init__(
         self, client: Client, screen: Screen, options: Options, system: str | None
@@ -35,13 +35,13 @@ class Conversation:
         self._system = system
         self._turns: list[tuple[str, str]] = []  # (prompt, answer)
         self._asked: str | None = None
-        self._answered = False  # whether the last turn belongs to `_asked`
+        self._answered = False  # whether the last turn is that of `_asked`
         self._last: Completion | None = None
 
     def enter(self, line: str) -> None:
-        """A prompt or a command. Raises SpecserveError, Left and KeyboardInterrupt.
+        """Send a prompt or run a command. Raises SpecserveError, Left and KeyboardInterrupt.
 
-        What was shown of an answer that broke off or was stopped counts as said.
+        If an answer fails or is interrupted, the text shown so far is kept as the answer.
         """
         if not line.startswith("/"):
             if line.strip():
@@ -100,7 +100,7 @@ class Conversation:
             return
         try:
             report = self._client.speculation()
-        except SpecserveError:  # an older server, or another one: the names are missing
+        except SpecserveError:  # another server without this route: drafters have no names
             report = SpeculationReport(())
         self._screen.note(describe(self._last, report))
 
@@ -123,7 +123,7 @@ _COMMANDS: Final[dict[str, Callable[[Conversation, str], None]]] = {
 
 
 def describe(answer: Completion, report: SpeculationReport) -> str:
-    """How fast an answer came and who proposed its tokens, as far as the server told."""
+    """Speed, acceptance and tokens per drafter of an answer, as far as the server reports them."""
     stats, speculation = answer.stats, answer.stats.speculative_decoding
     said = [f"{answer.usage.completion_tokens} tokens"]
     if stats.tokens_per_second is not None:

@@ -1,7 +1,7 @@
-"""`specserve convert`: the pickled weights of an old draft checkpoint as safetensors.
+"""`specserve convert`: converts the pickled weights of a draft checkpoint to safetensors.
 
-A pickle is a program. It is opened by `convert_child` alone, in a process with limits; nothing else
-of specserve ever reads one.
+Loading a pickle can run code. Only `convert_child` loads pickles, in a separate process with limits
+on memory and time.
 """
 
 import argparse
@@ -12,15 +12,15 @@ import sys
 from pathlib import Path
 from typing import Final
 
-_NAMES: Final = ("pytorch_model.bin", "medusa_lm_head.pt")  # EAGLE-1 to 3, Medusa
+_NAMES: Final = ("pytorch_model.bin", "medusa_lm_head.pt")  # of EAGLE-1 to 3 and of Medusa
 _SUFFIXES: Final = (".bin", ".pt", ".pth")
 _CHILD: Final = Path(__file__).with_name("convert_child.py")
-_SPARE_MEMORY: Final = 2**30  # bytes beside those for the file: reading, a copy, writing
+_SPARE_MEMORY: Final = 2**30  # bytes in addition to 4 times the file's size
 _TIME_LIMIT: Final = 600.0  # seconds
 
 
 class ConvertError(ValueError):
-    """A checkpoint that cannot be converted; the message says why and what to do."""
+    """The checkpoint cannot be converted. The message gives the reason and the fix."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,9 +30,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def convert(source: Path, out: Path, *, time_limit: float = _TIME_LIMIT) -> None:
-    """Make the directory `out`, with model.safetensors and the config.json beside the weights.
+    """Create the directory `out` with model.safetensors and a copy of config.json.
 
-    `source` is the weights file or its directory. Raises ConvertError and leaves nothing.
+    `source` is a weights file with a config.json in the same directory, or that directory.
+    `time_limit` is in seconds. Raises ConvertError; then no files are left behind.
     """
     weights = _find(source)
     config = weights.parent / "config.json"
@@ -48,7 +49,7 @@ def convert(source: Path, out: Path, *, time_limit: float = _TIME_LIMIT) -> None
         copy = Path(shutil.copyfile(config, partial / "config.json"))
         converted = partial / "model.safetensors"
         _convert_weights(weights, converted, time_limit)
-        converted.chmod(copy.stat().st_mode)  # safetensors keeps others out
+        converted.chmod(copy.stat().st_mode)  # the mode of safetensors' files is 0600
         partial.rename(out)
     except OSError as error:
         raise ConvertError(f"convert: {out} cannot be written ({error.strerror})") from error
@@ -57,7 +58,7 @@ def convert(source: Path, out: Path, *, time_limit: float = _TIME_LIMIT) -> None
 
 
 def _find(source: Path) -> Path:
-    """The weights file that is meant."""
+    """The weights file of `source`. In a directory, one with a usual name has precedence."""
     if source.is_file():
         if source.suffix not in _SUFFIXES:
             raise ConvertError(
@@ -82,8 +83,8 @@ def _find(source: Path) -> Path:
 
 
 def _convert_weights(weights: Path, out: Path, time_limit: float) -> None:
-    """`weights` as the safetensors file `out`."""
-    memory = 4 * weights.stat().st_size + _SPARE_MEMORY
+    """Run `convert_child`, which writes `weights` to the safetensors file `out`."""
+    memory = 4 * weights.stat().st_size + _SPARE_MEMORY  # for reading, a copy and writing
     command = [sys.executable, "-P", str(_CHILD), str(weights.resolve()), str(out.resolve())]
     command += [str(memory), str(int(time_limit) + 1)]
     try:

@@ -1,9 +1,10 @@
-"""The only place that opens a pickle: a state dict in, safetensors out, in a process of its own.
+"""The only code that loads pickles: converts a state dict to safetensors in a separate process.
 
-`specserve convert` runs this file as `python -P FILE SOURCE OUT MEMORY SECONDS`: nothing of ours is
-imported. With weights_only torch's own unpickler calls nothing but what makes tensors (since torch
-2.6; before, CVE-2025-32434). It is limited in memory and time all the same, for a small file can
-ask for a lot of both. What is wrong with the file goes to stdout, with exit status 1.
+`specserve convert` runs this file as `python -P FILE SOURCE OUT MEMORY SECONDS`; it imports nothing
+of specserve. With weights_only, torch's unpickler calls only functions that build tensors (since
+torch 2.6; earlier versions have CVE-2025-32434). Memory and time are limited because a small file
+can require a lot of both. If the file is refused, the reason is printed to stdout and the exit
+status is 1.
 """
 
 import re
@@ -16,32 +17,35 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-_DTYPES: Final = (  # what a draft may have
+_DTYPES: Final = (  # dtypes that the tensors of a draft may have
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.bool),
 )
-_MOST_NAMES: Final = 5  # of a long list
+_MOST_NAMES: Final = 5  # most names that an error message lists
 
 
 class Refused(ValueError):
-    """The message says what is wrong with the file."""
+    """The file is refused; the message gives the reason."""
 
 
 def main(source: Path, out: Path, memory: int, seconds: int) -> int:
-    """Exit status: 1 if the file is refused."""
-    torch.set_num_threads(1)  # each has memory of its own
+    """Convert `source` to `out`. Returns the exit status, 1 if that fails.
+
+    `memory` is in bytes beyond those mapped now, `seconds` is CPU time.
+    """
+    torch.set_num_threads(1)  # every thread takes up some of the memory limit
     _limit(memory, seconds)
     try:
         tensors = _separate(_tensors(_read(source)))
         save_file(tensors, out)
-    except Exception as error:  # whatever a damaged or hostile file brings about
+    except Exception as error:  # a damaged or hostile file can cause any
         print(_reason(error, memory))
         return 1
     return 0
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """`memory` more bytes than are mapped now, where the system tells; `seconds` of work."""
+    """Limit CPU time and, where /proc tells its present size, the address space. No core dumps."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_CPU, seconds)
     statm = Path("/proc/self/statm")
@@ -62,7 +66,7 @@ def _read(source: Path) -> object:
 
 
 def _tensors(content: object) -> dict[str, Tensor]:
-    """Raises Refused unless these are tensors by name."""
+    """The tensors of a state dict, by name. Raises Refused if `content` is anything else."""
     if not isinstance(content, dict):
         raise Refused(f"it holds a {type(content).__name__}; expected tensors by name")
     tensors: dict[str, Tensor] = {}
@@ -99,7 +103,7 @@ def _kind(value: object) -> str:
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor with memory of its own: safetensors has no way to share."""
+    """The tensors, contiguous and without shared memory, which safetensors does not support."""
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -114,7 +118,7 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception, memory: int) -> str:
-    """In our words: torch's own advise to trust the file."""
+    """The reason to print. Torch's own messages are replaced: they advise to trust the file."""
     text = str(error)
     if isinstance(error, Refused):
         return text
@@ -134,7 +138,7 @@ def _reason(error: Exception, memory: int) -> str:
 
 
 def _shown(text: str) -> str:
-    """Names come from the file: nothing that a terminal obeys, and not too much of it."""
+    """Text from the file, made safe to print: one line, shortened, without control characters."""
     line = text.strip().splitlines()[0] if text.strip() else ""
     return "".join(char if char.isprintable() else "?" for char in line[:120])
 

@@ -1,6 +1,7 @@
-"""`specserve doctor`: what is on this machine, what will be used, and what is broken.
+"""`specserve doctor`: what this machine has, what specserve will use, and what is broken.
 
-Needs no network and no model. What needs torch is looked at last: torch itself may be broken.
+It needs no network and no model. The checks that import torch run last; if that import fails, one
+failed check takes their place.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""`specserve eval NAME ...`: the arguments go to an eval, which has flags and `--help` of its own.
+"""`specserve eval NAME ...`: runs an eval, which has its own flags and `--help`.
 
-Evals stand above the command line and are imported by name, as drafters are.
+Evals are in a layer above the command line, so they are imported by name, as drafters are.
 """
 
 import argparse
@@ -8,5 +8,5 @@ from importlib import import_module
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code of the eval."""
+    """Run the eval with the remaining arguments. Returns its exit code."""
     return int(import_module(f"specserve_evals.{args.name}").main(args.arguments))

@@ -1,7 +1,7 @@
-"""Flags from the fields of a settings Struct, so that none can be forgotten.
+"""Generates one command line flag per field of a settings Struct.
 
-Owns how each field type reads on a command line. Only flags that were given reach the namespace:
-what was not said keeps the default of the Struct or of the configuration file.
+Owns the parsing rule of each field type. Only flags that were given are set in the namespace; other
+settings keep their value of the configuration file or the default of the Struct.
 """
 
 import argparse
@@ -17,7 +17,11 @@ from msgspec.structs import FieldInfo
 
 @dataclass(frozen=True, slots=True)
 class FlagType:
-    """How one type is read: arguments for argparse, and what to make of what it gathered."""
+    """How a field type is parsed.
+
+    `arguments` are keyword arguments of argparse's `add_argument`; `collect` converts what argparse
+    returns to the value of the field.
+    """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     collect: Callable[[Any], Any] = lambda value: value
@@ -32,9 +36,11 @@ def add_flags(
     aliases: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> None:
-    """One flag per field of `struct`. `aliases` gives a field a second flag.
+    """Add one flag per field of `struct` to `group`, except for the fields in `skip`.
 
-    `prefix`, such as "speculation_", keeps the names apart from those of another Struct.
+    `help_texts` and `aliases` (a second flag) are by field name. `prefix`, such as "speculation_",
+    distinguishes the flags from those of another Struct with the same field names. Raises KeyError
+    for a field without a help text, TypeError for a field type without a parsing rule.
     """
     hints = get_type_hints(struct)
     for info in msgspec.structs.fields(struct):
@@ -54,7 +60,7 @@ def add_flags(
 
 
 def given(args: argparse.Namespace, struct: type[Struct], prefix: str = "") -> dict[str, Any]:
-    """The fields of `struct` that the command line sets, by flags with that `prefix`."""
+    """The fields of `struct` that the command line sets, by name; `prefix` as in `add_flags`."""
     hints = get_type_hints(struct)
     return {
         name: flag_type(hints[name]).collect(getattr(args, prefix + name))
@@ -64,7 +70,7 @@ def given(args: argparse.Namespace, struct: type[Struct], prefix: str = "") -> d
 
 
 def flag_type(hint: Any) -> FlagType:
-    """How a field of type `hint` reads. Raises TypeError for a type without a rule."""
+    """The parsing rule of a field type. `X | None` is parsed as X. Raises TypeError without one."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         (hint,) = (argument for argument in arguments if argument is not type(None))
@@ -119,7 +125,7 @@ def _nest(options: list[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _default(info: FieldInfo) -> str:
-    """What the help says of a default; switches and "not given" speak for themselves."""
+    """The default, for the help text; empty for switches, None and empty values."""
     default = info.default
     if isinstance(default, tuple):
         default = ", ".join(map(str, default))

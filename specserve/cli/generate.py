@@ -1,4 +1,4 @@
-"""`specserve generate`: prompts in, text or JSON out."""
+"""`specserve generate`: generates completions of prompts and prints them as text or JSON."""
 
 import argparse
 import sys
@@ -86,7 +86,7 @@ def _print_text(index: int, generation: Generation) -> None:
 
 
 def _print_errors(generations: list[Generation]) -> list[int]:
-    """Say on stderr what went wrong; the indices of the prompts it went wrong with."""
+    """Print the errors to stderr. Returns the indices of the prompts that failed."""
     failed = [index for index, each in enumerate(generations) if each.error is not None]
     for index in failed:
         where = f"prompt {index}: " if len(generations) > 1 else ""

@@ -1,4 +1,4 @@
-"""The machine without torch: versions, processor, compilers, the cache folder."""
+"""Checks that need no torch: package versions, processor, compilers, cache folder."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ OPTIONAL: Final = {
     "triton": "GPU kernels",
     "transformers": "the parity tests",
 }
-# What the torch and native kernels make use of, by the flags that say it is there.
+# Instruction sets that the torch and native kernels use. Any of the flags indicates support.
 CPU_FEATURES: Final = {
     "AVX2": ("avx2",),
     "AVX512": ("avx512f",),
@@ -28,10 +28,11 @@ CPU_FEATURES: Final = {
     "AMX": ("amx_tile",),
 }
 CPUINFO: Final = Path("/proc/cpuinfo")
-_TIMEOUT_S: Final = 20
+_TIMEOUT_S: Final = 20  # seconds that a command may take
 
 
 def versions() -> list[Check]:
+    """Python, specserve, and the required and optional packages."""
     checks = [
         Check("versions", "python", platform.python_version()),
         Check("versions", "specserve", __version__),
@@ -54,6 +55,7 @@ def versions() -> list[Check]:
 
 
 def processor(cpuinfo: Path = CPUINFO) -> list[Check]:
+    """Model, usable cores and instruction sets of the CPU."""
     fields = _cpu_fields(cpuinfo)
     model = fields.get("model name") or platform.processor() or platform.machine()
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
@@ -68,6 +70,7 @@ def processor(cpuinfo: Path = CPUINFO) -> list[Check]:
 
 
 def compilers() -> list[Check]:
+    """The C and C++ compilers: $CC and $CXX, else the first of the usual names that is found."""
     return [
         _compiler("C", os.environ.get("CC"), ("cc", "gcc", "clang")),
         _compiler("C++", os.environ.get("CXX"), ("c++", "g++", "clang++")),
@@ -75,7 +78,7 @@ def compilers() -> list[Check]:
 
 
 def cache_folder(folder: Path | None = None) -> list[Check]:
-    """Where fetched models are kept, how much is there, and whether more can be."""
+    """The folder of downloaded models: whether it is writable, its size, and the free space."""
     folder = folder or default_cache_dir()
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -94,7 +97,7 @@ def gib(size: int) -> str:
 
 
 def first_line(command: Sequence[str]) -> str | None:
-    """The first line a command prints; None if it is not there or fails."""
+    """The first line that a command prints; None if there is none or the command fails."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=True
@@ -112,7 +115,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu_fields(cpuinfo: Path) -> dict[str, str]:
-    """The first processor's entry."""
+    """The fields of the first processor; empty if the file cannot be read."""
     try:
         entry = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
@@ -124,7 +127,7 @@ def _cpu_fields(cpuinfo: Path) -> dict[str, str]:
 def _compiler(language: str, chosen: str | None, usual: Sequence[str]) -> Check:
     candidates = (chosen,) if chosen else usual
     for candidate in candidates:
-        words = candidate.split()  # CC may carry flags
+        words = candidate.split()  # CC may contain flags
         if shutil.which(words[0]):
             return Check("compilers", language, first_line([*words, "--version"]) or candidate)
     return Check(

@@ -1,8 +1,8 @@
-"""From arguments to a command, and from errors to exit codes.
+"""Dispatches to the command that the arguments name, and turns errors into exit codes.
 
-0: done; 1: a request failed or something is broken; 2: wrong usage or settings. What a user can
-get wrong is one line on stderr, never a traceback. Commands are imported when they are run, so
-that `--help` does not wait for torch.
+0: success; 1: a request failed or something is broken; 2: wrong usage or settings; 130: Ctrl-C;
+141: the reader of the output is gone. User errors are reported on stderr without a traceback. A
+command is imported only when it runs, so that `--help` does not wait for torch.
 """
 
 import codecs
@@ -15,16 +15,16 @@ from io import TextIOWrapper
 from specserve.cli.parser import build_parser, engine_config
 from specserve.config import show_config
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
+    """Run one command (default: that of `sys.argv`). Returns the exit code."""
     if argv is None:
         _leave_ascii()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # what a locale cannot show is shown as its code
+        if isinstance(stream, TextIOWrapper):  # escape what the locale cannot encode
             stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more when it exits; let that go nowhere.
+        # Python flushes stdout once more at exit; into /dev/null, that flush cannot fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except ValueError as error:
@@ -47,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_ascii() -> None:
-    """Start over in Python's UTF-8 mode where the locale knows ASCII only.
+    """Restart Python in UTF-8 mode if the encoding of the locale is ASCII.
 
-    Arguments, paths and texts hold any character; Python does this itself unless it is told not to.
+    Arguments, paths and texts may hold any character. Python switches to UTF-8 mode by itself in
+    such a locale, unless that is disabled.
     """
     if codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
         return
-    if os.environ.get("PYTHONUTF8") != "1":  # else it had no effect
+    if os.environ.get("PYTHONUTF8") != "1":  # otherwise a restart had no effect
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,4 +1,7 @@
-"""What can be typed: the commands, their flags and what each says about itself."""
+"""The commands, their flags and their help texts.
+
+`flags` generates the flags of settings; the dictionaries here hold their help, by field name.
+"""
 
 import argparse
 from pathlib import Path
@@ -116,6 +119,7 @@ TUNES: Final = {
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. The name of the command is stored in `command`."""
     parser = argparse.ArgumentParser(
         prog="specserve", description="Serve language models with speculative decoding."
     )
@@ -133,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The configuration file under the flags. Raises ConfigError."""
+    """The settings of the file given by --config, overridden by flags. Raises ConfigError."""
     settings = {
         name: value
         for section in msgspec.structs.fields(EngineConfig)
@@ -254,7 +258,7 @@ def _add_group(
     purpose: str,
     members: dict[str, str],
 ) -> None:
-    """A command whose members have flags and `--help` of their own."""
+    """Add a command that runs one of `members` (name -> help), each with its own flags."""
     width = max(map(len, members))
     listed = "\n".join(f"  {member:<{width}}  {text}" for member, text in members.items())
     parser = commands.add_parser(

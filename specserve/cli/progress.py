@@ -1,4 +1,4 @@
-"""Progress of long preparations on stderr: a bar on a terminal, a line per stage elsewhere."""
+"""Shows progress on stderr: a bar per stage on a terminal, else one line per stage."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
 
-Report = Callable[[str, float], None]  # (stage, fraction done)
+Report = Callable[[str, float], None]  # (stage, fraction done: 0 to 1)
 
 
 @contextmanager
 def show_progress() -> Iterator[Report]:
-    """Yields the function to call; the bar is gone afterwards."""
+    """Yields the function that reports progress. Bars are removed at the end of the context."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _StageLines()

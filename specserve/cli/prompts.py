@@ -1,4 +1,4 @@
-"""Prompts from the command line and from JSONL files. Knows no model and no template."""
+"""Reads prompts from flags and JSONL files. Does not know the model or its chat template."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,15 @@ EXPECTED = 'a JSON string, {"prompt": ...}, {"messages": [...]} or {"turns": [..
 
 
 class Row(NamedTuple):
+    """A line of a JSONL file and the prompt that it holds."""
+
     place: str  # FILE:LINE
     line: str
     prompt: str | Messages
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages]:
-    """The prompts of the flags, then those of the file. Raises ConfigError."""
+    """The prompts in `texts`, then those of `file`. Raises ConfigError if there are none."""
     prompts: list[str | Messages] = list(texts)
     if file is not None:
         prompts += [row.prompt for row in read_rows(file)]
@@ -29,7 +31,10 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The prompts of a JSONL file, empty lines left out. Raises ConfigError."""
+    """The prompts of a JSONL file. Blank lines are skipped.
+
+    Raises ConfigError if the file is unreadable or has no prompts, or if a line is not a prompt.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -47,11 +52,12 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def as_chat(prompt: str | Messages) -> Messages:
+    """The prompt as chat messages; text becomes one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def as_text(prompt: str | Messages) -> str:
-    """Raises ConfigError for chat messages: only a template makes text of them."""
+    """The prompt as text. Raises ConfigError for chat messages, which need a chat template."""
     if not isinstance(prompt, str):
         raise ConfigError("raw: a prompt made of messages needs a chat template; leave out --raw")
     return prompt

@@ -1,4 +1,4 @@
-"""`specserve pull`: have a model ready before it is needed."""
+"""`specserve pull`: downloads a model, converts it if necessary, and prints its directory."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""What a completion looks like: the JSON object of `--json` and the one-line summary."""
+"""Output formats of completions: the JSON object of `--json` and the one-line summary."""
 
 from collections.abc import Sequence
 
@@ -17,6 +17,8 @@ class Usage(Struct, frozen=True):
 
 
 class Speculation(Struct, frozen=True):
+    """The fields of `SpecStats` that `--json` shows."""
+
     num_spec_steps: int
     num_draft_tokens: int
     num_accepted_draft_tokens: int
@@ -29,8 +31,11 @@ class Speculation(Struct, frozen=True):
 
 
 class Result(Struct, frozen=True):
-    """One line of `--json`. `sample` is there if a prompt has several, `logprobs` if asked
-    for, `error` if it failed."""
+    """One completion, a line of `--json`.
+
+    `sample` is set if the prompt has several completions, `logprobs` if they were requested, and
+    `error` if the completion failed or was aborted.
+    """
 
     index: int  # of the prompt
     text: str
@@ -56,7 +61,7 @@ def json_lines(index: int, generation: Generation) -> list[str]:
 
 
 def summary(completions: Sequence[Completion], seconds: float) -> str:
-    """Speculation over all completions, in one line."""
+    """Tokens, forward passes, acceptance and speed of all completions, which took `seconds`."""
     stats = [completion.stats for completion in completions]
     tokens = sum(len(completion.token_ids) for completion in completions)
     passes = sum(s.num_spec_steps for s in stats)

@@ -1,4 +1,4 @@
-"""The machine as torch and the engine see it: devices, drivers, memory, what will be used."""
+"""Checks that need torch: GPUs, driver, and what the engine will use with the given settings."""
 
 import ctypes
 from pathlib import Path
@@ -22,6 +22,7 @@ from specserve_kernels.dispatch import native_host
 
 
 def look(config: EngineConfig) -> list[Check]:
+    """All checks of this module. Downloads and loads nothing."""
     checks = [*gpus(), *driver()]
     try:
         platform = choose_platform(config.target)
@@ -31,6 +32,7 @@ def look(config: EngineConfig) -> list[Check]:
 
 
 def gpus() -> list[Check]:
+    """The CUDA devices, and whether this build of torch supports them."""
     if not torch.cuda.is_available():
         return [Check("GPU", "devices", "torch finds none")]
     supported = torch.cuda.get_arch_list()
@@ -39,7 +41,7 @@ def gpus() -> list[Check]:
         properties = torch.cuda.get_device_properties(index)
         major, minor = properties.major, properties.minor
         value = f"{properties.name}, capability {major}.{minor}, {gib(properties.total_memory)}"
-        # A build runs on the later minor versions of the architectures it has.
+        # Only major versions are compared: code for X.y also runs on later minor versions of X.
         if any(arch.startswith(f"sm_{major}") for arch in supported):
             checks.append(Check("GPU", f"cuda:{index}", value))
         else:
@@ -49,7 +51,7 @@ def gpus() -> list[Check]:
 
 
 def driver() -> list[Check]:
-    """The NVIDIA driver, and whether it can run the CUDA version that torch was built with."""
+    """The NVIDIA driver, and whether it supports the CUDA version that torch was built with."""
     found = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return fit_driver(found, driver_cuda(), torch.version.cuda, torch.__version__)
 
@@ -60,7 +62,11 @@ def fit_driver(
     built: str | None,
     torch_version: str,
 ) -> list[Check]:
-    """`found`: version of the driver, `known`: newest CUDA it knows, `built`: CUDA of torch."""
+    """Compares the driver with torch. Each argument but the last is None if it is not there.
+
+    `found`: version of the driver; `known`: newest CUDA version, (major, minor), that the driver
+    supports; `built`: CUDA version that torch was built with.
+    """
     if known is None:
         value = "no NVIDIA driver" if found is None else f"{found}, but libcuda.so.1 does not load"
         if built is None or found is None:
@@ -71,7 +77,7 @@ def fit_driver(
         fix = "install a CUDA build of torch to use the GPU"
         return [Check("GPU", "driver", f"{value}; torch {torch_version} has no CUDA", "note", fix)]
     value += f"; torch {torch_version} was built with CUDA {built}"
-    # Within a major version a newer CUDA runs on an older driver.
+    # Within a major version, a newer CUDA also runs on an older driver.
     if int(built.partition(".")[0]) > known[0]:
         fix = f"update the driver, or install a torch built with CUDA {known[0]}"
         return [Check("GPU", "driver", value, "broken", fix)]
@@ -79,7 +85,7 @@ def fit_driver(
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA version the installed driver knows."""
+    """The newest CUDA version, (major, minor), that the driver supports; None without libcuda."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -116,7 +122,7 @@ def _host_kernels() -> Check:
 
 
 def _reason(reason: str, value: str) -> str:
-    """The reason without the value it starts with, where it does."""
+    """The reason, without the value if it starts with that."""
     return reason.removeprefix(value).lstrip(":, ")
 
 
@@ -139,7 +145,10 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
 
 
 def local_directory(target: str) -> Path | None:
-    """Where a target lies if nothing has to be fetched or converted for it."""
+    """The directory of a target that is a model directory or an alias already downloaded.
+
+    None for every other target: hub ids and .gguf files are not looked up in a cache.
+    """
     path = Path(target).expanduser()
     if path.is_dir():
         return path
@@ -152,7 +161,7 @@ def local_directory(target: str) -> Path | None:
 def _kv_estimate(
     config: EngineConfig, platform: Platform, shape: ModelShape, directory: Path
 ) -> str:
-    """The pool for the target alone, before its weights are loaded."""
+    """The size of the KV pool, estimated without drafts and before the weights are loaded."""
     packed = quant.choose(
         config.target.quantization,
         shape,

@@ -1,4 +1,4 @@
-"""`specserve serve`: the HTTP server, until it is told to stop."""
+"""`specserve serve`: runs the HTTP server until a signal stops it."""
 
 import argparse
 import asyncio
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     with show_progress() as report:
         target = resolve(config.target.target, progress=report)
-    # Asked now: whoever reads the keys takes them out of the environment.
+    # Evaluated here, because `load_keyring` removes the variable from the environment.
     announce = partial(
         _announce, with_keys=bool(config.server.api_key_file) or KEYS_VARIABLE in os.environ
     )
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's loops, where there is a uvloop."""
+    """The loop factory of uvloop; None (asyncio's default) if uvloop is not installed."""
     try:
         return cast(Callable[[], asyncio.AbstractEventLoop], import_module("uvloop").new_event_loop)
     except ImportError:
@@ -53,7 +53,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _announce(url: str, model: str, info: EngineInfo, *, with_keys: bool) -> None:
-    """The first lines: what runs where, and a command to paste."""
+    """Print what is served and where, and a curl command to try it."""
     exactness = "exact" if info.exact else "fast"
     print(f"specserve {__version__} serves {model} at {url}")
     print(f"  {info.device}, {info.dtype}, {exactness}; context {info.limits.max_model_len} tokens")

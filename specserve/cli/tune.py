@@ -1,9 +1,9 @@
-"""`specserve tune NAME ...`: the arguments go to a method with flags and `--help` of its own."""
+"""`specserve tune NAME ...`: runs a tuning method, which has its own flags and `--help`."""
 
 import argparse
 from importlib import import_module
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code of the method."""
+    """Run the method with the remaining arguments. Returns its exit code."""
     return int(import_module(f"specserve_drafts.tune.{args.name}").main(args.arguments))
