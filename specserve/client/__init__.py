@@ -1,4 +1,4 @@
-"""Clients of a specserve server, without torch.
+"""Python clients of a specserve server. They do not import torch.
 
 with Client("http://127.0.0.1:8000") as client:
     for delta in client.stream_chat("Why is the sky blue?", temperature=0):

@@ -1,7 +1,7 @@
-"""From the JSON of a server to the Structs of `types`.
+"""Converts the JSON of a server to the Structs of `types`.
 
-One shape reads whole answers and chunks of streams, of completions and of chats alike. What a
-server does not say keeps its default, so servers that know less than ours are read as well.
+The same Structs decode whole answers and stream chunks, of completions and of chats. A missing
+field keeps its default, so answers of other servers with OpenAI's API are decoded as well.
 """
 
 from itertools import repeat
@@ -53,7 +53,7 @@ class _Token(_Top, frozen=True):
 
 
 class _Logprobs(Struct, frozen=True):
-    """`content` in a chat, the other three in a completion."""
+    """Chats have `content`, completions the other three fields."""
 
     content: tuple[_Token, ...] | None = None
     tokens: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ class _Choice(Struct, frozen=True):
 
 
 class Answer(Struct, frozen=True):
-    """A whole answer or a chunk of one, as the server wrote it."""
+    """The JSON of a whole answer or of a stream chunk."""
 
     id: str = ""
     model: str = ""
@@ -94,7 +94,7 @@ _decoder: Final = msgspec.json.Decoder(Answer)
 
 
 def read_answer(data: bytes) -> Answer:
-    """Raises UnexpectedAnswer."""
+    """Decode a whole answer or a stream chunk. Raises UnexpectedAnswer."""
     try:
         return _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -102,7 +102,7 @@ def read_answer(data: bytes) -> Answer:
 
 
 def read_json(data: bytes, kind: type[T]) -> T:
-    """The answer of a small route. Raises UnexpectedAnswer."""
+    """Decode the answer of another route as `kind`. Raises UnexpectedAnswer."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -110,14 +110,14 @@ def read_json(data: bytes, kind: type[T]) -> T:
 
 
 def whole(answer: Answer) -> Completion:
-    """A whole answer. Raises UnexpectedAnswer if there is nothing in it."""
+    """The Completion of a whole answer. Raises UnexpectedAnswer if it has no choices."""
     collector = Collector()
     collector.add(answer)
     return collector.completion()
 
 
 class Collector:
-    """Makes deltas of chunks, and one completion of them all."""
+    """Converts stream chunks to deltas and merges all of them into one Completion."""
 
     def __init__(self) -> None:
         self._id = self._model = ""
@@ -127,7 +127,7 @@ class Collector:
         self._stats: Stats | None = None
 
     def add(self, answer: Answer) -> list[Delta]:
-        """What one chunk says, without the deltas that would say nothing."""
+        """The deltas of one chunk: one per choice that is not empty, or one for the usage."""
         self._id = self._id or answer.id
         self._model = self._model or answer.model
         self._prompt_ids = self._prompt_ids or answer.prompt_token_ids or ()
@@ -145,7 +145,7 @@ class Collector:
         return deltas
 
     def completion(self) -> Completion:
-        """All so far. Raises UnexpectedAnswer if that is nothing."""
+        """All chunks so far, merged. Raises UnexpectedAnswer if they have no choices."""
         if not self._choices:
             raise UnexpectedAnswer("the server's answer holds no choices")
         return Completion(

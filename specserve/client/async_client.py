@@ -1,4 +1,4 @@
-"""The asynchronous client: one method per thing a server can do."""
+"""The asynchronous client: one method per route of the server."""
 
 from collections.abc import Sequence
 from types import TracebackType
@@ -24,13 +24,13 @@ from specserve.client.types import Completion, Model, SpeculationReport
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 _COMPLETIONS: Final = "/v1/completions"
 _CHAT: Final = "/v1/chat/completions"
-_PROBE_S: Final = 5.0
+_PROBE_S: Final = 5.0  # timeout of `health` and `ready`, in seconds
 
 
 class AsyncClient:
-    """`Client` for asyncio: the same arguments and methods. For one event loop.
+    """`Client` for asyncio, with the same arguments and methods. It serves one event loop.
 
-    Use it as a context, or `close` it.
+    Use it as an async context manager, or call `close` at the end.
     """
 
     def __init__(
@@ -49,57 +49,63 @@ class AsyncClient:
         return self._connection.url
 
     async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Go on with a text or with token ids."""
+        """Continue a text or token ids."""
         body = completion_body(prompt, options, stream=False)
         return whole(read_answer(await self._connection.fetch(_call(_COMPLETIONS, body, options))))
 
     async def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
-        """Answer a chat; text alone is one message of a user."""
+        """Answer a chat. A string stands for one user message."""
         body = chat_body(messages, options, stream=False)
         return whole(read_answer(await self._connection.fetch(_call(_CHAT, body, options))))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
-        """`complete`, piece by piece. The request is sent when the stream is first used."""
+        """`complete` as a stream of deltas. The request is sent when the stream is first used."""
         body = completion_body(prompt, options, stream=True)
         return AsyncStream(self._connection, _call(_COMPLETIONS, body, options))
 
     def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> AsyncStream:
-        """`chat`, piece by piece. The request is sent when the stream is first used."""
+        """`chat` as a stream of deltas. The request is sent when the stream is first used."""
         body = chat_body(messages, options, stream=True)
         return AsyncStream(self._connection, _call(_CHAT, body, options))
 
     async def models(self) -> tuple[Model, ...]:
+        """The models of the server."""
         return read_json(await self._get("/v1/models"), _ModelList).data
 
     async def tokenize(self, text: str | Messages) -> tuple[int, ...]:
-        """Token ids of a text, or of a chat in the model's template."""
+        """The token ids of a text, or of a chat in the model's chat template."""
         name, value = ("prompt", text) if isinstance(text, str) else ("messages", as_messages(text))
         return read_json(await self._post("/tokenize", {name: value}), _Tokens).tokens
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
         return read_json(await self._post("/detokenize", {"tokens": list(token_ids)}), _Text).prompt
 
     async def health(self) -> bool:
-        """Whether the server is alive; it may still be starting."""
+        """Whether the server answers and its engine has not failed; it may still be starting.
+
+        Raises SpecserveError if the answer is an error other than 502, 503 or 504.
+        """
         return await self._probe("/health")
 
     async def ready(self) -> bool:
-        """Whether the server takes requests now."""
+        """Whether the server accepts requests now. Raises like `health`."""
         return await self._probe("/ready")
 
     async def version(self) -> str:
+        """The version of specserve on the server."""
         return read_json(await self._get("/version"), _Version).version
 
     async def speculation(self) -> SpeculationReport:
-        """The drafters, and what became of their proposals."""
+        """The drafters, and how many of their proposals were verified and accepted."""
         return read_json(await self._get("/v1/speculation"), SpeculationReport)
 
     async def metrics(self) -> str:
-        """The server's metrics in Prometheus' text format."""
+        """The metrics of the server, in the text format of Prometheus."""
         return (await self._get("/metrics")).decode(errors="replace")
 
     async def close(self) -> None:
-        """Ends every call that is under way."""
+        """Abort all calls in progress. The client cannot be used afterwards."""
         await self._connection.close()
 
     async def __aenter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""A streamed answer: from the bytes of a connection to deltas and a result."""
+"""A streamed answer: decodes the bytes of a connection to deltas and collects the result."""
 
 import asyncio
 from collections import deque
@@ -21,18 +21,19 @@ from specserve.client.errors import (
 from specserve.client.sse import SSEDecoder
 from specserve.client.types import Completion, Delta
 
-_LAST_BYTES_S: Final = 0.1  # what the end of the body may take once everything has been said
+_LAST_BYTES_S: Final = 0.1  # seconds to wait for the end of the body after [DONE]
 
 
 class AsyncStream:
-    """An answer as it comes: iterate it, then ask for its `result`.
+    """A streamed answer: iterate over its deltas; `result` then returns the whole answer.
 
     async with client.stream("Once upon a time") as stream:
         async for delta in stream:
             print(delta.text, end="")
 
-    The request is sent on first use. Leaving the context, closing the stream or dropping it hangs
-    up, which makes the server stop generating. `usage` and `stats` are on the last delta.
+    The request is sent on first use. Leaving the context, `aclose` and the deletion of the object
+    close the connection, so that the server stops generating. The last delta has `usage` and
+    `stats`. Iteration raises SpecserveError.
     """
 
     def __init__(self, connection: Connection, call: Call) -> None:
@@ -48,12 +49,12 @@ class AsyncStream:
         self._closed = False
 
     async def open(self) -> None:
-        """Send the request now rather than on first use. Raises SpecserveError."""
+        """Send the request now instead of on first use. Raises SpecserveError."""
         with self._ending():
             await self._connected()
 
     async def result(self) -> Completion:
-        """Read what is left; the whole answer. Raises SpecserveError."""
+        """Read the rest and return the whole answer. Raises SpecserveError."""
         while not self._over:
             await self._advance()
         if self._failure is not None:
@@ -63,18 +64,21 @@ class AsyncStream:
         return self._collector.completion()
 
     async def batch(self) -> list[Delta]:
-        """Wait for deltas and take all there are; none: the stream is over."""
+        """Wait for deltas and return all that have arrived; an empty list at the end of the stream.
+
+        Raises SpecserveError, after the deltas before the error have been returned.
+        """
         await self._fill()
         deltas = list(self._arrived)
         self._arrived.clear()
         return deltas
 
     async def aclose(self) -> None:
-        """Hang up. Can be called again."""
+        """Close the connection. Further calls have no effect."""
         self.abandon()
 
     def abandon(self) -> None:
-        """`aclose` for callers that cannot wait, on the loop's own thread."""
+        """`aclose` as a plain function, to be called in the thread of the loop."""
         self._closed = True
         if self._response is not None:
             self._response.close()
@@ -111,14 +115,14 @@ class AsyncStream:
         return self._complete or self._closed or self._failure is not None
 
     async def _fill(self) -> None:
-        """Wait until a delta is there or the stream is over; raise what ended it."""
+        """Wait for a delta or the end of the stream. Raises the stored error if there is no delta."""
         while not self._arrived and not self._over:
             await self._advance()
         if not self._arrived and self._failure is not None:
             raise self._failure
 
     async def _advance(self) -> None:
-        """Take in the next bytes. A failure waits until the deltas before it are taken."""
+        """Read and decode the next bytes. An error is stored, so that earlier deltas come first."""
         with suppress(SpecserveError), self._ending():
             response = await self._connected()
             chunk = await self._read(response)
@@ -132,7 +136,7 @@ class AsyncStream:
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """Whatever goes wrong within ends the stream."""
+        """Closes the stream on any exception, and stores a SpecserveError in `_failure`."""
         try:
             yield
         except BaseException as error:
@@ -162,7 +166,7 @@ class AsyncStream:
                 raise StreamBroken(f"{self._connection.url} hung up within its stream") from error
 
     def _take(self, data: bytes) -> None:
-        """The data of one event."""
+        """Process the data of one event."""
         if data == b"[DONE]":
             self._complete = True
             return
@@ -174,7 +178,7 @@ class AsyncStream:
         self._arrived.extend(self._collector.add(answer))
 
     async def _let_go(self, response: aiohttp.ClientResponse) -> None:
-        """Hand the connection back for the next request, if the body ends here."""
+        """Read to the end of the body, if it comes soon, so that the connection can be reused."""
         with suppress(TimeoutError, aiohttp.ClientError, OSError):
             async with asyncio.timeout(_LAST_BYTES_S):
                 while await response.content.readany():

@@ -1,6 +1,6 @@
-"""HTTP: one session, deadlines, attempts. Knows nothing of what is in a body.
+"""The HTTP layer of the clients: one session, deadlines, retries. It does not interpret bodies.
 
-A request is sent again only while nothing of an answer with status 200 has arrived.
+A request is retried only as long as no answer with status 200 has begun.
 """
 
 import asyncio
@@ -25,20 +25,22 @@ from specserve.client.errors import (
 )
 from specserve.client.retry import parse_retry_after, wait_before_retry
 
-# Shorter than servers keep idle connections, so that none is used just as it is closed.
+# Seconds. Shorter than servers keep idle connections, so that a request does not use one that
+# the server is closing.
 _KEEP_IDLE_S: Final = 4.0
 _MAX_ERROR_BODY: Final = 65536  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """The end of the time a call may take, on the running loop's clock."""
+    """The time limit of a call in seconds, and its end on the clock of the running loop."""
 
     seconds: float | None
     at: float | None
 
     @classmethod
     def after(cls, seconds: float | None) -> "Deadline":
+        """The deadline `seconds` from now; None: no limit."""
         if seconds is None:
             return cls(None, None)
         return cls(seconds, asyncio.get_running_loop().time() + seconds)
@@ -49,7 +51,7 @@ class Deadline:
 
     @asynccontextmanager
     async def limit(self) -> AsyncIterator[None]:
-        """Raises TimedOut when the time is up."""
+        """Cancels the body of the context at the deadline, and raises TimedOut."""
         try:
             async with asyncio.timeout_at(self.at):
                 yield
@@ -59,18 +61,21 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request as it will be sent."""
+    """One HTTP request. `retried`: whether it may be retried."""
 
     method: Literal["GET", "POST"]
     path: str
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    timeout: float | None = None  # seconds; None: the connection's
+    timeout: float | None = None  # seconds; None: that of the connection
     retried: bool = True
 
 
 class Connection:
-    """Belongs to the event loop it is first used on. The arguments are those of the clients."""
+    """An HTTP session with one server, bound to the event loop on which it is first used.
+
+    The arguments are those of `Client`. Raises ValueError if one is invalid.
+    """
 
     def __init__(
         self,
@@ -93,11 +98,12 @@ class Connection:
         self._closed = False
 
     def deadline(self, call: Call) -> Deadline:
+        """The deadline of a call that starts now."""
         own = _positive("timeout", call.timeout)
         return Deadline.after(self._timeout if own is None else own)
 
     async def fetch(self, call: Call) -> bytes:
-        """The whole body of the answer. Raises SpecserveError."""
+        """Send the request and return the body of the answer. Raises SpecserveError."""
         deadline = self.deadline(call)
         response = await self.open(call, deadline)
         try:
@@ -109,7 +115,10 @@ class Connection:
             response.release()
 
     async def open(self, call: Call, deadline: Deadline) -> aiohttp.ClientResponse:
-        """An answer with status 200 whose body is still to be read. Raises SpecserveError."""
+        """Send the request, with retries. Returns an answer with status 200 whose body is not read yet.
+
+        Raises SpecserveError.
+        """
         attempt = 0
         async with deadline.limit():
             while True:
@@ -124,7 +133,7 @@ class Connection:
                 attempt += 1
 
     async def close(self) -> None:
-        """Ends every request that is under way. Can be called again."""
+        """Abort all requests in progress. Further calls have no effect."""
         self._closed = True
         for response in list(self._handed_out):
             response.close()
@@ -172,14 +181,17 @@ class Connection:
             return f"cannot trust {self.url}: {error.certificate_error}"
         if isinstance(error, aiohttp.ClientConnectorError):
             number, own_words = error.os_error.errno, error.os_error.strerror
-            # asyncio puts its own words in place of the system's; only those have a number.
+            # asyncio replaces the system's message but keeps its positive errno.
             reason = os.strerror(number) if number and number > 0 else own_words
             return f"cannot connect to {self.url}: {reason or error.os_error}"
         return f"{self.url} hung up before answering"
 
 
 def base_url(url: str) -> str:
-    """The address that paths are put after; the "/v1" of OpenAI's clients is left out."""
+    """`url` without a trailing "/" or "/v1"; the latter is part of the URL in OpenAI's clients.
+
+    Raises ValueError if it is not an http or https address, or if it contains a password.
+    """
     example = "give for example http://127.0.0.1:8000"
     try:
         parts = urlsplit(url)
@@ -199,7 +211,7 @@ async def _status_error(response: aiohttp.ClientResponse) -> APIStatusError:
         while len(body) < _MAX_ERROR_BODY and (chunk := await response.content.readany()):
             body += chunk
     except (aiohttp.ClientError, OSError):
-        pass  # what has arrived has to do
+        pass  # use the part that has arrived
     finally:
         response.release()
     return status_error(

@@ -1,7 +1,7 @@
-"""What can go wrong between a client and a server, as exceptions.
+"""The exceptions of the clients.
 
-Every one is a `SpecserveError`, and its text is a sentence for people. An answer with an error
-status is an `APIStatusError`; the rest is about connections, time and streams.
+All are `SpecserveError`s with a readable message. An answer with an error status raises a subclass
+of `APIStatusError`; the other classes are for connections, timeouts and streams.
 """
 
 from typing import Final
@@ -9,18 +9,19 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-_MAX_QUOTED: Final = 200  # characters of an answer that is not ours
+_MAX_QUOTED: Final = 200  # characters quoted of an unexpected answer
 
 
 class SpecserveError(Exception):
-    """Base of everything this client raises about a request."""
+    """Base class of the errors with which a request can end."""
 
 
 class APIStatusError(SpecserveError):
     """The server answered with an error status.
 
-    `param` names the field at fault, `code` is for programs, `request_id` for the server's log,
-    `retry_after` is in seconds; each is None where the server did not say.
+    `param` names the invalid field. `code` is a machine-readable reason. `request_id` identifies
+    the request in the server's log. `retry_after` is the time in seconds to wait before another
+    attempt. Each is None if the server did not send it.
     """
 
     def __init__(
@@ -43,23 +44,23 @@ class APIStatusError(SpecserveError):
 
 
 class BadRequest(APIStatusError):
-    """400, 413, 415, 422: the request itself has to change."""
+    """400, 413, 415, 422: the request is invalid or too large."""
 
 
 class AuthenticationError(APIStatusError):
-    """401: no API key, or one the server does not know."""
+    """401: the API key is missing or unknown."""
 
 
 class PermissionDenied(APIStatusError):
-    """403: the API key is not for this."""
+    """403: the API key lacks the scope of this route."""
 
 
 class NotFound(APIStatusError):
-    """404: no such model or route."""
+    """404: the model or route does not exist."""
 
 
 class RateLimited(APIStatusError):
-    """429: too much at once; `retry_after` says when there may be room."""
+    """429: too many requests; another attempt may succeed after `retry_after` seconds."""
 
 
 class ServerError(APIStatusError):
@@ -67,11 +68,11 @@ class ServerError(APIStatusError):
 
 
 class Unavailable(ServerError):
-    """502, 503, 504: starting, draining, restarting, or nothing behind the proxy."""
+    """502, 503, 504: the server is starting, draining, overloaded or unreachable, or timed out."""
 
 
 class ConnectionFailed(SpecserveError):
-    """The server could not be reached, or hung up before its answer was complete."""
+    """The server was not reached, or the connection ended before the answer was complete."""
 
 
 class TimedOut(SpecserveError):
@@ -79,15 +80,15 @@ class TimedOut(SpecserveError):
 
 
 class UnexpectedAnswer(SpecserveError):
-    """The answer is not one a specserve server gives."""
+    """The answer does not have the format of a specserve server."""
 
 
 class StreamBroken(SpecserveError):
-    """A stream ended without saying that it was complete."""
+    """A stream ended, or was closed, before its end marker `[DONE]`."""
 
 
 class GenerationFailed(SpecserveError):
-    """The server reported a failure in the middle of a stream."""
+    """The server sent an error event within a stream."""
 
     def __init__(self, message: str, *, param: str | None, code: str | int | None) -> None:
         super().__init__(message)
@@ -97,7 +98,7 @@ class GenerationFailed(SpecserveError):
 
 
 class ErrorDetail(Struct, frozen=True):
-    """The `error` object of an answer."""
+    """The `error` object in the JSON of an answer or event."""
 
     message: str = ""
     type: str | None = None
@@ -127,7 +128,7 @@ _CLASSES: Final[dict[int, type[APIStatusError]]] = {
 def status_error(
     status: int, body: bytes, *, request_id: str | None, retry_after: float | None
 ) -> APIStatusError:
-    """The exception for an answer with an error status, whatever its body is."""
+    """The exception for an answer with an error status. A body without `error` is quoted."""
     try:
         detail = msgspec.json.decode(body, type=_ErrorBody).error
     except msgspec.MsgspecError:
@@ -144,6 +145,6 @@ def status_error(
 
 
 def quote(body: bytes) -> str:
-    """The beginning of an answer that is not ours, on one line."""
+    """The beginning of an unexpected answer, as one printable line."""
     text = " ".join(body[: 4 * _MAX_QUOTED].decode(errors="replace").split())
     return "".join(char if char.isprintable() else "\ufffd" for char in text)[:_MAX_QUOTED]

@@ -1,4 +1,4 @@
-"""An event loop on a thread of its own, for callers that have none or cannot give up theirs."""
+"""An event loop in a background thread, so that synchronous code can run coroutines."""
 
 import asyncio
 import concurrent.futures
@@ -14,21 +14,30 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines for any number of threads. Ends when closed or no longer referred to."""
+    """Runs coroutines on behalf of any number of threads.
+
+    When this object is closed or deleted, all coroutines are cancelled, `at_end()` is awaited and the
+    loop ends.
+    """
 
     def __init__(self, at_end: Callable[[], Awaitable[None]]) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=_serve, args=(self._loop,), name="specserve-client", daemon=True
         )
-        self._lock = threading.Lock()  # nothing is submitted once the end has been
+        self._lock = threading.Lock()  # no coroutine is submitted after `_end`
         self._end = weakref.finalize(self, _begin_end, self._loop, at_end)
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Wait for the result; whatever interrupts the wait, Ctrl-C included, cancels the work."""
+        """Run a coroutine on the loop, wait, and return its result.
+
+        An exception in the waiting thread, such as KeyboardInterrupt, cancels the coroutine. Raises
+        RuntimeError if the loop has ended or the process was forked since, and ConnectionFailed if
+        the loop ends during the call.
+        """
         with self._lock:
-            if not (self._end.alive and self._thread.is_alive()):  # no thread survives a fork
+            if not (self._end.alive and self._thread.is_alive()):  # threads do not survive a fork
                 coroutine.close()
                 raise RuntimeError("the client is closed, or from before a fork; make a new one")
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -41,12 +50,12 @@ class LoopThread:
             raise
 
     def call_soon(self, function: Callable[[], object]) -> None:
-        """Run it on the loop without waiting; not at all if the loop has ended."""
+        """Run a function on the loop without waiting for it. Does nothing if the loop has ended."""
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function)
 
     def close(self) -> None:
-        """Cancel what runs and wait for the thread to end. Can be called again, by anyone."""
+        """Cancel all coroutines and wait for the thread to end. Further calls have no effect."""
         with self._lock:
             self._end()
         if threading.current_thread() is not self._thread:

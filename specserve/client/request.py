@@ -1,7 +1,7 @@
-"""What a caller may ask for, and the JSON that asks for it.
+"""The options of a generation call, and the JSON body made from them.
 
-Ranges are not checked here: the server does, and names the field. What JSON cannot carry, and
-names the server would not know, are refused before anything is sent.
+The server checks ranges; its error names the field. Values that JSON cannot represent and unknown
+option names raise an error before anything is sent.
 """
 
 import json
@@ -12,16 +12,16 @@ import msgspec
 from msgspec import Struct
 
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
-Messages = str | Sequence[Message]  # text is one message of a user
+Messages = str | Sequence[Message]  # text stands for one user message
 Prompt = str | Sequence[int]
 
 
 class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a request may ask of speculation. Only speed depends on it, never the output."""
+    """Settings of speculative decoding for a request. They affect speed, never the output."""
 
     enabled: bool = True
-    max_nodes: int | None = None  # tree nodes per pass, the root included
-    drafters: tuple[str, ...] | None = None  # those to ask; all of them if not given
+    max_nodes: int | None = None  # nodes of a tree, the root included; None: the server's
+    drafters: tuple[str, ...] | None = None  # the drafters to use; None: all
 
 
 class SpeculationDict(TypedDict, total=False):
@@ -33,12 +33,13 @@ class SpeculationDict(TypedDict, total=False):
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of every generating call; what is left out or None is up to the server.
+    """Keyword arguments of all generation calls. Missing or None: the default of the server.
 
-    The sampling fields are those of `specserve.SamplingParams`. `logprobs` is the number of
-    alternatives per token. `prediction` is text expected in the answer: it only makes it faster.
-    `timeout` (seconds) replaces the client's, `request_id` names the request in the server's log,
-    and `extra` adds fields to the JSON that have no keyword here.
+    The sampling options are those of `specserve.SamplingParams`. `logprobs` is the number of
+    alternatives per token. `prediction` is text expected in the answer; it affects only the speed.
+    Cached prefixes are shared only between requests with the same `cache_salt`. `priority` compares
+    requests of one API key; higher runs first. `timeout` (seconds) replaces that of the client,
+    `request_id` identifies the request in the server's log, and `extra` holds other JSON fields.
     """
 
     model: str | None
@@ -90,13 +91,14 @@ def chat_body(messages: Messages, options: Options, *, stream: bool) -> bytes:
 
 
 def as_messages(messages: Messages) -> list[dict[str, Any]]:
+    """The messages as dictionaries; text becomes one user message."""
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     return [dict(message) for message in messages]
 
 
 def encode_body(fields: Mapping[str, Any]) -> bytes:
-    """A JSON object. Raises ValueError that names a field JSON cannot carry, such as NaN."""
+    """Encode a JSON object. Raises ValueError, naming the field, for a value such as NaN."""
     parts = []
     for name, value in fields.items():
         try:

@@ -1,4 +1,4 @@
-"""When a request is worth sending again, and how long to wait first. Sends nothing itself."""
+"""Decides whether a failed request is retried, and after how long. It sends nothing itself."""
 
 import math
 import random
@@ -13,14 +13,16 @@ from specserve.client.errors import APIStatusError, ConnectionFailed, SpecserveE
 _STATUSES: Final = frozenset({408, 429, 502, 503, 504})
 _FIRST_WAIT_S: Final = 0.5
 _LONGEST_WAIT_S: Final = 8.0
+# Errors of TLS, which another attempt does not solve.
 _HOPELESS: Final = (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError)
 
 
 def wait_before_retry(error: SpecserveError, attempt: int) -> float | None:
-    """Seconds to wait after the attempt number `attempt` (from 0) failed; None: give up.
+    """Seconds to wait after attempt number `attempt` (from 0) failed; None: do not retry.
 
-    What the server asks for is obeyed; without it the wait doubles each time, with jitter so that
-    clients that failed together do not come back together.
+    This is the server's Retry-After if it sent one. Otherwise the wait doubles with each attempt up
+    to `_LONGEST_WAIT_S`, times a random factor of 0.5 to 1, so that clients that failed at the same
+    time do not retry at the same time.
     """
     if isinstance(error, APIStatusError):
         if error.status not in _STATUSES:
@@ -34,7 +36,7 @@ def wait_before_retry(error: SpecserveError, attempt: int) -> float | None:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds from now that a Retry-After header means; None if it means nothing."""
+    """The seconds from now that a Retry-After header gives; None if it is missing or invalid."""
     if value is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Server-sent events out of bytes that come in any pieces. Knows no HTTP and no JSON."""
+"""Decodes server-sent events from chunks of bytes. It knows neither HTTP nor JSON."""
 
 import re
 from typing import Final
@@ -8,21 +8,21 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 class SSEDecoder:
-    """Cuts a stream into the data of its events.
+    """Extracts the data of each event from a stream that is split into chunks at any byte.
 
-    Lines end with LF, CR LF or CR, and may be cut anywhere, within a character too; data of
-    several lines is joined by LF; comments and fields other than `data` are passed over. An event
-    counts when the empty line after it has arrived.
+    Lines end with LF, CR LF or CR. The `data` lines of an event are joined by LF; comments, other
+    fields and events without data are ignored. An event is complete when the empty line after it
+    has arrived.
     """
 
     def __init__(self) -> None:
-        self._line = bytearray()  # the beginning of a line whose end has not arrived
+        self._line = bytearray()  # an incomplete line
         self._data: list[bytes] = []
         self._after_cr = False
         self._at_start = True
 
     def feed(self, chunk: bytes) -> list[bytes]:
-        """The data of the events that `chunk` completes, in order."""
+        """The data of each event that `chunk` completes, in order."""
         if not chunk:
             return []
         if self._after_cr and chunk.startswith(b"\n"):
@@ -39,7 +39,7 @@ class SSEDecoder:
         return events
 
     def _take(self, line: bytes) -> bytes | None:
-        """One whole line; the data of the event it ends."""
+        """Process one complete line. Returns the data of the event that it ends, if any."""
         if self._at_start:
             line = line.removeprefix(_BYTE_ORDER_MARK)
             self._at_start = False

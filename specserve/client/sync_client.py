@@ -1,7 +1,7 @@
-"""The synchronous client: the asynchronous one on an event loop thread of its own.
+"""The synchronous client: runs the asynchronous one on an event loop in a background thread.
 
-So there is one implementation, and it works from any number of threads, inside a running loop
-(Jupyter) as well, and Ctrl-C cancels the request that is waited for.
+So there is one implementation, any number of threads can use a client, even a thread that runs an
+event loop itself (Jupyter), and Ctrl-C cancels the request in progress.
 """
 
 from collections import deque
@@ -17,13 +17,13 @@ from specserve.client.types import Completion, Delta, Model, SpeculationReport
 
 
 class Client:
-    """A specserve server, or another one with OpenAI's API. For any number of threads.
+    """A client of a specserve server, or of another server with OpenAI's API. It is thread-safe.
 
-    `timeout` is for a whole call, retries and stream included (seconds; None: no limit),
-    `connect_timeout` for each connection. Refused or lost connections and the statuses 408, 429,
-    502, 503 and 504 are tried again `max_retries` times, when the server says (Retry-After) if
-    that fits in the timeout; never once an answer has begun. Errors are `SpecserveError`s;
-    arguments that cannot be sent raise ValueError or TypeError.
+    `timeout` limits a whole call, including retries and the stream, and `connect_timeout` each
+    connection attempt, both in seconds (`timeout` None: no limit). After a refused or lost
+    connection or a status 408, 429, 502, 503 or 504, a call is retried up to `max_retries` times,
+    after the wait that Retry-After gives, if that fits in the timeout; never after a
+    successful answer has begun. Errors are `SpecserveError`s; invalid arguments raise ValueError or TypeError.
     """
 
     def __init__(
@@ -49,52 +49,58 @@ class Client:
         return self._client.url
 
     def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Go on with a text or with token ids."""
+        """Continue a text or token ids."""
         return self._thread.run(self._client.complete(prompt, **options))
 
     def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
-        """Answer a chat; text alone is one message of a user."""
+        """Answer a chat. A string stands for one user message."""
         return self._thread.run(self._client.chat(messages, **options))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> "Stream":
-        """`complete`, piece by piece. The request is sent when the stream is first used."""
+        """`complete` as a stream of deltas. The request is sent when the stream is first used."""
         return Stream(self._thread, self._client.stream(prompt, **options))
 
     def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> "Stream":
-        """`chat`, piece by piece. The request is sent when the stream is first used."""
+        """`chat` as a stream of deltas. The request is sent when the stream is first used."""
         return Stream(self._thread, self._client.stream_chat(messages, **options))
 
     def models(self) -> tuple[Model, ...]:
+        """The models of the server."""
         return self._thread.run(self._client.models())
 
     def tokenize(self, text: str | Messages) -> tuple[int, ...]:
-        """Token ids of a text, or of a chat in the model's template."""
+        """The token ids of a text, or of a chat in the model's chat template."""
         return self._thread.run(self._client.tokenize(text))
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids."""
         return self._thread.run(self._client.detokenize(token_ids))
 
     def health(self) -> bool:
-        """Whether the server is alive; it may still be starting."""
+        """Whether the server answers and its engine has not failed; it may still be starting.
+
+        Raises SpecserveError if the answer is an error other than 502, 503 or 504.
+        """
         return self._thread.run(self._client.health())
 
     def ready(self) -> bool:
-        """Whether the server takes requests now."""
+        """Whether the server accepts requests now. Raises like `health`."""
         return self._thread.run(self._client.ready())
 
     def version(self) -> str:
+        """The version of specserve on the server."""
         return self._thread.run(self._client.version())
 
     def speculation(self) -> SpeculationReport:
-        """The drafters, and what became of their proposals."""
+        """The drafters, and how many of their proposals were verified and accepted."""
         return self._thread.run(self._client.speculation())
 
     def metrics(self) -> str:
-        """The server's metrics in Prometheus' text format."""
+        """The metrics of the server, in the text format of Prometheus."""
         return self._thread.run(self._client.metrics())
 
     def close(self) -> None:
-        """Ends every call that is under way, in other threads too. Can be called again."""
+        """Abort all calls in progress, also in other threads. Further calls have no effect."""
         self._thread.close()
 
     def __enter__(self) -> Self:
@@ -110,14 +116,15 @@ class Client:
 
 
 class Stream:
-    """An answer as it comes: iterate it, then ask for its `result`.
+    """A streamed answer: iterate over its deltas; `result` then returns the whole answer.
 
     with client.stream("Once upon a time") as stream:
         for delta in stream:
             print(delta.text, end="")
 
-    The request is sent on first use. Leaving the context, closing the stream or dropping it hangs
-    up, which makes the server stop generating. `usage` and `stats` are on the last delta.
+    The request is sent on first use. Leaving the context, `close` and the deletion of the object
+    close the connection, so that the server stops generating. The last delta has `usage` and
+    `stats`. Iteration raises SpecserveError.
     """
 
     def __init__(self, thread: LoopThread, stream: AsyncStream) -> None:
@@ -126,11 +133,11 @@ class Stream:
         self._arrived: deque[Delta] = deque()
 
     def result(self) -> Completion:
-        """Read what is left; the whole answer. Raises SpecserveError."""
+        """Read the rest and return the whole answer. Raises SpecserveError."""
         return self._thread.run(self._stream.result())
 
     def close(self) -> None:
-        """Hang up. Can be called again."""
+        """Close the connection. Further calls have no effect."""
         self._arrived.clear()
         self._thread.call_soon(self._stream.abandon)
 

@@ -1,15 +1,16 @@
-"""What a server's answers become: frozen Structs, the same for completions and chats."""
+"""The results of the clients: frozen Structs, the same for completions and chats."""
 
 from typing import Final
 
 from msgspec import Struct
 
-TARGET_SOURCE: Final = 0  # the target itself
-PREDICTION_SOURCE: Final = 255  # the text given as `prediction`
+# Drafter ids with a fixed meaning.
+TARGET_SOURCE: Final = 0  # the target model itself
+PREDICTION_SOURCE: Final = 255  # the `prediction` of the request
 
 
 class TopLogprob(Struct, frozen=True):
-    """One of the likeliest tokens at a position."""
+    """One of the most likely tokens at a position."""
 
     token: str
     logprob: float
@@ -17,11 +18,12 @@ class TopLogprob(Struct, frozen=True):
 
 
 class TokenLogprob(Struct, frozen=True):
-    """The target's own log-probability of an emitted token, and of the likeliest ones there.
+    """The log-probability of an emitted token, and in `top` the most likely tokens there.
 
-    `token` is a name that no other token has: its text, `bytes:\\xe2\\x80` for a part of a
-    character, `token_id:7` where neither would do. `raw` is what it is in UTF-8, if the server
-    says so. A completion's `top` has the emitted token as well.
+    The values are those of the target model before sampling parameters apply. `token` is a unique
+    name: the token's text; `bytes:\\xe2\\x80` if its bytes are not whole characters; `token_id:7`
+    if neither is unique. `raw` holds the bytes of the token; None in completions, and if the server
+    does not send them. In completions `top` always includes the emitted token.
     """
 
     token: str
@@ -31,7 +33,7 @@ class TokenLogprob(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens of a request, all of its choices together."""
+    """Token counts of a request, over all of its choices."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -42,22 +44,27 @@ class Usage(Struct, frozen=True):
 
 
 class SpeculativeDecoding(Struct, frozen=True):
-    """Speculation over one request. `mean_acceptance_length` 1.0 is plain decoding.
+    """Speculative decoding over one request.
 
-    `acceptance_histogram[a]` counts target passes that accepted `a` drafted tokens.
+    `acceptance_histogram[a]` counts the forward passes of the target that accepted `a` drafted
+    tokens. `num_draft_tokens` counts verified tree nodes.
     """
 
-    mean_acceptance_length: float | None = None  # tokens per target pass
+    mean_acceptance_length: float | None = None  # tokens per forward pass; plain decoding: 1.0
     draft_acceptance_rate: float | None = None
     acceptance_histogram: tuple[int, ...] = ()
     num_spec_steps: int = 0
     num_accepted_draft_tokens: int = 0
     num_draft_tokens: int = 0
-    num_spec_tokens: int = 0  # deepest tree
+    num_spec_tokens: int = 0  # longest path that the node budget of a tree allows
 
 
 class Stats(Struct, frozen=True):
-    """How a request went at the server; None is what the server did not say."""
+    """Statistics of a request; None: not measured or not sent by the server.
+
+    `mean_itl_ms` is the mean gap between token chunks. `tokens_per_second` is
+    measured from the arrival of the request.
+    """
 
     time_to_first_token_ms: float | None = None
     generation_time_ms: float | None = None
@@ -73,14 +80,14 @@ class Choice(Struct, frozen=True):
     index: int
     text: str
     token_ids: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()  # per token; SpeculationReport.name_of says what they are
+    sources: tuple[int, ...] = ()  # drafter id per token; see SpeculationReport.name_of
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended it
 
 
 class Completion(Struct, frozen=True):
-    """A whole answer: `n` choices. The properties speak of the first."""
+    """A whole answer with its `n` choices. The properties are those of the first choice."""
 
     id: str
     model: str
@@ -115,14 +122,15 @@ class Completion(Struct, frozen=True):
 
 
 class Delta(Struct, frozen=True):
-    """A piece of a streamed answer. `usage` and `stats` are on the last one.
+    """A part of a streamed answer. The last one has `usage` and `stats`.
 
-    Text may lag behind its tokens: a character or a possible stop string is shown when complete.
+    Text may arrive later than its tokens: an incomplete character, or text that may be the
+    beginning of a stop string, is held back.
     """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()  # per token; SpeculationReport.name_of says what they are
+    sources: tuple[int, ...] = ()  # drafter id per token; see SpeculationReport.name_of
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -132,7 +140,7 @@ class Delta(Struct, frozen=True):
 
 
 class Model(Struct, frozen=True):
-    """A model the server offers."""
+    """A model of the server."""
 
     id: str
     created: int = 0  # Unix seconds
@@ -141,12 +149,15 @@ class Model(Struct, frozen=True):
 
 
 class DrafterReport(Struct, frozen=True):
-    """One drafter: how many of its tree nodes were verified and accepted, in all and by depth."""
+    """One drafter: its tree nodes that were verified and accepted, in total and by depth.
+
+    Index d of a tuple is depth d + 1.
+    """
 
     name: str
-    active: bool = True  # False: switched off after failing
-    num_failures: int = 0  # calls; a request for which it failed is decoded without it
-    num_proposed: int = 0
+    active: bool = True  # False: switched off after repeated failures
+    num_failures: int = 0  # failed calls; requests for which it fails are decoded without it
+    num_proposed: int = 0  # nodes, before the trees of several drafters are merged
     num_verified: int = 0
     num_accepted: int = 0
     acceptance_rate: float = 0.0
@@ -155,25 +166,26 @@ class DrafterReport(Struct, frozen=True):
 
 
 class SpeculationReport(Struct, frozen=True):
-    """What speculation did at a server. Source i + 1 of a token is `drafters[i]`.
+    """Totals of speculative decoding at a server. The drafter id of `drafters[i]` is i + 1.
 
-    `requests` "all": the counts are of everybody's; "own": of the finished requests of this
-    client's API key, which lacks the scope `metrics`, and there are no `sources`.
+    With `requests` "all", the counts cover all requests; `sources` has a report per drafter and a
+    last one for predictions. With "own", because the API key lacks the scope `metrics`, they cover
+    the finished requests of this key, and `num_running` and `sources` are not sent.
     """
 
     drafters: tuple[str, ...]
     requests: str = "all"
     exactness: str = ""
-    max_nodes: int = 0  # per sequence and pass
+    max_nodes: int = 0  # per sequence and forward pass, root included
     num_running: int = 0
-    num_drafts: int = 0  # passes that had something to verify
+    num_drafts: int = 0  # forward passes of a sequence that verified drafted nodes
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     mean_acceptance_length: float = 0.0
     sources: tuple[DrafterReport, ...] = ()
 
     def name_of(self, source: int) -> str:
-        """What to call a number in `sources`."""
+        """The name of a drafter id, such as in `Choice.sources`."""
         if source == TARGET_SOURCE:
             return "target"
         if source == PREDICTION_SOURCE:
