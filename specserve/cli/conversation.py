@@ -35,7 +35,7 @@ class Conversation:
         self._system = system
         self._turns: list[tuple[str, str]] = []  # (prompt, answer)
         self._asked: str | None = None
-        self._answered = False  # whether the last turn is that of `_asked`
+        self._answered = False  # whether the last turn is the answer to `_asked`
         self._last: Completion | None = None
 
     def enter(self, line: str) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 _NAMES: Final = ("pytorch_model.bin", "medusa_lm_head.pt")  # of EAGLE-1 to 3 and of Medusa
 _SUFFIXES: Final = (".bin", ".pt", ".pth")
 _CHILD: Final = Path(__file__).with_name("convert_child.py")
-_SPARE_MEMORY: Final = 2**30  # bytes in addition to 4 times the file's size
+_SPARE_MEMORY: Final = 2**30  # bytes that the child may use beyond 4 times the file's size
 _TIME_LIMIT: Final = 600.0  # seconds
 
 

@@ -21,7 +21,7 @@ _DTYPES: Final = (  # dtypes that the tensors of a draft may have
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.bool),
 )
-_MOST_NAMES: Final = 5  # most names that an error message lists
+_MOST_NAMES: Final = 5  # largest number of names in an error message
 
 
 class Refused(ValueError):
@@ -29,9 +29,9 @@ class Refused(ValueError):
 
 
 def main(source: Path, out: Path, memory: int, seconds: int) -> int:
-    """Convert `source` to `out`. Returns the exit status, 1 if that fails.
+    """Convert `source` to `out`. Returns the exit status: 1 if that fails.
 
-    `memory` is in bytes beyond those mapped now, `seconds` is CPU time.
+    Limits: `memory` bytes beyond those mapped now, and `seconds` of CPU time.
     """
     torch.set_num_threads(1)  # every thread takes up some of the memory limit
     _limit(memory, seconds)
@@ -45,7 +45,10 @@ def main(source: Path, out: Path, memory: int, seconds: int) -> int:
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """Limit CPU time and, where /proc tells its present size, the address space. No core dumps."""
+    """Limit CPU time and the address space, and disable core dumps.
+
+    The address space is limited only where /proc shows its present size.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_CPU, seconds)
     statm = Path("/proc/self/statm")
@@ -138,7 +141,7 @@ def _reason(error: Exception, memory: int) -> str:
 
 
 def _shown(text: str) -> str:
-    """Text from the file, made safe to print: one line, shortened, without control characters."""
+    """Text from the file, made safe to print: one short line of printable characters."""
     line = text.strip().splitlines()[0] if text.strip() else ""
     return "".join(char if char.isprintable() else "?" for char in line[:120])
 

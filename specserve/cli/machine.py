@@ -19,7 +19,8 @@ OPTIONAL: Final = {
     "triton": "GPU kernels",
     "transformers": "the parity tests",
 }
-# Instruction sets that the torch and native kernels use. Any of the flags indicates support.
+# Instruction sets that the torch and native kernels use, and the flags in /proc/cpuinfo of which
+# at least one is set if the CPU has them.
 CPU_FEATURES: Final = {
     "AVX2": ("avx2",),
     "AVX512": ("avx512f",),

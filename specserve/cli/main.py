@@ -1,7 +1,7 @@
 """Dispatches to the command that the arguments name, and turns errors into exit codes.
 
 0: success; 1: a request failed or something is broken; 2: wrong usage or settings; 130: Ctrl-C;
-141: the reader of the output is gone. User errors are reported on stderr without a traceback. A
+141: the output is a closed pipe. User errors are reported on stderr without a traceback. A
 command is imported only when it runs, so that `--help` does not wait for torch.
 """
 

@@ -21,7 +21,10 @@ class Row(NamedTuple):
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages]:
-    """The prompts in `texts`, then those of `file`. Raises ConfigError if there are none."""
+    """The prompts in `texts`, then those of `file`.
+
+    Raises ConfigError if there are none or if `file` is invalid.
+    """
     prompts: list[str | Messages] = list(texts)
     if file is not None:
         prompts += [row.prompt for row in read_rows(file)]

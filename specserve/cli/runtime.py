@@ -22,7 +22,7 @@ from specserve_kernels.dispatch import native_host
 
 
 def look(config: EngineConfig) -> list[Check]:
-    """All checks of this module. Downloads and loads nothing."""
+    """All checks of this module. Downloads nothing and loads no model."""
     checks = [*gpus(), *driver()]
     try:
         platform = choose_platform(config.target)
@@ -62,7 +62,7 @@ def fit_driver(
     built: str | None,
     torch_version: str,
 ) -> list[Check]:
-    """Compares the driver with torch. Each argument but the last is None if it is not there.
+    """Compares the driver with torch. Arguments are None for what is missing.
 
     `found`: version of the driver; `known`: newest CUDA version, (major, minor), that the driver
     supports; `built`: CUDA version that torch was built with.

@@ -115,7 +115,7 @@ class AsyncStream:
         return self._complete or self._closed or self._failure is not None
 
     async def _fill(self) -> None:
-        """Wait for a delta or the end of the stream. Raises the stored error if there is no delta."""
+        """Wait for a delta or the end of the stream. Without a delta, raises the stored error."""
         while not self._arrived and not self._over:
             await self._advance()
         if not self._arrived and self._failure is not None:

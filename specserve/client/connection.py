@@ -115,7 +115,7 @@ class Connection:
             response.release()
 
     async def open(self, call: Call, deadline: Deadline) -> aiohttp.ClientResponse:
-        """Send the request, with retries. Returns an answer with status 200 whose body is not read yet.
+        """Send the request, with retries, and return an answer with status 200, its body unread.
 
         Raises SpecserveError.
         """

@@ -1,7 +1,7 @@
 """The exceptions of the clients.
 
-All are `SpecserveError`s with a readable message. An answer with an error status raises a subclass
-of `APIStatusError`; the other classes are for connections, timeouts and streams.
+All are `SpecserveError`s with a readable message. An answer with an error status raises an
+`APIStatusError`; the other classes are for connections, timeouts and streams.
 """
 
 from typing import Final

@@ -16,8 +16,8 @@ T = TypeVar("T")
 class LoopThread:
     """Runs coroutines on behalf of any number of threads.
 
-    When this object is closed or deleted, all coroutines are cancelled, `at_end()` is awaited and the
-    loop ends.
+    When this object is closed or deleted, the loop cancels all coroutines, awaits `at_end()` and
+    ends.
     """
 
     def __init__(self, at_end: Callable[[], Awaitable[None]]) -> None:

@@ -22,8 +22,9 @@ class Client:
     `timeout` limits a whole call, including retries and the stream, and `connect_timeout` each
     connection attempt, both in seconds (`timeout` None: no limit). After a refused or lost
     connection or a status 408, 429, 502, 503 or 504, a call is retried up to `max_retries` times,
-    after the wait that Retry-After gives, if that fits in the timeout; never after a
-    successful answer has begun. Errors are `SpecserveError`s; invalid arguments raise ValueError or TypeError.
+    after the wait that Retry-After gives, if that fits in the timeout; never after an answer with
+    status 200 has begun. Errors are `SpecserveError`s; invalid arguments raise ValueError or
+    TypeError.
     """
 
     def __init__(

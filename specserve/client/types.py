@@ -62,8 +62,8 @@ class SpeculativeDecoding(Struct, frozen=True):
 class Stats(Struct, frozen=True):
     """Statistics of a request; None: not measured or not sent by the server.
 
-    `mean_itl_ms` is the mean gap between token chunks. `tokens_per_second` is
-    measured from the arrival of the request.
+    `mean_itl_ms` is the mean gap between token chunks. The time of `tokens_per_second` begins with
+    the arrival of the request.
     """
 
     time_to_first_token_ms: float | None = None
