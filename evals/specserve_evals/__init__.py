@@ -1,1 +1,1 @@
-"""Acceptance and correctness of drafts on real prompts."""
+"""Acceptance and correctness of drafts on real prompts; robustness tests of a running server."""

@@ -1,10 +1,11 @@
-"""How many tokens does a pass yield? Every draft at every temperature and tree budget.
+"""Measures tokens per forward pass for every draft at every temperature and tree budget.
 
 specserve eval acceptance --prompts spec_bench.jsonl --per-category 10 --draft ngram --out DIR
 
-Every drafted node is verified (--pricing off), so that tokens per pass depend on draft and budget
-and not on the machine. The cells (draft, temperature, budget) share prompts, their order and their
-seeds, but no state. A run that was cut short goes on with the first cell it has not finished.
+By default every drafted node is verified (--pricing off), so that tokens per forward pass depend on
+the draft and the budget and not on the machine. All cells (draft, temperature, budget) have the
+same prompts, in the same order and with the same seeds, but share no state. An interrupted run
+resumes at its first unfinished cell.
 """
 
 import argparse
@@ -49,11 +50,15 @@ from specserve_evals.runs import (
 
 JSON: Final = "acceptance.json"
 MARKDOWN: Final = "acceptance.md"
-NOT_COMPARED: Final = frozenset({"out", "plots", "prompts", "variants"})  # prompts by their hash
+NOT_COMPARED: Final = frozenset({"out", "plots", "prompts", "variants"})  # prompts: by hash
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured and written; 1: a draft changed an answer where it must not; 2: wrong usage."""
+    """Measure, print and write the report.
+
+    Exit code: 0 measured and written; 1 a draft changed an answer although the kernels are exact;
+    2 wrong usage; `INTERRUPTED` after Ctrl-C.
+    """
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 def prepare(
     args: argparse.Namespace, arguments: Sequence[str]
 ) -> tuple[Selection, provenance.Provenance]:
-    """What an engine without a draft has to say: which prompts fit, and what runs where."""
+    """Select the prompts that fit, and collect the provenance, with an engine without a draft."""
     prompts = load_prompts(args.prompts)
     with show_progress() as progress:
         llm = open_llm(args, PLAIN, progress)
@@ -115,7 +120,10 @@ def prepare(
 
 
 def parse_variants(texts: Sequence[str]) -> list[Variant]:
-    """The drafts asked for, without `none`. Raises ValueError."""
+    """The drafts to measure; `none` is left out, because it is measured beside every draft.
+
+    Raises ValueError if no other draft is given, a name occurs twice, or a draft is invalid.
+    """
     variants = [parse_variant(text) for text in texts if text != PLAIN.name]
     names = [variant.name for variant in variants]
     if not variants:
@@ -128,7 +136,10 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
 
 
 def check_drafters(args: argparse.Namespace, variants: Sequence[Variant]) -> None:
-    """Before hours have passed: does every draft exist, and fit the target? Raises DraftError."""
+    """Check that every draft exists and fits the target, before the long run starts.
+
+    Raises DraftError if one does not, ValueError for an option that would share state among cells.
+    """
     options = given(args, DraftConfig).get("options", {})
     for name, chosen in options.items():
         if "file" in chosen:
@@ -151,7 +162,7 @@ def finish(
     report: Report,
     revision: str | None,
 ) -> Report:
-    """`report` with the cells it lacks; each is on disk as soon as it is measured."""
+    """Measure the cells that `report` lacks, and write the report after each of them."""
     temperatures, budgets = dict.fromkeys(args.temperature), dict.fromkeys(args.budget)
     cells = [Cell(*each) for each in product(variants, temperatures, budgets)]
     done = {result.key: result for result in report.cells}
@@ -166,7 +177,10 @@ def finish(
 
 
 def resume(folder: Path, fresh: Report) -> Report:
-    """The report in `folder`, or `fresh` if there is none. Raises ValueError if they do not mix."""
+    """The report in `folder`, or `fresh` if there is none.
+
+    Raises ValueError if the report found differs in `identity`, or if `folder` cannot be used.
+    """
     file = folder / JSON
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,19 +206,22 @@ def resume(folder: Path, fresh: Report) -> Report:
 
 
 def settings(args: argparse.Namespace, variants: Sequence[Variant]) -> dict[str, Any]:
-    """The arguments that figures depend on, as JSON gives them back. Without folders."""
+    """The arguments that the figures depend on, with paths of models and drafts cut to names.
+
+    They go through JSON once, so that they compare equal with those of a report read from disk.
+    """
     kept = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
     kept["target"] = Path(args.target).name
     kept["draft"] = [variant.name for variant in variants]
     folders = [Path(part) for variant in variants for part in variant.draft if Path(part).is_dir()]
-    if folders:  # a draft may be trained anew where it was
+    if folders:  # the same directory may hold a draft that was trained again
         kept["checkpoints"] = {folder.name: checkpoint_label(folder) for folder in folders}
     decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(kept))
     return decoded
 
 
 def identity(report: Report) -> dict[str, Any]:
-    """What must be equal for figures to stand in one table."""
+    """The properties that must be equal for two runs to be merged into one report."""
     origin = report.provenance
     assert origin.data is not None
     return report.settings | {
@@ -216,14 +233,14 @@ def identity(report: Report) -> dict[str, Any]:
 
 
 def write(file: Path, report: Report) -> None:
-    """All of it or nothing."""
+    """Write the report atomically: to a temporary file that is then renamed."""
     part = file.with_suffix(".part")
     part.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     os.replace(part, file)
 
 
 def verdict(report: Report, console: Console) -> int:
-    """The exit code: where kernels are exact, a draft must not change a token."""
+    """The exit code: 1 if a draft changed an answer although the kernels are exact, else 0."""
     differing = sum(not outcome.same_ids for cell in report.cells for outcome in cell.outcomes)
     if differing:
         console.print(f"{differing} answers differ from those of plain decoding")

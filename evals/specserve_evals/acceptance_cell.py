@@ -1,7 +1,8 @@
-"""One cell of an acceptance run: one draft at one temperature and budget, prompt by prompt.
+"""Measures one cell of an acceptance run: one draft at one temperature and tree budget.
 
-Batch 1, without prefix caching, on an engine of the cell's own: a drafter that learns from what it
-serves meets every prompt once. The same engine without its drafters answers each prompt too.
+Requests run one at a time, without prefix caching, on an engine that only this cell uses, so that a
+drafter that learns online sees every prompt once. The same engine also answers each prompt without
+its drafters, as the reference.
 """
 
 import argparse
@@ -41,7 +42,7 @@ class Cell(Struct, frozen=True):
 
 
 class Reading(Struct, frozen=True):
-    """What clock and counters say at one moment."""
+    """The clock (`time.perf_counter`) and the engine's statistics at one moment."""
 
     clock: float
     stats: EngineStats
@@ -54,8 +55,8 @@ class Reading(Struct, frozen=True):
 def measure(
     args: argparse.Namespace, cell: Cell, prompts: Sequence[Prompt], advance: Advance
 ) -> CellResult:
-    """One cell, on a fresh engine. Raises ValueError if a drafter failed."""
-    gc.collect()  # one engine at a time in memory
+    """Measure one cell on a new engine. Raises ValueError if a request or a drafter fails."""
+    gc.collect()  # frees the previous engine before the next one is loaded
     llm = open_llm(
         args,
         cell.variant,
@@ -87,7 +88,10 @@ def measure(
 def answer_both_ways(
     llm: LLM, prompt: Prompt, params: SamplingParams, *, plain_first: bool
 ) -> Outcome:
-    """With the draft and without; whichever is second meets the warmer machine."""
+    """Answer `prompt` with the draft and without it, in the order that `plain_first` gives.
+
+    The caller alternates the order, because the first answer warms the machine up for the second.
+    """
     if plain_first:
         plain, plain_run = answer_plainly(llm, prompt, params)
         drafted, run = answer(llm, prompt, params, SpeculationParams())
@@ -114,7 +118,7 @@ def answer_plainly(llm: LLM, prompt: Prompt, params: SamplingParams) -> tuple[Co
 def answer(
     llm: LLM, prompt: Prompt, params: SamplingParams, speculation: SpeculationParams
 ) -> tuple[Completion, Run]:
-    """Raises ValueError, naming the prompt, if it fails."""
+    """Returns the completion and its `Run`. Raises ValueError, naming the prompt, if it fails."""
     readings: list[Reading] = []
 
     def on_text(index: int, piece: str) -> None:
@@ -132,6 +136,7 @@ def answer(
 
 
 def run_between(completion: Completion, first: Reading, last: Reading) -> Run:
+    """The `Run` of a completion; `first` is taken at its first text delta, `last` at its end."""
     begin, end = first.stats, last.stats
     return Run(
         num_tokens=len(completion.token_ids),
@@ -149,7 +154,11 @@ def run_between(completion: Completion, first: Reading, last: Reading) -> Run:
 
 @contextmanager
 def without_drafters(engine: Engine) -> Iterator[None]:
-    """Nobody proposes, nobody learns: what passes cost without them, and no answer given away."""
+    """Remove the drafters from the engine inside the `with` block.
+
+    Steps then have the cost of plain decoding, and no drafter observes the answer, which it could
+    otherwise learn before it is measured on the same prompt.
+    """
     drafter, engine.drafter = engine.drafter, ComposedDrafter({}, engine.shape.vocab_size)
     try:
         yield

@@ -1,8 +1,8 @@
-"""What an acceptance run has measured, and the figures that come of it.
+"""The measurements of an acceptance run, and the figures that are computed from them.
 
-tau is emitted tokens / target passes that verified a tree, the target's own token included: 1 is
-plain decoding. Everything is pooled: sums over the passes of all prompts, then divided, so that
-long answers weigh more than short ones. Passes that only read a prompt are no part of tau.
+tau is emitted tokens / target forward passes that verified a tree, the target's own token included;
+plain decoding has tau = 1. All ratios are pooled: sums over all prompts are divided, so that long
+answers weigh more than short ones. Forward passes that only prefill a prompt do not count in tau.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,10 @@ OVERALL: Final = "(all)"
 
 
 class Run(Struct, frozen=True):
-    """Answers in time. What is called `decode` counts from an answer's first text on."""
+    """Counts and times of one answer, or their sums over several answers.
+
+    The `decode_...` fields count from the first text delta of an answer on.
+    """
 
     num_tokens: int
     seconds: float  # from submission to the last token
@@ -27,11 +30,11 @@ class Run(Struct, frozen=True):
     decode_tokens: int
     decode_seconds: float
     draft_seconds: float  # of the decode seconds
-    verify_seconds: float  # of the decode seconds: the target's passes and their sampling
+    verify_seconds: float  # of the decode seconds: the target's forward passes and the sampling
 
     @property
     def host_seconds(self) -> float:
-        """Of the decode seconds, what is left: planning, committing, text."""
+        """The remaining decode seconds: planning, committing, text."""
         return self.decode_seconds - self.draft_seconds - self.verify_seconds
 
 
@@ -48,27 +51,28 @@ class Outcome(Struct, frozen=True):
 
 
 class Figures(Struct, frozen=True):
-    """Of some prompts together. None: nothing was there to measure.
+    """The figures of several prompts, pooled. A figure is None if there was nothing to measure.
 
-    `reached[d]` is the share of drafted trees of which d + 1 tokens or more were accepted,
-    `followed[d]` the share of those of which d were; a tree that ends earlier counts in both.
+    `reached[d]` is the fraction of drafted trees of which at least d + 1 tokens were accepted,
+    `followed[d]` the same fraction of the trees of which at least d tokens were accepted. Trees
+    without a node at depth d + 1 count in both denominators.
     """
 
     num_prompts: int
-    num_same_ids: int  # as plain decoding gave
+    num_same_ids: int  # answers with the token ids of plain decoding
     stats: SpecStats  # sums
     tau: float
-    accepted: float | None  # of all drafted nodes that were verified
+    accepted: float | None  # accepted tokens / drafted nodes that were verified
     reached: tuple[float, ...]
     followed: tuple[float, ...]
     accepted_by_drafter: tuple[int, ...]
-    draft_ms: float | None  # per decode pass, as the next two
+    draft_ms: float | None  # per decode pass, as are the next two
     verify_ms: float | None
     host_ms: float | None
     tokens_per_s: float
-    speedup: float  # of tokens/s, against plain decoding
+    speedup: float  # tokens/s, relative to plain decoding
     decode_tokens_per_s: float | None
-    decode_speedup: float | None
+    decode_speedup: float | None  # decode tokens/s, relative to plain decoding
 
 
 class CellResult(Struct, frozen=True):
@@ -78,7 +82,7 @@ class CellResult(Struct, frozen=True):
     temperature: float
     budget: int  # nodes per tree, root included
     drafters: tuple[str, ...]  # merged into one tree
-    figures: dict[str, Figures]  # by category, and OVERALL
+    figures: dict[str, Figures]  # by category; OVERALL: all prompts
     outcomes: tuple[Outcome, ...]
     revision: str | None = None  # of the source that measured it
 
@@ -88,7 +92,7 @@ class CellResult(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """`settings` are the arguments that figures depend on."""
+    """A whole run. `settings` are the arguments that the figures depend on."""
 
     provenance: Provenance
     settings: dict[str, Any]
@@ -98,13 +102,14 @@ class Report(Struct, frozen=True):
 
 
 def by_category(outcomes: Sequence[Outcome]) -> dict[str, Figures]:
+    """The figures of each category, and of all outcomes under `OVERALL`."""
     categories = dict.fromkeys(outcome.category for outcome in outcomes)
     groups = {name: [o for o in outcomes if o.category == name] for name in categories}
     return {name: pool(group) for name, group in (groups | {OVERALL: list(outcomes)}).items()}
 
 
 def pool(outcomes: Sequence[Outcome]) -> Figures:
-    """Sums first, then ratios."""
+    """Sum over the outcomes, then compute the ratios of the sums."""
     stats = add_stats([outcome.stats for outcome in outcomes])
     run = add_runs([outcome.drafted for outcome in outcomes])
     plain = add_runs([outcome.plain for outcome in outcomes])
@@ -148,7 +153,7 @@ def add_runs(runs: Sequence[Run]) -> Run:
 
 
 def _add(tuples: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    """Place by place; a short tuple ends in zeros."""
+    """Element-wise sum; shorter tuples are padded with zeros."""
     return tuple(map(sum, zip_longest(*tuples, fillvalue=0)))
 
 

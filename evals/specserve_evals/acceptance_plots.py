@@ -1,8 +1,9 @@
-"""An acceptance run as pictures: tau by budget, acceptance by depth, tau by category.
+"""Draws the plots of an acceptance run: tau by budget, acceptance by depth, tau by category.
 
 python -m specserve_evals.acceptance_plots DIR     # of a run that was made with --no-plots
 
-Needs matplotlib: pip install 'specserve[evals]'. A panel per temperature, a colour per draft.
+Needs matplotlib: pip install 'specserve[evals]'. Every plot has one panel per temperature and one
+colour per draft.
 """
 
 import argparse
@@ -24,7 +25,7 @@ DOTS_PER_INCH: Final = 150
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """The files written."""
+    """Draw the plots as PNG files in `folder`; returns the files written."""
     pictures: dict[str, Callable[[Axes, list[CellResult]], None]] = {
         "acceptance-tau.png": tau_by_budget,
         "acceptance-depth.png": reached_by_depth,
@@ -59,7 +60,7 @@ def tau_by_budget(axes: Axes, cells: list[CellResult]) -> None:
 
 
 def reached_by_depth(axes: Axes, cells: list[CellResult]) -> None:
-    """Of the largest budget. Dashed: of the trees of which one token fewer was accepted."""
+    """`Figures.reached` at the largest budget; `Figures.followed` as dashed lines."""
     for draft, own in _by_draft(cells).items():
         figures = own[-1].figures[OVERALL]
         depths = range(1, len(figures.reached) + 1)
@@ -76,7 +77,7 @@ def reached_by_depth(axes: Axes, cells: list[CellResult]) -> None:
 
 
 def tau_by_category(axes: Axes, cells: list[CellResult]) -> None:
-    """Of the largest budget."""
+    """tau at the largest budget."""
     drafts = _by_draft(cells)
     categories = list(cells[0].figures)
     bar = 0.8 / len(drafts)
@@ -91,7 +92,7 @@ def tau_by_category(axes: Axes, cells: list[CellResult]) -> None:
 
 
 def _by_draft(cells: list[CellResult]) -> dict[str, list[CellResult]]:
-    """In ascending order of budget."""
+    """The cells of each draft, in ascending order of budget."""
     grouped: dict[str, list[CellResult]] = {}
     for cell in sorted(cells, key=lambda cell: cell.budget):
         grouped.setdefault(cell.draft, []).append(cell)
@@ -99,7 +100,7 @@ def _by_draft(cells: list[CellResult]) -> dict[str, list[CellResult]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: drawn; 2: wrong usage."""
+    """Exit code: 0 drawn; 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m specserve_evals.acceptance_plots",
         description="Draw the plots of a finished acceptance run.",

@@ -1,4 +1,4 @@
-"""An acceptance run as tables: on a terminal, and in Markdown with where it comes from."""
+"""Renders an acceptance run as tables: on a terminal, and in Markdown with its provenance."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -10,7 +10,7 @@ from specserve_evals import provenance
 from specserve_evals.acceptance_figures import OVERALL, CellResult, Figures, Report
 from specserve_evals.progress import plain_table
 
-MAX_DEPTHS: Final = 10  # in tables; the JSON file has them all
+MAX_DEPTHS: Final = 10  # depths in a table; the JSON file has all of them
 ON_SCREEN: Final = 10  # columns of the summary that fit a terminal
 NOTES: Final = """\
 - tau: emitted tokens per target pass, the target's own token included, pooled: sums over all
@@ -25,7 +25,7 @@ NOTES: Final = """\
 
 
 class Grid(Struct, frozen=True):
-    """A table, whoever draws it. Rows of `OVERALL` stand out."""
+    """A table, independent of the output format. A terminal shows the `OVERALL` rows in bold."""
 
     title: str
     columns: tuple[str, ...]
@@ -48,7 +48,7 @@ def markdown(report: Report) -> str:
 
 
 def summary(report: Report) -> Grid:
-    """A row per cell, over all prompts."""
+    """One row per cell, over all prompts."""
     columns = (
         *("draft", "temp", "budget", "tau", "accepted", "draft ms", "verify ms"),
         *("host ms", "tokens/s", "against none", "decoding", "decoding against none", "tokens"),
@@ -57,7 +57,7 @@ def summary(report: Report) -> Grid:
 
 
 def category_grids(report: Report) -> Iterator[Grid]:
-    """Per temperature and budget, tau by category and draft."""
+    """One table per temperature and budget: tau by category and draft."""
     for temperature, budget in dict.fromkeys((c.temperature, c.budget) for c in report.cells):
         cells = [c for c in report.cells if (c.temperature, c.budget) == (temperature, budget)]
         yield Grid(
@@ -83,7 +83,7 @@ def by_depth(report: Report) -> Grid:
 
 
 def by_drafter(report: Report) -> Iterator[Grid]:
-    """Whose tokens were accepted, where several drafters share a tree."""
+    """Accepted tokens by drafter: one table for each draft that merges several drafters."""
     for draft in dict.fromkeys(cell.draft for cell in report.cells if len(cell.drafters) > 1):
         cells = [cell for cell in report.cells if cell.draft == draft]
         yield Grid(

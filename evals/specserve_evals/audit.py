@@ -1,8 +1,9 @@
-"""Counting what verification did to every drafted token it looked at.
+"""Counts the drafted tokens that verification accepts and rejects, by depth.
 
-A pass looks at drafted tokens along one path, until one is rejected, the tree is exhausted or the
-request ends. Tokens behind that point were neither accepted nor rejected, so they do not count:
-a stop, EOS or max_tokens cut is no fault of the draft.
+Verification follows one path of the tree until the target draws a token that is not among the
+children of the current node (one rejection, however many children there are), the tree ends, or the
+request ends. Tokens beyond that point count neither as accepted nor as rejected, so a stop string,
+EOS or max_tokens does not lower the acceptance of the draft.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from specserve.tree import TARGET_SOURCE, DraftTree
 
 @dataclass(slots=True)
 class Acceptance:
-    """Looked-at drafted tokens by depth: entry d counts tokens d + 1 below the root."""
+    """Counts by depth: entry d counts the tokens at depth d + 1 (the root has depth 0)."""
 
     accepted: list[int] = field(default_factory=list)
     rejected: list[int] = field(default_factory=list)
@@ -29,26 +30,27 @@ class Acceptance:
 
     @property
     def share(self) -> float | None:
-        """Accepted / looked at; None if the draft proposed nothing."""
+        """`num_accepted` / `num_looked_at`; None if the draft proposed nothing."""
         return self.num_accepted / self.num_looked_at if self.num_looked_at else None
 
     def record(self, tree: DraftTree, verdict: Verdict) -> None:
+        """Add the verification result of one tree."""
         for depth in range(verdict.num_accepted):
             _count(self.accepted, depth)
-        # The last token came from the target although the draft had proposed one there.
+        # A rejection: the target drew the last token itself although the tree had nodes there.
         drawn_by_target = bool(verdict.sources) and verdict.sources[-1] == TARGET_SOURCE
         if drawn_by_target and tree.children(verdict.path[-1]):
             _count(self.rejected, verdict.num_accepted)
 
 
 class Audit:
-    """Counts what verification did; its `observe` watches an engine."""
+    """Counts over all requests of an engine; `observe` is the callback for `Engine.watch`."""
 
     def __init__(self) -> None:
         self._acceptance = Acceptance()
 
     def take(self) -> Acceptance:
-        """The counts since the last call."""
+        """Return the counts since the last call."""
         counts, self._acceptance = self._acceptance, Acceptance()
         return counts
 

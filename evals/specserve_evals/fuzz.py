@@ -1,10 +1,10 @@
-"""Does any request that the API's own description allows, or forbids, break a server?
+"""Fuzz test of the HTTP API: sends a server valid and invalid requests made from its schema.
 
 python -m specserve_evals.fuzz --examples 2000
 
-schemathesis makes them from the /openapi.json that the server sends: boundary values of every
-field and random data, valid and invalid. Exit code 1 for any 5xx, for an answer that contradicts
-the description, or if the server holds afterwards what it did not hold before.
+schemathesis generates the requests from the server's /openapi.json: boundary values of every field
+and random data. Exit code 1 for any 5xx response, for any response that contradicts the schema, or
+if the server holds resources afterwards that it did not hold before.
 """
 
 import argparse
@@ -31,8 +31,8 @@ CHECKS: Final = (
     *("response_schema_conformance", "negative_data_rejection", "unsupported_method"),
 )
 PHASES: Final = ("coverage", "fuzzing")
-_FIRST: Final = 64  # random examples per operation in the first round
-_REQUEST_S: Final = 300
+_FIRST: Final = 64  # most random examples per operation in one round
+_REQUEST_S: Final = 300  # seconds; timeout of one request
 
 
 class Failure(Struct, frozen=True):
@@ -45,7 +45,7 @@ class TestCases(Struct, frozen=True):
 
 
 class Round(Struct, frozen=True):
-    """What one run of schemathesis reports of itself."""
+    """The JSON report of one run of schemathesis."""
 
     test_cases: TestCases
     failures: tuple[Failure, ...]
@@ -53,7 +53,11 @@ class Round(Struct, frozen=True):
 
 
 def fuzz(server: Served, num_examples: int, seed: int, phases: Sequence[str]) -> list[Round]:
-    """Rounds until there were `num_examples`, or one that failed; after the first all random."""
+    """Run rounds until `num_examples` were generated in all or a round found a failure.
+
+    The first round has all `phases`; later rounds have random data only. Raises RuntimeError if
+    schemathesis does not run.
+    """
     rounds: list[Round] = []
     while sum(each.test_cases.generated for each in rounds) < num_examples:
         rounds.append(_round(server.url, seed + len(rounds), num_examples, phases))
@@ -79,12 +83,12 @@ def _round(url: str, seed: int, num_examples: int, phases: Sequence[str]) -> Rou
             raise RuntimeError(f"schemathesis did not run:\n{done.stderr or done.stdout}")
         found = msgspec.json.decode(report.read_bytes(), type=Round)
     if found.failures or found.errors:
-        print(done.stdout)  # with a curl to paste for each
+        print(done.stdout)  # contains a curl command for each failure
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: nothing found; 1: something was; 2: wrong usage."""
+    """Exit code: 0 no failure found; 1 failures found; 2 wrong usage, or the test did not run."""
     args = _parser().parse_args(argv)
     try:
         return run(args, stdout_console())
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     with serve(args.target, args.serve_flags) as server:
-        fuzz(server, 1, args.seed, ("fuzzing",))  # what opens once is open then
+        fuzz(server, 1, args.seed, ("fuzzing",))  # warm-up before the baseline
         baseline = settle(server)
         rounds = fuzz(server, args.examples, args.seed, args.phases)
         left = leftovers(settle(server, baseline), baseline)

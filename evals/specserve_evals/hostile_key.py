@@ -1,10 +1,10 @@
-"""What a hostile key sends to a server that it shares: each attack goes on until it is stopped.
+"""Attacks a server with the API key of a hostile client, until standard input ends.
 
 python -m specserve_evals.hostile_key URL KEY SEED
 
-A process of its own, so that making the requests does not delay the client that is measured. It
-runs until its standard input ends, then prints how often each attack got each status, as JSON.
-The server may refuse any of these requests, so the statuses are counted and not judged.
+It runs in a process of its own, so that generating the requests does not delay the client that is
+measured. At the end it prints, as JSON, how often each attack received each status. The server may
+refuse any of these requests, so the statuses are counted and not judged.
 """
 
 import asyncio
@@ -22,20 +22,21 @@ from msgspec import Struct
 
 from specserve_evals.storm_requests import words
 
-_REFUSED_PAUSE_S: Final = 0.05  # before the next try; without it the client's own work dominates
-_LEAVE_AFTER_S: Final = 0.2
-_NUM_SILENT: Final = 64  # connections that send one line of a request
-_SILENT_S: Final = 5.0
+# Seconds before the next attempt after a refusal; without it the client's own work dominates.
+_REFUSED_PAUSE_S: Final = 0.05
+_LEAVE_AFTER_S: Final = 0.2  # seconds until "clients that leave" close their connections
+_NUM_SILENT: Final = 64  # connections that send only the first line of a request
+_SILENT_S: Final = 5.0  # seconds for which those connections stay open
 _ANSWERS = dict[str, Counter[str]]  # attack -> status -> number
 
 
 class Attack(Struct, frozen=True):
-    """Requests for one path, `num_tasks` at a time."""
+    """Requests to one path, sent repeatedly by `num_tasks` concurrent tasks."""
 
     path: str
     num_tasks: int
     make_body: Callable[[Random], dict[str, Any] | bytes]
-    fresh: bool = True  # a new body for every request; large ones are made once
+    fresh: bool = True  # a new body for every request; False (large bodies): one body per task
     leave_after: float | None = None  # seconds until the client closes the connection
 
 
@@ -112,7 +113,7 @@ ATTACKS: Final[dict[str, Attack]] = {
 
 
 async def attack(url: str, key: str, seed: str, answers: _ANSWERS) -> None:
-    """All attacks at once, until cancelled. `answers` is filled in place."""
+    """Run all attacks concurrently until cancelled. `answers` is filled in place."""
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=None)
     connector = aiohttp.TCPConnector(limit=0)
@@ -149,7 +150,7 @@ def _encoded(each: Attack, rng: Random) -> bytes:
 async def _send(
     session: aiohttp.ClientSession, url: str, body: bytes, leave_after: float | None
 ) -> str:
-    """The status of the answer, "left" if we left before its end, or the name of an exception."""
+    """The status code, "left" if `leave_after` seconds passed first, or the exception's name."""
     try:
         async with (
             asyncio.timeout(leave_after),
@@ -164,7 +165,7 @@ async def _send(
 
 
 async def _hold_connections(url: str) -> None:
-    """Open connections, send the first line of a request and nothing more; then new ones."""
+    """Open connections, send only the first line of a request on each, close them, and repeat."""
     address = urlsplit(url)
     while True:
         writers: list[asyncio.StreamWriter] = []

@@ -1,6 +1,6 @@
-"""Token ids against token ids: the sampling settings they are compared under, and a comparison.
+"""Compares token ids of completions, and defines the sampling settings to compare them under.
 
-Knows nothing of how the completions came about.
+It does not know how the completions were generated.
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,29 @@ from specserve_evals.prompts import Prompt
 class Mismatch(Struct, frozen=True):
     prompt: str
     position: int  # of the first difference in the output
-    expected: int | None  # None: the output ended there
-    found: int | None
+    expected: int | None  # None: the expected output ended there
+    found: int | None  # None: the output ended there
 
 
 class Comparison(Struct, frozen=True):
-    """One draft at one batch size under one sampling setting."""
+    """One draft at one batch size under one sampling setting, compared with the reference."""
 
     draft: str
     setting: str
     batch: int
     num_prompts: int
-    num_tokens: int  # of the reference, each compared
+    num_tokens: int  # tokens of the reference; every one is compared
     mismatches: tuple[Mismatch, ...]
     tokens_per_pass: float
     accepted_by_depth: tuple[int, ...]
     rejected_by_depth: tuple[int, ...]
     acceptance: float | None
     tokens_per_s: float
-    is_reference: bool = False  # the others are compared with it
+    is_reference: bool = False  # True: the run that the others are compared with
 
 
 def sampling_settings(tokenizer: Tokenizer, max_tokens: int) -> dict[str, SamplingParams]:
-    """Name -> sampling, from plain to everything at once."""
+    """Sampling parameters by name, from greedy to penalties, min-p and logit bias combined."""
     common = dict.fromkeys(tokenizer.encode(" the of to and"), -1.5)
     return {
         "greedy": SamplingParams(temperature=0.0, max_tokens=max_tokens),
@@ -57,7 +57,7 @@ def sampling_settings(tokenizer: Tokenizer, max_tokens: int) -> dict[str, Sampli
 
 
 def first_difference(prompt: str, expected: Sequence[int], found: Sequence[int]) -> Mismatch | None:
-    """Where two outputs part; None if they are the same."""
+    """The first position where two outputs differ; None if they are equal."""
     for position in range(max(len(expected), len(found))):
         left = expected[position] if position < len(expected) else None
         right = found[position] if position < len(found) else None
@@ -74,7 +74,10 @@ def compare(
     seconds: float,
     acceptance: Acceptance,
 ) -> Comparison:
-    """Completions of `cell` (draft, setting, batch) against the ids expected, id by id."""
+    """Compare the completions of `cell` (draft, setting, batch) with the expected token ids.
+
+    `seconds` is the wall time of the completions, `acceptance` the counts of the engine meanwhile.
+    """
     draft, setting, batch = cell
     differences = [
         first_difference(prompt.id, ids, completion.token_ids)

@@ -1,8 +1,9 @@
-"""Does speculation change a single token? `none` at batch 1 against every draft and batch size.
+"""Checks that speculation changes no token id, for every draft and batch size.
 
 python -m specserve_evals.lossless --prompts spec_bench.jsonl --draft ngram
 
-Exit code 1 on any difference, or if a target does not accept what it drafts for itself.
+The reference is plain decoding (`none`) at batch 1. Exit code 1 on any difference, or if the target
+does not accept the tokens that it drafts for itself (--self-draft).
 """
 
 import argparse
@@ -41,8 +42,8 @@ from specserve_evals.runs import (
 
 SETTINGS: Final = ("greedy", "temp-1", "nucleus", "penalties")
 DEFAULT_SETTINGS: Final = ("greedy", "nucleus", "penalties")
-SELF_ACCEPTANCE: Final = 0.999  # least share of its own proposals that a target must accept
-MAX_LISTED: Final = 20  # mismatches printed; the file has them all
+SELF_ACCEPTANCE: Final = 0.999  # least fraction of its own drafted tokens that a target must accept
+MAX_LISTED: Final = 20  # mismatches printed; the JSON file has all of them
 
 
 class Report(Struct, frozen=True):
@@ -55,7 +56,7 @@ class Report(Struct, frozen=True):
 
 
 class Examination:
-    """Runs the variants one after another; the first, `none` at batch 1, is the reference."""
+    """Runs the variants one after another; the first run, `none` at batch 1, is the reference."""
 
     def __init__(self, args: argparse.Namespace, variants: Sequence[Variant]) -> None:
         self._args = args
@@ -64,14 +65,14 @@ class Examination:
         self.comparisons: list[Comparison] = []
 
     def run(self, llm: LLM, prompts: Sequence[Prompt]) -> None:
-        """`llm` is an engine for `none`; the other variants get one each, in turn."""
+        """Run all variants. `llm` is an engine for `none`; each other variant gets a new engine."""
         args = self._args
         plain_batches = list(dict.fromkeys([1, *args.batch]))
         runs = len(plain_batches) + len(self._variants) * len(args.batch)
         with track(runs * len(args.settings) * len(prompts)) as advance:
             self._run_variant(llm, PLAIN, plain_batches, prompts, advance)
             for variant in self._variants:
-                del llm  # one engine at a time in memory
+                del llm  # frees the previous engine before the next one is loaded
                 gc.collect()
                 llm = open_llm(args, variant, lambda stage, _: advance(0, stage))
                 self._run_variant(llm, variant, args.batch, prompts, advance)
@@ -105,12 +106,12 @@ class Examination:
 
 
 def seeded(params: SamplingParams, seed: int, count: int) -> list[SamplingParams]:
-    """One per prompt, each with a seed of its own."""
+    """`count` copies of `params` with the seeds `seed`, `seed` + 1, and so on."""
     return [replace(params, seed=seed + index) for index in range(count)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: not one token differs; 1: some do; 2: wrong usage."""
+    """Exit code: 0 no token differs; 1 the check failed (see the module); 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def show(report: Report, console: Console) -> int:
-    """Print the table and the verdict; the exit code."""
+    """Print the table and the result; returns the exit code."""
     table = plain_table(
         *("draft", "sampling", "batch", "rows", "tokens", "mismatches"),
         *("per pass", "accepted", "tokens/s"),

@@ -1,9 +1,10 @@
-"""What a weight format costs in quality: the perplexity of a text, as the target is served.
+"""Measures what a weight format costs in quality: the perplexity of a text under each format.
 
 python -m specserve_evals.perplexity --text FILE --quantization none --quantization auto
 
-Every format reads the same windows of the same tokens; the first format is the reference. Each
-window starts empty; all its tokens but the first are predicted. Passes have the rows of a prefill.
+Every format is measured on the same windows of the same tokens; the first format is the reference.
+Each window starts with an empty context, and all of its tokens but the first are predicted. The
+model is loaded as the engine loads it, and its forward passes are of the size of a prefill.
 """
 
 import argparse
@@ -36,13 +37,13 @@ from specserve_evals.progress import Advance, plain_table, stdout_console, track
 from specserve_evals.prompts import load_prompts
 from specserve_evals.runs import at_least_one
 
-BLOCK: Final = 32
-PASS_ROWS: Final = 512
+BLOCK: Final = 32  # slots per KV block
+PASS_ROWS: Final = 512  # tokens per forward pass
 FORMATS: Final = ("none", "int8", "int4", "auto")
 
 
 class FormatResult(Struct, frozen=True):
-    """Perplexity, and how far it is from the first format's in the same windows."""
+    """The perplexity of one format, and its ratio to that of the reference in the same windows."""
 
     quantization: str
     dtype: str
@@ -50,8 +51,8 @@ class FormatResult(Struct, frozen=True):
     weight_bytes: int
     perplexity: float
     ratio: float  # to the reference's perplexity
-    log_ratio_error: float  # standard error of its logarithm, windows being the sample
-    window_losses: tuple[float, ...]  # sums, in nats
+    log_ratio_error: float  # standard error of log(ratio), with the windows as the sample
+    window_losses: tuple[float, ...]  # by window, the sum over its tokens in nats
 
 
 class Report(Struct, frozen=True):
@@ -62,7 +63,10 @@ class Report(Struct, frozen=True):
 
 
 def window_loss(model: Model, tokens: Sequence[int], kv: KVStorage) -> float:
-    """The sum over tokens[1:] of minus the log of its probability given those before, in nats."""
+    """The sum of -log P(token | the tokens before it) over tokens[1:], in nats.
+
+    `kv` needs a slot for each of `tokens`; its content is overwritten.
+    """
     table = BlockTable(BLOCK, list(range(-(-len(tokens) // BLOCK))))
     total = 0.0
     for start in range(0, len(tokens), PASS_ROWS):
@@ -78,7 +82,7 @@ def window_loss(model: Model, tokens: Sequence[int], kv: KVStorage) -> float:
 
 def _losses(logits: Tensor, tokens: Sequence[int]) -> float:
     total = 0.0
-    for first in range(0, len(tokens), 64):  # in double precision, a few rows at a time
+    for first in range(0, len(tokens), 64):  # bounds the size of the float64 copy
         wanted = torch.tensor(tokens[first : first + 64], device=logits.device)
         rows = logits[first : first + 64].double()
         total += torch.nn.functional.cross_entropy(rows, wanted, reduction="sum").item()
@@ -86,7 +90,7 @@ def _losses(logits: Tensor, tokens: Sequence[int]) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured, and within `--within` of the reference; 1: not within; 2: wrong usage."""
+    """Exit code: 0 every ratio is within `--within` of 1; 1 one is not; 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
@@ -129,7 +133,11 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def read_windows(args: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    """The text's first tokens, cut; prompts of a JSONL file follow one another."""
+    """Cut the first tokens of the text into windows of `--window` tokens.
+
+    The number of tokens taken allows for the first token of each window, which is not predicted.
+    Prompts of a JSONL file are concatenated. Raises ValueError if the text has fewer than 2 tokens.
+    """
     if args.text.suffix == ".jsonl":
         chats = [prompt.messages for prompt in load_prompts(args.text)]
         text = "\n\n".join(message["content"] for chat in chats for message in chat)
@@ -150,8 +158,11 @@ def measure(
     before: Sequence[FormatResult],
     advance: Advance,
 ) -> FormatResult:
-    """One format, loaded as the engine loads it."""
-    gc.collect()  # one model at a time in memory
+    """Load the target in one format, as the engine does, and measure it.
+
+    `before` has the results so far, the reference first.
+    """
+    gc.collect()  # frees the previous model before the next one is loaded
     platform = choose_platform(TargetConfig(dtype=args.dtype))
     model = load_model(
         directory,
@@ -186,7 +197,7 @@ def measure(
 
 
 def _ratio_error(sums: Sequence[float], sizes: Sequence[int]) -> float:
-    """Standard error of sum(sums) / sum(sizes), windows being the sample."""
+    """Standard error of sum(sums) / sum(sizes), with the windows as the sample; NaN for one."""
     mean, count = sum(sums) / sum(sizes), len(sums)
     if count < 2:
         return math.nan

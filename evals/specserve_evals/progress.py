@@ -1,4 +1,4 @@
-"""What a long run shows: how far it is, on stderr, and its tables, on stdout."""
+"""Terminal output of a long run: progress on stderr, tables on stdout."""
 
 import sys
 import time
@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-Advance = Callable[[int, str], None]  # (items done since the last call, what comes next)
-LINE_EVERY_S: Final = 30.0
-FILE_WIDTH: Final = 160  # where there is no terminal to fit a table to
+Advance = Callable[[int, str], None]  # (items done since the last call, label of the current work)
+LINE_EVERY_S: Final = 30.0  # least seconds between two lines where stderr is no terminal
+FILE_WIDTH: Final = 160  # columns where stdout is no terminal
 
 
 def stdout_console() -> Console:
@@ -22,13 +22,16 @@ def stdout_console() -> Console:
 
 
 def plain_table(*columns: str) -> Table:
-    """Narrow: no lines between columns."""
+    """A narrow table, without lines between its columns."""
     return Table(*columns, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
 
 
 @contextmanager
 def track(total: int) -> Iterator[Advance]:
-    """Yields the function to call. A bar on a terminal, now and then a line elsewhere."""
+    """Show the progress of `total` items on stderr: a bar on a terminal, else occasional lines.
+
+    Yields the function to call when items are done.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines(total)
@@ -48,7 +51,8 @@ class _Lines:
         self._total = total
         self._done = 0
         self._last = time.monotonic()
-        # What a run that goes on says first was done long ago.
+        # (items done, time) after the first call, in which a resumed run reports the items of
+        # earlier runs. The estimate of the time left excludes them.
         self._first: tuple[int, float] | None = None
 
     def __call__(self, count: int, label: str) -> None:

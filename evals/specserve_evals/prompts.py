@@ -1,8 +1,8 @@
-"""Prompt files with categories, and an even choice among them.
+"""Reads prompt files with categories, and selects prompts evenly from the categories.
 
-Reads what `specserve generate --prompts` reads; a row may also carry "question_id" and "category",
-as those of Spec-Bench do (Xia et al. 2024). Knows no model. The same file and the same limits
-always give the same prompts in the same order.
+The format is that of `specserve generate --prompts`; a row may also have "question_id" and
+"category", as in Spec-Bench (Xia et al. 2024). This module does not know the model. The same file
+and the same limits always give the same prompts in the same order.
 """
 
 from collections import deque
@@ -14,23 +14,23 @@ from msgspec import Struct
 
 from specserve.cli.prompts import Messages, as_chat, read_rows
 
-UNLABELLED = "all"
+UNLABELLED = "all"  # category of a row without one
 
 
 class Prompt(Struct, frozen=True):
-    id: str  # the row's question_id, or its place in the file
+    id: str  # the row's question_id, or its index among the rows of the file
     category: str
     messages: Messages
 
 
 class Selection(Struct, frozen=True):
-    """`passed_over` would have been chosen, but did not fit."""
+    """The chosen prompts, and in `passed_over` those skipped because they did not fit."""
 
     prompts: tuple[Prompt, ...]
     passed_over: tuple[Prompt, ...] = ()
 
     def describe(self) -> str:
-        """One line: how many of which categories, and what was left out."""
+        """One line: the numbers of prompts and categories, and the prompts that did not fit."""
         categories = list(dict.fromkeys(prompt.category for prompt in self.prompts))
         line = f"{len(self.prompts)} prompts from {len(categories)} categories"
         if self.passed_over:
@@ -61,10 +61,10 @@ def select(
     per_category: int | None = None,
     fits: Callable[[Prompt], bool] = lambda prompt: True,
 ) -> Selection:
-    """One of each category in turn, in the order of the file, until a limit is reached.
+    """Choose one prompt of each category in turn, in the order of the file, up to the limits.
 
-    A prompt that does not fit is passed over for the next of its category. Raises ValueError if
-    nothing is left.
+    `limit` bounds the total, `per_category` the prompts of each category. A prompt that does not
+    fit is replaced by the next of its category. Raises ValueError if no prompt is chosen.
     """
     queues: dict[str, deque[Prompt]] = {}
     for prompt in prompts:

@@ -1,6 +1,6 @@
-"""Where a result comes from: what was run, on which data, with which versions, on what machine.
+"""The provenance of a result: command, data, versions and machine.
 
-Every result of an eval or a benchmark carries one. Host names and absolute paths stay out of it.
+Every result of an eval or a benchmark has one. It contains no host name and no absolute path.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ class DataFile(Struct, frozen=True):
 
     @classmethod
     def of(cls, file: Path) -> "DataFile":
-        """Raises ValueError if it cannot be read."""
+        """Hash `file`. Raises ValueError if it cannot be read."""
         try:
             with file.open("rb") as stream:
                 return cls(file.name, hashlib.file_digest(stream, "sha256").hexdigest())
@@ -35,12 +35,12 @@ class DataFile(Struct, frozen=True):
 
 
 def checkpoint_label(folder: Path) -> str:
-    """What tells a checkpoint from another: its config and tensors, not what lies beside them."""
+    """A short hash of a checkpoint's config and tensors; other files in `folder` do not count."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     hashes = [
         f"{file.name} {DataFile.of(file).sha256}"
         for file in files
-        if file.is_file() and not file.name.startswith("run-")  # of a run of `specserve tune`
+        if file.is_file() and not file.name.startswith("run-")  # state of `specserve tune`
     ]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:12]
 
@@ -48,7 +48,7 @@ def checkpoint_label(folder: Path) -> str:
 class Provenance(Struct, frozen=True):
     date: str  # UTC, ISO 8601
     command: str
-    revision: str | None  # of the source, "-dirty" if it was changed since
+    revision: str | None  # commit of the source, with "-dirty" if there are uncommitted changes
     versions: dict[str, str]
     processor: dict[str, str]
     gpu: str | None
@@ -59,7 +59,10 @@ class Provenance(Struct, frozen=True):
 def collect(
     module: str, arguments: Sequence[str], platform: Platform, data: Path | None
 ) -> Provenance:
-    """The provenance of a run of `python -m module arguments`, on `platform`, over `data`."""
+    """The provenance of a run of `python -m module arguments` on `platform` with the file `data`.
+
+    Raises ValueError if `data` cannot be read.
+    """
     on_gpu = platform.device.type == "cuda"
     return Provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,7 +83,7 @@ def collect(
 
 
 def markdown(provenance: Provenance) -> str:
-    """The same as a list, for a table to stand under."""
+    """The provenance as a Markdown list."""
     known = provenance.versions
     lines = [
         f"command: `{provenance.command}`",
@@ -96,7 +99,7 @@ def markdown(provenance: Provenance) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """Of a path, or of those among several names with commas between."""
+    """The argument with absolute paths, and paths with "..", cut to names; commas separate parts."""
 
     def shown(part: str) -> str:
         path = Path(part)

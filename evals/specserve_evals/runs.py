@@ -1,5 +1,4 @@
-"""What comparing runs share: their flags, the drafts compared, an engine for each, and prompts
-put through it in batches of a given size."""
+"""Shared by the programs that compare drafts: flags, variants, engines, generation in batches."""
 
 import argparse
 import time
@@ -22,7 +21,7 @@ from specserve_evals.prompts import Prompt
 
 
 class Variant(Struct, frozen=True):
-    """One way of drafting; several drafters merge into one tree."""
+    """One choice of drafters to compare; the trees of several drafters are merged into one."""
 
     name: str
     draft: tuple[str, ...]
@@ -34,20 +33,24 @@ SELF: Final = "self"
 
 
 def parse_variant(text: str) -> Variant:
-    """'ngram', or 'ngram,path/to/draft' for both in one tree."""
+    """Parse 'ngram', or 'ngram,path/to/draft' for both in one tree."""
     parts = tuple(text.split(","))
     return Variant(",".join(Path(part).name for part in parts), parts)
 
 
 def self_draft(target: str) -> Variant:
-    """The target proposing to itself, a chain at a time."""
+    """The target as its own draft model, proposing trees of a single path."""
     return Variant(SELF, (target,), {"draft_lm": {"branching": 1, "beam": 1}})
 
 
 def add_run_flags(
     parser: argparse.ArgumentParser, *, max_tokens: int, skip: frozenset[str] = frozenset()
 ) -> None:
-    """`skip` names settings that the command chooses itself or has a flag of its own for."""
+    """Add the flags of a comparing program: target, drafts, batch sizes, limits, engine settings.
+
+    `skip` names settings that get no flag here, because the program sets them itself or has its own
+    flag for them.
+    """
     parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
     parser.add_argument(
         "--draft",
@@ -87,9 +90,10 @@ def _drafter_names(target: str, variant: Variant) -> set[str]:
 
 
 def open_llm(args: argparse.Namespace, variant: Variant, report: Report, **settings: Any) -> LLM:
-    """An engine with room for the largest batch, and options of the variant's own drafters.
+    """An engine for `variant`, with room for the largest batch of `args`.
 
-    Raises ValueError, with the fix.
+    Drafter options in `args` count only for the drafters that `variant` runs. `settings` take
+    precedence over the flags. Raises ValueError, whose message says how to fix it.
     """
     largest = max(args.batch)
     chosen = given(args, TargetConfig) | given(args, DraftConfig) | settings
@@ -107,7 +111,7 @@ def open_llm(args: argparse.Namespace, variant: Variant, report: Report, **setti
 
 
 def fits(llm: LLM, prompt: Prompt, max_tokens: int) -> bool:
-    """Whether the prompt and an answer of `max_tokens` go into the engine's context."""
+    """Whether the prompt and an answer of `max_tokens` tokens fit into the engine's context."""
     return len(llm.encode(prompt.messages)) + max_tokens <= llm.engine.max_model_len
 
 
@@ -119,9 +123,10 @@ def generate_in_batches(
     advance: Advance,
     label: str,
 ) -> tuple[list[Completion], float]:
-    """One completion per prompt, `batch` of them running together; and the seconds it took.
+    """Generate one completion per prompt, `batch` prompts at a time.
 
-    Raises ValueError, naming the prompt, if one fails.
+    Returns the completions and the wall seconds that generation took. Raises ValueError, naming the
+    prompt, if one fails.
     """
     completions: list[Completion] = []
     seconds = 0.0

@@ -1,4 +1,4 @@
-"""A `specserve serve` process for as long as a run needs it."""
+"""Runs `specserve serve` in a child process inside a `with` block."""
 
 import re
 import signal
@@ -16,8 +16,8 @@ from typing import Final
 from msgspec import Struct
 
 _URL: Final = re.compile(r" at (http\S+)")
-_START_S: Final = 300.0
-_STOP_S: Final = 60.0
+_START_S: Final = 300.0  # seconds within which the server must become ready
+_STOP_S: Final = 60.0  # seconds from SIGTERM to SIGKILL
 
 
 class Served(Struct, frozen=True):
@@ -27,7 +27,10 @@ class Served(Struct, frozen=True):
 
 @contextmanager
 def serve(target: str, flags: Sequence[str] = ()) -> Iterator[Served]:
-    """A server on a free port, ready. Raises RuntimeError with its last words if it fails."""
+    """Start a server on a free port, yield once it is ready, and stop it at the end.
+
+    Raises RuntimeError, with the end of the server's output, if it does not become ready.
+    """
     command = [sys.executable, "-m", "specserve.cli", "serve", target, "--port", "0", *flags]
     with _terminable(), tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -44,7 +47,7 @@ def serve(target: str, flags: Sequence[str] = ()) -> Iterator[Served]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends this process by an exception, so that the server does not outlive it."""
+    """Turn SIGTERM into SystemExit, so that the server is stopped before this process ends."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield

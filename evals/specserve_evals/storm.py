@@ -1,9 +1,9 @@
-"""Does a server stay whole under many mixed requests, a third of them cut off by their clients?
+"""Soak test of a server: many concurrent mixed requests, a third of them cut off by the client.
 
 python -m specserve_evals.storm --requests 2000 --concurrency 64
 
-Exit code 1 if anything is left behind, grows, fails without a cause, or reads differently when
-it is asked for again, alone.
+Exit code 1 if a request fails, if the server holds resources afterwards that it did not hold
+before, if its memory grows, or if an answer differs when the same request is sent again alone.
 """
 
 import argparse
@@ -31,45 +31,46 @@ from specserve_evals.storm_client import Answer, fire, open_session
 from specserve_evals.storm_requests import Shot, Sizes, draw
 from specserve_evals.vitals import PREEMPTIONS, TASKS, Vitals, leftovers, settle
 
-NUM_ROUNDS: Final = 4  # the server comes to rest, and is looked at, after each
-MAX_GROWTH: Final = 0.05  # of resident memory, in the second half
-# A text worker grows too, as the tokenizers library remembers words: 10,000 of them and no more.
+NUM_ROUNDS: Final = 4  # after each round the server becomes idle and its vitals are read
+MAX_GROWTH: Final = 0.05  # allowed relative growth of resident memory in the second half
+# Roles whose memory is checked. A tokenizer process may grow, because the tokenizers library caches
+# words, up to 10,000.
 GROWING: Final = ("http", "engine")
-MAX_LISTED: Final = 20
-_WARM_UP: Final = 24  # requests before the baseline: what opens once is open then
+MAX_LISTED: Final = 20  # failures printed; the JSON file has all of them
+_WARM_UP: Final = 24  # requests before the baseline, so that what opens once is already open
 
 
 class Plan(Struct, frozen=True):
     num_requests: int
     concurrency: int
-    num_repeats: int  # finished answers that are asked for again
+    num_repeats: int  # finished requests to send again
     seed: int
     sizes: Sizes
 
 
 class Round(Struct, frozen=True):
-    num_requests: int  # so far
+    num_requests: int  # of this and earlier rounds
     seconds: float  # of this round
-    num_tokens: int
-    vitals: Vitals
+    num_tokens: int  # received in this round
+    vitals: Vitals  # of the idle server after this round
 
 
 class Report(Struct, frozen=True):
     provenance: provenance.Provenance
     plan: Plan
     num_finished: int
-    cuts: dict[str, int]  # where -> how many were cut off there
+    cuts: dict[str, int]  # number of requests cut off, by `Cut`
     errors: tuple[str, ...]
     num_repeated: int
     mismatches: tuple[str, ...]
-    growth: dict[str, float]  # of resident memory, by process
+    growth: dict[str, float]  # relative, of resident memory, by process role
     baseline: Vitals
     rounds: tuple[Round, ...]
-    failures: tuple[str, ...]  # empty: the server stayed whole
+    failures: tuple[str, ...]  # empty: the test passed
 
 
 class Storm:
-    """Runs a plan against a server that nobody else talks to."""
+    """Runs a plan against a server that has no other client."""
 
     def __init__(self, server: Served, plan: Plan, advance: Advance) -> None:
         self._server = server
@@ -81,7 +82,7 @@ class Storm:
         self.num_repeated = 0
 
     async def run(self) -> Vitals:
-        """The baseline; the rest is in the fields."""
+        """Run the plan. Returns the baseline; the other results are in the public fields."""
         plan = self._plan
         shots = [draw(plan.seed, index, plan.sizes) for index in range(plan.num_requests)]
         await self._volley([draw(plan.seed, -1 - index, plan.sizes) for index in range(_WARM_UP)])
@@ -99,7 +100,7 @@ class Storm:
         return baseline
 
     async def _volley(self, shots: Sequence[Shot]) -> list[tuple[Shot, Answer]]:
-        """All of them, `concurrency` at a time."""
+        """Send all `shots`, `concurrency` at a time; returns each with its answer."""
         waiting = iter(shots)
         fired = []
         async with open_session() as session, asyncio.TaskGroup() as group:
@@ -114,7 +115,7 @@ class Storm:
         return fired
 
     async def _repeat(self) -> None:
-        """Some of the finished ones again, one at a time: the same tokens?"""
+        """Send some finished requests again, one at a time, and record token ids that differ."""
         whole = [(shot, found) for shot, found in self.answers if not (found.cut or found.error)]
         chosen = Random(self._plan.seed).sample(whole, min(self._plan.num_repeats, len(whole)))
         async with open_session() as session:
@@ -132,7 +133,10 @@ class Storm:
 
 
 def growth(rounds: Sequence[Round]) -> dict[str, float]:
-    """Of the resident memory over the second half, by role: the process that grew most."""
+    """Relative growth of resident memory over the second half, by role.
+
+    If several processes have the same role, the largest growth counts.
+    """
     middle, end = (rounds[index].vitals.processes for index in (len(rounds) // 2 - 1, -1))
     before = {process.pid: process.rss_bytes for process in middle}
     grown: dict[str, float] = {}
@@ -145,6 +149,7 @@ def growth(rounds: Sequence[Round]) -> dict[str, float]:
 def find_failures(
     baseline: Vitals, rounds: Sequence[Round], errors: Sequence[str], mismatches: Sequence[str]
 ) -> list[str]:
+    """One line for each failure of the test; empty if it passed."""
     found = [
         f"after {each.num_requests} requests: {left}"
         for each in rounds
@@ -158,7 +163,7 @@ def find_failures(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: the server stayed whole; 1: it did not; 2: wrong usage."""
+    """Exit code: 0 the test passed; 1 it failed; 2 wrong usage, or the server did not start."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(arguments)
     try:
@@ -210,7 +215,7 @@ def make_report(
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the table and the verdict."""
+    """Print the table and the result."""
     roles = [process.role for process in report.baseline.processes]
     table = plain_table(
         *("requests", "requests/s", "tokens/s", "tasks"),

@@ -1,6 +1,6 @@
-"""Sends one request of a storm, hangs up when its time has come, and checks what came back.
+"""Sends one request of the soak test, cuts it off where it says so, and checks the answer.
 
-Reads event streams with its own eyes, not with the client that is shipped.
+It parses event streams with code of its own, not with `specserve.client`.
 """
 
 import asyncio
@@ -13,12 +13,12 @@ from msgspec import Struct
 
 from specserve_evals.storm_requests import Cut, Shot
 
-_LONGEST_S: Final = 300.0  # an answer that takes longer counts as lost
-_FINISHED: Final = {"stop", "length"}
+_LONGEST_S: Final = 300.0  # seconds; an answer that takes longer is an error
+_FINISHED: Final = {"stop", "length"}  # finish reasons of a complete answer
 
 
 class Answer(Struct, frozen=True):
-    """What became of a request: finished, cut off by us, or an `error`."""
+    """The result of a request: it finished, this client cut it off, or there was an error."""
 
     ids: tuple[tuple[int, ...], ...] = ()  # per choice
     cut: Cut | None = None
@@ -26,12 +26,15 @@ class Answer(Struct, frozen=True):
 
 
 def open_session() -> aiohttp.ClientSession:
-    """As many connections as there are requests under way."""
+    """A session without a limit on the number of connections."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
 
 async def fire(session: aiohttp.ClientSession, url: str, shot: Shot) -> Answer:
-    """Send it, and hang up where it says so; one that is faster than that is not cut."""
+    """Send the request, and close the connection at the point that `shot.cut` names.
+
+    A request that is answered before that point is not cut off.
+    """
     if shot.cut == "sending":
         await _hang_up_while_sending(url, shot)
         return Answer(cut=shot.cut)
@@ -54,7 +57,7 @@ async def fire(session: aiohttp.ClientSession, url: str, shot: Shot) -> Answer:
 
 
 class _Reading:
-    """What an answer said so far."""
+    """The content of an answer so far."""
 
     def __init__(self, whole: dict[str, Any] | None = None) -> None:
         self.ids: dict[int, list[int]] = {}
@@ -95,7 +98,7 @@ async def _read_stream(response: aiohttp.ClientResponse, shot: Shot) -> Answer:
 
 
 def _checked(reading: _Reading, shot: Shot) -> Answer:
-    """The answer, or what is wrong with it."""
+    """The answer, with an error if it is incomplete or contradicts itself."""
     ids = tuple(tuple(reading.ids[choice]) for choice in sorted(reading.ids))
     error = reading.error
     if error is None and not reading.done:
@@ -110,7 +113,7 @@ def _checked(reading: _Reading, shot: Shot) -> Answer:
 
 
 async def _hang_up_while_sending(url: str, shot: Shot) -> None:
-    """Announce a body, send half of it, be gone."""
+    """Send the header and half of the body, wait `shot.seconds`, close the connection."""
     address = urlsplit(url)
     body = json.dumps(shot.body).encode()
     head = (

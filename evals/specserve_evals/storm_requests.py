@@ -1,7 +1,7 @@
-"""The requests of a storm: every kind of sampling, speculation and end, drawn from a seed.
+"""Draws the requests of the soak test from a seed: all kinds of sampling, speculation and endings.
 
-Knows the fields of the API, not how they are sent. Every request carries a seed, so that its
-answer can be asked for again.
+It knows the fields of the API, not how requests are sent. Every request has a sampling seed, so
+that the same request sent again must have the same answer.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from msgspec import Struct
 
 Cut = Literal["sending", "waiting", "first event", "middle"]
 CUTS: Final[tuple[Cut, ...]] = ("sending", "waiting", "first event", "middle")
-CUT_EVERY: Final = 3  # one request in so many is cut off
-MAX_PATIENCE_S: Final = 0.3  # until one that is cut while it waits gives up
-NUM_OPENINGS: Final = 6  # beginnings that prompts share
+CUT_EVERY: Final = 3  # one request of this many is cut off
+MAX_PATIENCE_S: Final = 0.3  # upper bound of `Shot.seconds`
+NUM_OPENINGS: Final = 6  # prefixes that prompts share
 _TEXT: Final = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from "
     "or had an they which one you were all her she there would their we him been has when who "
@@ -24,14 +24,18 @@ _WORDS: Final = _TEXT.split()
 
 
 class Sizes(Struct, frozen=True):
-    """Upper ends of what is drawn evenly."""
+    """Upper bounds of sizes that are drawn at random."""
 
     max_prompt: int  # characters
     max_tokens: int
 
 
 class Shot(Struct, frozen=True):
-    """One request. It is cut off after `seconds` or, if it is a stream, after `num_events`."""
+    """One request, and where the client cuts it off: None for nowhere.
+
+    `seconds` is the delay before a cut by time. `num_events` is the number of events before a
+    stream is cut in the middle. A cut of an answer that is no stream is always by time.
+    """
 
     path: str
     body: dict[str, Any]
@@ -75,7 +79,7 @@ _SPECULATIONS: Final[tuple[Callable[[Random], dict[str, Any]], ...]] = (
 
 
 def draw(seed: int, index: int, sizes: Sizes) -> Shot:
-    """Request `index` of the storm `seed`."""
+    """Request `index` of the soak test with this seed; depends on the arguments only."""
     rng = Random(f"{seed}/{index}")
     path, body = _question(rng, seed, sizes.max_prompt)
     body |= {
@@ -98,7 +102,7 @@ def draw(seed: int, index: int, sizes: Sizes) -> Shot:
 
 
 def _question(rng: Random, seed: int, max_prompt: int) -> tuple[str, dict[str, Any]]:
-    """A shared beginning, often none, and an end of its own."""
+    """The path and the prompt: one of the shared prefixes, which may be empty, and its own rest."""
     number = rng.randrange(NUM_OPENINGS)
     opening = words(
         Random(f"{seed}/opening {number}"), max_prompt * number // NUM_OPENINGS * 2 // 3
@@ -110,6 +114,7 @@ def _question(rng: Random, seed: int, max_prompt: int) -> tuple[str, dict[str, A
 
 
 def words(rng: Random, num_chars: int) -> str:
+    """Random words, cut to `num_chars` characters."""
     text = ""
     while len(text) < num_chars:
         text += f"{rng.choice(_WORDS)} "

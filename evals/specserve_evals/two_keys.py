@@ -1,10 +1,10 @@
-"""Does a hostile key slow another down? TTFT of a steady load, alone and beside every attack.
+"""Measures how much one API key's attacks slow down another key: TTFT of a steady load.
 
 python -m specserve_evals.two_keys --seconds 60
 
-Rounds alternate between the load alone and the same load beside the other key's attacks. Exit
-code 1 if a request of the load fails, if its p99 TTFT beside the attacks is more than twice what
-it is alone, or if the server holds something afterwards that it did not hold before.
+Rounds alternate between the load alone and the same load beside the hostile key's attacks. Exit
+code 1 if a request of the load fails, if its p99 TTFT beside the attacks is more than twice its p99
+TTFT alone, or if the server holds resources afterwards that it did not hold before.
 """
 
 import argparse
@@ -38,23 +38,23 @@ from specserve_evals.served import Served, serve
 from specserve_evals.storm_requests import words
 from specserve_evals.vitals import leftovers, settle
 
-MAX_RATIO: Final = 2.0  # of the p99 TTFT beside the attacks to the p99 TTFT alone
+MAX_RATIO: Final = 2.0  # allowed p99 TTFT beside the attacks / p99 TTFT alone
 _KEYS: Final = {name: f"{name}-0123456789abcdef" for name in ("steady", "hostile", "metrics")}
-_LEAD_S: Final = 3.0  # of attacks before the load begins: their queues are full by then
-_PROMPT_CHARS: Final = 400
-_NUM_TOKENS: Final = 24  # of an answer
-_LONGEST_S: Final = 300.0
+_LEAD_S: Final = 3.0  # seconds of attacks before the load begins; their queues are full by then
+_PROMPT_CHARS: Final = 400  # characters per prompt of the load
+_NUM_TOKENS: Final = 24  # tokens per answer of the load
+_LONGEST_S: Final = 300.0  # seconds; an answer of the load that takes longer is an error
 
 
 class Load(Struct, frozen=True):
-    """What the steady key saw in the rounds of one kind."""
+    """Results of the steady load over all rounds of one kind (alone or beside the attacks)."""
 
     ttft_s: list[float] = []
     total_s: list[float] = []
     errors: list[str] = []
 
     def quantile(self, q: float) -> float:
-        """Of the TTFT, in seconds."""
+        """The `q` quantile of the TTFT, in seconds."""
         return float(np.quantile(self.ttft_s, q))
 
 
@@ -68,7 +68,10 @@ class Report(Struct, frozen=True):
 
 
 async def steady_load(url: str, rate: float, seconds: float, seed: str, load: Load) -> None:
-    """Streams that begin `rate` times a second, whether earlier ones are done or not."""
+    """Start `rate` streams per second for `seconds`, whether or not earlier ones have finished.
+
+    The results are added to `load`.
+    """
     rng = Random(seed)
     begin = time.monotonic()
     async with _session("steady") as session, asyncio.TaskGroup() as group:
@@ -130,7 +133,7 @@ def headers_of(key: str) -> Mapping[str, str]:
 
 
 async def run(server: Served, args: argparse.Namespace, origin: provenance.Provenance) -> Report:
-    """Alternate rounds alone and beside the attacks; the server rests between them."""
+    """Alternate rounds alone and beside the attacks; the server becomes idle after each pair."""
     alone, beside = Load(), Load()
     hostile: dict[str, Counter[str]] = {}
     metrics = headers_of("metrics")
@@ -170,7 +173,7 @@ def find_failures(alone: Load, beside: Load, left_behind: Sequence[str]) -> list
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the table and the verdict."""
+    """Print the table and the result."""
     table = plain_table(
         "", "requests", "TTFT p50 ms", "p90", "p99", "whole answer p50 ms", "errors"
     )
@@ -189,7 +192,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: the other key is not disturbed; 1: it is; 2: wrong usage."""
+    """Exit code: 0 the test passed; 1 it failed; 2 wrong usage, or the server did not start."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

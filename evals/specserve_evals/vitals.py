@@ -1,6 +1,7 @@
-"""The vital signs of a server: what its processes hold, and the gauges that it shows.
+"""Reads the vitals of a server: the resources of its processes, and gauges of its /metrics.
 
-Linux only: what a process holds is read from /proc. Worth comparing while the server is idle.
+Linux only: the resources of a process are read from /proc. Vitals are comparable only while the
+server is idle.
 """
 
 import time
@@ -17,20 +18,20 @@ from specserve_evals.served import Served
 
 TASKS: Final = "specserve:tasks"
 PREEMPTIONS: Final = "vllm:num_preemptions_total"
-IDLE: Final = (  # gauges that are 0 when nothing is under way
+IDLE: Final = (  # gauges that are 0 while no request is open
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "specserve:open_streams",
     "specserve:kv_slots_allocated",
 )
-_ROLES: Final = {"engine_main": "engine", "text_main": "text"}  # by the module that runs there
-_POLL_S: Final = 0.1
-_SETTLE_S: Final = 15.0
+_ROLES: Final = {"engine_main": "engine", "text_main": "text"}  # module on the command line -> role
+_POLL_S: Final = 0.1  # seconds from the request for /metrics to reading the processes
+_SETTLE_S: Final = 15.0  # seconds that `settle` waits at most
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class ProcessVitals(Struct, frozen=True):
-    role: str  # "http", "engine" or "text"
+    role: str  # "http", "engine" or "text" (a tokenizer process)
     pid: int
     num_fds: int
     num_threads: int
@@ -38,23 +39,26 @@ class ProcessVitals(Struct, frozen=True):
 
 
 class Vitals(Struct, frozen=True):
-    processes: tuple[ProcessVitals, ...]  # the HTTP process, then its children by age
+    processes: tuple[ProcessVitals, ...]  # the HTTP process, then its children by process id
     metrics: dict[str, float]
 
 
 def read_vitals(server: Served, headers: Mapping[str, str] = _NO_HEADERS) -> Vitals:
-    """`headers` authorise the request for `/metrics`, where the server has keys."""
+    """Read the vitals. `headers` authorise the request for /metrics if the server has API keys."""
     request = urllib.request.Request(f"{server.url}/metrics", headers=dict(headers))
     with urllib.request.urlopen(request, timeout=60) as response:
         metrics = _metrics(response.read().decode())
-    time.sleep(_POLL_S)  # until the connection we just used is gone
+    time.sleep(_POLL_S)  # until the server has closed the connection of this request
     return Vitals(tuple(_read(role, pid) for role, pid in _pids(server.pid)), metrics)
 
 
 def settle(
     server: Served, baseline: Vitals | None = None, headers: Mapping[str, str] = _NO_HEADERS
 ) -> Vitals:
-    """The vitals once it is idle and holds no more than at `baseline`, else those after 15 s."""
+    """Wait until the server is idle and holds no more than at `baseline`; returns its vitals.
+
+    After 15 seconds it returns the vitals of that moment, whatever they are.
+    """
     end = time.monotonic() + _SETTLE_S
     while True:
         vitals = read_vitals(server, headers)
@@ -63,7 +67,7 @@ def settle(
 
 
 def leftovers(vitals: Vitals, baseline: Vitals) -> list[str]:
-    """What an idle server holds that it did not hold at the baseline."""
+    """One line for each resource that an idle server holds and did not hold at the baseline."""
     found = [f"{name} is {value:g}" for name in IDLE if (value := vitals.metrics[name])]
     tasks, before = vitals.metrics[TASKS], baseline.metrics[TASKS]
     if tasks > before:
@@ -94,7 +98,7 @@ def _pids(parent: int) -> Iterator[tuple[str, int]]:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
             command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
-        except OSError:  # over since
+        except OSError:  # the process has ended
             continue
         if int(stat.rpartition(")")[2].split()[1]) == parent:
             yield from ((role, pid) for module, role in _ROLES.items() if module in command)
