@@ -1,1 +1,1 @@
-"""How fast it is: every claim of speed in this repository comes from a program in here."""
+"""Speed benchmarks. Every claim of speed in this repository comes from a program in here."""

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: what a pass over all weights cannot beat."""
+"""Measures the memory bandwidth, which bounds the speed of reading all weights once."""
 
 import time
 from typing import Final
@@ -9,7 +9,7 @@ SIZE: Final = 2**30  # bytes, far more than any cache
 
 
 def read_bandwidth() -> float:
-    """Bytes per second of reading from end to end with torch's threads, the best of several."""
+    """Bytes per second of a sequential read with torch's threads; the best of 9 runs."""
     data = torch.ones(SIZE // 4, dtype=torch.float32)
     best = float("inf")
     for _ in range(9):

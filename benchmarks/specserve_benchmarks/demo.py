@@ -1,4 +1,4 @@
-"""`make demo`: the same text from SmolLM2 with and without speculation, side by side.
+"""`make demo`: SmolLM2 answers the same prompts with and without speculation, for comparison.
 
 python -m specserve_benchmarks.demo
 """
@@ -26,14 +26,14 @@ SAMPLING: Final = SamplingParams(temperature=0.0, max_tokens=80)
 
 
 def main() -> int:
-    """Print texts and figures; 1 if any token differs."""
+    """Print the texts and a table. Exit code 1 if any token differs, else 0."""
     argparse.ArgumentParser(description="SmolLM2 with and without speculation.").parse_args()
     console = Console(highlight=False)
     table = Table("prompt", "draft", "tokens", "passes", "per pass", "tokens/s", "TTFT", "TPOT")
     plain_llm, draft_llm = load("none"), load("ngram")
     identical = True
     for name, prompt in PROMPTS.items():
-        # By turns, so that a machine that is busy for a while is so for both.
+        # In turn, so that a change of the machine's load affects both.
         plain, drafted = generate(plain_llm, prompt), generate(draft_llm, prompt)
         identical &= plain.token_ids == drafted.token_ids
         table.add_row(name, "none", *cells(plain))
@@ -59,7 +59,7 @@ def generate(llm: LLM, prompt: str) -> Generation:
 
 
 def cells(generation: Generation) -> list[str]:
-    """Tokens, passes, tokens per pass, tokens/s, TTFT, TPOT."""
+    """Table cells: tokens, forward passes, tokens per forward pass, tokens/s, TTFT, TPOT."""
     completion = generation.completions[0]
     stats, timing = completion.stats, completion.timing
     num_tokens = len(completion.token_ids)

@@ -1,4 +1,4 @@
-"""A model directory in bfloat16 safetensors, for engines that read nothing else."""
+"""Writes a model directory with bfloat16 safetensors, for engines that read no other format."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from specserve.models.checkpoint import read_checkpoint
 
 
 def write_dense(model: Path, directory: Path) -> None:
-    """The same values as in `model`, rounded to bfloat16, with its configuration and tokenizer."""
+    """Write the weights of `model`, rounded to bfloat16, and its JSON files to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in model.glob("*.json"):
         shutil.copyfile(file, directory / file.name)

@@ -1,4 +1,7 @@
-"""Calls worth timing: kernels of one backend and model steps, with the bytes they must move."""
+"""The calls to be timed: kernels of one backend and model steps, with the bytes they must move.
+
+The number of rows of a case is its number of batched tokens.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +25,11 @@ NUM_BY_ROWS_ONLY: Final = 3  # kernels for which the context does not matter
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`num_bytes` is what has to be read and written, each byte once."""
+    """One call. `num_bytes`: the KV, weights or logits that it must read and write, each once."""
 
     kernel: str
     num_rows: int
-    context: int | None  # None: it does not matter
+    context: int | None  # context length in tokens; None: the call does not depend on it
     num_bytes: int
     call: Callable[[], object]
 
@@ -39,7 +42,7 @@ def kernel_cases(
     rows: Sequence[int],
     contexts: Sequence[int],
 ) -> Iterator[Case]:
-    """Every kernel at every number of rows; attention of one layer, also at every context."""
+    """Every kernel at every number of rows; attention (of one layer) also at every context."""
     for context in contexts:
         for num_rows in rows:
             yield attention_case(kernels, shape, dtype, device, num_rows, context)
@@ -56,7 +59,7 @@ def attention_case(
     num_rows: int,
     context: int,
 ) -> Case:
-    """One tree over `context` tokens; its bytes are the K and V that it reads."""
+    """Attention of one layer for a tree after `context` tokens; bytes: the K and V it reads."""
     inputs = AttentionCase(
         f"{num_rows} rows over {context}",
         ((context, num_rows, "tree"),),
@@ -81,7 +84,7 @@ def attention_case(
 def write_case(
     kernels: Kernels, shape: ModelShape, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> Case:
-    """The K and V of one layer, to slots that follow one another."""
+    """Write the K and V of one layer to consecutive slots."""
     size = (num_rows, shape.num_kv_heads, shape.head_dim)
     k, v = (torch.randn(size, device=device).to(dtype) for _ in range(2))
     k_cache, v_cache = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
@@ -98,7 +101,7 @@ def write_case(
 def commit_case(
     kernels: Kernels, shape: ModelShape, dtype: torch.dtype, device: torch.device, num_rows: int
 ) -> Case:
-    """A path of `num_rows` nodes that moves up by one slot, in all layers."""
+    """Move the KV of `num_rows` nodes from slot i + 1 to slot i, in all layers."""
     size = (shape.num_layers, 2, num_rows + 1, shape.num_kv_heads, shape.head_dim)
     kv = torch.zeros(size, dtype=dtype, device=device)
     dst = torch.arange(num_rows, device=device)
@@ -112,7 +115,7 @@ def commit_case(
 
 
 def argmax_case(kernels: Kernels, shape: ModelShape, device: torch.device, num_rows: int) -> Case:
-    """A draw for every row, with noise; its bytes are the logits."""
+    """Draw a token with Gumbel noise for every row; bytes: the logits."""
     inputs = sampler_inputs(num_rows, shape.vocab_size, device)
     noisy = torch.ones_like(inputs.noisy)
     return Case(
@@ -125,14 +128,14 @@ def argmax_case(kernels: Kernels, shape: ModelShape, device: torch.device, num_r
 
 
 def step_cases(model: LlamaModel, rows: Sequence[int], contexts: Sequence[int]) -> Iterator[Case]:
-    """One pass over a chain, with the logits of all its rows; its bytes are weights and KV."""
+    """One forward pass over a single-path tree, with logits of all rows; bytes: weights and KV."""
     num_blocks = -(-(max(contexts) + max(rows)) // BLOCK_SIZE)
     storage = KVStorage(model.kv_spec, num_blocks * BLOCK_SIZE, model.device)
     table = BlockTable(BLOCK_SIZE, list(range(num_blocks)))
     weights = {
         name: weight.nbytes
         for name, weight in model.weight_slots().items()
-        if model.shape.tied_head or "embed_tokens" not in name  # looked up, not read through
+        if model.shape.tied_head or "embed_tokens" not in name  # an untied one is not read whole
     }
     for context in contexts:
         for num_rows in rows:
@@ -150,5 +153,5 @@ def step_cases(model: LlamaModel, rows: Sequence[int], contexts: Sequence[int]) 
 
 
 def _slot_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
-    """K and V of one token in one layer."""
+    """Bytes of the K and V of one token in one layer."""
     return 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize

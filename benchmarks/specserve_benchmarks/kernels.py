@@ -1,4 +1,4 @@
-"""How long each kernel and a model step take, by rows and context, for each backend.
+"""Times each kernel and a model step by rows (batched tokens) and context, for each backend.
 
 python -m specserve_benchmarks.kernels --device cpu
 
@@ -35,18 +35,18 @@ from specserve_kernels.ops import Kernels
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS: Final = (128, 1024, 4096)
-SECONDS_PER_CASE: Final = 0.3
-NUM_SAMPLES: Final = 7
-SHORTEST_SAMPLE_S: Final = 0.002  # many times what reading the clock and a launch take
+SECONDS_PER_CASE: Final = 0.3  # seconds; approximate limit for all samples of one case
+NUM_SAMPLES: Final = 7  # per case
+SHORTEST_SAMPLE_S: Final = 0.002  # seconds; far longer than a clock read or a kernel launch
 
 
 class Timing(Struct, frozen=True):
     kernel: str
     backend: str
     num_rows: int
-    context: int | None  # None: it does not matter
+    context: int | None  # None: the call does not depend on it
     seconds: float  # per call, median of the samples
-    num_bytes: int  # that have to be moved
+    num_bytes: int  # bytes that one call has to move
 
     @property
     def gb_per_s(self) -> float:
@@ -59,7 +59,7 @@ class Report(Struct, frozen=True):
 
 
 def seconds_per_call(call: Callable[[], object], device: torch.device) -> float:
-    """The median of samples that are each long enough to be measured, after warming up."""
+    """Median seconds per call over `NUM_SAMPLES` samples of enough calls each, after a warm-up."""
 
     def sample(count: int) -> float:
         _synchronise(device)
@@ -69,7 +69,7 @@ def seconds_per_call(call: Callable[[], object], device: torch.device) -> float:
         _synchronise(device)
         return (time.perf_counter() - started) / count
 
-    sample(1)  # compiles what is compiled at first use
+    sample(1)  # the first call may compile the kernel
     estimate = sample(1)
     affordable = int(SECONDS_PER_CASE / NUM_SAMPLES / estimate)
     count = max(1, min(affordable, int(SHORTEST_SAMPLE_S / estimate) + 1))
@@ -82,13 +82,13 @@ def _synchronise(device: torch.device) -> None:
 
 
 def backends(names: Sequence[str], platform: Platform) -> list[Kernels]:
-    """Those asked for; else the one in use and its torch twin beside it."""
+    """The named backends; by default the torch reference implementation and the one in use."""
     chosen = dict.fromkeys(names or ["torch", platform.kernels.name])
     return [named_kernels(name) for name in chosen]
 
 
 def measure(args: argparse.Namespace, platform: Platform) -> tuple[Timing, ...]:
-    """Raises ValueError if a context does not fit the target."""
+    """Time every case of every backend. Raises ValueError if a context does not fit the target."""
     chosen = backends(args.backend, platform)
     with show_progress() as report:
         directory = resolve(args.target, progress=report)
@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace, platform: Platform) -> tuple[Timing, ...]:
 def cases(
     kernels: Kernels, platform: Platform, directory: Path, args: argparse.Namespace
 ) -> Iterator[Case]:
-    """All calls of one backend, the longest last."""
+    """All cases of one backend: its kernels, then model steps, which take longest."""
     shape, dtype, device = ModelShape.from_dir(directory), platform.dtype, platform.device
     yield from kernel_cases(kernels, shape, dtype, device, args.rows, args.contexts)
     exact = platform.exact and kernels.exact
@@ -126,7 +126,7 @@ def _time(case: Case, backend: str, device: torch.device, advance: Advance) -> T
 
 
 def show(timings: Sequence[Timing], console: Console) -> None:
-    """One row per call, one pair of columns per backend."""
+    """Print a table with one row per call and one pair of columns per backend."""
     names = list(dict.fromkeys(timing.backend for timing in timings))
     table = plain_table("kernel", "context", "rows")
     for name in names:
@@ -146,7 +146,7 @@ def show(timings: Sequence[Timing], console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured; 2: wrong usage."""
+    """Exit code: 0 measured; 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:

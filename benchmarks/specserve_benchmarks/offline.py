@@ -1,9 +1,9 @@
-"""Tokens per second, TTFT, TPOT and acceptance of offline generation, by batch and category.
+"""Measures tokens/s, TTFT, TPOT and acceptance of offline generation, by batch and category.
 
 python -m specserve_benchmarks.offline --prompts spec_bench.jsonl --draft none --draft ngram
 
-Every engine is loaded once and the runs take turns, so that a machine that gets slower gets slower
-for all of them. Without prefix caching: a repeated prompt costs what it cost the first time.
+Every engine is loaded once and the runs take turns, so that a change of the machine's speed affects
+all of them. Prefix caching is off, so that a repeated prompt costs as much as the first time.
 """
 
 import argparse
@@ -40,7 +40,7 @@ RESULTS: Final = Path("benchmarks/results")
 
 
 class Cell(Struct, frozen=True):
-    """The requests of one category that run `batch` at a time."""
+    """The requests of one category, run `batch` at a time."""
 
     category: str
     batch: int
@@ -48,9 +48,9 @@ class Cell(Struct, frozen=True):
 
 
 def plan(prompts: Sequence[Prompt], batches: Sequence[int], per_category: int) -> list[Cell]:
-    """Per category and batch size, whole batches with at least `per_category` requests.
+    """One cell per category and batch size: whole batches with at least `per_category` requests.
 
-    A category with too few prompts starts again from its first.
+    A category with too few prompts repeats them from the first on.
     """
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -65,7 +65,7 @@ def plan(prompts: Sequence[Prompt], batches: Sequence[int], per_category: int) -
 def measure(
     llms: dict[str, LLM], cells: Sequence[Cell], args: argparse.Namespace
 ) -> Iterator[Sample]:
-    """Every cell with every draft in turn, all of it `repeats` times."""
+    """Run every cell with every draft in turn, and all of that `repeats` times."""
     total = sum(len(cell.prompts) for cell in cells) * len(llms) * args.repeats
     with track(total) as advance:
         for repeat in range(args.repeats):
@@ -103,7 +103,7 @@ def _measure_cell(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured and written; 2: wrong usage."""
+    """Exit code: 0 measured and written; 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
@@ -148,13 +148,13 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
 
 
 def variants(texts: Sequence[str]) -> list[Variant]:
-    """The drafts asked for, `none` first: the others are measured against it."""
+    """The drafts to compare (default: ngram); `none`, their baseline, is added in front."""
     names = dict.fromkeys([PLAIN.name, *(texts or ["ngram"])])
     return [parse_variant(name) for name in names]
 
 
 def warm_up(llm: LLM, prompts: Sequence[Prompt], batches: Sequence[int]) -> None:
-    """A few tokens at every batch size."""
+    """Generate a few tokens at every batch size."""
     params = SamplingParams(temperature=0.0, max_tokens=4)
     for batch in batches:
         llm.generate([prompt.messages for prompt in islice(cycle(prompts), batch)], params)
@@ -167,7 +167,7 @@ def demo_prompts() -> list[Prompt]:
 
 
 def device_name(origin: provenance.Provenance) -> str:
-    """'cpu', or the GPU's name as a part of a file name."""
+    """'cpu', or the GPU's name in a form for file names."""
     return "-".join(origin.gpu.lower().split()) if origin.gpu else "cpu"
 
 

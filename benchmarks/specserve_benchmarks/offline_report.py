@@ -1,4 +1,4 @@
-"""From samples of offline generation to a table: medians, ratios to plain decoding, spreads."""
+"""Summarises samples of offline generation: medians, ratios to plain decoding and their spread."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -19,7 +19,7 @@ ON_SCREEN = ("category", "batch", "draft", "tokens/s", "TTFT", "TPOT", "per pass
 
 
 class Sample(Struct, frozen=True):
-    """One cell (category, batch, draft) run once."""
+    """One run of one cell (category, batch, draft)."""
 
     category: str
     batch: int
@@ -39,7 +39,7 @@ class Sample(Struct, frozen=True):
 
 
 class Ratio(Struct, frozen=True):
-    """Against `none`: of the medians, and the least and the greatest of the repeats."""
+    """A ratio to `none`: that of the medians, and the least and the greatest of the repeats."""
 
     of_medians: float
     least: float
@@ -56,10 +56,10 @@ class Row(Struct, frozen=True):
     ttft_s: float | None  # medians over requests and repeats
     tpot_s: float | None
     tokens_per_pass: float
-    acceptance: float | None  # accepted / drafted
-    speedup: Ratio | None  # of tokens/s
-    tpot_ratio: Ratio | None  # of none's TPOT to this one's: above 1 is faster
-    same_ids: bool | None  # as `none` gave
+    acceptance: float | None  # accepted / drafted tokens
+    speedup: Ratio | None  # tokens/s / tokens/s of `none`
+    tpot_ratio: Ratio | None  # TPOT of `none` / TPOT; above 1 is faster than `none`
+    same_ids: bool | None  # whether all token ids equal those of `none`
 
 
 class Report(Struct, frozen=True):
@@ -68,7 +68,7 @@ class Report(Struct, frozen=True):
 
 
 def summarise(samples: Sequence[Sample]) -> tuple[Row, ...]:
-    """A row per cell, and per batch and draft one over all categories."""
+    """One row per cell, and one over all categories for each batch and draft."""
     everything = [*samples, *_overall(samples)]
     cells = dict.fromkeys((s.category, s.batch, s.draft) for s in everything)
     groups = {
@@ -81,7 +81,7 @@ def summarise(samples: Sequence[Sample]) -> tuple[Row, ...]:
 
 
 def _overall(samples: Sequence[Sample]) -> list[Sample]:
-    """The categories of one repeat as one sample."""
+    """For each batch, draft and repeat, the samples of all categories joined into one."""
     keys = dict.fromkeys((s.batch, s.draft, s.repeat) for s in samples)
     return [_join([s for s in samples if (s.batch, s.draft, s.repeat) == key]) for key in keys]
 
@@ -129,7 +129,7 @@ def _speed(sample: Sample) -> float:
 
 
 def _inverse_tpot(sample: Sample) -> float:
-    """0 if no request had a second token."""
+    """1 / median TPOT, in 1/s; 0 if no request has a second token."""
     return 1.0 / median(sample.tpot_s) if sample.tpot_s else 0.0
 
 
@@ -151,7 +151,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def show(report: Report, console: Console) -> None:
-    """The columns that fit a terminal; the files have them all."""
+    """Print the columns that fit a terminal; the files have all of them."""
     table = plain_table(*ON_SCREEN)
     for row in report.rows:
         cells = dict(zip(COLUMNS, _cells(row), strict=True))
@@ -161,7 +161,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The table, and where it comes from."""
+    """The table with its provenance."""
     lines = ["# Offline generation", "", provenance.markdown(report.provenance), ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(_cells(row))} |" for row in report.rows]

@@ -1,10 +1,10 @@
-"""What a pass of the target costs by its number of rows, for each weight format.
+"""Times a forward pass of the target by its number of rows (batched tokens), per weight format.
 
 python -m specserve_benchmarks.passes --format auto --format int8 --contexts 200 1000
 
-One sequence with a tree (a chain) after its context, logits and the best token for every row: what
-verification pays. The cases take turns; a format's first number of rows is what its others are
-compared with.
+One sequence with a single-path tree after its context; logits and the best token of every row are
+computed, as in greedy verification. The cases take turns. Times are also given relative to the
+first number of rows of the same format and context.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from specserve_evals.progress import stdout_console, track
 from specserve_evals.runs import at_least_one
 
 ROWS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-BLOCK_SIZE: Final = 32
+BLOCK_SIZE: Final = 32  # slots per KV block
 
 
 class Cell(Struct, frozen=True):
     quantization: str
     context: int
     num_rows: int
-    seconds: tuple[float, ...]  # every repeat
+    seconds: tuple[float, ...]  # one per repeat
 
     @property
     def median_ms(self) -> float:
@@ -55,13 +55,13 @@ class Cell(Struct, frozen=True):
 
 class Report(Struct, frozen=True):
     provenance: provenance.Provenance
-    bytes_per_s: float  # of reading memory
+    bytes_per_s: float  # memory bandwidth, see `read_bandwidth`
     weight_bytes: dict[str, int]  # by format
     cells: list[Cell]
 
 
 def measure(models: dict[str, Model], args: argparse.Namespace) -> list[Cell]:
-    """Every case once per repeat, after a round that does not count."""
+    """Time every case once per repeat, in turn, after one round as warm-up."""
     cases = list(_cases(models, args))
     seconds: list[list[float]] = [[] for _ in cases]
     with track((args.repeats + 1) * len(cases)) as advance, torch.inference_mode():
@@ -103,7 +103,7 @@ def _cases(
 
 
 def markdown(report: Report) -> str:
-    """A table per context: rows down, formats across."""
+    """One table per context: a line for each number of rows, a column for each format."""
     names = list(report.weight_bytes)
     lines = ["# What a pass costs by its number of rows", ""]
     for context in dict.fromkeys(cell.context for cell in report.cells):
@@ -175,7 +175,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured; 2: wrong usage."""
+    """Exit code: 0 measured; 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:

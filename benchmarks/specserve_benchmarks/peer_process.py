@@ -1,7 +1,7 @@
-"""An engine in a child process of its own, with its own Python.
+"""Runs an engine in a child process with a Python interpreter of its own.
 
-Owns starting it, asking it and ending it. Invariant: one question at a time; a child that dies is
-an error that shows the end of what it printed.
+Owns starting the child, sending it requests and ending it. Invariants: one request at a time; a
+child that dies raises PeerError, which shows the end of the child's stderr.
 """
 
 import os
@@ -29,11 +29,15 @@ class Answer(Struct, frozen=True):
 
 
 class PeerError(ValueError):
-    """A child that cannot start or that died."""
+    """A child process could not start, or it died."""
 
 
 class Peer:
-    """The engine `name`: module `run_{program}` of the children, run by `python`."""
+    """The engine `name`: the module `run_{program}` of `peer_children`, run by `python`.
+
+    `settings` go to the child as JSON, `environment` is added to this process's environment
+    variables. The constructor waits until the engine is loaded; it raises PeerError if that fails.
+    """
 
     def __init__(
         self,
@@ -69,14 +73,17 @@ class Peer:
             raise
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Answer:
-        """Answers of `max_tokens` to all prompts, and the seconds they took together."""
+        """Generate `max_tokens` tokens for each prompt, given as token ids.
+
+        `Answer.seconds` is the time for all prompts together. Raises PeerError if the child died.
+        """
         assert self._process.stdin is not None
         request = {"prompts": [list(ids) for ids in prompts], "max_tokens": max_tokens}
         try:
             self._process.stdin.write(msgspec.json.encode(request) + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died: the answer says so
+            pass  # the child has died: `_read` raises PeerError
         return self._read(Answer)
 
     def _read(self, kind: type[T]) -> T:

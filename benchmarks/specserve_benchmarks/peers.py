@@ -1,9 +1,9 @@
-"""specserve beside the engines that users would pick instead, on the same prompts.
+"""Compares the speed of specserve and of other inference engines on the same prompts.
 
 python -m specserve_benchmarks.peers --prompts spec_bench.jsonl --llama-cpp PYTHON --vllm PYTHON
 
-Every engine runs in a process of its own; one works, the others wait. They take turns prompt by
-prompt, all with the same token ids, threads and number of new tokens. See PEERS.md.
+Every engine runs in a process of its own; while one works, the others wait. They take turns prompt
+by prompt, with the same token ids, number of threads and number of new tokens. See PEERS.md.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from specserve_evals.progress import stdout_console, track
 from specserve_evals.prompts import Prompt, load_prompts, select
 from specserve_evals.runs import at_least_one
 
-PEERS: Final = {  # flag -> name, child program, whether requests run together
+PEERS: Final = {  # flag -> name, child program, whether it can run several requests together
     "llama_cpp": ("llama.cpp", "llama_cpp", False),
     "openvino": ("OpenVINO", "openvino", False),
     "vllm": ("vLLM", "vllm", True),
     "transformers": ("transformers", "transformers", False),
 }
 OURS: Final = "specserve"
-PLAIN: Final = f"{OURS} none"
+PLAIN: Final = f"{OURS} none"  # specserve with plain decoding
 
 
 class Chosen(Struct, frozen=True):
@@ -53,7 +53,7 @@ class Chosen(Struct, frozen=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured and written; 2: wrong usage, or an engine that does not run."""
+    """Exit code: 0 measured and written; 2 wrong usage, or an engine does not run."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
 
 
 def choose(llm: LLM, args: argparse.Namespace) -> list[Chosen]:
-    """The prompts and their ids, as our tokenizer and the target's chat template have them."""
+    """Select prompts, and encode them with specserve's tokenizer and the target's chat template."""
     prompts = select(
         load_prompts(args.prompts),
         per_category=args.per_category,
@@ -123,7 +123,10 @@ def choose(llm: LLM, args: argparse.Namespace) -> list[Chosen]:
 
 
 def start(args: argparse.Namespace, model: Path, work: Path, stack: ExitStack) -> dict[str, Peer]:
-    """Every engine that was asked for, ours first."""
+    """Start every requested engine, those of specserve first; `stack` closes them.
+
+    `work` is a temporary directory. Raises PeerError if an engine does not start.
+    """
     longest = max(args.max_prompt, (args.ttft or 0) + 1)
     settings: dict[str, Any] = {
         "target": str(model),
@@ -171,7 +174,10 @@ def start(args: argparse.Namespace, model: Path, work: Path, stack: ExitStack) -
 def one_at_a_time(
     peers: dict[str, Peer], chosen: Sequence[Chosen], args: argparse.Namespace
 ) -> tuple[list[Run], dict[str, float]]:
-    """Every prompt by every engine, and how far their answers begin like ours."""
+    """Run every prompt on every engine, one request at a time.
+
+    Also returns, by engine, the median number of first tokens that agree with `PLAIN`.
+    """
     runs: list[Run] = []
     same: dict[str, list[int]] = {}
     for repeat, one, names in turns(peers, chosen, args.repeats, "one at a time"):
@@ -189,7 +195,7 @@ def one_at_a_time(
 def first_tokens(
     peers: dict[str, Peer], chosen: Sequence[Chosen], args: argparse.Namespace
 ) -> list[Run]:
-    """Prompts of one length, made of the chosen ones, and one token each."""
+    """Time the first token after prompts of `--ttft` tokens, cut from the chosen prompts' ids."""
     if args.ttft is None:
         return []
     runs = []
@@ -205,7 +211,7 @@ def first_tokens(
 def together(
     peers: dict[str, Peer], chosen: Sequence[Chosen], args: argparse.Namespace
 ) -> list[Run]:
-    """So many requests submitted at once, by the engines that can run them together."""
+    """Time batches of requests submitted at once, on the engines that can run them together."""
     able = {name for name, _, batches in PEERS.values() if batches}
     names = [name for name in peers if name.startswith(OURS) or name.split(" lookup")[0] in able]
     runs = []
@@ -222,7 +228,10 @@ def together(
 def turns(
     peers: dict[str, Peer], chosen: Sequence[Chosen], repeats: int, label: str
 ) -> Iterator[tuple[int, Chosen, list[str]]]:
-    """Each prompt once per repeat. Plain decoding of ours comes first; the others change places."""
+    """Yield each prompt once per repeat, with the engines in the order in which they run.
+
+    `PLAIN` is first; the order of the others is reversed in every second repeat.
+    """
     others = [name for name in peers if name != PLAIN]
     with track(len(chosen) * repeats) as advance:
         for repeat in range(repeats):
@@ -232,14 +241,18 @@ def turns(
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two answers share at their start."""
+    """The number of first tokens that two answers share."""
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
 
 
 def roofline(plain: Peer, ids: Sequence[int], model: Path, max_tokens: int) -> Roofline:
-    """Of plain decoding in a short context; by difference, so that the prompt drops out."""
+    """Measure plain decoding in a short context, for comparison with reading all weights once.
+
+    The time per token comes from the difference between a long answer and one of a single token, so
+    that the time of the prompt cancels out.
+    """
     short = list(ids)[:64]
     per_token = []
     for _ in range(7):

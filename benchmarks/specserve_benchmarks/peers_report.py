@@ -1,7 +1,7 @@
-"""What the runs beside peers say: tokens per second, ratios with their spread, tables.
+"""Summarises the runs of `peers`: tokens per second, ratios with their spread, tables.
 
-A ratio is taken within one repeat, so that both sides met the same machine; the median of the
-repeats is quoted with the lowest and the highest.
+A ratio is taken within one repeat, so that both engines ran at about the same time; the result is
+the median over the repeats with the lowest and the highest.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from specserve_evals import provenance
 
 
 class Run(Struct, frozen=True):
-    """One question to one engine. `group`: a category, or what else is told apart."""
+    """One call of one engine. `group` is the prompt's category, a prompt length or a batch size."""
 
     engine: str
     group: str
@@ -25,7 +25,7 @@ class Run(Struct, frozen=True):
 
 
 class Ratio(Struct, frozen=True):
-    """Tokens per second over the baseline's."""
+    """Tokens per second / tokens per second of the baseline, over the repeats."""
 
     median: float
     lowest: float
@@ -43,7 +43,7 @@ class Row(Struct, frozen=True):
 
 
 class Roofline(Struct, frozen=True):
-    """A token cannot take less than reading the weights once."""
+    """Plain decoding compared with its bound: a token needs at least one read of all weights."""
 
     weight_bytes: int
     bandwidth: float  # bytes per second, measured
@@ -51,6 +51,7 @@ class Roofline(Struct, frozen=True):
 
     @property
     def share(self) -> float:
+        """Time to read the weights once / time of one token; at most 1 in theory."""
         return self.weight_bytes / self.bandwidth / self.seconds_per_token
 
 
@@ -63,9 +64,9 @@ class Report(Struct, frozen=True):
     provenance: provenance.Provenance
     versions: dict[str, str]  # of every engine
     load_s: dict[str, float]
-    same_start: dict[str, float]  # median of the tokens that agree with ours at the start
+    same_start: dict[str, float]  # median number of first tokens that agree with plain specserve
     single: Table
-    drafts: Table  # ours, against ours without drafts
+    drafts: Table  # specserve's drafts, with plain specserve as the baseline
     ttft: Table
     batch: Table
     roofline: Roofline | None
@@ -76,7 +77,7 @@ EVERYTHING = "all"
 
 
 def table(runs: Sequence[Run], baseline: str) -> Table:
-    """Each engine in each group, and over all groups if there are several."""
+    """One row for each engine in each group, and over all groups if there are several."""
     groups = list(dict.fromkeys(run.group for run in runs))
     result = []
     for group in [*groups, *([EVERYTHING] if len(groups) > 1 else [])]:

@@ -1,10 +1,10 @@
-"""What the server costs: the same requests over HTTP and through the engine in this process.
+"""Measures the cost of the server: the same requests over HTTP and to an engine in this process.
 
 python -m specserve_benchmarks.serving --prompts spec_bench.jsonl --concurrency 1 8 32
 
-Both are closed loops: as soon as one of `concurrency` requests is answered, the next is sent. The
-two take turns, with the same prompts and seeds, and must give the same token ids. The client of the
-HTTP side runs on the same machine and its cost counts against the server.
+Both sides are closed loops: when one of `concurrency` requests is answered, the next one is sent.
+They take turns, with the same prompts and seeds, and must give the same token ids. The HTTP client
+runs on the same machine, so its cost counts as cost of the server.
 """
 
 import argparse
@@ -39,11 +39,11 @@ from specserve_evals.runs import (
 )
 from specserve_evals.served import serve
 
-_MIN_REQUESTS: Final = 8
+_MIN_REQUESTS: Final = 8  # least number of requests per side, concurrency and repeat
 
 
 class Work(Struct, frozen=True):
-    """One request: both sides are given the same token ids, seed and budget."""
+    """One request, the same for both sides."""
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -52,14 +52,14 @@ class Work(Struct, frozen=True):
 
 
 class Answer(Struct):
-    """Token ids, and seconds from sending to the first of them."""
+    """The token ids of an answer, and the seconds from sending the request to the first of them."""
 
     ids: tuple[int, ...] = ()
     ttft_s: float = 0.0
 
 
 def run_offline(llm: LLM, works: Sequence[Work], concurrency: int) -> list[Answer]:
-    """`concurrency` requests at a time through the engine of this process."""
+    """Run `works` on the engine of this process, `concurrency` requests at a time."""
     waiting = deque(enumerate(works))
     answers = [Answer() for _ in works]
     started: dict[str, float] = {}
@@ -88,7 +88,7 @@ def run_offline(llm: LLM, works: Sequence[Work], concurrency: int) -> list[Answe
 
 
 async def run_served(url: str, works: Sequence[Work], concurrency: int) -> list[Answer]:
-    """`concurrency` streams at a time over HTTP."""
+    """Run `works` as streams over HTTP, `concurrency` at a time."""
     waiting = deque(enumerate(works))
     answers = [Answer() for _ in works]
     connector = aiohttp.TCPConnector(limit=concurrency)
@@ -138,7 +138,7 @@ async def _stream(session: aiohttp.ClientSession, work: Work) -> Answer:
 def measure(
     llm: LLM, url: str, works: Sequence[Work], args: argparse.Namespace
 ) -> Iterator[Sample]:
-    """Offline and served in turn, at every concurrency, `repeats` times."""
+    """Run both sides in turn at every concurrency, and all of that `repeats` times."""
     total = 2 * args.repeats * len(args.concurrency)
     with track(total) as advance:
         for repeat in range(args.repeats):
@@ -163,7 +163,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: measured and written; 1: the ids differ; 2: wrong usage."""
+    """Exit code: 0 measured and written; 1 the same, but token ids differ; 2 wrong usage."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def server_flags(llm: LLM) -> list[str]:
-    """The settings of the engine in this process, as flags for the other one."""
+    """The settings of the engine in this process, as flags for the server."""
     config = llm.config
     flags = [
         *("--kv-memory", str(config.cache.kv_memory)),

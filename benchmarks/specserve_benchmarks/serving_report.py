@@ -1,4 +1,4 @@
-"""From samples of both sides to a table: tokens/s, time to first token, the server's cost."""
+"""Summarises offline and served samples: tokens/s, time to first token, the server's cost."""
 
 from collections.abc import Sequence
 from statistics import median, quantiles
@@ -17,10 +17,10 @@ COLUMNS = (
 
 
 class Sample(Struct, frozen=True):
-    """One concurrency, one side, once."""
+    """One run of one side at one concurrency."""
 
     concurrency: int
-    side: str  # offline or served
+    side: str  # "offline" or "served"
     repeat: int
     seconds: float
     ids: tuple[tuple[int, ...], ...]  # per request
@@ -51,7 +51,7 @@ class Report(Struct, frozen=True):
 
 
 def summarise(samples: Sequence[Sample]) -> tuple[Row, ...]:
-    """A row per concurrency."""
+    """One row per concurrency."""
     return tuple(
         _row([sample for sample in samples if sample.concurrency == concurrency])
         for concurrency in dict.fromkeys(sample.concurrency for sample in samples)
@@ -91,7 +91,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def markdown(report: Report) -> str:
-    """The table, and where it comes from."""
+    """The table with its provenance."""
     lines = ["# The server against its engine", "", provenance.markdown(report.provenance), ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(_cells(row))} |" for row in report.rows]

@@ -50,15 +50,13 @@ from specserve_evals.runs import (
 
 JSON: Final = "acceptance.json"
 MARKDOWN: Final = "acceptance.md"
-NOT_COMPARED: Final = frozenset({"out", "plots", "prompts", "variants"})  # prompts: by hash
+# Arguments that may differ between runs of one report; the prompts are compared by their hash.
+NOT_COMPARED: Final = frozenset({"out", "plots", "prompts", "variants"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write the report.
-
-    Exit code: 0 measured and written; 1 a draft changed an answer although the kernels are exact;
-    2 wrong usage; `INTERRUPTED` after Ctrl-C.
-    """
+    """Exit code: 0 measured and written; 1 a draft changed an answer of exact kernels; 2 wrong
+    usage; `INTERRUPTED` after Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(arguments)
     try:
@@ -179,7 +177,7 @@ def finish(
 def resume(folder: Path, fresh: Report) -> Report:
     """The report in `folder`, or `fresh` if there is none.
 
-    Raises ValueError if the report found differs in `identity`, or if `folder` cannot be used.
+    Raises ValueError if the report has another format or `identity`, or `folder` cannot be used.
     """
     file = folder / JSON
     try:

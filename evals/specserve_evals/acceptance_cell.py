@@ -156,8 +156,8 @@ def run_between(completion: Completion, first: Reading, last: Reading) -> Run:
 def without_drafters(engine: Engine) -> Iterator[None]:
     """Remove the drafters from the engine inside the `with` block.
 
-    Steps then have the cost of plain decoding, and no drafter observes the answer, which it could
-    otherwise learn before it is measured on the same prompt.
+    Steps then have the cost of plain decoding, and no drafter observes the answer, so that none can
+    learn it before it is measured on the same prompt.
     """
     drafter, engine.drafter = engine.drafter, ComposedDrafter({}, engine.shape.vocab_size)
     try:

@@ -26,7 +26,7 @@ class Run(Struct, frozen=True):
 
     num_tokens: int
     seconds: float  # from submission to the last token
-    decode_passes: int
+    decode_passes: int  # forward passes of the target
     decode_tokens: int
     decode_seconds: float
     draft_seconds: float  # of the decode seconds
@@ -66,7 +66,7 @@ class Figures(Struct, frozen=True):
     reached: tuple[float, ...]
     followed: tuple[float, ...]
     accepted_by_drafter: tuple[int, ...]
-    draft_ms: float | None  # per decode pass, as are the next two
+    draft_ms: float | None  # per forward pass, see `Run.decode_passes`; so are the next two
     verify_ms: float | None
     host_ms: float | None
     tokens_per_s: float

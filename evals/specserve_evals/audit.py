@@ -50,7 +50,7 @@ class Audit:
         self._acceptance = Acceptance()
 
     def take(self) -> Acceptance:
-        """Return the counts since the last call."""
+        """Return the counts since the last call, and start again from zero."""
         counts, self._acceptance = self._acceptance, Acceptance()
         return counts
 

@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from specserve_evals.storm_requests import words
 
-# Seconds before the next attempt after a refusal; without it the client's own work dominates.
+# Seconds to wait after an answer other than 200; without it the client's own work dominates.
 _REFUSED_PAUSE_S: Final = 0.05
 _LEAVE_AFTER_S: Final = 0.2  # seconds until "clients that leave" close their connections
 _NUM_SILENT: Final = 64  # connections that send only the first line of a request

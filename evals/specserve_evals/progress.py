@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Advance = Callable[[int, str], None]  # (items done since the last call, label of the current work)
-LINE_EVERY_S: Final = 30.0  # least seconds between two lines where stderr is no terminal
-FILE_WIDTH: Final = 160  # columns where stdout is no terminal
+LINE_EVERY_S: Final = 30.0  # least seconds between two lines where stderr is not a terminal
+FILE_WIDTH: Final = 160  # columns where stdout is not a terminal
 
 
 def stdout_console() -> Console:

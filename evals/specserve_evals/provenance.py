@@ -99,7 +99,7 @@ def markdown(provenance: Provenance) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """The argument with absolute paths, and paths with "..", cut to names; commas separate parts."""
+    """Cut absolute paths, and paths with "..", to their names; commas separate several paths."""
 
     def shown(part: str) -> str:
         path = Path(part)

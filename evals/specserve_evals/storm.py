@@ -3,7 +3,8 @@
 python -m specserve_evals.storm --requests 2000 --concurrency 64
 
 Exit code 1 if a request fails, if the server holds resources afterwards that it did not hold
-before, if its memory grows, or if an answer differs when the same request is sent again alone.
+before, if the memory of its HTTP or engine process grows by more than `MAX_GROWTH`, or if an answer
+has other token ids when the same request is sent again alone.
 """
 
 import argparse
@@ -37,7 +38,7 @@ MAX_GROWTH: Final = 0.05  # allowed relative growth of resident memory in the se
 # words, up to 10,000.
 GROWING: Final = ("http", "engine")
 MAX_LISTED: Final = 20  # failures printed; the JSON file has all of them
-_WARM_UP: Final = 24  # requests before the baseline, so that what opens once is already open
+_WARM_UP: Final = 24  # requests before the baseline; they open what the server opens only once
 
 
 class Plan(Struct, frozen=True):
@@ -51,7 +52,7 @@ class Plan(Struct, frozen=True):
 class Round(Struct, frozen=True):
     num_requests: int  # of this and earlier rounds
     seconds: float  # of this round
-    num_tokens: int  # received in this round
+    num_tokens: int  # of this round's answers that were not cut off
     vitals: Vitals  # of the idle server after this round
 
 

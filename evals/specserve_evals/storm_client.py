@@ -1,4 +1,4 @@
-"""Sends one request of the soak test, cuts it off where it says so, and checks the answer.
+"""Sends one request of the soak test, cuts it off if it is to be cut off, and checks the answer.
 
 It parses event streams with code of its own, not with `specserve.client`.
 """
@@ -113,7 +113,7 @@ def _checked(reading: _Reading, shot: Shot) -> Answer:
 
 
 async def _hang_up_while_sending(url: str, shot: Shot) -> None:
-    """Send the header and half of the body, wait `shot.seconds`, close the connection."""
+    """Send the headers and half of the body, wait `shot.seconds`, close the connection."""
     address = urlsplit(url)
     body = json.dumps(shot.body).encode()
     head = (

@@ -31,10 +31,10 @@ class Sizes(Struct, frozen=True):
 
 
 class Shot(Struct, frozen=True):
-    """One request, and where the client cuts it off: None for nowhere.
+    """One request. `cut` is the point at which the client closes the connection; None for never.
 
     `seconds` is the delay before a cut by time. `num_events` is the number of events before a
-    stream is cut in the middle. A cut of an answer that is no stream is always by time.
+    stream is cut in the middle. An answer that is not a stream is always cut by time.
     """
 
     path: str

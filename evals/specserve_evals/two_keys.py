@@ -2,9 +2,10 @@
 
 python -m specserve_evals.two_keys --seconds 60
 
-Rounds alternate between the load alone and the same load beside the hostile key's attacks. Exit
-code 1 if a request of the load fails, if its p99 TTFT beside the attacks is more than twice its p99
-TTFT alone, or if the server holds resources afterwards that it did not hold before.
+Rounds alternate between the load alone and a load of the same rate beside the hostile key's
+attacks. Exit code 1 if a request of the load fails, if its p99 TTFT beside the attacks is more than
+`MAX_RATIO` times that alone, or if the server holds resources afterwards that it did not hold
+before.
 """
 
 import argparse

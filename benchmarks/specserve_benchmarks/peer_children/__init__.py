@@ -1,1 +1,1 @@
-"""One program per engine, each run by the Python of its own environment."""
+"""One program per engine, each run by the Python interpreter of that engine's environment."""

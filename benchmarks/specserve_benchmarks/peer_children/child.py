@@ -1,7 +1,7 @@
-"""What a child says and hears: JSON lines on stdin and stdout, one request at a time.
+"""The protocol of a child process: JSON lines on stdin and stdout, one request at a time.
 
-Standard library only: it runs in every peer's environment. Whatever an engine prints goes to
-stderr. Invariant: between requests a child waits on stdin and does nothing.
+Uses the standard library only, because it runs in the environment of every engine. Anything that an
+engine prints goes to stderr. Invariant: between requests a child only waits on stdin.
 """
 
 import json
@@ -16,7 +16,12 @@ Generate = Callable[[Prompts, int], Prompts]  # prompts, tokens per answer -> an
 
 
 def serve(load: Callable[[dict[str, Any]], tuple[Generate, str]]) -> None:
-    """`load` takes the settings on the command line and gives `generate` and the version."""
+    """Load the engine, report that it is ready, and answer requests until stdin ends.
+
+    `load` takes the settings, JSON on the command line, and returns a `Generate` and the engine's
+    version.
+    """
+    # Replies go to the original stdout; everything else written to stdout goes to stderr.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""llama.cpp by way of llama-cpp-python; prompts one after the other."""
+"""llama.cpp through llama-cpp-python; prompts run one after the other."""
 
 from importlib import import_module
 from itertools import islice
@@ -23,7 +23,7 @@ def load(settings: dict[str, Any]) -> tuple[Generate, str]:
     )
 
     def answer(ids: list[int], max_tokens: int) -> list[int]:
-        llm.reset()  # nothing of the prompt before is used again
+        llm.reset()  # so that no KV of the previous prompt is reused
         tokens = llm.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
         return [int(token) for token in islice(tokens, max_tokens)]
 

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI, which reads the GGUF itself; prompts one after the other."""
+"""OpenVINO GenAI, which reads the GGUF file directly; prompts run one after the other."""
 
 from importlib import import_module
 from typing import Any

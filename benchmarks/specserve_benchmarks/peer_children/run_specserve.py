@@ -1,4 +1,4 @@
-"""specserve itself, with one choice of drafters."""
+"""specserve with one choice of drafters; the prompts of a request run together."""
 
 from typing import Any
 

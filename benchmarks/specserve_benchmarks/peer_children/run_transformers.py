@@ -1,4 +1,4 @@
-"""transformers in bfloat16; prompts one after the other."""
+"""transformers in bfloat16; prompts run one after the other."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""vLLM on the CPU, in bfloat16; the prompts of a request run together."""
+"""vLLM on the CPU in bfloat16; the prompts of a request run together."""
 
 from importlib import import_module
 from importlib.metadata import version
