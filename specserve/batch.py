@@ -3,8 +3,7 @@
 Host lists become device tensors here, once per pass. Knows no scheduling and no models.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,13 +51,13 @@ class SegmentRows:
     table: BlockTable | TableView
     context_len: int
     first_node: int  # the KV of the nodes before it is in the cache already
-    tokens: Seq[int]
-    depths: Seq[int]
-    ancestors: Seq[int]  # ancestor words, as in `DraftTree`
+    tokens: Sequence[int]
+    depths: Sequence[int]
+    ancestors: Sequence[int]  # ancestor words, as in `DraftTree`
     wants_logits: bool
 
 
-def joined(outputs: Seq[ModelOutput]) -> ModelOutput:
+def joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
     """Concatenate outputs into that of one pass over all their rows, without `topk`."""
     taps = [output.taps for output in outputs if output.taps is not None]
     logits = torch.cat([output.logits for output in outputs])
@@ -66,7 +65,7 @@ def joined(outputs: Seq[ModelOutput]) -> ModelOutput:
 
 
 def chain_segments(
-    table: BlockTable | TableView, start: int, tokens: Seq[int]
+    table: BlockTable | TableView, start: int, tokens: Sequence[int]
 ) -> Iterator[SegmentRows]:
     """Split known tokens from position `start` on into segments of up to 64, without logits."""
     for offset in range(0, len(tokens), MAX_SEGMENT_ROWS):
@@ -92,7 +91,7 @@ def tree_segment(
     )
 
 
-def plan_segments(entries: Seq[Entry], trees: dict[str, DraftTree]) -> Iterator[SegmentRows]:
+def plan_segments(entries: Sequence[Entry], trees: dict[str, DraftTree]) -> Iterator[SegmentRows]:
     """The target's segments of one step: per entry its prompt chunk, then its tree."""
     for entry in entries:
         seq = entry.seq
@@ -103,7 +102,7 @@ def plan_segments(entries: Seq[Entry], trees: dict[str, DraftTree]) -> Iterator[
 
 
 def build_batch(
-    rows: Seq[SegmentRows], block_size: int, row_multiple: int, device: torch.device
+    rows: Sequence[SegmentRows], block_size: int, row_multiple: int, device: torch.device
 ) -> ForwardBatch:
     """Flatten segments into tensors on `device`, padded to a multiple of `row_multiple` rows."""
     # Lists first, one array of each at the end: between passes each numpy call costs microseconds.
@@ -136,7 +135,7 @@ def build_batch(
 
 
 def _segments(
-    rows: Seq[SegmentRows], cu_rows: list[int], num_rows: int, block_size: int
+    rows: Sequence[SegmentRows], cu_rows: list[int], num_rows: int, block_size: int
 ) -> Segments:
     tables = [segment.table.block_ids for segment in rows]
     widest = max(map(len, tables))

@@ -8,8 +8,7 @@ for result in llm.generate(["Once upon a time"], SamplingParams(temperature=0)):
 import gc
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -38,7 +37,7 @@ from specserve.types import (
 
 T = TypeVar("T")
 Message = dict[str, str]  # {"role": ..., "content": ...}
-Prompt = str | Seq[int] | Seq[Message]
+Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Timing(Struct, frozen=True):
@@ -108,7 +107,7 @@ class LLM:
         self,
         target: str | None = None,
         *,
-        draft: str | Seq[str] | None = None,
+        draft: str | Sequence[str] | None = None,
         config_file: Path | None = None,
         progress: Callable[[str, float], None] | None = None,
         **settings: Any,
@@ -128,11 +127,11 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Seq[Prompt],
-        sampling: SamplingParams | Seq[SamplingParams] | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         speculation: SpeculationParams | None = None,
-        predictions: Seq[str | None] | None = None,
+        predictions: Sequence[str | None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Generation]:
         """Generate completions. Returns one Generation per prompt, in order.
@@ -174,7 +173,7 @@ class LLM:
         for token in prompt:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise RequestError("prompt", f"{token!r} is not a token id; give integers")
-        return tuple(cast(Seq[int], prompt))
+        return tuple(cast(Sequence[int], prompt))
 
     def _start(
         self,
@@ -314,14 +313,14 @@ class _Job:
         return Generation(self.prompt_ids, tuple(track.completion() for track in self.tracks))
 
 
-def _as_batch(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Wrap a single prompt into a list; a list of prompts is copied."""
     if isinstance(prompts, str) or any(isinstance(item, int | dict) for item in prompts):
         return [cast(Prompt, prompts)]
-    return list(cast(Seq[Prompt], prompts))
+    return list(cast(Sequence[Prompt], prompts))
 
 
-def _per_prompt(name: str, value: T | Seq[T], count: int) -> list[T]:
+def _per_prompt(name: str, value: T | Sequence[T], count: int) -> list[T]:
     """One value per prompt: the single `value` repeated, or a list with `count` values.
 
     Raises ValueError if the list has another length.

@@ -63,7 +63,7 @@ class SpecCounts:
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class SequenceState:
     """The mutable state of one request, owned by the scheduler."""
 
     request: Request
@@ -113,7 +113,7 @@ class SequenceView:
 
     __slots__ = ("_seq", "_tokens")
 
-    def __init__(self, seq: Sequence) -> None:
+    def __init__(self, seq: SequenceState) -> None:
         self._seq = seq
         self._tokens = ReadOnlyList(seq.tokens)
 

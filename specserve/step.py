@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from specserve.sequence import Sequence, SequenceView
+from specserve.sequence import SequenceState, SequenceView
 from specserve.types import FinishReason, TokenLogprobs
 
 
@@ -16,7 +16,7 @@ class Entry:
     prompt is not finished in this step.
     """
 
-    seq: Sequence
+    seq: SequenceState
     num_chain: int
     num_nodes: int
 

@@ -284,7 +284,7 @@ def test_packages_of_several_levels_export_nothing(package: str) -> None:
         (
             "specserve.types",
             "from typing import TYPE_CHECKING\n"
-            "if TYPE_CHECKING:\n    from specserve.sequence import Sequence",
+            "if TYPE_CHECKING:\n    from specserve.sequence import SequenceState",
             "level 1",
         ),
         ("specserve.hub.resolve", "from specserve import llm", "level 1"),

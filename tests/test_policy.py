@@ -7,7 +7,7 @@ import pytest
 from specserve.cache.table import BlockTable
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import FixedPolicy, MeasuredPolicy
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceState
 from specserve.step import Verdict
 from specserve.tree import DraftTree, chain_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
@@ -15,10 +15,12 @@ from specserve.types import Request, SamplingParams, SpeculationParams
 COSTS = PassCosts({1: 1.0, 2: 1.0, 4: 1.2, 8: 2.0})
 
 
-def sequence(name: str = "a", *, max_tokens: int = 100, max_nodes: int | None = None) -> Sequence:
+def sequence(
+    name: str = "a", *, max_tokens: int = 100, max_nodes: int | None = None
+) -> SequenceState:
     sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens)
     speculation = SpeculationParams(max_nodes=max_nodes)
-    return Sequence(Request(name, (7,), sampling, speculation), [7], BlockTable(16))
+    return SequenceState(Request(name, (7,), sampling, speculation), [7], BlockTable(16))
 
 
 NOTHING = Verdict((0,), (5,), (0,), 0)
@@ -30,7 +32,11 @@ def tree(num_nodes: int, expected: float) -> DraftTree:
 
 
 def passes(
-    policy: MeasuredPolicy, seqs: list[Sequence], expected: dict[str, float], seconds: float, n: int
+    policy: MeasuredPolicy,
+    seqs: list[SequenceState],
+    expected: dict[str, float],
+    seconds: float,
+    n: int,
 ) -> list[list[bool]]:
     """Who is drafted for in each of n passes, each drafted sequence costing `seconds`."""
     asked = []

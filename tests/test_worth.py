@@ -1,6 +1,6 @@
 """Which drafters are asked: those that earn their time, others now and then."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from specserve.cache.table import BlockTable
 from specserve.drafting.base import DraftContext, DraftOptions, Feedback
 from specserve.drafting.compose import ComposedDrafter
 from specserve.drafting.worth import Worth
-from specserve.sequence import Sequence, SequenceView
+from specserve.sequence import SequenceState, SequenceView
 from specserve.step import EntryView
 from specserve.tree import DraftTree, root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
@@ -115,7 +115,7 @@ class Listener:
 
     def bind(self, context: DraftContext) -> None: ...
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         self.asked += [seq.id for seq in seqs]
         return [root_tree(seq.tokens[-1]) for seq in seqs]
 
@@ -133,7 +133,7 @@ def test_a_paused_head_does_not_follow_new_requests() -> None:
         request = Request(
             name, (7,), SamplingParams(temperature=0.0), SpeculationParams(drafters=wanted)
         )
-        seq = SequenceView(Sequence(request, [7], BlockTable(16)))
+        seq = SequenceView(SequenceState(request, [7], BlockTable(16)))
         heard = Feedback([EntryView(seq, 1, 0)], {}, {}, ModelOutput(torch.empty(0, 10)))
         for _ in range(count):
             drafters.propose([seq], [8])

@@ -9,7 +9,7 @@ token id for which the draft model has no embedding row: models of one family of
 tokenizer but pad their vocabularies to different sizes.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
@@ -83,7 +83,7 @@ class DraftLM:
             quantization=context.quantization,
         )
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         context = self._shape.max_position_embeddings
         rooms = [min(b, context + 1 - s.num_tokens) for s, b in zip(seqs, budgets, strict=True)]
         asked = [
@@ -94,7 +94,7 @@ class DraftLM:
         trees = self._grow(asked)
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
-    def _grow(self, asked: Seq[tuple[SequenceView, int]]) -> dict[str, DraftTree]:
+    def _grow(self, asked: Sequence[tuple[SequenceView, int]]) -> dict[str, DraftTree]:
         """Trees for (sequence, node budget) pairs, by sequence id."""
         growths = [Growth(seq, self._context.sampling_state(seq), budget) for seq, budget in asked]
         missed = [row for seq, _ in asked for row in self._catch_up(seq, seq.num_tokens - 1)]
@@ -169,7 +169,7 @@ class DraftLM:
         matching = takewhile(lambda block: self._filled.get(block[0]) == block[1], blocks)
         return sum(1 for _ in matching) * table.block_size
 
-    def _forward(self, rows: Seq[SegmentRows]) -> Tensor:
+    def _forward(self, rows: Sequence[SegmentRows]) -> Tensor:
         """Logits [num_logit_rows, target vocab_size] float32; -inf for ids that the draft model
         lacks."""
         context = self._context

@@ -9,8 +9,7 @@ the target's Gumbel noise g.
 """
 
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -179,7 +178,7 @@ class EagleDrafter:
         num_blocks = self._storage.data.shape[2] // context.block_size
         self._contents = BlockContents(num_blocks, context.block_size, len(places) * size, sample)
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         asked = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         at_once: list[_Asked] = []
         by_passes: list[_Asked] = []
@@ -193,7 +192,7 @@ class EagleDrafter:
             one.track.settle(1)  # the root's draft KV is final: it is from the target's own state
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
-    def _grow_at_once(self, asked: Seq[_Asked]) -> dict[str, DraftTree]:
+    def _grow_at_once(self, asked: Sequence[_Asked]) -> dict[str, DraftTree]:
         """Trees by sequence id, grown in one kernel call."""
         if not asked:
             return {}
@@ -210,7 +209,7 @@ class EagleDrafter:
             for one, tree in zip(asked, grown, strict=True)
         }
 
-    def _grow_by_passes(self, asked: Seq[_Asked]) -> dict[str, DraftTree]:
+    def _grow_by_passes(self, asked: Sequence[_Asked]) -> dict[str, DraftTree]:
         """Trees by sequence id, grown by one forward pass of the head per expansion step."""
         if not asked:
             return {}
@@ -317,11 +316,11 @@ class EagleDrafter:
         self._contents.write(track, seq.table, rows)
         track.extend(rows)
 
-    def _forward(self, parts: Seq[HeadRows], rows: Tensor) -> Tensor:
+    def _forward(self, parts: Sequence[HeadRows], rows: Tensor) -> Tensor:
         """The head's output [num_rows, hidden_size]; `rows` has the same shape."""
         return self.head(lay_out(parts, self._context.device), rows, self._storage)
 
-    def _rank(self, growing: Seq[Growth], logits: Tensor) -> None:
+    def _rank(self, growing: Sequence[Growth], logits: Tensor) -> None:
         """Add candidates of the fresh nodes; logits: [num_fresh, draft_vocab_size]."""
         branching, ids = min(self._options.branching, logits.shape[1]), self._token_ids
         if all(growth.state.takes_best for growth in growing):
@@ -338,7 +337,7 @@ class EagleDrafter:
         take(growing, tokens, scores)
 
 
-def _rows(taps: Tensor, first: int, places: Seq[int]) -> Tensor:
+def _rows(taps: Tensor, first: int, places: Sequence[int]) -> Tensor:
     """Rows first + places[0], first + places[1], ...; `places` is ascending."""
     if places[-1] - places[0] == len(places) - 1:  # consecutive, the usual case: no copy
         return taps[first + places[0] : first + places[-1] + 1]

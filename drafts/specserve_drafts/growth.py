@@ -5,8 +5,7 @@ the frontier, and selects the nodes to evaluate next. Knows nodes and path proba
 drafter runs the model.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -147,7 +146,7 @@ class LookPrice:
 
 
 def rank(
-    growing: Seq[Growth], logits: Tensor, sampler: Sampler, branching: int
+    growing: Sequence[Growth], logits: Tensor, sampler: Sampler, branching: int
 ) -> tuple[Tensor, Tensor]:
     """The best candidates of the fresh nodes by log q + g, with the target's Gumbel noise g.
 
@@ -160,7 +159,7 @@ def rank(
     return best.indices, best.values
 
 
-def take(growing: Seq[Growth], tokens: Tensor, scores: Tensor) -> None:
+def take(growing: Sequence[Growth], tokens: Tensor, scores: Tensor) -> None:
     """Add candidates of the fresh nodes: tokens and log probabilities, each [num_fresh, n]."""
     rows = zip(tokens.tolist(), scores.exp().tolist(), strict=True)
     for growth in growing:

@@ -7,8 +7,7 @@ last hidden state). Knows no sequences: rows come with their KV slots. Rounding 
 batch shapes, as a draft need not be exact.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +32,7 @@ class HeadRows:
     lane: Tensor
     context_len: int  # draft inputs before the tree, or before the chain
     first_node: int  # nodes of the tree before the segment
-    tokens: Seq[int]
+    tokens: Sequence[int]
     positions: npt.NDArray[np.int64]  # [n] RoPE positions
     ancestors: npt.NDArray[np.uint64]  # [n] words, as in `DraftTree`
 
@@ -46,7 +45,7 @@ class HeadBatch:
     segments: Segments
 
 
-def lay_out(rows: Seq[HeadRows], device: torch.device) -> HeadBatch:
+def lay_out(rows: Sequence[HeadRows], device: torch.device) -> HeadBatch:
     """The tensors of one forward pass over `rows`.
 
     Slot lists are passed as block tables with a block size of 1, so a missing range leaves no gap
@@ -195,7 +194,7 @@ class _Weights:
     def linear(self, name: str, bias: bool) -> Linear:
         return Linear(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None)
 
-    def fused(self, names: Seq[str], bias: bool) -> Linear:
+    def fused(self, names: Sequence[str], bias: bool) -> Linear:
         """Linear maps of the same input, concatenated into one."""
         weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
         return Linear(

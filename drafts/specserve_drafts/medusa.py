@@ -11,7 +11,7 @@ is its last hidden state.
 """
 
 import heapq
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -30,7 +30,7 @@ from specserve.sequence import SequenceView
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.medusa_file import MedusaFile, read_medusa
 
-Candidates = Seq[tuple[int, float]]  # tokens and their probabilities at one depth, best first
+Candidates = Sequence[tuple[int, float]]  # tokens and their probabilities at one depth, best first
 
 
 class MedusaOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -83,7 +83,7 @@ class MedusaDrafter:
         first = context.taps.index(self.needs_taps[0]) * self._hidden_size
         self._columns = slice(first, first + self._hidden_size)
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         ready = [
             seq
             for seq, budget in zip(seqs, budgets, strict=True)
@@ -126,7 +126,7 @@ class MedusaDrafter:
         last = self._last.get(seq.id)
         return last is not None and last.position == seq.num_tokens - 2
 
-    def _candidates(self, seqs: Seq[SequenceView], depth: int) -> list[list[Candidates]]:
+    def _candidates(self, seqs: Sequence[SequenceView], depth: int) -> list[list[Candidates]]:
         """The candidates of each of the `depth` positions after the root, per sequence."""
         if not seqs:
             return []
@@ -192,7 +192,7 @@ class MedusaHeads:
         return logits.float() * self._scale
 
 
-def product_tree(root: int, depths: Seq[Candidates], budget: int, source: int) -> DraftTree:
+def product_tree(root: int, depths: Sequence[Candidates], budget: int, source: int) -> DraftTree:
     """The `budget` nodes of highest path probability, root included, of the tree in which every
     node of depth d has the children `depths[d]`.
 

@@ -5,7 +5,7 @@ the request's own prompt and output; the longest match wins. All work is on the 
 microseconds per proposal.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,7 +44,7 @@ class NgramDrafter:
     def bind(self, context: DraftContext) -> None:
         self._source = context.source
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def observe(self, feedback: Feedback) -> None:

@@ -1,6 +1,6 @@
 """The `none` drafter: proposes the root alone, which is plain decoding, the baseline."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ class NoDrafter:
     def bind(self, context: DraftContext) -> None:
         pass
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         return [root_tree(seq.tokens[-1]) for seq in seqs]
 
     def observe(self, feedback: Feedback) -> None:

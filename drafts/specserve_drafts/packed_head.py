@@ -5,8 +5,7 @@ have an eighth of the bytes of float32. Owns the mapping from the checkpoint's t
 kernels' weights. EAGLE-3 only, and the head file must have its own LM head rows.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ class PackedHead:
         """See `heads.DraftHead`."""
         self._head.take_in(_pass_over(batch, rows, kv))
 
-    def grow(self, shape: GrowShape, kv: KVStorage, trees: Seq[Growing]) -> list[Grown]:
+    def grow(self, shape: GrowShape, kv: KVStorage, trees: Sequence[Growing]) -> list[Grown]:
         """See `PackedDraftHead.grow`."""
         return self._head.grow(shape, kv.data, trees)
 

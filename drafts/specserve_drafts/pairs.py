@@ -8,8 +8,7 @@ observe, and the token after them. Such a missing range makes drafts less accura
 the output. Knows nothing of the head that computes the KV.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,7 +86,7 @@ class Track:
         """The number of draft inputs before token `end`, which is not in the missing range."""
         return self.hole[0] - 1 + end - self.hole[1]
 
-    def waiting(self, tokens: Seq[int], lane: Tensor) -> Iterator[HeadRows]:
+    def waiting(self, tokens: Sequence[int], lane: Tensor) -> Iterator[HeadRows]:
         """The waiting draft inputs as chains; `tokens` are the sequence's."""
         for first in range(self.num_done, self.num_seen, MAX_NODES):
             piece = tokens[first : min(first + MAX_NODES, self.num_seen)]

@@ -19,7 +19,7 @@ host.
 import hashlib
 import logging
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -115,7 +115,7 @@ class RecycleDrafter:
         self._context = context
         self._host = native_host() if context.device.type == "cpu" else None
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         """Grow trees best-first by path probability.
 
         At temperature > 0 candidates are ranked without the target's noise: probabilities that were

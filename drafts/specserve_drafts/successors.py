@@ -7,8 +7,7 @@ chance, Corbato 1968), as most contexts occur only once. All work is on the host
 """
 
 import struct
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -94,8 +93,8 @@ class SuccessorTable:
 
     def grow(
         self,
-        salts: Seq[int],
-        context: Seq[int],
+        salts: Sequence[int],
+        context: Sequence[int],
         max_nodes: int,
         min_probability: float,
         source: int,
@@ -123,7 +122,7 @@ class SuccessorTable:
     def learn(
         self,
         salt: int,
-        before: Seq[int],
+        before: Sequence[int],
         tree: DraftTree,
         best: npt.NDArray[np.int64],
         logits: npt.NDArray[np.float32],
@@ -145,7 +144,7 @@ class SuccessorTable:
         salts = np.full(len(tree), salt, np.uint64)
         self.write(salts[sound], contexts[sound], best[sound], shares[sound])
 
-    def learn_text(self, tokens: Seq[int]) -> None:
+    def learn_text(self, tokens: Sequence[int]) -> None:
         """Write every token as the successor, of probability 1, of the tokens before it; no salt.
 
         tokens: in the order of the text.
@@ -213,7 +212,7 @@ class SuccessorTable:
         return rows, self._tags[rows] & ~_AGAIN == _tags(states)
 
     def candidates(
-        self, salts: Seq[int], context: Seq[int], own: "SuccessorTable | None" = None
+        self, salts: Sequence[int], context: Sequence[int], own: "SuccessorTable | None" = None
     ) -> list[tuple[int, float]]:
         """At most WIDTH (token, probability) pairs, the best first; parameters as in `grow`.
 
@@ -302,7 +301,7 @@ def _steps(shares: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return rounded
 
 
-def _contexts(tree: DraftTree, before: Seq[int]) -> list[Context]:
+def _contexts(tree: DraftTree, before: Sequence[int]) -> list[Context]:
     """The last ORDERS tokens up to each node, the node's own first; -1 before the text."""
     above = (*before[: ORDERS - 1], *[-1] * (ORDERS - 1 - len(before)))
     contexts: list[Context] = []
@@ -320,7 +319,7 @@ def _next_states(
     return states ^ (states >> np.uint64(29))
 
 
-def _states(salt: int, context: Seq[int]) -> list[int]:
+def _states(salt: int, context: Sequence[int]) -> list[int]:
     """The hash states of the contexts of 1, 2, ... tokens; computed as `_next_states` does."""
     states, state = [], salt
     for token in context:

@@ -6,8 +6,7 @@ Oliaro et al. 2024, arXiv 2411.04975, who keep suffix trees with counts; here ha
 find the matches, and counts are taken from the texts at each proposal. All work is on the host.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -84,7 +83,7 @@ class SuffixDrafter:
     def bind(self, context: DraftContext) -> None:
         self._source = context.source
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def observe(self, feedback: Feedback) -> None:

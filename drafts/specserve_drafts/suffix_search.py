@@ -5,8 +5,7 @@ A compiled version is used where it is built, see `specserve_kernels.host`. This
 reference implementation and all constants.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -23,7 +22,7 @@ _ENOUGH: Final = 64  # the search stops once its matches have this many matched 
 _LONGER: Final = 4.0  # factor in the weight of a match for each matched token
 _DOUBT: Final = 1.0  # pseudo-count: m matched tokens scale a probability by m / (m + _DOUBT)
 
-_Match = tuple[float, int, Seq[int]]  # weight, number of matched tokens, tokens that followed
+_Match = tuple[float, int, Sequence[int]]  # weight, number of matched tokens, tokens that followed
 
 
 class Log(Protocol):
@@ -31,7 +30,7 @@ class Log(Protocol):
 
     def __len__(self) -> int: ...
 
-    def extend(self, tokens: Seq[int], /) -> None: ...
+    def extend(self, tokens: Sequence[int], /) -> None: ...
 
 
 class SuffixSearch:
@@ -41,7 +40,7 @@ class SuffixSearch:
     shortest match. Nodes of a path probability below `min_probability` are not proposed.
     """
 
-    def __init__(self, sizes: Seq[int], min_probability: float) -> None:
+    def __init__(self, sizes: Sequence[int], min_probability: float) -> None:
         self._sizes = sizes
         self._min_probability = min_probability
         self._host = native_host()
@@ -61,7 +60,9 @@ class SuffixSearch:
         log: Log = TokenLog(self._sizes) if self._host is None else self._host.TokenLog(self._sizes)
         return log
 
-    def tree(self, logs: Seq[Any], recent: Seq[int], max_nodes: int, source: int) -> DraftTree:
+    def tree(
+        self, logs: Sequence[Any], recent: Sequence[int], max_nodes: int, source: int
+    ) -> DraftTree:
         """The tree of at most `max_nodes` nodes, root included.
 
         logs: made by `new_log`, in order of preference. recent: the text's last tokens, as many as
@@ -73,7 +74,7 @@ class SuffixSearch:
         floor = self._min_probability
         return grow_best_first(recent[-1], matches, _branches, max_nodes, floor, source)
 
-    def _matches(self, logs: Seq[Any], recent: Seq[int], length: int) -> list[_Match]:
+    def _matches(self, logs: Sequence[Any], recent: Sequence[int], length: int) -> list[_Match]:
         """Matches with the `length` tokens that followed them, those of long n-grams first."""
         found: list[_Match] = []
         backwards, known, seen = recent[::-1], len(recent) + 1, 0

@@ -4,8 +4,7 @@ The reference implementation of `TokenLog` in kernels/specserve_kernels/host.
 """
 
 from array import array
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 END: Final = -1  # ends a text in a log of several; not a token id, so no match crosses it
@@ -17,7 +16,7 @@ class TokenLog:
     sizes: the n-gram lengths to index. An occurrence is indexed once a token follows it.
     """
 
-    def __init__(self, sizes: Seq[int]) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
         self._text = array("i", [END])  # the first END stops every match at the text's beginning
         # By n-gram length: hash -> latest position, and position -> previous one of the same hash,
         # 0: none. Hashes may collide; callers compare the tokens with `common`.
@@ -28,7 +27,7 @@ class TokenLog:
     def __len__(self) -> int:
         return len(self._text) - 1
 
-    def extend(self, tokens: Seq[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens."""
         self._text.extend(tokens)
         for size, (latest, earlier) in self._chains.items():
@@ -39,7 +38,7 @@ class TokenLog:
                 earlier.append(latest.get(key, 0))
                 latest[key] = position
 
-    def positions(self, ngram: Seq[int]) -> Iterator[int]:
+    def positions(self, ngram: Sequence[int]) -> Iterator[int]:
         """Positions after occurrences of `ngram`, and, rarely, of an n-gram of the same hash."""
         latest, earlier = self._chains[len(ngram)]
         position = latest.get(hash(tuple(ngram)), 0)
@@ -47,7 +46,7 @@ class TokenLog:
             yield position
             position = earlier[position]
 
-    def common(self, position: int, backwards: Seq[int]) -> int:
+    def common(self, position: int, backwards: Sequence[int]) -> int:
         """How many tokens before `position`, going back, equal those of `backwards`."""
         text, length = self._text, 0
         for token in backwards:
@@ -56,7 +55,7 @@ class TokenLog:
                 return length - 1
         return length
 
-    def follow(self, position: int, length: int) -> Seq[int]:
+    def follow(self, position: int, length: int) -> Sequence[int]:
         """The `length` tokens from `position`; if the text ends before, they repeat cyclically."""
         text = self._text[position : position + length]
         while len(text) < length:

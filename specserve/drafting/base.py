@@ -9,8 +9,7 @@ changes nothing for the engine. Tensors cannot be protected, so the engine is do
 again: a drafter must not write to those.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -64,7 +63,7 @@ class DraftContext:
 class Feedback:
     """What one pass settled. Entries without a tree are prompt chunks."""
 
-    entries: Seq[EntryView]
+    entries: Sequence[EntryView]
     trees: Mapping[str, DraftTree]  # by sequence id
     verdicts: Mapping[str, Verdict]  # by sequence id
     output: ModelOutput  # rows as `plan_segments` has them
@@ -120,7 +119,7 @@ class Drafter(Protocol):
 
     def bind(self, context: DraftContext) -> None: ...
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         """One tree per sequence, at most `budgets[i]` nodes with the root.
 
         KV slots up to num_tokens - 1 + budget - 1 are reserved. The root is the last token.

@@ -8,8 +8,7 @@ Whole proposals count, verified or not: the text tells what would have come of t
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from specserve.tree import DraftTree, United, unite
@@ -72,7 +71,9 @@ class Calibration:
             lambda: defaultdict(_Counts)
         )
 
-    def merged(self, seq_id: str, noisy: bool, trees: Seq[DraftTree], max_nodes: int) -> DraftTree:
+    def merged(
+        self, seq_id: str, noisy: bool, trees: Sequence[DraftTree], max_nodes: int
+    ) -> DraftTree:
         """One tree of proposals with the same root; its scores are calibrated."""
         if self._native is not None:
             return DraftTree(*self._native.merged(seq_id, noisy, trees, max_nodes))
@@ -84,7 +85,9 @@ class Calibration:
         )
         return united.tree([1.0, *agreed], max_nodes)
 
-    def settle(self, seq_id: str, noisy: bool, trees: Seq[DraftTree], emitted: Seq[int]) -> None:
+    def settle(
+        self, seq_id: str, noisy: bool, trees: Sequence[DraftTree], emitted: Sequence[int]
+    ) -> None:
         """Count the nodes of proposals whose parents were emitted."""
         if self._native is not None:
             self._native.settle(seq_id, noisy, trees, emitted)
@@ -109,10 +112,10 @@ class Calibration:
             shares.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
         return shares
 
-    def _united(self, seq_id: str, noisy: bool, trees: Seq[DraftTree]) -> United:
+    def _united(self, seq_id: str, noisy: bool, trees: Sequence[DraftTree]) -> United:
         return unite(trees, [self._shares(seq_id, noisy, tree) for tree in trees])
 
-    def _settle(self, seq_id: str, noisy: bool, tree: DraftTree, emitted: Seq[int]) -> None:
+    def _settle(self, seq_id: str, noisy: bool, tree: DraftTree, emitted: Sequence[int]) -> None:
         own, keys = self._own[seq_id], _keys(noisy, tree)
         for node, hit in _followed(tree.tokens.tolist(), tree.parents.tolist(), emitted):
             key, share = keys[node - 1]
@@ -121,7 +124,9 @@ class Calibration:
             own[key].add(hit, 1.0, _REQUEST_MEMORY)
 
 
-def _followed(tokens: Seq[int], parents: Seq[int], emitted: Seq[int]) -> Iterator[tuple[int, bool]]:
+def _followed(
+    tokens: Sequence[int], parents: Sequence[int], emitted: Sequence[int]
+) -> Iterator[tuple[int, bool]]:
     """The children of the root and of every node that was emitted, and whether they were."""
     at: int | None = 0
     for token in emitted:

@@ -3,7 +3,7 @@ proposed them. What drafters do wrong stays here; see `failures`.
 """
 
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -72,7 +72,7 @@ class ComposedDrafter:
         """Calls that failed, by drafter."""
         return {name: self._failures.counts[name] for name in self.names}
 
-    def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         """One merged tree per sequence, within its budget. Budget 1 asks nobody.
 
         Its scores are calibrated: what the drafters' records make of what they claim.
@@ -89,11 +89,11 @@ class ComposedDrafter:
         self._asking = {one.seq.id: one for one in asking}
         return [self._merged(one) for one in asking]
 
-    def wants_taps(self, seqs: Seq[SequenceView]) -> bool:
+    def wants_taps(self, seqs: Sequence[SequenceView]) -> bool:
         """Whether somebody follows the target's rows in a pass over these."""
         return any(name in self._followers and self._hears(name, seqs) for name in self.active)
 
-    def _hears(self, name: str, seqs: Seq[SequenceView]) -> bool:
+    def _hears(self, name: str, seqs: Sequence[SequenceView]) -> bool:
         return any(name not in self._left_out_of(seq) for seq in seqs)
 
     def _asks(self, name: str, one: "_Asking") -> bool:
@@ -143,7 +143,7 @@ class ComposedDrafter:
             out = self._left_out[seq.id] = frozenset(paused)
         return out
 
-    def _judge(self, worth: Worth, one: "_Asking", tree: DraftTree, emitted: Seq[int]) -> None:
+    def _judge(self, worth: Worth, one: "_Asking", tree: DraftTree, emitted: Sequence[int]) -> None:
         """What each of the dear ones added; the others' tree is cut to the size of this one."""
         after = len(emitted)
         for name, promised, before in reversed(one.judged):
@@ -182,7 +182,7 @@ class ComposedDrafter:
             self._failures.call(name, "forget", [seq_id], partial(_forget, drafter))
         self._failures.forget(seq_id)
 
-    def _add_predictions(self, asking: Seq["_Asking"]) -> None:
+    def _add_predictions(self, asking: Sequence["_Asking"]) -> None:
         if self._predictions is None:
             return
         for one in asking:
@@ -195,7 +195,7 @@ class ComposedDrafter:
     def _ask(self, name: str, asked: dict[str, "_Asking"]) -> None:
         """Adds the drafter's trees to those who asked, by sequence id."""
 
-        def ask(seq_ids: Seq[str]) -> None:
+        def ask(seq_ids: Sequence[str]) -> None:
             asking, started = [asked[seq_id] for seq_id in seq_ids], time.perf_counter()
             seqs, budgets = tuple(o.seq for o in asking), tuple(o.budget for o in asking)
             proposed = list(self.drafters[name].propose(seqs, budgets))
@@ -231,7 +231,7 @@ class ComposedDrafter:
         return own
 
     def _tell(self, name: str, feedback: Feedback) -> None:
-        def tell(seq_ids: Seq[str]) -> None:
+        def tell(seq_ids: Sequence[str]) -> None:
             self.drafters[name].observe(feedback.only(seq_ids))
 
         seq_ids = [entry.seq.id for entry in feedback.entries]
@@ -240,12 +240,12 @@ class ComposedDrafter:
             self._failures.call(name, "observe", heard, tell)
 
 
-def _forget(drafter: Drafter, seq_ids: Seq[str]) -> None:
+def _forget(drafter: Drafter, seq_ids: Sequence[str]) -> None:
     for seq_id in seq_ids:
         drafter.forget(seq_id)
 
 
-def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Seq[int]) -> int:
+def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Sequence[int]) -> int:
     """Tokens of a pass over the best `num_nodes` of a tree, where the target drew `emitted`."""
     node = count = 0
     for token in emitted:

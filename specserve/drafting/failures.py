@@ -9,8 +9,7 @@ import logging
 import signal
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dis import opname
 from typing import Final
@@ -38,7 +37,7 @@ class Failures:
             left_out.discard(seq_id)
 
     def call(
-        self, name: str, method: str, seq_ids: Seq[str], call: Callable[[Seq[str]], None]
+        self, name: str, method: str, seq_ids: Sequence[str], call: Callable[[Sequence[str]], None]
     ) -> None:
         """`call` a drafter for all of these sequences or, if that fails, for each of them."""
         try:

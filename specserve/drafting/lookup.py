@@ -1,6 +1,6 @@
 """Looking a text's last tokens up in another text, and copying what followed them there."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 from specserve.tree import DraftTree, chain_tree
 
@@ -13,7 +13,7 @@ class TextIndex:
         self._next: dict[tuple[int, ...], int] = {}
         self._num_indexed = 0
 
-    def extend(self, tokens: Seq[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Index the n-grams that end before the last token; `tokens` only ever grows."""
         first = max(self._num_indexed, 1)
         start = max(first - self._sizes[0], 0)
@@ -24,7 +24,7 @@ class TextIndex:
                     self._next[text[end - start - size : end - start]] = end
         self._num_indexed = len(tokens)
 
-    def find(self, context: Seq[int]) -> tuple[int, int] | None:
+    def find(self, context: Sequence[int]) -> tuple[int, int] | None:
         """(match length, position of the continuation) for the longest suffix of `context`."""
         for size in self._sizes:
             if size <= len(context):
@@ -35,7 +35,7 @@ class TextIndex:
 
 
 def copied_text(
-    root: int, text: Seq[int], position: int, match: int, budget: int, source: int
+    root: int, text: Sequence[int], position: int, match: int, budget: int, source: int
 ) -> DraftTree:
     """A chain of `text` from `position` on, after `match` tokens that were the same.
 

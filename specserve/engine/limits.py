@@ -1,6 +1,6 @@
 """Checks before a request starts that the engine can serve it to completion. No torch."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -41,7 +41,7 @@ class Limits(Struct, frozen=True):
                     f"{name[:80]!r} does not run here; use one of {', '.join(self.drafters)}",
                 )
 
-    def _check_tokens(self, field: str, tokens: Seq[int]) -> None:
+    def _check_tokens(self, field: str, tokens: Sequence[int]) -> None:
         for bad in (min(tokens, default=0), max(tokens, default=0)):
             if not 0 <= bad < self.vocab_size:
                 raise RequestError(

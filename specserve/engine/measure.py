@@ -4,7 +4,7 @@ Times the runner alone, on one probe sequence, with this model on this machine. 
 """
 
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
@@ -13,7 +13,7 @@ from specserve.runner.runner import Runner
 from specserve.runner.warmup import probe_request
 from specserve.schedule.cost import PassCosts, PerToken
 from specserve.schedule.scheduler import Scheduler
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceState
 from specserve.step import Entry
 from specserve.tree import MAX_NODES, chain_tree
 
@@ -50,7 +50,7 @@ def measure_costs(scheduler: Scheduler, kv: KVCacheManager, runner: Runner, room
     return PassCosts(samples, context, PerToken(max(0.0, few / more - per_row), per_row))
 
 
-def _medians(runner: Runner, seq: Sequence, points: Seq[_Point]) -> dict[_Point, float]:
+def _medians(runner: Runner, seq: SequenceState, points: Sequence[_Point]) -> dict[_Point, float]:
     """The median seconds of each point, for as many points as the time budget allows.
 
     The first round is a warm-up and decides how many points are measured. The points are then
@@ -70,7 +70,7 @@ def _medians(runner: Runner, seq: Sequence, points: Seq[_Point]) -> dict[_Point,
     return {point: median(seconds) for point, seconds in known.items()}
 
 
-def _timed(runner: Runner, seq: Sequence, point: _Point) -> float:
+def _timed(runner: Runner, seq: SequenceState, point: _Point) -> float:
     size, context = point
     seq.table.num_committed = context  # not computed: the time does not depend on K and V
     tree = chain_tree(0, [0] * (size - 1), [1.0] * (size - 1), 1)

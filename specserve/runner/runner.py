@@ -3,7 +3,7 @@
 No other module of the engine runs the target model.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -32,7 +32,7 @@ class Runner:
         self._num_top = num_top  # top tokens wanted per logits row, see `Model`
         self.taps = taps  # layers whose hidden states are wanted, see `Model`
 
-    def forward(self, entries: Seq[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
+    def forward(self, entries: Sequence[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
         """Run the prompt chunks and the trees (by sequence id) of `entries` in one forward pass.
 
         Returns one logits row per tree node, in entry order, and one row of auxiliary hidden

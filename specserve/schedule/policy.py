@@ -1,12 +1,11 @@
 """How many tree nodes each sequence may verify in this step. Host only."""
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from specserve.schedule.cost import PassCosts
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceState
 from specserve.step import Verdict
 from specserve.tree import DraftTree
 
@@ -16,7 +15,7 @@ _PAUSES: Final = (4, 16)  # passes without a draft: the first time, and at most
 
 
 class Policy(Protocol):
-    def budgets(self, seqs: Seq[Sequence], spare_rows: int) -> list[int]:
+    def budgets(self, seqs: Sequence[SequenceState], spare_rows: int) -> list[int]:
         """Nodes per sequence, root included (at least 1).
 
         The roots are paid for; `spare_rows` is what all other nodes may take together.
@@ -38,7 +37,7 @@ class FixedPolicy:
     def __init__(self, max_nodes: int) -> None:
         self._max_nodes = max_nodes
 
-    def budgets(self, seqs: Seq[Sequence], spare_rows: int) -> list[int]:
+    def budgets(self, seqs: Sequence[SequenceState], spare_rows: int) -> list[int]:
         share = spare_rows // len(seqs) if seqs else 0
         return [1 + min(self._max_nodes - 1, share, useful_nodes(seq)) for seq in seqs]
 
@@ -77,7 +76,7 @@ class MeasuredPolicy:
         self._asked: set[str] = set()  # in this step
         self._context = 0.0  # tokens before the rows of this step, in the mean
 
-    def budgets(self, seqs: Seq[Sequence], spare_rows: int) -> list[int]:
+    def budgets(self, seqs: Sequence[SequenceState], spare_rows: int) -> list[int]:
         budgets = self._equal.budgets(seqs, spare_rows)
         if not seqs:
             return budgets
@@ -130,7 +129,7 @@ class MeasuredPolicy:
         return False
 
 
-def useful_nodes(seq: Sequence) -> int:
+def useful_nodes(seq: SequenceState) -> int:
     """Drafted nodes that can still matter to a request: 0 once one more token ends it."""
     wanted = seq.request.speculation
     if not wanted.enabled:

@@ -3,8 +3,7 @@
 Without them everyone is drafted for and every node is verified. Host only.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import FixedPolicy, MeasuredPolicy, Policy
@@ -50,6 +49,6 @@ class Pricing:
         return seconds[0], (seconds[7] - seconds[3]) / 4
 
 
-def _mean_context(entries: Seq[Entry]) -> float:
+def _mean_context(entries: Sequence[Entry]) -> float:
     """Tokens before the rows of a pass."""
     return sum(entry.seq.num_committed for entry in entries) / max(len(entries), 1)

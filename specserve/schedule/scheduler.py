@@ -15,7 +15,7 @@ from specserve.config import ScheduleConfig
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import Policy
 from specserve.schedule.tenants import Tenants
-from specserve.sequence import Sequence, SpecCounts, Status
+from specserve.sequence import SequenceState, SpecCounts, Status
 from specserve.step import Ending, Entry, StepPlan, Verdict
 from specserve.tree import DraftTree
 from specserve.types import Request, StepOutput
@@ -36,8 +36,8 @@ class Scheduler:
         on_leave: Callable[[str], None],
         costs: PassCosts | None = None,
     ) -> None:
-        self.running: list[Sequence] = []  # by descending priority, then arrival
-        self.waiting: list[Sequence] = []  # in the same order
+        self.running: list[SequenceState] = []  # by descending priority, then arrival
+        self.waiting: list[SequenceState] = []  # in the same order
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of all requests admitted, each counted once
         self.num_cached_tokens = 0  # of those, taken from the prefix cache
@@ -47,7 +47,7 @@ class Scheduler:
         self._policy = policy
         self._config = config
         self._on_leave = on_leave
-        self._seqs: dict[str, Sequence] = {}
+        self._seqs: dict[str, SequenceState] = {}
         self._order: dict[str, tuple[int, int]] = {}  # id -> (-priority, arrival)
         self._num_arrived = 0
 
@@ -58,12 +58,12 @@ class Scheduler:
     def __contains__(self, seq_id: str) -> bool:
         return seq_id in self._seqs
 
-    def sequence(self, seq_id: str) -> Sequence:
+    def sequence(self, seq_id: str) -> SequenceState:
         return self._seqs[seq_id]
 
     def add(self, request: Request) -> None:
         table = BlockTable(self._kv.block_size)
-        seq = Sequence(request, list(request.prompt_ids), table)
+        seq = SequenceState(request, list(request.prompt_ids), table)
         self._seqs[seq.id] = seq
         self._order[seq.id] = (-request.priority, self._num_arrived)
         self._num_arrived += 1
@@ -146,7 +146,7 @@ class Scheduler:
                 outputs.append(self._output(seq, verdict))
         return outputs
 
-    def _output(self, seq: Sequence, verdict: Verdict) -> StepOutput:
+    def _output(self, seq: SequenceState, verdict: Verdict) -> StepOutput:
         ending = Ending("error") if verdict.error is not None else verdict.ending
         last = None if ending is None else self.finish(seq.id, ending, verdict.error)
         return StepOutput(
@@ -183,13 +183,13 @@ class Scheduler:
                 if denied is Denied.NO_ROOM:
                     break
 
-    def _plan_chunks(self, decoding: list[Sequence]) -> dict[Sequence, int]:
+    def _plan_chunks(self, decoding: list[SequenceState]) -> dict[SequenceState, int]:
         """Prompt tokens to compute per sequence: first of running sequences, then of new ones.
 
         Admits the new ones. With several tenants the rows are dealt out in rounds of equal parts,
         to the tenants that still want rows and are allowed them.
         """
-        chunks: dict[Sequence, int] = {}
+        chunks: dict[SequenceState, int] = {}
         rows = self._config.max_batch_rows - len(decoding)
         if not self.tenants.only_one:
             rows = min(rows, self.tenants.most_prompt_rows())
@@ -215,7 +215,7 @@ class Scheduler:
             self.tenants.spend(tenant, num_rows)
         return chunks
 
-    def _wanted(self, seqs: list[Sequence]) -> dict[str, int]:
+    def _wanted(self, seqs: list[SequenceState]) -> dict[str, int]:
         """Uncomputed prompt tokens of `seqs` per tenant, in the tenants' order of service."""
         wanted = dict.fromkeys(self.tenants.in_turn(), 0)
         for seq in seqs:
@@ -225,10 +225,10 @@ class Scheduler:
 
     def _fill(
         self,
-        running: list[Sequence],
-        waiting: list[Sequence],
+        running: list[SequenceState],
+        waiting: list[SequenceState],
         rows: int,
-        chunks: dict[Sequence, int],
+        chunks: dict[SequenceState, int],
     ) -> tuple[int, bool]:
         """Give up to `rows` more rows to prompts: first to running sequences, then to new ones.
 
@@ -256,17 +256,17 @@ class Scheduler:
     def _is_short_of_places(self) -> bool:
         return len(self.running) >= self._config.max_num_seqs
 
-    def _is_within_share(self, seq: Sequence) -> bool:
+    def _is_within_share(self, seq: SequenceState) -> bool:
         num_blocks = -(-seq.num_tokens // self._kv.block_size)
         return self.tenants.is_within_share(
             seq.request.tenant, num_blocks, self._kv.pool.num_blocks
         )
 
-    def _insists(self, seq: Sequence) -> bool:
+    def _insists(self, seq: SequenceState) -> bool:
         """Whether no other sequence is admitted until there is room for this one."""
         return self._is_within_share(seq) or self.tenants.is_next(seq.request.tenant)
 
-    def _admit(self, seq: Sequence) -> Denied | None:
+    def _admit(self, seq: SequenceState) -> Denied | None:
         if self._is_short_of_places:
             return Denied.NO_ROOM
         if not seq.prefix_hashes:
@@ -291,7 +291,7 @@ class Scheduler:
         self.tenants.start(seq, self.running)
         return None
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: SequenceState) -> None:
         self.running.remove(seq)
         self.tenants.stop(seq)
         self._kv.release(seq.table)
@@ -302,9 +302,9 @@ class Scheduler:
         self._on_leave(seq.id)
         self._enqueue(self.waiting, seq)
 
-    def _enqueue(self, queue: list[Sequence], seq: Sequence) -> None:
+    def _enqueue(self, queue: list[SequenceState], seq: SequenceState) -> None:
         bisect.insort(queue, seq, key=lambda queued: self._order[queued.id])
 
 
-def _of(tenant: str, queue: list[Sequence]) -> list[Sequence]:
+def _of(tenant: str, queue: list[SequenceState]) -> list[SequenceState]:
     return [seq for seq in queue if seq.request.tenant == tenant]

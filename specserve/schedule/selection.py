@@ -6,8 +6,7 @@ compiled where it is built; `kept_nodes` is the twin.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 
 from specserve.schedule.cost import PassCosts
 from specserve.tree import DraftTree, prune
@@ -45,7 +44,7 @@ class Selection:
         return dict(zip(trees, kept, strict=True))
 
 
-def kept_nodes(trees: Seq[DraftTree], seconds: Seq[float]) -> list[int]:
+def kept_nodes(trees: Sequence[DraftTree], seconds: Sequence[float]) -> list[int]:
     """Per tree the number of nodes to keep; `seconds[n]`: of a pass with n drafted nodes."""
     drafted = sorted(
         ((score, index) for index, tree in enumerate(trees) for score in tree.scores.tolist()[1:]),

@@ -17,7 +17,7 @@ from typing import Final
 
 from specserve.fair_share import Turns
 from specserve.schedule.cost import PassCosts
-from specserve.sequence import Sequence, Status
+from specserve.sequence import SequenceState, Status
 
 # The only running sequence of a tenant may be preempted for a tenant that runs none as soon as it
 # has emitted, since its admission, at least _QUANTUM tokens and at least one token for each
@@ -35,7 +35,8 @@ _ROWS_OF_A_GUEST: Final = 64  # most prompt rows of a lone tenant while another 
 @dataclass(slots=True)
 class _Tenant:
     num_seqs: int = 0  # waiting and running
-    running: list[Sequence] = field(default_factory=list)  # by descending priority, then arrival
+    # By descending priority, then arrival.
+    running: list[SequenceState] = field(default_factory=list)
     credit: float = math.inf  # seconds that it may add to passes shared with others
     pays: bool = False  # whether the pass being planned has rows of other tenants
     prices: list[float] = field(default_factory=list)  # seconds of it, by rows added
@@ -51,7 +52,7 @@ class Tenants:
         self._all: dict[str, _Tenant] = {}
         self._turns = Turns()
         self._num_planned = 0
-        self._num_turns = 0  # turns given to sequences to decode, see `Sequence.last_turn`
+        self._num_turns = 0  # turns given to sequences to decode, see `SequenceState.last_turn`
         self.present: set[str] = set()  # tenants with a sequence waiting or running
 
     @property
@@ -79,13 +80,13 @@ class Tenants:
             self.present.discard(tenant)
             self._turns.forget(self.present)
 
-    def start(self, seq: Sequence, running: Iterable[Sequence]) -> None:
+    def start(self, seq: SequenceState, running: Iterable[SequenceState]) -> None:
         """`seq` was admitted. `running`: all running sequences, by priority, then arrival."""
         tenant = seq.request.tenant
         self._all[tenant].running = [s for s in running if s.request.tenant == tenant]
         self._turns.take(tenant, seq.num_pending, waiting=any(map(self._waits, self.present)))
 
-    def stop(self, seq: Sequence) -> None:
+    def stop(self, seq: SequenceState) -> None:
         """`seq` no longer runs: it is finished or preempted."""
         self._all[seq.request.tenant].running.remove(seq)
 
@@ -99,7 +100,7 @@ class Tenants:
             return list(self.present)
         return sorted(self.present, key=lambda name: (self._running(name), self._served(name)))
 
-    def last_in_line(self, arrivals: dict[str, tuple[int, int]]) -> Sequence:
+    def last_in_line(self, arrivals: dict[str, tuple[int, int]]) -> SequenceState:
         """The sequence to preempt first when KV blocks are short.
 
         It is the one with the lowest priority, and of these the latest, of the tenant with the most
@@ -109,7 +110,7 @@ class Tenants:
         lasts = [its.running[-1] for its in self._all.values() if its.running]
         return max(lasts, key=lambda seq: (self._running(seq.request.tenant), arrivals[seq.id][1]))
 
-    def makes_way(self, tenant: str) -> Sequence | None:
+    def makes_way(self, tenant: str) -> SequenceState | None:
         """The sequence to preempt for `tenant`, or None if it may not take a place.
 
         The candidate is the last sequence of the other tenant that runs the most. It is preempted
@@ -146,7 +147,7 @@ class Tenants:
         lately = sum(its.seen_at > self._num_planned - _LATELY for its in self._all.values())
         return _ROWS_OF_A_GUEST if lately > 1 and not self.several else self._max_rows
 
-    def decoding(self, ready: list[Sequence], prompts: dict[str, int]) -> list[Sequence]:
+    def decoding(self, ready: list[SequenceState], prompts: dict[str, int]) -> list[SequenceState]:
         """Choose which of the `ready` sequences decode in this pass.
 
         `prompts`: uncomputed tokens of running prompts, per tenant. The rows of a tenant may add as
@@ -161,7 +162,7 @@ class Tenants:
             tenant: len(roots[tenant]) + min(prompts.get(tenant, 0), share)
             for tenant in self.present
         }
-        chosen: list[Sequence] = []
+        chosen: list[SequenceState] = []
         for tenant, its in self._all.items():
             others = {other: count for other, count in rows.items() if other != tenant and count}
             its.pays, own = bool(others), roots[tenant]
@@ -194,7 +195,7 @@ class Tenants:
                 allowances[tenant] = fits
         return allowances
 
-    def _fits(self, its: _Tenant, beside: int, wanted: int, seqs: list[Sequence]) -> int:
+    def _fits(self, its: _Tenant, beside: int, wanted: int, seqs: list[SequenceState]) -> int:
         """How many of the `wanted` rows the credit pays for, in a pass with `beside` other rows.
 
         Stores in `prices` the seconds of the pass with 0 .. `wanted` of these rows.
@@ -239,12 +240,12 @@ class Tenants:
         return its.num_seqs > len(its.running)
 
 
-def _has_had_its_turn(seq: Sequence) -> bool:
+def _has_had_its_turn(seq: SequenceState) -> bool:
     """Whether it has emitted enough since its admission to justify recomputing it later."""
     assert seq.status is Status.RUNNING
     return seq.num_since_admitted >= max(_QUANTUM, seq.num_tokens // _RECOMPUTED)
 
 
-def _mean_context(seqs: list[Sequence]) -> float:
+def _mean_context(seqs: list[SequenceState]) -> float:
     """Mean context length of `seqs`, in tokens."""
     return sum(seq.num_committed for seq in seqs) / max(len(seqs), 1)

@@ -5,7 +5,7 @@ For the other walks, each round draws one token per unfinished walk in a single 
 call. A row that cannot be sampled fails its own request only.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specserve.batch import ModelOutput
 from specserve.sampling import Row, Sampler, SamplingState, token_logprobs
-from specserve.sequence import Sequence
+from specserve.sequence import SequenceState
 from specserve.step import Entry, Verdict
 from specserve.text import Tokenizer
 from specserve.tree import DraftTree
@@ -28,7 +28,7 @@ class Verifier:
     """Owns the sampling state and the stop rule of every running request."""
 
     def __init__(
-        self, sampler: Sampler, eos_ids: Seq[int], vocab_size: int, tokenizer: Tokenizer | None
+        self, sampler: Sampler, eos_ids: Sequence[int], vocab_size: int, tokenizer: Tokenizer | None
     ) -> None:
         self._sampler = sampler
         self._eos_ids = tuple(eos_ids)
@@ -37,7 +37,7 @@ class Verifier:
         self._states: dict[str, SamplingState] = {}
         self._stops: dict[str, StopRule] = {}
 
-    def state(self, seq: Sequence) -> SamplingState:
+    def state(self, seq: SequenceState) -> SamplingState:
         """The sampling state of `seq`, updated with every token emitted so far."""
         if seq.id not in self._states:
             self._states[seq.id] = SamplingState(
@@ -52,7 +52,7 @@ class Verifier:
         self._stops.pop(seq_id, None)
 
     def __call__(
-        self, entries: Seq[Entry], trees: Seq[DraftTree], out: ModelOutput
+        self, entries: Sequence[Entry], trees: Sequence[DraftTree], out: ModelOutput
     ) -> list[Verdict]:
         """Return one verification result per entry.
 
@@ -82,7 +82,7 @@ class Verifier:
                 self._emit(walks[index], entries[index].seq, token, at_nodes, row)
         return [walk.verdict() for walk in walks]
 
-    def _draw(self, logits: Tensor, rows: Seq[Row]) -> list[int | str]:
+    def _draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int | str]:
         """Sample one token per row. Returns the token, or an error message for a failed row."""
         try:
             finite = torch.isfinite(logits.amax(dim=-1)).tolist()
@@ -93,7 +93,9 @@ class Verifier:
             return [self._draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
         return [token if ok else _NOT_NUMBERS for token, ok in zip(tokens, finite, strict=True)]
 
-    def _emit(self, walk: Walk, seq: Sequence, drawn: int | str, logits: Tensor, row: int) -> None:
+    def _emit(
+        self, walk: Walk, seq: SequenceState, drawn: int | str, logits: Tensor, row: int
+    ) -> None:
         """Advance `walk` by the token `drawn` from `logits[row]`, or fail it with the message."""
         if isinstance(drawn, str):
             walk.fail(drawn)

@@ -7,8 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ def test_who_it_fails_for_costs_the_others_nothing(
     def bad(seq: SequenceView) -> bool:
         return seq.id.startswith("bad")
 
-    def propose(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def propose(seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         if isinstance(wrong, type) and any(map(bad, seqs)):
             raise wrong
         trees = original(seqs, budgets)
@@ -180,7 +179,7 @@ def test_a_call_that_fails_once_costs_nobody_anything(make_engine: EngineFactory
     engine = make_engine("ngram")
     propose, calls = engine.drafter.drafters["ngram"].propose, iter(range(1000))
 
-    def now_and_then(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def now_and_then(seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         if len(seqs) > 1 and next(calls) % 2:
             raise RuntimeError("boom")
         return propose(seqs, budgets)

@@ -1,6 +1,6 @@
 """A draft model as a drafter: its own context, and what a failed pass leaves behind."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,7 @@ def test_a_pass_that_failed_leaves_nothing_behind(
     assert isinstance(drafter, DraftLM)
     forward, failures = drafter._forward, ["once"]
 
-    def fails_once(rows: Seq[SegmentRows]) -> Tensor:
+    def fails_once(rows: Sequence[SegmentRows]) -> Tensor:
         if failures:
             raise RuntimeError(failures.pop())
         return forward(rows)

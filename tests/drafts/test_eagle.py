@@ -1,6 +1,6 @@
 """What an EAGLE head computes on its way through an engine, against the plain definition."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,7 +311,7 @@ def watched_growth(engine: Engine) -> list[Grew]:
     assert isinstance(drafter, EagleDrafter)
     grow, seen = drafter._grow_at_once, list[Grew]()
 
-    def both(asked: Seq[Any]) -> dict[str, DraftTree]:
+    def both(asked: Sequence[Any]) -> dict[str, DraftTree]:
         grown = grow(asked)
         expected = drafter._grow_by_passes(asked)
         for one in asked:
@@ -382,7 +382,7 @@ def test_static_trees_have_one_shape(
     (drafter,) = engine.drafter.drafters.values()
     propose, shapes = drafter.propose, set[tuple[int, ...]]()
 
-    def noted(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def noted(seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         trees = propose(seqs, budgets)
         shapes.update(tuple(tree.parents.tolist()) for tree in trees if len(tree) == 8)
         return trees

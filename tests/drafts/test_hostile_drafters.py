@@ -1,8 +1,7 @@
 """Drafters that change whatever they can reach, propose nonsense and raise anything: the output is
 that of plain decoding, and the engine goes on."""
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -218,7 +217,7 @@ def test_nothing_that_a_drafter_sees_can_be_assigned_to(
             checked.append(type(one).__name__)
 
     class Curious(NgramDrafter):
-        def propose(self, seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+        def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
             refuses((seqs, budgets))
             return super().propose(seqs, budgets)
 

@@ -1,6 +1,6 @@
 """What Medusa heads compute on their way through an engine, and the trees made of it."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def watched(engine: Engine) -> tuple[list[Proposal], list[Tensor]]:
     logits: list[Tensor] = []
     propose, call = drafter.propose, drafter.heads
 
-    def spy(seqs: Seq[SequenceView], budgets: Seq[int]) -> list[DraftTree]:
+    def spy(seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         trees = propose(seqs, budgets)
         parts = zip(seqs, trees, budgets, strict=True)
         proposals.extend((tuple(seq.tokens), tree, budget) for seq, tree, budget in parts)

@@ -16,7 +16,7 @@ from specserve.cache.table import BlockTable
 from specserve.drafting.base import DraftError
 from specserve.drafting.registry import create_drafter
 from specserve.engine.engine import Engine
-from specserve.sequence import Sequence, SequenceView
+from specserve.sequence import SequenceState, SequenceView
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 from specserve_drafts.recycle import RecycleDrafter
@@ -208,7 +208,7 @@ def test_what_a_prompt_says_is_drafted_and_stays_with_the_request(
     drafter = recycled(make_engine("recycle", max_nodes=8))
     prompt = (*PROMPT, 9, *PROMPT[:4])
     seqs = [
-        SequenceView(Sequence(Request(name, tokens, GREEDY), list(tokens), BlockTable(16)))
+        SequenceView(SequenceState(Request(name, tokens, GREEDY), list(tokens), BlockTable(16)))
         for name, tokens in (("a", prompt), ("b", PROMPT[:4]))
     ]
     own, others = drafter.propose(seqs, [8, 8])
@@ -222,7 +222,7 @@ def test_what_a_prompt_says_is_drafted_and_stays_with_the_request(
 
 def test_what_came_while_nobody_asked_is_caught_up_with(make_engine: EngineFactory) -> None:
     drafter = recycled(make_engine("recycle", max_nodes=8))
-    owned = Sequence(Request("a", PROMPT, GREEDY), list(PROMPT), BlockTable(16))
+    owned = SequenceState(Request("a", PROMPT, GREEDY), list(PROMPT), BlockTable(16))
     seq = SequenceView(owned)
     (before,) = drafter.propose([seq], [8])
     assert len(before) == 1, "the prompt repeats nothing"

@@ -1,6 +1,6 @@
 """The suffix drafter: whose text it looks in, and what it makes of what it finds there."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from tiny import TINY_VOCAB, EngineFactory, ids
 from specserve.cache.table import BlockTable
 from specserve.drafting.base import DraftError, Feedback
 from specserve.drafting.registry import create_drafter
-from specserve.sequence import Sequence, SequenceView, Status
+from specserve.sequence import SequenceState, SequenceView, Status
 from specserve.step import EntryView
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
@@ -30,29 +30,33 @@ def drafter(**options: Any) -> SuffixDrafter:
     return made
 
 
-def sequence(name: str, prompt: Seq[int], output: Seq[int] = (), salt: str = "") -> Sequence:
+def sequence(
+    name: str, prompt: Sequence[int], output: Sequence[int] = (), salt: str = ""
+) -> SequenceState:
     request = Request(name, tuple(prompt), SamplingParams(seed=0), cache_salt=salt)
-    return Sequence(request, [*prompt, *output], BlockTable(8))
+    return SequenceState(request, [*prompt, *output], BlockTable(8))
 
 
-def observe(draft: SuffixDrafter, seq: Sequence) -> None:
+def observe(draft: SuffixDrafter, seq: SequenceState) -> None:
     draft.observe(Feedback([EntryView(SequenceView(seq), 0, 1)], {}, {}, cast(Any, None)))
 
 
-def finish(draft: SuffixDrafter, seq: Sequence) -> None:
+def finish(draft: SuffixDrafter, seq: SequenceState) -> None:
     observe(draft, seq)
     seq.status = Status.FINISHED
     draft.forget(seq.id)
 
 
-def answered(draft: SuffixDrafter, *outputs: Seq[int], salt: str = "") -> SuffixDrafter:
+def answered(draft: SuffixDrafter, *outputs: Sequence[int], salt: str = "") -> SuffixDrafter:
     """The drafter after requests with these outputs."""
     for index, output in enumerate(outputs):
         finish(draft, sequence(f"past-{index}", [1], output, salt))
     return draft
 
 
-def propose(draft: SuffixDrafter, tokens: Seq[int], budget: int = 8, salt: str = "") -> DraftTree:
+def propose(
+    draft: SuffixDrafter, tokens: Sequence[int], budget: int = 8, salt: str = ""
+) -> DraftTree:
     """For a new request, forgotten at once."""
     (tree,) = draft.propose([SequenceView(sequence("new", tokens, salt=salt))], [budget])
     draft.forget("new")

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -155,7 +155,7 @@ def test_what_is_left_of_a_run_is_gone_on_with(
     propose = NgramDrafter.propose
 
     def fail_late(
-        self: NgramDrafter, seqs: Seq[SequenceView], budgets: Seq[int]
+        self: NgramDrafter, seqs: Sequence[SequenceView], budgets: Sequence[int]
     ) -> list[DraftTree]:
         if max(budgets) > 4:
             raise RuntimeError("not today")
