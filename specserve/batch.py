@@ -64,7 +64,7 @@ def joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
     return ModelOutput(logits, taps=torch.cat(taps) if taps else None)
 
 
-def chain_segments(
+def prefill_segments(
     table: BlockTable | TableView, start: int, tokens: Sequence[int]
 ) -> Iterator[SegmentRows]:
     """Split known tokens from position `start` on into segments of up to 64, without logits."""
@@ -95,8 +95,8 @@ def plan_segments(entries: Sequence[Entry], trees: dict[str, DraftTree]) -> Iter
     """The target's segments of one step: per entry its prompt chunk, then its tree."""
     for entry in entries:
         seq = entry.seq
-        start, root = seq.num_committed, seq.num_committed + entry.num_chain
-        yield from chain_segments(seq.table, start, seq.tokens[start:root])
+        start, root = seq.num_committed, seq.num_committed + entry.num_prefill
+        yield from prefill_segments(seq.table, start, seq.tokens[start:root])
         if entry.num_nodes:
             yield tree_segment(seq.table, root, trees[seq.id])
 

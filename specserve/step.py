@@ -11,13 +11,13 @@ from specserve.types import FinishReason, TokenLogprobs
 class Entry:
     """One sequence in one step.
 
-    The first `num_chain` pending tokens are the prefill chunk, computed without logits. `num_nodes`
-    is the budget of the tree whose root is the last pending token, root included; 0 means that the
-    prompt is not finished in this step.
+    The first `num_prefill` pending tokens are the prefill chunk, computed without logits.
+    `num_nodes` is the budget of the tree whose root is the last pending token, root included; 0
+    means that the prompt is not finished in this step.
     """
 
     seq: SequenceState
-    num_chain: int
+    num_prefill: int
     num_nodes: int
 
 
@@ -25,7 +25,7 @@ class EntryView(NamedTuple):
     """A read-only `Entry`, for drafters."""
 
     seq: SequenceView
-    num_chain: int
+    num_prefill: int
     num_nodes: int
 
 
@@ -40,15 +40,15 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class FinishInfo:
     """Why a request ends. `stop_reason` is the stop string or token id that ended it."""
 
-    finish: FinishReason
+    reason: FinishReason
     stop_reason: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerifyResult:
     """The verification result of one entry with a tree."""
 
     path: tuple[int, ...]  # tree nodes whose KV is committed, ascending, the root first
@@ -56,5 +56,5 @@ class Verdict:
     sources: tuple[int, ...]  # drafter id per emitted token, see `tree.TARGET_SOURCE`
     num_accepted: int  # emitted tokens that the tree proposed
     logprobs: tuple[TokenLogprobs, ...] = ()
-    ending: Ending | None = None  # None: the request continues
+    finish: FinishInfo | None = None  # None: the request continues
     error: str | None = None  # why the request fails, or None

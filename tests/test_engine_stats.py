@@ -13,7 +13,7 @@ from specserve.drafting.failures import MAX_FAILURES
 from specserve.engine.engine import Engine
 from specserve.models.fields import ModelError
 from specserve.runner.warmup import warmup_rounds
-from specserve.step import Verdict
+from specserve.step import VerifyResult
 from specserve.tree import PREDICTION, build_tree, chain_tree
 from specserve.types import Request, RequestError, SamplingParams, SpeculationParams
 
@@ -82,7 +82,7 @@ def test_nodes_are_counted_by_source_and_depth() -> None:
     counts = SourceCounts(2)
     counts.propose([chain_tree(9, [1, 2], [0.9, 0.8], 1), chain_tree(9, [1], [0.9], PREDICTION)])
     assert counts.proposed == [0, 2, 0, 1]
-    counts.settle([tree], [Verdict((0, 1, 2), (1, 2, 7), (1, PREDICTION, 0), 2)])
+    counts.settle([tree], [VerifyResult((0, 1, 2), (1, 2, 7), (1, PREDICTION, 0), 2)])
     assert [row[1:3] for row in counts.verified] == [[0, 0], [1, 1], [1, 0], [0, 1]]
     assert [row[1:3] for row in counts.accepted] == [[0, 0], [1, 0], [0, 0], [0, 1]]
     counts.settle([], [])

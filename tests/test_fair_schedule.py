@@ -15,7 +15,7 @@ from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import FixedPolicy
 from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import Status
-from specserve.step import Ending, Verdict
+from specserve.step import FinishInfo, VerifyResult
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams
 
@@ -68,27 +68,27 @@ class Machine:
     def step(self) -> None:
         scheduler = self.scheduler
         plan = scheduler.plan()
-        trees, verdicts = {}, {}
+        trees, results = {}, {}
         num_rows = 0
         for entry in plan.entries:
             seq = entry.seq
             assert seq.status is Status.RUNNING
-            num_rows += entry.num_chain + entry.num_nodes
-            self.rows[seq.request.tenant] += entry.num_chain + entry.num_nodes
+            num_rows += entry.num_prefill + entry.num_nodes
+            self.rows[seq.request.tenant] += entry.num_prefill + entry.num_nodes
             if entry.num_nodes:
-                assert entry.num_chain == seq.num_pending - 1
+                assert entry.num_prefill == seq.num_pending - 1
                 token = sum(seq.tokens) % 97
                 trees[seq.id] = root_tree(seq.tokens[-1])
                 done = seq.num_output + 1 == seq.request.sampling.max_tokens
-                ending = Ending("length") if done else None
-                verdicts[seq.id] = Verdict((0,), (token,), (0,), 0, ending=ending)
+                finish = FinishInfo("length") if done else None
+                results[seq.id] = VerifyResult((0,), (token,), (0,), 0, finish=finish)
                 self.outputs[seq.id] = (*self.outputs.get(seq.id, ()), token)
                 if done:
                     self.order.append(seq.id)
-            self.kv.commit(seq.table, entry.num_chain, (0,) if entry.num_nodes else ())
+            self.kv.commit(seq.table, entry.num_prefill, (0,) if entry.num_nodes else ())
         assert num_rows <= self.max_rows
         assert len(scheduler.running) <= self.max_seqs
-        scheduler.commit(plan, trees, verdicts)
+        scheduler.commit(plan, trees, results)
         self.kv.check_integrity(seq.table for seq in scheduler.running)
         self.time += FIXED + self.per_row * num_rows
 

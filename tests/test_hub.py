@@ -236,13 +236,13 @@ def _greedy(model: LlamaModel, prompt: list[int], num_tokens: int) -> list[int]:
     kv = KVStorage(model.kv_spec, 256, model.device)
     tokens, start = list(prompt), 0
     while len(tokens) < len(prompt) + num_tokens:
-        logits = model(_chain(model, tokens, start), kv).logits
+        logits = model(_prefill(model, tokens, start), kv).logits
         start = len(tokens)
         tokens.append(int(logits[0].argmax()))
     return tokens[len(prompt) :]
 
 
-def _chain(model: LlamaModel, tokens: list[int], start: int) -> ForwardBatch:
+def _prefill(model: LlamaModel, tokens: list[int], start: int) -> ForwardBatch:
     """tokens[start:], at most 64 of them, after what is in the cache."""
     count = len(tokens) - start
     padding = -count % model.row_multiple

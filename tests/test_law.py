@@ -17,7 +17,7 @@ from scipy.stats import chi2
 from tiny import EngineFactory, ids, run, write_tiny_llama
 
 from specserve.engine.engine import Engine
-from specserve.step import Ending
+from specserve.step import FinishInfo
 from specserve.types import SamplingParams
 from specserve.verify.walk import Walk
 
@@ -146,11 +146,11 @@ def test_a_biased_verifier_fails_the_test(
     emit = Walk.emit
     generator = torch.Generator().manual_seed(0)
 
-    def biased(walk: Walk, token: int, ending: Ending | None) -> None:
+    def biased(walk: Walk, token: int, finish: FinishInfo | None) -> None:
         children = walk.tree.children(walk.node or 0)
         if children and token not in children and torch.rand((), generator=generator) < 0.05:
             token = next(iter(children))
-        emit(walk, token, ending)
+        emit(walk, token, finish)
 
     table = transition_table(make_engine("none", target=memoryless))
     count = NUM_CONTINUATIONS // 8

@@ -8,7 +8,7 @@ from specserve.cache.table import BlockTable
 from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import FixedPolicy, MeasuredPolicy
 from specserve.sequence import SequenceState
-from specserve.step import Verdict
+from specserve.step import VerifyResult
 from specserve.tree import DraftTree, chain_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 
@@ -23,7 +23,7 @@ def sequence(
     return SequenceState(Request(name, (7,), sampling, speculation), [7], BlockTable(16))
 
 
-NOTHING = Verdict((0,), (5,), (0,), 0)
+NOTHING = VerifyResult((0,), (5,), (0,), 0)
 
 
 def tree(num_nodes: int, expected: float) -> DraftTree:
@@ -46,8 +46,8 @@ def passes(
         trees = {
             seq.id: tree(3 * ask, expected[seq.id]) for seq, ask in zip(seqs, drafted, strict=True)
         }
-        verdicts = dict.fromkeys(trees, NOTHING)
-        policy.settle(trees, verdicts, seconds * sum(drafted))
+        results = dict.fromkeys(trees, NOTHING)
+        policy.settle(trees, results, seconds * sum(drafted))
         asked.append(drafted)
     return asked
 

@@ -12,7 +12,7 @@ from odd_tokenizers import ADDED, FAMILIES, write_tokenizer
 from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as TokenizerFile
 
-from specserve.step import Ending
+from specserve.step import FinishInfo
 from specserve.text import IncrementalDecoder, TextError, Tokenizer
 from specserve.text.detokenizer import byte_alphabet
 from specserve.text.output import OutputText
@@ -193,14 +193,14 @@ def test_stops_are_looked_for_in_what_is_shown(
     )
     eos = tokenizer.vocabulary()["</s>"]
     rule = StopRule(Request("", tuple(prompt), params), [eos], tokenizer)
-    ending: Ending | None = None
+    finish: FinishInfo | None = None
     emitted: list[int] = []
-    while ending is None:
+    while finish is None:
         emitted.append(ids[len(emitted)])
-        ending = rule.feed(emitted[-1])
-    reason = ending.stop_reason
+        finish = rule.feed(emitted[-1])
+    reason = finish.stop_reason
     shown = OutputText(tokenizer, stops, prompt=prompt, skip_special=skip, keep_stop=keep)
-    ended = ending.finish == "stop" and reason is None
+    ended = finish.reason == "stop" and reason is None
     pieces = streamed(shown, data.draw(cut(emitted)), stop_reason=reason, end_token=ended)
     assert "".join(pieces) == shown.text
     without = OutputText(tokenizer, prompt=prompt, skip_special=skip)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from specserve.batch import SegmentRows, build_batch, chain_segments
+from specserve.batch import SegmentRows, build_batch, prefill_segments
 from specserve.cache.storage import KVSpec
 from specserve.cache.table import TableView
 from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
@@ -157,7 +157,7 @@ class DraftLM:
         start = self._num_valid[seq.id]
         for index in range(min(start // table.block_size, len(table.hashes))):
             self._filled[table.block_ids[index]] = table.hashes[index]
-        segments = list(chain_segments(table, start, seq.tokens[start:end]))
+        segments = list(prefill_segments(table, start, seq.tokens[start:end]))
         while sum(len(segment.tokens) for segment in segments) > _MAX_CATCH_UP_ROWS:
             self._forward(segments[: _MAX_CATCH_UP_ROWS // MAX_NODES])
             del segments[: _MAX_CATCH_UP_ROWS // MAX_NODES]

@@ -273,7 +273,7 @@ class EagleDrafter:
             start, places = _settled(entry, feedback)
             if places:
                 self._follow(entry.seq, start, self._wanted(_rows(taps, first, places)))
-            first += entry.num_chain
+            first += entry.num_prefill
             if entry.num_nodes:
                 first += len(feedback.trees[entry.seq.id])
 
@@ -347,9 +347,9 @@ def _rows(taps: Tensor, first: int, places: Sequence[int]) -> Tensor:
 def _settled(entry: EntryView, feedback: Feedback) -> tuple[int, list[int]]:
     """The tokens of a sequence that a forward pass committed: the position of the first, and their
     rows among the entry's, of which the prefill chunk comes before the tree (`plan_segments`)."""
-    seq, num_chain = entry.seq, entry.num_chain
-    places = list(range(num_chain))
+    seq, num_prefill = entry.seq, entry.num_prefill
+    places = list(range(num_prefill))
     if not entry.num_nodes:
-        return seq.num_committed - num_chain, places
-    path = feedback.verdicts[seq.id].path
-    return seq.num_tokens - 1 - num_chain, places + [num_chain + node for node in path]
+        return seq.num_committed - num_prefill, places
+    path = feedback.results[seq.id].path
+    return seq.num_tokens - 1 - num_prefill, places + [num_prefill + node for node in path]

@@ -107,9 +107,9 @@ class MedusaDrafter:
         places: list[int] = []
         first = 0  # first row of the entry's prefill chunk, then of its tree
         for entry in feedback.entries:
-            first += entry.num_chain
+            first += entry.num_prefill
             if entry.num_nodes:
-                seq, path = entry.seq, feedback.verdicts[entry.seq.id].path
+                seq, path = entry.seq, feedback.results[entry.seq.id].path
                 tops.append((seq.id, seq.num_tokens - 2 + len(path)))
                 places.append(first + path[-1])
                 first += len(feedback.trees[seq.id])

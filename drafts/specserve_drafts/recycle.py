@@ -143,8 +143,8 @@ class RecycleDrafter:
         best, logits = self._best(feedback.output)
         first = 0
         for entry in feedback.entries:
-            seq, verdict = entry.seq, feedback.verdicts.get(entry.seq.id)
-            if verdict is None:
+            seq, result = entry.seq, feedback.results.get(entry.seq.id)
+            if result is None:
                 continue
             tree = feedback.trees[seq.id]
             rows = slice(first, first + len(tree))
@@ -156,7 +156,7 @@ class RecycleDrafter:
             self.table.learn(salt, before, tree, best[rows], logits[rows])
             own = self._own[seq.id]
             own.table.learn(NO_SALT, before, tree, best[rows], logits[rows])
-            own.num_known = seq.num_tokens + len(verdict.emitted)
+            own.num_known = seq.num_tokens + len(result.emitted)
         self._asked.clear()
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
             self._saved_at = time.monotonic()

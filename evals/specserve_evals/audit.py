@@ -9,7 +9,7 @@ EOS or max_tokens does not lower the acceptance of the draft.
 from dataclasses import dataclass, field
 
 from specserve.drafting.base import Feedback
-from specserve.step import Verdict
+from specserve.step import VerifyResult
 from specserve.tree import TARGET_SOURCE, DraftTree
 
 
@@ -33,14 +33,14 @@ class Acceptance:
         """`num_accepted` / `num_looked_at`; None if the draft proposed nothing."""
         return self.num_accepted / self.num_looked_at if self.num_looked_at else None
 
-    def record(self, tree: DraftTree, verdict: Verdict) -> None:
+    def record(self, tree: DraftTree, result: VerifyResult) -> None:
         """Add the verification result of one tree."""
-        for depth in range(verdict.num_accepted):
+        for depth in range(result.num_accepted):
             _count(self.accepted, depth)
         # A rejection: the target drew the last token itself although the tree had nodes there.
-        drawn_by_target = bool(verdict.sources) and verdict.sources[-1] == TARGET_SOURCE
-        if drawn_by_target and tree.children(verdict.path[-1]):
-            _count(self.rejected, verdict.num_accepted)
+        drawn_by_target = bool(result.sources) and result.sources[-1] == TARGET_SOURCE
+        if drawn_by_target and tree.children(result.path[-1]):
+            _count(self.rejected, result.num_accepted)
 
 
 class Audit:
@@ -55,8 +55,8 @@ class Audit:
         return counts
 
     def observe(self, feedback: Feedback) -> None:
-        for seq_id, verdict in feedback.verdicts.items():
-            self._acceptance.record(feedback.trees[seq_id], verdict)
+        for seq_id, result in feedback.results.items():
+            self._acceptance.record(feedback.trees[seq_id], result)
 
 
 def _count(by_depth: list[int], depth: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from specserve.batch import build_batch, chain_segments
+from specserve.batch import build_batch, prefill_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.cli.progress import show_progress
@@ -71,8 +71,8 @@ def window_loss(model: Model, tokens: Sequence[int], kv: KVStorage) -> float:
     total = 0.0
     for start in range(0, len(tokens), PASS_ROWS):
         chunk = tokens[start : start + PASS_ROWS]
-        chain = chain_segments(table, start, chunk)
-        rows = [replace(segment, wants_logits=True) for segment in chain]
+        segments = prefill_segments(table, start, chunk)
+        rows = [replace(segment, wants_logits=True) for segment in segments]
         batch = build_batch(rows, BLOCK, model.row_multiple, kv.data.device)
         logits = model(batch, kv).logits
         following = tokens[start + 1 : start + 1 + len(chunk)]

@@ -73,20 +73,20 @@ class KVCacheManager:
         return table.reserve(num_slots, self.pool)
 
     def commit(
-        self, table: BlockTable, num_chain: int, path: Sequence[int]
+        self, table: BlockTable, num_prefill: int, path: Sequence[int]
     ) -> list[tuple[int, int]]:
-        """Commit a prefill chunk of `num_chain` tokens, then the tree nodes of `path` (ascending).
+        """Commit a prefill chunk of `num_prefill` tokens, then the tree nodes of `path`.
 
-        `path` is empty, or begins with the root. Node i was written at position
-        num_committed + num_chain + i. Returns the moves (source slot, destination slot), in
+        `path` is ascending; it is empty, or begins with the root. Node i was written at position
+        num_committed + num_prefill + i. Returns the moves (source slot, destination slot), in
         ascending order, that make the accepted path contiguous. If `path` is not empty, the blocks
         past the new commit point are released.
         """
         moves = []
         if path and path[-1] >= len(path):  # a node before the last one was rejected
-            slots = table.slots(table.num_committed + num_chain, path[-1] + 1)
+            slots = table.slots(table.num_committed + num_prefill, path[-1] + 1)
             moves = [(slots[node], slots[at]) for at, node in enumerate(path) if node != at]
-        table.commit(num_chain + len(path))
+        table.commit(num_prefill + len(path))
         if path:  # an unfinished prompt keeps the blocks reserved at admission
             table.rollback(self.pool)
         return moves

@@ -22,7 +22,7 @@ from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.sampling import Sampler, SamplingState
 from specserve.sequence import SequenceView
-from specserve.step import EntryView, Verdict
+from specserve.step import EntryView, VerifyResult
 from specserve.tree import DraftTree
 from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
@@ -65,7 +65,7 @@ class Feedback:
 
     entries: Sequence[EntryView]
     trees: Mapping[str, DraftTree]  # by sequence id
-    verdicts: Mapping[str, Verdict]  # by sequence id
+    results: Mapping[str, VerifyResult]  # by sequence id
     output: ModelOutput  # rows as `plan_segments` has them
 
     def only(self, seq_ids: Collection[str]) -> "Feedback":
@@ -79,7 +79,7 @@ class Feedback:
         first = first_logits = 0
         for entry in self.entries:
             num_nodes = len(self.trees[entry.seq.id]) if entry.num_nodes else 0
-            num_rows = entry.num_chain + num_nodes
+            num_rows = entry.num_prefill + num_nodes
             if entry.seq.id in seq_ids:
                 kept.append(entry)
                 rows += range(first, first + num_rows)
@@ -93,8 +93,8 @@ class Feedback:
             None if out.topk is None else out.topk[at_logits],
             None if out.taps is None else out.taps[at_rows],
         )
-        verdicts = {seq_id: v for seq_id, v in self.verdicts.items() if seq_id in seq_ids}
-        return replace(self, entries=tuple(kept), verdicts=verdicts, output=output)
+        results = {seq_id: v for seq_id, v in self.results.items() if seq_id in seq_ids}
+        return replace(self, entries=tuple(kept), results=results, output=output)
 
 
 class DraftOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,7 +129,7 @@ class Drafter(Protocol):
     def observe(self, feedback: Feedback) -> None:
         """After every pass, prompt chunks included.
 
-        What was emitted is in the verdicts; the sequences' tokens still end with the root.
+        What was emitted is in the results; the sequences' tokens still end with the root.
         """
         ...
 

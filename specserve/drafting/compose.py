@@ -152,14 +152,14 @@ class ComposedDrafter:
             after = without
 
     def observe(self, feedback: Feedback) -> None:
-        verified = [feedback.trees[seq_id] for seq_id in feedback.verdicts]
-        self.counts.settle(verified, feedback.verdicts.values())
+        verified = [feedback.trees[seq_id] for seq_id in feedback.results]
+        self.counts.settle(verified, feedback.results.values())
         for entry in feedback.entries:
-            seq, verdict = entry.seq, feedback.verdicts.get(entry.seq.id)
-            if verdict is not None and (one := self._asking[seq.id]).trees:
-                self._calibration.settle(seq.id, not seq.greedy, one.trees, verdict.emitted)
+            seq, result = entry.seq, feedback.results.get(entry.seq.id)
+            if result is not None and (one := self._asking[seq.id]).trees:
+                self._calibration.settle(seq.id, not seq.greedy, one.trees, result.emitted)
                 if self._worth is not None:
-                    self._judge(self._worth, one, feedback.trees[seq.id], verdict.emitted)
+                    self._judge(self._worth, one, feedback.trees[seq.id], result.emitted)
         seqs = [entry.seq for entry in feedback.entries]
         for name in self.active:
             if self._hears(name, seqs):
@@ -169,8 +169,12 @@ class ComposedDrafter:
                     seconds = (time.perf_counter() - started) / len(seqs)
                     for noisy in {not seq.greedy for seq in seqs}:
                         self._worth.followed(name, noisy, seconds)
-        if self._worth is not None and verified and not any(e.num_chain for e in feedback.entries):
-            num_tokens = sum(len(verdict.emitted) for verdict in feedback.verdicts.values())
+        if (
+            self._worth is not None
+            and verified
+            and not any(e.num_prefill for e in feedback.entries)
+        ):
+            num_tokens = sum(len(result.emitted) for result in feedback.results.values())
             self._worth.end_step(time.perf_counter() - self._begun, num_tokens)
 
     def forget(self, seq_id: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from specserve.step import Verdict
+from specserve.step import VerifyResult
 from specserve.tree import MAX_NODES, DraftTree
 
 
@@ -24,7 +24,7 @@ class SourceCounts:
             for source in tree.source.tolist()[1:]:
                 self.proposed[min(source, last)] += 1
 
-    def settle(self, trees: Collection[DraftTree], verdicts: Collection[Verdict]) -> None:
+    def settle(self, trees: Collection[DraftTree], results: Collection[VerifyResult]) -> None:
         """Merged trees, and what verification made of them."""
         last = self.num_drafters + 1
         for tree in trees:
@@ -32,6 +32,6 @@ class SourceCounts:
             next(nodes)
             for source, depth in nodes:
                 self.verified[min(source, last)][depth] += 1
-        for verdict in verdicts:
-            for depth, source in enumerate(verdict.sources[: verdict.num_accepted], start=1):
+        for result in results:
+            for depth, source in enumerate(result.sources[: result.num_accepted], start=1):
                 self.accepted[min(source, last)][depth] += 1

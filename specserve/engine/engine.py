@@ -40,7 +40,7 @@ from specserve.schedule.cost import PassCosts
 from specserve.schedule.pricing import Pricing
 from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import SequenceView
-from specserve.step import Ending, EntryView, StepPlan, Verdict
+from specserve.step import EntryView, FinishInfo, StepPlan, VerifyResult
 from specserve.text import Tokenizer
 from specserve.tree import MAX_NODES, DraftTree
 from specserve.types import Abort, Request, RequestError, StepOutput
@@ -213,14 +213,14 @@ class Engine:
                 plan, out = self._forward(plan, trees, outputs)
             self._pricing.learn_pass(plan, trees, times.forward.last)
             with times.sample:
-                verdicts = self._verify(plan, trees, out)
+                results = self._verify(plan, trees, out)
             with times.commit:
-                self._commit_kv(plan, verdicts)
+                self._commit_kv(plan, results)
             with times.draft:
-                self._pricing.policy.settle(trees, verdicts, times.draft.last)
-                self._observe(plan, trees, verdicts, out)
+                self._pricing.policy.settle(trees, results, times.draft.last)
+                self._observe(plan, trees, results, out)
             with times.commit:
-                outputs += self.scheduler.commit(plan, trees, verdicts)
+                outputs += self.scheduler.commit(plan, trees, results)
             times.num_steps += 1
             self._pricing.learn_host(time.perf_counter() - started - times.forward.last)
         for output in outputs:
@@ -257,7 +257,8 @@ class Engine:
             if isinstance(message, Request):
                 self.scheduler.add(message)
             elif message.id in self.scheduler:
-                outputs.append(self.scheduler.finish(message.id, Ending("abort"), message.reason))
+                finish = FinishInfo("abort")
+                outputs.append(self.scheduler.finish(message.id, finish, message.reason))
         return outputs + self.scheduler.expire(time.monotonic())
 
     def _propose(self, plan: StepPlan) -> dict[str, DraftTree]:
@@ -287,42 +288,42 @@ class Engine:
                     survivors.append(entry)
                 except Exception as error:
                     reason = f"the model failed on this request: {type(error).__name__}: {error}"
-                    outputs.append(self.scheduler.finish(entry.seq.id, Ending("error"), reason))
+                    outputs.append(self.scheduler.finish(entry.seq.id, FinishInfo("error"), reason))
             plan, out = StepPlan(tuple(survivors)), joined(outs)
         return plan, out
 
     def _verify(
         self, plan: StepPlan, trees: dict[str, DraftTree], out: ModelOutput
-    ) -> dict[str, Verdict]:
+    ) -> dict[str, VerifyResult]:
         entries = plan.decoding
-        verdicts = self.verifier(entries, [trees[entry.seq.id] for entry in entries], out)
-        return {entry.seq.id: verdict for entry, verdict in zip(entries, verdicts, strict=True)}
+        results = self.verifier(entries, [trees[entry.seq.id] for entry in entries], out)
+        return {entry.seq.id: result for entry, result in zip(entries, results, strict=True)}
 
     def _observe(
         self,
         plan: StepPlan,
         trees: dict[str, DraftTree],
-        verdicts: dict[str, Verdict],
+        results: dict[str, VerifyResult],
         out: ModelOutput,
     ) -> None:
         """Nobody looks at `out` afterwards, and of the rest drafters cannot change anything."""
         feedback = Feedback(
-            tuple(EntryView(SequenceView(e.seq), e.num_chain, e.num_nodes) for e in plan.entries),
+            tuple(EntryView(SequenceView(e.seq), e.num_prefill, e.num_nodes) for e in plan.entries),
             MappingProxyType(trees),
-            MappingProxyType(verdicts),
+            MappingProxyType(results),
             out,
         )
         self.drafter.observe(feedback)
         if self._watcher is not None:
             self._watcher(feedback)
 
-    def _commit_kv(self, plan: StepPlan, verdicts: dict[str, Verdict]) -> None:
+    def _commit_kv(self, plan: StepPlan, results: dict[str, VerifyResult]) -> None:
         """Move the accepted paths together, in the target's storage, and roll the rest back."""
         moves: list[tuple[int, int]] = []
         for entry in plan.entries:
-            verdict = verdicts.get(entry.seq.id)
-            path = () if verdict is None else verdict.path
-            moves += self.kv.commit(entry.seq.table, entry.num_chain, path)
+            result = results.get(entry.seq.id)
+            path = () if result is None else result.path
+            moves += self.kv.commit(entry.seq.table, entry.num_prefill, path)
         if moves:
             source, destination = torch.tensor(moves, device=self.platform.device).T.contiguous()
             self.platform.kernels.kv_commit(self._storages[0].data, source, destination)

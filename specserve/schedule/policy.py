@@ -6,7 +6,7 @@ from typing import Final, Protocol
 
 from specserve.schedule.cost import PassCosts
 from specserve.sequence import SequenceState
-from specserve.step import Verdict
+from specserve.step import VerifyResult
 from specserve.tree import DraftTree
 
 _MEMORY: Final = 16.0  # passes of a sequence that its gain is a mean of
@@ -23,7 +23,7 @@ class Policy(Protocol):
         ...
 
     def settle(
-        self, trees: Mapping[str, DraftTree], verdicts: Mapping[str, Verdict], seconds: float
+        self, trees: Mapping[str, DraftTree], results: Mapping[str, VerifyResult], seconds: float
     ) -> None:
         """What came of a pass whose trees took so long to draft; both by sequence id."""
         ...
@@ -42,7 +42,7 @@ class FixedPolicy:
         return [1 + min(self._max_nodes - 1, share, useful_nodes(seq)) for seq in seqs]
 
     def settle(
-        self, trees: Mapping[str, DraftTree], verdicts: Mapping[str, Verdict], seconds: float
+        self, trees: Mapping[str, DraftTree], results: Mapping[str, VerifyResult], seconds: float
     ) -> None:
         pass
 
@@ -91,9 +91,9 @@ class MeasuredPolicy:
         return chosen
 
     def settle(
-        self, trees: Mapping[str, DraftTree], verdicts: Mapping[str, Verdict], seconds: float
+        self, trees: Mapping[str, DraftTree], results: Mapping[str, VerifyResult], seconds: float
     ) -> None:
-        asked = [seq_id for seq_id in self._asked if seq_id in verdicts]
+        asked = [seq_id for seq_id in self._asked if seq_id in results]
         if not asked:
             return
         self._seconds += (seconds / len(asked) - self._seconds) / (

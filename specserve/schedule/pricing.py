@@ -25,13 +25,13 @@ class Pricing:
         """The proposed trees, by sequence id, without the nodes that are not worth their rows."""
         if self._selection is None:
             return proposed
-        num_rows = sum(entry.num_chain + (entry.num_nodes > 0) for entry in plan.entries)
+        num_rows = sum(entry.num_prefill + (entry.num_nodes > 0) for entry in plan.entries)
         return self._selection.worthwhile(proposed, num_rows, _mean_context(plan.decoding))
 
     def learn_pass(self, plan: StepPlan, trees: Mapping[str, DraftTree], seconds: float) -> None:
         """A pass over these trees has taken so long; nothing is learned from prompts."""
         entries = plan.decoding
-        if self._costs is None or not entries or any(entry.num_chain for entry in plan.entries):
+        if self._costs is None or not entries or any(entry.num_prefill for entry in plan.entries):
             return
         num_rows = sum(len(trees[entry.seq.id]) for entry in entries)
         self._costs.add_pass(num_rows, _mean_context(entries), seconds)

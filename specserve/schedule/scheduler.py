@@ -16,7 +16,7 @@ from specserve.schedule.cost import PassCosts
 from specserve.schedule.policy import Policy
 from specserve.schedule.tenants import Tenants
 from specserve.sequence import SequenceState, SpecCounts, Status
-from specserve.step import Ending, Entry, StepPlan, Verdict
+from specserve.step import Entry, FinishInfo, StepPlan, VerifyResult
 from specserve.tree import DraftTree
 from specserve.types import Request, StepOutput
 
@@ -70,7 +70,7 @@ class Scheduler:
         self.tenants.arrive(request.tenant)
         self._enqueue(self.waiting, seq)
 
-    def finish(self, seq_id: str, ending: Ending, error: str | None = None) -> StepOutput:
+    def finish(self, seq_id: str, info: FinishInfo, error: str | None = None) -> StepOutput:
         """Remove a request, waiting or running, release its blocks and return its last output."""
         seq = self._seqs.pop(seq_id)
         if seq.status is Status.RUNNING:
@@ -85,8 +85,8 @@ class Scheduler:
         self._on_leave(seq_id)
         return StepOutput(
             id=seq_id,
-            finish=ending.finish,
-            stop_reason=ending.stop_reason,
+            finish=info.reason,
+            stop_reason=info.stop_reason,
             error=error,
             num_cached_tokens=seq.num_cached,
             stats=seq.counts.freeze(),
@@ -100,7 +100,7 @@ class Scheduler:
             if seq.request.deadline is not None and seq.request.deadline < now
         ]
         return [
-            self.finish(seq_id, Ending("abort"), "deadline: the request ran out of time")
+            self.finish(seq_id, FinishInfo("abort"), "deadline: the request ran out of time")
             for seq_id in late
         ]
 
@@ -125,38 +125,38 @@ class Scheduler:
         return StepPlan(tuple(entries))
 
     def commit(
-        self, plan: StepPlan, trees: dict[str, DraftTree], verdicts: dict[str, Verdict]
+        self, plan: StepPlan, trees: dict[str, DraftTree], results: dict[str, VerifyResult]
     ) -> list[StepOutput]:
         """Append the emitted tokens, publish full blocks and finish completed requests.
 
-        `trees` and `verdicts` are by sequence id. Returns one output per entry with a tree.
+        `trees` and `results` are by sequence id. Returns one output per entry with a tree.
         """
         outputs = []
         for entry in plan.entries:
-            seq, verdict = entry.seq, verdicts.get(entry.seq.id)
-            if verdict is not None:
-                seq.tokens.extend(verdict.emitted)
-                self.tenants.charge(seq.request.tenant, len(verdict.emitted))
+            seq, result = entry.seq, results.get(entry.seq.id)
+            if result is not None:
+                seq.tokens.extend(result.emitted)
+                self.tenants.charge(seq.request.tenant, len(result.emitted))
                 tree = trees[seq.id]
                 depth = max(tree.depths)
                 for counts in (seq.counts, self.counts):
-                    counts.record(len(tree) - 1, depth, verdict.num_accepted, len(verdict.emitted))
+                    counts.record(len(tree) - 1, depth, result.num_accepted, len(result.emitted))
             self._kv.publish(seq.table, seq.tokens, seq.request.cache_salt)
-            if verdict is not None:
-                outputs.append(self._output(seq, verdict))
+            if result is not None:
+                outputs.append(self._output(seq, result))
         return outputs
 
-    def _output(self, seq: SequenceState, verdict: Verdict) -> StepOutput:
-        ending = Ending("error") if verdict.error is not None else verdict.ending
-        last = None if ending is None else self.finish(seq.id, ending, verdict.error)
+    def _output(self, seq: SequenceState, result: VerifyResult) -> StepOutput:
+        info = FinishInfo("error") if result.error is not None else result.finish
+        last = None if info is None else self.finish(seq.id, info, result.error)
         return StepOutput(
             id=seq.id,
-            new_ids=verdict.emitted,
-            sources=verdict.sources,
-            logprobs=verdict.logprobs,
+            new_ids=result.emitted,
+            sources=result.sources,
+            logprobs=result.logprobs,
             finish=None if last is None else last.finish,
             stop_reason=None if last is None else last.stop_reason,
-            error=verdict.error,
+            error=result.error,
             num_cached_tokens=seq.num_cached,
             stats=None if last is None else last.stats,
         )

@@ -5,7 +5,7 @@ Stop strings are searched in the text that the client sees; `text/output.py` cut
 
 from collections.abc import Sequence
 
-from specserve.step import Ending
+from specserve.step import FinishInfo
 from specserve.text import IncrementalDecoder, StopChecker, Tokenizer
 from specserve.types import Request
 
@@ -34,7 +34,7 @@ class StopRule:
             )
             self._checker = StopChecker(params.stop)
 
-    def feed(self, token: int) -> Ending | None:
+    def feed(self, token: int) -> FinishInfo | None:
         """Return the finish info if `token` ends the request, else None.
 
         A stop string takes precedence over the other conditions, so that the text does not contain
@@ -42,20 +42,20 @@ class StopRule:
         before `min_tokens` tokens are ignored.
         """
         self._num_tokens += 1
-        ending = self._without_text(token)
+        finish = self._without_text(token)
         if self._text is not None:
             hidden = token in self._eos_ids and self._hides_eos
             text = self._text.feed(() if hidden else (token,))
-            if ending is not None:
+            if finish is not None:
                 text += self._text.flush()
             match = self._checker.feed(text)
             if match is not None and self._num_tokens >= self._min_tokens:
-                return Ending("stop", self._stop_strings[match])
-        return ending
+                return FinishInfo("stop", self._stop_strings[match])
+        return finish
 
-    def _without_text(self, token: int) -> Ending | None:
+    def _without_text(self, token: int) -> FinishInfo | None:
         if token in self._eos_ids:
-            return Ending("stop")
+            return FinishInfo("stop")
         if token in self._stop_ids:
-            return Ending("stop", token)
-        return Ending("length") if self._num_tokens >= self._max_tokens else None
+            return FinishInfo("stop", token)
+        return FinishInfo("length") if self._num_tokens >= self._max_tokens else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from specserve.batch import ModelOutput
 from specserve.sampling import Row, Sampler, SamplingState, token_logprobs
 from specserve.sequence import SequenceState
-from specserve.step import Entry, Verdict
+from specserve.step import Entry, VerifyResult
 from specserve.text import Tokenizer
 from specserve.tree import DraftTree
 from specserve.verify.stopping import StopRule
@@ -53,7 +53,7 @@ class Verifier:
 
     def __call__(
         self, entries: Sequence[Entry], trees: Sequence[DraftTree], out: ModelOutput
-    ) -> list[Verdict]:
+    ) -> list[VerifyResult]:
         """Return one verification result per entry.
 
         The logits rows of `out` are the nodes of `trees`, tree after tree.
@@ -80,7 +80,7 @@ class Verifier:
             tokens = self._draw(at_nodes, rows)
             for row, (index, token) in enumerate(zip(live, tokens, strict=True)):
                 self._emit(walks[index], entries[index].seq, token, at_nodes, row)
-        return [walk.verdict() for walk in walks]
+        return [walk.result() for walk in walks]
 
     def _draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int | str]:
         """Sample one token per row. Returns the token, or an error message for a failed row."""

@@ -7,7 +7,7 @@ decoding, so the emitted tokens are those of plain decoding, whatever the tree p
 
 from dataclasses import dataclass, field
 
-from specserve.step import Ending, Verdict
+from specserve.step import FinishInfo, VerifyResult
 from specserve.tree import TARGET_SOURCE, DraftTree
 from specserve.types import TokenLogprobs
 
@@ -22,7 +22,7 @@ class Walk:
     emitted: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    ending: Ending | None = None
+    finish: FinishInfo | None = None
     error: str | None = None
 
     @property
@@ -30,14 +30,14 @@ class Walk:
         """Number of emitted tokens that the tree proposed."""
         return sum(source != TARGET_SOURCE for source in self.sources)
 
-    def emit(self, token: int, ending: Ending | None) -> None:
-        """Emit `token`, drawn at the current node; the walk ends there if `ending` is given."""
+    def emit(self, token: int, finish: FinishInfo | None) -> None:
+        """Emit `token`, drawn at the current node; the walk ends there if `finish` is given."""
         assert self.node is not None
         child = self.tree.child_of.get((self.node, token))
         self.emitted.append(token)
         self.sources.append(TARGET_SOURCE if child is None else int(self.tree.source[child]))
-        self.ending = ending
-        if child is None or ending is not None:
+        self.finish = finish
+        if child is None or finish is not None:
             self.node = None
         else:
             self.node = child
@@ -48,13 +48,13 @@ class Walk:
         self.error = error
         self.node = None
 
-    def verdict(self) -> Verdict:
-        return Verdict(
+    def result(self) -> VerifyResult:
+        return VerifyResult(
             path=tuple(self.path),
             emitted=tuple(self.emitted),
             sources=tuple(self.sources),
             num_accepted=self.num_accepted,
             logprobs=tuple(self.logprobs),
-            ending=self.ending,
+            finish=self.finish,
             error=self.error,
         )

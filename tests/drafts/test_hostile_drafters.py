@@ -229,6 +229,11 @@ def test_nothing_that_a_drafter_sees_can_be_assigned_to(
     engine = make_engine("ngram", max_nodes=4)
     run(engine, PROMPTS[:1], PARAMS[1])
     assert engine.drafter.num_failures == {"ngram": 0}
-    assert {"SequenceView", "TableView", "ReadOnlyList", "EntryView", "Verdict", "DraftTree"} <= {
-        *checked
-    }
+    assert {
+        "SequenceView",
+        "TableView",
+        "ReadOnlyList",
+        "EntryView",
+        "VerifyResult",
+        "DraftTree",
+    } <= {*checked}

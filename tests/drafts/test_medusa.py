@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama
 from torch import Tensor
 
-from specserve.batch import build_batch, chain_segments
+from specserve.batch import build_batch, prefill_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.engine.engine import Engine
@@ -86,7 +86,7 @@ def last_row(model: Model, tokens: tuple[int, ...]) -> Tensor:
     """[hidden_size] of the last of these tokens, normed; by one pass over them."""
     num_blocks = len(tokens) // 16 + 1
     table = BlockTable(16, list(range(num_blocks)))
-    batch = build_batch(list(chain_segments(table, 0, tokens)), 16, model.row_multiple, CPU)
+    batch = build_batch(list(prefill_segments(table, 0, tokens)), 16, model.row_multiple, CPU)
     tap = model.shape.num_layers
     out = model(batch, KVStorage(model.kv_spec, 16 * num_blocks, CPU), taps=(tap,))
     assert out.taps is not None

@@ -10,7 +10,7 @@ from tiny import write_tiny_llama
 from tiny_chat import write_chat_prompts, write_tiny_chat
 
 from specserve.llm import Completion, Timing
-from specserve.step import Ending, Verdict
+from specserve.step import FinishInfo, VerifyResult
 from specserve.tree import chain_tree
 from specserve.types import SpecStats
 from specserve.verify.walk import Walk
@@ -136,36 +136,36 @@ def test_a_wrong_file_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert "none.jsonl" in capsys.readouterr().err
 
 
-def walk(draws: list[int], ending: Ending | None) -> Verdict:
-    """The verdict when the target draws `draws` along a chain of 5, 6, 7."""
+def walk(draws: list[int], finish: FinishInfo | None) -> VerifyResult:
+    """The result when the target draws `draws` along a chain of 5, 6, 7."""
     walked = Walk(chain_tree(4, [5, 6, 7], [0.9, 0.8, 0.7], 1))
     for index, token in enumerate(draws):
-        walked.emit(token, ending if index == len(draws) - 1 else None)
-    return walked.verdict()
+        walked.emit(token, finish if index == len(draws) - 1 else None)
+    return walked.result()
 
 
 @pytest.mark.parametrize(
-    ("draws", "ending", "accepted", "rejected"),
+    ("draws", "finish", "accepted", "rejected"),
     [
         ([5, 6, 7, 8], None, [1, 1, 1], []),  # all accepted, and one more
         ([5, 9], None, [1], [0, 1]),  # rejected at the second
         ([9], None, [], [1]),
-        ([5, 6], Ending("length"), [1, 1], []),  # cut: the third was not looked at
-        ([5, 6], Ending("stop", 6), [1, 1], []),
-        ([9], Ending("stop", 9), [], [1]),  # the target ended, the draft had not
+        ([5, 6], FinishInfo("length"), [1, 1], []),  # cut: the third was not looked at
+        ([5, 6], FinishInfo("stop", 6), [1, 1], []),
+        ([9], FinishInfo("stop", 9), [], [1]),  # the target ended, the draft had not
     ],
 )
 def test_a_cut_is_not_a_rejection(
-    draws: list[int], ending: Ending | None, accepted: list[int], rejected: list[int]
+    draws: list[int], finish: FinishInfo | None, accepted: list[int], rejected: list[int]
 ) -> None:
     acceptance = Acceptance()
-    acceptance.record(chain_tree(4, [5, 6, 7], [0.9, 0.8, 0.7], 1), walk(draws, ending))
+    acceptance.record(chain_tree(4, [5, 6, 7], [0.9, 0.8, 0.7], 1), walk(draws, finish))
     assert (acceptance.accepted, acceptance.rejected) == (accepted, rejected)
 
 
 def test_no_draft_has_no_share() -> None:
     acceptance = Acceptance()
-    acceptance.record(chain_tree(4, [], [], 1), Verdict((0,), (9,), (0,), 0))
+    acceptance.record(chain_tree(4, [], [], 1), VerifyResult((0,), (9,), (0,), 0))
     assert acceptance.share is None
 
 

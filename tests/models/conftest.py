@@ -47,9 +47,9 @@ def run_rows() -> Callable[..., ModelOutput]:
 
 
 @pytest.fixture
-def chain_rows() -> Callable[..., list[Any]]:
-    """chain_rows(table, context_len, tokens): the segments of known tokens."""
-    return _chain_rows
+def prefill_rows() -> Callable[..., list[Any]]:
+    """prefill_rows(table, context_len, tokens): the segments of known tokens."""
+    return _prefill_rows
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def _load(directory: Path, dtype: torch.dtype = torch.float32, exact: bool = Tru
     return load_llama(directory, kernels=kernels, dtype=dtype, device=CPU, exact=exact)
 
 
-def _chain_rows(table: Sequence[int], context_len: int, tokens: Sequence[int]) -> list[Any]:
+def _prefill_rows(table: Sequence[int], context_len: int, tokens: Sequence[int]) -> list[Any]:
     return [
         (table, context_len + i, tokens[i : i + 64], range(-1, len(tokens[i : i + 64]) - 1))
         for i in range(0, len(tokens), 64)

@@ -57,7 +57,7 @@ def test_a_row_alone_and_in_company(
     dtype: torch.dtype,
     load: Callable[..., LlamaModel],
     run_rows: Callable[..., ModelOutput],
-    chain_rows: Callable[..., list[Any]],
+    prefill_rows: Callable[..., list[Any]],
 ) -> None:
     model = load(directory, dtype)
     generator = torch.Generator().manual_seed(2)
@@ -66,15 +66,16 @@ def test_a_row_alone_and_in_company(
     # One token at a time, alone.
     alone = KVStorage(model.kv_spec, 640, model.device)
     rows = [
-        run_rows(model, alone, chain_rows(MINE, i, tokens[i : i + 1])).logits[0] for i in range(20)
+        run_rows(model, alone, prefill_rows(MINE, i, tokens[i : i + 1])).logits[0]
+        for i in range(20)
     ]
 
     # The same prompt in one chunk behind the long prompt of another, and before a third.
     together = KVStorage(model.kv_spec, 640, model.device)
     crowd = [
-        *chain_rows(OTHERS[0], 0, tokens[20:95]),
-        *chain_rows(MINE, 0, tokens[:17]),
-        *chain_rows(OTHERS[1], 0, tokens[100:141]),
+        *prefill_rows(OTHERS[0], 0, tokens[20:95]),
+        *prefill_rows(MINE, 0, tokens[:17]),
+        *prefill_rows(OTHERS[1], 0, tokens[100:141]),
     ]
     out = run_rows(model, together, crowd).logits
     assert torch.equal(out[75:92], torch.stack(rows[:17]))
@@ -96,11 +97,11 @@ def test_fast_mode_takes_any_number_of_rows_and_agrees_closely(
     directory: Path,
     load: Callable[..., LlamaModel],
     run_rows: Callable[..., ModelOutput],
-    chain_rows: Callable[..., list[Any]],
+    prefill_rows: Callable[..., list[Any]],
 ) -> None:
     exact, fast = load(directory), load(directory, exact=False)
     assert (exact.row_multiple, fast.row_multiple) == (8, 1)
-    segments = chain_rows(MINE, 0, list(range(11)))
+    segments = prefill_rows(MINE, 0, list(range(11)))
     outs = [
         run_rows(model, KVStorage(model.kv_spec, 640, model.device), segments).logits
         for model in (exact, fast)

@@ -124,26 +124,26 @@ def _assert_close(ours: Tensor, theirs: Tensor) -> None:
 def test_logits_of_one_prefill(
     pair: tuple[PreTrainedModel, LlamaModel],
     run_rows: Callable[..., ModelOutput],
-    chain_rows: Callable[..., list[Any]],
+    prefill_rows: Callable[..., list[Any]],
 ) -> None:
     theirs, ours = pair
     kv = KVStorage(ours.kv_spec, 160, ours.device)
     tokens = _tokens(NUM_TOKENS)
-    out = run_rows(ours, kv, chain_rows(TABLE, 0, tokens))
+    out = run_rows(ours, kv, prefill_rows(TABLE, 0, tokens))
     _assert_close(out.logits, _reference(theirs, tokens).logits[0])
 
 
 def test_logits_through_the_cache(
     pair: tuple[PreTrainedModel, LlamaModel],
     run_rows: Callable[..., ModelOutput],
-    chain_rows: Callable[..., list[Any]],
+    prefill_rows: Callable[..., list[Any]],
 ) -> None:
     """Two prompt chunks, a plain decode step, then a tree; every root path is a text of its own."""
     theirs, ours = pair
     kv = KVStorage(ours.kv_spec, 160, ours.device)
     tokens = _tokens(NUM_TOKENS)
-    run_rows(ours, kv, chain_rows(TABLE, 0, tokens[:37]))
-    run_rows(ours, kv, chain_rows(TABLE, 37, tokens[37:]))
+    run_rows(ours, kv, prefill_rows(TABLE, 0, tokens[:37]))
+    run_rows(ours, kv, prefill_rows(TABLE, 37, tokens[37:]))
     step = run_rows(ours, kv, [(TABLE, NUM_TOKENS, [11], [-1])])
     _assert_close(step.logits, _reference(theirs, [*tokens, 11]).logits[0, -1:])
 
@@ -158,7 +158,7 @@ def test_taps_are_the_residual_stream(
     save_reference: Callable[..., PreTrainedModel],
     load: Callable[..., LlamaModel],
     run_rows: Callable[..., ModelOutput],
-    chain_rows: Callable[..., list[Any]],
+    prefill_rows: Callable[..., list[Any]],
     tmp_path: Path,
 ) -> None:
     theirs = save_reference(CONFIGS["smollm"])
@@ -166,7 +166,7 @@ def test_taps_are_the_residual_stream(
     tokens = _tokens(13)
     states = _reference(theirs, tokens, output_hidden_states=True).hidden_states
     kv = KVStorage(ours.kv_spec, 160, ours.device)
-    taps = run_rows(ours, kv, chain_rows(TABLE, 0, tokens), taps=(3, 0, 2)).taps
+    taps = run_rows(ours, kv, prefill_rows(TABLE, 0, tokens), taps=(3, 0, 2)).taps
     assert taps is not None
     last, first, third = torch.split(taps[:13], ours.shape.hidden_size, dim=1)
     torch.testing.assert_close(first, states[0][0], atol=1e-5, rtol=0)

@@ -252,7 +252,7 @@ if "specserve.process.engine_main" in sys.orig_argv:
 
     def slow(self, entries, trees):
         for entry in entries:
-            rows = entry.num_chain + entry.num_nodes
+            rows = entry.num_prefill + entry.num_nodes
             time.sleep(rows * ({row} + {token} * (entry.seq.table.num_committed + rows / 2)))
         return forward(self, entries, trees)
 

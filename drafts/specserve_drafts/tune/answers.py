@@ -135,7 +135,7 @@ class Answers:
         taps, first = feedback.output.taps, 0
         assert taps is not None
         for entry in feedback.entries:
-            seq, end = entry.seq, first + entry.num_chain + min(entry.num_nodes, 1)
+            seq, end = entry.seq, first + entry.num_prefill + min(entry.num_nodes, 1)
             if seq.num_committed == end - first:
                 self._rows[seq.id] = (seq.tokens, [])
             self._rows[seq.id][1].append(taps[first:end])

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from specserve.batch import SegmentRows, build_batch, chain_segments
+from specserve.batch import SegmentRows, build_batch, prefill_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.engine.device import Platform
@@ -135,7 +135,7 @@ class Teacher:
             num_blocks = _num_slots(text) // _BLOCK
             table = BlockTable(_BLOCK, list(range(first, first + num_blocks)))
             first += num_blocks
-            segments += chain_segments(table, 0, text.tokens.tolist())
+            segments += prefill_segments(table, 0, text.tokens.tolist())
         batch = build_batch(segments, _BLOCK, self.model.row_multiple, self.device)
         out = self.model(batch, self._storage, taps=self.layers)
         assert out.taps is not None
