@@ -56,7 +56,7 @@ class Completion(Struct, frozen=True):
     finish_reason: FinishReason
     stats: SpecStats
     timing: Timing
-    sources: tuple[int, ...] = ()  # drafter id per token, see `StepOutput.sources`
+    drafter_ids: tuple[int, ...] = ()  # drafter id per token, see `StepOutput.drafter_ids`
     logprobs: tuple[TokenLogprobs, ...] | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
@@ -286,7 +286,7 @@ class _Track:
             finish_reason=self.finish,
             stats=last.stats or SpecStats(),
             timing=self._timing(len(ids)),
-            sources=tuple(chain.from_iterable(output.sources for output in self._outputs)),
+            drafter_ids=tuple(chain.from_iterable(output.drafter_ids for output in self._outputs)),
             logprobs=logprobs if self._params.logprobs is not None else None,
             stop_reason=last.stop_reason,
             num_cached_tokens=last.num_cached_tokens,

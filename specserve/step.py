@@ -53,7 +53,7 @@ class VerifyResult:
 
     path: tuple[int, ...]  # tree nodes whose KV is committed, ascending, the root first
     emitted: tuple[int, ...]
-    sources: tuple[int, ...]  # drafter id per emitted token, see `tree.TARGET_SOURCE`
+    drafter_ids: tuple[int, ...]  # drafter id per emitted token, see `tree.TARGET_ID`
     num_accepted: int  # emitted tokens that the tree proposed
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishInfo | None = None  # None: the request continues

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 MAX_NODES: Final = 64  # bits of an ancestor word
 
-PREDICTION: Final = 255  # drafter id of nodes from the request's `prediction`
-_MAX_SOURCE: Final = 31  # in `United`, this and all larger drafter ids share one bit
-TARGET_SOURCE: Final = 0  # drafter id of the root, and of tokens that no drafter proposed
+PREDICTION_ID: Final = 255  # drafter id of nodes from the request's `prediction`
+_MAX_DRAFTER_BIT: Final = 31  # in `United`, this and all larger drafter ids share one bit
+TARGET_ID: Final = 0  # drafter id of the root, and of tokens that no drafter proposed
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class DraftTree:
     tokens: npt.NDArray[np.int32]  # [n]
     parents: npt.NDArray[np.int16]  # [n], parents[0] = -1, parents[i] < i
     scores: npt.NDArray[np.float32]  # [n], never above the parent's
-    source: npt.NDArray[np.uint8]  # [n], drafter id: 0 target, 1 + drafter index, or PREDICTION
+    drafter_ids: npt.NDArray[np.uint8]  # [n], TARGET_ID, 1 + drafter index, or PREDICTION_ID
 
     def __post_init__(self) -> None:
-        for array in (self.tokens, self.parents, self.scores, self.source):
+        for array in (self.tokens, self.parents, self.scores, self.drafter_ids):
             array.setflags(write=False)
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class DraftTree:
         n = len(self)
         if not 1 <= n <= min(max_nodes, MAX_NODES):
             raise ValueError(f"tree has {n} nodes; expected 1 to {min(max_nodes, MAX_NODES)}")
-        if not len(self.parents) == len(self.scores) == len(self.source) == n:
+        if not len(self.parents) == len(self.scores) == len(self.drafter_ids) == n:
             raise ValueError("tree arrays differ in length")
         tokens, parents, scores = (
             self.tokens.tolist(),
@@ -111,12 +111,12 @@ def root_tree(token: int) -> DraftTree:
 
     `np.frombuffer` makes arrays that cannot be made writeable again.
     """
-    tree = _freeze([token], [-1], [1.0], [TARGET_SOURCE])
+    tree = _freeze([token], [-1], [1.0], [TARGET_ID])
     return DraftTree(
         np.frombuffer(tree.tokens.tobytes(), np.int32),
         np.frombuffer(tree.parents.tobytes(), np.int16),
         np.frombuffer(tree.scores.tobytes(), np.float32),
-        np.frombuffer(tree.source.tobytes(), np.uint8),
+        np.frombuffer(tree.drafter_ids.tobytes(), np.uint8),
     )
 
 
@@ -124,16 +124,16 @@ def build_tree(
     tokens: Sequence[int],
     parents: Sequence[int],
     scores: Sequence[float],
-    source: int | Sequence[int],
+    drafter_ids: int | Sequence[int],
 ) -> DraftTree:
     """Build a tree, laid out depth first, with children by descending path probability.
 
     In the input node 0 is the root and every node comes after its parent. Path probabilities
     (`scores`) are capped by the parent's, so that the n most likely nodes always form a tree.
-    `source`: drafter id of all nodes, or one per node; the root always has TARGET_SOURCE.
+    `drafter_ids`: one for all nodes, or one per node; the root always has TARGET_ID.
     """
     n = len(tokens)
-    sources = [source] * n if isinstance(source, int) else list(source)
+    ids = [drafter_ids] * n if isinstance(drafter_ids, int) else list(drafter_ids)
     capped = [1.0] * n
     children: list[list[int]] = [[] for _ in range(n)]
     for node in range(1, n):
@@ -150,14 +150,16 @@ def build_tree(
         [tokens[node] for node in order],
         [-1] + [new_index[parents[node]] for node in order[1:]],
         [capped[node] for node in order],
-        [TARGET_SOURCE] + [sources[node] for node in order[1:]],
+        [TARGET_ID] + [ids[node] for node in order[1:]],
     )
 
 
-def chain_tree(root: int, tokens: Sequence[int], scores: Sequence[float], source: int) -> DraftTree:
+def chain_tree(
+    root: int, tokens: Sequence[int], scores: Sequence[float], drafter_id: int
+) -> DraftTree:
     """A tree of a single path; `scores[i]` is the path probability of `tokens[i]`."""
     n = len(tokens)
-    return build_tree([root, *tokens], list(range(-1, n)), [1.0, *scores], source)
+    return build_tree([root, *tokens], list(range(-1, n)), [1.0, *scores], drafter_id)
 
 
 def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
@@ -173,7 +175,7 @@ def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
     new_index[keep] = np.arange(max_nodes)
     parents = new_index[tree.parents[keep]]
     parents[0] = -1
-    return DraftTree(tree.tokens[keep], parents, tree.scores[keep], tree.source[keep])
+    return DraftTree(tree.tokens[keep], parents, tree.scores[keep], tree.drafter_ids[keep])
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class United:
     tokens: list[int]
     parents: list[int]
     shares: list[float]  # conditional acceptance probability: the maximum over its proposers
-    sources: list[int]  # drafter id of that proposer
+    drafter_ids: list[int]  # drafter id of that proposer
     proposers: list[int]  # bit s: drafter s proposed the node
     present: list[int]  # bit s: drafter s proposed the node or a sibling of it
 
@@ -204,34 +206,38 @@ class United:
             [self.tokens[node] for node in keep],
             [-1] + [new_index[self.parents[node]] for node in keep[1:]],
             [scores[node] for node in keep],
-            [self.sources[node] for node in keep],
+            [self.drafter_ids[node] for node in keep],
         )
 
 
 def unite(trees: Sequence[DraftTree], shares: Sequence[Sequence[float]]) -> United:
     """Merge trees; `shares[i][j]`: conditional acceptance probability of node j of `trees[i]`."""
-    united = United([int(trees[0].tokens[0])], [-1], [1.0], [TARGET_SOURCE], [0], [0])
+    united = United([int(trees[0].tokens[0])], [-1], [1.0], [TARGET_ID], [0], [0])
     index_of: dict[tuple[int, int], int] = {}
     under = [0]  # per node, bit s: drafter s proposed a child of it
     for tree, of_tree in zip(trees, shares, strict=True):
         nodes = zip(
-            tree.tokens.tolist(), tree.parents.tolist(), of_tree, tree.source.tolist(), strict=True
+            tree.tokens.tolist(),
+            tree.parents.tolist(),
+            of_tree,
+            tree.drafter_ids.tolist(),
+            strict=True,
         )
         next(nodes)
         place = [0]
-        for token, parent, share, source in nodes:
+        for token, parent, share, drafter_id in nodes:
             key = (place[parent], token)
             index = index_of.setdefault(key, len(under))
             if index == len(under):
                 united.tokens.append(token)
                 united.parents.append(key[0])
                 united.shares.append(share)
-                united.sources.append(source)
+                united.drafter_ids.append(drafter_id)
                 united.proposers.append(0)
                 under.append(0)
             elif share > united.shares[index]:
-                united.shares[index], united.sources[index] = share, source
-            bit = 1 << min(source, _MAX_SOURCE)
+                united.shares[index], united.drafter_ids[index] = share, drafter_id
+            bit = 1 << min(drafter_id, _MAX_DRAFTER_BIT)
             united.proposers[index] |= bit
             under[key[0]] |= bit
             place.append(index)
@@ -240,11 +246,14 @@ def unite(trees: Sequence[DraftTree], shares: Sequence[Sequence[float]]) -> Unit
 
 
 def _freeze(
-    tokens: Sequence[int], parents: Sequence[int], scores: Sequence[float], source: Sequence[int]
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    scores: Sequence[float],
+    drafter_ids: Sequence[int],
 ) -> DraftTree:
     return DraftTree(
         np.array(tokens, np.int32),
         np.array(parents, np.int16),
         np.array(scores, np.float32),
-        np.array(source, np.uint8),
+        np.array(drafter_ids, np.uint8),
     )

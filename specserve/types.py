@@ -194,8 +194,8 @@ class StepOutput(Struct, frozen=True, tag=True):
 
     id: str
     new_ids: tuple[int, ...] = ()
-    # Drafter id per new id: 0 the target, 1 + index of the drafter, or `tree.PREDICTION`.
-    sources: tuple[int, ...] = ()
+    # Drafter id per new id: 0 the target, 1 + index of the drafter, or `tree.PREDICTION_ID`.
+    drafter_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended it

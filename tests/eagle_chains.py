@@ -49,7 +49,7 @@ def bound_drafter(
         sampler=Sampler(kernels, CPU),
         sampling_state=nothing,
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
-        source=1,
+        drafter_id=1,
         taps=drafter.needs_taps,
         priced=False,
         step_seconds=lambda: None,

@@ -29,11 +29,11 @@ from scripted_peer import (
     streams,
 )
 
-from specserve.cli.chat_screen import SourceRuns
+from specserve.cli.chat_screen import DrafterRuns
 from specserve.client import Delta, TokenLogprob
 
 MODELS = {"data": [{"id": "tiny", "max_model_len": 512}]}
-REPORT = {"drafters": ["ngram"], "sources": []}
+REPORT = {"drafters": ["ngram"], "by_drafter": []}
 METRICS = {
     "time_to_first_token_ms": 12.4,
     "tokens_per_second": 99.96,
@@ -61,7 +61,7 @@ def server(**special: Handler) -> Handler:
         if prompt in special:
             return await special[prompt](request)
         usage = {"choices": [], "usage": {"completion_tokens": 4}, "metrics": METRICS}
-        said = piece("you ", sources=[0]), piece(f"said {prompt}", sources=[1, 1, 255])
+        said = piece("you ", drafter_ids=[0]), piece(f"said {prompt}", drafter_ids=[1, 1, 255])
         return await streams(*said, usage, DONE)(request)
 
     return handler
@@ -208,7 +208,7 @@ def test_commands() -> None:
     ]
     stats = (
         "4 tokens; 100.0 tokens/s; the first after 12 ms; 2.50 tokens per pass; "
-        "3 of 4 drafted accepted (75%); by source: target 1, ngram 2, prediction 1"
+        "3 of 4 drafted accepted (75%); by drafter: target 1, ngram 2, prediction 1"
     )
     notes = err.split("\n")
     assert notes[:2] == ["there is no complete answer yet", "nothing has been asked yet"]
@@ -309,16 +309,19 @@ def test_ctrl_c_stops_the_answer_at_the_server_and_not_the_program() -> None:
     assert last[2] == ("user", "next")
 
 
-def test_tokens_have_the_colour_of_their_source() -> None:
+def test_tokens_have_the_colour_of_their_drafter() -> None:
     def token(text: bytes) -> dict[str, Any]:
         return {"token": "?", "logprob": -1.0, "bytes": list(text), "top_logprobs": []}
 
     tokens = {"content": [token(b"plain "), token(b"gues"), token(b"sed\xc3"), token(b"\xa9 on")]}
-    answer = piece("plain guess", sources=[0, 1, 1, 255], logprobs=tokens), piece("edé on\x1b[2J")
+    answer = (
+        piece("plain guess", drafter_ids=[0, 1, 1, 255], logprobs=tokens),
+        piece("edé on\x1b[2J"),
+    )
     special = {"go": streams(*answer, DONE)}
     with scripted_peer(server(**special)) as peer:
         with terminal(peer.url, "--show-speculation") as user:
-            user.wait_for("tokens by source: target.*ngram")
+            user.wait_for("tokens by drafter: target.*ngram")
             user.type("go\n")
             shown = user.wait_for("2J")
             assert "plain \x1b[32mguess\x1b[0m\x1b[32medé\x1b[0m\x1b[92m on" in shown
@@ -340,7 +343,7 @@ def test_errors_on_a_terminal_are_one_line_too() -> None:
         assert len(said(peer)) == 1
 
 
-# --- which source a character has
+# --- which drafter id a character has
 
 
 @given(
@@ -348,28 +351,28 @@ def test_errors_on_a_terminal_are_one_line_too() -> None:
     st.lists(st.integers(1, 4), max_size=20),
     st.integers(0, 3),
 )
-def test_every_character_has_the_source_of_the_token_it_begins_in(
+def test_every_character_has_the_drafter_id_of_the_token_it_begins_in(
     parts: list[tuple[str, int]], sizes: list[int], lag: int
 ) -> None:
     text = "".join(part for part, _ in parts).encode(errors="replace").decode()
     raw = text.encode()
-    owners = [source for part, source in parts for _ in part.encode(errors="replace")]
-    # Tokens cut the bytes anywhere; each has the source of its first byte.
+    owners = [drafter_id for part, drafter_id in parts for _ in part.encode(errors="replace")]
+    # Tokens cut the bytes anywhere; each has the drafter id of its first byte.
     cuts = [0]
     for size in sizes:
         cuts.append(min(cuts[-1] + size, len(raw)))
     cuts = sorted({*cuts, len(raw)})
     tokens = [(raw[a:b], owners[a]) for a, b in pairwise(cuts)]
-    runs = SourceRuns()
+    runs = DrafterRuns()
     shown: list[tuple[str, int]] = []
     num_shown = 0
-    for count, (token, source) in enumerate(tokens, start=1):
+    for count, (token, drafter_id) in enumerate(tokens, start=1):
         ready = raw[: cuts[max(count - lag, 0)]].decode(errors="ignore")
         logprob = TokenLogprob("", 0.0, raw=token)
-        delta = Delta(ready[num_shown:], sources=(source,), logprobs=(logprob,))
+        delta = Delta(ready[num_shown:], drafter_ids=(drafter_id,), logprobs=(logprob,))
         shown += [(char, owner) for run, owner in runs.feed(delta) for char in run]
         num_shown = len(ready)
     shown += [(char, owner) for run, owner in runs.feed(Delta(text[num_shown:])) for char in run]
-    token_of_byte = [source for token, source in tokens for _ in token]
+    token_of_byte = [drafter_id for token, drafter_id in tokens for _ in token]
     starts = [len(text[:index].encode()) for index in range(len(text))]
     assert shown == [(char, token_of_byte[at]) for char, at in zip(text, starts, strict=True)]

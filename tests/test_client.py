@@ -69,7 +69,7 @@ def test_options_become_fields() -> None:
         "prediction": {"type": "content", "content": "soon"},
         "echo": True,
         "return_token_ids": True,
-        "return_sources": True,
+        "return_drafter_ids": True,
     }
     assert peer.headers[0]["X-Request-Id"] == "r-1"
     assert "Authorization" not in peer.headers[0]
@@ -80,7 +80,7 @@ def test_options_become_fields() -> None:
         "stop": "x",
         "speculation": {"enabled": False},
         "return_token_ids": True,
-        "return_sources": True,
+        "return_drafter_ids": True,
     }
 
 
@@ -174,7 +174,7 @@ def test_a_completion_is_read_whole() -> None:
         "finish_reason": "stop",
         "stop_reason": 7,
         "token_ids": [4, 5],
-        "sources": [0, 255],
+        "drafter_ids": [0, 255],
         "prompt_token_ids": [9, 8],
         "logprobs": {
             "tokens": ["a", " b"],
@@ -221,7 +221,7 @@ def test_a_completion_is_read_whole() -> None:
                 index=1,
                 text="a b",
                 token_ids=(4, 5),
-                sources=(0, 255),
+                drafter_ids=(0, 255),
                 finish_reason="stop",
                 stop_reason=7,
                 logprobs=(
@@ -249,8 +249,8 @@ def test_a_chat_stream_is_read_and_collected() -> None:
     events = (
         b": keep-alive\n\n",
         {**chat_chunk({"role": "assistant", "content": ""}), "prompt_token_ids": [1]},
-        chat_chunk({}, token_ids=[3], sources=[0], logprobs={"content": [token]}),
-        chat_chunk({"content": "é"}, token_ids=[4, 5], sources=[1, 0]),
+        chat_chunk({}, token_ids=[3], drafter_ids=[0], logprobs={"content": [token]}),
+        chat_chunk({"content": "é"}, token_ids=[4, 5], drafter_ids=[1, 0]),
         b": keep-alive\r\n\r\n",
         chat_chunk({}, finish_reason="stop", stop_reason="END"),
         {"id": "c", "choices": [], "usage": {"completion_tokens": 3}, "metrics": {}},
@@ -263,8 +263,8 @@ def test_a_chat_stream_is_read_and_collected() -> None:
     likely = (TopLogprob("x", -2.0, b"x"),)
     logprob = TokenLogprob("bytes:\\xc3", -1.0, likely, b"\xc3")
     assert deltas == [
-        Delta(token_ids=(3,), sources=(0,), logprobs=(logprob,)),
-        Delta(text="é", token_ids=(4, 5), sources=(1, 0)),
+        Delta(token_ids=(3,), drafter_ids=(0,), logprobs=(logprob,)),
+        Delta(text="é", token_ids=(4, 5), drafter_ids=(1, 0)),
         Delta(finish_reason="stop", stop_reason="END"),
         Delta(usage=Usage(completion_tokens=3), stats=Stats()),
     ]
@@ -329,7 +329,7 @@ def test_small_routes() -> None:
     report = {
         "drafters": ["ngram", "tiny"],
         "max_nodes": 16,
-        "sources": [{"name": "ngram", "num_verified": 3, "verified_by_depth": [2, 1]}],
+        "by_drafter": [{"name": "ngram", "num_verified": 3, "verified_by_depth": [2, 1]}],
     }
     replies = [
         {"object": "list", "data": [{"id": "m", "max_model_len": 64, "root": "/"}]},
@@ -357,7 +357,7 @@ def test_small_routes() -> None:
         {"tokens": [5, 6]},
     ]
     assert peer.paths[-3:] == ["GET /health", "GET /ready", "GET /ready"]
-    assert speculation.sources[0].verified_by_depth == (2, 1)
-    names = [speculation.name_of(source) for source in (0, 1, 2, 3, 255)]
+    assert speculation.by_drafter[0].verified_by_depth == (2, 1)
+    names = [speculation.name_of(drafter_id) for drafter_id in (0, 1, 2, 3, 255)]
     assert names == ["target", "ngram", "tiny", "drafter 3", "prediction"]
     assert SpeculationReport(()).name_of(0) == "target"

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import EngineFactory, ids, run
 
-from specserve.drafting.counts import SourceCounts
+from specserve.drafting.counts import DrafterCounts
 from specserve.drafting.failures import MAX_FAILURES
 from specserve.engine.engine import Engine
 from specserve.models.fields import ModelError
 from specserve.runner.warmup import warmup_rounds
 from specserve.step import VerifyResult
-from specserve.tree import PREDICTION, build_tree, chain_tree
+from specserve.tree import PREDICTION_ID, build_tree, chain_tree
 from specserve.types import Request, RequestError, SamplingParams, SpeculationParams
 
 PROMPTS = [tuple(range(20, 60)), (1, 2, 3, 4) * 5, (1, 2, 3, 4) * 5, (7, 8, 9)]
@@ -66,9 +66,9 @@ def test_totals_are_the_sum_over_the_requests(tiny_model: str, make_engine: Engi
     assert total.num_draft_tokens == sum(s.num_draft_tokens for s in each if s)
     assert total.num_accepted_tokens == sum(s.num_accepted_draft_tokens for s in each if s)
     assert total.num_drafts == total.drafted_by_depth[0] <= total.speculation.num_spec_steps
-    sources = [source for own in outputs for output in own for source in output.sources]
-    for source, drafter in enumerate(total.drafters, start=1):
-        assert drafter.num_accepted == sources.count(source) > 0
+    ids = [each for own in outputs for output in own for each in output.drafter_ids]
+    for drafter_id, drafter in enumerate(total.drafters, start=1):
+        assert drafter.num_accepted == ids.count(drafter_id) > 0
         assert drafter.num_proposed >= drafter.num_verified
         pairs = zip(drafter.accepted_by_depth, drafter.verified_by_depth, strict=True)
         assert all(accepted <= verified for accepted, verified in pairs)
@@ -77,12 +77,12 @@ def test_totals_are_the_sum_over_the_requests(tiny_model: str, make_engine: Engi
     assert total.commit_seconds > 0
 
 
-def test_nodes_are_counted_by_source_and_depth() -> None:
+def test_nodes_are_counted_by_drafter_and_depth() -> None:
     tree = build_tree([9, 1, 2, 3, 4], [-1, 0, 1, 0, 1], [1, 0.9, 0.8, 0.1, 0.1], [0, 1, 255, 2, 1])
-    counts = SourceCounts(2)
-    counts.propose([chain_tree(9, [1, 2], [0.9, 0.8], 1), chain_tree(9, [1], [0.9], PREDICTION)])
+    counts = DrafterCounts(2)
+    counts.propose([chain_tree(9, [1, 2], [0.9, 0.8], 1), chain_tree(9, [1], [0.9], PREDICTION_ID)])
     assert counts.proposed == [0, 2, 0, 1]
-    counts.settle([tree], [VerifyResult((0, 1, 2), (1, 2, 7), (1, PREDICTION, 0), 2)])
+    counts.settle([tree], [VerifyResult((0, 1, 2), (1, 2, 7), (1, PREDICTION_ID, 0), 2)])
     assert [row[1:3] for row in counts.verified] == [[0, 0], [1, 1], [1, 0], [0, 1]]
     assert [row[1:3] for row in counts.accepted] == [[0, 0], [1, 0], [0, 0], [0, 1]]
     counts.settle([], [])
@@ -105,7 +105,7 @@ def test_a_request_chooses_its_drafters(tiny_model: str, make_engine: EngineFact
     engine = make_engine(["ngram", str(tiny_model)])
     only = SpeculationParams(drafters=(Path(tiny_model).name,))
     outputs = run(engine, [PROMPTS[1]], noisy(1), speculation=only)[0]
-    assert {source for output in outputs for source in output.sources} == {0, 2}
+    assert {each for output in outputs for each in output.drafter_ids} == {0, 2}
     assert engine.stats().drafters[0].num_proposed == 0
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from specserve import LLM, SamplingParams
 from specserve.hub import resolve
 from specserve.llm import Prompt
-from specserve.tree import PREDICTION
+from specserve.tree import PREDICTION_ID
 
 pytestmark = pytest.mark.slow
 
@@ -199,7 +199,7 @@ def test_a_prediction_is_accepted(plain: LLM, ngram: LLM) -> None:
     told = ngram.generate(CHATS[9], params, predictions=[answer.text])[0]
     assert told.token_ids == answer.token_ids
     assert told.stats.mean_acceptance_length > 2
-    assert told.completions[0].sources.count(PREDICTION) > 0.6 * len(answer.token_ids)
+    assert told.completions[0].drafter_ids.count(PREDICTION_ID) > 0.6 * len(answer.token_ids)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -35,7 +35,7 @@ def trees(draw: st.DrawFn, root: int = 3, max_nodes: int = 24) -> DraftTree:
         parents.append(parent)
         scores.append(draw(st.floats(0.0, 1.0, width=32)))
         assert node
-    return build_tree(tokens, parents, scores, source=draw(st.integers(1, 3)))
+    return build_tree(tokens, parents, scores, drafter_ids=draw(st.integers(1, 3)))
 
 
 def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
@@ -105,12 +105,12 @@ def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
         assert found.keys() == surest.keys()
 
 
-def test_a_merged_node_names_the_source_that_scored_it_best() -> None:
+def test_a_merged_node_has_the_drafter_id_of_the_most_confident_proposer() -> None:
     sure, unsure = chain_tree(3, [5, 6], [0.9, 0.8], 1), chain_tree(3, [5, 7], [0.5, 0.4], 2)
     united = unite([unsure, sure], [unsure.shares, sure.shares])
     merged = united.tree(united.shares, MAX_NODES)
     assert merged.tokens.tolist() == [3, 5, 6, 7]
-    assert merged.source.tolist() == [0, 1, 1, 2]
+    assert merged.drafter_ids.tolist() == [0, 1, 1, 2]
     assert united.proposers == [0, 0b110, 0b100, 0b010]
     assert united.present == [0, 0b110, 0b110, 0b110]
 
@@ -128,7 +128,7 @@ def test_scores_never_exceed_the_parent() -> None:
         ({"parents": np.array([0, 0, 0], np.int16)}, "parents\\[0\\]"),
         ({"tokens": np.array([0, 2, 2], np.int32)}, "same token"),
         ({"scores": np.array([1, 0.5, 1.5], np.float32)}, "path score"),
-        ({"source": np.array([0], np.uint8)}, "differ in length"),
+        ({"drafter_ids": np.array([0], np.uint8)}, "differ in length"),
     ],
 )
 def test_validate_names_what_is_wrong(change: dict[str, object], message: str) -> None:
@@ -136,7 +136,7 @@ def test_validate_names_what_is_wrong(change: dict[str, object], message: str) -
         "tokens": np.array([0, 1, 2], np.int32),
         "parents": np.array([-1, 0, 0], np.int16),
         "scores": np.array([1, 0.5, 0.4], np.float32),
-        "source": np.array([0, 1, 1], np.uint8),
+        "drafter_ids": np.array([0, 1, 1], np.uint8),
     }
     with pytest.raises(ValueError, match=message):
         DraftTree(**(fields | change)).validate(VOCAB)  # type: ignore[arg-type]

@@ -18,13 +18,13 @@ def grow_best_first(
     expand: Callable[[P, int], Iterable[tuple[int, float, P]]],
     max_nodes: int,
     min_probability: float,
-    source: int,
+    drafter_id: int,
 ) -> DraftTree:
     """The tree of the `max_nodes` most likely nodes, root included, by path probability.
 
     `expand(payload, depth)` yields the candidate children of a node of that depth: token,
     conditional acceptance probability, and the payload to expand the child with. Nodes of a path
-    probability below `min_probability` are left out. `source` is the drafter id.
+    probability below `min_probability` are left out.
     """
     tokens, parents, scores = [root], [-1], [1.0]
     # Frontier entries: (negative path probability, insertion number, parent, depth, token,
@@ -44,4 +44,4 @@ def grow_best_first(
         tokens.append(token)
         parents.append(parent)
         scores.append(-negative)
-    return build_tree(tokens, parents, scores, source)
+    return build_tree(tokens, parents, scores, drafter_id)

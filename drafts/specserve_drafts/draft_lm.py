@@ -106,7 +106,7 @@ class DraftLM:
                 growth.pick(self._options.beam, self._options.max_depth)
         for seq, _ in asked:
             self._num_valid[seq.id] = seq.num_tokens  # the root has draft KV too
-        return {growth.seq.id: growth.tree(self._context.source) for growth in growths}
+        return {growth.seq.id: growth.tree(self._context.drafter_id) for growth in growths}
 
     def observe(self, feedback: Feedback) -> None:
         """Compute draft KV for prefill chunks, so that the first proposal need not process the

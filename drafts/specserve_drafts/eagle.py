@@ -197,15 +197,15 @@ class EagleDrafter:
         if not asked:
             return {}
         assert isinstance(self.head, PackedHead)
-        options, source = self._options, self._context.source
+        options, own_id = self._options, self._context.drafter_id
         shape = GrowShape(options.branching, options.beam, options.max_depth, self._price.min_score)
         tasks, started = [one.at_once() for one in asked], time.perf_counter()
         grown = self.head.grow(shape, self._storage, tasks)
         self._price.took(time.perf_counter() - started, max(tree.num_passes for tree in grown))
         return {
-            one.seq.id: DraftTree(*self._lay_out(tree.tokens, tree.parents, tree.scores, source))
+            one.seq.id: DraftTree(*self._lay_out(tree.tokens, tree.parents, tree.scores, own_id))
             if self._lay_out is not None
-            else build_tree(tree.tokens, tree.parents, tree.scores, source)
+            else build_tree(tree.tokens, tree.parents, tree.scores, own_id)
             for one, tree in zip(asked, grown, strict=True)
         }
 
@@ -238,8 +238,8 @@ class EagleDrafter:
                 draft.growth.pick(options.beam, options.max_depth, min_score)
             num_passes += 1
         self._price.took(time.perf_counter() - started, num_passes)
-        source = self._context.source
-        return {draft.growth.seq.id: draft.growth.tree(source) for draft in drafts}
+        drafter_id = self._context.drafter_id
+        return {draft.growth.seq.id: draft.growth.tree(drafter_id) for draft in drafts}
 
     def _load(self, dtype: torch.dtype) -> DraftHead | PackedHead:
         """The head: quantized if the target is, the kernels support it and the shape allows it."""

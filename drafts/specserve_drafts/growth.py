@@ -77,7 +77,7 @@ class Growth:
                 score = node.score * probability
                 self.pool.append(Node(token, parent, score, node.depth + 1, node.word))
 
-    def tree(self, source: int) -> DraftTree:
+    def tree(self, drafter_id: int) -> DraftTree:
         """The evaluated nodes and the best of the frontier, `budget` nodes at most."""
         leaves = sorted(self.pool, key=lambda node: -node.score)[: self.budget - len(self.nodes)]
         nodes = self.nodes + leaves
@@ -85,7 +85,7 @@ class Growth:
             [node.token for node in nodes],
             [node.parent for node in nodes],
             [node.score for node in nodes],
-            source,
+            drafter_id,
         )
 
     def _path(self, node: Node) -> tuple[int, ...]:

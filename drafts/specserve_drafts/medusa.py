@@ -92,7 +92,7 @@ class MedusaDrafter:
         depth = min(self._num_heads, max(budgets, default=1) - 1)
         found = dict(zip([seq.id for seq in ready], self._candidates(ready, depth), strict=True))
         return [
-            product_tree(seq.tokens[-1], found[seq.id], budget, self._context.source)
+            product_tree(seq.tokens[-1], found[seq.id], budget, self._context.drafter_id)
             if seq.id in found
             else root_tree(seq.tokens[-1])
             for seq, budget in zip(seqs, budgets, strict=True)
@@ -192,12 +192,13 @@ class MedusaHeads:
         return logits.float() * self._scale
 
 
-def product_tree(root: int, depths: Sequence[Candidates], budget: int, source: int) -> DraftTree:
+def product_tree(
+    root: int, depths: Sequence[Candidates], budget: int, drafter_id: int
+) -> DraftTree:
     """The `budget` nodes of highest path probability, root included, of the tree in which every
     node of depth d has the children `depths[d]`.
 
-    A path's probability is the product of its candidates' probabilities. `source` is the drafter
-    id of all nodes but the root.
+    A path's probability is the product of its candidates' probabilities.
     """
     tokens, parents, scores = [root], [-1], [1.0]
     # Frontier: the next unused child of each node, as (negative path probability, insertion number,
@@ -221,4 +222,4 @@ def product_tree(root: int, depths: Sequence[Candidates], budget: int, source: i
         scores.append(-negative)
         open_node(parent, depth, rank + 1)
         open_node(len(tokens) - 1, depth + 1, 0)
-    return build_tree(tokens, parents, scores, source)
+    return build_tree(tokens, parents, scores, drafter_id)

@@ -42,7 +42,7 @@ class NgramDrafter:
         return None
 
     def bind(self, context: DraftContext) -> None:
-        self._source = context.source
+        self._drafter_id = context.drafter_id
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
@@ -63,4 +63,4 @@ class NgramDrafter:
         if found is None:
             return root_tree(seq.tokens[-1])
         match, position = found
-        return copied_text(seq.tokens[-1], seq.tokens, position, match, budget, self._source)
+        return copied_text(seq.tokens[-1], seq.tokens, position, match, budget, self._drafter_id)

@@ -122,14 +122,14 @@ class RecycleDrafter:
         recorded in other texts are too far from the current distribution to gain from it
         (drafts/LOG.md, 2026-11-25).
         """
-        source = self._context.source
+        drafter_id = self._context.drafter_id
         trees = [
             self.table.grow(
                 _salts(seq.cache_salt),
                 seq.tokens[: -ORDERS - 1 : -1],
                 budget,
                 self._min_probability,
-                source,
+                drafter_id,
                 self._own_table(seq),
             )
             for seq, budget in zip(seqs, budgets, strict=True)

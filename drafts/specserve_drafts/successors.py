@@ -97,19 +97,19 @@ class SuccessorTable:
         context: Sequence[int],
         max_nodes: int,
         min_probability: float,
-        source: int,
+        drafter_id: int,
         own: "SuccessorTable | None" = None,
     ) -> DraftTree:
         """Grow a tree best-first from `context`, whose first element, the last token, is the root.
 
         salts: for each context the first salt that has a row is used. own: the request's own table,
-        which has no salts; its rows are mixed with this table's at every context length. `source`
-        is the drafter id. Nodes of a path probability below `min_probability` are left out.
+        which has no salts; its rows are mixed with this table's at every context length. Nodes
+        of a path probability below `min_probability` are left out.
         """
         if self._native is not None:
             of_text = None if own is None else own._native
             return DraftTree(
-                *self._native.grow(salts, context, max_nodes, min_probability, source, of_text)
+                *self._native.grow(salts, context, max_nodes, min_probability, drafter_id, of_text)
             )
 
         def expand(known: Context, depth: int) -> Iterator[tuple[int, float, Context]]:
@@ -117,7 +117,7 @@ class SuccessorTable:
                 yield token, share, (token, *known[: ORDERS - 1])
 
         known = tuple(context[:ORDERS])
-        return grow_best_first(known[0], known, expand, max_nodes, min_probability, source)
+        return grow_best_first(known[0], known, expand, max_nodes, min_probability, drafter_id)
 
     def learn(
         self,

@@ -81,7 +81,7 @@ class SuffixDrafter:
         return None
 
     def bind(self, context: DraftContext) -> None:
-        self._source = context.source
+        self._drafter_id = context.drafter_id
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
@@ -104,7 +104,7 @@ class SuffixDrafter:
         own.extend(seq.tokens[len(own) :])
         logs = [own, *self._past.logs(seq.cache_salt)]
         recent = seq.tokens[-self._options.max_match :]
-        return self._search.tree(logs, recent, budget, self._source)
+        return self._search.tree(logs, recent, budget, self._drafter_id)
 
 
 def _check(options: SuffixOptions) -> None:

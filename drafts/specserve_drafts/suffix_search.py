@@ -61,18 +61,18 @@ class SuffixSearch:
         return log
 
     def tree(
-        self, logs: Sequence[Any], recent: Sequence[int], max_nodes: int, source: int
+        self, logs: Sequence[Any], recent: Sequence[int], max_nodes: int, drafter_id: int
     ) -> DraftTree:
         """The tree of at most `max_nodes` nodes, root included.
 
         logs: made by `new_log`, in order of preference. recent: the text's last tokens, as many as
-        may match; the last one is the root. `source` is the drafter id.
+        may match; the last one is the root.
         """
         if self._native is not None:
-            return DraftTree(*self._native.tree(logs, recent, max_nodes, source))
+            return DraftTree(*self._native.tree(logs, recent, max_nodes, drafter_id))
         matches = self._matches(logs, recent, max_nodes - 1)
         floor = self._min_probability
-        return grow_best_first(recent[-1], matches, _branches, max_nodes, floor, source)
+        return grow_best_first(recent[-1], matches, _branches, max_nodes, floor, drafter_id)
 
     def _matches(self, logs: Sequence[Any], recent: Sequence[int], length: int) -> list[_Match]:
         """Matches with the `length` tokens that followed them, those of long n-grams first."""

@@ -98,12 +98,12 @@ def answer_both_ways(
     else:
         drafted, run = answer(llm, prompt, params, SpeculationParams())
         plain, plain_run = answer_plainly(llm, prompt, params)
-    sources = range(1, 1 + len(llm.engine.drafter.names))
+    ids = range(1, 1 + len(llm.engine.drafter.names))
     return Outcome(
         prompt=prompt.id,
         category=prompt.category,
         stats=drafted.stats,
-        accepted_by_drafter=tuple(drafted.sources.count(source) for source in sources),
+        accepted_by_drafter=tuple(map(drafted.drafter_ids.count, ids)),
         drafted=run,
         plain=plain_run,
         same_ids=drafted.token_ids == plain.token_ids,

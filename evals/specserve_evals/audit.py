@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from specserve.drafting.base import Feedback
 from specserve.step import VerifyResult
-from specserve.tree import TARGET_SOURCE, DraftTree
+from specserve.tree import TARGET_ID, DraftTree
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class Acceptance:
         for depth in range(result.num_accepted):
             _count(self.accepted, depth)
         # A rejection: the target drew the last token itself although the tree had nodes there.
-        drawn_by_target = bool(result.sources) and result.sources[-1] == TARGET_SOURCE
+        drawn_by_target = bool(result.drafter_ids) and result.drafter_ids[-1] == TARGET_ID
         if drawn_by_target and tree.children(result.path[-1]):
             _count(self.rejected, result.num_accepted)
 

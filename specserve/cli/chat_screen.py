@@ -62,15 +62,15 @@ class TerminalScreen:
     def __init__(self, console: Console, report: SpeculationReport | None = None) -> None:
         self._console = console
         self._report = report
-        self._runs = SourceRuns()
+        self._runs = DrafterRuns()
 
     def show(self, delta: Delta) -> None:
-        for text, source in self._runs.feed(delta):
-            style = None if self._report is None else self._style(source)
+        for text, drafter_id in self._runs.feed(delta):
+            style = None if self._report is None else self._style(drafter_id)
             self._write(text, style)
 
     def end_answer(self) -> None:
-        self._runs = SourceRuns()
+        self._runs = DrafterRuns()
         self._write("\n")
 
     def note(self, text: str) -> None:
@@ -82,26 +82,26 @@ class TerminalScreen:
     def legend(self) -> None:
         """Show the colour of each drafter, if tokens are coloured."""
         if self._report is not None:
-            self._write("tokens by source: target")
-            for source, name in enumerate(self._report.drafters, start=1):
+            self._write("tokens by drafter: target")
+            for drafter_id, name in enumerate(self._report.drafters, start=1):
                 self._write("  ")
-                self._write(name, self._style(source))
+                self._write(name, self._style(drafter_id))
             self._write("\n")
 
-    def _style(self, source: int) -> str | None:
+    def _style(self, drafter_id: int) -> str | None:
         assert self._report is not None
-        if source == 0:
+        if drafter_id == 0:
             return None
-        if source > len(self._report.drafters):
+        if drafter_id > len(self._report.drafters):
             return _PREDICTION_STYLE
-        return _STYLES[(source - 1) % len(_STYLES)]
+        return _STYLES[(drafter_id - 1) % len(_STYLES)]
 
     def _write(self, text: str, style: str | None = None) -> None:
         self._console.out(text.translate(_CONTROLS), style=style, end="", highlight=False)
         self._console.file.flush()
 
 
-class SourceRuns:
+class DrafterRuns:
     """Splits streamed text into runs of characters with the same drafter id.
 
     A character belongs to the token that holds its first byte. Text may arrive later than its
@@ -114,14 +114,14 @@ class SourceRuns:
 
     def feed(self, delta: Delta) -> Iterator[tuple[str, int]]:
         """Yields the (text, drafter id) of each run in the text of `delta`."""
-        for logprob, source in zip(delta.logprobs, delta.sources, strict=False):
+        for logprob, drafter_id in zip(delta.logprobs, delta.drafter_ids, strict=False):
             raw = logprob.token.encode() if logprob.raw is None else logprob.raw
-            self._waiting.append((len(raw), source))
-        sources = [self._source_of(char) for char in delta.text]
-        for source, run in groupby(zip(delta.text, sources, strict=True), itemgetter(1)):
-            yield "".join(char for char, _ in run), source
+            self._waiting.append((len(raw), drafter_id))
+        drafter_ids = [self._drafter_of(char) for char in delta.text]
+        for drafter_id, run in groupby(zip(delta.text, drafter_ids, strict=True), itemgetter(1)):
+            yield "".join(char for char, _ in run), drafter_id
 
-    def _source_of(self, char: str) -> int:
+    def _drafter_of(self, char: str) -> int:
         """The drafter id of the next character, `char`; 0 if its token is unknown."""
         while self._waiting and self._spent >= self._waiting[0][0]:
             self._spent -= self._waiting.popleft()[0]

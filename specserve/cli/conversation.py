@@ -135,8 +135,8 @@ def describe(answer: Completion, report: SpeculationReport) -> str:
     if speculation is not None and speculation.num_draft_tokens:
         accepted, drafted = speculation.num_accepted_draft_tokens, speculation.num_draft_tokens
         said.append(f"{accepted} of {drafted} drafted accepted ({accepted / drafted:.0%})")
-    sources = Counter(answer.sources)
-    if sources:
-        counts = (f"{report.name_of(source)} {sources[source]}" for source in sorted(sources))
-        said.append(f"by source: {', '.join(counts)}")
+    by_drafter = sorted(Counter(answer.drafter_ids).items())
+    if by_drafter:
+        counts = (f"{report.name_of(drafter_id)} {count}" for drafter_id, count in by_drafter)
+        said.append(f"by drafter: {', '.join(counts)}")
     return "; ".join(said)

@@ -73,7 +73,7 @@ class _Choice(Struct, frozen=True):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | None = None
-    sources: tuple[int, ...] | None = None
+    drafter_ids: tuple[int, ...] | None = None
     logprobs: _Logprobs | None = None
     prompt_token_ids: tuple[int, ...] | None = None
 
@@ -165,7 +165,7 @@ def _join(index: int, deltas: list[Delta]) -> Choice:
         index=index,
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-        sources=tuple(source for delta in deltas for source in delta.sources),
+        drafter_ids=tuple(drafter_id for delta in deltas for drafter_id in delta.drafter_ids),
         logprobs=logprobs or None,
         finish_reason=finish.finish_reason,
         stop_reason=finish.stop_reason,
@@ -177,7 +177,7 @@ def _delta(choice: _Choice) -> Delta:
     return Delta(
         text=choice.text or message.content or "",
         token_ids=choice.token_ids or (),
-        sources=choice.sources or (),
+        drafter_ids=choice.drafter_ids or (),
         logprobs=_logprobs(choice.logprobs or _Logprobs()),
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason,

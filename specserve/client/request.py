@@ -124,7 +124,7 @@ def _body(options: Options, stream: bool) -> dict[str, Any]:
     for name, as_json in _AS_JSON.items():
         if name in body:
             body[name] = as_json(body[name])
-    body |= {"return_token_ids": True, "return_sources": True}
+    body |= {"return_token_ids": True, "return_drafter_ids": True}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body | dict(options.get("extra") or {})

@@ -5,8 +5,8 @@ from typing import Final
 from msgspec import Struct
 
 # Drafter ids with a fixed meaning.
-TARGET_SOURCE: Final = 0  # the target model itself
-PREDICTION_SOURCE: Final = 255  # the `prediction` of the request
+TARGET_ID: Final = 0  # the target model itself
+PREDICTION_ID: Final = 255  # the `prediction` of the request
 
 
 class TopLogprob(Struct, frozen=True):
@@ -80,7 +80,7 @@ class Choice(Struct, frozen=True):
     index: int
     text: str
     token_ids: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()  # drafter id per token; see SpeculationReport.name_of
+    drafter_ids: tuple[int, ...] = ()  # drafter id per token; see SpeculationReport.name_of
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended it
@@ -105,8 +105,8 @@ class Completion(Struct, frozen=True):
         return self.choices[0].token_ids
 
     @property
-    def sources(self) -> tuple[int, ...]:
-        return self.choices[0].sources
+    def drafter_ids(self) -> tuple[int, ...]:
+        return self.choices[0].drafter_ids
 
     @property
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
@@ -130,7 +130,7 @@ class Delta(Struct, frozen=True):
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
-    sources: tuple[int, ...] = ()  # drafter id per token; see SpeculationReport.name_of
+    drafter_ids: tuple[int, ...] = ()  # drafter id per token; see SpeculationReport.name_of
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -168,9 +168,9 @@ class DrafterReport(Struct, frozen=True):
 class SpeculationReport(Struct, frozen=True):
     """Totals of speculative decoding at a server. The drafter id of `drafters[i]` is i + 1.
 
-    With `requests` "all", the counts cover all requests; `sources` has a report per drafter and a
-    last one for predictions. With "own", because the API key lacks the scope `metrics`, they cover
-    the finished requests of this key, and `num_running` and `sources` are not sent.
+    With `requests` "all", the counts cover all requests; `by_drafter` has a report per drafter and
+    a last one for predictions. With "own", because the API key lacks the scope `metrics`, they
+    cover the finished requests of this key, and `num_running` and `by_drafter` are not sent.
     """
 
     drafters: tuple[str, ...]
@@ -182,13 +182,13 @@ class SpeculationReport(Struct, frozen=True):
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     mean_acceptance_length: float = 0.0
-    sources: tuple[DrafterReport, ...] = ()
+    by_drafter: tuple[DrafterReport, ...] = ()
 
-    def name_of(self, source: int) -> str:
-        """The name of a drafter id, such as in `Choice.sources`."""
-        if source == TARGET_SOURCE:
+    def name_of(self, drafter_id: int) -> str:
+        """The name of a drafter id, such as in `Choice.drafter_ids`."""
+        if drafter_id == TARGET_ID:
             return "target"
-        if source == PREDICTION_SOURCE:
+        if drafter_id == PREDICTION_ID:
             return "prediction"
-        known = source <= len(self.drafters)
-        return self.drafters[source - 1] if known else f"drafter {source}"
+        known = drafter_id <= len(self.drafters)
+        return self.drafters[drafter_id - 1] if known else f"drafter {drafter_id}"

@@ -47,7 +47,7 @@ class DraftContext:
     sampler: Sampler  # draws as the target's
     sampling_state: Callable[[SequenceView], SamplingState]  # with every emitted token counted
     storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
-    source: int  # the number under which its nodes are counted
+    drafter_id: int  # of its nodes
     taps: tuple[int, ...]  # the layers in `ModelOutput.taps`: what all drafters want, ascending
     priced: bool  # False: time does not count, every node is verified
     # Of a step without drafts, and of a node more; None: not measured.

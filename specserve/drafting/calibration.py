@@ -1,6 +1,6 @@
 """How often a drafted node comes true once its parent has: learned from what is emitted.
 
-Owns the counts, by source, depth and the drafter's own score, over all requests and for each.
+Owns the counts, by drafter id, depth and the drafter's own score, over all requests and for each.
 What a drafter says is a claim; every drafter's is weighed by its record before trees are merged.
 Of a merged node it counts as well who proposed it and who did not: that another drafter looked at
 the same place and named other tokens speaks against it, and the surest is often too sure.
@@ -17,7 +17,7 @@ from specserve_kernels.dispatch import native_host
 if TYPE_CHECKING:
     from specserve_kernels.host import _native
 
-# Source, depth, twentieths of the node's share, temperature above 0.
+# Drafter id, depth, twentieths of the node's share, temperature above 0.
 _Key = tuple[int, int, int, bool]
 # Who proposed a merged node, who proposed anything beside it, twentieths, temperature above 0.
 _Agreement = tuple[int, int, int, bool]
@@ -64,7 +64,7 @@ class Calibration:
                 request_memory=_REQUEST_MEMORY,
             )
         self._all: defaultdict[_Key, _Counts] = defaultdict(_Counts)
-        # Of all nodes of a source: how often they came true for each time they claimed to.
+        # Of all nodes of a drafter: how often they came true for each time they claimed to.
         self._claims: defaultdict[int, _Counts] = defaultdict(_Counts)
         self._agreement: defaultdict[_Agreement, _Counts] = defaultdict(_Counts)
         self._own: defaultdict[str, defaultdict[_Key, _Counts]] = defaultdict(
@@ -149,9 +149,9 @@ def _agreements(united: United, noisy: bool) -> list[_Agreement]:
 
 def _keys(noisy: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
     """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
-    nodes = zip(tree.source.tolist(), tree.depths, tree.shares, strict=True)
+    nodes = zip(tree.drafter_ids.tolist(), tree.depths, tree.shares, strict=True)
     next(nodes)
     return [
-        ((source, min(depth, _MAX_DEPTH), round(20 * share), noisy), share)
-        for source, depth, share in nodes
+        ((drafter_id, min(depth, _MAX_DEPTH), round(20 * share), noisy), share)
+        for drafter_id, depth, share in nodes
     ]

@@ -11,12 +11,12 @@ import numpy as np
 
 from specserve.drafting.base import Drafter, Feedback
 from specserve.drafting.calibration import Calibration
-from specserve.drafting.counts import SourceCounts
+from specserve.drafting.counts import DrafterCounts
 from specserve.drafting.failures import Failures
 from specserve.drafting.prediction import PredictedTexts
 from specserve.drafting.worth import Worth
 from specserve.sequence import SequenceView
-from specserve.tree import MAX_NODES, TARGET_SOURCE, DraftTree, root_tree
+from specserve.tree import MAX_NODES, TARGET_ID, DraftTree, root_tree
 from specserve_kernels.dispatch import native_host
 
 
@@ -48,13 +48,13 @@ class ComposedDrafter:
         self.drafters = drafters
         # Drafters that want to follow the target's rows.
         self._followers = {name for name, drafter in drafters.items() if drafter.needs_taps}
-        self._sources = {
-            name: np.array([TARGET_SOURCE] + [source] * (MAX_NODES - 1), np.uint8)
-            for source, name in enumerate(drafters, start=1)
+        self._drafter_ids = {
+            name: np.array([TARGET_ID] + [drafter_id] * (MAX_NODES - 1), np.uint8)
+            for drafter_id, name in enumerate(drafters, start=1)
         }
         self._vocab_size = vocab_size
         self._failures = Failures()
-        self.counts = SourceCounts(len(drafters))
+        self.counts = DrafterCounts(len(drafters))
         self._calibration = Calibration()
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
         self._asking: dict[str, _Asking] = {}  # in this step, by sequence id
@@ -227,7 +227,7 @@ class ComposedDrafter:
             tokens,
             np.array(tree.parents, np.int16),
             np.array(tree.scores, np.float32),
-            self._sources[name][: len(tokens)],
+            self._drafter_ids[name][: len(tokens)],
         )
         self._validate(own, self._vocab_size, one.budget)
         if tokens[0] != one.seq.tokens[-1]:

@@ -35,7 +35,7 @@ class TextIndex:
 
 
 def copied_text(
-    root: int, text: Sequence[int], position: int, match: int, budget: int, source: int
+    root: int, text: Sequence[int], position: int, match: int, budget: int, drafter_id: int
 ) -> DraftTree:
     """A chain of `text` from `position` on, after `match` tokens that were the same.
 
@@ -46,4 +46,4 @@ def copied_text(
         drafted.append(drafted[index])
     per_token = 1.0 - 0.5 ** (match + 1)
     scores = [per_token ** (depth + 1) for depth in range(len(drafted))]
-    return chain_tree(root, drafted, scores, source)
+    return chain_tree(root, drafted, scores, drafter_id)

@@ -6,7 +6,7 @@ from typing import Final
 
 from specserve.drafting.lookup import TextIndex, copied_text
 from specserve.sequence import SequenceView
-from specserve.tree import PREDICTION, DraftTree
+from specserve.tree import PREDICTION_ID, DraftTree
 
 _MAX_MATCH: Final = 4  # tokens
 
@@ -23,7 +23,7 @@ class PredictedTexts:
         if not text:
             return None
         if seq.num_output == 0:
-            return copied_text(seq.tokens[-1], text, 0, _MAX_MATCH, budget, PREDICTION)
+            return copied_text(seq.tokens[-1], text, 0, _MAX_MATCH, budget, PREDICTION_ID)
         index = self._indexes.get(seq.id)
         if index is None:
             index = self._indexes[seq.id] = TextIndex(1, _MAX_MATCH)
@@ -32,7 +32,7 @@ class PredictedTexts:
         if found is None:
             return None
         match, position = found
-        return copied_text(seq.tokens[-1], text, position, match, budget, PREDICTION)
+        return copied_text(seq.tokens[-1], text, position, match, budget, PREDICTION_ID)
 
     def forget(self, seq_id: str) -> None:
         self._indexes.pop(seq_id, None)

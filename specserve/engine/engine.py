@@ -354,7 +354,7 @@ class Engine:
         return self.verifier.state(self.scheduler.sequence(seq.id)).copy()
 
     def _bind(self, specs: dict[str, KVSpec | None], model: Model) -> None:
-        for source, (name, drafter) in enumerate(self._drafters.items(), start=1):
+        for drafter_id, (name, drafter) in enumerate(self._drafters.items(), start=1):
             spec, kernels = specs[name], copy(self.platform.kernels)
             context = DraftContext(
                 device=self.platform.device,
@@ -367,7 +367,7 @@ class Engine:
                 sampler=Sampler(kernels, self.platform.device),
                 sampling_state=self._sampling_state,
                 storage=None if spec is None else self._storage(spec),
-                source=source,
+                drafter_id=drafter_id,
                 taps=self._taps,
                 priced=self._priced,
                 step_seconds=lambda: self._pricing.step_seconds(),

@@ -2,7 +2,7 @@
 
 from specserve.cache.manager import KVCacheManager
 from specserve.drafting.compose import ComposedDrafter
-from specserve.drafting.counts import SourceCounts
+from specserve.drafting.counts import DrafterCounts
 from specserve.engine.metrics import DrafterStats, EngineStats, StepTimes
 from specserve.schedule.scheduler import Scheduler
 
@@ -37,23 +37,23 @@ def take_snapshot(
         commit_seconds=times.commit.seconds,
         speculation=scheduler.counts.freeze(),
         drafters=tuple(
-            _source(name, name in active, failures[name], counts, source)
-            for source, name in enumerate(drafter.names, start=1)
+            _drafter_stats(name, name in active, failures[name], counts, drafter_id)
+            for drafter_id, name in enumerate(drafter.names, start=1)
         ),
-        predictions=_source("prediction", True, 0, counts, counts.num_drafters + 1),
+        predictions=_drafter_stats("prediction", True, 0, counts, counts.num_drafters + 1),
     )
 
 
-def _source(
-    name: str, active: bool, num_failures: int, counts: SourceCounts, source: int
+def _drafter_stats(
+    name: str, active: bool, num_failures: int, counts: DrafterCounts, drafter_id: int
 ) -> DrafterStats:
-    verified = counts.verified[source]
+    verified = counts.verified[drafter_id]
     deepest = max((depth for depth, count in enumerate(verified) if count), default=0)
     return DrafterStats(
         name=name,
         active=active,
         num_failures=num_failures,
-        num_proposed=counts.proposed[source],
+        num_proposed=counts.proposed[drafter_id],
         verified_by_depth=tuple(verified[1 : 1 + deepest]),
-        accepted_by_depth=tuple(counts.accepted[source][1 : 1 + deepest]),
+        accepted_by_depth=tuple(counts.accepted[drafter_id][1 : 1 + deepest]),
     )

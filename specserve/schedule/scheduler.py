@@ -152,7 +152,7 @@ class Scheduler:
         return StepOutput(
             id=seq.id,
             new_ids=result.emitted,
-            sources=result.sources,
+            drafter_ids=result.drafter_ids,
             logprobs=result.logprobs,
             finish=None if last is None else last.finish,
             stop_reason=None if last is None else last.stop_reason,

@@ -15,7 +15,7 @@ class Bundle:
     """A token chunk: consecutive tokens of one sequence that are sent in one event."""
 
     ids: tuple[int, ...]
-    sources: tuple[int, ...]
+    drafter_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -34,17 +34,17 @@ class Bundler:
     def feed(self, output: StepOutput) -> Iterator[Bundle]:
         held = Bundle(
             self._held.ids + output.new_ids,
-            self._held.sources + output.sources,
+            self._held.drafter_ids + output.drafter_ids,
             self._held.logprobs + output.logprobs,
             output.finish,
             output.stop_reason,
         )
         while self._size and len(held.ids) > self._size:
             cut = self._size
-            yield Bundle(held.ids[:cut], held.sources[:cut], held.logprobs[:cut])
+            yield Bundle(held.ids[:cut], held.drafter_ids[:cut], held.logprobs[:cut])
             held = Bundle(
                 held.ids[cut:],
-                held.sources[cut:],
+                held.drafter_ids[cut:],
                 held.logprobs[cut:],
                 held.finish,
                 held.stop_reason,

@@ -51,7 +51,7 @@ class ChatFormat:
     def chunk(self, piece: Piece) -> ChatChunk | None:
         """The chunk for one text delta, or None if the delta has nothing to send."""
         bundle = piece.bundle
-        shows = self._request.return_token_ids or self._request.return_sources
+        shows = self._request.return_token_ids or self._request.return_drafter_ids
         if not (piece.text or bundle.finish or piece.logprobs or (shows and bundle.ids)):
             return None
         choice = ChatChunkChoice(
@@ -61,7 +61,7 @@ class ChatFormat:
             finish_reason=bundle.finish,
             stop_reason=bundle.stop_reason if bundle.finish else UNSET,
             token_ids=bundle.ids if self._request.return_token_ids else UNSET,
-            sources=bundle.sources if self._request.return_sources else UNSET,
+            drafter_ids=bundle.drafter_ids if self._request.return_drafter_ids else UNSET,
         )
         return self._chunk((choice,))
 
@@ -95,7 +95,7 @@ class ChatFormat:
             finish_reason=last.finish,
             stop_reason=last.stop_reason,
             token_ids=token_ids(pieces) if self._request.return_token_ids else UNSET,
-            sources=sources(pieces) if self._request.return_sources else UNSET,
+            drafter_ids=drafter_ids(pieces) if self._request.return_drafter_ids else UNSET,
         )
 
     def _chunk(self, choices: tuple[ChatChunkChoice, ...]) -> ChatChunk:
@@ -118,5 +118,5 @@ def token_ids(pieces: Sequence[Piece]) -> tuple[int, ...]:
     return tuple(token for piece in pieces for token in piece.bundle.ids)
 
 
-def sources(pieces: Sequence[Piece]) -> tuple[int, ...]:
-    return tuple(source for piece in pieces for source in piece.bundle.sources)
+def drafter_ids(pieces: Sequence[Piece]) -> tuple[int, ...]:
+    return tuple(drafter_id for piece in pieces for drafter_id in piece.bundle.drafter_ids)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET
 
-from specserve.server.chat_format import sources, token_ids
+from specserve.server.chat_format import drafter_ids, token_ids
 from specserve.server.generation import Piece
 from specserve.server.protocol.completions import (
     Completion,
@@ -48,7 +48,7 @@ class CompletionFormat:
     def chunk(self, piece: Piece) -> Completion | None:
         """The chunk for one text delta, or None if the delta has nothing to send."""
         bundle = piece.bundle
-        shows = self._request.return_token_ids or self._request.return_sources
+        shows = self._request.return_token_ids or self._request.return_drafter_ids
         if not (piece.text or bundle.finish or piece.logprobs or (shows and bundle.ids)):
             return None
         return self._chunk((self._choice([piece], piece.text),))
@@ -84,7 +84,7 @@ class CompletionFormat:
             stop_reason=last.stop_reason,
             token_ids=token_ids(pieces) if with_ids else UNSET,
             prompt_token_ids=self._prompts[index // self._n] if with_ids and last.finish else UNSET,
-            sources=sources(pieces) if self._request.return_sources else UNSET,
+            drafter_ids=drafter_ids(pieces) if self._request.return_drafter_ids else UNSET,
         )
 
     def _echo(self, choice: int) -> str:

@@ -251,7 +251,7 @@ class Generation:
         self._num_bundles += 1
         if prediction := self.job.speculation.prediction:
             predicted = self._predictions.setdefault(choice, PredictionUsage(prediction))
-            predicted.feed(bundle.ids, bundle.sources)
+            predicted.feed(bundle.ids, bundle.drafter_ids)
         self._times.last = time.monotonic()
         if self._times.first is None:
             self._times.first = self._times.last

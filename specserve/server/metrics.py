@@ -45,7 +45,7 @@ TOTALS_BY_POSITION: Final[tuple[tuple[str, str, Callable[[EngineStats], Sequence
         lambda s: s.drafted_by_depth,
     ),
 )
-TOTALS_BY_SOURCE: Final[tuple[tuple[str, str, Callable[[DrafterStats], int]], ...]] = (
+TOTALS_BY_DRAFTER: Final[tuple[tuple[str, str, Callable[[DrafterStats], int]], ...]] = (
     ("specserve:nodes_proposed", "Nodes, before trees are merged.", lambda d: d.num_proposed),
     ("specserve:nodes_verified", "Nodes of merged trees.", lambda d: d.num_verified),
     ("specserve:nodes_accepted", "Nodes accepted.", lambda d: d.num_accepted),
@@ -88,7 +88,10 @@ class ServerMetrics:
                 name: registry.counters(name, help, "position")
                 for name, help, _ in TOTALS_BY_POSITION
             },
-            **{name: registry.counters(name, help, "source") for name, help, _ in TOTALS_BY_SOURCE},
+            **{
+                name: registry.counters(name, help, "drafter")
+                for name, help, _ in TOTALS_BY_DRAFTER
+            },
         }
         self._restarts = registry.counter("specserve:engine_restarts", "Restarts of the engine.")
         self._iteration_tokens = registry.histogram(
@@ -98,7 +101,7 @@ class ServerMetrics:
             "vllm:cache_config_info", "The KV pool.", "block_size", "num_gpu_blocks"
         )
         self._drafter_active = registry.gauges(
-            "specserve:drafter_active", "0: it kept failing and was switched off.", "source"
+            "specserve:drafter_active", "0: it kept failing and was switched off.", "drafter"
         )
         self._add_gauges()
         self.connections = registry.gauge("specserve:connections", "Client connections.")
@@ -218,14 +221,14 @@ class ServerMetrics:
 
 
 def engine_totals(stats: EngineStats) -> Totals:
-    """The totals of a snapshot by metric name. `source` is a drafter's name or "prediction"."""
+    """The totals of a snapshot by metric name. `drafter` is a drafter's name or "prediction"."""
     totals: Totals = {(name, ()): read(stats) for name, _, read in TOTALS}
     for name, _, read_depths in TOTALS_BY_POSITION:
         for position, total in enumerate(read_depths(stats)[:MAX_POSITIONS]):
             totals[name, (str(position),)] = total
-    for name, _, read_source in TOTALS_BY_SOURCE:
-        for source in (*stats.drafters, stats.predictions):
-            totals[name, (source.name,)] = read_source(source)
+    for name, _, read_drafter in TOTALS_BY_DRAFTER:
+        for drafter in (*stats.drafters, stats.predictions):
+            totals[name, (drafter.name,)] = read_drafter(drafter)
     return totals
 
 

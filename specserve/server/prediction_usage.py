@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from specserve.tree import PREDICTION
+from specserve.tree import PREDICTION_ID
 
 
 class PredictionUsage:
@@ -23,12 +23,12 @@ class PredictionUsage:
         """Counted tokens; at most the length of the prediction, even if parts are repeated."""
         return min(self._num_matched, len(self._prediction))
 
-    def feed(self, ids: Sequence[int], sources: Sequence[int]) -> None:
-        """Count the next tokens of the answer; `sources` are their drafter ids."""
-        for token, source in zip(ids, sources, strict=True):
+    def feed(self, ids: Sequence[int], drafter_ids: Sequence[int]) -> None:
+        """Count the next tokens of the answer; `drafter_ids` are their drafter ids."""
+        for token, drafter_id in zip(ids, drafter_ids, strict=True):
             if self._next < len(self._prediction) and self._prediction[self._next] == token:
                 position = self._next
-            elif source == PREDICTION:  # drafted from another place of the prediction
+            elif drafter_id == PREDICTION_ID:  # drafted from another place of the prediction
                 position = self._find(token)
             else:
                 continue

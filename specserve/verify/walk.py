@@ -8,7 +8,7 @@ decoding, so the emitted tokens are those of plain decoding, whatever the tree p
 from dataclasses import dataclass, field
 
 from specserve.step import FinishInfo, VerifyResult
-from specserve.tree import TARGET_SOURCE, DraftTree
+from specserve.tree import TARGET_ID, DraftTree
 from specserve.types import TokenLogprobs
 
 
@@ -20,7 +20,7 @@ class Walk:
     node: int | None = 0
     path: list[int] = field(default_factory=lambda: [0])  # nodes whose KV is kept, root included
     emitted: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
+    drafter_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: FinishInfo | None = None
     error: str | None = None
@@ -28,14 +28,14 @@ class Walk:
     @property
     def num_accepted(self) -> int:
         """Number of emitted tokens that the tree proposed."""
-        return sum(source != TARGET_SOURCE for source in self.sources)
+        return sum(drafter_id != TARGET_ID for drafter_id in self.drafter_ids)
 
     def emit(self, token: int, finish: FinishInfo | None) -> None:
         """Emit `token`, drawn at the current node; the walk ends there if `finish` is given."""
         assert self.node is not None
         child = self.tree.child_of.get((self.node, token))
         self.emitted.append(token)
-        self.sources.append(TARGET_SOURCE if child is None else int(self.tree.source[child]))
+        self.drafter_ids.append(TARGET_ID if child is None else int(self.tree.drafter_ids[child]))
         self.finish = finish
         if child is None or finish is not None:
             self.node = None
@@ -52,7 +52,7 @@ class Walk:
         return VerifyResult(
             path=tuple(self.path),
             emitted=tuple(self.emitted),
-            sources=tuple(self.sources),
+            drafter_ids=tuple(self.drafter_ids),
             num_accepted=self.num_accepted,
             logprobs=tuple(self.logprobs),
             finish=self.finish,

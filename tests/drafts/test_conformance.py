@@ -263,7 +263,7 @@ def test_a_model_drafting_for_itself_is_always_right(
         for outputs in run(engine, PROMPTS, SETTINGS[setting]):
             for output in outputs[:-1]:  # the last pass may be cut by the end of the request
                 assert len(output.new_ids) == 6, setting
-                assert output.sources == (1, 1, 1, 1, 1, 0)
+                assert output.drafter_ids == (1, 1, 1, 1, 1, 0)
 
 
 @pytest.mark.parametrize("draft", ["ngram", "suffix"])

@@ -32,7 +32,7 @@ def both(make: Callable[[], T]) -> tuple[T, T]:
 
 
 def assert_same(compiled: DraftTree, python: DraftTree) -> None:
-    for name in ("tokens", "parents", "scores", "source"):
+    for name in ("tokens", "parents", "scores", "drafter_ids"):
         ours, theirs = getattr(compiled, name), getattr(python, name)
         assert ours.dtype == theirs.dtype
         assert ours.tolist() == theirs.tolist(), name
@@ -106,7 +106,7 @@ def test_trees_that_are_none(
     """Whatever is wrong with one, both say the same of it."""
     arrays = (tree.tokens.copy(), tree.parents.copy(), tree.scores.copy())
     arrays[which][at % len(tree)] = score if which == 2 else value
-    broken = DraftTree(*arrays, tree.source)
+    broken = DraftTree(*arrays, tree.drafter_ids)
     said: list[str] = []
     for validate in (DraftTree.validate, native_host().validate):
         try:

@@ -128,7 +128,7 @@ class Hostile(NgramDrafter):
     def bind(self, context: DraftContext) -> None:
         super().bind(context)
         self.context, self.kept = context, []
-        self._source = 200
+        self._drafter_id = 200
         vandalise(*(getattr(context, field.name) for field in fields(context)))
 
     def propose(self, seqs: Any, budgets: Any) -> Any:
@@ -159,7 +159,7 @@ class Hostile(NgramDrafter):
 
     def harm(self, *values: Any) -> None:
         for tree in self.kept:  # those that were taken already
-            for name in ("tokens", "parents", "scores", "source"):
+            for name in ("tokens", "parents", "scores", "drafter_ids"):
                 with suppress(Exception):
                     array = getattr(tree, name)
                     array.setflags(write=True)
@@ -194,8 +194,8 @@ def test_whatever_it_does_the_output_is_that_of_plain_decoding(
         for _ in range(3):
             outputs = run(engine, PROMPTS, PARAMS)
             assert [ids(each) for each in outputs] == [ids(each) for each in plain]
-            sources = {source for each in outputs for output in each for source in output.sources}
-            assert sources <= {0, 1, 2}
+            ids = {each for own in outputs for output in own for each in output.drafter_ids}
+            assert ids <= {0, 1, 2}
         assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
         assert set(engine.drafter.active) >= set(draft) - {"ngram"}
         assert engine.drafter.num_failures["ngram"] <= 4 * MAX_FAILURES * len(PROMPTS)

@@ -165,7 +165,7 @@ def test_the_tree_is_the_best_of_the_product(shares: list[list[float]], budget: 
         parent, depth = int(tree.parents[node]), tree.depths[node] - 1
         share = dict(depths[depth])[int(tree.tokens[node])]
         assert tree.scores[node] == pytest.approx(tree.scores[parent] * share, rel=1e-5)
-    assert tree.source.tolist() == [0] + [3] * (len(tree) - 1)
+    assert tree.drafter_ids.tolist() == [0] + [3] * (len(tree) - 1)
 
 
 def test_heads_that_know_the_target_are_always_right(

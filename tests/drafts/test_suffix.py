@@ -26,7 +26,7 @@ ANSWER = [30, 31, 32, 33, 34, 35]
 
 def drafter(**options: Any) -> SuffixDrafter:
     made = SuffixDrafter(SuffixOptions(**options), None, Path())
-    made._source = 1
+    made._drafter_id = 1
     return made
 
 
@@ -77,7 +77,7 @@ def test_the_longest_match_wins() -> None:
     text = [5, 6, 7, 8, 1, 9, 7, 8, 2, 9, 8, 3, 5, 6, 7, 8]
     tree = propose(drafter(), text)
     assert tree.tokens[1] == 1
-    assert tree.source.tolist() == [0] + [1] * (len(tree) - 1)
+    assert tree.drafter_ids.tolist() == [0] + [1] * (len(tree) - 1)
 
 
 def test_the_most_frequent_continuation_is_the_most_likely() -> None:

@@ -28,7 +28,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), NUMBER),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "request_timeout"), NUMBER),
     **dict.fromkeys(("ignore_eos", "stream", "include_stop_str_in_output", "echo"), BOOLEAN),
-    **dict.fromkeys(("skip_special_tokens", "return_token_ids", "return_sources"), BOOLEAN),
+    **dict.fromkeys(("skip_special_tokens", "return_token_ids", "return_drafter_ids"), BOOLEAN),
     **dict.fromkeys(("add_generation_prompt", "continue_final_message", "store"), BOOLEAN),
     **dict.fromkeys(("model", "cache_salt", "user", "safety_identifier", "prompt_cache_key"), TEXT),
     **dict.fromkeys(("logit_bias", "stream_options", "speculation", "prediction"), OBJECT),

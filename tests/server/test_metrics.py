@@ -151,11 +151,11 @@ def test_the_numbers_of_an_engine() -> None:
         ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position", "0"): 9,
         ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "position", "1"): 3,
         ("specserve:spec_decode_num_drafts_per_pos_total", "position", "1"): 6,
-        ("specserve:nodes_proposed_total", "source", "ngram"): 27,
-        ("specserve:nodes_verified_total", "source", "ngram"): 18,
-        ("specserve:nodes_accepted_total", "source", "ngram"): 12,
-        ("specserve:nodes_proposed_total", "source", "prediction"): 6,
-        ("specserve:drafter_active", "source", "ngram"): 1,
+        ("specserve:nodes_proposed_total", "drafter", "ngram"): 27,
+        ("specserve:nodes_verified_total", "drafter", "ngram"): 18,
+        ("specserve:nodes_accepted_total", "drafter", "ngram"): 12,
+        ("specserve:nodes_proposed_total", "drafter", "prediction"): 6,
+        ("specserve:drafter_active", "drafter", "ngram"): 1,
     }
     for (name, label, text), number in by_label.items():
         assert found[name, ((label, text),)] == number
@@ -212,7 +212,7 @@ def test_counters_never_fall_and_add_up_over_restarts(engines: list[list[int]]) 
     found = samples(metrics)
     if any(engines):
         assert found["vllm:prompt_tokens_total", ()] == 30 * total
-        assert found["specserve:nodes_accepted_total", (("source", "ngram"),)] == 4 * total
+        assert found["specserve:nodes_accepted_total", (("drafter", "ngram"),)] == 4 * total
     assert found["specserve:engine_restarts_total", ()] == len(engines) - 1
 
 

@@ -189,14 +189,14 @@ def test_extensions_pass_through_extra_body(client: OpenAI) -> None:
         prediction={"type": "content", "content": "whatever"},
         extra_body={
             "return_token_ids": True,
-            "return_sources": True,
+            "return_drafter_ids": True,
             "top_k": 40,
             "min_p": 0.01,
             "speculation": {"max_nodes": 4},
         },
     )
     choice = answer.choices[0].model_extra or {}
-    assert len(choice["token_ids"]) == len(choice["sources"]) == 16
+    assert len(choice["token_ids"]) == len(choice["drafter_ids"]) == 16
     assert answer.usage is not None
     details = answer.usage.completion_tokens_details
     assert details is not None

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from specserve import LLM, AsyncClient, Client, SamplingParams
 from specserve.client import BadRequest, NotFound
-from specserve.client.types import PREDICTION_SOURCE, Choice, Completion
+from specserve.client.types import PREDICTION_ID, Choice, Completion
 
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, hi, hi."}]
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "max_tokens": 40}
@@ -66,10 +66,10 @@ def test_a_chat_is_the_offline_one_and_says_what_it_cost(client: Client, offline
     answer = client.chat(HELLO, **GREEDY)
     assert (answer.text, answer.token_ids) == (expected.text, expected.token_ids)
     assert answer.prompt_ids == client.tokenize(HELLO) == expected.prompt_ids
-    assert len(answer.sources) == len(answer.token_ids) == 60
+    assert len(answer.drafter_ids) == len(answer.token_ids) == 60
     speculation = answer.stats.speculative_decoding
     assert speculation is not None
-    assert speculation.num_accepted_draft_tokens == sum(map(bool, answer.sources))
+    assert speculation.num_accepted_draft_tokens == sum(map(bool, answer.drafter_ids))
     assert sum(speculation.acceptance_histogram) == speculation.num_spec_steps
     assert answer.stats.time_to_first_token_ms is not None
     assert answer.stats.tokens_per_second is not None
@@ -77,7 +77,7 @@ def test_a_chat_is_the_offline_one_and_says_what_it_cost(client: Client, offline
 
 def said(answer: Completion) -> list[Choice]:
     """What is the same however often it is asked for: who drafted a token may change."""
-    return [replace(choice, sources=()) for choice in answer.choices]
+    return [replace(choice, drafter_ids=()) for choice in answer.choices]
 
 
 def test_a_stream_says_what_the_whole_answer_says(client: Client) -> None:
@@ -94,7 +94,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: Client) -> None:
     for choice in whole.choices:
         own = [delta for delta in deltas if delta.index == choice.index]
         assert "".join(delta.text for delta in own) == choice.text
-        assert all(len(d.sources) == len(d.token_ids) == len(d.logprobs) for d in own)
+        assert all(len(d.drafter_ids) == len(d.token_ids) == len(d.logprobs) for d in own)
     completion = client.stream("ab ab", **SAMPLED).result()
     assert said(completion) == said(client.complete("ab ab", **SAMPLED))
 
@@ -108,7 +108,7 @@ def test_the_bytes_of_the_tokens_are_those_of_the_text(client: Client) -> None:
 
 def test_speculation_changes_the_speed_only(client: Client) -> None:
     plain = client.complete("ab ab ab", **GREEDY, speculation={"enabled": False})
-    assert set(plain.sources) == {0}
+    assert set(plain.drafter_ids) == {0}
     speculation = plain.stats.speculative_decoding
     assert speculation is not None
     assert speculation.num_draft_tokens == 0
@@ -117,7 +117,7 @@ def test_speculation_changes_the_speed_only(client: Client) -> None:
     (first, *_) = client.speculation().drafters
     drafted = client.complete("ab ab ab", **GREEDY, speculation={"drafters": [first]})
     assert drafted.token_ids == plain.token_ids
-    assert set(drafted.sources) == {0, 1}
+    assert set(drafted.drafter_ids) == {0, 1}
 
 
 def test_a_prediction_that_comes_true_is_counted(client: Client) -> None:
@@ -126,7 +126,7 @@ def test_a_prediction_that_comes_true_is_counted(client: Client) -> None:
     answer = client.complete(text, **options, prediction="[" * 40)
     plain = client.complete(text, **options, speculation={"enabled": False})
     assert answer.text == plain.text
-    assert PREDICTION_SOURCE in answer.sources
+    assert PREDICTION_ID in answer.drafter_ids
     assert answer.usage.accepted_prediction_tokens == 20
     assert answer.usage.rejected_prediction_tokens == 20
     assert plain.usage.accepted_prediction_tokens == 0
@@ -147,7 +147,7 @@ def test_small_routes(client: Client) -> None:
     assert client.ready()
     assert client.version()
     report = client.speculation()
-    assert [s.name for s in report.sources] == [*report.drafters, "prediction"]
+    assert [each.name for each in report.by_drafter] == [*report.drafters, "prediction"]
     assert "vllm:num_requests_running" in client.metrics()
 
 

@@ -13,7 +13,7 @@ from tiny import write_tiny_llama
 from tiny_text import BOS, SPECIAL, write_byte_tokenizer
 
 from specserve.server.prediction_usage import PredictionUsage
-from specserve.tree import PREDICTION
+from specserve.tree import PREDICTION_ID
 
 TOKENS = st.lists(st.integers(0, 5), max_size=20).map(tuple)
 MAX_TOKENS: Final = 30
@@ -24,14 +24,14 @@ def test_an_answer_that_is_the_prediction_accepts_all_of_it(
     prediction: tuple[int, ...], data: st.DataObject
 ) -> None:
     """Whoever proposed each token, and however many come at once."""
-    proposers = st.sampled_from([0, 1, PREDICTION])
-    sources = data.draw(
-        st.lists(proposers, min_size=len(prediction), max_size=len(prediction)), label="sources"
+    proposers = st.sampled_from([0, 1, PREDICTION_ID])
+    drafter_ids = data.draw(
+        st.lists(proposers, min_size=len(prediction), max_size=len(prediction)), label="drafter_ids"
     )
     usage = PredictionUsage(prediction)
     cut = data.draw(st.integers(0, len(prediction)), label="cut")
-    usage.feed(prediction[:cut], sources[:cut])
-    usage.feed(prediction[cut:], sources[cut:])
+    usage.feed(prediction[:cut], drafter_ids[:cut])
+    usage.feed(prediction[cut:], drafter_ids[cut:])
     assert usage.num_accepted == len(prediction)
 
 
@@ -41,19 +41,19 @@ def test_never_more_than_there_is(
 ) -> None:
     drafted = [token in prediction and data.draw(st.booleans()) for token in answer]
     usage = PredictionUsage(prediction)
-    usage.feed(answer, [PREDICTION if each else 0 for each in drafted])
+    usage.feed(answer, [PREDICTION_ID if each else 0 for each in drafted])
     assert min(sum(drafted), len(prediction)) <= usage.num_accepted <= len(prediction)
 
 
 def test_an_insertion_costs_only_itself() -> None:
     usage = PredictionUsage((1, 2, 3, 4, 5))
-    usage.feed((1, 2, 9, 3, 4, 5), (0, PREDICTION, 0, 0, PREDICTION, PREDICTION))
+    usage.feed((1, 2, 9, 3, 4, 5), (0, PREDICTION_ID, 0, 0, PREDICTION_ID, PREDICTION_ID))
     assert usage.num_accepted == 5
 
 
 def test_what_was_left_out_is_rejected() -> None:
     usage = PredictionUsage((1, 2, 3, 4, 5))
-    usage.feed((1, 4, 5), (PREDICTION, 0, PREDICTION))
+    usage.feed((1, 4, 5), (PREDICTION_ID, 0, PREDICTION_ID))
     assert usage.num_accepted == 2
 
 
@@ -75,7 +75,7 @@ def test_a_perfect_prediction_has_nothing_rejected(server: LiveServer, path: str
     letters = server.ask("/tokenize", {"prompt": ascii_lowercase, "add_special_tokens": False})
     bias = {str(token): 100 for token in letters.json()["tokens"]}
     greedy = {"temperature": 0, "logit_bias": bias, "max_tokens": MAX_TOKENS, "n": n}
-    body = prompt | greedy | {"return_sources": True, "return_token_ids": True}
+    body = prompt | greedy | {"return_drafter_ids": True, "return_token_ids": True}
     plain = server.ask(path, body).json()["choices"]
     text = plain[0]["message"]["content"] if path == CHAT else plain[0]["text"]
     assert len(text) == MAX_TOKENS
@@ -86,4 +86,4 @@ def test_a_perfect_prediction_has_nothing_rejected(server: LiveServer, path: str
     }
     for choice, expected in zip(answer["choices"], plain, strict=True):
         assert choice["token_ids"] == expected["token_ids"]
-        assert choice["sources"][0] == PREDICTION, "not drafted from its first token"
+        assert choice["drafter_ids"][0] == PREDICTION_ID, "not drafted from its first token"

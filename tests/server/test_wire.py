@@ -152,7 +152,7 @@ def test_an_accepted_prediction_is_counted(live_server: LiveServer) -> None:
         **CHAT,
         "temperature": 0,
         "max_tokens": 40,
-        "return_sources": True,
+        "return_drafter_ids": True,
         "logit_bias": {str(ord("e")): 100},  # nothing but e
         "prediction": {"type": "content", "content": [{"type": "text", "text": "e" * 30}]},
     }
@@ -160,7 +160,7 @@ def test_an_accepted_prediction_is_counted(live_server: LiveServer) -> None:
     details = answer["usage"]["completion_tokens_details"]
     assert 0 < details["accepted_prediction_tokens"] <= 30
     assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] == 30
-    assert answer["choices"][0]["sources"].count(255) >= details["accepted_prediction_tokens"]
+    assert answer["choices"][0]["drafter_ids"].count(255) >= details["accepted_prediction_tokens"]
     body["prediction"] = {"type": "content", "content": expected}
     details = live_server.ask("/v1/chat/completions", body).json()["usage"]
     details = details["completion_tokens_details"]
@@ -195,9 +195,9 @@ def test_small_routes(live_server: LiveServer) -> None:
     report = live_server.ask("/v1/speculation").json()
     assert report["drafters"] == ["recycle"]
     assert report["exactness"] == "exact"
-    assert [source["name"] for source in report["sources"]] == ["recycle", "prediction"]
-    for source in report["sources"]:
-        assert source["num_accepted"] <= source["num_verified"] <= source["num_proposed"]
+    assert [drafter["name"] for drafter in report["by_drafter"]] == ["recycle", "prediction"]
+    for drafter in report["by_drafter"]:
+        assert drafter["num_accepted"] <= drafter["num_verified"] <= drafter["num_proposed"]
     described = live_server.ask("/openapi.json").json()
     assert "/v1/chat/completions" in described["paths"]
 

@@ -43,7 +43,7 @@ class SuccessorTable:
         context: Sequence[int],
         max_nodes: int,
         min_probability: float,
-        source: int,
+        drafter_id: int,
         own: SuccessorTable | None,
         /,
     ) -> Fields: ...
@@ -62,7 +62,7 @@ def best_logits(
     best: npt.NDArray[np.int64], logits: npt.NDArray[np.float32], width: int, /
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
 def build_tree(
-    tokens: Sequence[int], parents: Sequence[int], scores: Sequence[float], source: int, /
+    tokens: Sequence[int], parents: Sequence[int], scores: Sequence[float], drafter_id: int, /
 ) -> Fields: ...
 def worthwhile(trees: Sequence[Any], seconds: Sequence[float], /) -> list[Fields | None]: ...
 def validate(tree: Any, vocab_size: int, max_nodes: int, /) -> None: ...
@@ -88,6 +88,6 @@ class SuffixSearch:
         logs: Sequence[TokenLog],
         recent: Sequence[int],
         max_nodes: int,
-        source: int,
+        drafter_id: int,
         /,
     ) -> Fields: ...

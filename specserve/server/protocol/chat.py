@@ -97,7 +97,7 @@ class ChatChoice(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
-    sources: tuple[int, ...] | UnsetType = UNSET
+    drafter_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, frozen=True, kw_only=True):
@@ -123,7 +123,7 @@ class ChatChunkChoice(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
-    sources: tuple[int, ...] | UnsetType = UNSET
+    drafter_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 class ChatChunk(Struct, frozen=True, kw_only=True):

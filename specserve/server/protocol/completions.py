@@ -88,7 +88,7 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
-    sources: tuple[int, ...] | UnsetType = UNSET
+    drafter_ids: tuple[int, ...] | UnsetType = UNSET
 
 
 class Completion(Struct, frozen=True, kw_only=True):

@@ -89,9 +89,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    return_sources: bool | None = (
-        None  # drafter id per token: 0 target, 255 prediction, else 1 + index
-    )
+    return_drafter_ids: bool | None = None  # per token: 0 target, 255 prediction, else 1 + index
     speculation: SpeculationOptions | None = None
     prediction: Prediction | None = None
     cache_salt: Salt | None = None

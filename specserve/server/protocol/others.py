@@ -66,7 +66,7 @@ class Version(Struct, frozen=True):
     version: str
 
 
-class SourceReport(Struct, frozen=True):
+class DrafterReport(Struct, frozen=True):
     """One drafter: its tree nodes that were verified and accepted, in total and by depth."""
 
     name: str
@@ -81,11 +81,11 @@ class SourceReport(Struct, frozen=True):
 
 
 class SpeculationReport(Struct, frozen=True, kw_only=True):
-    """Totals of speculative decoding. A drafter id s in a choice's `sources` means: 0 the target
-    model, 255 the request's own prediction, else `drafters[s - 1]`.
+    """Totals of speculative decoding. A drafter id i in a choice's `drafter_ids` means: 0 the
+    target model, 255 the request's own prediction, else `drafters[i - 1]`.
 
     With the scope `metrics` the counts cover all requests. Without it they cover the finished
-    requests of the caller's own key, and `num_running` and `sources` are left out.
+    requests of the caller's own key, and `num_running` and `by_drafter` are left out.
     """
 
     requests: Literal["all", "own"]
@@ -97,7 +97,7 @@ class SpeculationReport(Struct, frozen=True, kw_only=True):
     num_draft_tokens: int
     num_accepted_tokens: int
     mean_acceptance_length: float
-    sources: tuple[SourceReport, ...] | UnsetType = UNSET
+    by_drafter: tuple[DrafterReport, ...] | UnsetType = UNSET
 
 
 class ErrorDetail(Struct, frozen=True):

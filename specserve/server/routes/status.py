@@ -12,9 +12,9 @@ from specserve.server.errors import APIError
 from specserve.server.key_speculation import KeyTotals
 from specserve.server.openapi import openapi
 from specserve.server.protocol.others import (
+    DrafterReport,
     Health,
     Readiness,
-    SourceReport,
     SpeculationReport,
     Version,
 )
@@ -70,7 +70,7 @@ async def speculation(request: web.Request) -> web.Response:
     report = msgspec.structs.replace(
         _report(info, "all", stats),
         num_running=stats.num_running,
-        sources=tuple(map(_source, (*stats.drafters, stats.predictions))),
+        by_drafter=tuple(map(_drafter_report, (*stats.drafters, stats.predictions))),
     )
     return reply(report)
 
@@ -90,8 +90,8 @@ def _report(
     )
 
 
-def _source(drafter: DrafterStats) -> SourceReport:
-    return SourceReport(
+def _drafter_report(drafter: DrafterStats) -> DrafterReport:
+    return DrafterReport(
         name=drafter.name,
         active=drafter.active,
         num_failures=drafter.num_failures,

@@ -6,7 +6,7 @@ namespace specserve {
 
 namespace {
 
-constexpr int kMaxSource = 31;  // larger drafter ids share one bit with it
+constexpr int kMaxDrafterBit = 31;  // this and all larger drafter ids share one bit
 constexpr int kSteps = 21;  // probabilities in steps of 1/20, from 0 to 1
 
 // The child of `parent` with this token, or -1.
@@ -61,13 +61,13 @@ std::vector<Calibration::Key> Calibration::keys(const TreeView& tree, bool noisy
         depths[node] = depths[tree.parents[node]] + 1;
         const int depth = std::min(depths[node], numbers_.max_depth);
         const int step = int(std::nearbyint(20 * tree.share(node)));
-        keys[node] = {tree.sources[node], (depth * kSteps + step) * 2 + noisy};
+        keys[node] = {tree.drafter_ids[node], (depth * kSteps + step) * 2 + noisy};
     }
     return keys;
 }
 
 Counts& Calibration::at(Table& table, const Key& key) const {
-    std::vector<Counts>& rows = table[key.source];
+    std::vector<Counts>& rows = table[key.drafter_id];
     if (rows.empty()) rows.resize((numbers_.max_depth + 1) * kSteps * 2);
     return rows[key.row];
 }
@@ -84,22 +84,22 @@ Calibration::United Calibration::united(
         for (int node = 1; node < tree.size; ++node) {
             const Key& key = keys[node];
             const double claim =
-                claims_[key.source].rate(numbers_.guess_share, weight) * tree.share(node);
+                claims_[key.drafter_id].rate(numbers_.guess_share, weight) * tree.share(node);
             const double common = at(all_, key).rate(std::min(claim, 1.0), weight);
             const double share = at(own, key).rate(common, weight);
-            const uint32_t bit = uint32_t(1) << std::min(key.source, kMaxSource);
+            const uint32_t bit = uint32_t(1) << std::min(key.drafter_id, kMaxDrafterBit);
             const int parent = place[tree.parents[node]];
             int& index = place[node];
             index = child_of(all.tree, parent, tree.tokens[node]);
             if (index < 0) {
                 index = all.tree.size();
-                all.tree.add(tree.tokens[node], parent, 0.0, tree.sources[node]);
+                all.tree.add(tree.tokens[node], parent, 0.0, tree.drafter_ids[node]);
                 all.shares.push_back(share);
                 all.proposers.push_back(0);
                 under.push_back(0);
             } else if (share > all.shares[index]) {
                 all.shares[index] = share;
-                all.tree.sources[index] = tree.sources[node];
+                all.tree.drafter_ids[index] = tree.drafter_ids[node];
             }
             all.proposers[index] |= bit;
             under[parent] |= bit;
@@ -140,7 +140,7 @@ void Calibration::settle(
         const std::vector<Key> keys = this->keys(tree, noisy);
         follow(tree.parents, tree.tokens, tree.size, emitted, [&](int node, bool hit) {
             at(all_, keys[node]).add(hit, 1.0, numbers_.memory);
-            claims_[keys[node].source].add(hit, tree.share(node), numbers_.memory);
+            claims_[keys[node].drafter_id].add(hit, tree.share(node), numbers_.memory);
             at(own, keys[node]).add(hit, 1.0, numbers_.request_memory);
         });
     }

@@ -46,7 +46,7 @@ public:
 
 private:
     struct Key {
-        int source, row;  // drafter id; depth, probability in 1/20 steps, `noisy`
+        int drafter_id, row;  // row: depth, probability in 1/20 steps, `noisy`
     };
     // By drafter id, then by row.
     using Table = std::unordered_map<int, std::vector<Counts>>;

@@ -36,19 +36,19 @@ py::tuple fields_of(const Tree& tree) {
         array_of<int32_t>(tree.tokens),
         array_of<int16_t>(tree.parents),
         array_of<float>(tree.scores),
-        array_of<uint8_t>(tree.sources));
+        array_of<uint8_t>(tree.drafter_ids));
 }
 
 py::tuple build_tree(
     const std::vector<int32_t>& tokens, const std::vector<int>& parents,
-    const std::vector<double>& scores, uint8_t source) {
+    const std::vector<double>& scores, uint8_t drafter_id) {
     if (tokens.empty() || parents.size() != tokens.size() || scores.size() != tokens.size())
         throw std::invalid_argument("build_tree: expected a root, and as much of everything");
     Tree tree(tokens[0]);
     for (size_t node = 1; node < tokens.size(); ++node) {
         if (parents[node] < 0 || parents[node] >= int(node))
             throw std::invalid_argument("build_tree: a node's parent must come before it");
-        tree.add(tokens[node], parents[node], scores[node], source);
+        tree.add(tokens[node], parents[node], scores[node], drafter_id);
     }
     return fields_of(laid_out(tree));
 }
@@ -77,8 +77,8 @@ private:
         const py::ssize_t size = kept_.back().size();
         const auto* parents = array<int16_t>(tree, "parents", size);
         const auto* scores = array<float>(tree, "scores", size);
-        const auto* sources = array<uint8_t>(tree, "source", size);
-        views_.push_back({int(size), tokens, parents, scores, sources});
+        const auto* drafter_ids = array<uint8_t>(tree, "drafter_ids", size);
+        views_.push_back({int(size), tokens, parents, scores, drafter_ids});
     }
 
     std::vector<py::array> kept_;
@@ -140,7 +140,7 @@ public:
         const std::vector<int64_t>& context,
         int max_nodes,
         double min_probability,
-        uint8_t source,
+        uint8_t drafter_id,
         const BoundTable* own) const {
         if (context.empty()) throw std::invalid_argument("context: no token");
         Context known{-1, -1, -1};
@@ -152,7 +152,7 @@ public:
             num_known,
             max_nodes,
             min_probability,
-            source,
+            drafter_id,
             own ? &own->table_ : nullptr));
     }
 
@@ -276,5 +276,7 @@ PYBIND11_MODULE(_native, module) {
                const std::vector<const TokenLog*>& logs,
                const std::vector<int32_t>& recent,
                int max_nodes,
-               uint8_t source) { return fields_of(self.tree(logs, recent, max_nodes, source)); });
+               uint8_t drafter_id) {
+                return fields_of(self.tree(logs, recent, max_nodes, drafter_id));
+            });
 }

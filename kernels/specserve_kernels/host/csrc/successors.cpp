@@ -169,7 +169,7 @@ Tree SuccessorTable::grow(
     int num_known,
     int max_nodes,
     double min_probability,
-    uint8_t source,
+    uint8_t drafter_id,
     const SuccessorTable* own) const {
     struct Known {
         Context tokens;
@@ -211,7 +211,7 @@ Tree SuccessorTable::grow(
         Known{context, num_known},
         max_nodes,
         min_probability,
-        source,
+        drafter_id,
         expand);
 }
 

@@ -63,7 +63,7 @@ public:
         int num_known,  // number of tokens in the context
         int max_nodes,
         double min_probability,
-        uint8_t source,
+        uint8_t drafter_id,
         const SuccessorTable* own) const;
 
 private:

@@ -40,7 +40,7 @@ Tree SuffixSearch::tree(
     const std::vector<const TokenLog*>& logs,
     const std::vector<int32_t>& recent,
     int max_nodes,
-    uint8_t source) const {
+    uint8_t drafter_id) const {
     const std::vector<Match> matches = this->matches(logs, recent, max_nodes - 1);
     struct Branch {
         int32_t token;
@@ -71,7 +71,7 @@ Tree SuffixSearch::tree(
         }
     };
     return grow_best_first(
-        recent.back(), std::move(all), max_nodes, numbers_.min_probability, source, expand);
+        recent.back(), std::move(all), max_nodes, numbers_.min_probability, drafter_id, expand);
 }
 
 }  // namespace specserve

@@ -26,7 +26,7 @@ public:
         const std::vector<const TokenLog*>& logs,
         const std::vector<int32_t>& recent,
         int max_nodes,
-        uint8_t source) const;
+        uint8_t drafter_id) const;
 
 private:
     struct Match {

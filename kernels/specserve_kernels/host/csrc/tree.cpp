@@ -50,7 +50,11 @@ Tree laid_out(const Tree& tree) {
         node = stack.back();
         stack.pop_back();
         place[node] = laid.size();
-        laid.add(tree.tokens[node], place[tree.parents[node]], capped[node], tree.sources[node]);
+        laid.add(
+            tree.tokens[node],
+            place[tree.parents[node]],
+            capped[node],
+            tree.drafter_ids[node]);
     }
 }
 
@@ -70,7 +74,10 @@ Tree pruned(const Tree& tree, int max_nodes) {
         if (node == 0) continue;
         place[node] = kept.size();
         kept.add(
-            tree.tokens[node], place[tree.parents[node]], tree.scores[node], tree.sources[node]);
+            tree.tokens[node],
+            place[tree.parents[node]],
+            tree.scores[node],
+            tree.drafter_ids[node]);
     }
     return laid_out(kept);
 }
@@ -78,7 +85,7 @@ Tree pruned(const Tree& tree, int max_nodes) {
 Tree pruned(const TreeView& view, int max_nodes) {
     Tree tree(view.tokens[0]);
     for (int node = 1; node < view.size; ++node)
-        tree.add(view.tokens[node], view.parents[node], view.scores[node], view.sources[node]);
+        tree.add(view.tokens[node], view.parents[node], view.scores[node], view.drafter_ids[node]);
     return pruned(tree, max_nodes);
 }
 

@@ -17,17 +17,17 @@ struct Tree {
     std::vector<int32_t> tokens;
     std::vector<int16_t> parents;
     std::vector<double> scores;
-    std::vector<uint8_t> sources;
+    std::vector<uint8_t> drafter_ids;
 
-    explicit Tree(int32_t root) : tokens{root}, parents{-1}, scores{1.0}, sources{0} {}
+    explicit Tree(int32_t root) : tokens{root}, parents{-1}, scores{1.0}, drafter_ids{0} {}
 
     int size() const { return int(tokens.size()); }
 
-    void add(int32_t token, int parent, double score, uint8_t source) {
+    void add(int32_t token, int parent, double score, uint8_t drafter_id) {
         tokens.push_back(token);
         parents.push_back(int16_t(parent));
         scores.push_back(score);
-        sources.push_back(source);
+        drafter_ids.push_back(drafter_id);
     }
 };
 
@@ -37,7 +37,7 @@ struct TreeView {
     const int32_t* tokens;
     const int16_t* parents;
     const float* scores;
-    const uint8_t* sources;
+    const uint8_t* drafter_ids;
 
     // The conditional acceptance probability of a node, given its parent; `node` is not the root.
     double share(int node) const {
@@ -69,7 +69,12 @@ std::vector<int> worthwhile(
 // first.
 template <class Payload, class Expand>
 Tree grow_best_first(
-    int32_t root, Payload payload, int max_nodes, double floor, uint8_t source, Expand&& expand) {
+    int32_t root,
+    Payload payload,
+    int max_nodes,
+    double floor,
+    uint8_t drafter_id,
+    Expand&& expand) {
     struct Open {
         double score;
         int age, parent, depth;
@@ -93,7 +98,7 @@ Tree grow_best_first(
         if (heap.empty()) break;
         std::pop_heap(heap.begin(), heap.end(), later);
         Open& best = heap.back();
-        tree.add(best.token, best.parent, best.score, source);
+        tree.add(best.token, best.parent, best.score, drafter_id);
         payload = std::move(best.payload);
         depth = best.depth;
         heap.pop_back();
