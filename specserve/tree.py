@@ -17,7 +17,7 @@ import numpy.typing as npt
 MAX_NODES: Final = 64  # bits of an ancestor word
 
 PREDICTION_ID: Final = 255  # drafter id of nodes from the request's `prediction`
-_MAX_DRAFTER_BIT: Final = 31  # in `United`, this and all larger drafter ids share one bit
+_MAX_DRAFTER_BIT: Final = 31  # in `MergedTree`, this and all larger drafter ids share one bit
 TARGET_ID: Final = 0  # drafter id of the root, and of tokens that no drafter proposed
 
 
@@ -25,17 +25,17 @@ TARGET_ID: Final = 0  # drafter id of the root, and of tokens that no drafter pr
 class DraftTree:
     """A tree of 1 to 64 nodes, immutable: its arrays become read-only.
 
-    `scores[i]` is the path probability of node i: the estimated probability that node i and all
+    `path_probs[i]` is the path probability of node i: the estimated probability that node i and all
     its ancestors are accepted. It is 1 for the root.
     """
 
     tokens: npt.NDArray[np.int32]  # [n]
     parents: npt.NDArray[np.int16]  # [n], parents[0] = -1, parents[i] < i
-    scores: npt.NDArray[np.float32]  # [n], never above the parent's
+    path_probs: npt.NDArray[np.float32]  # [n], never above the parent's
     drafter_ids: npt.NDArray[np.uint8]  # [n], TARGET_ID, 1 + drafter index, or PREDICTION_ID
 
     def __post_init__(self) -> None:
-        for array in (self.tokens, self.parents, self.scores, self.drafter_ids):
+        for array in (self.tokens, self.parents, self.path_probs, self.drafter_ids):
             array.setflags(write=False)
 
     def __len__(self) -> int:
@@ -50,14 +50,14 @@ class DraftTree:
         return tuple(depths)
 
     @cached_property
-    def shares(self) -> tuple[float, ...]:
+    def acceptance_probs(self) -> tuple[float, ...]:
         """Conditional acceptance probability of each node, given that its parent is accepted."""
-        scores = self.scores.tolist()
-        above = [1.0, *(scores[parent] for parent in self.parents.tolist()[1:])]
+        probs = self.path_probs.tolist()
+        above = [1.0, *(probs[parent] for parent in self.parents.tolist()[1:])]
         return tuple(
             [
-                score / before if before > 0.0 else 0.0
-                for score, before in zip(scores, above, strict=True)
+                prob / before if before > 0.0 else 0.0
+                for prob, before in zip(probs, above, strict=True)
             ]
         )
 
@@ -85,13 +85,10 @@ class DraftTree:
         n = len(self)
         if not 1 <= n <= min(max_nodes, MAX_NODES):
             raise ValueError(f"tree has {n} nodes; expected 1 to {min(max_nodes, MAX_NODES)}")
-        if not len(self.parents) == len(self.scores) == len(self.drafter_ids) == n:
+        if not len(self.parents) == len(self.path_probs) == len(self.drafter_ids) == n:
             raise ValueError("tree arrays differ in length")
-        tokens, parents, scores = (
-            self.tokens.tolist(),
-            self.parents.tolist(),
-            self.scores.tolist(),
-        )
+        tokens, parents = self.tokens.tolist(), self.parents.tolist()
+        probs = self.path_probs.tolist()
         if parents[0] != -1:
             raise ValueError(f"parents[0] is {parents[0]}; the root's parent is -1")
         if min(tokens) < 0 or max(tokens) >= vocab_size:
@@ -101,8 +98,8 @@ class DraftTree:
         for node in range(1, n):
             if not 0 <= parents[node] < node:
                 raise ValueError("a node's parent must come before it")
-            if not 0.0 <= scores[node] <= scores[parents[node]]:
-                raise ValueError("a path score must be in [0, its parent's score]")
+            if not 0.0 <= probs[node] <= probs[parents[node]]:
+                raise ValueError("a path probability must be in [0, its parent's]")
 
 
 @lru_cache(maxsize=4096)  # keeps the cached properties of the trees too
@@ -115,7 +112,7 @@ def root_tree(token: int) -> DraftTree:
     return DraftTree(
         np.frombuffer(tree.tokens.tobytes(), np.int32),
         np.frombuffer(tree.parents.tobytes(), np.int16),
-        np.frombuffer(tree.scores.tobytes(), np.float32),
+        np.frombuffer(tree.path_probs.tobytes(), np.float32),
         np.frombuffer(tree.drafter_ids.tobytes(), np.uint8),
     )
 
@@ -123,13 +120,13 @@ def root_tree(token: int) -> DraftTree:
 def build_tree(
     tokens: Sequence[int],
     parents: Sequence[int],
-    scores: Sequence[float],
+    path_probs: Sequence[float],
     drafter_ids: int | Sequence[int],
 ) -> DraftTree:
     """Build a tree, laid out depth first, with children by descending path probability.
 
-    In the input node 0 is the root and every node comes after its parent. Path probabilities
-    (`scores`) are capped by the parent's, so that the n most likely nodes always form a tree.
+    In the input node 0 is the root and every node comes after its parent. `path_probs` are capped
+    by the parent's, so that the n most likely nodes always form a tree.
     `drafter_ids`: one for all nodes, or one per node; the root always has TARGET_ID.
     """
     n = len(tokens)
@@ -137,7 +134,7 @@ def build_tree(
     capped = [1.0] * n
     children: list[list[int]] = [[] for _ in range(n)]
     for node in range(1, n):
-        capped[node] = min(float(scores[node]), capped[parents[node]])
+        capped[node] = min(float(path_probs[node]), capped[parents[node]])
         children[parents[node]].append(node)
     order: list[int] = []
     stack = [0]
@@ -155,11 +152,11 @@ def build_tree(
 
 
 def chain_tree(
-    root: int, tokens: Sequence[int], scores: Sequence[float], drafter_id: int
+    root: int, tokens: Sequence[int], path_probs: Sequence[float], drafter_id: int
 ) -> DraftTree:
-    """A tree of a single path; `scores[i]` is the path probability of `tokens[i]`."""
+    """A tree of a single path; `path_probs[i]` is the path probability of `tokens[i]`."""
     n = len(tokens)
-    return build_tree([root, *tokens], list(range(-1, n)), [1.0, *scores], drafter_id)
+    return build_tree([root, *tokens], list(range(-1, n)), [1.0, *path_probs], drafter_id)
 
 
 def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
@@ -169,91 +166,89 @@ def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
     """
     if len(tree) <= max_nodes:
         return tree
-    # Stable on (score, index): a child never ranks before its parent.
-    keep = np.sort(np.argsort(-tree.scores, kind="stable")[:max_nodes])
+    # Stable on (path probability, index): a child never ranks before its parent.
+    keep = np.sort(np.argsort(-tree.path_probs, kind="stable")[:max_nodes])
     new_index = np.empty(len(tree), np.int16)
     new_index[keep] = np.arange(max_nodes)
     parents = new_index[tree.parents[keep]]
     parents[0] = -1
-    return DraftTree(tree.tokens[keep], parents, tree.scores[keep], tree.drafter_ids[keep])
+    return DraftTree(tree.tokens[keep], parents, tree.path_probs[keep], tree.drafter_ids[keep])
 
 
 @dataclass(frozen=True)
-class United:
+class MergedTree:
     """Several trees with the same root, merged: nodes of equal (parent, token) become one node."""
 
     tokens: list[int]
     parents: list[int]
-    shares: list[float]  # conditional acceptance probability: the maximum over its proposers
+    acceptance_probs: list[float]  # conditional: the maximum over the node's proposers
     drafter_ids: list[int]  # drafter id of that proposer
-    proposers: list[int]  # bit s: drafter s proposed the node
-    present: list[int]  # bit s: drafter s proposed the node or a sibling of it
+    proposers: list[int]  # bit i: drafter i proposed the node
+    sibling_drafters: list[int]  # bit i: drafter i proposed the node or a sibling of it
 
-    def tree(self, shares: Sequence[float], max_nodes: int) -> DraftTree:
+    def tree(self, acceptance_probs: Sequence[float], max_nodes: int) -> DraftTree:
         """Build a tree of the `max_nodes` nodes of the largest path probability.
 
-        The path probability of a node is the product of the conditional acceptance probabilities
-        `shares` along its path; those of this object are not used.
+        The path probability of a node is the product of the given `acceptance_probs` along its
+        path; those of this object are not used.
         """
-        scores = [1.0]
-        for share, parent in zip(shares[1:], self.parents[1:], strict=True):
-            scores.append(share * scores[parent])
-        # Stable on (score, index): a child never ranks before its parent.
-        ranked = sorted(range(len(scores)), key=lambda node: -scores[node])
+        probs = [1.0]
+        for prob, parent in zip(acceptance_probs[1:], self.parents[1:], strict=True):
+            probs.append(prob * probs[parent])
+        # Stable on (path probability, index): a child never ranks before its parent.
+        ranked = sorted(range(len(probs)), key=lambda node: -probs[node])
         keep = sorted(ranked[:max_nodes])
         new_index = {node: index for index, node in enumerate(keep)}
         return build_tree(
             [self.tokens[node] for node in keep],
             [-1] + [new_index[self.parents[node]] for node in keep[1:]],
-            [scores[node] for node in keep],
+            [probs[node] for node in keep],
             [self.drafter_ids[node] for node in keep],
         )
 
 
-def unite(trees: Sequence[DraftTree], shares: Sequence[Sequence[float]]) -> United:
-    """Merge trees; `shares[i][j]`: conditional acceptance probability of node j of `trees[i]`."""
-    united = United([int(trees[0].tokens[0])], [-1], [1.0], [TARGET_ID], [0], [0])
+def merge_trees(
+    trees: Sequence[DraftTree], acceptance_probs: Sequence[Sequence[float]]
+) -> MergedTree:
+    """Merge trees; `acceptance_probs[i][j]` is that of node j of `trees[i]`."""
+    merged = MergedTree([int(trees[0].tokens[0])], [-1], [1.0], [TARGET_ID], [0], [0])
     index_of: dict[tuple[int, int], int] = {}
-    under = [0]  # per node, bit s: drafter s proposed a child of it
-    for tree, of_tree in zip(trees, shares, strict=True):
-        nodes = zip(
-            tree.tokens.tolist(),
-            tree.parents.tolist(),
-            of_tree,
-            tree.drafter_ids.tolist(),
-            strict=True,
-        )
+    child_drafters = [0]  # per node, bit i: drafter i proposed a child of it
+    for tree, probs in zip(trees, acceptance_probs, strict=True):
+        drafter_ids = tree.drafter_ids.tolist()
+        nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), probs, drafter_ids, strict=True)
         next(nodes)
         place = [0]
-        for token, parent, share, drafter_id in nodes:
+        for token, parent, prob, drafter_id in nodes:
             key = (place[parent], token)
-            index = index_of.setdefault(key, len(under))
-            if index == len(under):
-                united.tokens.append(token)
-                united.parents.append(key[0])
-                united.shares.append(share)
-                united.drafter_ids.append(drafter_id)
-                united.proposers.append(0)
-                under.append(0)
-            elif share > united.shares[index]:
-                united.shares[index], united.drafter_ids[index] = share, drafter_id
+            index = index_of.setdefault(key, len(child_drafters))
+            if index == len(child_drafters):
+                merged.tokens.append(token)
+                merged.parents.append(key[0])
+                merged.acceptance_probs.append(prob)
+                merged.drafter_ids.append(drafter_id)
+                merged.proposers.append(0)
+                child_drafters.append(0)
+            elif prob > merged.acceptance_probs[index]:
+                merged.acceptance_probs[index] = prob
+                merged.drafter_ids[index] = drafter_id
             bit = 1 << min(drafter_id, _MAX_DRAFTER_BIT)
-            united.proposers[index] |= bit
-            under[key[0]] |= bit
+            merged.proposers[index] |= bit
+            child_drafters[key[0]] |= bit
             place.append(index)
-    united.present.extend(under[parent] for parent in united.parents[1:])
-    return united
+    merged.sibling_drafters.extend(child_drafters[parent] for parent in merged.parents[1:])
+    return merged
 
 
 def _freeze(
     tokens: Sequence[int],
     parents: Sequence[int],
-    scores: Sequence[float],
+    path_probs: Sequence[float],
     drafter_ids: Sequence[int],
 ) -> DraftTree:
     return DraftTree(
         np.array(tokens, np.int32),
         np.array(parents, np.int16),
-        np.array(scores, np.float32),
+        np.array(path_probs, np.float32),
         np.array(drafter_ids, np.uint8),
     )

@@ -102,25 +102,25 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
     trees = {}
     for index, nodes in enumerate(drafts):
         parents = [-1, *(min(parent, at) for at, (parent, _) in enumerate(nodes))]
-        tokens, scores = [0, *range(1, len(nodes) + 1)], [1.0, *(score for _, score in nodes)]
-        trees[str(index)] = build_tree(tokens, parents, scores, 1)
+        tokens, probs = [0, *range(1, len(nodes) + 1)], [1.0, *(prob for _, prob in nodes)]
+        trees[str(index)] = build_tree(tokens, parents, probs, 1)
     costs = PassCosts({1 + 8 * at: price for at, price in enumerate(prices)})
     rows = len(trees) + others
     kept = worthwhile(trees, rows, costs)
-    ranked = sorted((float(x) for tree in trees.values() for x in tree.scores[1:]), reverse=True)
+    ranked = sorted((float(x) for t in trees.values() for x in t.path_probs[1:]), reverse=True)
     seconds = costs.seconds(rows, rows + len(ranked))
     rates = (len(trees) + np.cumsum([0.0, *ranked])) / seconds
     for seq_id, tree in kept.items():
         tree.validate(100)
         assert set(tree.tokens.tolist()) <= set(trees[seq_id].tokens.tolist())
-    total = sum(float(tree.scores.sum()) for tree in kept.values())
+    total = sum(float(tree.path_probs.sum()) for tree in kept.values())
     num_drafted = sum(len(tree) - 1 for tree in kept.values())
     rate = total / seconds[num_drafted]
     assert rate == pytest.approx(rates.max(), rel=1e-5)
 
 
 def chances(calibration: Calibration, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
-    return list(calibration.merged(seq_id, noisy, [tree], MAX_NODES).shares)
+    return list(calibration.merged(seq_id, noisy, [tree], MAX_NODES).acceptance_probs)
 
 
 def test_chances_follow_what_is_emitted_for_all_and_for_the_request() -> None:
@@ -150,5 +150,5 @@ def test_what_never_had_a_chance_is_not_counted() -> None:
         calibration.settle("a", False, [tree], [4])
     after = chances(calibration, "a", False, tree)
     assert after[1] < before[1]
-    # The source is trusted less; the second node has no record of its own to be judged by.
+    # The drafter is trusted less; the second node has no record of its own to be judged by.
     assert after[1] < after[2] < before[2]

@@ -12,9 +12,9 @@ from specserve.tree import (
     DraftTree,
     build_tree,
     chain_tree,
+    merge_trees,
     prune,
     root_tree,
-    unite,
 )
 
 VOCAB = 12
@@ -23,7 +23,7 @@ VOCAB = 12
 @st.composite
 def trees(draw: st.DrawFn, root: int = 3, max_nodes: int = 24) -> DraftTree:
     count = draw(st.integers(0, max_nodes - 1))
-    tokens, parents, scores = [root], [-1], [1.0]
+    tokens, parents, path_probs = [root], [-1], [1.0]
     taken: set[tuple[int, int]] = set()
     for node in range(1, count + 1):
         parent = draw(st.integers(0, len(tokens) - 1))
@@ -33,19 +33,19 @@ def trees(draw: st.DrawFn, root: int = 3, max_nodes: int = 24) -> DraftTree:
         taken.add((parent, token))
         tokens.append(token)
         parents.append(parent)
-        scores.append(draw(st.floats(0.0, 1.0, width=32)))
+        path_probs.append(draw(st.floats(0.0, 1.0, width=32)))
         assert node
-    return build_tree(tokens, parents, scores, drafter_ids=draw(st.integers(1, 3)))
+    return build_tree(tokens, parents, path_probs, drafter_ids=draw(st.integers(1, 3)))
 
 
 def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
-    """Every node as the tokens on its path, with its score."""
+    """Every node as the tokens on its path, with its path probability."""
     found: dict[tuple[int, ...], float] = {}
     by_node: list[tuple[int, ...]] = []
     for node in range(len(tree)):
         above = () if node == 0 else by_node[tree.parents[node]]
         by_node.append((*above, int(tree.tokens[node])))
-        found[by_node[-1]] = float(tree.scores[node])
+        found[by_node[-1]] = float(tree.path_probs[node])
     return found
 
 
@@ -55,10 +55,10 @@ def test_built_trees_are_valid_and_chain_first(tree: DraftTree) -> None:
     node, expected = 0, 0
     while tree.children(node):  # the best child of each node follows it directly
         children = list(tree.children(node).values())
-        best = max(float(tree.scores[child]) for child in children)
+        best = max(float(tree.path_probs[child]) for child in children)
         node, expected = node + 1, expected + 1
         assert node in children
-        assert tree.scores[node] == best
+        assert tree.path_probs[node] == best
     assert tree.depths[node] == expected
 
 
@@ -80,44 +80,44 @@ def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
     assert len(pruned) == min(len(tree), max_nodes)
     before, after = paths(tree), paths(pruned)
     assert after.items() <= before.items()
-    dropped = [score for path, score in before.items() if path not in after]
+    dropped = [path_prob for path, path_prob in before.items() if path not in after]
     assert not dropped or max(dropped) <= min(after.values())
 
 
 @given(st.lists(trees(), min_size=1, max_size=4))
-def test_merging_unites_nodes_by_path(proposals: list[DraftTree]) -> None:
-    united = unite(proposals, [tree.shares for tree in proposals])
-    merged = united.tree(united.shares, MAX_NODES)
-    merged.validate(VOCAB)
+def test_merging_joins_nodes_by_path(proposals: list[DraftTree]) -> None:
+    merged = merge_trees(proposals, [tree.acceptance_probs for tree in proposals])
+    tree = merged.tree(merged.acceptance_probs, MAX_NODES)
+    tree.validate(VOCAB)
     surest: dict[tuple[int, ...], float] = {}
-    for tree in proposals:
-        scores = paths(tree)
-        for path, score in scores.items():
-            above = scores.get(path[:-1], 1.0)
-            share = score / above if above else 0.0
-            surest[path] = max(share, surest.get(path, 0.0))
-    found = paths(merged)
+    for proposal in proposals:
+        path_probs = paths(proposal)
+        for path, path_prob in path_probs.items():
+            above = path_probs.get(path[:-1], 1.0)
+            prob = path_prob / above if above else 0.0
+            surest[path] = max(prob, surest.get(path, 0.0))
+    found = paths(tree)
     assert found.keys() <= surest.keys()
-    for path, score in found.items():
-        shares = [surest[path[: end + 1]] for end in range(len(path))]
-        assert score == pytest.approx(math.prod(shares), rel=1e-4, abs=1e-30)
+    for path, path_prob in found.items():
+        probs = [surest[path[: end + 1]] for end in range(len(path))]
+        assert path_prob == pytest.approx(math.prod(probs), rel=1e-4, abs=1e-30)
     if len(surest) <= MAX_NODES:
         assert found.keys() == surest.keys()
 
 
 def test_a_merged_node_has_the_drafter_id_of_the_most_confident_proposer() -> None:
     sure, unsure = chain_tree(3, [5, 6], [0.9, 0.8], 1), chain_tree(3, [5, 7], [0.5, 0.4], 2)
-    united = unite([unsure, sure], [unsure.shares, sure.shares])
-    merged = united.tree(united.shares, MAX_NODES)
-    assert merged.tokens.tolist() == [3, 5, 6, 7]
-    assert merged.drafter_ids.tolist() == [0, 1, 1, 2]
-    assert united.proposers == [0, 0b110, 0b100, 0b010]
-    assert united.present == [0, 0b110, 0b110, 0b110]
+    merged = merge_trees([unsure, sure], [unsure.acceptance_probs, sure.acceptance_probs])
+    tree = merged.tree(merged.acceptance_probs, MAX_NODES)
+    assert tree.tokens.tolist() == [3, 5, 6, 7]
+    assert tree.drafter_ids.tolist() == [0, 1, 1, 2]
+    assert merged.proposers == [0, 0b110, 0b100, 0b010]
+    assert merged.sibling_drafters == [0, 0b110, 0b110, 0b110]
 
 
-def test_scores_never_exceed_the_parent() -> None:
+def test_path_probs_never_exceed_the_parents() -> None:
     tree = chain_tree(0, [1, 2], [0.3, 0.9], 1)
-    assert tree.scores.tolist() == [1.0, np.float32(0.3), np.float32(0.3)]
+    assert tree.path_probs.tolist() == [1.0, np.float32(0.3), np.float32(0.3)]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_scores_never_exceed_the_parent() -> None:
         ({"parents": np.array([-1, 1, 0], np.int16)}, "parent must come before"),
         ({"parents": np.array([0, 0, 0], np.int16)}, "parents\\[0\\]"),
         ({"tokens": np.array([0, 2, 2], np.int32)}, "same token"),
-        ({"scores": np.array([1, 0.5, 1.5], np.float32)}, "path score"),
+        ({"path_probs": np.array([1, 0.5, 1.5], np.float32)}, "path probability"),
         ({"drafter_ids": np.array([0], np.uint8)}, "differ in length"),
     ],
 )
@@ -135,7 +135,7 @@ def test_validate_names_what_is_wrong(change: dict[str, object], message: str) -
     fields: dict[str, object] = {
         "tokens": np.array([0, 1, 2], np.int32),
         "parents": np.array([-1, 0, 0], np.int16),
-        "scores": np.array([1, 0.5, 0.4], np.float32),
+        "path_probs": np.array([1, 0.5, 0.4], np.float32),
         "drafter_ids": np.array([0, 1, 1], np.uint8),
     }
     with pytest.raises(ValueError, match=message):

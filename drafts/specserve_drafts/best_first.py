@@ -26,22 +26,22 @@ def grow_best_first(
     conditional acceptance probability, and the payload to expand the child with. Nodes of a path
     probability below `min_probability` are left out.
     """
-    tokens, parents, scores = [root], [-1], [1.0]
+    tokens, parents, path_probs = [root], [-1], [1.0]
     # Frontier entries: (negative path probability, insertion number, parent, depth, token,
     # payload); heapq pops the smallest.
     heap: list[tuple[float, int, int, int, int, P]] = []
     num_found, depth = 0, 0
     while len(tokens) < max_nodes:
         node = len(tokens) - 1
-        for token, share, following in expand(payload, depth):
-            score = scores[node] * share
-            if score >= min_probability:
+        for token, prob, following in expand(payload, depth):
+            path_prob = path_probs[node] * prob
+            if path_prob >= min_probability:
                 num_found += 1
-                heappush(heap, (-score, num_found, node, depth + 1, token, following))
+                heappush(heap, (-path_prob, num_found, node, depth + 1, token, following))
         if not heap:
             break
         negative, _, parent, depth, token, payload = heappop(heap)
         tokens.append(token)
         parents.append(parent)
-        scores.append(-negative)
-    return build_tree(tokens, parents, scores, drafter_id)
+        path_probs.append(-negative)
+    return build_tree(tokens, parents, path_probs, drafter_id)

@@ -52,7 +52,7 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     max_depth: int = 8
     # Nodes of a lower path probability are never expanded; expanding them gained nothing
     # (drafts/LOG.md, 2026-11-26).
-    min_score: float = 0.05
+    min_probability: float = 0.05
     static: bool = False  # one tree shape for all, by candidate rank; for comparison only
     # LM head rows to keep: the first ones; of the target's own LM head the most frequent tokens.
     # None: all; but _PRICED_VOCAB if the head is quantized, uses the target's LM head, and
@@ -141,8 +141,10 @@ class EagleDrafter:
                     f"draft.options.eagle.{name}: {value} is out of range; "
                     f"expected 1 to {MAX_NODES}"
                 )
-        if not 0.0 <= options.min_score <= 1.0:
-            raise DraftError(f"draft.options.eagle.min_score: {options.min_score}; use 0 to 1")
+        if not 0.0 <= options.min_probability <= 1.0:
+            raise DraftError(
+                f"draft.options.eagle.min_probability: {options.min_probability}; use 0 to 1"
+            )
         try:
             shape = ModelShape.from_dir(target)
         except ModelError as error:
@@ -166,7 +168,7 @@ class EagleDrafter:
     def bind(self, context: DraftContext) -> None:
         assert context.storage is not None
         self._context, self._storage = context, context.storage
-        self._price = LookPrice(self._options.min_score, context.step_seconds)
+        self._price = LookPrice(self._options.min_probability, context.step_seconds)
         sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
         self.head = self._load(sample.dtype)
         ids = self._file.token_ids
@@ -197,15 +199,18 @@ class EagleDrafter:
         if not asked:
             return {}
         assert isinstance(self.head, PackedHead)
-        options, own_id = self._options, self._context.drafter_id
-        shape = GrowShape(options.branching, options.beam, options.max_depth, self._price.min_score)
+        options, drafter_id = self._options, self._context.drafter_id
+        least = self._price.min_probability
+        shape = GrowShape(options.branching, options.beam, options.max_depth, least)
         tasks, started = [one.at_once() for one in asked], time.perf_counter()
         grown = self.head.grow(shape, self._storage, tasks)
         self._price.took(time.perf_counter() - started, max(tree.num_passes for tree in grown))
         return {
-            one.seq.id: DraftTree(*self._lay_out(tree.tokens, tree.parents, tree.scores, own_id))
+            one.seq.id: DraftTree(
+                *self._lay_out(tree.tokens, tree.parents, tree.path_probs, drafter_id)
+            )
             if self._lay_out is not None
-            else build_tree(tree.tokens, tree.parents, tree.scores, own_id)
+            else build_tree(tree.tokens, tree.parents, tree.path_probs, drafter_id)
             for one, tree in zip(asked, grown, strict=True)
         }
 
@@ -214,7 +219,7 @@ class EagleDrafter:
         if not asked:
             return {}
         options, started, num_passes = self._options, time.perf_counter(), 0
-        min_score = self._price.min_score
+        min_probability = self._price.min_probability
         drafts: list[_Draft] = []
         chains: list[HeadRows] = []
         rows: list[Tensor] = []
@@ -235,7 +240,7 @@ class EagleDrafter:
             outputs = iter(out.unbind())
             for draft in growing:
                 draft.keep(outputs)
-                draft.growth.pick(options.beam, options.max_depth, min_score)
+                draft.growth.pick(options.beam, options.max_depth, min_probability)
             num_passes += 1
         self._price.took(time.perf_counter() - started, num_passes)
         drafter_id = self._context.drafter_id
@@ -324,17 +329,17 @@ class EagleDrafter:
         """Add candidates of the fresh nodes; logits: [num_fresh, draft_vocab_size]."""
         branching, ids = min(self._options.branching, logits.shape[1]), self._token_ids
         if all(growth.state.takes_best for growth in growing):
-            scores, best = logits.log_softmax(-1).topk(branching)
+            log_probs, best = logits.log_softmax(-1).topk(branching)
             tokens = best if ids is None else ids[best]
         else:
             if ids is not None or logits.shape[1] < self._context.vocab_size:
                 whole = logits.new_full((len(logits), self._context.vocab_size), -torch.inf)
                 whole[:, slice(logits.shape[1]) if ids is None else ids] = logits
                 logits = whole
-            tokens, scores = rank(growing, logits, self._context.sampler, branching)
+            tokens, log_probs = rank(growing, logits, self._context.sampler, branching)
         if self._options.static:
-            scores = _STATIC[:branching].to(scores.device).log().expand_as(scores)
-        take(growing, tokens, scores)
+            log_probs = _STATIC[:branching].to(log_probs.device).log().expand_as(log_probs)
+        take(growing, tokens, log_probs)
 
 
 def _rows(taps: Tensor, first: int, places: Sequence[int]) -> Tensor:

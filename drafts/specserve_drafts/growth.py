@@ -26,7 +26,7 @@ _MEMORY: Final = 64.0  # drafts that the running means cover
 class Node:
     token: int
     parent: int  # index among the evaluated nodes, -1 for the root
-    score: float  # path probability
+    path_prob: float
     depth: int
     word: int  # bit j: evaluated node j is an ancestor, or the node itself
 
@@ -40,18 +40,18 @@ class Growth:
         self.pool: list[Node] = []  # the frontier: candidates not evaluated; `word` is the parent's
         self.num_done = 0  # leading `nodes` that are evaluated: KV written, candidates added
 
-    def pick(self, beam: int, max_depth: int, min_score: float = 0.0) -> bool:
+    def pick(self, beam: int, max_depth: int, min_probability: float = 0.0) -> bool:
         """Select up to `beam` frontier nodes to evaluate next; False if there are none.
 
-        Nodes at `max_depth` or of a path probability below `min_score` are never evaluated. One
-        node of the budget is kept for a leaf: with the budget used up, the successors of the last
-        evaluated nodes could not be added. kernels/specserve_kernels/cpu/csrc/draft_head.cpp has
-        the compiled version.
+        Nodes at `max_depth` or of a path probability below `min_probability` are never evaluated.
+        One node of the budget is kept for a leaf: with the budget used up, the successors of the
+        last evaluated nodes could not be added. The compiled version is in
+        kernels/specserve_kernels/cpu/csrc/draft_head.cpp.
         """
         self.num_done = len(self.nodes)
         room = min(beam, self.budget - 1 - len(self.nodes))
-        worth = [n for n in self.pool if n.depth < max_depth and n.score >= min_score]
-        for node in sorted(worth, key=lambda node: -node.score)[: max(room, 0)]:
+        worth = [n for n in self.pool if n.depth < max_depth and n.path_prob >= min_probability]
+        for node in sorted(worth, key=lambda node: -node.path_prob)[: max(room, 0)]:
             self.pool.remove(node)
             self.nodes.append(replace(node, word=node.word | 1 << len(self.nodes)))
         return len(self.nodes) > self.num_done
@@ -74,17 +74,17 @@ class Growth:
         node = self.nodes[parent]
         for token, probability in zip(tokens, probabilities, strict=True):
             if probability > 0.0:
-                score = node.score * probability
-                self.pool.append(Node(token, parent, score, node.depth + 1, node.word))
+                path_prob = node.path_prob * probability
+                self.pool.append(Node(token, parent, path_prob, node.depth + 1, node.word))
 
     def tree(self, drafter_id: int) -> DraftTree:
         """The evaluated nodes and the best of the frontier, `budget` nodes at most."""
-        leaves = sorted(self.pool, key=lambda node: -node.score)[: self.budget - len(self.nodes)]
-        nodes = self.nodes + leaves
+        leaves = sorted(self.pool, key=lambda node: -node.path_prob)
+        nodes = self.nodes + leaves[: self.budget - len(self.nodes)]
         return build_tree(
             [node.token for node in nodes],
             [node.parent for node in nodes],
-            [node.score for node in nodes],
+            [node.path_prob for node in nodes],
             drafter_id,
         )
 
@@ -125,7 +125,7 @@ class LookPrice:
         self._covariance += share * ((1 - share) * more_passes * more_seconds - self._covariance)
 
     @property
-    def min_score(self) -> float:
+    def min_probability(self) -> float:
         seconds = self._step_seconds()
         if seconds is None:
             return self._least
@@ -159,9 +159,9 @@ def rank(
     return best.indices, best.values
 
 
-def take(growing: Sequence[Growth], tokens: Tensor, scores: Tensor) -> None:
+def take(growing: Sequence[Growth], tokens: Tensor, log_probs: Tensor) -> None:
     """Add candidates of the fresh nodes: tokens and log probabilities, each [num_fresh, n]."""
-    rows = zip(tokens.tolist(), scores.exp().tolist(), strict=True)
+    rows = zip(tokens.tolist(), log_probs.exp().tolist(), strict=True)
     for growth in growing:
         for index in range(len(growth.fresh)):
             growth.add_candidates(index, *next(rows))

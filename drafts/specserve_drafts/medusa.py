@@ -200,7 +200,7 @@ def product_tree(
 
     A path's probability is the product of its candidates' probabilities.
     """
-    tokens, parents, scores = [root], [-1], [1.0]
+    tokens, parents, path_probs = [root], [-1], [1.0]
     # Frontier: the next unused child of each node, as (negative path probability, insertion number,
     # parent, depth, rank among the candidates); heapq pops the smallest.
     heap: list[tuple[float, int, int, int, int]] = []
@@ -209,17 +209,17 @@ def product_tree(
     def open_node(parent: int, depth: int, rank: int) -> None:
         nonlocal age
         if depth < len(depths) and rank < len(depths[depth]):
-            score = scores[parent] * depths[depth][rank][1]
-            if score > 0.0:
+            path_prob = path_probs[parent] * depths[depth][rank][1]
+            if path_prob > 0.0:
                 age += 1
-                heapq.heappush(heap, (-score, age, parent, depth, rank))
+                heapq.heappush(heap, (-path_prob, age, parent, depth, rank))
 
     open_node(0, 0, 0)
     while heap and len(tokens) < budget:
         negative, _, parent, depth, rank = heapq.heappop(heap)
         tokens.append(depths[depth][rank][0])
         parents.append(parent)
-        scores.append(-negative)
+        path_probs.append(-negative)
         open_node(parent, depth, rank + 1)
         open_node(len(tokens) - 1, depth + 1, 0)
-    return build_tree(tokens, parents, scores, drafter_id)
+    return build_tree(tokens, parents, path_probs, drafter_id)

@@ -37,7 +37,7 @@ class GrowShape:
     branching: int  # candidates kept per expanded node, at most MAX_BRANCHING
     beam: int  # nodes of a tree expanded per forward pass
     max_depth: int  # only nodes of a smaller depth are expanded; the root has 0
-    min_score: float  # nodes with a lower path probability are not expanded
+    min_probability: float  # nodes with a lower path probability are not expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Grown:
 
     tokens: list[int]
     parents: list[int]  # -1 for the root
-    scores: list[float]  # path probabilities
+    path_probs: list[float]
     num_passes: int  # forward passes in which nodes of this tree were expanded
 
 

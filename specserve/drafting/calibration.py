@@ -1,6 +1,6 @@
 """How often a drafted node comes true once its parent has: learned from what is emitted.
 
-Owns the counts, by drafter id, depth and the drafter's own score, over all requests and for each.
+Owns the counts, by drafter id, depth and the drafter's own estimate, over all and each request.
 What a drafter says is a claim; every drafter's is weighed by its record before trees are merged.
 Of a merged node it counts as well who proposed it and who did not: that another drafter looked at
 the same place and named other tokens speaks against it, and the surest is often too sure.
@@ -11,19 +11,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from specserve.tree import DraftTree, United, unite
+from specserve.tree import DraftTree, MergedTree, merge_trees
 from specserve_kernels.dispatch import native_host
 
 if TYPE_CHECKING:
     from specserve_kernels.host import _native
 
-# Drafter id, depth, twentieths of the node's share, temperature above 0.
+# Drafter id, depth, twentieths of the node's acceptance probability, temperature above 0.
 _Key = tuple[int, int, int, bool]
 # Who proposed a merged node, who proposed anything beside it, twentieths, temperature above 0.
 _Agreement = tuple[int, int, int, bool]
 
 _MAX_DEPTH: Final = 4  # deeper nodes count together
-_GUESS_SHARE: Final = 0.5  # of the drafter's own score, before anything was seen
+_GUESS_SHARE: Final = 0.5  # of the drafter's own estimate, before anything was seen
 _GUESS_WEIGHT: Final = 4.0  # in observations
 _MEMORY: Final = 256.0  # observations of a key after which old ones weigh half
 _REQUEST_MEMORY: Final = 32.0
@@ -74,16 +74,16 @@ class Calibration:
     def merged(
         self, seq_id: str, noisy: bool, trees: Sequence[DraftTree], max_nodes: int
     ) -> DraftTree:
-        """One tree of proposals with the same root; its scores are calibrated."""
+        """One tree of proposals with the same root; its path probabilities are calibrated."""
         if self._native is not None:
             return DraftTree(*self._native.merged(seq_id, noisy, trees, max_nodes))
-        united = self._united(seq_id, noisy, trees)
-        keys = _agreements(united, noisy)
+        merged = self._merge(seq_id, noisy, trees)
+        keys = _agreements(merged, noisy)
         agreed = (
-            self._agreement[key].rate(share)
-            for key, share in zip(keys, united.shares[1:], strict=True)
+            self._agreement[key].rate(prob)
+            for key, prob in zip(keys, merged.acceptance_probs[1:], strict=True)
         )
-        return united.tree([1.0, *agreed], max_nodes)
+        return merged.tree([1.0, *agreed], max_nodes)
 
     def settle(
         self, seq_id: str, noisy: bool, trees: Sequence[DraftTree], emitted: Sequence[int]
@@ -92,9 +92,9 @@ class Calibration:
         if self._native is not None:
             self._native.settle(seq_id, noisy, trees, emitted)
             return
-        united = self._united(seq_id, noisy, trees)
-        keys = _agreements(united, noisy)
-        for node, hit in _followed(united.tokens, united.parents, emitted):
+        merged = self._merge(seq_id, noisy, trees)
+        keys = _agreements(merged, noisy)
+        for node, hit in _followed(merged.tokens, merged.parents, emitted):
             self._agreement[keys[node - 1]].add(hit, 1.0, _MEMORY)
         for tree in trees:
             self._settle(seq_id, noisy, tree, emitted)
@@ -104,23 +104,23 @@ class Calibration:
         if self._native is not None:
             self._native.forget(seq_id)
 
-    def _shares(self, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
+    def _acceptance_probs(self, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
         """Per node, how likely it comes true once its parent has; 1 for the root."""
-        own, shares = self._own[seq_id], [1.0]
-        for key, share in _keys(noisy, tree):
-            guess = self._claims[key[0]].rate(_GUESS_SHARE) * share
-            shares.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
-        return shares
+        own, probs = self._own[seq_id], [1.0]
+        for key, prob in _keys(noisy, tree):
+            guess = self._claims[key[0]].rate(_GUESS_SHARE) * prob
+            probs.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
+        return probs
 
-    def _united(self, seq_id: str, noisy: bool, trees: Sequence[DraftTree]) -> United:
-        return unite(trees, [self._shares(seq_id, noisy, tree) for tree in trees])
+    def _merge(self, seq_id: str, noisy: bool, trees: Sequence[DraftTree]) -> MergedTree:
+        return merge_trees(trees, [self._acceptance_probs(seq_id, noisy, tree) for tree in trees])
 
     def _settle(self, seq_id: str, noisy: bool, tree: DraftTree, emitted: Sequence[int]) -> None:
         own, keys = self._own[seq_id], _keys(noisy, tree)
         for node, hit in _followed(tree.tokens.tolist(), tree.parents.tolist(), emitted):
-            key, share = keys[node - 1]
+            key, prob = keys[node - 1]
             self._all[key].add(hit, 1.0, _MEMORY)
-            self._claims[key[0]].add(hit, share, _MEMORY)
+            self._claims[key[0]].add(hit, prob, _MEMORY)
             own[key].add(hit, 1.0, _REQUEST_MEMORY)
 
 
@@ -141,17 +141,19 @@ def _followed(
         at = following
 
 
-def _agreements(united: United, noisy: bool) -> list[_Agreement]:
+def _agreements(merged: MergedTree, noisy: bool) -> list[_Agreement]:
     """Of every node but the root."""
-    nodes = zip(united.proposers[1:], united.present[1:], united.shares[1:], strict=True)
-    return [(who, beside, round(20 * share), noisy) for who, beside, share in nodes]
+    nodes = zip(
+        merged.proposers[1:], merged.sibling_drafters[1:], merged.acceptance_probs[1:], strict=True
+    )
+    return [(who, beside, round(20 * prob), noisy) for who, beside, prob in nodes]
 
 
 def _keys(noisy: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
     """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
-    nodes = zip(tree.drafter_ids.tolist(), tree.depths, tree.shares, strict=True)
+    nodes = zip(tree.drafter_ids.tolist(), tree.depths, tree.acceptance_probs, strict=True)
     next(nodes)
     return [
-        ((drafter_id, min(depth, _MAX_DEPTH), round(20 * share), noisy), share)
-        for drafter_id, depth, share in nodes
+        ((drafter_id, min(depth, _MAX_DEPTH), round(20 * prob), noisy), prob)
+        for drafter_id, depth, prob in nodes
     ]

@@ -75,7 +75,7 @@ class ComposedDrafter:
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         """One merged tree per sequence, within its budget. Budget 1 asks nobody.
 
-        Its scores are calibrated: what the drafters' records make of what they claim.
+        Its path probabilities are calibrated: what the drafters' records make of what they claim.
         """
         asking = [_Asking(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         self._begun = time.perf_counter()
@@ -110,7 +110,7 @@ class ComposedDrafter:
         if not worth.is_dear(name, noisy := not seq.greedy):
             return True
         before = self._merged(one)
-        promised = float(before.scores.sum())
+        promised = float(before.path_probs.sum())
         if not worth.asks(name, noisy, promised):
             return False
         one.judged.append((name, promised, before))
@@ -226,7 +226,7 @@ class ComposedDrafter:
         own = DraftTree(
             tokens,
             np.array(tree.parents, np.int16),
-            np.array(tree.scores, np.float32),
+            np.array(tree.path_probs, np.float32),
             self._drafter_ids[name][: len(tokens)],
         )
         self._validate(own, self._vocab_size, one.budget)
@@ -254,7 +254,7 @@ def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Sequence[int]) -> int
     node = count = 0
     for token in emitted:
         child = tree.child_of.get((node, token))
-        if child is None or (tree.scores > tree.scores[child]).sum() >= num_nodes:
+        if child is None or (tree.path_probs > tree.path_probs[child]).sum() >= num_nodes:
             break
         node, count = child, count + 1
     return count + 1

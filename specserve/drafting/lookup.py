@@ -45,5 +45,5 @@ def copied_text(
     for index in range(budget - 1 - len(drafted)):
         drafted.append(drafted[index])
     per_token = 1.0 - 0.5 ** (match + 1)
-    scores = [per_token ** (depth + 1) for depth in range(len(drafted))]
-    return chain_tree(root, drafted, scores, drafter_id)
+    probs = [per_token ** (depth + 1) for depth in range(len(drafted))]
+    return chain_tree(root, drafted, probs, drafter_id)

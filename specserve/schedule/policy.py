@@ -105,7 +105,7 @@ class MeasuredPolicy:
         for seq_id in asked:
             # What was to be expected of the nodes, not what came of them: the same, less noisy.
             tree = trees[seq_id]
-            gain = sum(tree.scores.tolist()) - 1.0 - price * (len(tree) - 1)
+            gain = sum(tree.path_probs.tolist()) - 1.0 - price * (len(tree) - 1)
             record = self._records.setdefault(seq_id, _Record(self._gain))
             record.gain += (gain - record.gain) / _MEMORY
             self._gain += (gain - self._gain) / _LONG_MEMORY

@@ -21,11 +21,11 @@ class Selection:
     def worthwhile(
         self, trees: Mapping[str, DraftTree], num_rows: int, context: float | None = None
     ) -> dict[str, DraftTree]:
-        """The trees without the nodes that are not worth it; scores are calibrated probabilities.
+        """The trees without the nodes that are not worth it; path probabilities are calibrated.
 
         `num_rows` of the pass are there without any drafted node, the roots among them; `context`
-        tokens stand before them in the mean. Maximises (roots + sum of the nodes' scores) /
-        seconds.
+        tokens stand before them in the mean. Maximises (roots + sum of path
+        probabilities) / seconds.
         """
         proposed = list(trees.values())
         num_drafted = sum(map(len, proposed)) - len(proposed)
@@ -47,13 +47,17 @@ class Selection:
 def kept_nodes(trees: Sequence[DraftTree], seconds: Sequence[float]) -> list[int]:
     """Per tree the number of nodes to keep; `seconds[n]`: of a pass with n drafted nodes."""
     drafted = sorted(
-        ((score, index) for index, tree in enumerate(trees) for score in tree.scores.tolist()[1:]),
+        (
+            (prob, index)
+            for index, tree in enumerate(trees)
+            for prob in tree.path_probs.tolist()[1:]
+        ),
         key=lambda node: -node[0],
     )
     expected = float(len(trees))
     best, best_rate = 0, expected / seconds[0]
-    for count, (score, _) in enumerate(drafted, start=1):
-        expected += score
+    for count, (prob, _) in enumerate(drafted, start=1):
+        expected += prob
         if expected / seconds[count] > best_rate:
             best, best_rate = count, expected / seconds[count]
     kept = Counter(index for _, index in drafted[:best])

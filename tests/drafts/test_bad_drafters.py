@@ -54,8 +54,8 @@ def _its_own_parent(root: int, budget: int) -> DraftTree:
     return replace(chain_tree(root, [5], [0.5], 1), parents=np.array([-1, 1], np.int16))
 
 
-def _not_a_score(root: int, budget: int) -> DraftTree:
-    return replace(chain_tree(root, [5], [0.5], 1), scores=np.array([1, np.nan], np.float32))
+def _probability_not_a_number(root: int, budget: int) -> DraftTree:
+    return replace(chain_tree(root, [5], [0.5], 1), path_probs=np.array([1, np.nan], np.float32))
 
 
 def _twins(root: int, budget: int) -> DraftTree:
@@ -68,7 +68,7 @@ def _no_tree(root: int, budget: int) -> Any:
 
 WRONG_TREES = [
     *(_outside, _negative, _too_large, _another_root, _its_own_parent),
-    *(_not_a_score, _twins, _no_tree),
+    *(_probability_not_a_number, _twins, _no_tree),
 ]
 
 

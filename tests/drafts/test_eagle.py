@@ -289,7 +289,7 @@ def test_a_head_that_knows_the_target_is_always_right(
     tensors["fc.weight"] = torch.cat((torch.eye(HIDDEN), torch.zeros(HIDDEN, HIDDEN)), 1)
     tensors["fc.bias"] = torch.zeros(HIDDEN)
     save(head)
-    chain = {"eagle": {"branching": 1, "beam": 1, "min_score": 0.0}}
+    chain = {"eagle": {"branching": 1, "beam": 1, "min_probability": 0.0}}
     engine = make_engine(str(head.path), target=target, options=chain, max_nodes=6)
     for outputs in run(engine, PROMPTS, GREEDY):
         for output in outputs[1:-1]:  # the first token comes before any row is known
@@ -340,7 +340,7 @@ def test_packed_heads_grow_the_same_trees_at_once(
 ) -> None:
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
     head = write_eagle(tmp_path / "head", layout, inner=64)
-    options = {"eagle": {"branching": 3, "min_score": 0.02}}
+    options = {"eagle": {"branching": 3, "min_probability": 0.02}}
     engine = make_engine(
         str(head.path), target=target, options=options, max_nodes=8, quantization="int8"
     )
@@ -352,7 +352,7 @@ def test_packed_heads_grow_the_same_trees_at_once(
         ours, expected = grew.at_once, grew.by_passes
         assert ours.tokens.tolist() == expected.tokens.tolist()
         assert ours.parents.tolist() == expected.parents.tolist()
-        np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-4)
+        np.testing.assert_allclose(ours.path_probs, expected.path_probs, rtol=1e-4)
     assert max(len(grew.at_once) for grew in seen) == 8
     assert max(max(grew.at_once.depths) for grew in seen) >= 2
 

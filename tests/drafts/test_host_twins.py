@@ -32,7 +32,7 @@ def both(make: Callable[[], T]) -> tuple[T, T]:
 
 
 def assert_same(compiled: DraftTree, python: DraftTree) -> None:
-    for name in ("tokens", "parents", "scores", "drafter_ids"):
+    for name in ("tokens", "parents", "path_probs", "drafter_ids"):
         ours, theirs = getattr(compiled, name), getattr(python, name)
         assert ours.dtype == theirs.dtype
         assert ours.tolist() == theirs.tolist(), name
@@ -40,19 +40,19 @@ def assert_same(compiled: DraftTree, python: DraftTree) -> None:
 
 @st.composite
 def trees(draw: st.DrawFn, max_nodes: int = 12) -> DraftTree:
-    """With the root 3, scores from few values, so that some are the same."""
+    """With the root 3, and probabilities from few values, so that some are the same."""
     nodes: dict[tuple[int, int], float] = {}
-    scores = [1.0]
+    path_probs = [1.0]
     for _ in range(draw(st.integers(0, max_nodes - 1))):
         key = (draw(st.integers(0, len(nodes))), draw(tokens))
         if key not in nodes:
-            nodes[key] = scores[key[0]] * draw(st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.9, 1.0]))
-            scores.append(nodes[key])
+            nodes[key] = path_probs[key[0]] * draw(st.sampled_from([0.0, 0.1, 0.5, 0.5, 0.9, 1.0]))
+            path_probs.append(nodes[key])
     drafted, parents = [3], [-1]
     for parent, token in nodes:
         drafted.append(token)
         parents.append(parent)
-    return build_tree(drafted, parents, scores, draw(st.sampled_from([1, 2, 255])))
+    return build_tree(drafted, parents, path_probs, draw(st.sampled_from([1, 2, 255])))
 
 
 Step = tuple[str, bool, list[DraftTree], list[int], int]
@@ -95,17 +95,17 @@ def test_nodes_that_are_worth_their_rows(proposed: list[DraftTree], prices: list
 
 @given(trees())
 def test_trees_are_laid_out(tree: DraftTree) -> None:
-    arguments = (tree.tokens.tolist(), tree.parents.tolist(), tree.scores.tolist(), 3)
+    arguments = (tree.tokens.tolist(), tree.parents.tolist(), tree.path_probs.tolist(), 3)
     assert_same(DraftTree(*native_host().build_tree(*arguments)), build_tree(*arguments))
 
 
 @given(trees(), st.integers(0, 2), st.integers(0, 5), st.integers(-2, 99), st.floats(-1, 2))
 def test_trees_that_are_none(
-    tree: DraftTree, which: int, at: int, value: int, score: float
+    tree: DraftTree, which: int, at: int, value: int, path_prob: float
 ) -> None:
     """Whatever is wrong with one, both say the same of it."""
-    arrays = (tree.tokens.copy(), tree.parents.copy(), tree.scores.copy())
-    arrays[which][at % len(tree)] = score if which == 2 else value
+    arrays = (tree.tokens.copy(), tree.parents.copy(), tree.path_probs.copy())
+    arrays[which][at % len(tree)] = path_prob if which == 2 else value
     broken = DraftTree(*arrays, tree.drafter_ids)
     said: list[str] = []
     for validate in (DraftTree.validate, native_host().validate):

@@ -107,12 +107,12 @@ def nonsense(random: Random, root: int, budget: int) -> Any:
     wild: list[Any] = [0, 5, -1, TINY_VOCAB, 2**31 - 1, np.nan, -np.inf, 0.5, 1.0, 2**40]
     tokens = [root] + [random.choice(wild[:5]) for _ in range(n - 1)]
     parents = [-1] + [random.choice([node, node - 1, -1, 0, n]) for node in range(1, n)]
-    scores = [1.0] + [random.choice(wild) for _ in range(n - 1)]
+    path_probs = [1.0] + [random.choice(wild) for _ in range(n - 1)]
     kind: Any = random.choice([np.int32, np.int64, np.float64, object, "U8"])
     tree: Any = DraftTree(
         np.array(tokens[:n], kind if random.random() < 0.3 else np.int64),
         np.array(parents[:n], np.int16),
-        np.array(scores[:n], np.float64),
+        np.array(path_probs[:n], np.float64),
         np.array([random.randrange(256) for _ in range(n)], np.uint8),
     )
     return random.choice([tree, tree, tree, None, 7, tree.tokens, (), chain_tree(root, [], [], 1)])
@@ -159,7 +159,7 @@ class Hostile(NgramDrafter):
 
     def harm(self, *values: Any) -> None:
         for tree in self.kept:  # those that were taken already
-            for name in ("tokens", "parents", "scores", "drafter_ids"):
+            for name in ("tokens", "parents", "path_probs", "drafter_ids"):
                 with suppress(Exception):
                     array = getattr(tree, name)
                     array.setflags(write=True)

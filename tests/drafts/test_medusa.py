@@ -142,7 +142,7 @@ def test_trees_are_of_the_tokens_that_the_noise_favours(
         expected = product_tree(tokens[-1], depths, budget, 1)
         assert tree.tokens.tolist() == expected.tokens.tolist()
         assert tree.parents.tolist() == expected.parents.tolist()
-        assert tree.scores == pytest.approx(expected.scores, rel=1e-3)
+        assert tree.path_probs == pytest.approx(expected.path_probs, rel=1e-3)
 
 
 @given(
@@ -150,21 +150,21 @@ def test_trees_are_of_the_tokens_that_the_noise_favours(
     st.integers(1, 24),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_tree_is_the_best_of_the_product(shares: list[list[float]], budget: int) -> None:
-    depths = [list(enumerate(sorted(some, reverse=True))) for some in shares]
+def test_the_tree_is_the_best_of_the_product(probs: list[list[float]], budget: int) -> None:
+    depths = [list(enumerate(sorted(some, reverse=True))) for some in probs]
     tree = product_tree(9, depths, budget, 3)
     tree.validate(97, budget)
     every = [
-        torch.tensor([share for _, share in path], dtype=torch.float64).prod().item()
+        torch.tensor([prob for _, prob in path], dtype=torch.float64).prod().item()
         for length in range(1, len(depths) + 1)
         for path in product(*depths[:length])
     ]
-    best = sorted((score for score in every if score > 0.0), reverse=True)[: budget - 1]
-    assert sorted(tree.scores[1:].tolist(), reverse=True) == pytest.approx(best, rel=1e-5)
+    best = sorted((prob for prob in every if prob > 0.0), reverse=True)[: budget - 1]
+    assert sorted(tree.path_probs[1:].tolist(), reverse=True) == pytest.approx(best, rel=1e-5)
     for node in range(1, len(tree)):
         parent, depth = int(tree.parents[node]), tree.depths[node] - 1
-        share = dict(depths[depth])[int(tree.tokens[node])]
-        assert tree.scores[node] == pytest.approx(tree.scores[parent] * share, rel=1e-5)
+        prob = dict(depths[depth])[int(tree.tokens[node])]
+        assert tree.path_probs[node] == pytest.approx(tree.path_probs[parent] * prob, rel=1e-5)
     assert tree.drafter_ids.tolist() == [0] + [3] * (len(tree) - 1)
 
 

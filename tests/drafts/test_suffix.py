@@ -66,11 +66,11 @@ def propose(
 
 
 def paths(tree: DraftTree) -> dict[Way, float]:
-    """Tokens on the way to a node, the root left out -> its score."""
+    """Tokens on the way to a node, the root left out -> its path probability."""
     ways: list[Way] = [()]
     for token, parent in zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), strict=True):
         ways.append((*ways[parent], token))
-    return dict(zip(ways, tree.scores.tolist(), strict=True))
+    return dict(zip(ways, tree.path_probs.tolist(), strict=True))
 
 
 def test_the_longest_match_wins() -> None:
@@ -84,10 +84,10 @@ def test_the_most_frequent_continuation_is_the_most_likely() -> None:
     text = [
         x for index, token in enumerate([2] * 5 + [3] * 3 + [4]) for x in (50 + index, 1, token)
     ]
-    scores = paths(propose(drafter(min_probability=0.0), [*text, 99, 1], 30))
-    assert scores[2,] == pytest.approx(5 / 9 * 5 / 6)
-    assert scores[3,] == pytest.approx(3 / 9 * 3 / 4)
-    assert scores[4,] == pytest.approx(1 / 9 * 1 / 2)
+    path_probs = paths(propose(drafter(min_probability=0.0), [*text, 99, 1], 30))
+    assert path_probs[2,] == pytest.approx(5 / 9 * 5 / 6)
+    assert path_probs[3,] == pytest.approx(3 / 9 * 3 / 4)
+    assert path_probs[4,] == pytest.approx(1 / 9 * 1 / 2)
     assert set(paths(propose(drafter(min_probability=0.2), [*text, 99, 1], 30))) >= {(2,), (3,)}
     assert (4,) not in paths(propose(drafter(min_probability=0.2), [*text, 99, 1], 30))
 
@@ -107,8 +107,8 @@ def test_the_tree_is_the_best_of_all_that_can_be_counted(
         patch.setattr(suffix_search, "_ENOUGH", 10_000)  # all of them count
         found = paths(propose(drafter(**options), text, budget))
     expected = counted(text, budget - 1, min_match, min_match + more)
-    for path, score in found.items():
-        assert score == pytest.approx(expected[path], rel=1e-4)
+    for path, path_prob in found.items():
+        assert path_prob == pytest.approx(expected[path], rel=1e-4)
     best = sorted(expected.values(), reverse=True)[:budget]
     assert sorted(found.values(), reverse=True) == pytest.approx(best, rel=1e-4)
 
@@ -124,15 +124,15 @@ def counted(text: list[int], depth: int, min_match: int, max_match: int) -> dict
             matched += 1
         if matched >= min_match:
             followers.append((matched, (text[position:] * (depth + 1))[:depth]))
-    scores: dict[Way, float] = {(): 1.0}
+    path_probs: dict[Way, float] = {(): 1.0}
     for length in range(1, depth + 1):
         for path in {tuple(after[:length]) for _, after in followers}:
             above = [m for m, after in followers if tuple(after[: length - 1]) == path[:-1]]
             here = [m for m, after in followers if tuple(after[:length]) == path]
-            share = sum(4.0**m for m in here) / sum(4.0**m for m in above)
+            prob = sum(4.0**m for m in here) / sum(4.0**m for m in above)
             seen = sum(m + length - 1 for m in here)
-            scores[path] = scores[path[:-1]] * share * seen / (seen + 1)
-    return scores
+            path_probs[path] = path_probs[path[:-1]] * prob * seen / (seen + 1)
+    return path_probs
 
 
 def test_a_repetition_goes_on_beyond_the_text() -> None:

@@ -210,7 +210,7 @@ def test_a_tree_of_one_pass_has_the_most_likely_tokens(shape: Shape, build: str)
         best = scores.softmax(0).topk(5)
         assert grown.tokens == [8, *best.indices.tolist()]
         assert grown.parents == [-1, 0, 0, 0, 0, 0]
-        np.testing.assert_allclose(grown.scores[1:], best.values, rtol=1e-4)
+        np.testing.assert_allclose(grown.path_probs[1:], best.values, rtol=1e-4)
 
 
 def test_trees_grow_beside_others_as_alone(build: str) -> None:

@@ -44,7 +44,7 @@ class _GrowShape(ctypes.Structure):
         ("branching", _SIZE),
         ("beam", _SIZE),
         ("max_depth", _SIZE),
-        ("min_score", ctypes.c_double),
+        ("min_probability", ctypes.c_double),
     ]
 
 
@@ -68,7 +68,7 @@ class _Growing(ctypes.Structure):
         ("num_nodes", _SIZE),
         ("tokens", _ADDRESS),
         ("parents", _ADDRESS),
-        ("scores", _ADDRESS),
+        ("path_probs", _ADDRESS),
     ]
 
 
@@ -81,8 +81,8 @@ class _Output:
 
     def __init__(self) -> None:
         self.tokens, self.parents = (_SIZE * _MAX_NODES)(), (_SIZE * _MAX_NODES)()
-        self.scores = (ctypes.c_double * _MAX_NODES)()
-        parts = (self.tokens, self.parents, self.scores)
+        self.path_probs = (ctypes.c_double * _MAX_NODES)()
+        parts = (self.tokens, self.parents, self.path_probs)
         self.addresses = tuple(ctypes.addressof(part) for part in parts)
 
 
@@ -138,7 +138,7 @@ class CpuDraftHead:
         """See `PackedDraftHead.grow`."""
         if self._shape is None or self._shape[0] != shape:
             assert 1 <= shape.branching <= MAX_BRANCHING, "branching is out of range"
-            of_shape = (shape.branching, shape.beam, shape.max_depth, shape.min_score)
+            of_shape = (shape.branching, shape.beam, shape.max_depth, shape.min_probability)
             self._shape = shape, _GrowShape(*of_shape)
         if self._cache is None or self._cache[0] is not kv:
             view = CacheView.of(kv)
@@ -161,7 +161,7 @@ class CpuDraftHead:
             Grown(
                 output.tokens[: task.num_nodes],
                 output.parents[: task.num_nodes],
-                output.scores[: task.num_nodes],
+                output.path_probs[: task.num_nodes],
                 task.num_passes,
             )
             for task, output in zip(tasks, self._outputs, strict=False)

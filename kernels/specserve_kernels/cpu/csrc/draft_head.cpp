@@ -13,7 +13,7 @@ namespace {
 struct Node {
     int64_t token;
     int64_t parent;  // index among the expanded nodes, -1 for the root
-    double score;    // path probability
+    double path_prob;
     int64_t depth;
     uint64_t word;  // ancestors among the expanded nodes
 };
@@ -41,10 +41,10 @@ class Tree {
         rows_.insert(rows_.end(), rows, rows + num_fresh() * hidden_size_);
     }
 
-    void add(int64_t node, int64_t token, double share) {
-        if (share <= 0.0) return;
+    void add(int64_t node, int64_t token, double prob) {
+        if (prob <= 0.0) return;
         const Node& parent = nodes[node];
-        pool_.push_back({token, node, parent.score * share, parent.depth + 1, parent.word});
+        pool_.push_back({token, node, parent.path_prob * prob, parent.depth + 1, parent.word});
     }
 
     // Selects the best candidates to be expanded in the next forward pass. One node of the budget
@@ -55,7 +55,7 @@ class Tree {
         const int64_t room = std::min(shape.beam, task.budget - 1 - num_done);
         for (int64_t i = 0; i < room; ++i) {
             const int64_t at = best_candidate(shape.max_depth);
-            if (at < 0 || pool_[at].score < shape.min_score) return;
+            if (at < 0 || pool_[at].path_prob < shape.min_probability) return;
             nodes.push_back(pool_[at]);
             nodes.back().word |= uint64_t(1) << (nodes.size() - 1);
             pool_.erase(pool_.begin() + at);
@@ -74,7 +74,7 @@ class Tree {
         for (int64_t i = 0; i < task.num_nodes; ++i) {
             task.tokens[i] = nodes[i].token;
             task.parents[i] = nodes[i].parent;
-            task.scores[i] = nodes[i].score;
+            task.path_probs[i] = nodes[i].path_prob;
         }
     }
 
@@ -87,7 +87,8 @@ class Tree {
     int64_t best_candidate(int64_t max_depth) const {
         int64_t best = -1;
         for (int64_t i = 0; i < int64_t(pool_.size()); ++i)
-            if (pool_[i].depth < max_depth && (best < 0 || pool_[i].score > pool_[best].score))
+            if (pool_[i].depth < max_depth &&
+                (best < 0 || pool_[i].path_prob > pool_[best].path_prob))
                 best = i;
         return best;
     }

@@ -26,7 +26,7 @@ struct GrowShape {
     int64_t branching;  // candidates kept per expanded node, at most kMaxCandidates
     int64_t beam;       // nodes of a tree expanded per forward pass
     int64_t max_depth;  // only nodes of a smaller depth are expanded; the root has 0
-    double min_score;   // nodes with a lower path probability are not expanded
+    double min_probability;  // nodes with a lower path probability are not expanded
 };
 
 // One tree to expand. Candidates are ranked by log q at temperature 0, else by log q / T + g.
@@ -50,7 +50,7 @@ struct Growing {
     int64_t num_nodes;
     int64_t* tokens;   // [budget]
     int64_t* parents;  // [budget], -1 for the root
-    double* scores;    // [budget] path probabilities
+    double* path_probs;  // [budget]
 };
 
 struct DraftCache {

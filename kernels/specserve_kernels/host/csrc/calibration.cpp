@@ -60,7 +60,7 @@ std::vector<Calibration::Key> Calibration::keys(const TreeView& tree, bool noisy
     for (int node = 1; node < tree.size; ++node) {
         depths[node] = depths[tree.parents[node]] + 1;
         const int depth = std::min(depths[node], numbers_.max_depth);
-        const int step = int(std::nearbyint(20 * tree.share(node)));
+        const int step = int(std::nearbyint(20 * tree.acceptance_prob(node)));
         keys[node] = {tree.drafter_ids[node], (depth * kSteps + step) * 2 + noisy};
     }
     return keys;
@@ -72,21 +72,21 @@ Counts& Calibration::at(Table& table, const Key& key) const {
     return rows[key.row];
 }
 
-Calibration::United Calibration::united(
+Calibration::MergedTree Calibration::merge(
     const std::string& id, bool noisy, const std::vector<TreeView>& trees) {
     Table& own = own_[id];
     const double weight = numbers_.guess_weight;
-    United all{Tree(trees[0].tokens[0]), {1.0}, {0}, {0}};
-    std::vector<uint32_t> under{0};  // per node, drafters that proposed a child of it
+    MergedTree all{Tree(trees[0].tokens[0]), {1.0}, {0}, {0}};
+    std::vector<uint32_t> child_drafters{0};  // per node, drafters that proposed a child of it
     for (const TreeView& tree : trees) {
         const std::vector<Key> keys = this->keys(tree, noisy);
         std::vector<int> place(tree.size, 0);
         for (int node = 1; node < tree.size; ++node) {
             const Key& key = keys[node];
-            const double claim =
-                claims_[key.drafter_id].rate(numbers_.guess_share, weight) * tree.share(node);
+            const double claim = claims_[key.drafter_id].rate(numbers_.guess_share, weight) *
+                                 tree.acceptance_prob(node);
             const double common = at(all_, key).rate(std::min(claim, 1.0), weight);
-            const double share = at(own, key).rate(common, weight);
+            const double prob = at(own, key).rate(common, weight);
             const uint32_t bit = uint32_t(1) << std::min(key.drafter_id, kMaxDrafterBit);
             const int parent = place[tree.parents[node]];
             int& index = place[node];
@@ -94,35 +94,36 @@ Calibration::United Calibration::united(
             if (index < 0) {
                 index = all.tree.size();
                 all.tree.add(tree.tokens[node], parent, 0.0, tree.drafter_ids[node]);
-                all.shares.push_back(share);
+                all.acceptance_probs.push_back(prob);
                 all.proposers.push_back(0);
-                under.push_back(0);
-            } else if (share > all.shares[index]) {
-                all.shares[index] = share;
+                child_drafters.push_back(0);
+            } else if (prob > all.acceptance_probs[index]) {
+                all.acceptance_probs[index] = prob;
                 all.tree.drafter_ids[index] = tree.drafter_ids[node];
             }
             all.proposers[index] |= bit;
-            under[parent] |= bit;
+            child_drafters[parent] |= bit;
         }
     }
     for (int node = 1; node < all.tree.size(); ++node)
-        all.present.push_back(under[all.tree.parents[node]]);
+        all.sibling_drafters.push_back(child_drafters[all.tree.parents[node]]);
     return all;
 }
 
-Counts& Calibration::agreed(const United& united, int node, bool noisy) {
-    const uint64_t who = uint64_t(united.present[node]) << 32 | united.proposers[node];
+Counts& Calibration::agreed(const MergedTree& merged, int node, bool noisy) {
+    const uint64_t who = uint64_t(merged.sibling_drafters[node]) << 32 | merged.proposers[node];
     std::vector<Counts>& rows = agreement_[who];
     if (rows.empty()) rows.resize(kSteps * 2);
-    return rows[int(std::nearbyint(20 * united.shares[node])) * 2 + noisy];
+    return rows[int(std::nearbyint(20 * merged.acceptance_probs[node])) * 2 + noisy];
 }
 
 Tree Calibration::merged(
     const std::string& id, bool noisy, const std::vector<TreeView>& trees, int max_nodes) {
-    United all = united(id, noisy, trees);
+    MergedTree all = merge(id, noisy, trees);
     for (int node = 1; node < all.tree.size(); ++node) {
-        const double share = agreed(all, node, noisy).rate(all.shares[node], numbers_.guess_weight);
-        all.tree.scores[node] = share * all.tree.scores[all.tree.parents[node]];
+        const double prob =
+            agreed(all, node, noisy).rate(all.acceptance_probs[node], numbers_.guess_weight);
+        all.tree.path_probs[node] = prob * all.tree.path_probs[all.tree.parents[node]];
     }
     return pruned(all.tree, max_nodes);
 }
@@ -132,7 +133,7 @@ void Calibration::settle(
     bool noisy,
     const std::vector<TreeView>& trees,
     const std::vector<int32_t>& emitted) {
-    const United all = united(id, noisy, trees);
+    const MergedTree all = merge(id, noisy, trees);
     follow(all.tree.parents.data(), all.tree.tokens.data(), all.tree.size(), emitted,
            [&](int node, bool hit) { agreed(all, node, noisy).add(hit, 1.0, numbers_.memory); });
     Table& own = own_[id];
@@ -140,7 +141,7 @@ void Calibration::settle(
         const std::vector<Key> keys = this->keys(tree, noisy);
         follow(tree.parents, tree.tokens, tree.size, emitted, [&](int node, bool hit) {
             at(all_, keys[node]).add(hit, 1.0, numbers_.memory);
-            claims_[keys[node].drafter_id].add(hit, tree.share(node), numbers_.memory);
+            claims_[keys[node].drafter_id].add(hit, tree.acceptance_prob(node), numbers_.memory);
             at(own, keys[node]).add(hit, 1.0, numbers_.request_memory);
         });
     }

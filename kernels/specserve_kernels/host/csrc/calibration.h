@@ -54,21 +54,21 @@ private:
     // Several trees with the same root as one. Per node: the conditional acceptance probability,
     // the largest among its proposers; the bit set of drafters that proposed it; that of drafters
     // that proposed any child of the same parent.
-    struct United {
+    struct MergedTree {
         Tree tree;
-        std::vector<double> shares;
-        std::vector<uint32_t> proposers, present;
+        std::vector<double> acceptance_probs;
+        std::vector<uint32_t> proposers, sibling_drafters;
     };
 
-    United united(const std::string& id, bool noisy, const std::vector<TreeView>& trees);
-    Counts& agreed(const United& united, int node, bool noisy);
+    MergedTree merge(const std::string& id, bool noisy, const std::vector<TreeView>& trees);
+    Counts& agreed(const MergedTree& merged, int node, bool noisy);
 
     std::vector<Key> keys(const TreeView& tree, bool noisy) const;
     Counts& at(Table& table, const Key& key) const;
 
     CalibrationNumbers numbers_;
     Table all_;
-    // By `present` and `proposers` of a node, then by probability in 1/20 steps and `noisy`.
+    // By `sibling_drafters` and `proposers`, then by probability in 1/20 steps and `noisy`.
     std::unordered_map<uint64_t, std::vector<Counts>> agreement_;
     std::unordered_map<int, Counts> claims_;
     std::unordered_map<std::string, Table> own_;

@@ -35,20 +35,20 @@ py::tuple fields_of(const Tree& tree) {
     return py::make_tuple(
         array_of<int32_t>(tree.tokens),
         array_of<int16_t>(tree.parents),
-        array_of<float>(tree.scores),
+        array_of<float>(tree.path_probs),
         array_of<uint8_t>(tree.drafter_ids));
 }
 
 py::tuple build_tree(
     const std::vector<int32_t>& tokens, const std::vector<int>& parents,
-    const std::vector<double>& scores, uint8_t drafter_id) {
-    if (tokens.empty() || parents.size() != tokens.size() || scores.size() != tokens.size())
+    const std::vector<double>& path_probs, uint8_t drafter_id) {
+    if (tokens.empty() || parents.size() != tokens.size() || path_probs.size() != tokens.size())
         throw std::invalid_argument("build_tree: expected a root, and as much of everything");
     Tree tree(tokens[0]);
     for (size_t node = 1; node < tokens.size(); ++node) {
         if (parents[node] < 0 || parents[node] >= int(node))
             throw std::invalid_argument("build_tree: a node's parent must come before it");
-        tree.add(tokens[node], parents[node], scores[node], drafter_id);
+        tree.add(tokens[node], parents[node], path_probs[node], drafter_id);
     }
     return fields_of(laid_out(tree));
 }
@@ -76,9 +76,9 @@ private:
         const auto* tokens = array<int32_t>(tree, "tokens", -1);
         const py::ssize_t size = kept_.back().size();
         const auto* parents = array<int16_t>(tree, "parents", size);
-        const auto* scores = array<float>(tree, "scores", size);
+        const auto* path_probs = array<float>(tree, "path_probs", size);
         const auto* drafter_ids = array<uint8_t>(tree, "drafter_ids", size);
-        views_.push_back({int(size), tokens, parents, scores, drafter_ids});
+        views_.push_back({int(size), tokens, parents, path_probs, drafter_ids});
     }
 
     std::vector<py::array> kept_;

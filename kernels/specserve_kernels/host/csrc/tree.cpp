@@ -25,9 +25,9 @@ void validate(const TreeView& tree, int vocab_size, int max_nodes) {
     for (int node = 1; node < tree.size; ++node) {
         const int parent = tree.parents[node];
         if (parent < 0 || parent >= node) refuse("a node's parent must come before it");
-        // Written so that a NaN score fails.
-        if (!(0.0f <= tree.scores[node] && tree.scores[node] <= tree.scores[parent]))
-            refuse("a path score must be in [0, its parent's score]");
+        // Written so that a NaN fails.
+        if (!(0.0f <= tree.path_probs[node] && tree.path_probs[node] <= tree.path_probs[parent]))
+            refuse("a path probability must be in [0, its parent's]");
     }
 }
 
@@ -36,7 +36,7 @@ Tree laid_out(const Tree& tree) {
     std::vector<double> capped(size, 1.0);
     std::vector<std::vector<int>> children(size);
     for (int node = 1; node < size; ++node) {
-        capped[node] = std::min(tree.scores[node], capped[tree.parents[node]]);
+        capped[node] = std::min(tree.path_probs[node], capped[tree.parents[node]]);
         children[tree.parents[node]].push_back(node);
     }
     Tree laid(tree.tokens[0]);
@@ -64,7 +64,7 @@ Tree pruned(const Tree& tree, int max_nodes) {
     std::iota(ranked.begin(), ranked.end(), 0);
     // Stable: a child never ranks before its parent.
     std::stable_sort(ranked.begin(), ranked.end(), [&](int a, int b) {
-        return tree.scores[a] > tree.scores[b];
+        return tree.path_probs[a] > tree.path_probs[b];
     });
     ranked.resize(max_nodes);
     std::sort(ranked.begin(), ranked.end());
@@ -76,7 +76,7 @@ Tree pruned(const Tree& tree, int max_nodes) {
         kept.add(
             tree.tokens[node],
             place[tree.parents[node]],
-            tree.scores[node],
+            tree.path_probs[node],
             tree.drafter_ids[node]);
     }
     return laid_out(kept);
@@ -85,27 +85,28 @@ Tree pruned(const Tree& tree, int max_nodes) {
 Tree pruned(const TreeView& view, int max_nodes) {
     Tree tree(view.tokens[0]);
     for (int node = 1; node < view.size; ++node)
-        tree.add(view.tokens[node], view.parents[node], view.scores[node], view.drafter_ids[node]);
+        tree.add(
+            view.tokens[node], view.parents[node], view.path_probs[node], view.drafter_ids[node]);
     return pruned(tree, max_nodes);
 }
 
 std::vector<int> worthwhile(
     const std::vector<TreeView>& trees, const std::vector<double>& seconds) {
     struct Drafted {
-        float score;
+        float path_prob;
         int tree;
     };
     std::vector<Drafted> drafted;
     for (size_t tree = 0; tree < trees.size(); ++tree)
         for (int node = 1; node < trees[tree].size; ++node)
-            drafted.push_back({trees[tree].scores[node], int(tree)});
+            drafted.push_back({trees[tree].path_probs[node], int(tree)});
     std::stable_sort(drafted.begin(), drafted.end(), [](const Drafted& a, const Drafted& b) {
-        return a.score > b.score;
+        return a.path_prob > b.path_prob;
     });
     double expected = double(trees.size()), best_rate = expected / seconds.at(0);
     size_t best = 0;
     for (size_t count = 1; count <= drafted.size(); ++count) {
-        expected += drafted[count - 1].score;
+        expected += drafted[count - 1].path_prob;
         if (expected / seconds.at(count) > best_rate) {
             best = count;
             best_rate = expected / seconds[count];
