@@ -17,7 +17,7 @@ from specserve.read_only import read_only_params
 from specserve.types import Request, SamplingParams, TokenLogprobs
 from specserve_kernels.ops import Kernels
 
-_NUCLEUS_GUESS = 1024  # top tokens to try before sorting the whole vocabulary
+_FIRST_TOPK = 1024  # top tokens in which the nucleus is searched first, before all tokens
 
 
 class SamplingState:
@@ -46,12 +46,13 @@ class SamplingState:
             self._prompt_mask[torch.tensor(request.prompt_ids, device=device)] = True
             self._counts = torch.zeros(vocab_size, dtype=torch.int32, device=device)
 
-        # Whether it has logit adjustments: logit_bias, min_tokens or a penalty.
-        self.shaped = _shapes(params)
+        self.has_logit_adjustments = bool(
+            params.logit_bias or params.min_tokens or params.penalised
+        )
         # Whether `Sampler.process` changes its logits.
-        self.processed = _processes(params)
-        # Whether it is plain greedy: the drawn token is the argmax of the model's logits.
-        self.takes_best = params.greedy and not self.processed
+        self.processed = self.has_logit_adjustments or _scales_or_filters(params)
+        # Whether the drawn token is the argmax of the model's logits.
+        self.plain_greedy = params.greedy and not self.processed
 
     def copy(self) -> "SamplingState":
         """An independent copy, for drafters: changes to it do not affect the original."""
@@ -93,13 +94,7 @@ class SamplingState:
         return self._prompt_mask, self._counted(path) if path else self._counts
 
 
-def _shapes(params: SamplingParams) -> bool:
-    return bool(params.logit_bias or params.min_tokens or params.penalised)
-
-
-def _processes(params: SamplingParams) -> bool:
-    if _shapes(params):
-        return True
+def _scales_or_filters(params: SamplingParams) -> bool:
     filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
     return not params.greedy and (params.temperature != 1.0 or filtered)
 
@@ -143,12 +138,12 @@ class Sampler:
 
         processed: [num_rows, vocab_size] float32. Returns [num_rows] int64.
         """
-        noisy = [not row.state.params.greedy for row in rows]
-        if not any(noisy):
+        sampled = [not row.state.params.greedy for row in rows]
+        if not any(sampled):
             return processed.argmax(dim=-1)
         seeds, positions = self._keys(rows)
         return self._kernels.gumbel_argmax(
-            processed, seeds, positions, torch.tensor(noisy, device=self.device)
+            processed, seeds, positions, torch.tensor(sampled, device=self.device)
         )
 
     def perturb(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -161,8 +156,8 @@ class Sampler:
         seeds, positions = self._keys(rows)
         ids = torch.arange(processed.shape[1], device=self.device).expand(len(rows), -1)
         noise = self._kernels.gumbel_noise(seeds, positions, ids)
-        noisy = torch.tensor([not row.state.params.greedy for row in rows], device=self.device)
-        return processed + noise * noisy[:, None]
+        sampled = torch.tensor([not row.state.params.greedy for row in rows], device=self.device)
+        return processed + noise * sampled[:, None]
 
     def _keys(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         seeds = torch.tensor([row.state.seed for row in rows], device=self.device)
@@ -226,7 +221,7 @@ def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     limit = min(top_k or vocab_size, vocab_size)
     if top_p >= 1.0:
         return logits.topk(limit).values[-1]
-    count = min(limit, _NUCLEUS_GUESS)
+    count = min(limit, _FIRST_TOPK)
     while True:
         ranked = logits.topk(count).values
         total = ranked.logsumexp(0) if count == limit < vocab_size else logits.logsumexp(0)

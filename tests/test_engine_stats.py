@@ -20,7 +20,7 @@ from specserve.types import Request, RequestError, SamplingParams, SpeculationPa
 PROMPTS = [tuple(range(20, 60)), (1, 2, 3, 4) * 5, (1, 2, 3, 4) * 5, (7, 8, 9)]
 
 
-def noisy(index: int, max_tokens: int = 40) -> SamplingParams:
+def sampled(index: int, max_tokens: int = 40) -> SamplingParams:
     return SamplingParams(temperature=0.6, seed=index, max_tokens=max_tokens, ignore_eos=True)
 
 
@@ -39,7 +39,7 @@ def test_kv_numbers_are_those_of_the_block_tables(make_engine: EngineFactory) ->
     engine = make_engine("ngram", kv_slots=192, max_batch_rows=48)
     prefix = tuple(range(32))
     for index in range(8):
-        engine.submit(Request(f"r{index}", (*prefix, index), noisy(index, 80)))
+        engine.submit(Request(f"r{index}", (*prefix, index), sampled(index, 80)))
     num_shared = 0
     while engine.has_work:
         engine.step()
@@ -60,7 +60,7 @@ def test_kv_numbers_are_those_of_the_block_tables(make_engine: EngineFactory) ->
 
 def test_totals_are_the_sum_over_the_requests(tiny_model: str, make_engine: EngineFactory) -> None:
     engine = make_engine(["ngram", str(tiny_model)], max_nodes=6)
-    outputs = run(engine, PROMPTS, [noisy(index) for index in range(4)])
+    outputs = run(engine, PROMPTS, [sampled(index) for index in range(4)])
     total, each = engine.stats(), [own[-1].stats for own in outputs]
     assert total.generation_tokens == sum(len(ids(own)) for own in outputs) == 160
     assert total.num_draft_tokens == sum(s.num_draft_tokens for s in each if s)
@@ -104,7 +104,7 @@ def test_predicted_nodes_count_for_the_prediction(make_engine: EngineFactory) ->
 def test_a_request_chooses_its_drafters(tiny_model: str, make_engine: EngineFactory) -> None:
     engine = make_engine(["ngram", str(tiny_model)])
     only = SpeculationParams(drafters=(Path(tiny_model).name,))
-    outputs = run(engine, [PROMPTS[1]], noisy(1), speculation=only)[0]
+    outputs = run(engine, [PROMPTS[1]], sampled(1), speculation=only)[0]
     assert {each for output in outputs for each in output.drafter_ids} == {0, 2}
     assert engine.stats().drafters[0].num_proposed == 0
 
@@ -120,7 +120,7 @@ def test_a_drafter_that_keeps_failing_is_told_of(
     for number in range(MAX_FAILURES):
         (told,) = engine.stats().drafters
         assert (told.active, told.num_failures) == (True, 2 * number)
-        assert len(ids(run(engine, [PROMPTS[1]], noisy(1))[0])) == 40
+        assert len(ids(run(engine, [PROMPTS[1]], sampled(1))[0])) == 40
     assert not engine.stats().drafters[0].active
 
 
@@ -137,7 +137,7 @@ def test_speculation_that_cannot_be_done_is_refused(
 ) -> None:
     """A token outside the vocabulary would otherwise switch a drafter off for everybody."""
     with pytest.raises(RequestError) as error:
-        make_engine("ngram").submit(Request("bad", (1, 2), noisy(0), speculation))
+        make_engine("ngram").submit(Request("bad", (1, 2), sampled(0), speculation))
     assert error.value.param == field
 
 
@@ -167,8 +167,8 @@ def test_warming_up_leaves_an_engine_as_new(
     engine.check_integrity()
     if not settings:
         assert all(drafted.proposed[1:3]), "every drafter is warmed up"
-        expected = run(make_engine("none"), PROMPTS, noisy(3))
-        assert list(map(ids, run(engine, PROMPTS, noisy(3)))) == list(map(ids, expected))
+        expected = run(make_engine("none"), PROMPTS, sampled(3))
+        assert list(map(ids, run(engine, PROMPTS, sampled(3)))) == list(map(ids, expected))
 
 
 def test_a_model_that_cannot_run_is_found_out(

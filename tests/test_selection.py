@@ -119,8 +119,8 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
     assert rate == pytest.approx(rates.max(), rel=1e-5)
 
 
-def chances(calibration: Calibration, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
-    return list(calibration.merged(seq_id, noisy, [tree], MAX_NODES).acceptance_probs)
+def chances(calibration: Calibration, seq_id: str, sampled: bool, tree: DraftTree) -> list[float]:
+    return list(calibration.merged(seq_id, sampled, [tree], MAX_NODES).acceptance_probs)
 
 
 def test_chances_follow_what_is_emitted_for_all_and_for_the_request() -> None:

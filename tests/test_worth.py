@@ -25,17 +25,17 @@ def asked(
     seconds: float,
     gain: float,
     *,
-    noisy: bool = False,
+    sampled: bool = False,
     promised: float = 1.0,
 ) -> int:
     """Steps of so many in which a drafter that takes and gives so much is asked."""
     count = 0
     for _ in range(steps):
         worth.begin_step()
-        if worth.asks("head", noisy, promised):
+        if worth.asks("head", sampled, promised):
             count += 1
-            worth.took("head", noisy, seconds)
-            worth.judge("head", noisy, promised, gain)
+            worth.took("head", sampled, seconds)
+            worth.judge("head", sampled, promised, gain)
         worth.end_step(STEP, 2)
     return count
 
@@ -68,7 +68,7 @@ def test_following_the_text_is_part_of_the_price() -> None:
 def test_sampled_requests_are_judged_apart() -> None:
     worth = Worth()
     assert asked(worth, 200, 0.0005, 0.0) < 200
-    assert asked(worth, 200, 0.0005, 0.5, noisy=True) == 200
+    assert asked(worth, 200, 0.0005, 0.5, sampled=True) == 200
 
 
 def test_trees_that_promise_much_are_judged_apart() -> None:

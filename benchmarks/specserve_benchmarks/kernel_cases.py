@@ -117,13 +117,13 @@ def commit_case(
 def argmax_case(kernels: Kernels, shape: ModelShape, device: torch.device, num_rows: int) -> Case:
     """Draw a token with Gumbel noise for every row; bytes: the logits."""
     inputs = sampler_inputs(num_rows, shape.vocab_size, device)
-    noisy = torch.ones_like(inputs.noisy)
+    sampled = torch.ones_like(inputs.sampled)
     return Case(
         "gumbel_argmax",
         num_rows,
         None,
         inputs.logits.nbytes,
-        lambda: kernels.gumbel_argmax(inputs.logits, inputs.seeds, inputs.positions, noisy),
+        lambda: kernels.gumbel_argmax(inputs.logits, inputs.seeds, inputs.positions, sampled),
     )
 
 

@@ -188,7 +188,8 @@ class EagleDrafter:
         for one in asked:
             if one is not None:
                 # The kernel does not support logit adjustments such as bias and penalties.
-                (at_once if packed and not one.state.shaped else by_passes).append(one)
+                fused = packed and not one.state.has_logit_adjustments
+                (at_once if fused else by_passes).append(one)
         trees = self._grow_at_once(at_once) | self._grow_by_passes(by_passes)
         for one in (*at_once, *by_passes):
             one.track.settle(1)  # the root's draft KV is final: it is from the target's own state
@@ -328,7 +329,7 @@ class EagleDrafter:
     def _rank(self, growing: Sequence[Growth], logits: Tensor) -> None:
         """Add candidates of the fresh nodes; logits: [num_fresh, draft_vocab_size]."""
         branching, ids = min(self._options.branching, logits.shape[1]), self._token_ids
-        if all(growth.state.takes_best for growth in growing):
+        if all(growth.state.plain_greedy for growth in growing):
             log_probs, best = logits.log_softmax(-1).topk(branching)
             tokens = best if ids is None else ids[best]
         else:

@@ -159,7 +159,7 @@ class SamplerInputs:
     logits: Tensor  # [num_rows, vocab_size] float32
     seeds: Tensor  # [num_rows] int64
     positions: Tensor  # [num_rows] int64
-    noisy: Tensor  # [num_rows] bool
+    sampled: Tensor  # [num_rows] bool
     prompt_mask: Tensor  # [num_rows, vocab_size] bool
     counts: Tensor  # [num_rows, vocab_size] int32
     repetition: Tensor  # [num_rows] float32

@@ -134,7 +134,7 @@ class Kernels(Protocol):
         logits: Tensor,  # [num_rows, vocab_size] float32, -inf: token excluded
         seeds: Tensor,  # [num_rows] int64
         positions: Tensor,  # [num_rows] int64
-        noisy: Tensor,  # [num_rows] bool, False: plain argmax
+        sampled: Tensor,  # [num_rows] bool, False: plain argmax
     ) -> Tensor:  # [num_rows] int64
         """argmax(logits + gumbel_noise) over the vocabulary; the lowest id wins a tie."""
         ...

@@ -49,7 +49,7 @@ class _Counts:
 class Calibration:
     """The same for every drafter; a request's own record outweighs that of all once it is long.
 
-    `noisy` requests sample. Compiled where it is built, see `specserve_kernels.host`.
+    `sampled`: temperature > 0. Compiled where it is built, see `specserve_kernels.host`.
     """
 
     def __init__(self) -> None:
@@ -72,13 +72,13 @@ class Calibration:
         )
 
     def merged(
-        self, seq_id: str, noisy: bool, trees: Sequence[DraftTree], max_nodes: int
+        self, seq_id: str, sampled: bool, trees: Sequence[DraftTree], max_nodes: int
     ) -> DraftTree:
         """One tree of proposals with the same root; its path probabilities are calibrated."""
         if self._native is not None:
-            return DraftTree(*self._native.merged(seq_id, noisy, trees, max_nodes))
-        merged = self._merge(seq_id, noisy, trees)
-        keys = _agreements(merged, noisy)
+            return DraftTree(*self._native.merged(seq_id, sampled, trees, max_nodes))
+        merged = self._merge(seq_id, sampled, trees)
+        keys = _agreements(merged, sampled)
         agreed = (
             self._agreement[key].rate(prob)
             for key, prob in zip(keys, merged.acceptance_probs[1:], strict=True)
@@ -86,37 +86,37 @@ class Calibration:
         return merged.tree([1.0, *agreed], max_nodes)
 
     def settle(
-        self, seq_id: str, noisy: bool, trees: Sequence[DraftTree], emitted: Sequence[int]
+        self, seq_id: str, sampled: bool, trees: Sequence[DraftTree], emitted: Sequence[int]
     ) -> None:
         """Count the nodes of proposals whose parents were emitted."""
         if self._native is not None:
-            self._native.settle(seq_id, noisy, trees, emitted)
+            self._native.settle(seq_id, sampled, trees, emitted)
             return
-        merged = self._merge(seq_id, noisy, trees)
-        keys = _agreements(merged, noisy)
+        merged = self._merge(seq_id, sampled, trees)
+        keys = _agreements(merged, sampled)
         for node, hit in _followed(merged.tokens, merged.parents, emitted):
             self._agreement[keys[node - 1]].add(hit, 1.0, _MEMORY)
         for tree in trees:
-            self._settle(seq_id, noisy, tree, emitted)
+            self._settle(seq_id, sampled, tree, emitted)
 
     def forget(self, seq_id: str) -> None:
         self._own.pop(seq_id, None)
         if self._native is not None:
             self._native.forget(seq_id)
 
-    def _acceptance_probs(self, seq_id: str, noisy: bool, tree: DraftTree) -> list[float]:
+    def _acceptance_probs(self, seq_id: str, sampled: bool, tree: DraftTree) -> list[float]:
         """Per node, how likely it comes true once its parent has; 1 for the root."""
         own, probs = self._own[seq_id], [1.0]
-        for key, prob in _keys(noisy, tree):
+        for key, prob in _keys(sampled, tree):
             guess = self._claims[key[0]].rate(_GUESS_SHARE) * prob
             probs.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
         return probs
 
-    def _merge(self, seq_id: str, noisy: bool, trees: Sequence[DraftTree]) -> MergedTree:
-        return merge_trees(trees, [self._acceptance_probs(seq_id, noisy, tree) for tree in trees])
+    def _merge(self, seq_id: str, sampled: bool, trees: Sequence[DraftTree]) -> MergedTree:
+        return merge_trees(trees, [self._acceptance_probs(seq_id, sampled, tree) for tree in trees])
 
-    def _settle(self, seq_id: str, noisy: bool, tree: DraftTree, emitted: Sequence[int]) -> None:
-        own, keys = self._own[seq_id], _keys(noisy, tree)
+    def _settle(self, seq_id: str, sampled: bool, tree: DraftTree, emitted: Sequence[int]) -> None:
+        own, keys = self._own[seq_id], _keys(sampled, tree)
         for node, hit in _followed(tree.tokens.tolist(), tree.parents.tolist(), emitted):
             key, prob = keys[node - 1]
             self._all[key].add(hit, 1.0, _MEMORY)
@@ -141,19 +141,19 @@ def _followed(
         at = following
 
 
-def _agreements(merged: MergedTree, noisy: bool) -> list[_Agreement]:
+def _agreements(merged: MergedTree, sampled: bool) -> list[_Agreement]:
     """Of every node but the root."""
     nodes = zip(
         merged.proposers[1:], merged.sibling_drafters[1:], merged.acceptance_probs[1:], strict=True
     )
-    return [(who, beside, round(20 * prob), noisy) for who, beside, prob in nodes]
+    return [(who, beside, round(20 * prob), sampled) for who, beside, prob in nodes]
 
 
-def _keys(noisy: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
+def _keys(sampled: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
     """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
     nodes = zip(tree.drafter_ids.tolist(), tree.depths, tree.acceptance_probs, strict=True)
     next(nodes)
     return [
-        ((drafter_id, min(depth, _MAX_DEPTH), round(20 * prob), noisy), prob)
+        ((drafter_id, min(depth, _MAX_DEPTH), round(20 * prob), sampled), prob)
         for drafter_id, depth, prob in nodes
     ]

@@ -107,11 +107,11 @@ class ComposedDrafter:
             return True
         if name in self._left_out_of(seq):
             return False
-        if not worth.is_dear(name, noisy := not seq.greedy):
+        if not worth.is_dear(name, sampled := not seq.greedy):
             return True
         before = self._merged(one)
         promised = float(before.path_probs.sum())
-        if not worth.asks(name, noisy, promised):
+        if not worth.asks(name, sampled, promised):
             return False
         one.judged.append((name, promised, before))
         return True
@@ -138,7 +138,7 @@ class ComposedDrafter:
                 paused = [
                     name
                     for name in self._followers
-                    if not self._worth.follows(name, noisy=not seq.greedy)
+                    if not self._worth.follows(name, sampled=not seq.greedy)
                 ]
             out = self._left_out[seq.id] = frozenset(paused)
         return out
@@ -167,8 +167,8 @@ class ComposedDrafter:
                 self._tell(name, feedback)
                 if self._worth is not None:
                     seconds = (time.perf_counter() - started) / len(seqs)
-                    for noisy in {not seq.greedy for seq in seqs}:
-                        self._worth.followed(name, noisy, seconds)
+                    for sampled in {not seq.greedy for seq in seqs}:
+                        self._worth.followed(name, sampled, seconds)
         if (
             self._worth is not None
             and verified
@@ -212,8 +212,8 @@ class ComposedDrafter:
                     one.propose(tree)
             if self._worth is not None:
                 seconds = (time.perf_counter() - started) / len(seqs)
-                for noisy in {not seq.greedy for seq in seqs}:
-                    self._worth.took(name, noisy, seconds)
+                for sampled in {not seq.greedy for seq in seqs}:
+                    self._worth.took(name, sampled, seconds)
 
         self._failures.call(name, "propose", tuple(asked), ask)
 

@@ -70,33 +70,33 @@ class Worth:
                 if record.pause:
                     record.pause -= 1
 
-    def is_dear(self, name: str, noisy: bool) -> bool:
+    def is_dear(self, name: str, sampled: bool) -> bool:
         """Whether what it takes matters. Not before it was asked once."""
-        return self._known[name, noisy].seconds.value > _CHEAP * self._step.value
+        return self._known[name, sampled].seconds.value > _CHEAP * self._step.value
 
-    def asks(self, name: str, noisy: bool, promised: float) -> bool:
+    def asks(self, name: str, sampled: bool, promised: float) -> bool:
         """Whether a drafter is asked. `promised`: tokens of a pass over the others' tree."""
-        return not self._known[name, noisy].at(promised).pause
+        return not self._known[name, sampled].at(promised).pause
 
-    def follows(self, name: str, noisy: bool) -> bool:
+    def follows(self, name: str, sampled: bool) -> bool:
         """Whether it is asked at all, for some trees of the others."""
-        return not all(record.pause for record in self._known[name, noisy].levels)
+        return not all(record.pause for record in self._known[name, sampled].levels)
 
     def end_step(self, seconds: float, num_tokens: int) -> None:
         self._step.add(seconds)
         self._tokens.add(num_tokens)
 
-    def took(self, name: str, noisy: bool, seconds: float) -> None:
+    def took(self, name: str, sampled: bool, seconds: float) -> None:
         """Drafting for one sequence."""
-        self._known[name, noisy].seconds.add(seconds)
+        self._known[name, sampled].seconds.add(seconds)
 
-    def followed(self, name: str, noisy: bool, seconds: float) -> None:
+    def followed(self, name: str, sampled: bool, seconds: float) -> None:
         """Taking in what a pass brought for one sequence."""
-        self._known[name, noisy].following.add(seconds)
+        self._known[name, sampled].following.add(seconds)
 
-    def judge(self, name: str, noisy: bool, promised: float, gain: float) -> None:
+    def judge(self, name: str, sampled: bool, promised: float, gain: float) -> None:
         """It was asked, and so many more tokens were emitted for what it proposed."""
-        known = self._known[name, noisy]
+        known = self._known[name, sampled]
         record = known.at(promised)
         record.gain.add(gain)
         if record.gain.count < _GLANCE or not self._step.value:

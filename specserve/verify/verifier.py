@@ -64,7 +64,7 @@ class Verifier:
         if out.topk is not None:
             best = out.topk.cpu().numpy()[:, 0].tolist()
             for walk, state, entry, first in zip(walks, states, entries, first_rows, strict=False):
-                while state.takes_best and walk.node is not None:
+                while state.plain_greedy and walk.node is not None:
                     at = first + walk.node
                     drawn = best[at] if best[at] >= 0 else _NOT_NUMBERS
                     self._emit(walk, entry.seq, drawn, out.logits, at)

@@ -29,7 +29,7 @@ from specserve_drafts.eagle import EagleDrafter
 from specserve_kernels.dispatch import select_kernels
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)
-NOISY = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
 PROMPTS = [(1, 2, 3, 4, 1, 2, 3, 4, 1, 2), tuple((11 * i) % 90 for i in range(150)), (7,)]
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def check(head: Written, model: Model, seen: list[Looked], *, every: int = 1) ->
         torch.testing.assert_close(look.logits, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, NOISY], ids=["greedy", "noisy"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_logits_are_those_of_the_definition(
     head: Written, sampling: SamplingParams, tiny_model: Path, make_engine: EngineFactory
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_quantised_target_lends_what_it_has(
     model = engine.runner._model
     assert isinstance(model, PackedLlama)
     seen = watched(engine)
-    run(engine, PROMPTS, NOISY)
+    run(engine, PROMPTS, SAMPLED)
     check(one_head, model, seen, every=3)
 
 
@@ -329,11 +329,11 @@ def watched_growth(engine: Engine) -> list[Grew]:
     "sampling",
     [
         GREEDY,
-        NOISY,
-        msgspec.structs.replace(NOISY, temperature=0.6, top_k=20),
-        msgspec.structs.replace(NOISY, temperature=0.3, top_p=0.7, min_p=0.02),
+        SAMPLED,
+        msgspec.structs.replace(SAMPLED, temperature=0.6, top_k=20),
+        msgspec.structs.replace(SAMPLED, temperature=0.3, top_p=0.7, min_p=0.02),
     ],
-    ids=["greedy", "noisy", "top-k", "top-p"],
+    ids=["greedy", "sampled", "top-k", "top-p"],
 )
 def test_packed_heads_grow_the_same_trees_at_once(
     layout: str, sampling: SamplingParams, tmp_path: Path, make_engine: EngineFactory
@@ -366,8 +366,8 @@ def test_requests_that_shape_their_logits_grow_by_passes(
     head = write_eagle(tmp_path / "head", "speculators", inner=64)
     engine = make_engine(str(head.path), target=target, max_nodes=6, quantization="int8")
     at_once, looked = watched_growth(engine), watched(engine)
-    shaped = msgspec.structs.replace(GREEDY, repetition_penalty=1.3)
-    run(engine, PROMPTS[:1], shaped)
+    penalised = msgspec.structs.replace(GREEDY, repetition_penalty=1.3)
+    run(engine, PROMPTS[:1], penalised)
     assert looked
     assert not at_once
     run(engine, PROMPTS[:1], GREEDY)
@@ -388,6 +388,6 @@ def test_static_trees_have_one_shape(
         return trees
 
     drafter.propose = noted  # type: ignore[method-assign]
-    for params in (GREEDY, NOISY):
+    for params in (GREEDY, SAMPLED):
         run(engine, PROMPTS, params)
     assert (len(shapes) == 1) == static, shapes

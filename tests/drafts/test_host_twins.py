@@ -72,12 +72,14 @@ Step = tuple[str, bool, list[DraftTree], list[int], int]
 )
 def test_calibrated_trees(steps: list[Step]) -> None:
     compiled, python = both(Calibration)
-    for seq_id, noisy, proposed, emitted, budget in steps:
-        ours, theirs = (each.merged(seq_id, noisy, proposed, budget) for each in (compiled, python))
+    for seq_id, sampled, proposed, emitted, budget in steps:
+        ours, theirs = (
+            each.merged(seq_id, sampled, proposed, budget) for each in (compiled, python)
+        )
         assert_same(ours, theirs)
         ours.validate(6, budget)
         for each in (compiled, python):
-            each.settle(seq_id, noisy, proposed, emitted)
+            each.settle(seq_id, sampled, proposed, emitted)
             if emitted[0] == 0:
                 each.forget(seq_id)
 

@@ -27,7 +27,7 @@ from specserve_drafts.medusa import MedusaDrafter, product_tree
 from specserve_kernels.dispatch import select_kernels
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)
-NOISY = SamplingParams(temperature=0.8, max_tokens=24, seed=7, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, max_tokens=24, seed=7, ignore_eos=True)
 PENALISED = SamplingParams(
     temperature=1.0, top_k=30, frequency_penalty=0.4, max_tokens=24, seed=3, ignore_eos=True
 )
@@ -93,7 +93,7 @@ def last_row(model: Model, tokens: tuple[int, ...]) -> Tensor:
     return model.final_norm(out.taps[len(tokens) - 1 : len(tokens)])[0]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, NOISY], ids=["greedy", "noisy"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_logits_are_those_of_the_definition(
     heads: Medusa, sampling: SamplingParams, target: Model, make_engine: EngineFactory
 ) -> None:
@@ -110,7 +110,9 @@ def test_logits_are_those_of_the_definition(
         torch.testing.assert_close(seen, plain[: len(seen)], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, NOISY, PENALISED], ids=["greedy", "noisy", "penal"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penal"]
+)
 def test_trees_are_of_the_tokens_that_the_noise_favours(
     heads: Medusa, sampling: SamplingParams, target: Model, make_engine: EngineFactory
 ) -> None:

@@ -15,7 +15,7 @@ SPLIT = {"BLOCK_SIZE": 16, "BLOCK_N": 32, "TREE_N": 16, "SPLIT": 256}
 POINTERS = {
     "*i32": "work merges segments tables ids counts",
     "*i64": "words slots src dst seeds positions token_ids best rows",
-    "*i1": "noisy prompt_mask",
+    "*i1": "sampled prompt_mask",
     "*fp32": "partial_out partial_stats tops noise logits repetition frequency presence "
     "p mass log_p weights loss accepted",
     "fp32": "scale eta",

@@ -80,15 +80,15 @@ def test_noise_of_a_token_does_not_depend_on_who_asks(kernels: Kernels, vocab_si
 def test_argmax_uses_the_same_noise_and_the_lowest_id(kernels: Kernels, vocab_size: int) -> None:
     inputs = sampler_inputs(23, vocab_size, CPU)
     arguments = (inputs.seeds, inputs.positions)
-    best = kernels.gumbel_argmax(inputs.logits, *arguments, inputs.noisy)
+    best = kernels.gumbel_argmax(inputs.logits, *arguments, inputs.sampled)
     noise = kernels.gumbel_noise(*arguments, torch.arange(vocab_size).expand(23, -1))
-    scores = torch.where(inputs.noisy[:, None], inputs.logits + noise, inputs.logits)
+    scores = torch.where(inputs.sampled[:, None], inputs.logits + noise, inputs.logits)
     assert best.tolist() == [int(np.argmax(row)) for row in scores.numpy()]
     assert bool(inputs.logits.gather(1, best[:, None]).isfinite().all())
     for row in range(0, 23, 5):
         only = slice(row, row + 1)
         alone = kernels.gumbel_argmax(
-            inputs.logits[only], inputs.seeds[only], inputs.positions[only], inputs.noisy[only]
+            inputs.logits[only], inputs.seeds[only], inputs.positions[only], inputs.sampled[only]
         )
         assert torch.equal(alone, best[only])
 
@@ -106,14 +106,14 @@ def test_native_draws_are_those_of_the_twin(
     seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
     positions = torch.arange(num_rows) << 29
     every_id = torch.arange(vocab_size).expand(num_rows, -1)
-    noisy = torch.arange(num_rows) % 5 != 0
+    sampled = torch.arange(num_rows) % 5 != 0
     # float64 logarithms of two libraries: at most a last bit of float32 apart.
     noise = kernels.gumbel_noise(seeds, positions, every_id)
     torch.testing.assert_close(
         noise, TWIN.gumbel_noise(seeds, positions, every_id), rtol=1.2e-7, atol=0
     )
-    drawn = kernels.gumbel_argmax(logits, seeds, positions, noisy)
-    assert torch.equal(drawn, TWIN.gumbel_argmax(logits, seeds, positions, noisy))
+    drawn = kernels.gumbel_argmax(logits, seeds, positions, sampled)
+    assert torch.equal(drawn, TWIN.gumbel_argmax(logits, seeds, positions, sampled))
 
 
 @each_native

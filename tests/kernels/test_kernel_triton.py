@@ -119,8 +119,8 @@ def test_gumbel(num_rows: int, vocab_size: int) -> None:
     ids = torch.arange(vocab_size, device=DEVICE).flip(0).expand(num_rows, -1)
     noise = KERNELS.gumbel_noise(*keys, ids)
     torch.testing.assert_close(noise, TWIN.gumbel_noise(*keys, ids), rtol=2e-7, atol=1e-7)
-    best = KERNELS.gumbel_argmax(inputs.logits, *keys, inputs.noisy)
-    assert torch.equal(best, TWIN.gumbel_argmax(inputs.logits, *keys, inputs.noisy))
+    best = KERNELS.gumbel_argmax(inputs.logits, *keys, inputs.sampled)
+    assert torch.equal(best, TWIN.gumbel_argmax(inputs.logits, *keys, inputs.sampled))
 
 
 def test_penalties() -> None:

@@ -28,24 +28,24 @@ def gumbel_noise(
 
 
 def gumbel_argmax(
-    library: ctypes.CDLL, logits: Tensor, seeds: Tensor, positions: Tensor, noisy: Tensor
+    library: ctypes.CDLL, logits: Tensor, seeds: Tensor, positions: Tensor, sampled: Tensor
 ) -> Tensor:
     """int64 [num_rows]; see `Kernels.gumbel_argmax`."""
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    seeds, positions, noisy = (x.contiguous() for x in (seeds, positions, noisy))
+    seeds, positions, sampled = (x.contiguous() for x in (seeds, positions, sampled))
     num_rows, vocab_size = logits.shape
     _check(seeds, positions, num_rows)
     assert logits.dtype == torch.float32, f"logits are float32, not {logits.dtype}"
-    assert noisy.dtype == torch.bool, f"noisy is bool, not {noisy.dtype}"
-    assert len(noisy) == num_rows, f"{len(noisy)} noisy for {num_rows} rows"
+    assert sampled.dtype == torch.bool, f"sampled is bool, not {sampled.dtype}"
+    assert len(sampled) == num_rows, f"{len(sampled)} sampled for {num_rows} rows"
     tokens = torch.empty(num_rows, dtype=torch.int64)
     library.specserve_gumbel_argmax(
         logits.data_ptr(),
         logits.stride(0),
         seeds.data_ptr(),
         positions.data_ptr(),
-        noisy.data_ptr(),
+        sampled.data_ptr(),
         num_rows,
         vocab_size,
         tokens.data_ptr(),

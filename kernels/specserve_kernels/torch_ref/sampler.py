@@ -38,12 +38,12 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     return gumbel_of_words(chosen.to(torch.float64))
 
 
-def gumbel_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, noisy: Tensor) -> Tensor:
+def gumbel_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, sampled: Tensor) -> Tensor:
     """argmax(logits + noise), int64 [num_rows]; see `Kernels.gumbel_argmax`."""
     best = logits.argmax(dim=-1)
-    noisy_rows = noisy.nonzero().flatten()
-    for start in range(0, len(noisy_rows), _ROWS_AT_ONCE):
-        rows = noisy_rows[start : start + _ROWS_AT_ONCE]
+    sampled_rows = sampled.nonzero().flatten()
+    for start in range(0, len(sampled_rows), _ROWS_AT_ONCE):
+        rows = sampled_rows[start : start + _ROWS_AT_ONCE]
         noise = _vocabulary_noise(seeds[rows], positions[rows], logits.shape[1])
         best[rows] = noise.add_(logits[rows]).argmax(dim=-1)
     return best

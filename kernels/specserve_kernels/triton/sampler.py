@@ -27,7 +27,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     return noise
 
 
-def gumbel_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, noisy: Tensor) -> Tensor:
+def gumbel_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, sampled: Tensor) -> Tensor:
     """argmax(logits + noise), int64 [num_rows]; see `Kernels.gumbel_argmax`."""
     num_rows, vocab_size = logits.shape
     logits = logits.contiguous()
@@ -40,7 +40,7 @@ def gumbel_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, noisy: Tenso
             logits,
             seeds,
             positions,
-            noisy,
+            sampled,
             tops,
             ids,
             vocab_size,
@@ -122,7 +122,7 @@ def block_argmax(
     logits: tl.tensor,  # [rows, vocab_size] float32
     seeds: tl.tensor,  # [rows] int64
     positions: tl.tensor,  # [rows] int64
-    noisy: tl.tensor,  # [rows] bool
+    sampled: tl.tensor,  # [rows] bool
     tops: tl.tensor,  # [rows, num_blocks] float32
     ids: tl.tensor,  # [rows, num_blocks] int32
     vocab_size: int,
@@ -138,7 +138,7 @@ def block_argmax(
     value1 = tl.load(source + counter * 4 + 1, mask=counter * 4 + 1 < vocab_size, other=low)
     value2 = tl.load(source + counter * 4 + 2, mask=counter * 4 + 2 < vocab_size, other=low)
     value3 = tl.load(source + counter * 4 + 3, mask=counter * 4 + 3 < vocab_size, other=low)
-    if tl.load(noisy + row):
+    if tl.load(sampled + row):
         word0, word1, word2, word3 = _words(seeds, positions, row, counter)
         value0 += _gumbel(word0)
         value1 += _gumbel(word1)

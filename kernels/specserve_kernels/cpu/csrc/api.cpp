@@ -119,16 +119,16 @@ void specserve_gumbel_noise(const int64_t* seeds, const int64_t* positions,
     }
 }
 
-// tokens [num_rows]; logits [num_rows][vocab_size], rows `stride` floats apart; noisy [num_rows],
+// tokens [num_rows]; logits [num_rows][vocab_size], rows `stride` floats apart; sampled [num_rows],
 // 0: argmax without noise.
 void specserve_gumbel_argmax(const float* logits, int64_t stride, const int64_t* seeds,
-                             const int64_t* positions, const uint8_t* noisy, int64_t num_rows,
+                             const int64_t* positions, const uint8_t* sampled, int64_t num_rows,
                              int64_t vocab_size, int64_t* tokens, int32_t num_threads) {
 #pragma omp parallel for num_threads(num_threads) if (num_rows > 1) schedule(dynamic, 1)
     for (int64_t row = 0; row < num_rows; ++row) {
         const float* of_row = logits + row * stride;
         const specserve::Key key{uint64_t(seeds[row]), uint64_t(positions[row])};
-        tokens[row] = noisy[row] ? specserve::gumbel_argmax(key, of_row, vocab_size)
+        tokens[row] = sampled[row] ? specserve::gumbel_argmax(key, of_row, vocab_size)
                                  : std::max_element(of_row, of_row + vocab_size) - of_row;
     }
 }

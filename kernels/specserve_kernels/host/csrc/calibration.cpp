@@ -54,14 +54,14 @@ double Counts::rate(double guess, double guess_weight) const {
     return (hits + guess_weight * guess) / (visits + guess_weight);
 }
 
-std::vector<Calibration::Key> Calibration::keys(const TreeView& tree, bool noisy) const {
+std::vector<Calibration::Key> Calibration::keys(const TreeView& tree, bool sampled) const {
     std::vector<Key> keys(tree.size);
     std::vector<int> depths(tree.size, 0);
     for (int node = 1; node < tree.size; ++node) {
         depths[node] = depths[tree.parents[node]] + 1;
         const int depth = std::min(depths[node], numbers_.max_depth);
         const int step = int(std::nearbyint(20 * tree.acceptance_prob(node)));
-        keys[node] = {tree.drafter_ids[node], (depth * kSteps + step) * 2 + noisy};
+        keys[node] = {tree.drafter_ids[node], (depth * kSteps + step) * 2 + sampled};
     }
     return keys;
 }
@@ -73,13 +73,13 @@ Counts& Calibration::at(Table& table, const Key& key) const {
 }
 
 Calibration::MergedTree Calibration::merge(
-    const std::string& id, bool noisy, const std::vector<TreeView>& trees) {
+    const std::string& id, bool sampled, const std::vector<TreeView>& trees) {
     Table& own = own_[id];
     const double weight = numbers_.guess_weight;
     MergedTree all{Tree(trees[0].tokens[0]), {1.0}, {0}, {0}};
     std::vector<uint32_t> child_drafters{0};  // per node, drafters that proposed a child of it
     for (const TreeView& tree : trees) {
-        const std::vector<Key> keys = this->keys(tree, noisy);
+        const std::vector<Key> keys = this->keys(tree, sampled);
         std::vector<int> place(tree.size, 0);
         for (int node = 1; node < tree.size; ++node) {
             const Key& key = keys[node];
@@ -110,19 +110,19 @@ Calibration::MergedTree Calibration::merge(
     return all;
 }
 
-Counts& Calibration::agreed(const MergedTree& merged, int node, bool noisy) {
+Counts& Calibration::agreed(const MergedTree& merged, int node, bool sampled) {
     const uint64_t who = uint64_t(merged.sibling_drafters[node]) << 32 | merged.proposers[node];
     std::vector<Counts>& rows = agreement_[who];
     if (rows.empty()) rows.resize(kSteps * 2);
-    return rows[int(std::nearbyint(20 * merged.acceptance_probs[node])) * 2 + noisy];
+    return rows[int(std::nearbyint(20 * merged.acceptance_probs[node])) * 2 + sampled];
 }
 
 Tree Calibration::merged(
-    const std::string& id, bool noisy, const std::vector<TreeView>& trees, int max_nodes) {
-    MergedTree all = merge(id, noisy, trees);
+    const std::string& id, bool sampled, const std::vector<TreeView>& trees, int max_nodes) {
+    MergedTree all = merge(id, sampled, trees);
     for (int node = 1; node < all.tree.size(); ++node) {
         const double prob =
-            agreed(all, node, noisy).rate(all.acceptance_probs[node], numbers_.guess_weight);
+            agreed(all, node, sampled).rate(all.acceptance_probs[node], numbers_.guess_weight);
         all.tree.path_probs[node] = prob * all.tree.path_probs[all.tree.parents[node]];
     }
     return pruned(all.tree, max_nodes);
@@ -130,15 +130,15 @@ Tree Calibration::merged(
 
 void Calibration::settle(
     const std::string& id,
-    bool noisy,
+    bool sampled,
     const std::vector<TreeView>& trees,
     const std::vector<int32_t>& emitted) {
-    const MergedTree all = merge(id, noisy, trees);
+    const MergedTree all = merge(id, sampled, trees);
     follow(all.tree.parents.data(), all.tree.tokens.data(), all.tree.size(), emitted,
-           [&](int node, bool hit) { agreed(all, node, noisy).add(hit, 1.0, numbers_.memory); });
+           [&](int node, bool hit) { agreed(all, node, sampled).add(hit, 1.0, numbers_.memory); });
     Table& own = own_[id];
     for (const TreeView& tree : trees) {
-        const std::vector<Key> keys = this->keys(tree, noisy);
+        const std::vector<Key> keys = this->keys(tree, sampled);
         follow(tree.parents, tree.tokens, tree.size, emitted, [&](int node, bool hit) {
             at(all_, keys[node]).add(hit, 1.0, numbers_.memory);
             claims_[keys[node].drafter_id].add(hit, tree.acceptance_prob(node), numbers_.memory);

@@ -31,14 +31,14 @@ public:
     explicit Calibration(const CalibrationNumbers& numbers) : numbers_(numbers) {}
 
     // Merges trees with the same root into one with calibrated path probabilities, pruned to the
-    // best max_nodes nodes. `noisy`: temperature > 0.
+    // best max_nodes nodes. `sampled`: temperature > 0.
     Tree merged(
-        const std::string& id, bool noisy, const std::vector<TreeView>& trees, int max_nodes);
+        const std::string& id, bool sampled, const std::vector<TreeView>& trees, int max_nodes);
 
     // Records the outcome: counts every proposed node whose parent was emitted.
     void settle(
         const std::string& id,
-        bool noisy,
+        bool sampled,
         const std::vector<TreeView>& trees,
         const std::vector<int32_t>& emitted);
 
@@ -46,7 +46,7 @@ public:
 
 private:
     struct Key {
-        int drafter_id, row;  // row: depth, probability in 1/20 steps, `noisy`
+        int drafter_id, row;  // row: depth, probability in 1/20 steps, `sampled`
     };
     // By drafter id, then by row.
     using Table = std::unordered_map<int, std::vector<Counts>>;
@@ -60,15 +60,15 @@ private:
         std::vector<uint32_t> proposers, sibling_drafters;
     };
 
-    MergedTree merge(const std::string& id, bool noisy, const std::vector<TreeView>& trees);
-    Counts& agreed(const MergedTree& merged, int node, bool noisy);
+    MergedTree merge(const std::string& id, bool sampled, const std::vector<TreeView>& trees);
+    Counts& agreed(const MergedTree& merged, int node, bool sampled);
 
-    std::vector<Key> keys(const TreeView& tree, bool noisy) const;
+    std::vector<Key> keys(const TreeView& tree, bool sampled) const;
     Counts& at(Table& table, const Key& key) const;
 
     CalibrationNumbers numbers_;
     Table all_;
-    // By `sibling_drafters` and `proposers`, then by probability in 1/20 steps and `noisy`.
+    // By `sibling_drafters` and `proposers`, then by probability in 1/20 steps and `sampled`.
     std::unordered_map<uint64_t, std::vector<Counts>> agreement_;
     std::unordered_map<int, Counts> claims_;
     std::unordered_map<std::string, Table> own_;

@@ -204,19 +204,19 @@ PYBIND11_MODULE(_native, module) {
             "merged",
             [](Calibration& self,
                const std::string& id,
-               bool noisy,
+               bool sampled,
                const py::sequence& trees,
                int max_nodes) {
-                return fields_of(self.merged(id, noisy, Trees(trees).views(), max_nodes));
+                return fields_of(self.merged(id, sampled, Trees(trees).views(), max_nodes));
             })
         .def(
             "settle",
             [](Calibration& self,
                const std::string& id,
-               bool noisy,
+               bool sampled,
                const py::sequence& trees,
                const std::vector<int32_t>& emitted) {
-                self.settle(id, noisy, Trees(trees).views(), emitted);
+                self.settle(id, sampled, Trees(trees).views(), emitted);
             })
         .def("forget", &Calibration::forget);
 
