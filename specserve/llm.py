@@ -151,10 +151,10 @@ class LLM:
         ]
         if on_text is not None:
             for index, job in enumerate(jobs):
-                job.tracks[0].on_text = partial(on_text, index)
-        running = {track.id: track for job in jobs for track in job.tracks if not track.finish}
+                job.sequences[0].on_text = partial(on_text, index)
+        running = {seq.id: seq for job in jobs for seq in job.sequences if not seq.finish}
         try:
-            with _old_objects_left_alone():
+            with _gc_frozen():
                 while running:
                     for output in self.engine.step():
                         if output.id in running and running[output.id].take(output):
@@ -183,7 +183,7 @@ class LLM:
         prediction: str | None,
     ) -> "_Job":
         """Submit the `n` sequences of one prompt; if it cannot be served, return a failed job."""
-        tracks = [_Track("", self.tokenizer, params, ())]
+        sequences = [_RunningSequence("", self.tokenizer, params, ())]
         prompt_ids: tuple[int, ...] = ()
         try:
             prompt_ids = self.encode(prompt)
@@ -198,11 +198,13 @@ class LLM:
             ]
             for request in requests:
                 self.engine.submit(request)
-            tracks = [_Track(each.id, self.tokenizer, params, prompt_ids) for each in requests]
+            sequences = [
+                _RunningSequence(each.id, self.tokenizer, params, prompt_ids) for each in requests
+            ]
         except RequestError as error:
-            for track in tracks:
-                track.fail(str(error))
-        return _Job(prompt_ids, tracks)
+            for seq in sequences:
+                seq.fail(str(error))
+        return _Job(prompt_ids, sequences)
 
     def _next_id(self) -> str:
         self._num_requests += 1
@@ -210,7 +212,7 @@ class LLM:
 
 
 @contextmanager
-def _old_objects_left_alone() -> Iterator[None]:
+def _gc_frozen() -> Iterator[None]:
     """Exclude the objects that exist now from garbage collection, until the context ends.
 
     Scanning the objects of a model in every collection takes 2 % of the time for one sequence and
@@ -226,7 +228,7 @@ def _old_objects_left_alone() -> Iterator[None]:
         gc.unfreeze()
 
 
-class _Track:
+class _RunningSequence:
     """One sequence in progress: its outputs, text and times."""
 
     def __init__(
@@ -259,7 +261,7 @@ class _Track:
             self._last = time.perf_counter()
             self._first = self._first or (self._last, len(output.new_ids))
         self.finish = output.finish
-        piece = self._text.feed(
+        delta = self._text.feed(
             output.new_ids,
             last=self.finish is not None,
             stop_reason=output.stop_reason,
@@ -267,8 +269,8 @@ class _Track:
         )
         if self.finish is not None:
             self._last = time.perf_counter()
-        if piece and self.on_text is not None:
-            self.on_text(piece)
+        if delta and self.on_text is not None:
+            self.on_text(delta)
         return self.finish is not None
 
     def fail(self, error: str) -> None:
@@ -305,12 +307,12 @@ class _Track:
 class _Job:
     """One prompt and its `n` sequences."""
 
-    def __init__(self, prompt_ids: tuple[int, ...], tracks: list[_Track]) -> None:
+    def __init__(self, prompt_ids: tuple[int, ...], sequences: list[_RunningSequence]) -> None:
         self.prompt_ids = prompt_ids
-        self.tracks = tracks
+        self.sequences = sequences
 
     def generation(self) -> Generation:
-        return Generation(self.prompt_ids, tuple(track.completion() for track in self.tracks))
+        return Generation(self.prompt_ids, tuple(seq.completion() for seq in self.sequences))
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
