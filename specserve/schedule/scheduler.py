@@ -108,7 +108,7 @@ class Scheduler:
         """Plan the next forward pass and reserve every KV slot that it will write."""
         self._reserve_roots()
         if self.tenants.several:
-            self._make_way()
+            self._rebalance_tenants()
         decoding = [seq for seq in self.running if seq.num_pending == 1]
         if self.tenants.several:
             decoding = self.tenants.decoding(decoding, self._wanted(self.running))
@@ -169,12 +169,12 @@ class Scheduler:
                     break
                 self._preempt(self.tenants.last_in_line(self._order))
 
-    def _make_way(self) -> None:
-        """Admit sequences of tenants that run fewer than others, preempting as `makes_way` says."""
-        for tenant in self.tenants.in_turn():
-            for seq in _of(tenant, self.waiting):
+    def _rebalance_tenants(self) -> None:
+        """Admit sequences of tenants that run fewer than others, in place of `victim_for`."""
+        for tenant in self.tenants.service_order():
+            for seq in _sequences_of(tenant, self.waiting):
                 denied: Denied | None = Denied.NO_ROOM
-                while denied is Denied.NO_ROOM and (victim := self.tenants.makes_way(tenant)):
+                while denied is Denied.NO_ROOM and (victim := self.tenants.victim_for(tenant)):
                     denied = self._admit(seq)
                     if denied is Denied.NO_ROOM:
                         if not self._is_short_of_places and not self._is_within_share(seq):
@@ -191,8 +191,8 @@ class Scheduler:
         """
         chunks: dict[SequenceState, int] = {}
         rows = self._config.max_batch_rows - len(decoding)
-        if not self.tenants.only_one:
-            rows = min(rows, self.tenants.most_prompt_rows())
+        if self.tenants.seen_several:
+            rows = min(rows, self.tenants.begin_pass())
         if not self.tenants.several:
             self._fill(self.running, self.waiting, rows, chunks)
             return chunks
@@ -204,9 +204,10 @@ class Scheduler:
             share = -(-rows // len(wanting))
             for tenant in list(wanting):
                 most = min(share, rows, allowed[tenant] - given[tenant])
-                waiting = [] if blocked else _of(tenant, self.waiting)
-                taken, insists = self._fill(_of(tenant, self.running), waiting, most, chunks)
-                blocked = blocked or insists
+                running = _sequences_of(tenant, self.running)
+                waiting = [] if blocked else _sequences_of(tenant, self.waiting)
+                taken, blocks = self._fill(running, waiting, most, chunks)
+                blocked = blocked or blocks
                 rows -= taken
                 given[tenant] += taken
                 if taken < share:
@@ -217,7 +218,7 @@ class Scheduler:
 
     def _wanted(self, seqs: list[SequenceState]) -> dict[str, int]:
         """Uncomputed prompt tokens of `seqs` per tenant, in the tenants' order of service."""
-        wanted = dict.fromkeys(self.tenants.in_turn(), 0)
+        wanted = dict.fromkeys(self.tenants.service_order(), 0)
         for seq in seqs:
             if seq.num_pending > 1 or seq.status is Status.WAITING:
                 wanted[seq.request.tenant] += seq.num_pending
@@ -233,7 +234,7 @@ class Scheduler:
         """Give up to `rows` more rows to prompts: first to running sequences, then to new ones.
 
         Admits the new ones and adds the rows to `chunks`. Returns the number of rows given, and
-        whether a waiting sequence now blocks the admission of all others (`_insists`).
+        whether a waiting sequence now blocks the admission of all others (`_blocks_admission`).
         """
         left = rows
         for seq in [seq for seq in running if seq.num_pending > 1]:
@@ -246,7 +247,7 @@ class Scheduler:
                 break
             denied = self._admit(seq)
             if denied is Denied.NO_ROOM:
-                return rows - left, self._insists(seq)
+                return rows - left, self._blocks_admission(seq)
             if denied is None:
                 chunks[seq] = min(seq.num_pending, left)
                 left -= chunks[seq]
@@ -262,7 +263,7 @@ class Scheduler:
             seq.request.tenant, num_blocks, self._kv.pool.num_blocks
         )
 
-    def _insists(self, seq: SequenceState) -> bool:
+    def _blocks_admission(self, seq: SequenceState) -> bool:
         """Whether no other sequence is admitted until there is room for this one."""
         return self._is_within_share(seq) or self.tenants.is_next(seq.request.tenant)
 
@@ -306,5 +307,5 @@ class Scheduler:
         bisect.insort(queue, seq, key=lambda queued: self._order[queued.id])
 
 
-def _of(tenant: str, queue: list[SequenceState]) -> list[SequenceState]:
+def _sequences_of(tenant: str, queue: list[SequenceState]) -> list[SequenceState]:
     return [seq for seq in queue if seq.request.tenant == tenant]

@@ -21,15 +21,15 @@ from specserve.sequence import SequenceState, Status
 
 # The only running sequence of a tenant may be preempted for a tenant that runs none as soon as it
 # has emitted, since its admission, at least _QUANTUM tokens and at least one token for each
-# _RECOMPUTED tokens that have to be recomputed after the preemption.
+# _RECOMPUTED_PER_TOKEN tokens that have to be recomputed after the preemption.
 _QUANTUM: Final = 32
-_RECOMPUTED: Final = 8
-_ROWS_OF_A_PASS: Final = 16  # fixed cost of a pass, in rows, where costs were not measured
-_SHARE: Final = 0.5  # factor on the time of a tenant that runs more sequences than another
+_RECOMPUTED_PER_TOKEN: Final = 8
+_FIXED_PASS_ROWS: Final = 16  # fixed cost of a pass, in rows, where costs were not measured
+_HEAVY_TENANT_FACTOR: Final = 0.5  # on the time of a tenant that runs more sequences than another
 _CHUNK: Final = 8  # rows: a prompt chunk that this limits is rounded down to a multiple
 _LARGEST_CHUNK: Final = 512  # most prompt rows of a tenant in a pass shared with others
-_LATELY: Final = 256  # passes: how long a tenant that left counts as likely to return
-_ROWS_OF_A_GUEST: Final = 64  # most prompt rows of a lone tenant while another may return
+_RECENT_PASSES: Final = 256  # passes: how long a tenant that left counts as likely to return
+_LONE_TENANT_ROWS: Final = 64  # most prompt rows of a lone tenant while another may return
 
 
 @dataclass(slots=True)
@@ -38,8 +38,9 @@ class _Tenant:
     # By descending priority, then arrival.
     running: list[SequenceState] = field(default_factory=list)
     credit: float = math.inf  # seconds that it may add to passes shared with others
-    pays: bool = False  # whether the pass being planned has rows of other tenants
-    prices: list[float] = field(default_factory=list)  # seconds of it, by rows added
+    shares_pass: bool = False  # whether the pass being planned has rows of other tenants
+    # Cost of that pass by number of rows that this tenant adds.
+    pass_seconds_by_rows: list[float] = field(default_factory=list)
     seen_at: int = 0  # number of the latest planned pass in which it was present
 
 
@@ -60,9 +61,9 @@ class Tenants:
         return len(self.present) > 1
 
     @property
-    def only_one(self) -> bool:
-        """Whether there has been at most one tenant so far."""
-        return len(self._all) <= 1
+    def seen_several(self) -> bool:
+        """Whether there has been more than one tenant so far."""
+        return len(self._all) > 1
 
     def arrive(self, tenant: str) -> None:
         """A new sequence of this tenant is waiting."""
@@ -94,7 +95,7 @@ class Tenants:
         """`num_tokens` were emitted for this tenant."""
         self._turns.charge(tenant, num_tokens)
 
-    def in_turn(self) -> list[str]:
+    def service_order(self) -> list[str]:
         """The present tenants in order of service: fewest running, then least served, first."""
         if len(self.present) == 1:
             return list(self.present)
@@ -110,19 +111,19 @@ class Tenants:
         lasts = [its.running[-1] for its in self._all.values() if its.running]
         return max(lasts, key=lambda seq: (self._running(seq.request.tenant), arrivals[seq.id][1]))
 
-    def makes_way(self, tenant: str) -> SequenceState | None:
+    def victim_for(self, tenant: str) -> SequenceState | None:
         """The sequence to preempt for `tenant`, or None if it may not take a place.
 
         The candidate is the last sequence of the other tenant that runs the most. It is preempted
         if that tenant runs at least two more, or if `tenant` runs none and the candidate has
-        emitted enough tokens since its admission (`_has_had_its_turn`).
+        emitted enough tokens since its admission (`_may_be_preempted`).
         """
         others = [its for name, its in self._all.items() if name != tenant and its.running]
         if not others:
             return None
         most = max(others, key=lambda its: len(its.running))
         victim, own = most.running[-1], self._running(tenant)
-        if len(most.running) >= own + 2 or (own == 0 and _has_had_its_turn(victim)):
+        if len(most.running) >= own + 2 or (own == 0 and _may_be_preempted(victim)):
             return victim
         return None
 
@@ -135,26 +136,26 @@ class Tenants:
         """Whether it runs no sequence and was served least of those present."""
         return not self._running(tenant) and min(self.present, key=self._served) == tenant
 
-    def most_prompt_rows(self) -> int:
-        """The most prompt rows that the next pass may have. Called once per planned pass.
+    def begin_pass(self) -> int:
+        """Begin to plan a pass. Returns the most prompt rows that it may have.
 
-        The number is smaller for a tenant that is alone if another was present within the last
-        `_LATELY` passes, because a request of that other tenant has to wait for the pass to end.
+        They are fewer for a tenant that is alone if another was present within the last
+        `_RECENT_PASSES` passes, because a request of that other has to wait for the pass to end.
         """
         self._num_planned += 1
         for tenant in self.present:
             self._all[tenant].seen_at = self._num_planned
-        lately = sum(its.seen_at > self._num_planned - _LATELY for its in self._all.values())
-        return _ROWS_OF_A_GUEST if lately > 1 and not self.several else self._max_rows
+        recent = sum(its.seen_at > self._num_planned - _RECENT_PASSES for its in self._all.values())
+        return _LONE_TENANT_ROWS if recent > 1 and not self.several else self._max_rows
 
     def decoding(self, ready: list[SequenceState], prompts: dict[str, int]) -> list[SequenceState]:
         """Choose which of the `ready` sequences decode in this pass.
 
         `prompts`: uncomputed tokens of running prompts, per tenant. The rows of a tenant may add as
-        much time as the pass takes for the other tenant with the fewest rows (times `_SHARE` if it
-        runs more sequences than another), plus its unused credit from earlier passes. If that is
-        not enough for all its sequences, they decode in turns. So the load of one tenant does not
-        reduce the share of time of another.
+        much time as the pass takes for the other tenant with the fewest rows (times
+        `_HEAVY_TENANT_FACTOR` if it runs more sequences than another), plus its unused credit from
+        earlier passes. If that is not enough for all its sequences, they decode in turns. So the
+        load of one tenant does not reduce the share of time of another.
         """
         share = self._max_rows // max(len(prompts), 1)
         roots = {tenant: [s for s in ready if s.request.tenant == tenant] for tenant in self._all}
@@ -165,13 +166,13 @@ class Tenants:
         chosen: list[SequenceState] = []
         for tenant, its in self._all.items():
             others = {other: count for other, count in rows.items() if other != tenant and count}
-            its.pays, own = bool(others), roots[tenant]
-            if its.pays:
+            its.shares_pass, own = bool(others), roots[tenant]
+            if its.shares_pass:
                 lightest = min(others, key=others.__getitem__)
-                self._earn(its, others[lightest], _mean_context(roots[lightest]))
+                self._add_credit(its, others[lightest], _mean_context(roots[lightest]))
                 if len(own) > others[lightest]:
                     own.sort(key=lambda seq: seq.last_turn)
-                    own = own[: self._fits(its, others[lightest], len(own), own)]
+                    own = own[: self._affordable(its, others[lightest], len(own), own)]
                     self.spend(tenant, len(own))
             chosen += own
         for seq in chosen:
@@ -188,46 +189,49 @@ class Tenants:
         for tenant, wanted in wanting.items():
             its = self._all[tenant]
             allowances[tenant] = wanted
-            if its.pays:
-                fits = self._fits(its, num_roots, min(wanted, _LARGEST_CHUNK), its.running)
-                if fits < wanted and num_roots + fits < self._max_rows:
-                    fits = fits // _CHUNK * _CHUNK
-                allowances[tenant] = fits
+            if its.shares_pass:
+                most = min(wanted, _LARGEST_CHUNK)
+                rows = self._affordable(its, num_roots, most, its.running)
+                if rows < wanted and num_roots + rows < self._max_rows:
+                    rows = rows // _CHUNK * _CHUNK
+                allowances[tenant] = rows
         return allowances
 
-    def _fits(self, its: _Tenant, beside: int, wanted: int, seqs: list[SequenceState]) -> int:
+    def _affordable(self, its: _Tenant, beside: int, wanted: int, seqs: list[SequenceState]) -> int:
         """How many of the `wanted` rows the credit pays for, in a pass with `beside` other rows.
 
-        Stores in `prices` the seconds of the pass with 0 .. `wanted` of these rows.
+        Stores the cost of the pass with 0 .. `wanted` of these rows in `pass_seconds_by_rows`.
         """
         first = max(beside, 1)
-        its.prices = self._seconds(first, first + wanted, _mean_context(seqs))
-        return bisect_right(its.prices, its.prices[0] + its.credit) - 1
+        seconds = self._cost(first, first + wanted, _mean_context(seqs))
+        its.pass_seconds_by_rows = seconds
+        return bisect_right(seconds, seconds[0] + its.credit) - 1
 
     def spend(self, tenant: str, rows: int) -> None:
-        """Pay for `rows` of the rows that `_fits` allowed in this pass."""
+        """Pay for `rows` of the rows that `_affordable` allowed in this pass."""
         its = self._all[tenant]
-        if its.pays and rows:
-            its.credit = max(0.0, its.credit - (its.prices[rows] - its.prices[0]))
+        if its.shares_pass and rows:
+            seconds = its.pass_seconds_by_rows
+            its.credit = max(0.0, its.credit - (seconds[rows] - seconds[0]))
 
-    def _earn(self, its: _Tenant, num_rows: int, context: float) -> None:
+    def _add_credit(self, its: _Tenant, num_rows: int, context: float) -> None:
         """Add to the credit the seconds of a pass with `num_rows` rows of another tenant.
 
         `context`: mean context length of those rows, in tokens. The credit is capped at the cost of
         one pass of the largest size.
         """
         largest = min(self._max_rows, _LARGEST_CHUNK)
-        most = self._seconds(largest, largest, 0.0)[0]
-        earned = self._seconds(num_rows, num_rows, context)[0]
+        most = self._cost(largest, largest, 0.0)[0]
+        earned = self._cost(num_rows, num_rows, context)[0]
         if len(its.running) > min(len(self._all[tenant].running) for tenant in self.present):
-            earned *= _SHARE
+            earned *= _HEAVY_TENANT_FACTOR
         its.credit = min(most, its.credit + earned)
 
-    def _seconds(self, first: int, last: int, context: float) -> list[float]:
+    def _cost(self, first: int, last: int, context: float) -> list[float]:
         """Cost of steps with `first` .. `last` rows: seconds, or rows if nothing was measured."""
         if self._costs is not None:
             return self._costs.seconds(first, last, context)
-        return [float(_ROWS_OF_A_PASS + rows) for rows in range(first, last + 1)]
+        return [float(_FIXED_PASS_ROWS + rows) for rows in range(first, last + 1)]
 
     def _running(self, tenant: str) -> int:
         return len(self._all[tenant].running)
@@ -240,10 +244,10 @@ class Tenants:
         return its.num_seqs > len(its.running)
 
 
-def _has_had_its_turn(seq: SequenceState) -> bool:
+def _may_be_preempted(seq: SequenceState) -> bool:
     """Whether it has emitted enough since its admission to justify recomputing it later."""
     assert seq.status is Status.RUNNING
-    return seq.num_since_admitted >= max(_QUANTUM, seq.num_tokens // _RECOMPUTED)
+    return seq.num_since_admitted >= max(_QUANTUM, seq.num_tokens // _RECOMPUTED_PER_TOKEN)
 
 
 def _mean_context(seqs: list[SequenceState]) -> float:
