@@ -1,4 +1,4 @@
-"""The engine over tiny models: stopping, failures that stay with their request, memory, queues."""
+"""The engine with tiny models: stopping, isolation of failures, memory, queues."""
 
 import time
 from pathlib import Path
@@ -149,10 +149,10 @@ def test_a_prompt_that_cannot_be_served_is_refused(
     assert ids(run(engine, [PROMPT], GREEDY)[0])
 
 
-def test_a_request_the_model_fails_on_ends_alone(
+def test_a_failed_pass_ends_only_the_request_at_fault(
     draft: str, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pass raises while one request is in it: that one ends, the rest are not even slower."""
+    """The pass raises while one request is in it: that request ends, the others continue."""
     expected = [ids(outputs) for outputs in run(make_engine("none"), OTHERS, GREEDY)]
     engine = make_engine(draft)
     forward = engine.runner.forward
@@ -172,14 +172,14 @@ def test_a_request_the_model_fails_on_ends_alone(
 
 @pytest.mark.parametrize("num_bad", [1, TINY_VOCAB])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_not_numbers_end_one_request(
+def test_logits_that_are_not_finite_end_only_their_request(
     value: float,
     num_bad: int,
     draft: str,
     make_engine: EngineFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One token that the model rules out with -inf is none of these."""
+    """-inf for a single token is allowed: the model excludes that token."""
     expected = [ids(outputs) for outputs in run(make_engine("none"), OTHERS, GREEDY)]
     engine = make_engine(draft)
     forward = engine.runner.forward
@@ -205,7 +205,7 @@ def test_logits_that_are_not_numbers_end_one_request(
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
-def test_sampling_that_raises_ends_one_request(
+def test_a_sampling_error_ends_only_its_request(
     make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = [ids(outputs) for outputs in run(make_engine("none"), OTHERS, GREEDY)]
@@ -225,7 +225,7 @@ def test_sampling_that_raises_ends_one_request(
     assert [ids(outputs) for outputs in others] == expected
 
 
-def test_sharing_a_prefix_stores_it_once(tmp_path: Path, make_engine: EngineFactory) -> None:
+def test_a_shared_prefix_is_stored_once(tmp_path: Path, make_engine: EngineFactory) -> None:
     """64 requests that arrive together with the same 512 tokens: one copy, computed once."""
     prefix = tuple((i * 31 + i // 7) % TINY_VOCAB for i in range(512))
     target = write_tiny_llama(tmp_path, seed=1, context=1024)
@@ -244,7 +244,7 @@ def test_sharing_a_prefix_stores_it_once(tmp_path: Path, make_engine: EngineFact
     assert peak <= 512 + 64 * 16
 
 
-def test_a_salt_keeps_prefixes_apart(make_engine: EngineFactory) -> None:
+def test_prefixes_are_shared_at_equal_salt_only(make_engine: EngineFactory) -> None:
     engine = make_engine("none")
     prompt = tuple(range(64))
     cached = []
@@ -255,7 +255,7 @@ def test_a_salt_keeps_prefixes_apart(make_engine: EngineFactory) -> None:
     assert cached == [0, 0, 48]
 
 
-def test_kv_slots_are_used_not_hoarded(make_engine: EngineFactory) -> None:
+def test_most_allocated_kv_slots_are_used(make_engine: EngineFactory) -> None:
     """200-token sequences at block size 16: above 0.9 of the allocated slots hold KV."""
     engine = make_engine("ngram", max_num_seqs=16, kv_slots=16 * 320)
     for index in range(16):
@@ -272,7 +272,7 @@ def test_kv_slots_are_used_not_hoarded(make_engine: EngineFactory) -> None:
     assert min(measured) > 0.9
 
 
-def test_abort_gives_everything_back(draft: str, make_engine: EngineFactory) -> None:
+def test_abort_releases_all_blocks(draft: str, make_engine: EngineFactory) -> None:
     engine = make_engine(draft, max_num_seqs=2)
     for index in range(4):  # two run, two wait
         engine.submit(Request(f"r{index}", OTHERS[0], GREEDY))
@@ -286,7 +286,7 @@ def test_abort_gives_everything_back(draft: str, make_engine: EngineFactory) -> 
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
-def test_a_deadline_ends_a_request_in_the_queue_and_running(make_engine: EngineFactory) -> None:
+def test_a_deadline_ends_a_waiting_request(make_engine: EngineFactory) -> None:
     engine = make_engine("none", max_num_seqs=1)
     late = time.monotonic() - 1
     engine.submit(Request("runs", PROMPT, GREEDY))
@@ -297,7 +297,7 @@ def test_a_deadline_ends_a_request_in_the_queue_and_running(make_engine: EngineF
     assert "deadline" in (outputs[0].error or "")
 
 
-def test_higher_priority_runs_first_and_is_preempted_last(make_engine: EngineFactory) -> None:
+def test_higher_priority_runs_first(make_engine: EngineFactory) -> None:
     engine = make_engine("none", max_num_seqs=1)
     for name, priority in (("low", 0), ("high", 5), ("middle", 3)):
         engine.submit(Request(name, PROMPT, GREEDY, priority=priority))
@@ -317,7 +317,7 @@ def test_a_duplicate_id_is_refused(make_engine: EngineFactory) -> None:
         engine.submit(Request("same", PROMPT, GREEDY))
 
 
-def test_settings_that_do_not_fit_say_so(make_engine: EngineFactory) -> None:
+def test_settings_out_of_range_are_refused(make_engine: EngineFactory) -> None:
     with pytest.raises(ConfigError, match=r"kv_memory.*give at least"):
         make_engine("none", kv_memory="1KiB")
     with pytest.raises(ConfigError, match=r"max_model_len.*use at most 512"):

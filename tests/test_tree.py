@@ -1,4 +1,4 @@
-"""Invariants of draft trees: whatever is built, pruned or merged stays a tree in good order."""
+"""Invariants of draft trees that are built, pruned or merged."""
 
 import math
 
@@ -50,7 +50,7 @@ def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
 
 
 @given(trees())
-def test_built_trees_are_valid_and_chain_first(tree: DraftTree) -> None:
+def test_built_trees_are_valid_and_begin_with_the_most_likely_path(tree: DraftTree) -> None:
     tree.validate(VOCAB)
     node, expected = 0, 0
     while tree.children(node):  # the best child of each node follows it directly
@@ -85,24 +85,24 @@ def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
 
 
 @given(st.lists(trees(), min_size=1, max_size=4))
-def test_merging_joins_nodes_by_path(proposals: list[DraftTree]) -> None:
+def test_merging_joins_nodes_of_equal_path(proposals: list[DraftTree]) -> None:
     merged = merge_trees(proposals, [tree.acceptance_probs for tree in proposals])
     tree = merged.tree(merged.acceptance_probs, MAX_NODES)
     tree.validate(VOCAB)
-    surest: dict[tuple[int, ...], float] = {}
+    highest: dict[tuple[int, ...], float] = {}
     for proposal in proposals:
         path_probs = paths(proposal)
         for path, path_prob in path_probs.items():
             above = path_probs.get(path[:-1], 1.0)
             prob = path_prob / above if above else 0.0
-            surest[path] = max(prob, surest.get(path, 0.0))
+            highest[path] = max(prob, highest.get(path, 0.0))
     found = paths(tree)
-    assert found.keys() <= surest.keys()
+    assert found.keys() <= highest.keys()
     for path, path_prob in found.items():
-        probs = [surest[path[: end + 1]] for end in range(len(path))]
+        probs = [highest[path[: end + 1]] for end in range(len(path))]
         assert path_prob == pytest.approx(math.prod(probs), rel=1e-4, abs=1e-30)
-    if len(surest) <= MAX_NODES:
-        assert found.keys() == surest.keys()
+    if len(highest) <= MAX_NODES:
+        assert found.keys() == highest.keys()
 
 
 def test_a_merged_node_has_the_drafter_id_of_the_most_confident_proposer() -> None:

@@ -1,8 +1,8 @@
-"""The law of sampled text under speculation, against the exact one.
+"""The distribution of sampled text under speculation, against the exact one.
 
-The model sees one token (sliding window 1), so its law is a table: 200,000 continuations are read
-off long generations and compared with it, chi-square. A verifier with a small bias fails the same
-test.
+The model sees one token (sliding window 1), so its distribution is a table: 200,000 continuations
+are taken from long generations and compared with it in a chi-square test. A verifier with a small
+bias fails the same test.
 """
 
 import json
@@ -82,13 +82,13 @@ def p_values(texts: list[tuple[int, ...]], table: Table) -> tuple[int, float, fl
     return len(ones), chi_square(ones, table), chi_square(twos, joint)
 
 
-def chi_square(observations: npt.NDArray[np.int64], law: Table) -> float:
-    """p-value of P(rest | first token) = law. observations: [n, 2 or 3]."""
-    observed = np.zeros(law.shape)
+def chi_square(observations: npt.NDArray[np.int64], distribution: Table) -> float:
+    """p-value of P(rest | first token) = distribution. observations: [n, 2 or 3]."""
+    observed = np.zeros(distribution.shape)
     np.add.at(observed, tuple(observations.T), 1)
     given = observed.reshape(VOCAB, -1).sum(axis=1)
-    expected = law * given.reshape(-1, *[1] * (law.ndim - 1))
-    if observed[law == 0].any():
+    expected = distribution * given.reshape(-1, *[1] * (distribution.ndim - 1))
+    if observed[distribution == 0].any():
         return 0.0  # a token that top_p or min_p forbids
     usual, rare = expected >= 5, (expected > 0) & (expected < 5)
     statistic = ((observed - expected)[usual] ** 2 / expected[usual]).sum()
@@ -127,7 +127,7 @@ def engine_for(make_engine: EngineFactory, target: Path, draft: list[str]) -> En
         ("ngram+draft_lm", NUM_CONTINUATIONS // 4),
     ],
 )
-def test_sampled_continuations_follow_the_exact_law(
+def test_sampled_continuations_follow_the_exact_distribution(
     draft: str, at_least: int, memoryless: Path, other: Path, make_engine: EngineFactory
 ) -> None:
     drafts = [str(other) if name == "draft_lm" else name for name in draft.split("+")]

@@ -1,7 +1,7 @@
-"""The KV cache under every order of events: nothing leaks, nothing is shared that should not be.
+"""The KV cache under random sequences of operations: no block leaks or is shared by mistake.
 
-A model of the truth rides along: what token each slot was last written with. At any moment a
-table's committed slots must hold its own tokens, however blocks were shared, moved or evicted.
+The test records with which tokens each slot was last written. The committed slots of a table must
+always hold its own tokens, however blocks were shared, moved or evicted.
 """
 
 import hypothesis.strategies as st
@@ -39,7 +39,7 @@ class Owner:
 Owners = Owner | MultipleResults[Owner]
 
 
-class KVMachine(RuleBasedStateMachine):
+class KVCacheMachine(RuleBasedStateMachine):
     owners: Bundle[Owner] = Bundle("owners")
     waiting: Bundle[Owner] = Bundle("waiting")
 
@@ -86,7 +86,7 @@ class KVMachine(RuleBasedStateMachine):
 
     @rule(owner=owners, rows=st.integers(1, 20))
     def chunk(self, owner: Owner, rows: int) -> None:
-        """Part of a prompt: chain rows without a tree."""
+        """A prefill chunk without a tree."""
         rows = min(rows, owner.pending - 1)
         if owner not in self.live or rows < 1:
             return
@@ -100,9 +100,9 @@ class KVMachine(RuleBasedStateMachine):
         """A tree behind the rest of the prompt: accept any path through it, roll back the rest."""
         if owner not in self.live:
             return
-        table, chain = owner.table, owner.pending - 1
+        table, num_prefill = owner.table, owner.pending - 1
         before = (list(table.block_ids), table.num_committed)
-        if not self.kv.reserve(table, chain + num_nodes):
+        if not self.kv.reserve(table, num_prefill + num_nodes):
             assert (list(table.block_ids), table.num_committed) == before
             return
         start = table.num_committed
@@ -110,14 +110,14 @@ class KVMachine(RuleBasedStateMachine):
         later = data.draw(st.sets(st.integers(1, num_nodes - 1)) if num_nodes > 1 else st.just({0}))
         path = sorted({0} | set(later))
         drafted = [data.draw(st.integers(0, 2)) for _ in path[1:]]
-        root = start + chain
+        root = start + num_prefill
         node_slots = table.slots(root, num_nodes)
         for node in range(1, num_nodes):
             self.written[node_slots[node]] = ("rejected", ())
         for depth, node in enumerate(path[1:]):
             content = (*owner.tokens, *drafted[: depth + 1])
             self.written[node_slots[node]] = (owner.salt, content)
-        for source, destination in self.kv.commit(table, chain, path):
+        for source, destination in self.kv.commit(table, num_prefill, path):
             self.written[destination] = self.written[source]
         owner.tokens += [*drafted, 1]
         assert owner.pending == 1
@@ -164,5 +164,5 @@ class KVMachine(RuleBasedStateMachine):
             assert self.kv.pool.num_available == self.kv.pool.num_blocks, "blocks leaked"
 
 
-TestKVMachine = KVMachine.TestCase
-TestKVMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestKVCache = KVCacheMachine.TestCase
+TestKVCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,340 @@
+"""What tenants get of an engine: the scheduler over a real KV manager, with simulated passes."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from specserve.cache.manager import KVCacheManager
+from specserve.config import ScheduleConfig
+from specserve.schedule.cost import PassCosts
+from specserve.schedule.policy import FixedPolicy
+from specserve.schedule.scheduler import Scheduler
+from specserve.sequence import Status
+from specserve.step import FinishInfo, VerifyResult
+from specserve.tree import root_tree
+from specserve.types import Request, SamplingParams
+
+BLOCK = 8
+FIXED = 4.0  # ms of a pass
+FLAT, STEEP = 0.125, 2.0  # ms per row, if rows cost little and if they cost much
+
+
+class SimulatedEngine:
+    """A pass advances the clock and emits a token per decoding sequence.
+
+    The token is a function of the tokens before it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 1000,
+        costs: bool = True,
+        per_row: float = FLAT,
+        prefix_caching: bool = False,
+        **schedule: int,
+    ) -> None:
+        self.kv = KVCacheManager(num_blocks, BLOCK, prefix_caching=prefix_caching)
+        config = ScheduleConfig(**schedule)
+        self.scheduler = Scheduler(
+            self.kv,
+            FixedPolicy(1),
+            config,
+            lambda seq_id: None,
+            PassCosts({n: FIXED + per_row * n for n in (1, 8, 64)}) if costs else None,
+        )
+        self.max_rows, self.max_seqs = config.max_batch_rows, config.max_num_seqs
+        self.outputs: dict[str, tuple[int, ...]] = {}
+        self.order: list[str] = []  # as they finished
+        self.time = 0.0  # of all passes
+        self.per_row = per_row
+        self.rows: Counter[str] = Counter()  # by tenant
+        self._num = 0
+
+    def send(
+        self, tenant: str, num_prompt: int, max_tokens: int, *, priority: int = 0, name: str = ""
+    ) -> str:
+        self._num += 1
+        name = name or f"{tenant}{self._num}"
+        prompt = tuple((self._num * 31 + at) % 97 for at in range(num_prompt))
+        params = SamplingParams(max_tokens=max_tokens, seed=1)
+        self.scheduler.add(
+            Request(name, prompt, params, priority=priority, cache_salt=tenant, tenant=tenant)
+        )
+        return name
+
+    def step(self) -> None:
+        scheduler = self.scheduler
+        plan = scheduler.plan()
+        trees, results = {}, {}
+        num_rows = 0
+        for entry in plan.entries:
+            seq = entry.seq
+            assert seq.status is Status.RUNNING
+            num_rows += entry.num_prefill + entry.num_nodes
+            self.rows[seq.request.tenant] += entry.num_prefill + entry.num_nodes
+            if entry.num_nodes:
+                assert entry.num_prefill == seq.num_pending - 1
+                token = sum(seq.tokens) % 97
+                trees[seq.id] = root_tree(seq.tokens[-1])
+                done = seq.num_output + 1 == seq.request.sampling.max_tokens
+                finish = FinishInfo("length") if done else None
+                results[seq.id] = VerifyResult((0,), (token,), (0,), 0, finish=finish)
+                self.outputs[seq.id] = (*self.outputs.get(seq.id, ()), token)
+                if done:
+                    self.order.append(seq.id)
+            self.kv.commit(seq.table, entry.num_prefill, (0,) if entry.num_nodes else ())
+        assert num_rows <= self.max_rows
+        assert len(scheduler.running) <= self.max_seqs
+        scheduler.commit(plan, trees, results)
+        self.kv.check_integrity(seq.table for seq in scheduler.running)
+        self.time += FIXED + self.per_row * num_rows
+
+    def run(self, until: Callable[[], bool] = lambda: False, most: int = 20_000) -> int:
+        """Step until the condition holds or nothing is left; return the number of steps."""
+        steps = 0
+        while self.scheduler.has_work and not until():
+            self.step()
+            steps += 1
+            assert steps < most, "a request never ends"
+        return steps
+
+    def done(self, *names: str) -> Callable[[], bool]:
+        return lambda: set(names) <= set(self.order)
+
+    def num_running(self, tenant: str) -> int:
+        return sum(seq.request.tenant == tenant for seq in self.scheduler.running)
+
+
+def flood(
+    engine: SimulatedEngine, tenant: str, num_prompt: int, max_tokens: int
+) -> Callable[[], None]:
+    """A function that fills the queue up to as many waiting requests as there are places."""
+
+    def top_up() -> None:
+        waiting = sum(seq.request.tenant == tenant for seq in engine.scheduler.waiting)
+        for _ in range(engine.max_seqs - waiting):
+            engine.send(tenant, num_prompt, max_tokens)
+
+    return top_up
+
+
+def alone(num_prompt: int, max_tokens: int, **options: Any) -> float:
+    engine = SimulatedEngine(**options)
+    engine.send("a", num_prompt, max_tokens)
+    engine.run()
+    return engine.time
+
+
+@pytest.mark.parametrize("costs", [True, False])
+@pytest.mark.parametrize("prompt", [20, 300])
+def test_a_stream_beside_long_prompts_gets_half_of_its_share(costs: bool, prompt: int) -> None:
+    """A fair share is half of the speed it has alone, so half of that is a quarter."""
+    engine = SimulatedEngine(costs=costs, num_blocks=40_000)
+    top_up = flood(engine, "b", 4000, 1)
+    top_up()
+    for _ in range(10):
+        engine.step()
+    engine.time = 0.0
+    name = engine.send("a", prompt, 80)
+    while name not in engine.order:
+        top_up()
+        engine.step()
+    assert engine.time < 4 * alone(prompt, 80)
+    assert engine.rows["b"] > 1000, "the other tenant makes no progress"
+
+
+@pytest.mark.parametrize("per_row", [FLAT, STEEP])
+def test_a_stream_beside_many_streams_gets_half_of_its_share(per_row: float) -> None:
+    """The many take turns to decode, more of them in a pass if rows cost little."""
+    engine = SimulatedEngine(per_row=per_row)
+    others = [engine.send("b", 10, 1000) for _ in range(40)]
+    for _ in range(20):
+        engine.step()
+    engine.time = 0.0
+    engine.rows.clear()
+    name = engine.send("a", 20, 80)
+    assert engine.run(engine.done(name)) == 80
+    assert engine.time < 4 * alone(20, 80, per_row=per_row)
+    lengths = [len(engine.outputs[other]) for other in others if other in engine.outputs]
+    assert len(lengths) >= 31
+    assert engine.rows["b"] > (1200 if per_row == FLAT else 60), (
+        "the other tenant makes no progress"
+    )
+    running = [seq.num_output for seq in engine.scheduler.running]
+    assert max(running) - min(running) < 25, "some sequences of the other tenant make no progress"
+
+
+def test_prompt_chunks_are_small_while_another_tenant_may_return() -> None:
+    engine = SimulatedEngine(num_blocks=4000)
+    engine.run(engine.done(engine.send("a", 10, 2)))
+    engine.send("b", 3000, 1)
+    for _ in range(5):
+        before = engine.rows["b"]
+        engine.step()
+        assert engine.rows["b"] - before == 64
+    engine.scheduler.tenants._num_planned += 300
+    before = engine.rows["b"]
+    engine.step()
+    assert engine.rows["b"] - before == 256
+
+
+def test_a_long_prompt_beside_a_stream_gets_half_of_its_share() -> None:
+    engine = SimulatedEngine(num_blocks=4000)
+    engine.send("a", 10, 5000)
+    engine.run(lambda: bool(engine.outputs))
+    engine.time = 0.0
+    name = engine.send("b", 4000, 1)
+    engine.run(engine.done(name))
+    assert engine.time < 4 * alone(4000, 1)
+
+
+def test_a_new_tenant_gets_places_at_once() -> None:
+    engine = SimulatedEngine(max_num_seqs=8)
+    for _ in range(20):
+        engine.send("b", 10, 300)
+    for _ in range(10):
+        engine.step()
+    assert engine.num_running("b") == 8
+    first = engine.send("a", 10, 4)
+    assert engine.run(engine.done(first)) == 4, "it had to wait"
+    many = [engine.send("a", 10, 300) for _ in range(6)]
+    engine.run(lambda: engine.num_running("a") == 4, most=10)
+    assert engine.num_running("b") == 4
+    before = engine.scheduler.num_preemptions
+    engine.run(engine.done(*many))
+    assert engine.scheduler.num_preemptions <= before + 2, "the tenants preempt each other"
+
+
+def test_tenants_take_turns_in_a_single_place() -> None:
+    engine = SimulatedEngine(max_num_seqs=1)
+    long, short = engine.send("b", 10, 2000), ""
+    for _ in range(40):
+        engine.step()
+    short = engine.send("a", 10, 20)
+    assert engine.run(engine.done(short)) == 20
+    rounds = [engine.send("a", 10, 500), engine.send("c", 10, 500)]
+    engine.run(engine.done(*rounds))
+    assert long not in engine.order
+    engine.run()
+    assert engine.scheduler.num_preemptions < 3000 / 30
+
+
+def test_priority_applies_within_a_tenant() -> None:
+    engine = SimulatedEngine(max_num_seqs=4)
+    low = engine.send("b", 10, 60, priority=-1)
+    high = [engine.send("b", 10, 60, priority=1000) for _ in range(8)]
+    for _ in range(5):
+        engine.step()
+    mine = engine.send("a", 10, 5, priority=-1000)
+    assert engine.run(engine.done(mine)) == 5
+    engine.run()
+    assert [name for name in engine.order if name != mine][-1] == low
+    assert set(engine.order) == {low, mine, *high}
+
+
+def test_blocks_are_taken_from_the_tenant_that_runs_most() -> None:
+    """The pool is full of one tenant's sequences, which do not end."""
+    engine = SimulatedEngine(num_blocks=100, max_num_seqs=16, prefix_caching=True)
+    for _ in range(10):
+        engine.send("b", 70, 400)
+    for _ in range(20):
+        engine.step()
+    mine = [engine.send("a", 150, 20) for _ in range(2)]
+    engine.run(engine.done(*mine), most=60)
+    engine.run()
+
+
+def test_a_request_larger_than_its_share_does_not_block_others() -> None:
+    """It waits until its tenant was served least, and is served then."""
+    engine = SimulatedEngine(num_blocks=100, max_num_seqs=8)
+    large = [engine.send("b", 500, 250), engine.send("b", 500, 250)]
+    for _ in range(30):
+        engine.step()
+    for _ in range(10):
+        mine = engine.send("a", 20, 10)
+        engine.run(engine.done(mine), most=15)
+    top_up = flood(engine, "a", 20, 30)
+    for _ in range(4000):
+        top_up()
+        engine.step()
+        if set(large) <= set(engine.order):
+            break
+    assert set(large) <= set(engine.order), "the large requests never end"
+
+
+requests = st.tuples(
+    st.sampled_from("abc"),
+    st.integers(1, 60),  # prompt
+    st.integers(1, 40),  # tokens
+    st.integers(-2, 2),  # priority
+    st.integers(0, 20),  # steps before it arrives
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    load=st.lists(requests, min_size=1, max_size=14),
+    num_blocks=st.integers(16, 60),
+    max_num_seqs=st.integers(1, 6),
+    prefix_caching=st.booleans(),
+    costs=st.booleans(),
+)
+def test_all_requests_end_with_the_tokens_that_they_have_alone(
+    load: Sequence[tuple[str, int, int, int, int]],
+    num_blocks: int,
+    max_num_seqs: int,
+    prefix_caching: bool,
+    costs: bool,
+) -> None:
+    """Preemption and chunked prompts do not change the tokens."""
+    engine = SimulatedEngine(
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_batch_rows=16,
+        prefix_caching=prefix_caching,
+        costs=costs,
+    )
+    names = []
+    for tenant, num_prompt, max_tokens, priority, steps in load:
+        for _ in range(steps):
+            engine.step()
+        names.append(engine.send(tenant, num_prompt, max_tokens, priority=priority))
+    engine.run()
+    assert set(engine.order) == set(names)
+    assert engine.kv.pool.num_available == num_blocks
+    for number, (_, num_prompt, max_tokens, _, _) in enumerate(load, start=1):
+        tokens = [(number * 31 + at) % 97 for at in range(num_prompt)]
+        for _ in range(max_tokens):
+            tokens.append(sum(tokens) % 97)
+        assert engine.outputs[names[number - 1]] == tuple(tokens[num_prompt:])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    load=st.lists(requests, min_size=1, max_size=12),
+    max_num_seqs=st.integers(2, 6),
+    name=st.sampled_from(["", "a"]),
+)
+def test_one_tenant_is_served_by_priority_then_arrival(
+    load: Sequence[tuple[str, int, int, int, int]], max_num_seqs: int, name: str
+) -> None:
+    """Places are filled in this order and as early as possible, and chunks fill the pass."""
+    engine = SimulatedEngine(max_num_seqs=max_num_seqs, max_batch_rows=16)
+    for _, num_prompt, max_tokens, priority, _ in load:
+        engine.send(name, num_prompt, max_tokens, priority=priority)
+    scheduler = engine.scheduler
+    ranks = {seq.id: rank for rank, seq in enumerate((*scheduler.running, *scheduler.waiting))}
+    while scheduler.has_work:
+        before = engine.rows[name]
+        engine.step()
+        known = [ranks[seq.id] for seq in scheduler.running]
+        assert known == sorted(known)
+        assert all(rank < ranks[seq.id] for rank in known for seq in scheduler.waiting)
+        prefilling = any(seq.num_pending > 1 for seq in scheduler.running)
+        assert not prefilling or engine.rows[name] - before == 16
+    assert scheduler.num_preemptions == 0
