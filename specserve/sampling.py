@@ -50,9 +50,9 @@ class SamplingState:
             params.logit_bias or params.min_tokens or params.penalised
         )
         # Whether `Sampler.process` changes its logits.
-        self.processed = self.has_logit_adjustments or _scales_or_filters(params)
+        self.needs_processing = self.has_logit_adjustments or _scales_or_filters(params)
         # Whether the drawn token is the argmax of the model's logits.
-        self.plain_greedy = params.greedy and not self.processed
+        self.plain_greedy = params.greedy and not self.needs_processing
 
     def copy(self) -> "SamplingState":
         """An independent copy, for drafters: changes to it do not affect the original."""
@@ -121,7 +121,7 @@ class Sampler:
         Returns a tensor of the same shape and dtype, -inf for tokens that must not be drawn; it is
         `logits` itself if no row needs a change.
         """
-        if not any(row.state.processed for row in rows):
+        if not any(row.state.needs_processing for row in rows):
             return logits
         logits = logits.clone()
         for index, row in enumerate(rows):

@@ -177,7 +177,7 @@ class Scheduler:
                 while denied is Denied.NO_ROOM and (victim := self.tenants.victim_for(tenant)):
                     denied = self._admit(seq)
                     if denied is Denied.NO_ROOM:
-                        if not self._is_short_of_places and not self._is_within_share(seq):
+                        if not self._is_full and not self._is_within_share(seq):
                             break
                         self._preempt(victim)
                 if denied is Denied.NO_ROOM:
@@ -243,7 +243,7 @@ class Scheduler:
                 chunks[seq] = chunks.get(seq, 0) + more
                 left -= more
         for seq in list(waiting):
-            if left <= 0 or self._is_short_of_places:
+            if left <= 0 or self._is_full:
                 break
             denied = self._admit(seq)
             if denied is Denied.NO_ROOM:
@@ -254,7 +254,7 @@ class Scheduler:
         return rows - left, False
 
     @property
-    def _is_short_of_places(self) -> bool:
+    def _is_full(self) -> bool:
         return len(self.running) >= self._config.max_num_seqs
 
     def _is_within_share(self, seq: SequenceState) -> bool:
@@ -268,7 +268,7 @@ class Scheduler:
         return self._is_within_share(seq) or self.tenants.is_next(seq.request.tenant)
 
     def _admit(self, seq: SequenceState) -> Denied | None:
-        if self._is_short_of_places:
+        if self._is_full:
             return Denied.NO_ROOM
         if not seq.prefix_hashes:
             seq.prefix_hashes = prefix_hashes(

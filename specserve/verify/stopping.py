@@ -42,7 +42,7 @@ class StopRule:
         before `min_tokens` tokens are ignored.
         """
         self._num_tokens += 1
-        finish = self._without_text(token)
+        finish = self._token_finish(token)
         if self._text is not None:
             hidden = token in self._eos_ids and self._hides_eos
             text = self._text.feed(() if hidden else (token,))
@@ -53,7 +53,7 @@ class StopRule:
                 return FinishInfo("stop", self._stop_strings[match])
         return finish
 
-    def _without_text(self, token: int) -> FinishInfo | None:
+    def _token_finish(self, token: int) -> FinishInfo | None:
         if token in self._eos_ids:
             return FinishInfo("stop")
         if token in self._stop_ids:
