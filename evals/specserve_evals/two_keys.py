@@ -63,7 +63,7 @@ class Report(Struct, frozen=True):
     provenance: provenance.Provenance
     alone: Load
     beside: Load
-    hostile_answers: dict[str, dict[str, int]]  # attack -> status -> number
+    hostile_answers: Mapping[str, Mapping[str, int]]  # attack -> status -> number
     left_behind: list[str]
     failures: list[str]
 
