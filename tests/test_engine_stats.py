@@ -66,9 +66,9 @@ def test_totals_are_the_sum_over_the_requests(tiny_model: str, make_engine: Engi
     assert total.num_draft_tokens == sum(s.num_draft_tokens for s in each if s)
     assert total.num_accepted_tokens == sum(s.num_accepted_draft_tokens for s in each if s)
     assert total.num_drafts == total.drafted_by_depth[0] <= total.speculation.num_spec_steps
-    ids = [each for own in outputs for output in own for each in output.drafter_ids]
+    used = [each for own in outputs for output in own for each in output.drafter_ids]
     for drafter_id, drafter in enumerate(total.drafters, start=1):
-        assert drafter.num_accepted == ids.count(drafter_id) > 0
+        assert drafter.num_accepted == used.count(drafter_id) > 0
         assert drafter.num_proposed >= drafter.num_verified
         pairs = zip(drafter.accepted_by_depth, drafter.verified_by_depth, strict=True)
         assert all(accepted <= verified for accepted, verified in pairs)

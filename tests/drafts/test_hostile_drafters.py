@@ -194,8 +194,8 @@ def test_whatever_it_does_the_output_is_that_of_plain_decoding(
         for _ in range(3):
             outputs = run(engine, PROMPTS, PARAMS)
             assert [ids(each) for each in outputs] == [ids(each) for each in plain]
-            ids = {each for own in outputs for output in own for each in output.drafter_ids}
-            assert ids <= {0, 1, 2}
+            used = {each for own in outputs for output in own for each in output.drafter_ids}
+            assert used <= {0, 1, 2}
         assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
         assert set(engine.drafter.active) >= set(draft) - {"ngram"}
         assert engine.drafter.num_failures["ngram"] <= 4 * MAX_FAILURES * len(PROMPTS)
