@@ -7,7 +7,7 @@ Knows tenant names and amounts only.
 from collections.abc import Collection, Iterable
 
 
-class Turns:
+class ServiceCounters:
     """Service counters: the tenant that was served least goes next.
 
     This is the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language

@@ -22,7 +22,7 @@ from specserve.config import load_config
 from specserve.engine.engine import Engine
 from specserve.hub import resolve
 from specserve.text import Tokenizer
-from specserve.text.output import OutputText
+from specserve.text.output_text import OutputText
 from specserve.types import (
     MAX_SEED,
     FinishReason,

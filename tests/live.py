@@ -106,7 +106,7 @@ class LiveServer:
             except OSError:
                 continue
             # Until it runs its own program, a child looks like its parent.
-            started = "specserve.process" in command or "text_worker" in command
+            started = "specserve.process" in command or "tokenizer_worker" in command
             if started and int(status.rpartition(")")[2].split()[1]) == self.process.pid:
                 found.append((int(entry.name), command))
         return found

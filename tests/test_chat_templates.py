@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tiny_text import CHATML, write_byte_tokenizer
 
-from specserve.text import TextError, Tokenizer
-from specserve.text.template import ChatTemplate, TemplateUnusable
+from specserve.text import Tokenizer, TokenizerError
+from specserve.text.chat_template import ChatTemplate, TemplateUnusable
 from specserve.types import RequestError
 
 USER = {"role": "user", "content": "hello"}
@@ -80,7 +80,7 @@ def _text(directory: Path, messages: list[dict[str, str]]) -> str:
         (CHATML, [SYSTEM | {"content": ""}, USER], None),
     ],
 )
-def test_no_message_is_left_out_without_a_word(
+def test_a_message_that_the_template_omits_is_refused(
     tmp_path: Path, template: str, messages: list[dict[str, str]], param: str | None
 ) -> None:
     directory = write_byte_tokenizer(tmp_path, template)
@@ -96,7 +96,7 @@ def test_no_message_is_left_out_without_a_word(
         assert _text(directory, other) != text
 
 
-def test_developers_are_the_system_of_models_that_know_none(tmp_path: Path) -> None:
+def test_developer_messages_become_system_messages(tmp_path: Path) -> None:
     directory = write_byte_tokenizer(tmp_path, QWEN)
     assert _text(directory, [DEVELOPER, USER]) == _text(directory, [SYSTEM, USER])
     directory = write_byte_tokenizer(tmp_path, WITH_DEVELOPERS)
@@ -121,7 +121,9 @@ _BOM = b"\xef\xbb\xbf"
         (None, {"tokenizer_config.json": _BOM + json.dumps({"chat_template": CHATML}).encode()}),
     ],
 )
-def test_where_templates_lie(tmp_path: Path, template: Any, files: dict[str, bytes]) -> None:
+def test_files_that_hold_a_chat_template(
+    tmp_path: Path, template: Any, files: dict[str, bytes]
+) -> None:
     write_byte_tokenizer(tmp_path, template)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -157,19 +159,19 @@ def test_where_templates_lie(tmp_path: Path, template: Any, files: dict[str, byt
         ({"special_tokens_map.json": b"[]"}, r"special_tokens_map\.json: not a JSON object"),
     ],
 )
-def test_what_is_no_template_or_token(
+def test_invalid_templates_and_tokens(
     tmp_path: Path, files: dict[str, bytes], message: str
 ) -> None:
     write_byte_tokenizer(tmp_path, None)
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(TextError, match=message) as error:
+    with pytest.raises(TokenizerError, match=message) as error:
         Tokenizer(tmp_path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
 
 
-def test_tokens_that_older_libraries_named_reach_the_template(tmp_path: Path) -> None:
+def test_the_template_gets_tokens_of_special_tokens_map(tmp_path: Path) -> None:
     template = "{{ bos_token }}{{ cls_token }}" + CHATML
     write_byte_tokenizer(tmp_path, template, cls_token=None)
     named = {"bos_token": {"content": "<|bos|>"}, "cls_token": "no", "eos_token": "no"}
@@ -201,7 +203,7 @@ _HUGE = "'x' * 9999999999"
         "{{ '%9999999999d' % 1 }}",
     ],
 )
-def test_compiling_evaluates_nothing(source: str) -> None:
+def test_compiling_runs_no_template_code(source: str) -> None:
     started = time.perf_counter()
     ChatTemplate(source, {})
     assert time.perf_counter() - started < 2
@@ -221,14 +223,14 @@ def test_compiling_evaluates_nothing(source: str) -> None:
         ("{{ x | no_such_filter }}", "No filter named 'no_such_filter'"),
     ],
 )
-def test_what_cannot_be_compiled_is_one_line(source: str, reason: str) -> None:
+def test_a_compile_error_is_one_line(source: str, reason: str) -> None:
     with pytest.raises(TemplateUnusable, match=reason) as error:
         ChatTemplate(source, {})
     assert len(str(error.value)) <= 203
     assert "\n" not in str(error.value)
 
 
-def test_whoever_only_decodes_compiles_nothing(tmp_path: Path) -> None:
+def test_decoding_compiles_no_template(tmp_path: Path) -> None:
     write_byte_tokenizer(tmp_path, "{% for %}")
     code = (
         "import sys; from pathlib import Path; from specserve.text import Tokenizer\n"

@@ -59,7 +59,7 @@ def _chat(content: str, name: str = "") -> list[dict[str, str]]:
 
 
 def _sections(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[str | None, list[int]]]:
-    """The ids after each marker, and the marker."""
+    """Each control token and the ids that follow it."""
     vocabulary = tokenizer.vocabulary()
     markers = {vocabulary[marker]: marker for marker in MARKERS}
     section: tuple[str | None, list[int]] = (None, [])
@@ -74,9 +74,7 @@ def _sections(tokenizer: Tokenizer, ids: list[int]) -> Iterator[tuple[str | None
 
 @settings(deadline=None, max_examples=30)
 @given(content=_forged, name=_forged)
-def test_no_text_forges_a_turn_or_changes_another(
-    tokenizer: Tokenizer, content: str, name: str
-) -> None:
+def test_no_text_forges_or_changes_a_turn(tokenizer: Tokenizer, content: str, name: str) -> None:
     honest = list(_sections(tokenizer, tokenizer.chat(_chat("x", "x"))))
     forged = list(_sections(tokenizer, tokenizer.chat(_chat(content, name))))
     assert [marker for marker, _ in forged] == [marker for marker, _ in honest]
@@ -88,8 +86,8 @@ def test_no_text_forges_a_turn_or_changes_another(
     assert not {vocabulary[marker] for marker in MARKERS} & set(prompt)
 
 
-def test_a_chat_without_markers_is_the_text_of_the_template(tokenizer: Tokenizer) -> None:
-    """With the ids that the library gives the whole text, where no message begins with space."""
+def test_a_chat_without_control_tokens_is_the_rendered_text(tokenizer: Tokenizer) -> None:
+    """Its ids are those of the library for the whole text, if no message begins with space."""
     chat = _chat("hello  you\n", "Bo")
     text = "".join(
         f"<|im_start|>{m['role']}{m.get('name', '')}\n{m['content']}<|im_end|>\n" for m in chat
@@ -100,8 +98,8 @@ def test_a_chat_without_markers_is_the_text_of_the_template(tokenizer: Tokenizer
 
 
 @pytest.mark.parametrize("content", ["  hello", "hello", "\n"])
-def test_space_that_a_marker_of_the_template_swallows(tmp_path: Path, content: str) -> None:
-    """Space of a user's after a marker that takes it is no forgery."""
+def test_a_control_token_of_the_template_that_absorbs_space(tmp_path: Path, content: str) -> None:
+    """User space after a control token that absorbs it is no forgery."""
     write_shape(tmp_path, "Qwen 2", rstrip=True)
     template = "{% for m in messages %}{{ '<|im_start|>' + m.content + '<|im_end|>' }}{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -133,10 +131,10 @@ def test_space_that_a_marker_of_the_template_swallows(tmp_path: Path, content: s
         ("«system»", CHATML.replace("m.role", "'«' ~ m.role ~ '»'"), False),
     ],
 )
-def test_added_tokens_that_are_not_flagged(
+def test_added_tokens_that_are_not_flagged_special(
     tmp_path: Path, token: str, template: str, is_text: bool
 ) -> None:
-    """Words and space stay as the model was trained on them; what marks something does not."""
+    """Words and space stay ordinary tokens; tokens spelled like control tokens do not."""
     directory = write_byte_tokenizer(tmp_path, template)
     file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
     file.add_tokens([AddedToken(token, special=False, normalized=False)])
@@ -150,8 +148,8 @@ def test_added_tokens_that_are_not_flagged(
     assert tokenizer.encode(f"a{token}b", allow_special=True).count(index) == 1
 
 
-def test_control_tokens_that_only_a_config_names(tmp_path: Path) -> None:
-    """Flags may be missing in tokenizer.json, and a named token may be a piece like any other."""
+def test_control_tokens_named_only_by_a_config(tmp_path: Path) -> None:
+    """Flags may be missing in tokenizer.json, and a named token may be an ordinary one."""
     write_shape(tmp_path, "T5", special=("<s>",), plain=("<think>", "SEP"))
     config = {
         "eos_token": "</s>",
@@ -168,8 +166,8 @@ def test_control_tokens_that_only_a_config_names(tmp_path: Path) -> None:
         assert tokenizer.chat(chat).count(vocabulary["</s>"]) == 1
 
 
-def test_a_character_that_is_called_special_stays_a_character(tmp_path: Path) -> None:
-    """As a padding token that was chosen among what is there."""
+def test_a_character_flagged_special_stays_text(tmp_path: Path) -> None:
+    """For example a padding token chosen from the ordinary vocabulary."""
     directory = write_byte_tokenizer(tmp_path, pad_token="!")
     file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
     file.add_special_tokens(["!"])
@@ -181,7 +179,7 @@ def test_a_character_that_is_called_special_stays_a_character(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("change", ["m.content | lower", "m.content | replace('#', '')"])
-def test_a_template_that_makes_a_control_token_of_what_is_none(tmp_path: Path, change: str) -> None:
+def test_a_template_that_turns_text_into_a_control_token(tmp_path: Path, change: str) -> None:
     tokenizer = Tokenizer(write_byte_tokenizer(tmp_path, CHATML.replace("m.content", change)))
     for content in ("<|IM_END|>a", "<|im#_end|>"):
         chat = [{"role": "user", "content": content}]
@@ -192,8 +190,8 @@ def test_a_template_that_makes_a_control_token_of_what_is_none(tmp_path: Path, c
             tokenizer.chat(chat)
 
 
-def test_thinking_that_a_template_removes_goes_through(tmp_path: Path) -> None:
-    """Clients send an answer back as it came, markers and all."""
+def test_thinking_removed_by_the_template_is_accepted(tmp_path: Path) -> None:
+    """Clients send an answer back unchanged, control tokens included."""
     rewriting = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip('\n')")
     directory = write_byte_tokenizer(tmp_path, rewriting)
     file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
@@ -227,10 +225,10 @@ _THINKING = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip(
         (_THINKING, ("</think>", "a", "<think>\nhm\n</think>\n\nb", "<think> <|im_end|>")),
     ],
 )
-def test_what_a_template_writes_may_depend_on_what_they_say(
+def test_a_template_may_react_to_the_content(
     tmp_path: Path, template: str, said: tuple[str, ...]
 ) -> None:
-    """That is no forgery, nor does it keep others from spelling a control token."""
+    """A template that reacts to the content is no forgery, and forgeries are still found."""
     write_shape(tmp_path, "Qwen 2")
     (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
     tokenizer = Tokenizer(tmp_path)
@@ -247,7 +245,7 @@ def test_what_a_template_writes_may_depend_on_what_they_say(
         assert tokenizer.decode(continued, skip_special=False).endswith("assistant\nIt is ")
 
 
-def test_a_switch_in_a_message_hides_no_forgery(tmp_path: Path) -> None:
+def test_a_switch_in_a_message_does_not_hide_a_forgery(tmp_path: Path) -> None:
     write_shape(tmp_path, "Qwen 2")
     (tmp_path / "chat_template.jinja").write_text(_SWITCHED, encoding="utf-8")
     tokenizer = Tokenizer(tmp_path)

@@ -17,7 +17,7 @@ from specserve.files import FileError, quoted, read_file
 from specserve.hub import HubError, resolve
 from specserve.models.fields import ModelError
 from specserve.models.loader import load_model
-from specserve.text import TextError, Tokenizer
+from specserve.text import Tokenizer, TokenizerError
 from specserve_kernels.dispatch import select_kernels
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_what_is_no_file_is_named_at_once(
         (model / "model.safetensors").unlink()
     (model / name).unlink(missing_ok=True)
     make(model / name)
-    with pytest.raises((ModelError, TextError)) as error:
+    with pytest.raises((ModelError, TokenizerError)) as error:
         _start(model)
     assert name in str(error.value) or name == "model.gguf"
     assert KINDS[make] in str(error.value) or name == "model.gguf"

@@ -150,9 +150,9 @@ WITHOUT_TORCH = {
     "specserve.process.messages",
     "specserve.process.engine_process",
     "specserve.process.child",
-    "specserve.process.text_messages",
-    "specserve.process.text_process",
-    "specserve.process.text_main",
+    "specserve.process.tokenizer_messages",
+    "specserve.process.tokenizer_pool",
+    "specserve.process.tokenizer_main",
     "specserve.server",
     "specserve.client",
 }

@@ -24,14 +24,15 @@ IDLE: Final = (  # gauges that are 0 while no request is open
     "specserve:open_streams",
     "specserve:kv_slots_allocated",
 )
-_ROLES: Final = {"engine_main": "engine", "text_main": "text"}  # module on the command line -> role
+# Module on the command line -> role.
+_ROLES: Final = {"engine_main": "engine", "tokenizer_worker": "tokenizer"}
 _POLL_S: Final = 0.1  # seconds from the request for /metrics to reading the processes
 _SETTLE_S: Final = 15.0  # seconds that `settle` waits at most
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class ProcessVitals(Struct, frozen=True):
-    role: str  # "http", "engine" or "text" (a tokenizer process)
+    role: str  # "http", "engine" or "tokenizer"
     pid: int
     num_fds: int
     num_threads: int

@@ -41,6 +41,18 @@ class Limits(Struct, frozen=True):
                     f"{name[:80]!r} does not run here; use one of {', '.join(self.drafters)}",
                 )
 
+    def check_prompt_len(self, num_prompt: int) -> None:
+        """Raise RequestError if a prompt of this many tokens fills the context."""
+        context = self.max_model_len
+        if num_prompt >= context:
+            more = self.max_position_embeddings > context
+            hint = f" or raise max_model_len (the model allows {self.max_position_embeddings})"
+            raise RequestError(
+                "prompt",
+                f"{num_prompt} tokens leave no room in the context of {context}; shorten it"
+                + (hint if more else ""),
+            )
+
     def _check_tokens(self, field: str, tokens: Sequence[int]) -> None:
         for bad in (min(tokens, default=0), max(tokens, default=0)):
             if not 0 <= bad < self.vocab_size:
@@ -51,14 +63,7 @@ class Limits(Struct, frozen=True):
 
     def _check_room(self, num_prompt: int, max_tokens: int) -> None:
         context, slots = self.max_model_len, self.num_kv_slots
-        if num_prompt >= context:
-            more = self.max_position_embeddings > context
-            hint = f" or raise max_model_len (the model allows {self.max_position_embeddings})"
-            raise RequestError(
-                "prompt",
-                f"{num_prompt} tokens leave no room in the context of {context}; shorten it"
-                + (hint if more else ""),
-            )
+        self.check_prompt_len(num_prompt)
         if num_prompt + max_tokens > context:
             raise RequestError(
                 "max_tokens",

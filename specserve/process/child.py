@@ -28,11 +28,11 @@ class Child(Generic[T]):
     @classmethod
     async def start(cls, module: str, message_type: Any) -> "Child[T]":
         """Run `python -m module FD`, which sends messages of `message_type`. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            frames: FrameStream[T] = await FrameStream.open(ours, message_type)
+        our_end, child_end = socket.socketpair()
+        with child_end:
+            frames: FrameStream[T] = await FrameStream.open(our_end, message_type)
             try:
-                process = _spawn(module, theirs)
+                process = _spawn(module, child_end)
             except BaseException:
                 await frames.close()
                 raise
@@ -48,19 +48,19 @@ class Child(Generic[T]):
     def kill(self) -> None:
         self._process.kill()
 
-    async def reap(self, patience: float) -> int:
+    async def reap(self, timeout: float) -> int:
         """Close the socket, wait until the child ends, and return its exit code.
 
-        The child is killed after `patience` seconds. Completes even if the caller is cancelled.
+        The child is killed after `timeout` seconds. Completes even if the caller is cancelled.
         """
-        reaping = asyncio.create_task(self._reap(patience))
+        reaping = asyncio.create_task(self._reap(timeout))
         try:
             return await asyncio.shield(reaping)
         finally:
             await asyncio.wait([reaping])
 
-    async def _reap(self, patience: float) -> int:
-        deadline = time.monotonic() + patience
+    async def _reap(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
         await self.frames.close()
         while (code := self._process.poll()) is None:
             if time.monotonic() >= deadline:
@@ -72,7 +72,7 @@ class Child(Generic[T]):
 def _spawn(module: str, sock: socket.socket) -> subprocess.Popen[bytes]:
     # PYTHONPATH and -P give the child this process's import path, without the working directory
     # that -m would add. A new session keeps a Ctrl-C in the terminal from the child. The child is
-    # killed when the thread that starts it ends (parent.py): that of the event loop, which in
+    # killed when the thread that starts it ends (parent_death.py): that of the event loop, which in
     # `serve` is the main thread.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(

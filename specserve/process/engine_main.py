@@ -21,7 +21,7 @@ from specserve.drafting.base import DraftError
 from specserve.engine.engine import Engine
 from specserve.hub import HubError, resolve
 from specserve.models.fields import ModelError
-from specserve.process.boarding import Boarding
+from specserve.process.batch_coalescer import BatchCoalescer
 from specserve.process.frames import FrameSocket
 from specserve.process.messages import (
     HEARTBEAT_S,
@@ -33,8 +33,8 @@ from specserve.process.messages import (
     Stepped,
     ToEngine,
 )
-from specserve.process.parent import kill_with_parent
-from specserve.text import TextError, Tokenizer
+from specserve.process.parent_death import set_parent_death_signal
+from specserve.text import Tokenizer, TokenizerError
 from specserve.types import Abort, Request, RequestError, StepOutput
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ def main() -> int:
         level=logging.INFO, stream=sys.stderr, format="%(levelname)s engine: %(message)s"
     )
     sock = socket.socket(fileno=int(sys.argv[1]))
-    kill_with_parent()
-    threading.Thread(target=_end_with_parent, args=(sock,), daemon=True).start()
+    set_parent_death_signal()
+    threading.Thread(target=_exit_with_parent, args=(sock,), daemon=True).start()
     frames: FrameSocket[ToEngine] = FrameSocket(sock, ToEngine)
     try:
         return _serve(frames)
@@ -58,12 +58,12 @@ def main() -> int:
         return 1
 
 
-def _end_with_parent(sock: socket.socket) -> None:
+def _exit_with_parent(sock: socket.socket) -> None:
     """Exit when the parent closes the socket; runs in its own thread.
 
     The step loop notices this too, but not while weights are loaded. Needed where
-    `kill_with_parent` has no effect or was called after the parent ended. The socket stays open
-    until the process exits, so that the end of the stream means the end of the process.
+    `set_parent_death_signal` has no effect or was called after the parent ended. The socket stays
+    open until the process exits, so that the end of the stream means the end of the process.
     """
     poll = select.poll()
     poll.register(sock, 0)  # no event but the end of the connection
@@ -79,24 +79,26 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
     assert isinstance(configure, Configure), "the first message says what to load"
     try:
         engine, slowest_step = _load(configure, _Progress(frames))
-    except (ConfigError, DraftError, HubError, ModelError, TextError) as error:
+    except (ConfigError, DraftError, HubError, ModelError, TokenizerError) as error:
         frames.send(Failed(str(error)))
         return 1
     frames.send(Ready(engine.info(), engine.stats(), slowest_step))
-    _take(engine, frames, early)
-    boarding, places = Boarding(frames, HEARTBEAT_S), 0
-    while (boarded := boarding.receive(running=engine.has_work, places=places)) is not None:
-        _take(engine, frames, boarded)
+    _handle(engine, frames, early)
+    coalescer, num_free = BatchCoalescer(frames, HEARTBEAT_S), 0
+    while True:
+        received = coalescer.receive(running=engine.has_work, num_free_slots=num_free)
+        if received is None:
+            return 0
+        _handle(engine, frames, received)
         outputs: list[StepOutput] = []
         if engine.has_work:  # only steps count for the delay
             started = time.perf_counter()
             outputs = engine.step()
-            boarding.passed(time.perf_counter() - started)
+            coalescer.record_step(time.perf_counter() - started)
         stats = engine.stats()
         frames.send(Stepped(tuple(outputs), stats))
-        finished = sum(output.finish is not None for output in outputs)
-        places = max(0, finished - stats.num_waiting)
-    return 0
+        num_finished = sum(output.finish is not None for output in outputs)
+        num_free = max(0, num_finished - stats.num_waiting)
 
 
 def _load(configure: Configure, progress: "_Progress") -> tuple[Engine, float]:
@@ -116,7 +118,7 @@ def _load(configure: Configure, progress: "_Progress") -> tuple[Engine, float]:
     return engine, slowest_step
 
 
-def _take(engine: Engine, frames: FrameSocket[ToEngine], messages: list[ToEngine]) -> None:
+def _handle(engine: Engine, frames: FrameSocket[ToEngine], messages: list[ToEngine]) -> None:
     for message in messages:
         if isinstance(message, Request):
             try:
@@ -132,11 +134,11 @@ class _Progress:
 
     def __init__(self, frames: FrameSocket[ToEngine]) -> None:
         self._frames = frames
-        self._told = ""
+        self._last_stage = ""
 
     def stage(self, stage: str) -> None:
-        if stage != self._told:
-            self._told = stage
+        if stage != self._last_stage:
+            self._last_stage = stage
             self._frames.send(Loading(stage))
 
     def fraction(self, stage: str, fraction: float) -> None:

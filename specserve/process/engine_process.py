@@ -34,8 +34,8 @@ _MODULE: Final = "specserve.process.engine_main"
 _TICK_S: Final = 0.25  # seconds; the unit in which the engine's silence is counted
 _HEALTHY_S: Final = 60.0  # seconds that an engine must stay ready to reset the restart delay
 _MAX_DELAY_S: Final = 30.0  # seconds; upper bound of the restart delay, which doubles
-_PATIENCE_S: Final = 2.0  # seconds that a process that should end gets before it is killed
-_MARGIN: Final = 3.0  # how many times slower than in the warm-up a step may be on a busy machine
+_KILL_AFTER_S: Final = 2.0  # seconds from asking a process to end until it is killed
+_MAX_SLOWDOWN: Final = 3.0  # how much slower than in the warm-up a step may be: a busy machine
 
 logger = logging.getLogger(__name__)
 _decoder: Final = msgspec.msgpack.Decoder(ToEngine)
@@ -74,7 +74,7 @@ class EngineProcess:
         """`target` is the model directory; both timeouts are seconds without a message.
 
         A ready engine counts as hung after `heartbeat_timeout` plus the time that a step may take,
-        a starting one after `start_timeout`, which also bounds the former (see `_patience`).
+        a starting one after `start_timeout`, which also bounds the former (see `_allowed_silence`).
         """
         self.state: State = "stopped"
         self.stage = ""  # what a starting engine does, for users
@@ -88,14 +88,14 @@ class EngineProcess:
         self._start_timeout = start_timeout
         self._start_s = 5.0  # duration of the latest start; before it, an estimate
         self._starts_at, self._ready_at = 0.0, inf
-        self._refusal = ""  # error that the latest engine reported about its settings
+        self._settings_error = ""  # error that the latest engine reported about its settings
         self._error = ""  # why the state is "failed"
         self._child: Child[FromEngine] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._settled = asyncio.Event()  # set while ready, failed or stopped
-        self._settled.set()
+        self._start_decided = asyncio.Event()  # set while ready, failed or stopped
+        self._start_decided.set()
         self._streams: dict[str, asyncio.Queue[StepOutput | Exception]] = {}
-        self._contexts: dict[str, int] = {}  # by request: tokens so far
+        self._context_lengths: dict[str, int] = {}  # by request: tokens so far
         self._slowest_step = 0.0  # seconds, in the warm-up
 
     @property
@@ -103,7 +103,7 @@ class EngineProcess:
         return None if self._child is None else self._child.pid
 
     @property
-    def num_open(self) -> int:
+    def num_open_streams(self) -> int:
         """Number of requests in the engine whose `stream` is open."""
         return len(self._streams)
 
@@ -120,7 +120,7 @@ class EngineProcess:
         Raises EngineFailed if it cannot be started, EngineUnavailable if it is stopped meanwhile.
         """
         while True:
-            await self._settled.wait()
+            await self._start_decided.wait()
             if self.state == "failed":
                 raise EngineFailed(self._error)
             if self.state == "stopped":
@@ -147,12 +147,12 @@ class EngineProcess:
         if self.state != "ready":
             raise self._unavailable()
         assert child is not None
-        if request.id in self._contexts:
+        if request.id in self._context_lengths:
             raise RequestError("id", f"{request.id!r} is already running; use a fresh one")
-        _check_readable(request)
+        _check_encodable(request)
         outputs: asyncio.Queue[StepOutput | Exception] = asyncio.Queue()
         self._streams[request.id] = outputs
-        self._contexts[request.id] = len(request.prompt_ids)
+        self._context_lengths[request.id] = len(request.prompt_ids)
         child.frames.send(request)
         try:
             while True:
@@ -171,15 +171,15 @@ class EngineProcess:
         delay = 0.0
         while True:
             end = await self._run()
-            if self.info is None and (self._refusal or self.num_restarts + 1 == MAX_STARTS):
-                self._error = self._refusal or (
-                    f"the engine's process does not start: {end}, {MAX_STARTS} times; see its log"
+            if self.info is None and (self._settings_error or self.num_restarts + 1 == MAX_STARTS):
+                self._error = self._settings_error or (
+                    f"the engine process failed to start {MAX_STARTS} times: {end}; see its log"
                 )
                 self._set_state("failed")
                 return
             if time.monotonic() - self._ready_at > _HEALTHY_S:
                 delay = 0.0
-            logger.error("the engine's process is gone (%s); a new one in %g s", end, delay)
+            logger.error("the engine process ended (%s); a new one starts in %g s", end, delay)
             self._starts_at = time.monotonic() + delay
             await asyncio.sleep(delay)
             delay = min(max(1.0, 2 * delay), _MAX_DELAY_S)
@@ -187,7 +187,7 @@ class EngineProcess:
 
     async def _run(self) -> str:
         """Run one engine process from start to end; returns how it ended, in words."""
-        self.stage, self._refusal = "starting a process", ""
+        self.stage, self._settings_error = "starting a process", ""
         self._starts_at, self._ready_at = time.monotonic(), inf
         try:
             child: Child[FromEngine] = await Child.start(_MODULE, FromEngine)
@@ -198,7 +198,7 @@ class EngineProcess:
             child.frames.send(self._configure)
             await self._listen(child)
         except Exception:
-            logger.exception("the engine's process cannot be understood")
+            logger.exception("the engine process sent an invalid message")
             child.kill()
         except asyncio.CancelledError:
             child.terminate()
@@ -207,9 +207,9 @@ class EngineProcess:
             self._child = self.stats = None
             if self.state != "stopped":
                 self._set_state("starting" if self.info is None else "restarting")
-            self._drop_streams()
-            code = await child.reap(_PATIENCE_S)
-        return self._refusal or (f"signal {-code}" if code < 0 else f"exit code {code}")
+            self._fail_streams()
+            code = await child.reap(_KILL_AFTER_S)
+        return self._settings_error or (f"signal {-code}" if code < 0 else f"exit code {code}")
 
     async def _listen(self, child: Child[FromEngine]) -> None:
         """Handle messages until the stream ends; kill an engine that is silent for too long.
@@ -224,8 +224,8 @@ class EngineProcess:
                     messages = await child.frames.receive()
             except TimeoutError:
                 silent_s += _TICK_S
-                if silent_s >= self._patience():
-                    logger.error("no sign of life from the engine for %g s", silent_s)
+                if silent_s >= self._allowed_silence():
+                    logger.error("no message from the engine for %g s; killing it", silent_s)
                     child.kill()
                     return
                 continue
@@ -234,9 +234,9 @@ class EngineProcess:
             silent_s = 0.0
             self.last_seen = time.monotonic()
             for message in messages:
-                self._take(message)
+                self._handle(message)
 
-    def _patience(self) -> float:
+    def _allowed_silence(self) -> float:
         """Seconds that the engine may be silent; it sends messages only between two steps.
 
         A token's cost is a constant plus a part proportional to its context length. The largest
@@ -245,14 +245,14 @@ class EngineProcess:
         """
         if self.state != "ready":
             return self._start_timeout
-        if not self._contexts:
+        if not self._context_lengths:
             return self._heartbeat_timeout
         rows = self._configure.config.schedule.max_batch_rows
-        growth = 1 + 2 * max(self._contexts.values()) / rows
-        allowed = self._heartbeat_timeout + _MARGIN * self._slowest_step * growth
+        factor = 1 + 2 * max(self._context_lengths.values()) / rows
+        allowed = self._heartbeat_timeout + _MAX_SLOWDOWN * self._slowest_step * factor
         return min(allowed, max(self._heartbeat_timeout, self._start_timeout))
 
-    def _take(self, message: FromEngine) -> None:
+    def _handle(self, message: FromEngine) -> None:
         match message:
             case Loading():
                 self.stage = message.stage
@@ -260,27 +260,27 @@ class EngineProcess:
                 self.info, self._ready_at = message.info, time.monotonic()
                 self._start_s = self._ready_at - self._starts_at
                 self._slowest_step = message.slowest_step
-                self._count(message.stats)
+                self._record_stats(message.stats)
                 self._set_state("ready")
             case Failed():
-                self._refusal = message.error
+                self._settings_error = message.error
             case Refused():
                 error = RequestError(message.param, message.message)
                 self._deliver(message.id, error, last=True)
             case Stepped():
-                self._count(message.stats)
+                self._record_stats(message.stats)
                 for output in message.outputs:
-                    if output.id in self._contexts:
-                        self._contexts[output.id] += len(output.new_ids)
+                    if output.id in self._context_lengths:
+                        self._context_lengths[output.id] += len(output.new_ids)
                     self._deliver(output.id, output, last=output.finish is not None)
 
-    def _count(self, stats: EngineStats) -> None:
+    def _record_stats(self, stats: EngineStats) -> None:
         self.stats = stats
         if self.on_stats is not None:
             try:
                 self.on_stats(stats)
             except Exception:
-                logger.exception("the engine's numbers could not be passed on")
+                logger.exception("the engine's statistics could not be recorded")
 
     def _deliver(self, request_id: str, output: StepOutput | Exception, *, last: bool) -> None:
         """Pass an output to the request's stream, or drop it if the stream is closed."""
@@ -288,20 +288,20 @@ class EngineProcess:
             self._streams[request_id].put_nowait(output)
         if last:
             self._streams.pop(request_id, None)
-            self._contexts.pop(request_id, None)
+            self._context_lengths.pop(request_id, None)
 
-    def _drop_streams(self) -> None:
+    def _fail_streams(self) -> None:
         for outputs in self._streams.values():
             outputs.put_nowait(self._unavailable())
         self._streams.clear()
-        self._contexts.clear()
+        self._context_lengths.clear()
 
     def _set_state(self, state: State) -> None:
         self.state = state
         if state in ("starting", "restarting"):
-            self._settled.clear()
+            self._start_decided.clear()
         else:
-            self._settled.set()
+            self._start_decided.set()
 
     def _unavailable(self) -> EngineUnavailable:
         if self.state in ("failed", "stopped"):
@@ -310,7 +310,7 @@ class EngineProcess:
         return EngineUnavailable(_REASONS[self.state], max(1.0, left))
 
 
-def _check_readable(request: Request) -> None:
+def _check_encodable(request: Request) -> None:
     """Raise RequestError if the engine could not decode the request, which would end the engine."""
     try:
         _decoder.decode(msgspec.msgpack.encode(request))

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from specserve.fair_share import Turns
+from specserve.fair_share import ServiceCounters
 from specserve.schedule.cost import PassCosts
 from specserve.sequence import SequenceState, Status
 
@@ -51,7 +51,7 @@ class Tenants:
         self._max_rows = max_rows
         self._costs = costs
         self._all: dict[str, _Tenant] = {}
-        self._turns = Turns()
+        self._service = ServiceCounters()
         self._num_planned = 0
         self._num_turns = 0  # turns given to sequences to decode, see `SequenceState.last_turn`
         self.present: set[str] = set()  # tenants with a sequence waiting or running
@@ -69,7 +69,7 @@ class Tenants:
         """A new sequence of this tenant is waiting."""
         its = self._all.setdefault(tenant, _Tenant())
         if its.num_seqs == len(its.running):
-            self._turns.join(tenant, [name for name in self.present if self._waits(name)])
+            self._service.join(tenant, [name for name in self.present if self._waits(name)])
         its.num_seqs += 1
         self.present.add(tenant)
 
@@ -79,13 +79,13 @@ class Tenants:
         its.num_seqs -= 1
         if not its.num_seqs:
             self.present.discard(tenant)
-            self._turns.forget(self.present)
+            self._service.forget(self.present)
 
     def start(self, seq: SequenceState, running: Iterable[SequenceState]) -> None:
         """`seq` was admitted. `running`: all running sequences, by priority, then arrival."""
         tenant = seq.request.tenant
         self._all[tenant].running = [s for s in running if s.request.tenant == tenant]
-        self._turns.take(tenant, seq.num_pending, waiting=any(map(self._waits, self.present)))
+        self._service.take(tenant, seq.num_pending, waiting=any(map(self._waits, self.present)))
 
     def stop(self, seq: SequenceState) -> None:
         """`seq` no longer runs: it is finished or preempted."""
@@ -93,7 +93,7 @@ class Tenants:
 
     def charge(self, tenant: str, num_tokens: int) -> None:
         """`num_tokens` were emitted for this tenant."""
-        self._turns.charge(tenant, num_tokens)
+        self._service.charge(tenant, num_tokens)
 
     def service_order(self) -> list[str]:
         """The present tenants in order of service: fewest running, then least served, first."""
@@ -237,7 +237,7 @@ class Tenants:
         return len(self._all[tenant].running)
 
     def _served(self, tenant: str) -> float:
-        return self._turns.served(tenant)
+        return self._service.served(tenant)
 
     def _waits(self, tenant: str) -> bool:
         its = self._all[tenant]

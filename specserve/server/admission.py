@@ -14,11 +14,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from specserve.fair_share import Turns, room
+from specserve.fair_share import ServiceCounters, room
 
 FullReason = Literal["max_queued_requests", "max_queued_tokens"]
-_MAX_RETRY: Final = 60.0  # seconds; upper bound of `Admission.retry_after`
-_MEASURED: Final = 64  # completion times over which the completion rate is averaged
+_MAX_RETRY_AFTER: Final = 60.0  # seconds; upper bound of `Admission.retry_after`
+_NUM_COMPLETIONS: Final = 64  # completion times over which the completion rate is averaged
 
 
 class QueueFull(Exception):
@@ -31,7 +31,7 @@ class QueueFull(Exception):
 
 
 @dataclass(order=True, slots=True)
-class _Turn:
+class _QueuedSequence:
     """One waiting or running sequence; sorts by descending priority, then by age."""
 
     minus_priority: int
@@ -42,12 +42,12 @@ class _Turn:
 
 
 @dataclass(slots=True)
-class _Client:
+class _KeyState:
     """State of one API key that has running or waiting sequences."""
 
     num_running: int = 0
     num_queued_tokens: int = 0
-    waiting: list[_Turn] = field(default_factory=list)
+    waiting: list[_QueuedSequence] = field(default_factory=list)
 
 
 class Admission:
@@ -56,9 +56,9 @@ class Admission:
     The total may exceed `window` only for a key that runs fewer than max(1, window // num_keys)
     sequences: the scheduler preempts sequences of other keys for it.
 
-    The waiting key with the least service so far, in tokens, is next (`Turns`); within a key,
-    higher priority goes first, then age. `shared`: there are several keys, so that no key may fill
-    the queue.
+    The waiting key with the least service so far, in tokens, is next (`ServiceCounters`); within a
+    key, higher priority goes first, then age. `shared`: there are several keys, so that no key may
+    fill the queue.
     """
 
     def __init__(
@@ -71,13 +71,11 @@ class Admission:
         self.num_waiting = 0
         self.num_queued_tokens = 0
         self._shared = shared
-        self._clients: dict[str, _Client] = {}
-        self._turns = Turns()
-        self._num_turns = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._keys: dict[str, _KeyState] = {}
+        self._service = ServiceCounters()
+        self._num_sequences = 0
         # time.monotonic() seconds: when the queue became busy, then the latest completions.
-        self._completions: deque[float] = deque(maxlen=_MEASURED)
+        self._completions: deque[float] = deque(maxlen=_NUM_COMPLETIONS)
 
     @property
     def full(self) -> bool:
@@ -94,7 +92,7 @@ class Admission:
     @property
     def num_keys(self) -> int:
         """Number of keys that have state here."""
-        return max(len(self._clients), len(self._turns))
+        return max(len(self._keys), len(self._service))
 
     @property
     def retry_after(self) -> float:
@@ -103,7 +101,7 @@ class Admission:
             return 1.0
         num_completed = max(1, len(self._completions) - 1)
         seconds_each = (time.monotonic() - self._completions[0]) / num_completed
-        return min(_MAX_RETRY, max(1.0, self.num_waiting * seconds_each))
+        return min(_MAX_RETRY_AFTER, max(1.0, self.num_waiting * seconds_each))
 
     @asynccontextmanager
     async def slot(self, key: str, num_tokens: int, priority: int = 0) -> AsyncIterator[None]:
@@ -112,103 +110,96 @@ class Admission:
         `num_tokens` (the prompt's length) is charged to the key as service on admission. Raises
         QueueFull immediately if the sequence would have to wait and the queue has no room for it.
         """
-        turn = self._join(key, num_tokens, priority)
+        sequence = self._enqueue(key, num_tokens, priority)
         try:
-            await turn.granted
+            await sequence.granted
             yield
         finally:
-            self._leave(key, turn)
+            self._release(key, sequence)
 
     def charge(self, key: str, num_tokens: int) -> None:
         """Charge the key for tokens that the engine emitted for one of its sequences."""
-        self._turns.charge(key, num_tokens)
+        self._service.charge(key, num_tokens)
 
-    async def drain(self) -> None:
-        """Return when no sequence runs or waits."""
-        while self.num_running or self.num_waiting:
-            await self._idle.wait()
-
-    def _join(self, key: str, num_tokens: int, priority: int) -> _Turn:
-        client = self._clients.get(key, _Client())
-        new = key not in self._clients
-        if not self._may_run(client, num_keys=len(self._clients) + new):
-            self._check_room(client, num_tokens)
-        self._clients[key] = client
-        if not client.waiting:
-            self._turns.join(key, [other for other, its in self._clients.items() if its.waiting])
-        self._num_turns += 1
+    def _enqueue(self, key: str, num_tokens: int, priority: int) -> _QueuedSequence:
+        state = self._keys.get(key, _KeyState())
+        new = key not in self._keys
+        if not self._may_admit(state, num_keys=len(self._keys) + new):
+            self._check_queue_room(state, num_tokens)
+        self._keys[key] = state
+        if not state.waiting:
+            self._service.join(key, [other for other, its in self._keys.items() if its.waiting])
+        self._num_sequences += 1
         granted = asyncio.get_running_loop().create_future()
-        turn = _Turn(-priority, self._num_turns, num_tokens, granted)
-        insort(client.waiting, turn)
-        self._count_waiting(client, 1, num_tokens)
-        self._idle.clear()
+        sequence = _QueuedSequence(-priority, self._num_sequences, num_tokens, granted)
+        insort(state.waiting, sequence)
+        self._count_waiting(state, 1, num_tokens)
         self._admit()
-        return turn
+        return sequence
 
-    def _leave(self, key: str, turn: _Turn) -> None:
-        client = self._clients[key]
-        if turn.admitted:
-            client.num_running -= 1
+    def _release(self, key: str, sequence: _QueuedSequence) -> None:
+        state = self._keys[key]
+        if sequence.admitted:
+            state.num_running -= 1
             self.num_running -= 1
             self._completions.append(time.monotonic())
         else:
-            client.waiting.remove(turn)
-            self._count_waiting(client, -1, -turn.num_tokens)
-        if not client.num_running and not client.waiting:
-            del self._clients[key]
+            state.waiting.remove(sequence)
+            self._count_waiting(state, -1, -sequence.num_tokens)
+        if not state.num_running and not state.waiting:
+            del self._keys[key]
         self._admit()
-        self._turns.forget(self._clients)
-        if not self._clients:
+        self._service.forget(self._keys)
+        if not self._keys:
             self._completions.clear()
-            self._idle.set()
 
     def _admit(self) -> None:
         while (key := self._next()) is not None:
-            client = self._clients[key]
-            turn = client.waiting.pop(0)
-            self._count_waiting(client, -1, -turn.num_tokens)
-            self._turns.take(key, turn.num_tokens, waiting=self.num_waiting > 0)
-            client.num_running += 1
+            state = self._keys[key]
+            sequence = state.waiting.pop(0)
+            self._count_waiting(state, -1, -sequence.num_tokens)
+            self._service.take(key, sequence.num_tokens, waiting=self.num_waiting > 0)
+            state.num_running += 1
             self.num_running += 1
-            turn.admitted = True
+            sequence.admitted = True
             if not self._completions:
                 self._completions.append(time.monotonic())
-            if not turn.granted.done():  # if cancelled, its task calls `_leave` when it resumes
-                turn.granted.set_result(None)
+            if (
+                not sequence.granted.done()
+            ):  # if cancelled, its task calls `_release` when it resumes
+                sequence.granted.set_result(None)
 
     def _next(self) -> str | None:
         """The key to admit next, or None if no waiting sequence may be admitted."""
-        num_keys = len(self._clients)
+        num_keys = len(self._keys)
         return min(
             (
                 key
-                for key, client in self._clients.items()
-                if client.waiting and self._may_run(client, num_keys)
+                for key, state in self._keys.items()
+                if state.waiting and self._may_admit(state, num_keys)
             ),
-            key=lambda key: (self._turns.served(key), self._clients[key].waiting[0].number),
+            key=lambda key: (self._service.served(key), self._keys[key].waiting[0].number),
             default=None,
         )
 
-    def _may_run(self, client: _Client, num_keys: int) -> bool:
+    def _may_admit(self, state: _KeyState, num_keys: int) -> bool:
         """Whether one more sequence of this key may be admitted, with `num_keys` keys present."""
-        return self.num_running < self.window or client.num_running < max(
-            1, self.window // num_keys
-        )
+        return self.num_running < self.window or state.num_running < max(1, self.window // num_keys)
 
-    def _count_waiting(self, client: _Client, num_requests: int, num_tokens: int) -> None:
+    def _count_waiting(self, state: _KeyState, num_requests: int, num_tokens: int) -> None:
         self.num_waiting += num_requests
         self.num_queued_tokens += num_tokens
-        client.num_queued_tokens += num_tokens
+        state.num_queued_tokens += num_tokens
 
-    def _check_room(self, client: _Client, num_tokens: int) -> None:
-        requests = (self.max_queued_requests, self.num_waiting, len(client.waiting))
-        tokens = (self.max_queued_tokens, self.num_queued_tokens, client.num_queued_tokens)
+    def _check_queue_room(self, state: _KeyState, num_tokens: int) -> None:
+        requests = (self.max_queued_requests, self.num_waiting, len(state.waiting))
+        tokens = (self.max_queued_tokens, self.num_queued_tokens, state.num_queued_tokens)
         if not room(*requests, shared=self._shared):
-            raise self._full_queue("max_queued_requests")
+            raise self._queue_full("max_queued_requests")
         if num_tokens > room(*tokens, shared=self._shared):
-            raise self._full_queue("max_queued_tokens")
+            raise self._queue_full("max_queued_tokens")
 
-    def _full_queue(self, reason: FullReason) -> QueueFull:
+    def _queue_full(self, reason: FullReason) -> QueueFull:
         whose = "this key's part of the queue" if self._shared else "the queue"
         return QueueFull(
             f"{whose} is full ({reason} {getattr(self, reason)})", reason, self.retry_after

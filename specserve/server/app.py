@@ -14,7 +14,7 @@ from specserve.server.auth import (
     principal,
     required_scope,
 )
-from specserve.server.connections import keep_place
+from specserve.server.connections import protect_connection
 from specserve.server.failures import as_api_error
 from specserve.server.held_bodies import BODY
 from specserve.server.routes import chat, completions, models, status, tokens
@@ -56,7 +56,7 @@ async def accept(request: web.Request, handler: Handler) -> web.StreamResponse:
         if required is Scope.INFERENCE and (error := service.shutting_down()) is not None:
             raise error
         service.accepted.add(principal(request).name)
-        keep_place(request)
+        protect_connection(request)
     return await handler(request)
 
 

@@ -30,7 +30,7 @@ KEYS_VARIABLE: Final = "SPECSERVE_API_KEYS"
 _MIN_KEY: Final = 16  # bytes
 _MAX_KEY: Final = 1024  # bytes
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MARK: Final = "required_scope"
+_SCOPE_ATTR: Final = "required_scope"
 
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -85,11 +85,11 @@ class Keyring:
         if not self._keys:
             return ANONYMOUS
         if authorization is not None:
-            scheme, _, key = _as_bytes(authorization).partition(b" ")
+            scheme, _, key = _to_bytes(authorization).partition(b" ")
             if scheme.lower() != b"bearer":
                 return None
         elif api_key is not None:
-            key = _as_bytes(api_key)
+            key = _to_bytes(api_key)
         else:
             return None
         digest = hashlib.sha256(key).digest()
@@ -128,7 +128,7 @@ def scope(required: Scope) -> Callable[[H], H]:
     """Decorator: the handler requires an API key with this scope."""
 
     def mark(handler: H) -> H:
-        vars(handler)[_MARK] = required
+        vars(handler)[_SCOPE_ATTR] = required
         return handler
 
     return mark
@@ -136,19 +136,21 @@ def scope(required: Scope) -> Callable[[H], H]:
 
 def public(handler: H) -> H:
     """Decorator: the handler needs no API key."""
-    vars(handler)[_MARK] = None
+    vars(handler)[_SCOPE_ATTR] = None
     return handler
 
 
 def check_routes(app: web.Application) -> None:
     """Assert that every handler is marked with `@scope` or `@public`."""
-    unmarked = [str(route) for route in app.router.routes() if not hasattr(route.handler, _MARK)]
+    unmarked = [
+        str(route) for route in app.router.routes() if not hasattr(route.handler, _SCOPE_ATTR)
+    ]
     assert not unmarked, f"mark these handlers with @scope or @public: {unmarked}"
 
 
 def required_scope(request: web.Request) -> Scope | None:
     """The scope that the matched route requires; None if it is public or no route matched."""
-    required: Scope | None = getattr(request.match_info.handler, _MARK, None)
+    required: Scope | None = getattr(request.match_info.handler, _SCOPE_ATTR, None)
     return required
 
 
@@ -171,9 +173,9 @@ def principal(request: web.Request) -> Principal:
 
 
 def _authorised(keyring: Keyring, request: web.Request, matched: object) -> Principal:
-    if not hasattr(matched, _MARK):
-        raise APIError(403, "nobody may use this route")
-    required: Scope | None = getattr(matched, _MARK)
+    if not hasattr(matched, _SCOPE_ATTR):
+        raise APIError(403, "this route has no scope, so that no key may use it")
+    required: Scope | None = getattr(matched, _SCOPE_ATTR)
     if required is None:
         return ANONYMOUS
     authorization = request.headers.get("Authorization")
@@ -183,7 +185,7 @@ def _authorised(keyring: Keyring, request: web.Request, matched: object) -> Prin
         given = authorization is not None or api_key is not None
         raise APIError(
             401,
-            "the API key is not known here"
+            "unknown API key"
             if given
             else "no API key given; send the header 'Authorization: Bearer KEY'",
             code="invalid_api_key",
@@ -239,7 +241,7 @@ def _read_file(file: Path) -> list[tuple[str, str]]:
     return entries
 
 
-def _as_bytes(header: str | bytes) -> bytes:
+def _to_bytes(header: str | bytes) -> bytes:
     """Never raises: header bytes that are not UTF-8 reach a handler as lone surrogates."""
     return header if isinstance(header, bytes) else header.encode("utf-8", "surrogatepass")
 

@@ -1,7 +1,7 @@
 """One client connection: the limits and error responses that aiohttp lacks.
 
 Bounds the size and time of a request's body and the time a client may take to read its answer;
-`door.py` bounds the number of connections. It sees bodies and answers only as bytes.
+`listener.py` bounds the number of connections. It sees bodies and answers only as bytes.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ SERVER_NAME: Final = "specserve"  # aiohttp's default would reveal its version
 _LINGER_S: Final = 1.0
 _SHUTDOWN_S: Final = 2.0  # seconds that handlers get to end their answers after a drain
 _POLL_S: Final = 0.02  # seconds between checks whether an answer has been sent entirely
-_FIRST_LOOK_S: Final = 0.05  # seconds from a client's FIN to the first check that it is alive
-_LONGEST_LOOK_S: Final = 5.0  # seconds; the interval of these checks doubles up to this
+_FIRST_PROBE_S: Final = 0.05  # seconds from a client's FIN to the first check that it is alive
+_MAX_PROBE_S: Final = 5.0  # seconds; the interval of these checks doubles up to this
 _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"  # HTTP clients must skip interim responses
 _ACKNOWLEDGED: Final = slice(120, 128)  # bytes of tcpi_bytes_acked in Linux's struct tcp_info
 _CLOSE: Final = {"Connection": "close"}
@@ -41,10 +41,10 @@ def runner_options(config: ServerConfig) -> dict[str, Any]:
     }
 
 
-def keep_place(request: web.Request) -> None:
+def protect_connection(request: web.Request) -> None:
     """Do not close the request's connection for a new one before its answer is sent."""
     if isinstance(request.protocol, Connection):
-        request.protocol.keep_place()
+        request.protocol.protect()
 
 
 async def read_body(
@@ -109,14 +109,14 @@ def _connection_options(config: ServerConfig) -> dict[str, Any]:
     }
 
 
-class Places(Protocol):
-    """The limited set of connections. At the limit, a new connection replaces an offered one."""
+class ConnectionSlots(Protocol):
+    """The open connections. At the limit, a new one replaces the oldest unprotected one."""
 
-    def keep(self, raw: asyncio.Transport) -> None: ...
+    def protect(self, raw: asyncio.Transport) -> None: ...
 
-    def offer(self, raw: asyncio.Transport) -> None: ...
+    def unprotect(self, raw: asyncio.Transport) -> None: ...
 
-    def leave(self, raw: asyncio.Transport) -> None: ...
+    def remove(self, raw: asyncio.Transport) -> None: ...
 
 
 class Connection(web.RequestHandler):
@@ -127,17 +127,28 @@ class Connection(web.RequestHandler):
     client that has closed its sending side (FIN) still gets its answers.
     """
 
-    __slots__ = ("_check", "_half_closed", "_last_body", "_places", "_raw", "_write_timeout")
+    __slots__ = (
+        "_half_closed",
+        "_last_body",
+        "_progress_timer",
+        "_raw",
+        "_slots",
+        "_write_timeout",
+    )
 
     def __init__(
-        self, server: web.Server, places: "Places", raw: asyncio.Transport, config: ServerConfig
+        self,
+        server: web.Server,
+        slots: ConnectionSlots,
+        raw: asyncio.Transport,
+        config: ServerConfig,
     ) -> None:
         """`raw` is the TCP transport, also below TLS."""
         super().__init__(server, loop=asyncio.get_running_loop(), **_connection_options(config))
-        self._places = places
+        self._slots = slots
         self._raw = raw
         self._write_timeout = config.write_timeout
-        self._check: asyncio.TimerHandle | None = None
+        self._progress_timer: asyncio.TimerHandle | None = None
         self._half_closed = False
         self._last_body = EMPTY_PAYLOAD
 
@@ -148,12 +159,12 @@ class Connection(web.RequestHandler):
         high = 0 if transport is self._raw else 1
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=high, low=0)
 
-    def keep_place(self) -> None:
+    def protect(self) -> None:
         """Protect the connection from replacement until the current task has sent its answer."""
         task = asyncio.current_task()
         assert task is not None
-        self._places.keep(self._raw)
-        task.add_done_callback(lambda _: self._places.offer(self._raw))
+        self._slots.protect(self._raw)
+        task.add_done_callback(lambda _: self._slots.unprotect(self._raw))
 
     def data_received(self, data: bytes) -> None:
         """Parse the bytes and remember the body of the latest request."""
@@ -164,7 +175,7 @@ class Connection(web.RequestHandler):
     def pause_writing(self) -> None:
         """The write buffer is not empty: start to check that the client reads."""
         super().pause_writing()
-        self._expect_more_than(-math.inf)
+        self._check_progress(-math.inf)
 
     def resume_writing(self) -> None:
         """The write buffer is empty again: stop checking."""
@@ -174,22 +185,22 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is closed, by either side."""
         self._stop_checking()
-        self._places.leave(self._raw)
+        self._slots.remove(self._raw)
         super().connection_lost(exc)
 
-    def _expect_more_than(self, taken: float) -> None:
-        now = self._num_taken()
-        if now <= taken:
+    def _check_progress(self, before: float) -> None:
+        now = self._read_progress()
+        if now <= before:
             self._raw.abort()
             return
-        self._check = self._loop.call_later(self._write_timeout, self._expect_more_than, now)
+        self._progress_timer = self._loop.call_later(self._write_timeout, self._check_progress, now)
 
     def _stop_checking(self) -> None:
-        if self._check is not None:
-            self._check.cancel()
-            self._check = None
+        if self._progress_timer is not None:
+            self._progress_timer.cancel()
+            self._progress_timer = None
 
-    def _num_taken(self) -> int:
+    def _read_progress(self) -> int:
         """A number that grows while the client reads.
 
         On Linux: bytes that the client's TCP has acknowledged. Elsewhere: minus the bytes that the
@@ -212,7 +223,7 @@ class Connection(web.RequestHandler):
     async def _all_sent(self) -> None:
         """Return when the local system has taken all bytes, those that TLS encrypted included."""
         if self._num_unsent():
-            self._expect_more_than(-math.inf)
+            self._check_progress(-math.inf)
             while self._num_unsent():
                 await asyncio.sleep(_POLL_S)
             self._stop_checking()
@@ -227,20 +238,20 @@ class Connection(web.RequestHandler):
             return False
         if not self._half_closed:
             self._half_closed = True
-            self._loop.call_later(_FIRST_LOOK_S, self._look_for_client, _FIRST_LOOK_S)
+            self._loop.call_later(_FIRST_PROBE_S, self._probe_client, _FIRST_PROBE_S)
         return True
 
     @property
     def _is_idle(self) -> bool:
         return self._waiter is not None and not self._waiter.done()
 
-    def _look_for_client(self, waited: float) -> None:
+    def _probe_client(self, waited: float) -> None:
         """Close a half-closed connection if its client is gone or everything is answered.
 
         As long as no answer has begun, each check writes an interim response (100): if the client
         is gone, this causes a socket error that the next check finds. HTTP/1.0 has no interim
         responses, so that an unanswered HTTP/1.0 request is dropped. The interval doubles up to
-        `_LONGEST_LOOK_S`.
+        `_MAX_PROBE_S`.
         """
         if self.transport is None or self.transport.is_closing():
             return
@@ -256,8 +267,8 @@ class Connection(web.RequestHandler):
             return
         if unanswered:
             self.transport.write(_INTERIM)
-        pause = min(2 * waited, _LONGEST_LOOK_S)
-        self._loop.call_later(pause, self._look_for_client, pause)
+        pause = min(2 * waited, _MAX_PROBE_S)
+        self._loop.call_later(pause, self._probe_client, pause)
 
     def handle_error(
         self,

@@ -5,10 +5,10 @@ import logging
 from aiohttp import web
 
 from specserve.process.engine_process import EngineUnavailable
-from specserve.process.text_process import TextUnavailable
+from specserve.process.tokenizer_pool import TokenizerUnavailable
 from specserve.server.admission import QueueFull
 from specserve.server.errors import APIError
-from specserve.server.generation import DeadlinePassed, GenerationFailed
+from specserve.server.generation import DeadlineExceeded, GenerationFailed
 from specserve.types import RequestError
 
 logger = logging.getLogger(__name__)
@@ -23,18 +23,18 @@ def as_api_error(error: Exception) -> APIError:
             return APIError.bad_request(error)
         case QueueFull():
             return APIError.unavailable(str(error), error.retry_after, status=429)
-        case EngineUnavailable() | TextUnavailable():
+        case EngineUnavailable() | TokenizerUnavailable():
             return APIError.unavailable(str(error), error.retry_after)
-        case DeadlinePassed():
-            status = 408 if error.asked else 504  # 408 if the client set the deadline
+        case DeadlineExceeded():
+            status = 408 if error.by_client else 504  # 408 if the client set the deadline
             return APIError(status, str(error), code="deadline_exceeded")
         case GenerationFailed():
             return APIError(500, str(error), code="generation_failed")
         case web.HTTPNotFound():
-            return APIError(404, "there is no such route; /openapi.json lists those there are")
+            return APIError(404, "there is no such route; /openapi.json lists all routes")
         case web.HTTPMethodNotAllowed():
             methods = ", ".join(sorted(error.allowed_methods))
-            message = f"{error.method[:20]} is not for this route; use {methods}"
+            message = f"{error.method[:20]} is not allowed on this route; use {methods}"
             return APIError(405, message, headers=_allow(error))
         case web.HTTPException():
             return APIError(error.status, f"{error.reason}", headers=_allow(error))

@@ -1,7 +1,7 @@
 """Runs one generation request: its choices run concurrently and yield text deltas.
 
 It uses admission, the engine and the detokenizer; it does not know HTTP or the wire format. Closing
-the generator `Generation.pieces` ends the request and releases its slots in queue and engine.
+the generator `GenerationRun.text_deltas` ends the request and releases its slots.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from msgspec import UNSET, UnsetType
 
 from specserve.server.admission import QueueFull
-from specserve.server.bundle import Bundle, Bundler
 from specserve.server.prediction_usage import PredictionUsage
 from specserve.server.protocol.usage import (
     CompletionDetails,
@@ -25,8 +24,9 @@ from specserve.server.protocol.usage import (
     Usage,
     speculative_decoding,
 )
+from specserve.server.token_chunk import TokenChunk, TokenChunker
 from specserve.text import Tokenizer
-from specserve.text.output import OutputText
+from specserve.text.output_text import OutputText
 from specserve.types import (
     MAX_SEED,
     FinishReason,
@@ -45,19 +45,19 @@ class GenerationFailed(Exception):
     """The engine ended this request with an error; the message says why."""
 
 
-class DeadlinePassed(Exception):
+class DeadlineExceeded(Exception):
     """The request's deadline passed, in the queue or while running.
 
-    `asked`: the client set the deadline (`request_timeout`); otherwise it is the server's limit.
+    `by_client`: the client set the deadline (`request_timeout`); otherwise the server did.
     """
 
-    def __init__(self, message: str, asked: bool) -> None:
+    def __init__(self, message: str, by_client: bool) -> None:
         super().__init__(message)
-        self.asked = asked
+        self.by_client = by_client
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class GenerationJob:
     """A checked generation request. It becomes `sampling.n` engine requests per prompt."""
 
     id: str
@@ -68,25 +68,25 @@ class Job:
     cache_salt: str
     priority: int
     deadline: float  # time.monotonic() seconds
-    deadline_asked: bool  # set by the client
+    deadline_by_client: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A text delta: the text and token chunk that one event carries for one choice.
+class TextDelta:
+    """The text and the tokens that one event carries for one choice.
 
     `logprobs` are those of the tokens whose start in the text is final, and `offsets` are these
-    starts, in characters of the choice's text. Both may lag behind `bundle`.
+    starts, in characters of the choice's text. Both may lag behind `tokens`.
     """
 
     choice: int
     text: str
-    bundle: Bundle
+    tokens: TokenChunk
     logprobs: tuple[TokenLogprobs, ...] = ()
     offsets: tuple[int, ...] = ()
 
 
-class _Pieces:
+class _TextDeltas:
     """Turns the token chunks of one choice into text deltas."""
 
     def __init__(self, choice: int, request: Request, tokenizer: Tokenizer) -> None:
@@ -101,17 +101,17 @@ class _Pieces:
             keep_stop=params.include_stop_str_in_output,
         )
 
-    def piece(self, bundle: Bundle) -> Piece:
+    def feed(self, tokens: TokenChunk) -> TextDelta:
         text = self._text.feed(
-            bundle.ids,
-            last=bundle.finish is not None,
-            stop_reason=bundle.stop_reason,
-            end_token=bundle.finish == "stop" and bundle.stop_reason is None,
+            tokens.ids,
+            last=tokens.finish is not None,
+            stop_reason=tokens.stop_reason,
+            end_token=tokens.finish == "stop" and tokens.stop_reason is None,
         )
-        offsets = self._text.take_offsets()
-        self._logprobs += bundle.logprobs
-        settled = tuple(self._logprobs.popleft() for _ in offsets) if self._logprobs else ()
-        return Piece(self._choice, text, bundle, settled, tuple(offsets))
+        offsets = self._text.pop_final_offsets()
+        self._logprobs += tokens.logprobs
+        logprobs = tuple(self._logprobs.popleft() for _ in offsets) if self._logprobs else ()
+        return TextDelta(self._choice, text, tokens, logprobs, tuple(offsets))
 
 
 @dataclass(slots=True)
@@ -124,16 +124,16 @@ class _Times:
     last: float | None = None
 
 
-class Generation:
-    """One running request. `usage` and `metrics` are final once `pieces` is exhausted."""
+class GenerationRun:
+    """One running request. `usage` and `metrics` are final once `text_deltas` ends."""
 
-    def __init__(self, service: "Service", job: Job) -> None:
+    def __init__(self, service: "Service", job: GenerationJob) -> None:
         self.job = job
         self._service = service
-        self._mark = secrets.token_hex(4)  # clients choose job ids and may repeat one
+        self._suffix = secrets.token_hex(4)  # makes ids unique: clients choose job ids
         self._stats: list[SpecStats] = []
         self._num_tokens = 0
-        self._num_bundles = 0
+        self._num_chunks = 0
         self._predictions: dict[int, PredictionUsage] = {}  # by choice
         self._max_nodes = min(job.speculation.max_nodes or 64, service.engine_info().max_nodes)
         self._cached: dict[int, int] = {}  # prompt index -> tokens found in the prefix cache
@@ -144,13 +144,13 @@ class Generation:
             n=job.sampling.n,
         )
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
+    async def text_deltas(self) -> AsyncGenerator[TextDelta, None]:
         """The text deltas of all choices as they arrive. Choice p * n + i is sample i of prompt p.
 
-        Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed or DeadlinePassed, which
-        ends all choices. Use with `contextlib.aclosing`.
+        Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed or DeadlineExceeded,
+        which ends all choices. Use with `contextlib.aclosing`.
         """
-        queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+        queue: asyncio.Queue[TextDelta | BaseException | None] = asyncio.Queue()
         seed = self.job.sampling.seed
         samples = self.job.sampling.samples(secrets.randbelow(MAX_SEED) if seed is None else seed)
         tasks = [
@@ -165,10 +165,10 @@ class Generation:
                 item = await queue.get()
                 if item is None:
                     num_running -= 1
-                elif isinstance(item, Piece):
-                    num_unfinished -= item.bundle.finish is not None
-                    if item.bundle.finish is not None and not num_unfinished:
-                        reason = item.bundle.finish
+                elif isinstance(item, TextDelta):
+                    num_unfinished -= item.tokens.finish is not None
+                    if item.tokens.finish is not None and not num_unfinished:
+                        reason = item.tokens.finish
                     yield item
                 else:
                     reason = "error"
@@ -186,11 +186,11 @@ class Generation:
         choice: int,
         prompt: int,
         sampling: SamplingParams,
-        queue: "asyncio.Queue[Piece | BaseException | None]",
+        queue: "asyncio.Queue[TextDelta | BaseException | None]",
     ) -> None:
         job = self.job
         request = Request(
-            f"{job.id}-{self._mark}-{choice}",
+            f"{job.id}-{self._suffix}-{choice}",
             job.prompts[prompt],
             sampling,
             job.speculation,
@@ -202,61 +202,60 @@ class Generation:
         )
         try:
             # The engine enforces the deadline too, but not for the wait in the queue.
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._time_left()):
-                await self._admitted(request, queue, choice, prompt)
+            async with asyncio.timeout(job.deadline - time.monotonic()):
+                await self._run_admitted(request, queue, choice, prompt)
             queue.put_nowait(None)
         except TimeoutError:
-            queue.put_nowait(DeadlinePassed("the request ran out of time", job.deadline_asked))
+            queue.put_nowait(
+                DeadlineExceeded("the request ran out of time", job.deadline_by_client)
+            )
         except Exception as error:
             queue.put_nowait(error)
 
-    async def _admitted(
+    async def _run_admitted(
         self,
         request: Request,
-        queue: "asyncio.Queue[Piece | BaseException | None]",
+        queue: "asyncio.Queue[TextDelta | BaseException | None]",
         choice: int,
         prompt: int,
     ) -> None:
         job, service = self.job, self._service
-        pieces = _Pieces(choice, request, service.tokenizer)
-        bundler = Bundler(service.config.server.stream_interval)
+        deltas = _TextDeltas(choice, request, service.tokenizer)
+        chunker = TokenChunker(service.config.server.stream_interval)
         async with service.admission.slot(job.key, len(request.prompt_ids), job.priority):
-            self._scheduled()
+            self._record_admission()
             async with aclosing(service.engine.stream(request)) as outputs:
                 async for output in outputs:
                     if output.error is not None:
                         if output.finish == "abort":
-                            raise DeadlinePassed(output.error, job.deadline_asked)
+                            raise DeadlineExceeded(output.error, job.deadline_by_client)
                         raise GenerationFailed(output.error)
                     self._cached.setdefault(prompt, output.num_cached_tokens)
                     if output.stats is not None:
                         self._stats.append(output.stats)
                         service.key_speculation.add(job.key, output.stats)
-                    for bundle in bundler.feed(output):
-                        self._count(choice, bundle)
-                        queue.put_nowait(pieces.piece(bundle))
+                    for tokens in chunker.feed(output):
+                        self._record_tokens(choice, tokens)
+                        queue.put_nowait(deltas.feed(tokens))
 
-    def _time_left(self) -> float:
-        return self.job.deadline - time.monotonic()
-
-    def _scheduled(self) -> None:
+    def _record_admission(self) -> None:
         if self._times.scheduled is None:
             self._times.scheduled = time.monotonic()
             self._timer.scheduled()
 
-    def _count(self, choice: int, bundle: Bundle) -> None:
-        if not bundle.ids:
+    def _record_tokens(self, choice: int, tokens: TokenChunk) -> None:
+        if not tokens.ids:
             return
-        self._num_tokens += len(bundle.ids)
-        self._num_bundles += 1
+        self._num_tokens += len(tokens.ids)
+        self._num_chunks += 1
         if prediction := self.job.speculation.prediction:
             predicted = self._predictions.setdefault(choice, PredictionUsage(prediction))
-            predicted.feed(bundle.ids, bundle.drafter_ids)
+            predicted.feed(tokens.ids, tokens.drafter_ids)
         self._times.last = time.monotonic()
         if self._times.first is None:
             self._times.first = self._times.last
-        self._timer.tokens(len(bundle.ids), choice)
-        self._service.admission.charge(self.job.key, len(bundle.ids))
+        self._timer.tokens(len(tokens.ids), choice)
+        self._service.admission.charge(self.job.key, len(tokens.ids))
 
     def usage(self) -> Usage:
         num_prompt = sum(map(len, self.job.prompts))
@@ -281,7 +280,7 @@ class Generation:
             generating = 1000 * (times.last - times.first)
             if generating > 0:
                 rate = 1000 * self._num_tokens / (generating + first_after)
-                gap = generating / max(self._num_bundles - 1, 1)
+                gap = generating / max(self._num_chunks - 1, 1)
         queued = None if times.scheduled is None else 1000 * (times.scheduled - times.arrived)
         return Metrics(
             time_to_first_token_ms=first_after,

@@ -10,8 +10,8 @@ from aiohttp import web
 from specserve.fair_share import room
 from specserve.server.errors import APIError
 
-_NUM_LARGEST: Final = 8  # bodies of `max_body_bytes` that fit at one time
-_AT_LEAST: Final = 2**26  # bytes; lower bound of the limit for a small `max_body_bytes`
+_NUM_LARGEST_BODIES: Final = 8  # bodies of `max_body_bytes` that fit at one time
+_MIN_LIMIT: Final = 2**26  # bytes; lower bound of the limit for a small `max_body_bytes`
 _RETRY_S: Final = 1.0  # seconds, for Retry-After
 
 
@@ -22,7 +22,7 @@ class HeldBodies:
     """
 
     def __init__(self, max_body_bytes: int, *, shared: bool) -> None:
-        self.limit = max(_NUM_LARGEST * max_body_bytes, _AT_LEAST)
+        self.limit = max(_NUM_LARGEST_BODIES * max_body_bytes, _MIN_LIMIT)
         self._shared = shared
         self._by_key: Counter[str] = Counter()
 
@@ -45,7 +45,7 @@ class HeldBodies:
         if num_bytes > room(self.limit, self.num_bytes, self._by_key[key], shared=self._shared):
             whose = "of this key" if self._shared else "on this server"
             error = APIError.unavailable(
-                f"the requests {whose} hold as many bytes as they may ({self.limit} for all); "
+                f"open requests {whose} hold too many bytes (limit {self.limit} for all keys); "
                 f"try again in {_RETRY_S:.0f} s",
                 _RETRY_S,
                 status=429,

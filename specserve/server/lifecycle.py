@@ -26,16 +26,16 @@ from specserve.config import (
 from specserve.hub.names import base_name
 from specserve.process.engine_process import EngineFailed, EngineProcess
 from specserve.process.messages import EngineInfo
-from specserve.process.text_process import TextProcess
-from specserve.server import text_worker
+from specserve.process.tokenizer_pool import TokenizerPool
+from specserve.server import tokenizer_worker
 from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
 from specserve.server.app import build_app
 from specserve.server.auth import load_keyring
 from specserve.server.connections import runner_options
-from specserve.server.door import Door, allow_files, listen
 from specserve.server.event_loop_lag import watch_lag
 from specserve.server.held_bodies import HeldBodies
+from specserve.server.listener import Listener, listen, raise_file_limit
 from specserve.server.metrics import ServerMetrics
 from specserve.server.service import Service
 from specserve.server.status_line import print_status
@@ -44,10 +44,10 @@ from specserve.text.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 # Sequences admitted beyond `max_num_seqs`, so that the engine never waits for the next one.
-_SPARE_PLACES: Final = 4
+_EXTRA_SEQUENCES: Final = 4
 # Seconds within which a repeated signal counts as the same one: `timeout` and similar programs
 # signal a process and then its whole group.
-_ECHO_S: Final = 0.25
+_SAME_SIGNAL_S: Final = 0.25
 
 OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name, info
 
@@ -55,8 +55,8 @@ OnReady = Callable[[str, str, EngineInfo], None]  # URL, model name, info
 async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:
     """Serve until a signal. Returns whether every accepted request was answered.
 
-    Calls `on_ready(url, model_name, info)` once the engine is ready. Raises ConfigError, TextError
-    or OSError if the server cannot start.
+    Calls `on_ready(url, model_name, info)` once the engine is ready. Raises ConfigError,
+    TokenizerError or OSError if the server cannot start.
     """
     async with open_server(config, target) as (service, url):
         signals = _Signals()
@@ -79,25 +79,26 @@ async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:
 async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple[Service, str]]:
     """Yields the service of a listening server, whose engine is still starting, and its URL."""
     keyring = load_keyring(config.server)
-    allow_files(config.server)
-    service = _assemble(config, target, shared=len(keyring) > 1)
+    raise_file_limit(config.server)
+    service = _build_service(config, target, shared=len(keyring) > 1)
     runner = web.AppRunner(build_app(service, keyring), **runner_options(config.server))
     tasks: list[asyncio.Task[None]] = []
-    door: Door | None = None
+    listener: Listener | None = None
     try:
-        await service.texts.start()
+        await service.tokenizer_pool.start()
         await service.engine.start()
         await runner.setup()
         server = config.server
         tls = _tls(server)
-        door = await listen(runner, server, tls)
-        service.metrics.connections.set_function(partial(len, door))
-        service.metrics.body_bytes.set_function(lambda: service.bodies.num_bytes)
-        service.metrics.text_jobs_waiting.set_function(lambda: service.texts.num_waiting)
-        tasks.append(asyncio.create_task(watch_lag(service.metrics)))
+        listener = await listen(runner, server, tls)
+        metrics, pool = service.metrics, service.tokenizer_pool
+        metrics.connections.set_function(partial(len, listener))
+        metrics.body_bytes.set_function(lambda: service.bodies.num_bytes)
+        metrics.tokenizer_jobs_waiting.set_function(lambda: pool.num_waiting)
+        tasks.append(asyncio.create_task(watch_lag(metrics)))
         if server.status_interval:
             tasks.append(asyncio.create_task(print_status(service, server.status_interval)))
-        host, port = door.address
+        host, port = listener.address
         host = f"[{host}]" if ":" in host else host
         yield service, f"{'http' if tls is None else 'https'}://{host}:{port}"
     finally:
@@ -105,44 +106,44 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         service.draining = True
-        if door is not None:
-            door.close()
+        if listener is not None:
+            listener.close()
         # Open requests now end with an error; `cleanup` gives their handlers time to send it.
-        await service.texts.stop()
+        await service.tokenizer_pool.stop()
         await service.engine.stop()
         await runner.cleanup()
 
 
 class _Signals:
-    """The first signal (drain) and the second (stop now); a repeat within `_ECHO_S` is ignored."""
+    """The first signal (drain) and the second (stop now), without repeats of the same one."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
-        self._seen, self._seen_at = "", 0.0
+        self._last, self._last_at = "", 0.0
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number.name)
 
     def _on_signal(self, name: str) -> None:
         now = asyncio.get_running_loop().time()
-        again = self.first.is_set()
-        if again and name == self._seen and now - self._seen_at < _ECHO_S:
+        repeated = self.first.is_set()
+        if repeated and name == self._last and now - self._last_at < _SAME_SIGNAL_S:
             return
-        self._seen, self._seen_at = name, now
-        logger.info("%s: %s", name, "stopping now" if again else "draining")
-        (self.second if again else self.first).set()
+        self._last, self._last_at = name, now
+        logger.info("%s: %s", name, "stopping now" if repeated else "draining")
+        (self.second if repeated else self.first).set()
 
 
 async def _drain(service: Service, signals: _Signals) -> bool:
     service.draining = True
     idle = asyncio.create_task(service.accepted.all_answered())
     now = asyncio.create_task(signals.second.wait())
-    budget = service.config.server.drain_timeout
-    await asyncio.wait({idle, now}, timeout=budget, return_when=asyncio.FIRST_COMPLETED)
+    timeout = service.config.server.drain_timeout
+    await asyncio.wait({idle, now}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
     num_cut = len(service.accepted)
     if num_cut:
-        why = f"drain_timeout ({budget:g} s) is over" if not now.done() else "told so again"
+        why = "second signal" if now.done() else f"drain_timeout ({timeout:g} s) has passed"
         logger.warning("%s: %d accepted requests are cut off", why, num_cut)
     for task in (idle, now):
         task.cancel()
@@ -150,7 +151,7 @@ async def _drain(service: Service, signals: _Signals) -> bool:
     return not num_cut
 
 
-def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
+def _build_service(config: EngineConfig, target: Path, *, shared: bool) -> Service:
     """`shared`: the server has several API keys."""
     server = config.server
     model_name = server.served_model_name or base_name(config.target.target)
@@ -160,7 +161,7 @@ def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
     engine = EngineProcess(config, target, heartbeat_timeout=server.heartbeat_timeout)
     engine.on_stats = metrics.on_stats
     admission = Admission(
-        config.schedule.max_num_seqs + _SPARE_PLACES,
+        config.schedule.max_num_seqs + _EXTRA_SEQUENCES,
         server.max_queued_requests,
         server.max_queued_tokens,
         shared=shared,
@@ -171,9 +172,9 @@ def _assemble(config: EngineConfig, target: Path, *, shared: bool) -> Service:
         config=config,
         model_name=model_name,
         engine=engine,
-        texts=TextProcess(
+        tokenizer_pool=TokenizerPool(
             target,
-            module=text_worker.MODULE,
+            module=tokenizer_worker.MODULE,
             time_limit=server.template_timeout,
             shared=shared,
             on_done=metrics.tokenize_seconds.observe,

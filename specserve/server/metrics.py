@@ -15,7 +15,6 @@ from specserve.server.request_timer import SECONDS, SIZES, RequestMetrics, Reque
 
 MAX_POSITIONS: Final = 64  # depths of a tree that have series
 LAG_SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
-SHORT_SECONDS: Final = tuple(digit * 10.0**power for power in range(-4, 2) for digit in (1.0, 3.0))
 
 # The engine's counters: name, help, function that reads the total from a snapshot.
 TOTALS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
@@ -63,13 +62,13 @@ class Engine(Protocol):
     @property
     def num_restarts(self) -> int: ...
     @property
-    def num_open(self) -> int: ...
+    def num_open_streams(self) -> int: ...
 
 
 class ServerMetrics:
     """All metrics of one server.
 
-    Other modules set `connections`, `body_bytes`, `text_jobs_waiting`, `tokenize_seconds` and
+    Other modules set `connections`, `body_bytes`, `tokenizer_jobs_waiting`, `tokenize_seconds` and
     `event_loop_lag`.
     """
 
@@ -108,11 +107,11 @@ class ServerMetrics:
         self.body_bytes = registry.gauge(
             "specserve:body_bytes", "Bytes of the bodies of open requests."
         )
-        self.text_jobs_waiting = registry.gauge(
-            "specserve:text_jobs_waiting", "Texts that wait to be turned into tokens."
+        self.tokenizer_jobs_waiting = registry.gauge(
+            "specserve:tokenizer_jobs_waiting", "Jobs that wait for a tokenizer process."
         )
         self.tokenize_seconds = registry.histogram(
-            "specserve:tokenize_seconds", "Turning text into tokens, waiting included.", SECONDS
+            "specserve:tokenize_seconds", "Duration of a tokenizer job, waiting included.", SECONDS
         )
         self.event_loop_lag = registry.histogram(
             "specserve:event_loop_lag_seconds", "How late a timer fires.", LAG_SECONDS
@@ -152,7 +151,7 @@ class ServerMetrics:
         ).set_function(lambda: self._num_queued() + now(lambda s: s.num_waiting))
         gauge("specserve:engine_up", "1 while it takes requests.").set_function(self._is_up)
         gauge("specserve:open_streams", "Sequences the engine owes tokens.").set_function(
-            lambda: self._engine.num_open if self._engine else 0
+            lambda: self._engine.num_open_streams if self._engine else 0
         )
         gauge("specserve:tasks", "Tasks of the event loop.").set_function(_num_tasks)
 

@@ -14,14 +14,15 @@ from specserve.types import RequestError
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_LATER: Final = "comes with structured output, which this version does not have; leave it out"
+_STRUCTURED_OUTPUT: Final = "structured output is not supported yet; leave it out"
 UNSUPPORTED: Final = {
     **dict.fromkeys(
-        ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"), _LATER
+        ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"),
+        _STRUCTURED_OUTPUT,
     ),
     **dict.fromkeys(
         ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
-        _LATER,
+        _STRUCTURED_OUTPUT,
     ),
     "chat_template": "requests cannot bring a template; the model's own is used",
     "chat_template_kwargs": "the model's template takes no arguments here; leave it out",
@@ -36,7 +37,7 @@ UNSUPPORTED: Final = {
     "use_beam_search": "beam search is not supported; leave it out",
 }
 # Values of unsupported fields that are accepted because they ask for the default behaviour.
-_HARMLESS: Final[dict[str, list[Any]]] = {
+_NO_EFFECT_VALUES: Final[dict[str, list[Any]]] = {
     "response_format": [{"type": "text"}],
     "tool_choice": ["none"],
     "modalities": [["text"]],
@@ -47,7 +48,7 @@ _PATH: Final = re.compile(r"(.*) - at `(?:key in )?\$(.*)`$", re.DOTALL)
 _STEPS: Final = re.compile(r"\.([^.[\]]+)|\[(\d+|\.\.\.)\]")
 _FIELD: Final = re.compile(r"(?:unknown|required) field `(.*)`$", re.DOTALL)
 _GOT: Final = re.compile(r", got \w+$")
-_SHOWN: Final = 40  # characters of a string value that a message quotes
+_MAX_QUOTED: Final = 40  # characters of a string value that a message quotes
 
 
 def decode(body: bytes, request_type: type[T]) -> T:
@@ -58,10 +59,10 @@ def decode(body: bytes, request_type: type[T]) -> T:
         if name in known:
             continue
         if name not in UNSUPPORTED:
-            shown = _short(name)  # finding names similar to a long one would take seconds
-            raise RequestError(shown, f"unknown field; {_hint(shown, known)}")
+            shown = _shortened(name)  # finding names similar to a long one would take seconds
+            raise RequestError(shown, f"unknown field; {_suggestion(shown, known)}")
         value = fields.pop(name)
-        if value is not None and value not in _HARMLESS.get(name, []):
+        if value is not None and value not in _NO_EFFECT_VALUES.get(name, []):
             raise RequestError(name, UNSUPPORTED[name])
     request: T = convert(fields, request_type)
     return request
@@ -75,7 +76,7 @@ def convert(value: object, wanted: Any, name: str = "") -> Any:
     try:
         return msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:
-        raise _named(str(error), name, value, wanted) from None
+        raise _request_error(str(error), name, value, wanted) from None
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
@@ -85,7 +86,9 @@ def decode_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise RequestError("body", "nested too deeply") from None
     except msgspec.ValidationError:
-        raise RequestError(_unreadable(body), "holds a number too large to read") from None
+        raise RequestError(
+            _field_with_bad_number(body), "holds a number too large to read"
+        ) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise RequestError("body", f"not valid JSON in UTF-8 ({error})") from None
     if not isinstance(value, dict):
@@ -93,7 +96,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _unreadable(body: bytes) -> str:
+def _field_with_bad_number(body: bytes) -> str:
     """The top-level field with a number too large to decode, which the decoder does not name."""
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
@@ -103,11 +106,11 @@ def _unreadable(body: bytes) -> str:
         try:
             msgspec.json.decode(raw)
         except msgspec.ValidationError:
-            return _short(name)
+            return _shortened(name)
     return "body"
 
 
-def _named(message: str, name: str, value: object, wanted: Any) -> RequestError:
+def _request_error(message: str, name: str, value: object, wanted: Any) -> RequestError:
     """The decoder's message, rewritten to start with the field and to end with the value.
 
     "Expected `int` <= 64 - at `$.n`" becomes "n: expected int <= 64, got 99".
@@ -118,38 +121,38 @@ def _named(message: str, name: str, value: object, wanted: Any) -> RequestError:
         # The decoder does not name the keys of an object.
         path = (name + place.replace("[...]", "")).lstrip(".")
         steps = [step[1] or step[2] for step in _STEPS.finditer(place)]
-    choices = _choices(_kind(wanted), steps)
+    choices = _allowed(_type_info(wanted), steps)
     if match := _FIELD.search(message):
-        field = _short(match[1])
-        unknown = f"unknown field; {_hint(field, choices)}"
+        field = _shortened(match[1])
+        unknown = f"unknown field; {_suggestion(field, choices)}"
         message = unknown if "unknown" in message else "required, but missing"
-        return RequestError(_short(f"{path}.{field}".lstrip(".")), message)
+        return RequestError(_shortened(f"{path}.{field}".lstrip(".")), message)
     message = message.replace("`", "").replace(" | null", "")
     message = message[:1].lower() + message[1:]
     if message.startswith("invalid enum"):
         message += f"; use {' or '.join(map(repr, choices))}"
     elif "..." not in steps:
-        message = _GOT.sub("", message) + f", got {_shown(_at(value, steps), message)}"
-    return RequestError(_short(path), message)
+        message = _GOT.sub("", message) + f", got {_quoted(_value_at(value, steps), message)}"
+    return RequestError(_shortened(path), message)
 
 
 @cache
-def _kind(wanted: Any) -> inspect.Type:
+def _type_info(wanted: Any) -> inspect.Type:
     return inspect.type_info(wanted)
 
 
-def _choices(kind: inspect.Type, steps: list[str]) -> list[str]:
+def _allowed(kind: inspect.Type, steps: list[str]) -> list[str]:
     """What is allowed at the path `steps` of a `kind`: field names, or the values of a Literal."""
     match kind:
         case inspect.Metadata():
-            return _choices(kind.type, steps)
+            return _allowed(kind.type, steps)
         case inspect.UnionType():
-            return list(chain.from_iterable(_choices(other, steps) for other in kind.types))
+            return list(chain.from_iterable(_allowed(other, steps) for other in kind.types))
         case inspect.ListType() if steps:
-            return _choices(kind.item_type, steps[1:])
+            return _allowed(kind.item_type, steps[1:])
         case inspect.StructType() if steps:
             fields = (field for field in kind.fields if field.name == steps[0])
-            return list(chain.from_iterable(_choices(field.type, steps[1:]) for field in fields))
+            return list(chain.from_iterable(_allowed(field.type, steps[1:]) for field in fields))
         case inspect.StructType():
             return [field.name for field in kind.fields]
         case inspect.LiteralType() if not steps:
@@ -157,28 +160,28 @@ def _choices(kind: inspect.Type, steps: list[str]) -> list[str]:
     return []
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else "remove it"
 
 
-def _at(value: Any, steps: list[str]) -> Any:
+def _value_at(value: Any, steps: list[str]) -> Any:
     for step in steps:
         value = value[step] if isinstance(value, dict) else value[int(step)]
     return value
 
 
-def _shown(value: Any, message: str) -> str:
+def _quoted(value: Any, message: str) -> str:
     """A short form of `value`: its length if that is the mistake, its type, or its JSON."""
     match value:
         case str() | list() | dict() if "of length" in message:
             return str(len(value))
         case list() | dict():
             return "array" if isinstance(value, list) else "object"
-        case str() if len(value) > _SHOWN:
-            value = f"{value[:_SHOWN]}..."
-    return msgspec.json.encode(value).decode()[: 2 * _SHOWN]
+        case str() if len(value) > _MAX_QUOTED:
+            value = f"{value[:_MAX_QUOTED]}..."
+    return msgspec.json.encode(value).decode()[: 2 * _MAX_QUOTED]
 
 
-def _short(name: str) -> str:
+def _shortened(name: str) -> str:
     return (name if len(name) <= 80 else f"{name[:80]}...") or "body"

@@ -35,7 +35,7 @@ class RequestMetrics:
             return registry.histogram(f"vllm:{name}", help, buckets).observe
 
         self.first_token = seconds("time_to_first_token", "Arrival to the first token.")
-        self.gap = seconds("inter_token_latency", "Between two bundles of tokens of one choice.")
+        self.inter_token = seconds("inter_token_latency", "Between two token chunks of one choice.")
         self.per_token = seconds(
             "request_time_per_output_token", "Decoding time of a choice per token after its first."
         )
@@ -91,7 +91,7 @@ class RequestTimer:
         self._arrived = clock()
         self._scheduled: float | None = None
         self._choices: dict[int, _Choice] = {}
-        self._over = False
+        self._finished = False
 
     def scheduled(self) -> None:
         """The request was admitted to the engine; only the first call counts."""
@@ -103,7 +103,7 @@ class RequestTimer:
         now = self._clock()
         seen = self._choices.get(choice)
         if seen is not None:
-            self._metrics.gap(now - seen.last)
+            self._metrics.inter_token(now - seen.last)
             seen.last = now
             seen.num_tokens += count
             return
@@ -113,9 +113,9 @@ class RequestTimer:
 
     def finish(self, reason: FinishReason) -> None:
         """The request is over, with all its choices; only the first call counts."""
-        if self._over:
+        if self._finished:
             return
-        self._over = True
+        self._finished = True
         metrics = self._metrics
         metrics.finished(reason).inc()
         metrics.end_to_end(self._clock() - self._arrived)
@@ -137,6 +137,6 @@ class RequestTimer:
 
     def rejected(self, reason: str) -> None:
         """A full queue refused the request: it counts as rejected and not as finished."""
-        if not self._over:
-            self._over = True
+        if not self._finished:
+            self._finished = True
             self._metrics.rejected(reason)

@@ -11,7 +11,7 @@ from aiohttp import web
 from specserve.config import EngineConfig
 from specserve.process.engine_process import EngineProcess
 from specserve.process.messages import EngineInfo
-from specserve.process.text_process import TextProcess
+from specserve.process.tokenizer_pool import TokenizerPool
 from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
 from specserve.server.errors import APIError
@@ -32,7 +32,7 @@ class Service:
     config: EngineConfig
     model_name: str
     engine: EngineProcess
-    texts: TextProcess
+    tokenizer_pool: TokenizerPool
     tokenizer: Tokenizer  # for decoding only: encoding would block the event loop
     token_bytes: TokenBytes
     admission: Admission

@@ -33,11 +33,11 @@ END_OF_TURN: Final = frozenset(
 )
 
 _OPENING, _CLOSING = "<[|\uff1c\uff3b", ">]|\uff1e\uff3d"
-_HTML: Final = re.compile(
+_HTML_TAG: Final = re.compile(
     r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|ul|ol|li|dl|dt|dd|p|br|hr|div|span|"
     r"blockquote|pre|code|strong|em|b|i|u|s|sub|sup|a|img)>"
 )
-_BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")  # the spelling of byte tokens in SentencePiece
+_BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")  # the spelling of byte tokens in SentencePiece
 _SPACE: Final = " \t\r\n\u2581"
 _LETTER: Final = re.compile(r"\w")
 _SYMBOL: Final = re.compile(r"[^\w\s]")
@@ -47,7 +47,7 @@ class EncodingError(ValueError):
     """The text cannot be encoded, for example because the tokenizer has no unknown token."""
 
 
-def add_named(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
+def add_named_tokens(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
     """Register tokens that the model's files name as special added tokens of `tokenizer`.
 
     This applies to tokens in the vocabulary that are spelled like control tokens. Added tokens are
@@ -78,7 +78,7 @@ def looks_like_control(token: str) -> bool:
         shown[:1] in _OPENING
         and shown[-1:] in _CLOSING
         and any(map(str.isalnum, shown))
-        and not _BYTE.fullmatch(token)
+        and not _BYTE_TOKEN.fullmatch(token)
     )
 
 
@@ -86,15 +86,15 @@ class ControlTokens:
     """The control tokens of `tokenizer`, and encoding of text that must not contain them.
 
     An added token is a control token if it is flagged special, is in `named` (the tokens that the
-    model's files name), occurs in `template_texts` (what the chat template writes), or is spelled
-    like one and is no HTML tag. Exceptions: single characters of the vocabulary; tokens that the
-    model's merges produce, unless flagged special or spelled like one; and whitespace tokens, for
-    which an occurrence in `template_texts` does not count. Raises ValueError if the copy of the
-    tokenizer does not keep the token ids.
+    model's files name), occurs in `template_literals` (what the chat template writes), or is
+    spelled like one and is no HTML tag. Exceptions: single characters of the vocabulary; tokens
+    that the model's merges produce, unless flagged special or spelled like one; and whitespace
+    tokens, for which an occurrence in `template_literals` does not count. Raises ValueError if the
+    copy of the tokenizer does not keep the token ids.
     """
 
     def __init__(
-        self, tokenizer: TokenizerFile, named: Collection[str], template_texts: Sequence[str]
+        self, tokenizer: TokenizerFile, named: Collection[str], template_literals: Sequence[str]
     ) -> None:
         added = tokenizer.get_added_tokens_decoder()
         known = tokenizer.model.token_to_id
@@ -102,10 +102,10 @@ class ControlTokens:
         file = msgspec.json.decode(tokenizer.to_str(), type=dict[str, msgspec.Raw])
         model = msgspec.json.decode(file["model"]) if inside else {}  # it is large
         merged = inside.intersection(map("".join, model.get("merges") or ()))
-        written = "\0".join(template_texts)
+        template = "\0".join(template_literals)
         secret = secrets.token_hex(8)
         self._tokens: dict[int, AddedToken] = {}
-        self._spelling: dict[int, str] = {}
+        self._secret_spelling: dict[int, str] = {}
         hidden: dict[str, str] = {}
         for index, token in added.items():
             content, is_marker = token.content, looks_like_control(token.content)
@@ -113,62 +113,63 @@ class ControlTokens:
                 continue
             if content in merged and not (token.special or is_marker):
                 continue
-            used = content in named or (content.strip(_SPACE) != "" and content in written)
-            if token.special or used or (is_marker and not _HTML.fullmatch(content)):
+            used = content in named or (content.strip(_SPACE) != "" and content in template)
+            if token.special or used or (is_marker and not _HTML_TAG.fullmatch(content)):
                 self._tokens[index] = token
-                hidden[content] = self._spelling[index] = f"<{secret}x{index}>"
+                hidden[content] = self._secret_spelling[index] = f"<{secret}x{index}>"
         shown = [token.content.strip(_SPACE) for token in self._tokens.values()]
-        self._edges = {*_folded("".join(token[:1] + token[-1:] for token in shown))}
-        self._plain = _respelled(file, model, hidden)
-        if any(self._plain.token_to_id(s) != index for index, s in self._spelling.items()):
-            raise ValueError("its added tokens have ids that are not theirs")
+        self._edges = {*_normalized("".join(token[:1] + token[-1:] for token in shown))}
+        self._text_tokenizer = _with_spellings(file, model, hidden)
+        id_of = self._text_tokenizer.token_to_id
+        if any(id_of(spelling) != index for index, spelling in self._secret_spelling.items()):
+            raise ValueError("the ids of its added tokens are not stable")
 
     @property
     def ids(self) -> Collection[int]:
         return self._tokens.keys()
 
-    def among(self, ids: Sequence[int]) -> list[int]:
+    def select(self, ids: Sequence[int]) -> list[int]:
         """Those of `ids` that are control tokens, in order."""
         return [index for index in ids if index in self._tokens]
 
-    def spelled(self, index: int) -> str:
+    def spelling_of(self, index: int) -> str:
         return self._tokens[index].content
 
-    def disarmed(self, text: str) -> str:
+    def neutralized(self, text: str) -> str:
         """The text changed so that no part of it can become a control token.
 
         Every character with which a control token begins or ends, in any case or compatibility
         form, is replaced by ".", and "x" is appended. Blank text is returned unchanged.
         """
-        edges = {ord(c): "." for c in set(text) if not self._edges.isdisjoint({*_folded(c)})}
+        edges = {ord(c): "." for c in set(text) if not self._edges.isdisjoint({*_normalized(c)})}
         return text.translate(edges) + "x" if text.strip() else text
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; spellings of control tokens in it are encoded as plain text."""
-        return encode(self._plain, text, add_special_tokens=add_special_tokens)
+        return encode(self._text_tokenizer, text, add_special_tokens=add_special_tokens)
 
     def encode_between(
-        self, tokenizer: TokenizerFile, text: str, written: Sequence[tuple[int, int]]
+        self, tokenizer: TokenizerFile, text: str, user_ranges: Sequence[tuple[int, int]]
     ) -> list[int]:
         """Token ids of `text`, with control tokens recognised only outside of user text.
 
-        `written` has the (start, end) of each user text, in order and without overlap. The control
-        tokens found do not depend on the content of user texts, except on the kind (letter, symbol
-        or space) of their first and last characters. `tokenizer` is the original one.
+        `user_ranges` has the (start, end) of each user text, in order and without overlap. The
+        control tokens found do not depend on the content of user texts, except on the kind (letter,
+        symbol or space) of their first and last characters. `tokenizer` is the original one.
         """
-        blanked, kept = _blanked(text, written)
+        blanked, kept = _blank(text, user_ranges)
         encoding = _encoding(tokenizer.encode_batch, blanked, add_special_tokens=False)
         starts = [part.start for part in kept]
-        at, pieces = 0, []
+        at, parts = 0, []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if index not in self._tokens:
                 continue
             start, end = self._without_space(index, blanked, start, end)
             part = kept[bisect_right(starts, start) - 1]
             if end <= part.end:
-                pieces += [text[at : start + part.shift], self._spelling[index]]
+                parts += [text[at : start + part.shift], self._secret_spelling[index]]
                 at = end + part.shift
-        return self.encode("".join([*pieces, text[at:]]))
+        return self.encode("".join([*parts, text[at:]]))
 
     def _without_space(self, index: int, text: str, start: int, end: int) -> tuple[int, int]:
         """The range of a token found at [start, end), less the space that it absorbs around it."""
@@ -178,7 +179,7 @@ class ControlTokens:
         return start + left, end - right
 
 
-def _folded(text: str) -> str:
+def _normalized(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
@@ -197,12 +198,12 @@ def _encoding(
         raise
     except Exception as error:  # the library raises nothing narrower
         raise EncodingError(
-            f"the model's tokenizer has no tokens for it ({error}); leave out what it does not know"
+            f"the model's tokenizer has no tokens for it ({error}); leave out unknown characters"
         ) from None
     return encoding
 
 
-def _respelled(
+def _with_spellings(
     file: dict[str, msgspec.Raw], model: dict[str, Any], hidden: Mapping[str, str]
 ) -> TokenizerFile:
     """A copy of the tokenizer `file` (decoded tokenizer.json) with some tokens respelled.
@@ -231,7 +232,7 @@ def _respelled(
     return TokenizerFile.from_str(msgspec.json.encode(changed).decode())
 
 
-class _Kept(NamedTuple):
+class _KeptRange(NamedTuple):
     """Characters [start, end) of a blanked text; in the original text they are `shift` later."""
 
     start: int
@@ -239,18 +240,18 @@ class _Kept(NamedTuple):
     shift: int
 
 
-def _blanked(text: str, written: Sequence[tuple[int, int]]) -> tuple[str, list[_Kept]]:
+def _blank(text: str, user_ranges: Sequence[tuple[int, int]]) -> tuple[str, list[_KeptRange]]:
     """Reduce each user text in `text` to its edge characters; returns what is kept, too.
 
-    Only the first and last character of each range in `written` remain, a letter as "x", a symbol
-    as ".", and space as it is. A tokenizer may need them to find the end of neighbouring tokens,
-    and they cannot spell a control token.
+    Only the first and last character of each range in `user_ranges` remain, a letter as "x", a
+    symbol as ".", and space as it is. A tokenizer may need them to find the end of neighbouring
+    tokens, and they cannot spell a control token.
     """
-    at, length, pieces, kept = 0, 0, [], []
-    for start, end in [*written, (len(text), len(text))]:
+    at, length, parts, kept = 0, 0, [], []
+    for start, end in [*user_ranges, (len(text), len(text))]:
         edges = text[start : min(end, start + 1)] + text[max(end - 1, start + 1) : end]
-        pieces += [text[at:start], _SYMBOL.sub(".", _LETTER.sub("x", edges))]
-        kept.append(_Kept(length, length + start - at, at - length))
+        parts += [text[at:start], _SYMBOL.sub(".", _LETTER.sub("x", edges))]
+        kept.append(_KeptRange(length, length + start - at, at - length))
         length += start - at + len(edges)
         at = end
-    return "".join(pieces), kept
+    return "".join(parts), kept

@@ -13,8 +13,8 @@ import msgspec
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders
 
-_BEFORE: Final = "a"  # decoded in front of a token, to get its text after other tokens
-_NEVER: Final = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # bytes that do not occur in UTF-8
+_PRECEDING: Final = "a"  # decoded in front of a token, to get its text after other tokens
+_NOT_UTF8: Final = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # bytes that do not occur in UTF-8
 _BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SUPPORTED: Final = "ByteLevel, Metaspace, WordPiece, or a Sequence of Replace, ByteFallback, Fuse"
 Step = dict[str, Any]  # a decoder as in tokenizer.json
@@ -34,25 +34,25 @@ class Detokenizer:
 
     def __init__(self, file: TokenizerFile) -> None:
         steps = _steps(file.decoder)
-        _check(steps)
+        _check_steps(steps)
         self._file, self._model, self._decoder = file, file.model, file.decoder
         self._added = {i: token.content for i, token in file.get_added_tokens_decoder().items()}
         kinds = {step["type"] for step in steps}
-        self._bytewise = "ByteFallback" in kinds
+        self._byte_fallback = "ByteFallback" in kinds
         self._rewrites = bool(kinds & {"Replace", "Metaspace", "ByteFallback"})
         self._alphabet = byte_alphabet() if "ByteLevel" in kinds else None
         self._characters = {byte: character for character, byte in byte_alphabet().items()}
-        self._replaced = _replaced(steps)
-        self._known: dict[int, bytes] = {}
+        self._replacements = _replacements(steps)
+        self._cache: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token that follows other text; empty if there is no such token."""
-        data = self._known.get(token_id)
+        data = self._cache.get(token_id)
         if data is None:
-            data = self._known[token_id] = self._read(token_id)
+            data = self._cache[token_id] = self._compute_bytes(token_id)
         return data
 
-    def usual(self, data: bytes) -> int | None:
+    def preferred_id(self, data: bytes) -> int | None:
         """The id of the preferred token with exactly these bytes, or None.
 
         Several tokens may have the same bytes. A byte token such as `<0x41>` is preferred least.
@@ -61,67 +61,67 @@ class Detokenizer:
         spellings = [text, text.removeprefix(" "), f"##{text}"]
         if self._alphabet is not None:
             spellings.insert(0, "".join(map(self._characters.__getitem__, data)))
-        for old, new in reversed(self._replaced or ()):
+        for old, new in reversed(self._replacements or ()):
             spellings.insert(0, spellings[0].replace(new, old))
         if len(data) == 1:
             spellings += [f"<0x{data[0]:02X}>", f"<0x{data[0]:02x}>"]
         ids = map(self._file.token_to_id, spellings)
         return next((i for i in ids if i is not None and self.bytes_of(i) == data), None)
 
-    def join(self, ids: Sequence[int], *, begins: bool) -> bytes:
-        """The concatenated bytes of `ids`. `begins`: they are at the beginning of the text."""
+    def join(self, ids: Sequence[int], *, at_start: bool) -> bytes:
+        """The concatenated bytes of `ids`. `at_start`: they are at the beginning of the text."""
         data = list(map(self.bytes_of, ids))
-        if begins:
+        if at_start:
             first = next((i for i, each in enumerate(data) if each), None)
             if first is not None:
-                data[first] = self._at_beginning(ids[first], data[first])
+                data[first] = self._bytes_at_start(ids[first], data[first])
         return b"".join(data)
 
     def text(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
-        return self.join(list(ids), begins=True).decode(errors="replace")
+        return self.join(list(ids), at_start=True).decode(errors="replace")
 
-    def _read(self, token_id: int) -> bytes:
+    def _compute_bytes(self, token_id: int) -> bytes:
         spelling = self._spelling(token_id)
         if spelling is None:
             return b""
         if self._alphabet is not None:
             return self._from_alphabet(token_id, spelling)
-        if self._is_byte(token_id, spelling):
+        if self._is_byte_token(token_id, spelling):
             return bytes.fromhex(spelling[3:5])
-        as_it_is = self._is_content(token_id, spelling)
-        return (spelling if as_it_is else self._after(spelling)).encode()
+        literal = self._is_literal(token_id, spelling)
+        return (spelling if literal else self._text_inside(spelling)).encode()
 
-    def _at_beginning(self, token_id: int, as_ever: bytes) -> bytes:
+    def _bytes_at_start(self, token_id: int, elsewhere: bytes) -> bytes:
         spelling = self._spelling(token_id)
-        if spelling is None or self._alphabet is not None or self._is_content(token_id, spelling):
-            return as_ever
-        if not as_ever.isascii() and self._is_byte(token_id, spelling):
-            return as_ever
+        if spelling is None or self._alphabet is not None or self._is_literal(token_id, spelling):
+            return elsewhere
+        if not elsewhere.isascii() and self._is_byte_token(token_id, spelling):
+            return elsewhere
         return self._decode([spelling]).encode()
 
     def _spelling(self, token_id: int) -> str | None:
         """The token as in the file; the library may return added tokens in normalised form."""
         return self._added.get(token_id) or self._file.id_to_token(token_id)
 
-    def _is_outside(self, token_id: int, spelling: str) -> bool:
+    def _is_added_only(self, token_id: int, spelling: str) -> bool:
         """Whether this is an added token that is not in the model's vocabulary."""
         return token_id in self._added and self._model.token_to_id(spelling) != token_id
 
-    def _is_byte(self, token_id: int, spelling: str) -> bool:
+    def _is_byte_token(self, token_id: int, spelling: str) -> bool:
         """Whether this is a byte token, such as `<0x0A>`."""
         return (
-            self._bytewise
+            self._byte_fallback
             and _BYTE.fullmatch(spelling) is not None
-            and not self._is_outside(token_id, spelling)
+            and not self._is_added_only(token_id, spelling)
         )
 
-    def _is_content(self, token_id: int, spelling: str) -> bool:
+    def _is_literal(self, token_id: int, spelling: str) -> bool:
         """Whether this is an added token whose literal content the decoder would change."""
         return (
             self._rewrites
-            and self._is_outside(token_id, spelling)
-            and (_BYTE.fullmatch(spelling) is not None or self._after(spelling) != spelling)
+            and self._is_added_only(token_id, spelling)
+            and (_BYTE.fullmatch(spelling) is not None or self._text_inside(spelling) != spelling)
         )
 
     def _from_alphabet(self, token_id: int, spelling: str) -> bytes:
@@ -131,15 +131,16 @@ class Detokenizer:
         except KeyError:  # not in the byte alphabet: literal, as in the library's decoder
             return spelling.encode()
         if token_id in self._added and (
-            self._is_outside(token_id, spelling) or not _is_text_or_byte(data)
+            self._is_added_only(token_id, spelling) or not _is_text_or_byte(data)
         ):
             return spelling.encode()
         return data
 
-    def _after(self, spelling: str) -> str:
-        if self._replaced is None:
-            return self._decode([_BEFORE, spelling]).removeprefix(self._decode([_BEFORE]))
-        for old, new in self._replaced:
+    def _text_inside(self, spelling: str) -> str:
+        """The text of a token that follows other tokens."""
+        if self._replacements is None:
+            return self._decode([_PRECEDING, spelling]).removeprefix(self._decode([_PRECEDING]))
+        for old, new in self._replacements:
             spelling = spelling.replace(old, new)
         return spelling
 
@@ -163,7 +164,7 @@ def byte_alphabet() -> dict[str, int]:
 
 def _is_text_or_byte(data: bytes) -> bool:
     if len(data) == 1:
-        return data not in _NEVER
+        return data not in _NOT_UTF8
     return data.decode(errors="ignore").encode() == data
 
 
@@ -181,23 +182,23 @@ def _flat(step: Step) -> list[Step]:
     return [inner for each in step["decoders"] for inner in _flat(each)]
 
 
-def _check(steps: list[Step]) -> None:
+def _check_steps(steps: list[Step]) -> None:
     """Raise ValueError unless every step depends on one token or the beginning of the text."""
     kinds = [step["type"] for step in steps]
     per_token = {"Replace", "Metaspace", "WordPiece", "ByteFallback", "Strip", "ByteLevel"}
     fused = False
     for number, step in enumerate(steps):
         kind = step["type"]
-        fits = kind in per_token and not fused
+        supported = kind in per_token and not fused
         if kind == "Replace" and fused:  # a single character cannot span tokens
-            fits = len(step["pattern"].get("String", "")) == 1
+            supported = len(step["pattern"].get("String", "")) == 1
         if kind == "Strip" and (fused or "ByteFallback" in kinds[:number]):
-            fits = fused and step["start"] <= 1 and step["stop"] == 0
+            supported = fused and step["start"] <= 1 and step["stop"] == 0
         if kind == "Strip" and step["start"] and step["stop"]:
-            fits = False  # the library panics at a token that is just one such character
+            supported = False  # the library panics at a token that is just one such character
         if kind == "ByteLevel":
-            fits = fits and set(kinds) <= {"ByteLevel", "Fuse"}
-        if not (fits or kind == "Fuse"):
+            supported = supported and set(kinds) <= {"ByteLevel", "Fuse"}
+        if not (supported or kind == "Fuse"):
             raise ValueError(
                 f"its decoder ({' '.join(kinds)}) does not spell tokens one by one, because of "
                 f"{kind}; supported: {_SUPPORTED} and a Strip of one space at the beginning"
@@ -205,7 +206,7 @@ def _check(steps: list[Step]) -> None:
         fused = fused or kind in ("Fuse", "ByteLevel")
 
 
-def _replaced(steps: list[Step]) -> list[tuple[str, str]] | None:
+def _replacements(steps: list[Step]) -> list[tuple[str, str]] | None:
     """Pairs (old, new) if a token after others is only changed by replacements; else None."""
     pairs, fused = [], False
     for step in steps:

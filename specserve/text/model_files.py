@@ -14,14 +14,14 @@ from tokenizers import Tokenizer as TokenizerFile
 from specserve.files import FileError, is_there, quoted, read_file
 
 _CONFIG: Final = "tokenizer_config.json"
-_TOKENS_MAP: Final = "special_tokens_map.json"  # written by older libraries
-_NAMED: Final = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+_SPECIAL_TOKENS_MAP: Final = "special_tokens_map.json"  # written by older libraries
+_ROLES: Final = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
 _MAX_BYTES: Final = 2**28  # of one file
 _MAX_TEMPLATE: Final = 2**20  # characters; the longest published templates have some ten thousand
 
 
-class TextError(ValueError):
+class TokenizerError(ValueError):
     """The model directory has no usable tokenizer; the message says why and what to do."""
 
 
@@ -36,17 +36,17 @@ class SpecialTokens(Struct, frozen=True):
 
 
 class ChatTemplateSource(Struct, frozen=True):
-    """The source of a chat template, and the name of the file it is from."""
+    """The source of a chat template, and the name of its file."""
 
     text: str
-    place: str
+    file_name: str
 
 
 def read_tokenizer(directory: Path) -> TokenizerFile:
-    """Load tokenizer.json, without truncation and padding. Raises `TextError`."""
+    """Load tokenizer.json, without truncation and padding. Raises `TokenizerError`."""
     path = directory / "tokenizer.json"
     if not is_there(path):
-        raise TextError(
+        raise TokenizerError(
             f"{directory}: no tokenizer.json; save the tokenizer again with a recent version of "
             f"the library it came from"
         )
@@ -54,21 +54,21 @@ def read_tokenizer(directory: Path) -> TokenizerFile:
     try:
         tokenizer = TokenizerFile.from_str(text)
     except Exception as error:  # the library raises nothing narrower
-        raise TextError(f"{path}: not a tokenizer ({error}); fetch it again") from None
+        raise TokenizerError(f"{path}: not a tokenizer ({error}); fetch it again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def read_special_tokens(directory: Path) -> SpecialTokens:
-    """The special tokens that the model's files name. Raises `TextError`.
+    """The special tokens that the model's files name. Raises `TokenizerError`.
 
     For a role, tokenizer_config.json takes precedence over special_tokens_map.json.
     """
-    files = {name: _read_json(directory / name) for name in (_CONFIG, _TOKENS_MAP)}
+    files = {name: _read_json(directory / name) for name in (_CONFIG, _SPECIAL_TOKENS_MAP)}
     roles: dict[str, str] = {}
     found: set[str] = set()
-    for role in (f"{name}_token" for name in _NAMED):
+    for role in (f"{name}_token" for name in _ROLES):
         for name, content in files.items():
             if role in content:
                 token = _content(directory / name, role, content[role])
@@ -92,13 +92,13 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
 def read_chat_template(directory: Path) -> ChatTemplateSource | None:
     """The chat template, or None; of several named templates the one named "default".
 
-    Raises `TextError` if the file is invalid or the template is too long.
+    Raises `TokenizerError` if the file is invalid or the template is too long.
     """
     source = _find_template(directory)
     if source is not None and len(source.text) > _MAX_TEMPLATE:
-        raise TextError(
-            f"{directory / source.place}: a chat template of {len(source.text)} characters is too "
-            f"long (limit {_MAX_TEMPLATE}); use the model's original one"
+        raise TokenizerError(
+            f"{directory / source.file_name}: a chat template of {len(source.text)} characters is "
+            f"too long (limit {_MAX_TEMPLATE}); use the model's original one"
         )
     return source
 
@@ -125,7 +125,7 @@ def _choose(path: Path, found: object) -> str:
         raise _unusable(path, "chat_template", found, "a string or a list of named templates")
     if not isinstance(named.get("default"), str):
         names = ", ".join(map(quoted, named)) or "none"
-        raise TextError(
+        raise TokenizerError(
             f"{path}: chat_template has no template named 'default' (there are: {names}); rename "
             f"the one to use"
         )
@@ -140,8 +140,8 @@ def _content(path: Path, field: str, token: object) -> str | None:
     return content
 
 
-def _unusable(path: Path, field: str, value: object, expected: str) -> TextError:
-    return TextError(f"{path}: {field} = {quoted(value)} is not {expected}; correct it")
+def _unusable(path: Path, field: str, value: object, expected: str) -> TokenizerError:
+    return TokenizerError(f"{path}: {field} = {quoted(value)} is not {expected}; correct it")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(_read_text(path), type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise TextError(f"{path}: not a JSON object ({error}); fetch it again") from None
+        raise TokenizerError(f"{path}: not a JSON object ({error}); fetch it again") from None
 
 
 def _read_text(path: Path) -> str:
@@ -158,6 +158,6 @@ def _read_text(path: Path) -> str:
     try:
         return read_file(path, _MAX_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise TokenizerError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except FileError as error:
-        raise TextError(str(error)) from None
+        raise TokenizerError(str(error)) from None

@@ -12,7 +12,7 @@ class TokenBytes:
 
     The name is the token's text; `bytes:\\xe2\\x80` if its bytes are not whole characters; and
     `token_id:7` if the tokenizer has no such token, if another token with the same bytes is
-    preferred (`Detokenizer.usual`), or if the text looks like one of these other names.
+    preferred (`Detokenizer.preferred_id`), or if the text looks like one of these other names.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -29,5 +29,5 @@ class TokenBytes:
         else:
             if text.startswith((_ID, _BYTE)):  # it could be mistaken for the other kinds of names
                 text = ""
-        usual = self._detokenizer.usual(data) == token_id
-        return text if text and usual else f"{_ID}{token_id}"
+        preferred = self._detokenizer.preferred_id(data) == token_id
+        return text if text and preferred else f"{_ID}{token_id}"

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Final
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models
 
-from specserve.text.control_tokens import (
-    END_OF_TURN,
-    ControlTokens,
-    EncodingError,
-    add_named,
-    encode,
-    is_character,
-)
-from specserve.text.detokenizer import Detokenizer
-from specserve.text.messages import (
-    WRITTEN,
+from specserve.text.chat_messages import (
+    USER_TEXT_FIELDS,
     Message,
     PlainMessage,
     check_text,
     read_messages,
 )
+from specserve.text.control_tokens import (
+    END_OF_TURN,
+    ControlTokens,
+    EncodingError,
+    add_named_tokens,
+    encode,
+    is_character,
+)
+from specserve.text.detokenizer import Detokenizer
 from specserve.text.model_files import (
-    TextError,
+    TokenizerError,
     read_chat_template,
     read_special_tokens,
     read_tokenizer,
@@ -37,11 +37,10 @@ from specserve.text.model_files import (
 from specserve.types import RequestError
 
 if TYPE_CHECKING:
-    from specserve.text.template import ChatTemplate, Rendering
+    from specserve.text.chat_template import ChatTemplate, Rendering
 
-_NORMALISED: Final = (
-    4  # at most so many bytes become one in a Unicode normal form: U+1D400 becomes "A"
-)
+# Most bytes that become one byte in a Unicode normal form: U+1D400 becomes "A".
+_MAX_NORMALIZED: Final = 4
 _NOT_KEPT: Final = (
     "a control token, and the template rewrites messages so that it cannot be kept as text; "
     "remove it"
@@ -54,7 +53,7 @@ class Tokenizer:
     `eos_ids` are the end tokens that these files name. `hidden_ids` are those and the tokens
     flagged special, except single characters of the vocabulary; decoded text omits them by default.
     Decoding never compiles the chat template; `compile_template` and `prepare` do, or the first
-    encoding. Raises `TextError` if the files are missing or unusable.
+    encoding. Raises `TokenizerError` if the files are missing or unusable.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,7 +61,7 @@ class Tokenizer:
         self._special = read_special_tokens(directory)
         self._source = read_chat_template(directory)
         self._tokenizer = read_tokenizer(directory)
-        add_named(self._tokenizer, self._special.all)
+        add_named_tokens(self._tokenizer, self._special.all)
         self.detokenizer = _detokenizer(self._tokenizer, directory)
         added = self._tokenizer.get_added_tokens_decoder()
         self.eos_ids = self._end_tokens({token.content: index for index, token in added.items()})
@@ -96,18 +95,18 @@ class Tokenizer:
         if not isinstance(model, models.BPE) or not (bytewise or model.byte_fallback):
             return None
         longest = max(len(token.encode()) for token in self.vocabulary())
-        return longest if self._tokenizer.normalizer is None else longest * _NORMALISED
+        return longest if self._tokenizer.normalizer is None else longest * _MAX_NORMALIZED
 
     def compile_template(self) -> None:
-        """Compile the chat template, if there is one, and render it for `ChatTemplate.own_texts`.
+        """Compile the chat template, if there is one, and render it to find its literals.
 
         A template is a program, so a server must do this in a process that can be killed. Raises
-        `TextError`.
+        `TokenizerError`.
         """
-        _ = self._own_texts
+        _ = self._template_literals
 
     def prepare(self) -> None:
-        """Do in advance what the first `encode` or `chat` would do. Raises `TextError`."""
+        """Do in advance what the first `encode` or `chat` would do. Raises `TokenizerError`."""
         _ = self._control
 
     def encode(
@@ -178,38 +177,38 @@ class Tokenizer:
         if not self._is_forged(chat, plain, ids, add_generation_prompt):
             return ids
         if chat.spans is None:
-            raise self._spelled(plain) or RequestError(
+            raise self._control_token_error(plain) or RequestError(
                 "messages", f"what this model's chat template makes of them spells {_NOT_KEPT}"
             )
-        written = [(span.start, span.end) for span in chat.spans]
-        return self._control.encode_between(self._tokenizer, chat.text, written)
+        user_ranges = [(span.start, span.end) for span in chat.spans]
+        return self._control.encode_between(self._tokenizer, chat.text, user_ranges)
 
     @cached_property
     def _template(self) -> "ChatTemplate | None":
         # Imported only here, so that a process that only decodes cannot compile a template.
-        from specserve.text.template import ChatTemplate, TemplateUnusable
+        from specserve.text.chat_template import ChatTemplate, TemplateUnusable
 
         if self._source is None:
             return None
         try:
             return ChatTemplate(self._source.text, self._special.roles)
         except TemplateUnusable as error:
-            raise TextError(
-                f"{self.directory / self._source.place}: the chat template cannot be compiled "
+            raise TokenizerError(
+                f"{self.directory / self._source.file_name}: the chat template cannot be compiled "
                 f"({error}); use the model's original one"
             ) from None
 
     @cached_property
-    def _own_texts(self) -> list[str]:
-        return [] if self._template is None else self._template.own_texts()
+    def _template_literals(self) -> list[str]:
+        return [] if self._template is None else self._template.template_literals()
 
     @cached_property
     def _control(self) -> ControlTokens:
-        own_texts = self._own_texts
+        template_literals = self._template_literals
         try:
-            return ControlTokens(self._tokenizer, self._special.all, own_texts)
+            return ControlTokens(self._tokenizer, self._special.all, template_literals)
         except Exception as error:  # the library raises nothing narrower
-            raise TextError(
+            raise TokenizerError(
                 f"{self.directory}/tokenizer.json: its control tokens cannot be told from text "
                 f"({error}); save the tokenizer again with a recent version of its library"
             ) from None
@@ -226,32 +225,33 @@ class Tokenizer:
         It does if the chat with harmless text in its place has other control tokens. If the
         template fails for such a chat, it does if a user text alone makes a control token.
         """
-        found = self._control.among(ids)
+        found = self._control.select(ids)
         if chat.marked is None:
-            return self._spelled(messages) is not None
-        if found == self._control_tokens_of(chat.marked):
+            return self._control_token_error(messages) is not None
+        if found == self._control_tokens_in(chat.marked):
             return False
         if chat.spans is not None:
             return True
         # The template may react to user text: "/no_think" makes some write <think></think>.
         # So compare with a rendering that keeps the user text except for control tokens in it.
         assert self._template is not None
-        disarmed = [
-            message | {f: self._control.disarmed(message[f]) for f in WRITTEN if f in message}
+        neutralized = self._control.neutralized
+        plain = [
+            message | {f: neutralized(message[f]) for f in USER_TEXT_FIELDS if f in message}
             for message in messages
         ]
-        text = self._template.text(disarmed, add_generation_prompt=add_generation_prompt)
-        return found != self._control_tokens_of(text)
+        text = self._template.text(plain, add_generation_prompt=add_generation_prompt)
+        return found != self._control_tokens_in(text)
 
-    def _control_tokens_of(self, text: str) -> list[int]:
-        return self._control.among(encode(self._tokenizer, text, add_special_tokens=False))
+    def _control_tokens_in(self, text: str) -> list[int]:
+        return self._control.select(encode(self._tokenizer, text, add_special_tokens=False))
 
-    def _spelled(self, messages: Sequence[PlainMessage]) -> RequestError | None:
+    def _control_token_error(self, messages: Sequence[PlainMessage]) -> RequestError | None:
         """The error for the first user text that by itself makes a control token; else None."""
         for index, message in enumerate(messages):
-            for field in WRITTEN:
-                if found := self._control_tokens_of(message.get(field, "")):
-                    token = self._control.spelled(found[0])
+            for field in USER_TEXT_FIELDS:
+                if found := self._control_tokens_in(message.get(field, "")):
+                    token = self._control.spelling_of(found[0])
                     return RequestError(
                         f"messages[{index}].{field}", f"it spells {token!r}, {_NOT_KEPT}"
                     )
@@ -270,7 +270,7 @@ def _detokenizer(tokenizer: TokenizerFile, directory: Path) -> Detokenizer:
     try:
         return Detokenizer(tokenizer)
     except ValueError as error:
-        raise TextError(f"{directory / 'tokenizer.json'}: {error}") from None
+        raise TokenizerError(f"{directory / 'tokenizer.json'}: {error}") from None
 
 
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> str | None:

@@ -1,6 +1,6 @@
 """Decides when a request is finished: EOS, stop tokens, stop strings, max_tokens.
 
-Stop strings are searched in the text that the client sees; `text/output.py` cuts the text there.
+Stop strings are searched in the text that the client sees; `text/output_text.py` cuts it there.
 """
 
 from collections.abc import Sequence

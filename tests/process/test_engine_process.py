@@ -1,4 +1,4 @@
-"""The engine in a process of its own: right answers, and what happens when it dies, hangs, ends."""
+"""The engine process: its outputs, and what happens when it dies, hangs or is stopped."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ def config_of(model: Path, **changes: Any) -> EngineConfig:
 
 
 def request(index: int, **changes: Any) -> Request:
-    """Requests that differ in everything that matters; the same ones for the same index."""
+    """Requests that differ in every relevant field; the same index gives the same request."""
     prompt = tuple((index * 7 + i) % 11 for i in range(5 + index))
     sampling = SamplingParams(
         temperature=(0.0, 0.7, 1.0)[index % 3],
@@ -75,7 +75,7 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Zombies do not count: whoever inherits an orphan may take its time."""
+    """Zombies do not count: an orphan may be reaped late."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
@@ -102,13 +102,13 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @pytest.fixture(scope="module")
 def engine(runner: asyncio.Runner, tiny_model: Path) -> Iterator[EngineProcess]:
-    """One engine for the tests that leave it as they find it."""
+    """One engine for the tests that do not change its state."""
     context = running(config_of(tiny_model), heartbeat_timeout=1.0)
     yield runner.run(context.__aenter__())
     runner.run(context.__aexit__(None, None, None))
 
 
-def test_streams_are_what_an_engine_in_this_process_emits(
+def test_streams_equal_the_output_of_an_engine_in_this_process(
     runner: asyncio.Runner, engine: EngineProcess, make_engine: EngineFactory
 ) -> None:
     requests = [request(index) for index in range(16)]
@@ -127,10 +127,10 @@ def test_streams_are_what_an_engine_in_this_process_emits(
         assert outputs[-1].stats is not None
         num_logprobs = sum(len(output.logprobs) for output in outputs)
         assert num_logprobs == (len(answer) if each.sampling.logprobs else 0)
-    assert engine.num_open == 0
+    assert engine.num_open_streams == 0
 
 
-def test_what_an_engine_says_of_itself(
+def test_info_and_stats(
     runner: asyncio.Runner, engine: EngineProcess, make_engine: EngineFactory
 ) -> None:
     here = make_engine("ngram", threads=1).info()  # without a tokenizer
@@ -140,7 +140,7 @@ def test_what_an_engine_says_of_itself(
     assert before is not None
     engine.on_stats = lambda stats: seen.append(stats.generation_tokens)
     answer = ids(runner.run(collect(engine, request(20))))
-    engine.on_stats = lambda stats: seen.append(1 // 0)  # whose fault is not the engine's
+    engine.on_stats = lambda stats: seen.append(1 // 0)  # an error in the callback
     assert ids(runner.run(collect(engine, request(20)))) == answer
     engine.on_stats = None
     assert seen[-1] == before.generation_tokens + len(answer)
@@ -149,16 +149,16 @@ def test_what_an_engine_says_of_itself(
     assert engine.stats.kv_slots_allocated == 0
 
 
-def test_leaving_a_stream_aborts_it(
+def test_closing_a_stream_aborts_the_request(
     runner: asyncio.Runner, engine: EngineProcess, make_engine: EngineFactory
 ) -> None:
     async def leave() -> None:
         async with aclosing(engine.stream(Request("left", (1, 2, 3), LONG))) as outputs:
             await anext(outputs)
-            assert engine.num_open == 1
-        assert engine.num_open == 0
+            assert engine.num_open_streams == 1
+        assert engine.num_open_streams == 0
         with pytest.raises(RequestError, match="id"):
-            await collect(engine, Request("left", (1,), LONG))  # its last outputs may be to come
+            await collect(engine, Request("left", (1,), LONG))  # its last outputs may still arrive
         await until(lambda: engine.stats is not None and engine.stats.num_running == 0)
         assert engine.stats is not None
         assert engine.stats.kv_slots_allocated == 0
@@ -177,7 +177,7 @@ def test_leaving_a_stream_aborts_it(
         ("prompt", {"prompt_ids": (1, TINY_VOCAB)}),
         ("temperature", {"sampling": SamplingParams(temperature=float("nan"), seed=1)}),
         ("max_tokens", {"sampling": SamplingParams(max_tokens=4096, seed=1)}),
-        ("request", {"prompt_ids": ("one",)}),  # not what the types say: it never gets there
+        ("request", {"prompt_ids": ("one",)}),  # a wrong type is never sent
         ("request", {"cache_salt": "\ud800"}),
     ],
 )
@@ -189,14 +189,14 @@ def test_a_request_that_cannot_be_served_is_refused(
         runner.run(collect(engine, request(0, **bad)))
     assert error.value.param == param
     assert error.value.message
-    assert (engine.pid, engine.num_open) == (pid, 0)
+    assert (engine.pid, engine.num_open_streams) == (pid, 0)
     assert ids(runner.run(collect(engine, request(0))))
 
 
-def test_a_pause_of_this_process_is_not_the_engines_fault(
+def test_a_pause_of_this_process_does_not_count_as_engine_silence(
     runner: asyncio.Runner, engine: EngineProcess
 ) -> None:
-    """Nor is a Ctrl-C in the terminal meant for it."""
+    """A Ctrl-C in the terminal does not end the engine either."""
 
     async def pause() -> None:
         pid, restarts = engine.pid, engine.num_restarts
@@ -229,7 +229,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced(
             with pytest.raises(EngineUnavailable, match="is being restarted") as error:
                 await rest_of(outputs)
             assert error.value.retry_after >= 1.0
-            assert (engine.state, engine.stats, engine.num_open) == ("restarting", None, 0)
+            assert (engine.state, engine.stats, engine.num_open_streams) == ("restarting", None, 0)
             with pytest.raises(EngineUnavailable):
                 await collect(engine, request(5))
             await engine.wait_ready()
@@ -268,7 +268,7 @@ if "specserve.process.engine_main" in sys.orig_argv:
     ],
     ids=["many rows", "a long context"],
 )
-def test_an_engine_that_is_only_slow_is_left_alone(
+def test_a_slow_step_is_not_taken_for_a_hang(
     num_tokens: int,
     max_batch_rows: int,
     slow: dict[str, float],
@@ -276,7 +276,7 @@ def test_an_engine_that_is_only_slow_is_left_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A step takes longer than `heartbeat_timeout`; no other is as slow as that one."""
+    """One step takes longer than `heartbeat_timeout`."""
     model = write_tiny_llama(tmp_path / "model", seed=1, context=2048)
     (tmp_path / "sitecustomize.py").write_text(SLOW.format(**slow))
     monkeypatch.syspath_prepend(tmp_path)
@@ -294,7 +294,7 @@ def test_an_engine_that_is_only_slow_is_left_alone(
     runner.run(ask())
 
 
-def test_settings_that_cannot_be_used(runner: asyncio.Runner, tiny_model: Path) -> None:
+def test_unusable_settings_are_reported(runner: asyncio.Runner, tiny_model: Path) -> None:
     async def fail() -> None:
         engine = EngineProcess(config_of(tiny_model, max_model_len=4096), tiny_model)
         await engine.start()
@@ -317,7 +317,7 @@ def test_settings_that_cannot_be_used(runner: asyncio.Runner, tiny_model: Path) 
     ],
     ids=["dies", "garbage", "silent"],
 )
-def test_an_engine_that_never_starts(
+def test_an_engine_that_never_starts_is_given_up(
     engine_code: str,
     end: str,
     runner: asyncio.Runner,
@@ -333,7 +333,7 @@ def test_an_engine_that_never_starts(
     async def fail() -> None:
         engine = EngineProcess(config_of(tiny_model), tiny_model, start_timeout=0.4)
         await engine.start()
-        with pytest.raises(EngineFailed, match=f"does not start: {end}"):
+        with pytest.raises(EngineFailed, match=f"failed to start 5 times: {end}"):
             await engine.wait_ready()
         assert engine.num_restarts == engine_process.MAX_STARTS - 1
         await engine.stop()
@@ -342,10 +342,10 @@ def test_an_engine_that_never_starts(
 
 
 @LOOPS
-def test_stopping_leaves_nothing_behind(
+def test_stop_ends_process_tasks_and_files(
     new_loop: Callable[[], asyncio.AbstractEventLoop], tiny_model: Path
 ) -> None:
-    """While it starts, while it hangs and right after it died: no process, file or task."""
+    """While it starts, while it hangs and right after it died."""
 
     async def start_and_stop() -> int:
         engine = EngineProcess(config_of(tiny_model), tiny_model)
@@ -371,11 +371,11 @@ def test_stopping_leaves_nothing_behind(
             await engine.stop()
             with pytest.raises(EngineUnavailable, match=r"is being restarted|has been stopped"):
                 await rest_of(outputs)
-            assert (engine.state, engine.pid, engine.num_open) == ("stopped", None, 0)
+            assert (engine.state, engine.pid, engine.num_open_streams) == ("stopped", None, 0)
         return pid
 
     async def check() -> None:
-        await start_and_stop()  # a loop opens files of its own when it first needs them
+        await start_and_stop()  # a loop opens its own files on first use
         files = len(os.listdir("/proc/self/fd"))
         pids = [await start_and_stop()]
         pids += [await break_and_stop(fault) for fault in (signal.SIGSTOP, signal.SIGKILL)]
@@ -389,10 +389,8 @@ def test_stopping_leaves_nothing_behind(
         runner.run(check())
 
 
-def test_settings_that_were_good_once_are_tried_again(
-    runner: asyncio.Runner, tmp_path: Path
-) -> None:
-    """A model directory that is away for a while, or memory that is not free yet, ends nothing."""
+def test_settings_that_worked_once_are_retried(runner: asyncio.Runner, tmp_path: Path) -> None:
+    """For example when the model directory is missing for a while."""
     weights = write_tiny_llama(tmp_path / "model", seed=1) / "model.safetensors"
 
     async def lose_and_find() -> None:
@@ -408,13 +406,13 @@ def test_settings_that_were_good_once_are_tried_again(
     runner.run(lose_and_find())
 
 
-ORPHANING = """
+PARENT_PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 import msgspec
 from specserve.config import EngineConfig
 from specserve.process.engine_process import EngineProcess
-from specserve.process.text_process import TextProcess
+from specserve.process.tokenizer_pool import TokenizerPool
 from specserve.types import Request, SamplingParams
 
 async def ask(engine):
@@ -424,14 +422,14 @@ async def ask(engine):
 async def main():
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
     engine = EngineProcess(config, Path(config.target.target))
-    texts = TextProcess(Path(config.target.target), time_limit=50.0, workers=1)
+    pool = TokenizerPool(Path(config.target.target), time_limit=50.0, workers=1)
     await engine.start()
     await engine.wait_ready()
-    await texts.start()
-    print(engine.pid, *texts.pids, flush=True)
+    await pool.start()
+    print(engine.pid, *pool.pids, flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     asyncio.create_task(ask(engine))
-    asyncio.create_task(texts.encode("w1"))
+    asyncio.create_task(pool.encode("w1"))
     await asyncio.sleep(0.2)
     print("asked", flush=True)
     await asyncio.sleep(60)
@@ -448,27 +446,27 @@ if "specserve.process.engine_main" in sys.orig_argv:
 
     def stuck(self):
         if os.path.exists({flag!r}):
-            ctypes.PyDLL(None).sleep(60)  # which lets nobody else run Python
+            ctypes.PyDLL(None).sleep(60)  # holds the interpreter lock
         return step(self)
 
     Engine.step = stuck
-elif "specserve.process.text_main" in sys.orig_argv:
+elif "specserve.process.tokenizer_main" in sys.orig_argv:
     from specserve.text import Tokenizer
     Tokenizer.encode = lambda self, text, **options: ctypes.PyDLL(None).sleep(60)
 """
 
 
 @pytest.mark.parametrize("stuck", [False, True])
-def test_an_orphan_ends_by_itself(
+def test_children_end_with_their_parent(
     stuck: bool, runner: asyncio.Runner, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Even one that is in native code for ever."""
+    """Even a child that is stuck in native code."""
     config = msgspec.json.encode(config_of(tiny_model)).decode()
     flag = tmp_path / "flag"
     (tmp_path / "sitecustomize.py").write_text(STUCK.format(flag=str(flag)))
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
-        [sys.executable, "-c", ORPHANING, config],
+        [sys.executable, "-c", PARENT_PROGRAM, config],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -480,7 +478,7 @@ def test_an_orphan_ends_by_itself(
         flag.touch()
         assert parent.stdin is not None
         print("go", file=parent.stdin, flush=True)
-        parent.stdout.readline()  # it has given both something to do
+        parent.stdout.readline()  # both children are busy now
         time.sleep(0.5)
         parent.kill()
     runner.run(until(lambda: not any(map(is_running, pids)), 3.0))

@@ -1,4 +1,4 @@
-"""Frames survive any cut, and what is no frame is a FrameError and nothing else."""
+"""Frames are decoded however they are split; anything else is a FrameError."""
 
 import asyncio
 import socket
@@ -51,7 +51,7 @@ def test_any_split_of_the_bytes_gives_the_messages(
 
 @given(st.binary(max_size=64))
 def test_garbage_is_a_frame_error(body: bytes) -> None:
-    """No byte string is a message by accident: a message needs its tag."""
+    """No byte string is a message by accident, because a message needs its tag."""
     decoder: FrameDecoder[ToEngine] = FrameDecoder(ToEngine)
     with pytest.raises(FrameError, match="not a message"):
         decoder.feed(len(body).to_bytes(4, "big") + body)
@@ -74,7 +74,7 @@ def test_a_frame_that_is_too_long_is_refused_before_it_arrives(
         encode_frame(LONG)
 
 
-def test_the_blocking_end() -> None:
+def test_frame_socket() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         frames: FrameSocket[ToEngine] = FrameSocket(theirs, ToEngine)
@@ -87,8 +87,8 @@ def test_the_blocking_end() -> None:
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_the_asyncio_end(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """Both ways with a message larger than any buffer, and what happens when a peer leaves."""
+def test_frame_stream(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Messages larger than any buffer in both directions, and a peer that closes."""
 
     async def talk() -> None:
         ours, theirs = socket.socketpair()

@@ -1,4 +1,4 @@
-"""Servers under test: the real command in a process of its own, over a tiny random chat model."""
+"""Servers under test: the real command in its own process, with a tiny random chat model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def live_server(chat_model: Path) -> Iterator[LiveServer]:
-    """Shared by the tests that leave a server as they found it."""
+    """Shared by tests that leave no trace in the server."""
     with start_server(chat_model) as server:
         yield server
         assert "Traceback" not in server.log.read_text()
@@ -24,7 +24,7 @@ def live_server(chat_model: Path) -> Iterator[LiveServer]:
 
 @pytest.fixture
 def survivor(live_server: LiveServer) -> Iterator[LiveServer]:
-    """The shared server, which has to be as well after the test as before."""
+    """The shared server; its vital signs must be the same after the test as before."""
     before = vital_signs(live_server)
     yield live_server
     assert vital_signs(live_server) == before

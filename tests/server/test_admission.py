@@ -1,4 +1,4 @@
-"""The queues of keys without a server: who waits, who is let through, how much one may take."""
+"""The fair queues without a server: admission order, admission limits and queue limits by key."""
 
 import asyncio
 from collections import Counter
@@ -10,9 +10,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from specserve.fair_share import Turns, room
-from specserve.process.text_messages import Encode
-from specserve.process.text_queue import TextQueue, Ticket
+from specserve.fair_share import ServiceCounters, room
+from specserve.process.tokenizer_messages import Encode
+from specserve.process.tokenizer_queue import PendingJob, TokenizerQueue
 from specserve.server.admission import Admission, QueueFull
 
 keys = st.sampled_from("abc")
@@ -22,7 +22,7 @@ events = st.lists(
 
 
 class Caller:
-    """One sequence that wants a place, until it leaves."""
+    """One sequence that asks for a slot, until `leave` is called."""
 
     def __init__(self, admission: Admission, key: str, num_tokens: int, priority: int) -> None:
         self.key = key
@@ -57,7 +57,7 @@ async def pause() -> None:
     max_tokens=st.integers(20, 300),
     shared=st.booleans(),
 )
-def test_what_holds_whoever_comes_and_goes(
+def test_invariants_under_random_arrivals_and_departures(
     events: Sequence[tuple[bool, str, int, int]],
     window: int,
     max_requests: int,
@@ -88,18 +88,17 @@ def test_what_holds_whoever_comes_and_goes(
             await caller.leave()
         assert (admission.num_running, admission.num_waiting, admission.num_keys) == (0, 0, 0)
         assert admission.num_queued_tokens == 0
-        await admission.drain()
 
     asyncio.run(run())
 
 
-def test_one_key_leaves_room_for_others() -> None:
+def test_one_key_leaves_queue_room_for_others() -> None:
     async def run() -> None:
         admission = Admission(4, 10, 1000, shared=True)
         async with AsyncExitStack() as stack:
 
             async def callers(key: str, count: int) -> int:
-                """How many of them were not turned away."""
+                """How many of them were not refused."""
                 some = [Caller(admission, key, 1, 0) for _ in range(count)]
                 for caller in some:
                     stack.push_async_callback(caller.leave)
@@ -114,7 +113,7 @@ def test_one_key_leaves_room_for_others() -> None:
     asyncio.run(run())
 
 
-def test_a_lone_key_has_the_whole_queue() -> None:
+def test_a_single_key_may_fill_the_queue() -> None:
     async def run() -> None:
         admission = Admission(4, 10, 1000)
         some = [Caller(admission, "a", 1, 0) for _ in range(30)]
@@ -129,7 +128,7 @@ def test_a_lone_key_has_the_whole_queue() -> None:
 
 
 @given(limit=st.integers(1, 100), steps=st.lists(st.tuples(keys, st.integers(1, 30)), max_size=40))
-def test_room_is_never_more_than_there_is(limit: int, steps: list[tuple[str, int]]) -> None:
+def test_room_never_exceeds_the_limit(limit: int, steps: list[tuple[str, int]]) -> None:
     held: Counter[str] = Counter()
     for key, wanted in steps:
         if wanted <= room(limit, held.total(), held[key], shared=True):
@@ -141,27 +140,27 @@ def test_room_is_never_more_than_there_is(limit: int, steps: list[tuple[str, int
         assert room(limit, held.total(), held[key], shared=True) >= 0
 
 
-def test_nobody_saves_up_turns() -> None:
-    turns = Turns()
-    turns.join("a", [])
+def test_an_idle_tenant_accumulates_no_credit() -> None:
+    counters = ServiceCounters()
+    counters.join("a", [])
     for _ in range(100):
-        turns.take("a", 10, waiting=True)
-    turns.join("b", ["a"])
-    assert turns.served("b") == turns.served("a")
-    turns.forget([])
-    assert len(turns) == 0
+        counters.take("a", 10, waiting=True)
+    counters.join("b", ["a"])
+    assert counters.served("b") == counters.served("a")
+    counters.forget([])
+    assert len(counters) == 0
 
 
-def test_text_goes_by_bytes_and_leaves_a_worker() -> None:
+def test_tokenizer_queue_is_fair_in_bytes_and_keeps_a_worker_free() -> None:
     async def run() -> None:
-        queue = TextQueue(100, 2, shared=True)
+        queue = TokenizerQueue(100, 2, shared=True)
         loop = asyncio.get_running_loop()
 
-        def put(tenant: str, num_bytes: int) -> Ticket:
+        def put(tenant: str, num_bytes: int) -> PendingJob:
             job = Encode("", False, False, "prompt")
-            ticket = Ticket(job, tenant, num_bytes, loop.create_future())
-            queue.put(ticket)
-            return ticket
+            pending = PendingJob(job, tenant, num_bytes, loop.create_future())
+            queue.put(pending)
+            return pending
 
         async def get() -> Any:
             async with asyncio.timeout(0.02):

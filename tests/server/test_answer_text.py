@@ -1,4 +1,4 @@
-"""The text of answers over HTTP: with the prompt, in pieces, cut, with and without speculation."""
+"""The text of answers over HTTP: echoed, streamed, stopped, with and without speculation."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ TEMPLATE = "{{ messages[0].content }}"
 
 @pytest.fixture(scope="module", params=["sentencepiece", "byte level"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model over a tokenizer of odd tokens, the last of which ends an answer."""
+    """A random model with a tokenizer of unusual tokens, the last of which is the end token."""
     folder = tmp_path_factory.mktemp("odd") / "odd"
     added = (*ADDED, "<|end|>")
     config: dict[str, Any] = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
@@ -56,7 +56,7 @@ def choice_of(server: LiveServer, body: dict[str, Any], path: str = COMPLETION) 
 
 
 def streamed(server: LiveServer, body: dict[str, Any]) -> dict[str, Any]:
-    """A choice as its chunks add up."""
+    """A choice, assembled from its chunks."""
     reply = server.ask(COMPLETION, {**body, "stream": True})
     whole: dict[str, Any] = {"text": "", "token_ids": [], "logprobs": {}}
     for (choice,) in (event["choices"] for event in events(reply.body)):
@@ -69,7 +69,7 @@ def streamed(server: LiveServer, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def sampled(tokenizer: Tokenizer, seed: int, **more: Any) -> dict[str, Any]:
-    """Words, bytes and control tokens in a row, told in every way."""
+    """A mix of words, bytes and control tokens, with every option of an answer."""
     vocabulary = tokenizer.vocabulary()
     prompt = [vocabulary[token] for token in ("<s>", "x", "A")][: 1 + seed % 3]
     odd = {str(vocabulary[token]): 2.0 for token in (*ADDED, "<s>")}
@@ -94,7 +94,7 @@ def test_streams_and_speculation_change_nothing(
 def assert_pointed_at(
     choice: dict[str, Any], ids: list[int], tokenizer: Tokenizer, skip: bool
 ) -> None:
-    """Offsets are in the text, in order, and whole characters of a token are where they say."""
+    """Offsets lie in the text, in order, and each token's whole characters begin at its offset."""
     text, offsets = choice["text"], choice["logprobs"]["text_offset"]
     assert len(offsets) == len(ids)
     assert offsets == sorted(offsets)
@@ -108,7 +108,7 @@ def assert_pointed_at(
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_the_echo_and_the_answer_are_the_text_of_all_tokens(
+def test_echo_and_answer_are_the_text_of_all_tokens(
     server: LiveServer, tokenizer: Tokenizer, skip: bool
 ) -> None:
     for seed in SEEDS:
@@ -130,7 +130,7 @@ def test_the_echo_and_the_answer_are_the_text_of_all_tokens(
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_stop_strings_are_those_of_the_text(
+def test_stop_strings_are_searched_in_the_visible_text(
     server: LiveServer, tokenizer: Tokenizer, skip: bool
 ) -> None:
     for seed in SEEDS:
@@ -164,8 +164,8 @@ def test_a_shown_control_token_is_a_stop_string(server: LiveServer, tokenizer: T
     assert choice_of(server, {**body, "stop": "<s>"})["finish_reason"] == "length"
 
 
-def test_an_end_token_is_no_text(server: LiveServer, tokenizer: Tokenizer) -> None:
-    """It is named in the configuration, and not flagged in the tokenizer's own file."""
+def test_an_end_token_has_no_text(server: LiveServer, tokenizer: Tokenizer) -> None:
+    """It is named in the configuration, but not flagged special in tokenizer.json."""
     vocabulary = tokenizer.vocabulary()
     end = vocabulary["<|end|>"]
     body = {"prompt": [vocabulary["x"]], "max_tokens": 3, "logit_bias": {str(end): 100}}

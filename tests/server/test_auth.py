@@ -1,4 +1,4 @@
-"""Keys: what is read, who is let in, and that nothing ever repeats a key."""
+"""API keys: parsing, authentication, scopes, and that no message contains a key."""
 
 import asyncio
 import logging
@@ -73,7 +73,7 @@ def test_bearer(authorization: str | bytes | None, name: str | None) -> None:
     assert who(authorization) == name
 
 
-def test_the_other_header_counts_when_there_is_no_authorization() -> None:
+def test_x_api_key_counts_without_authorization() -> None:
     assert who(None, ALICE) == "alice"
     assert who(None, bearer(ALICE)) is None
     assert who(bearer(BOB), ALICE) == "bob"
@@ -85,7 +85,7 @@ def test_no_header_raises(header: str | bytes | None) -> None:
     assert RING.authenticate(header, header) is None
 
 
-def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_compared_with_every_known_key(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[bytes] = []
 
     def compare(known: bytes, digest: bytes) -> bool:
@@ -97,12 +97,12 @@ def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compared) == len(set(compared)) == 3
 
 
-def test_no_key_is_kept() -> None:
+def test_keys_are_not_stored() -> None:
     inside = repr(vars(RING)) + "".join(repr(RING.authenticate(bearer(ROOT))))
     assert not any(key in inside for key in (ALICE, BOB, ROOT))
 
 
-def test_without_keys_everybody_is_anonymous_and_no_admin() -> None:
+def test_without_keys_every_caller_is_anonymous() -> None:
     assert Keyring().authenticate(None) is ANONYMOUS
     assert Keyring().authenticate("Basic x") is ANONYMOUS
     assert Scope.ADMIN not in ANONYMOUS.scopes
@@ -122,7 +122,7 @@ def test_scopes(key: str, scopes: set[Scope]) -> None:
     assert caller.scopes == scopes
 
 
-def test_salts_differ_by_key_and_last() -> None:
+def test_salts_differ_by_key_and_are_stable() -> None:
     callers = [RING.authenticate(bearer(key)) for key in (ALICE, BOB, ROOT)]
     salts = [caller.cache_salt for caller in callers if caller is not None]
     assert len(set(salts)) == 3
@@ -157,7 +157,7 @@ def test_salts_differ_by_key_and_last() -> None:
         ),
     ],
 )
-def test_a_wrong_entry_is_named_and_not_repeated(
+def test_an_invalid_entry_is_located_but_not_quoted(
     tmp_path: Path, lines: list[str], line: int, words: str
 ) -> None:
     file = tmp_path / "keys"
@@ -193,7 +193,7 @@ def test_keys_from_file_and_environment(tmp_path: Path, caplog: pytest.LogCaptur
         (b"\xff", "UTF-8"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_an_invalid_key_file_is_located(tmp_path: Path, content: bytes | None, words: str) -> None:
     file = tmp_path / "keys"
     if content is not None:
         file.write_bytes(content)
@@ -209,7 +209,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: bytes | None, words: str
         ("a:metrics:0123456789abcdefgh x", "key 2: expe"),
     ],
 )
-def test_a_wrong_variable_is_named(value: str, words: str) -> None:
+def test_an_invalid_variable_is_named(value: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"{KEYS_VARIABLE}: {words}"):
         load_keyring(ServerConfig(), {KEYS_VARIABLE: value})
 
@@ -225,7 +225,7 @@ def test_other_machines_need_keys(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_this_machine_needs_none(host: str) -> None:
+def test_loopback_needs_no_keys(host: str) -> None:
     assert len(load_keyring(ServerConfig(host=host), {})) == 0
 
 
@@ -294,9 +294,7 @@ def ask(
         ("GET", "/v1/x/infer", None, 405),
     ],
 )
-def test_a_route_is_for_those_with_its_scope(
-    method: str, path: str, key: str | None, status: int
-) -> None:
+def test_a_route_requires_its_scope(method: str, path: str, key: str | None, status: int) -> None:
     @web.middleware
     async def unknown(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -310,7 +308,7 @@ def test_a_route_is_for_those_with_its_scope(
     assert ask(app, method, path, **headers)[0] == status
 
 
-def test_who_is_refused_is_told_how_to_get_in() -> None:
+def test_a_refusal_says_what_to_send() -> None:
     status, headers, body = ask(build(RING), "POST", "/v1/x/infer")
     assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
     assert body == {
@@ -322,19 +320,19 @@ def test_who_is_refused_is_told_how_to_get_in() -> None:
         }
     }
     _, _, body = ask(build(RING), "GET", "/admin", **{"X-API-Key": BOB.replace("é", "e")})
-    assert "not known here" in str(body)
+    assert "unknown API key" in str(body)
     assert "0123" not in str(body)
     _, _, body = ask(build(RING), "GET", "/admin", **{"X-API-Key": ALICE})
     assert "the scope 'admin'" in str(body)
 
 
-def test_a_handler_knows_who_asks() -> None:
+def test_a_handler_knows_the_caller() -> None:
     assert ask(build(RING), "POST", "/v1/x/infer", **{"X-API-Key": ALICE})[2] == "alice"
     assert ask(build(Keyring()), "POST", "/v1/x/infer")[2] == "anonymous"
     assert ask(build(Keyring()), "GET", "/admin")[0] == 403
 
 
-def test_an_unmarked_route_is_refused_at_start_and_at_work() -> None:
+def test_a_route_without_scope_is_refused_at_start_and_on_request() -> None:
     app = build(RING)
     check_routes(app)
     app.router.add_get("/unmarked", unmarked)

@@ -94,7 +94,7 @@ def test_messages(survivor: LiveServer) -> None:
         [{"role": "assistant", "content": "a", "tool_calls": None, "refusal": None, "audio": None}],
     ],
 )
-def test_odd_chats_are_answered(survivor: LiveServer, messages: list[dict[str, Any]]) -> None:
+def test_unusual_chats_are_answered(survivor: LiveServer, messages: list[dict[str, Any]]) -> None:
     """30, 31."""
     assert survivor.ask(CHAT, {"messages": messages, "max_tokens": 2}).status == 200
     continued = {"messages": messages, "max_tokens": 2, "continue_final_message": True}
@@ -111,7 +111,7 @@ def test_a_chat_cannot_be_continued_and_prompted(survivor: LiveServer) -> None:
     assert_refused(survivor.ask(CHAT, body | both), 400, "continue_final_message")
 
 
-def test_templates_stay_the_models(survivor: LiveServer) -> None:
+def test_requests_cannot_bring_a_template(survivor: LiveServer) -> None:
     """32."""
     for field, value in [
         ("chat_template", "{{ messages }}"),
@@ -153,8 +153,8 @@ STRUCTURED: list[tuple[str, Any]] = [
 ]
 
 
-def test_structured_output_is_refused_until_it_is_there(survivor: LiveServer) -> None:
-    """33 to 36: never an answer that only looks as if it followed the schema."""
+def test_structured_output_is_refused(survivor: LiveServer) -> None:
+    """33 to 36: no answer only looks as if it followed the schema."""
     for field, value in STRUCTURED:
         for path in (CHAT, COMPLETION):
             assert_refused(survivor.ask(path, {**MINIMAL[path], field: value}), 400, field)
@@ -162,8 +162,8 @@ def test_structured_output_is_refused_until_it_is_there(survivor: LiveServer) ->
     assert survivor.ask(CHAT, {**MINIMAL[CHAT], **harmless}).status == 200
 
 
-def test_a_chat_fills_the_context_and_no_more(survivor: LiveServer) -> None:
-    """29: without max_tokens there is always an end."""
+def test_a_chat_may_fill_the_context_but_not_exceed_it(survivor: LiveServer) -> None:
+    """29: without max_tokens the answer ends at the context's end."""
     body = {"messages": [HI], "ignore_eos": True, "stream_options": {"include_usage": True}}
     usage = events(survivor.ask(CHAT, {**body, "stream": True}).body)[-1]["usage"]
     assert usage["total_tokens"] == CONTEXT

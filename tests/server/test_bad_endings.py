@@ -16,7 +16,7 @@ from tiny_chat import write_byte_chat
 from wire import Wire, dial, get, post
 
 from specserve.server.failures import as_api_error
-from specserve.server.generation import DeadlinePassed
+from specserve.server.generation import DeadlineExceeded
 
 RUNNING: Final = "vllm:num_requests_running"
 WAITING: Final = "vllm:num_requests_waiting"
@@ -36,7 +36,7 @@ def encoded(max_tokens: int, **more: Any) -> bytes:
 
 @contextmanager
 def callers(server: LiveServer, count: int, data: bytes) -> Iterator[list[Wire]]:
-    """So many connections that have sent this much and, in the end, are reset."""
+    """`count` connections that have sent `data` and are reset at the end."""
     with ExitStack() as stack:
         wires = []
         for _ in range(count):
@@ -52,7 +52,7 @@ def num_files(server: LiveServer) -> int:
 
 @contextmanager
 def nothing_stays(server: LiveServer) -> Iterator[None]:
-    """No task, no open file, no connection, no KV more than before."""
+    """Assert that no task, open file, connection or KV slot is left over."""
 
     def held() -> tuple[float, float, int]:
         gauges = scrape(server)
@@ -96,8 +96,8 @@ STAGES: dict[str, tuple[bytes, Callable[[LiveServer, list[Wire]], None] | None]]
 }
 
 
-def test_clients_that_leave(survivor: LiveServer) -> None:
-    """51: politely or not."""
+def test_clients_that_disconnect(survivor: LiveServer) -> None:
+    """51: with FIN or RST."""
     with nothing_stays(survivor):
         for data, happens in STAGES.values():
             for leave in (Wire.close, Wire.reset):
@@ -108,8 +108,8 @@ def test_clients_that_leave(survivor: LiveServer) -> None:
                         leave(wire)
 
 
-def test_two_hundred_leave_at_once(survivor: LiveServer) -> None:
-    """51: running, in the engine's queue and in front of it."""
+def test_two_hundred_clients_disconnect_at_once(survivor: LiveServer) -> None:
+    """51: while running, in the engine's queue and in the server's queue."""
     num_generated = survivor.metric("vllm:generation_tokens_total")
     with nothing_stays(survivor), callers(survivor, 200, STREAM) as wires:
         wait_until(lambda: survivor.metric(RUNNING) > 0 and survivor.metric(WAITING) > 30)
@@ -117,8 +117,8 @@ def test_two_hundred_leave_at_once(survivor: LiveServer) -> None:
     assert survivor.metric("vllm:generation_tokens_total") - num_generated < 200 * 400 / 2
 
 
-def test_leaving_one_of_two_choices_is_an_abort(survivor: LiveServer) -> None:
-    """51: also if the other choice had ended by itself."""
+def test_disconnecting_after_one_of_two_choices_counts_as_abort(survivor: LiveServer) -> None:
+    """51: also if the other choice had finished."""
     stops = list(range(0, 250, 50))
     body = {"prompt": "ab", "n": 2, "max_tokens": 400, "stop_token_ids": stops}
     ended = (ABORTED, {"finished_reason": "stop"}, {"finished_reason": "length"})
@@ -156,7 +156,7 @@ def test_a_thousand_aborts(survivor: LiveServer) -> None:
 
 @pytest.fixture(scope="module")
 def pressed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Little patience, little room, and in all its processes a wall clock that jumps about."""
+    """A server with short timeouts and small limits, whose wall clock jumps in all processes."""
     directory = tmp_path_factory.mktemp("pressed")
     model = write_byte_chat(directory / "tiny-chat", context=8192)
     (directory / "sitecustomize.py").write_text(JUMPING_CLOCK)
@@ -177,12 +177,12 @@ QUEUE_REASON: Final = "max_num_queued_reqs"
 
 
 def test_the_clock_jumps(pressed: LiveServer) -> None:
-    """58: for all that follows too."""
+    """58: the clock jumps during all following tests, too."""
     stamps = [pressed.ask(COMPLETION, SHORT).json()["created"] for _ in range(10)]
     assert max(stamps) - min(stamps) > 3000
 
 
-def test_bodies_that_stall(pressed: LiveServer) -> None:
+def test_stalled_bodies(pressed: LiveServer) -> None:
     """45."""
     head = f"POST {COMPLETION} HTTP/1.1\r\nHost: a\r\n".encode()
     chunked = head + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
@@ -196,8 +196,8 @@ def test_bodies_that_stall(pressed: LiveServer) -> None:
             assert wire.closed()
 
 
-def test_headers_that_stall(pressed: LiveServer) -> None:
-    """46: on fresh connections and on those that have been of use."""
+def test_stalled_headers(pressed: LiveServer) -> None:
+    """46: on new and on used connections."""
     with callers(pressed, 3, b"") as fresh, callers(pressed, 3, get("/version")) as used:
         for wire in used:
             assert wire.reply().status == 200
@@ -208,8 +208,8 @@ def test_headers_that_stall(pressed: LiveServer) -> None:
         assert all(wire.closed() for wire in (*fresh, *used))
 
 
-def test_a_stream_that_nobody_reads(pressed: LiveServer) -> None:
-    """52: it is given up once the connection holds no more."""
+def test_a_stream_that_is_not_read(pressed: LiveServer) -> None:
+    """52: it is dropped once the connection's buffers are full."""
     num_aborted = pressed.metric("vllm:request_success_total", **ABORTED)
     with nothing_stays(pressed):
         deaf = dial(pressed, narrow=True)
@@ -221,8 +221,8 @@ def test_a_stream_that_nobody_reads(pressed: LiveServer) -> None:
     assert pressed.metric("vllm:request_success_total", **ABORTED) == num_aborted + 1
 
 
-def test_answers_that_nobody_reads(pressed: LiveServer) -> None:
-    """52: of every size around what the connection holds."""
+def test_answers_that_are_not_read(pressed: LiveServer) -> None:
+    """52: of sizes around that of the connection's buffers."""
     with nothing_stays(pressed), ExitStack() as stack:
         for num_tokens in (*range(2_000, 60_000, 4_000), 200_000):
             body = json.dumps({"prompt": "a" * num_tokens, "return_token_strs": True}).encode()
@@ -233,8 +233,8 @@ def test_answers_that_nobody_reads(pressed: LiveServer) -> None:
         wait_until(lambda: pressed.metric(CONNECTIONS) == 1, seconds=10)
 
 
-def test_more_than_the_pool_holds(pressed: LiveServer) -> None:
-    """54: what can never run is refused, the rest takes turns."""
+def test_more_sequences_than_the_kv_pool_holds(pressed: LiveServer) -> None:
+    """54: a request that can never run is refused, the others run in turns."""
     for fields, param in (
         ({"prompt": "a" * SLOTS}, "prompt"),
         ({"prompt": "a" * (SLOTS - 100), "max_tokens": 101}, "max_tokens"),
@@ -254,7 +254,7 @@ def test_more_than_the_pool_holds(pressed: LiveServer) -> None:
 
 @contextmanager
 def busy(server: LiveServer, num_queued: int) -> Iterator[None]:
-    """All places are taken for a while, and so many wait for one."""
+    """All slots are taken for a while, and `num_queued` requests wait for one."""
     count = IN_ENGINE + num_queued
     with callers(server, count, encoded(3900, stream=True)):
         wait_until(lambda: server.metric(RUNNING) + server.metric(WAITING) == count)
@@ -263,7 +263,7 @@ def busy(server: LiveServer, num_queued: int) -> Iterator[None]:
 
 
 def test_a_full_queue(pressed: LiveServer) -> None:
-    """55: 429, when to come back, and others are told to send requests elsewhere."""
+    """55: 429 with Retry-After, and /ready is 503."""
     expected = short_answer(pressed)
     rejected = pressed.metric("vllm:admission_rejections_total", reason=QUEUE_REASON)
     with busy(pressed, 2):
@@ -282,7 +282,7 @@ def test_a_full_queue(pressed: LiveServer) -> None:
 
 
 def test_a_queue_full_of_tokens(pressed: LiveServer) -> None:
-    """55: and a part of a request in it leaves with the rest."""
+    """55: when one choice is refused, the queued ones of its request are removed, too."""
     with busy(pressed, 0):
         reply = pressed.ask(COMPLETION, SHORT | {"prompt": "a" * 601})
         assert "max_queued_tokens" in assert_refused(reply, 429)["message"]
@@ -293,7 +293,7 @@ def test_a_queue_full_of_tokens(pressed: LiveServer) -> None:
 
 @pytest.mark.parametrize("num_busy", [None, -4, 0])
 def test_deadlines(pressed: LiveServer, num_busy: int | None) -> None:
-    """56: while it runs, while it waits in the engine, and in front of it."""
+    """56: while running, while waiting in the engine, and while waiting in the server."""
     late = long_request(4000, request_timeout=0.4)
     with ExitStack() as stack:
         if num_busy is not None:
@@ -311,6 +311,7 @@ def test_deadlines(pressed: LiveServer, num_busy: int | None) -> None:
             assert last["error"]["code"] == "deadline_exceeded"
 
 
-def test_the_servers_own_deadline_is_its_own_fault() -> None:
-    """56: 4xx is for what the caller asked."""
-    assert [as_api_error(DeadlinePassed("", asked)).status for asked in (True, False)] == [408, 504]
+def test_the_status_tells_whose_deadline_passed() -> None:
+    """56: 408 if the client set it, else 504."""
+    assert as_api_error(DeadlineExceeded("", by_client=True)).status == 408
+    assert as_api_error(DeadlineExceeded("", by_client=False)).status == 504

@@ -1,4 +1,4 @@
-"""Fields of the wrong type, out of range or against each other: 14 to 24 of BAD_INPUTS.md."""
+"""Fields of the wrong type, out of range or contradictory: 14 to 24 of BAD_INPUTS.md."""
 
 import re
 from typing import Any, Final
@@ -121,7 +121,7 @@ LATER_OR_NEVER: dict[str, list[Any]] = {
 
 
 def test_every_field_has_wrong_types() -> None:
-    """A new field belongs into the table."""
+    """A new field must be added to the table."""
     for request_type in ROUTES.values():
         assert set(request_type.__struct_fields__) <= set(WRONG_TYPES)
 
@@ -139,7 +139,7 @@ def test_wrong_types(survivor: LiveServer, field: str) -> None:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_null_is_as_good_as_nothing(survivor: LiveServer, path: str) -> None:
+def test_null_counts_as_not_given(survivor: LiveServer, path: str) -> None:
     """14."""
     names = set(ROUTES[path].__struct_fields__) - set(MINIMAL[path])
     nulls = dict.fromkeys([*names, "tools", "response_format", "suffix"])
@@ -173,15 +173,15 @@ def test_contradictions(survivor: LiveServer) -> None:
         refuses(survivor, path, param, fields)
 
 
-def test_what_is_not_there_says_so(survivor: LiveServer) -> None:
-    """24, and what other servers have."""
+def test_unsupported_fields_are_refused_by_name(survivor: LiveServer) -> None:
+    """24, and fields of other servers."""
     for field, values in LATER_OR_NEVER.items():
         for value in values:
             for path in ROUTES:
                 refuses(survivor, path, field, {field: value})
 
 
-def test_another_model(survivor: LiveServer) -> None:
+def test_unknown_models(survivor: LiveServer) -> None:
     for name in ("gpt-4", "", "../tiny-chat", "tiny-chat/", "Tiny-Chat", "\0"):
         for path in ROUTES:
             reply = survivor.ask(path, {**MINIMAL[path], "model": name})
@@ -210,8 +210,8 @@ ALLOWED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", ALLOWED)
-def test_the_edge_of_what_is_allowed(survivor: LiveServer, fields: dict[str, Any]) -> None:
-    """18, 23: the far ends of every range, answered."""
+def test_values_at_their_limits(survivor: LiveServer, fields: dict[str, Any]) -> None:
+    """18, 23: the limits of every range are accepted."""
     for path in ROUTES:
         reply = survivor.ask(path, {**MINIMAL[path], **fields})
         assert reply.status == 200, reply

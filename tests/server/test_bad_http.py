@@ -1,4 +1,4 @@
-"""Requests that are hardly HTTP, or ask for what is not there: 43 to 50 of BAD_INPUTS.md."""
+"""Malformed HTTP, and requests for what does not exist: 43 to 50 of BAD_INPUTS.md."""
 
 import json
 from typing import Any, Final
@@ -33,7 +33,7 @@ NOT_HTTP: Final = {
 }
 
 
-def test_what_is_no_http(survivor: LiveServer) -> None:
+def test_malformed_http(survivor: LiveServer) -> None:
     """43 and 44: answered, and then the connection is closed."""
     for kind, data in NOT_HTTP.items():
         with wire(survivor) as connection:
@@ -43,8 +43,8 @@ def test_what_is_no_http(survivor: LiveServer) -> None:
             assert connection.closed(), kind
 
 
-def test_nothing_is_hidden_behind_a_refused_request(survivor: LiveServer) -> None:
-    """44: what a proxy may have taken for a body is no second request."""
+def test_nothing_after_a_malformed_request_is_read(survivor: LiveServer) -> None:
+    """44: bytes that a proxy may have taken for a body are not read as a second request."""
     for framing in (
         "Content-Length: 3\r\nTransfer-Encoding: chunked",
         "Transfer-Encoding: chunked\r\nContent-Length: 3",
@@ -57,7 +57,7 @@ def test_nothing_is_hidden_behind_a_refused_request(survivor: LiveServer) -> Non
 
 
 def test_a_length_of_ten_gigabytes(survivor: LiveServer) -> None:
-    """45: refused before the body comes."""
+    """45: refused before the body arrives."""
     with wire(survivor) as connection:
         connection.send(LINE + b"Content-Length: 10000000000\r\n\r\nabc")
         assert_refused(connection.reply(), 413)
@@ -127,8 +127,8 @@ def test_unknown_paths(survivor: LiveServer) -> None:
             assert "x-evil" not in reply.headers
 
 
-def test_queries_and_forms_of_a_url(survivor: LiveServer) -> None:
-    """47, 48: the route is the path, and what is behind it says nothing."""
+def test_query_strings_and_absolute_urls(survivor: LiveServer) -> None:
+    """47, 48: the path selects the route; a query has no effect."""
     with wire(survivor) as connection:
         for path in (
             *("/version?", "/version?a=%ff", "/version?" + "a=b&" * 1500, "/version#a"),
@@ -148,15 +148,15 @@ def test_queries_and_forms_of_a_url(survivor: LiveServer) -> None:
             assert connection.closed()
 
 
-def test_credentials_nobody_asked_for(survivor: LiveServer) -> None:
-    """49: without keys there is nothing to check them against. With keys: test_security.py."""
+def test_credentials_without_configured_keys(survivor: LiveServer) -> None:
+    """49: ignored by a server without keys. With keys: test_security.py."""
     with wire(survivor) as connection:
         for value in ("", "Bearer", "Bearer  x", "Basic YTpi", "Bearer \xff\xfe", "x" * 8000):
             connection.send(post(GOOD, f"Authorization: {value}", f"X-API-Key: {value[:100]}"))
             assert connection.reply().status == 200
 
 
-def test_a_connection_outlives_every_refusal(survivor: LiveServer) -> None:
+def test_a_connection_stays_open_after_every_refusal(survivor: LiveServer) -> None:
     """50: one after the other, then all of them at once."""
     refused: list[tuple[bytes, int]] = [
         (post(b"{"), 400),
@@ -184,8 +184,8 @@ def test_a_connection_outlives_every_refusal(survivor: LiveServer) -> None:
             assert connection.reply().status == status, request[:200]
 
 
-def test_expectations(survivor: LiveServer) -> None:
-    """50: who is refused by the headers alone need not send a body."""
+def test_expect_headers(survivor: LiveServer) -> None:
+    """50: a client that is refused because of its headers need not send a body."""
     for headers, status in (
         (f"Content-Length: {len(GOOD)}", 200),
         ("Content-Length: 3\r\nContent-Type: text/plain", 415),
@@ -199,8 +199,8 @@ def test_expectations(survivor: LiveServer) -> None:
             assert connection.reply().status == status
 
 
-def test_upgrades_are_not_taken(survivor: LiveServer) -> None:
-    """50: what curl --http2 sends; the request is answered as it is."""
+def test_upgrades_are_ignored(survivor: LiveServer) -> None:
+    """50: the header that curl --http2 sends; the request is answered normally."""
     for upgrade in ("h2c", "websocket", "TLS/1.2", "x" * 1000):
         headers = (f"Upgrade: {upgrade}", "Connection: Upgrade, HTTP2-Settings")
         for request in (
@@ -228,7 +228,7 @@ IDS: Final[dict[str, Any]] = {
 
 
 def test_request_ids(survivor: LiveServer) -> None:
-    """50: what is no plain name never comes back, in a header or a body."""
+    """50: an unsafe id is not repeated in a header or a body."""
     stream = json.dumps(MINIMAL[COMPLETION] | {"stream": True}).encode()
     for kind, given in IDS.items():
         for body in (GOOD, b"{", stream):

@@ -1,4 +1,4 @@
-"""BAD_INPUTS.md: all of them, each with tests that exist."""
+"""Every row of BAD_INPUTS.md names tests that exist."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bodies that are no JSON object, or hardly one: 1 to 13 of BAD_INPUTS.md."""
+"""Bodies that are no JSON object, or an unusual one: 1 to 13 of BAD_INPUTS.md."""
 
 import gzip
 import http.client
@@ -53,7 +53,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_what_cannot_be_read(survivor: LiveServer, body: bytes) -> None:
+def test_bodies_that_are_no_json_object(survivor: LiveServer, body: bytes) -> None:
     for path in (COMPLETION, CHAT, "/tokenize", "/detokenize"):
         assert_refused(survivor.ask(path, body), 400, "body")
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_read(survivor: LiveServer, body: bytes) -> None:
 @pytest.mark.parametrize(
     "number", [b"9" * 5000, b"-" + b"9" * 5000, b"1e999", b"1E400", b"-1e999", b"9" * 400 + b".5"]
 )
-def test_numbers_that_nothing_holds(survivor: LiveServer, number: bytes) -> None:
+def test_numbers_too_large_to_decode(survivor: LiveServer, number: bytes) -> None:
     """5 and 6."""
     for field in (b"temperature", b"seed", b"max_tokens"):
         body = b'{"prompt": "a", "top_p": 1, "%b": %b}' % (field, number)
@@ -74,7 +74,7 @@ def test_numbers_that_nothing_holds(survivor: LiveServer, number: bytes) -> None
 
 @pytest.mark.parametrize("depth", [10, 100, 500, 900, 990, 1100, 2000, 2500, 2990, 3100, 10_000])
 def test_nesting_at_every_depth(survivor: LiveServer, depth: int) -> None:
-    """4: what one parser reads, the next may not."""
+    """4: a depth that one parser accepts, the next may refuse."""
     deep = b"[" * depth + b"]" * depth
     for path, body in [
         (COMPLETION, b'{"prompt": %b}' % deep),
@@ -106,14 +106,14 @@ def test_nesting_at_every_depth(survivor: LiveServer, depth: int) -> None:
         (b'{"seed": 2, "prompt": "a", "temperature": 1, "user": null}', 2),
     ],
 )
-def test_odd_but_right(survivor: LiveServer, text: bytes, seed: int) -> None:
+def test_unusual_but_valid_json(survivor: LiveServer, text: bytes, seed: int) -> None:
     expected = survivor.ask(COMPLETION, {"prompt": "a", "seed": seed}).json()
     answer = survivor.ask(COMPLETION, text)
     assert answer.status == 200, answer
     assert answer.json()["choices"] == expected["choices"]
 
 
-def test_the_last_of_two_is_the_one_that_is_checked(survivor: LiveServer) -> None:
+def test_the_last_of_two_equal_keys_counts(survivor: LiveServer) -> None:
     """7."""
     body = b'{"prompt": "a", "max_tokens": 2, "temperature": 1, "temperature": 9}'
     assert_refused(survivor.ask(COMPLETION, body), 400, "temperature")
@@ -143,7 +143,7 @@ def test_nul_and_other_control_characters_are_text(survivor: LiveServer) -> None
         "",
     ],
 )
-def test_content_types_of_others(survivor: LiveServer, given: str) -> None:
+def test_other_content_types(survivor: LiveServer, given: str) -> None:
     """11."""
     for path in (COMPLETION, CHAT, "/tokenize", "/detokenize"):
         reply = survivor.ask(path, GOOD, headers={"Content-Type": given})
@@ -181,14 +181,14 @@ def test_random_bytes(survivor: LiveServer) -> None:
     assert 400 in statuses
 
 
-def test_more_than_a_body_may_have(survivor: LiveServer) -> None:
+def test_bodies_over_the_limit(survivor: LiveServer) -> None:
     """13."""
     body = {**MINIMAL[COMPLETION], "prompt": "a" * (9 * 2**20)}
     error = assert_refused(survivor.ask(COMPLETION, body), 413)
     assert error["type"] == "request_too_large"
 
 
-def test_compressed_bodies_are_not_unpacked(survivor: LiveServer) -> None:
+def test_compressed_bodies_are_refused(survivor: LiveServer) -> None:
     """13: 300 MB in 300 kB."""
     bomb = gzip.compress(b" " * 50_000_000, compresslevel=1)
     for encoding in ("gzip", "deflate", "br", "zstd"):
@@ -196,8 +196,8 @@ def test_compressed_bodies_are_not_unpacked(survivor: LiveServer) -> None:
         assert_refused(reply, 415)
 
 
-def test_names_of_fields(survivor: LiveServer) -> None:
-    """Unknown, empty, of another alphabet, of eight megabytes, half a million of them."""
+def test_unknown_field_names(survivor: LiveServer) -> None:
+    """Unknown, empty, non-ASCII, eight megabytes long, half a million of them."""
     for name, param in [
         ("temprature", "temprature"),
         ("__class__", "__class__"),

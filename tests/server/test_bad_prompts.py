@@ -83,7 +83,7 @@ def test_prompts(survivor: LiveServer, kind: str) -> None:
 
 
 def test_a_bad_prompt_among_good_ones_is_refused_before_any_runs(survivor: LiveServer) -> None:
-    """25, 26, 29: however many are in front of it."""
+    """25, 26, 29: at any position among them."""
     before = scrape(survivor)["vllm:generation_tokens_total"]
     for bad in ([VOCAB], [1] * CONTEXT):
         body = {"prompt": [[1]] * 120 + [bad], "max_tokens": 8}
@@ -107,7 +107,7 @@ def test_a_bad_prompt_among_good_ones_is_refused_before_any_runs(survivor: LiveS
         ([[1]] * 128, 1),
     ],
 )
-def test_prompts_on_the_edge(survivor: LiveServer, prompt: Any, max_tokens: int) -> None:
+def test_prompts_at_the_limits(survivor: LiveServer, prompt: Any, max_tokens: int) -> None:
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
     reply = survivor.ask(COMPLETION, body)
     assert reply.status == 200, reply
@@ -138,14 +138,14 @@ def test_prompts_on_the_edge(survivor: LiveServer, prompt: Any, max_tokens: int)
         ("/detokenize", {"tokens": [1] * (2**20 + 1)}, "tokens"),
     ],
 )
-def test_tokens_of_nothing(
+def test_tokenize_and_detokenize_errors(
     survivor: LiveServer, path: str, body: dict[str, Any], param: str
 ) -> None:
     assert_refused(survivor.ask(path, body), 400, param)
 
 
-def test_long_texts_are_tokenised_in_time(survivor: LiveServer) -> None:
-    """28: nobody else waits for them."""
+def test_long_texts_are_tokenized_in_time(survivor: LiveServer) -> None:
+    """28: other requests do not wait for them."""
     start = time.monotonic()
     reply = survivor.ask("/tokenize", {"prompt": "a" * 10**6})
     assert reply.status in (200, 400), reply.status

@@ -1,4 +1,4 @@
-"""Drafts that are wrong, late or broken cost speed and nothing else: 37 to 41 of BAD_INPUTS.md."""
+"""Wrong, late or broken drafts affect nothing but speed: 37 to 41 of BAD_INPUTS.md."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,8 +45,8 @@ ENDS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_drafts_that_go_on_behind_the_end(survivor: LiveServer) -> None:
-    """37: the answer ends where it ends without them."""
+def test_drafts_that_continue_past_the_end(survivor: LiveServer) -> None:
+    """37: the answer ends where it ends without drafts."""
     body = completion("Where does it end?", temperature=0, logit_bias=ASCII)
     (whole,) = choices(survivor.ask(COMPLETION, body | {"max_tokens": 60} | OFF))
     for end, given in ENDS.items():
@@ -67,7 +67,7 @@ def _filled(value: Any, text: str) -> Any:
     return [text[part] if isinstance(part, slice) else ord(text[part]) for part in value]
 
 
-def test_the_context_ends_within_a_draft(survivor: LiveServer) -> None:
+def test_the_context_ends_inside_a_draft(survivor: LiveServer) -> None:
     """37."""
     for room in (1, 2, 7, 8, 9, 30):
         body = completion("ab" * (CONTEXT // 2), temperature=0, max_tokens=room, ignore_eos=True)
@@ -109,12 +109,12 @@ SAMPLERS: list[dict[str, Any]] = [
 ]
 
 
-def test_every_sampling_parameter_is_among_them() -> None:
+def test_every_sampling_parameter_is_covered() -> None:
     assert set(SamplingParams.__struct_fields__) == {name for each in SAMPLERS for name in each}
 
 
 def test_every_sampling_with_every_speculation_in_one_batch(survivor: LiveServer) -> None:
-    """38: what it is alone and without drafts."""
+    """38: each answer equals the one alone and without drafts."""
     prompt = "to be or not to be, to be or "
     methods: list[dict[str, Any]] = [
         {},
@@ -184,7 +184,7 @@ USELESS: list[dict[str, Any]] = [
 ]
 
 
-def test_predictions_that_are_of_no_use(survivor: LiveServer) -> None:
+def test_predictions_that_do_not_match(survivor: LiveServer) -> None:
     """41: with several choices too."""
     for fields in ({"n": 3}, {"temperature": 0, "stop": ["e"]}, OFF):
         body = completion("Hi.", max_tokens=16, **fields)
@@ -206,7 +206,7 @@ SPECULATIONS: list[tuple[Any, str]] = [
 ]
 
 
-def test_what_may_be_asked_of_speculation(survivor: LiveServer) -> None:
+def test_bad_speculation_options(survivor: LiveServer) -> None:
     for path in (CHAT, COMPLETION):
         for speculation, param in SPECULATIONS:
             body = MINIMAL[path] | {"speculation": speculation}
@@ -218,7 +218,7 @@ POISON: Final = "~"
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """One token of the vocabulary makes the model produce no numbers."""
+    """One token of the vocabulary makes the model produce NaN."""
     model = write_byte_chat(tmp_path_factory.mktemp("poisoned") / "tiny-chat")
     weights = load_file(model / "model.safetensors")
     # Only this token has anything in a channel that the first norm makes infinite.
@@ -230,8 +230,8 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
         yield server
 
 
-def test_logits_that_are_no_numbers_end_their_request(poisoned: LiveServer) -> None:
-    """40: and nobody who shares a batch, a block or a prefix with it."""
+def test_non_finite_logits_end_only_their_request(poisoned: LiveServer) -> None:
+    """40: requests that share a batch, a block or a prefix with it are not affected."""
     before = vital_signs(poisoned)
     shared = "The beginning is the same for all of them. "
     healthy = {"logit_bias": {str(ord(POISON)): -100}}

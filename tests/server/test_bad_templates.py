@@ -1,4 +1,4 @@
-"""Starts over model directories whose chat template cannot be used: one line, and no process."""
+"""Starting with an unusable chat template: one line of error, and no process is left."""
 
 import signal
 import subprocess
@@ -31,7 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("command", "more"), [("serve", ("--port", "0")), ("generate", ("--prompt", "x"))]
 )
 @pytest.mark.parametrize("template", ["{% for %}", "{{ " + "(" * 5000, "{{ 9" + "9" * 5000 + " }}"])
-def test_it_is_one_line(model: Path, template: str, command: str, more: tuple[str, ...]) -> None:
+def test_a_bad_template_ends_the_start_with_one_line(
+    model: Path, template: str, command: str, more: tuple[str, ...]
+) -> None:
     (model / "chat_template.jinja").write_text(template, encoding="utf-8")
     with _start(command, model, *more) as process:
         said = process.communicate(timeout=60)[1]
@@ -42,7 +44,7 @@ def test_it_is_one_line(model: Path, template: str, command: str, more: tuple[st
     assert "chat template cannot be compiled" in errors[0]
 
 
-def test_a_start_that_hangs_ends_when_told(model: Path) -> None:
+def test_sigterm_ends_a_start_that_hangs(model: Path) -> None:
     (model / "chat_template.jinja").write_text(_ENDLESS, encoding="utf-8")
     with _start("serve", model, "--port", "0") as process:
         end = time.monotonic() + 30
@@ -64,6 +66,9 @@ def _workers(parent: int) -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(status.rpartition(")")[2].split()[1]) == parent and b"text_worker" in command:
+            if (
+                int(status.rpartition(")")[2].split()[1]) == parent
+                and b"tokenizer_worker" in command
+            ):
                 found.append(int(entry.name))
     return found

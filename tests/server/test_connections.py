@@ -1,4 +1,4 @@
-"""Raw bytes at a real port: what is too slow, too large or no HTTP is answered, and then gone."""
+"""Raw bytes sent to a real port: slow, large or malformed requests, and closed connections."""
 
 import asyncio
 import json
@@ -16,11 +16,11 @@ import uvloop
 from aiohttp import web
 
 from specserve.config import ServerConfig
-from specserve.server import door as doors
+from specserve.server import listener as listener_module
 from specserve.server.accepted import AcceptedRequests
-from specserve.server.connections import keep_place, read_body, runner_options
-from specserve.server.door import Door, listen, num_places
+from specserve.server.connections import protect_connection, read_body, runner_options
 from specserve.server.errors import APIError
+from specserve.server.listener import Listener, connection_limit, listen
 
 LIMIT = 100_000
 LARGE = 32_000_000  # bytes; more than any connection holds
@@ -40,7 +40,7 @@ class Answer:
     body: bytes
 
     def error(self) -> dict[str, Any]:
-        """The error, which has to be JSON in OpenAI's form."""
+        """The error; asserts that it is JSON in OpenAI's form."""
         assert self.headers["content-type"].startswith("application/json"), self
         (error,) = json.loads(self.body).values()
         assert set(error) == {"message", "type", "param", "code"}
@@ -70,7 +70,7 @@ class Client:
         return await self.answer()
 
     async def closed(self) -> bool:
-        """True when the server has closed, which has to come soon."""
+        """Wait until the server closes the connection."""
         try:
             return await self.reader.read() == b""
         except ConnectionError:
@@ -78,9 +78,9 @@ class Client:
 
 
 class Served:
-    def __init__(self, door: Door, accepted: AcceptedRequests) -> None:
-        self.port = door.address[1]
-        self.door = door
+    def __init__(self, listener: Listener, accepted: AcceptedRequests) -> None:
+        self.port = listener.address[1]
+        self.listener = listener
         self.accepted = accepted
         self.events: list[str] = []
 
@@ -100,7 +100,7 @@ class Served:
 
 
 class SlowEnd(web.Response):
-    """Its last byte is out a while before the server knows."""
+    """Its last byte is sent a while before `write_eof` returns."""
 
     async def write_eof(self, data: bytes = b"") -> None:
         await super().write_eof(data)
@@ -166,7 +166,7 @@ async def serving(
     ) -> web.StreamResponse:
         if request.path != "/public":
             accepted.add(request.headers.get("x-key", "nobody"))
-            keep_place(request)
+            protect_connection(request)
         return await handler(request)
 
     config = ServerConfig(port=0, **settings)
@@ -181,12 +181,12 @@ async def serving(
     app.router.add_get("/large", large)
     runner = web.AppRunner(app, **runner_options(config))
     await runner.setup()
-    door = await listen(runner, config, tls)
-    served = Served(door, accepted)
+    listener = await listen(runner, config, tls)
+    served = Served(listener, accepted)
     try:
         yield served
     finally:
-        door.close()
+        listener.close()
         await runner.cleanup()
 
 
@@ -219,7 +219,7 @@ def with_body(body: bytes, *headers: bytes) -> bytes:
         (POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n", 2),
     ],
 )
-def test_a_body_that_is_read(data: bytes, num_bytes: int) -> None:
+def test_valid_bodies_are_read(data: bytes, num_bytes: int) -> None:
     async def test() -> None:
         async with serving() as served, served.connect() as client:
             for _ in range(2):  # the connection stays
@@ -249,7 +249,7 @@ NOT_HTTP = {
 
 
 @pytest.mark.parametrize("data", NOT_HTTP.values(), ids=NOT_HTTP.keys())
-def test_what_is_no_http_gets_a_400_and_is_closed(data: bytes) -> None:
+def test_malformed_http_gets_a_400_and_is_closed(data: bytes) -> None:
     async def test() -> None:
         async with serving() as served:
             async with served.connect() as client:
@@ -303,7 +303,7 @@ def test_a_body_is_refused_by_its_declared_length_at_once() -> None:
     run(test)
 
 
-def test_a_body_of_undeclared_length_is_refused_where_it_gets_too_long() -> None:
+def test_a_chunked_body_is_refused_when_it_gets_too_long() -> None:
     async def test() -> None:
         async with serving() as served, served.connect() as client:
             await client.send(POST + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -316,7 +316,7 @@ def test_a_body_of_undeclared_length_is_refused_where_it_gets_too_long() -> None
     run(test)
 
 
-def test_who_sends_on_after_a_413_can_still_read_it() -> None:
+def test_a_client_that_keeps_sending_after_a_413_can_read_it() -> None:
     async def test() -> None:
         async with serving() as served, served.connect() as client:
             answer = await client.ask(with_body(b"x" * 4_000_000))
@@ -344,7 +344,7 @@ def test_a_body_that_never_ends_gets_a_408(header: bytes, drip: bytes) -> None:
 
 
 def test_a_chunk_that_is_garbled_later_is_refused() -> None:
-    """aiohttp does not tell the handler, which waits for the rest as long as for any body."""
+    """aiohttp does not notify the handler, which waits for the rest until `body_timeout`."""
 
     async def test() -> None:
         async with serving(body_timeout=0.3) as served, served.connect() as client:
@@ -390,7 +390,7 @@ def test_expect_is_answered_before_the_body(body: bytes) -> None:
     run(test)
 
 
-def test_a_strange_expectation_gets_json() -> None:
+def test_an_unknown_expectation_gets_a_json_error() -> None:
     async def test() -> None:
         async with serving() as served:
             answer = await served.ask(with_body(b"{}", b"Expect: tea"))
@@ -400,7 +400,7 @@ def test_a_strange_expectation_gets_json() -> None:
     run(test)
 
 
-def test_an_unexpected_exception_shows_no_inside(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_exception_reveals_no_details(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with serving() as served:
             answer = await served.ask(b"GET /fail HTTP/1.1\r\nHost: here\r\n\r\n")
@@ -429,7 +429,7 @@ def test_pipelined_requests_are_answered_in_order() -> None:
         (POST + b"Content-Length: 9\r\n\r\nabc", None),
     ],
 )
-def test_a_client_that_is_gone_cancels_its_handler(data: bytes, event: str | None) -> None:
+def test_a_disconnect_cancels_the_handler(data: bytes, event: str | None) -> None:
     async def test() -> None:
         async with serving() as served:
             async with served.connect() as client:
@@ -444,10 +444,10 @@ def test_a_client_that_is_gone_cancels_its_handler(data: bytes, event: str | Non
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
 @pytest.mark.parametrize("reads", [False, True])
-def test_an_answer_waits_for_its_reader_while_there_is_one(
+def test_an_answer_waits_for_a_client_that_reads(
     reads: bool, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
-    """Without end if something is taken now and then, however long it takes in all."""
+    """There is no limit on the total time as long as the client reads now and then."""
 
     async def test() -> None:
         async with serving(write_timeout=0.4) as served, served.connect() as client:
@@ -461,17 +461,17 @@ def test_an_answer_waits_for_its_reader_while_there_is_one(
             if reads:
                 await client.reader.readexactly(left)
                 return
-            while len(served.door):
+            while len(served.listener):
                 await asyncio.sleep(0.01)
 
     run(test, loop_factory)
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
-def test_a_slow_reader_is_not_taken_for_none(
+def test_a_slow_reader_is_not_dropped(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """What it takes in `write_timeout` is far less than the system holds for it."""
+    """It reads far less within `write_timeout` than the system buffers."""
 
     async def test() -> None:
         loop = asyncio.get_running_loop()
@@ -486,7 +486,7 @@ def test_a_slow_reader_is_not_taken_for_none(
                     left -= len(await loop.sock_recv(slow, 10_000))
                     await asyncio.sleep(0.1)
                 assert left > LARGE - 1_000_000
-                assert len(served.door) == 1
+                assert len(served.listener) == 1
                 while data := await loop.sock_recv(slow, 2**18):
                     left -= len(data)
                     if left < 0:  # the head is more
@@ -501,7 +501,7 @@ Certificate = tuple[ssl.SSLContext, ssl.SSLContext]
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    """For the server and for its clients."""
+    """TLS contexts of the server and of its clients."""
     directory = tmp_path_factory.mktemp("tls")
     cert, key = directory / "cert.pem", directory / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1"
@@ -514,7 +514,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_a_request_is_accepted_until_its_answer_is_out(
+def test_a_request_counts_as_accepted_until_its_last_byte_is_sent(
     encrypted: bool,
     certificate: Certificate,
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
@@ -543,10 +543,10 @@ LATE = b"GET /late HTTP/1.1\r\nHost: here\r\n\r\n"
 @pytest.mark.parametrize(
     ("data", "num_answers"), [(LATE, 1), (LATE * 2, 2), (with_body(b"{}"), 1), (b"?\r\n\r\n", 1)]
 )
-def test_who_sends_no_more_still_gets_answers(
+def test_a_half_closed_client_gets_its_answers(
     data: bytes, num_answers: int, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
-    """And interim answers before a late one, by which it is seen that somebody is there."""
+    """Before a late answer it gets interim responses, which show whether it is still there."""
 
     async def test() -> None:
         async with serving() as served, served.connect() as client:
@@ -566,10 +566,10 @@ def test_who_sends_no_more_still_gets_answers(
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_who_sends_no_more_and_is_gone_is_noticed(
+def test_a_half_closed_client_that_disconnects_is_noticed(
     version: bytes, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
-    """Even after it has waited for a while. Of HTTP/1.0 clients nothing tells which they do."""
+    """Also after a while. An HTTP/1.0 client counts as disconnected at once."""
 
     async def test() -> None:
         async with serving() as served, served.connect() as client:
@@ -584,22 +584,22 @@ def test_who_sends_no_more_and_is_gone_is_noticed(
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
-def test_who_leaves_with_the_last_byte_is_noticed(
+def test_a_client_that_closes_after_the_last_byte_is_noticed(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """FIN arrives before the server is done with the answer that it has sent."""
+    """FIN arrives after the last byte of the answer, but before the handler is done."""
 
     async def test() -> None:
         async with serving() as served:
             async with served.connect() as client:
                 await client.ask(b"GET /slow_end HTTP/1.1\r\nHost: here\r\n\r\n")
-            while len(served.door):
+            while len(served.listener):
                 await asyncio.sleep(0.01)
 
     run(test, loop_factory)
 
 
-def test_no_answer_names_a_library() -> None:
+def test_the_server_header_names_no_library() -> None:
     async def test() -> None:
         async with serving() as served:
             for data in (with_body(b"{}"), b"?\r\n\r\n", PUBLIC, POST + b"Expect: tea\r\n\r\n"):
@@ -610,7 +610,7 @@ def test_no_answer_names_a_library() -> None:
 
 @asynccontextmanager
 async def silent(served: Served, count: int, data: bytes = b"") -> AsyncIterator[list[Client]]:
-    """So many connections that send this much and nothing else."""
+    """`count` connections that send `data` and nothing else."""
     async with AsyncExitStack() as stack:
         clients = []
         for _ in range(count):
@@ -621,19 +621,19 @@ async def silent(served: Served, count: int, data: bytes = b"") -> AsyncIterator
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
 @pytest.mark.parametrize("data", [b"", b"POST /ec", with_body(b"{}")], ids=["none", "head", "used"])
-def test_who_asks_for_nothing_gives_way(
+def test_the_oldest_idle_connection_is_replaced(
     data: bytes, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
-    """Idle connections never keep anybody out, and those that are idle for the longest go first."""
+    """Idle connections block no new one, and the one that has been idle longest is closed first."""
 
     async def test() -> None:
-        places = num_places(ServerConfig(max_connections=3))
+        places = connection_limit(ServerConfig(max_connections=3))
         async with serving(max_connections=3) as served, silent(served, places, data) as clients:
-            while len(served.door) < places:
+            while len(served.listener) < places:
                 await asyncio.sleep(0.01)
             for _ in range(5):
                 assert (await served.ask(with_body(b"{}"))).status == 200
-                assert len(served.door) <= places
+                assert len(served.listener) <= places
             with suppress(ConnectionError):
                 await clients[0].reader.read()  # to its end
 
@@ -641,8 +641,10 @@ def test_who_asks_for_nothing_gives_way(
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
-def test_accepted_requests_stay(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    """More of them are refused; whoever comes in whatever number, they go on."""
+def test_connections_with_accepted_requests_are_kept(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """Further requests are refused; no number of new connections ends the accepted ones."""
 
     async def test() -> None:
         async with serving(max_connections=3) as served, silent(served, 3, WAIT) as waiting:
@@ -654,7 +656,7 @@ def test_accepted_requests_stay(loop_factory: Callable[[], asyncio.AbstractEvent
                 assert answer.headers["retry-after"] == "1"
                 assert answer.error()["type"] == "overloaded_error"
                 assert (await served.ask(PUBLIC)).status == 200
-                assert len(served.door) <= num_places(ServerConfig(max_connections=3))
+                assert len(served.listener) <= connection_limit(ServerConfig(max_connections=3))
             assert served.events == ["waiting"] * 3
             waiting[0].writer.close()
             while "cancelled" not in served.events:  # and its place came back
@@ -664,7 +666,7 @@ def test_accepted_requests_stay(loop_factory: Callable[[], asyncio.AbstractEvent
     run(test, loop_factory)
 
 
-def test_no_key_has_all_places() -> None:
+def test_no_key_may_hold_all_accepted_requests() -> None:
     async def test() -> None:
         hostile = WAIT.replace(b"\r\n\r\n", b"\r\nx-key: b\r\n\r\n")
         async with serving(max_connections=8, shared=True) as served, silent(served, 20, hostile):
@@ -681,7 +683,7 @@ def test_no_key_has_all_places() -> None:
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
-def test_many_connections_at_once_are_counted_right(
+def test_many_simultaneous_connections_are_counted(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def test() -> None:
@@ -733,9 +735,9 @@ def test_connections_without_a_handshake_are_counted(
     monkeypatch: pytest.MonkeyPatch,
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """They give way like others, and have little time."""
+    """They are replaced like others, and the handshake has a time limit."""
     server_side, client_side = certificate
-    monkeypatch.setattr(doors, "_HANDSHAKE_S", 1.0)
+    monkeypatch.setattr(listener_module, "_HANDSHAKE_S", 1.0)
 
     async def test() -> None:
         async with (
@@ -743,17 +745,17 @@ def test_connections_without_a_handshake_are_counted(
             silent(served, 60),
             silent(served, 60, b"\x16\x03\x01\x02"),
         ):
-            assert 0 < len(served.door) <= num_places(ServerConfig(max_connections=3))
+            assert 0 < len(served.listener) <= connection_limit(ServerConfig(max_connections=3))
             async with served.connect(client_side) as client:
                 assert (await client.ask(with_body(b"{}"))).status == 200
-            while len(served.door):
+            while len(served.listener):
                 await asyncio.sleep(0.01)
 
     run(test, loop_factory)
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
-def test_a_large_answer_over_tls_waits_for_its_reader(
+def test_a_large_answer_over_tls_waits_for_a_client_that_reads(
     certificate: Certificate, loop_factory: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     server_side, client_side = certificate
@@ -773,7 +775,7 @@ def test_a_large_answer_over_tls_waits_for_its_reader(
                 await asyncio.sleep(0.1)
             await reads.reader.readexactly(left)
             assert (await reads.ask(with_body(b"{}"))).status == 200
-            while len(served.door) > 1:
+            while len(served.listener) > 1:
                 await asyncio.sleep(0.01)
 
     run(test, loop_factory)

@@ -1,4 +1,4 @@
-"""Signals: what was accepted is finished, within bounds, and nothing outlives the server."""
+"""Signals: accepted requests are finished within a time limit, and no child is left."""
 
 import http.client
 import json
@@ -25,7 +25,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Connection:
-    """One that is kept alive."""
+    """A connection that is kept alive."""
 
     def __init__(self, server: LiveServer) -> None:
         self._connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=30)
@@ -46,7 +46,7 @@ class Connection:
 
 
 def assert_ended(server: LiveServer, seconds: float, children: list[int], num_cut: int = 0) -> None:
-    """Soon, without a trace, and with the truth about the requests that got no whole answer."""
+    """Assert that the server ends soon and reports the number of requests that were cut off."""
     code = server.process.wait(seconds)
     said = server.log.read_text()
     assert code == (1 if num_cut else 0), said
@@ -65,7 +65,7 @@ def pids(server: LiveServer) -> list[int]:
 
 
 def test_every_accepted_request_is_finished(long_model: Path) -> None:
-    """Two run, four wait for the engine and two in front of it when the signal comes."""
+    """At the signal two run, four wait in the engine and two in the server."""
     with start_server(long_model, "--batch", "2") as server, Connection(server) as connection:
         children = pids(server)
         assert connection.ask("/v1/completions", SHORT).status == 200
@@ -93,7 +93,7 @@ def test_every_accepted_request_is_finished(long_model: Path) -> None:
 
 
 def test_a_client_that_reads_slowly_gets_everything(long_model: Path) -> None:
-    """Most of its answer is still in the server when the engine is done with it."""
+    """Most of its answer is still in the server when the engine has finished it."""
     body = json.dumps(long_request(260, stream=True, logprobs=20, n=16))
     with start_server(long_model) as server, socket.socket() as slow:
         children, address = pids(server), urlsplit(server.url)
@@ -112,7 +112,7 @@ def test_a_client_that_reads_slowly_gets_everything(long_model: Path) -> None:
 
 
 def test_an_answer_that_is_being_read_is_not_cut(long_model: Path) -> None:
-    """A whole one, more than the system holds, while nothing but its connection is at work."""
+    """An answer larger than the system's buffers, when only its connection is still busy."""
     num_tokens = 900_000
     body = json.dumps({"prompt": "a" * num_tokens, "return_token_strs": True}).encode()
     with (
@@ -135,13 +135,13 @@ def test_an_answer_that_is_being_read_is_not_cut(long_model: Path) -> None:
         assert_ended(server, SOON, children)
 
 
-def test_what_is_not_tokenised_yet_is_accepted_too(long_model: Path) -> None:
-    """Nor what has not been read to its end."""
+def test_a_drain_finishes_requests_that_wait_for_the_tokenizer(long_model: Path) -> None:
+    """Also requests whose body has not been read completely."""
     chat = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 4}).encode()
     data = post(chat, path="/v1/chat/completions")
     with start_server(long_model) as server, wire(server) as reading, wire(server) as waiting:
         children = pids(server)
-        workers = [pid for pid, command in server.children() if "text_worker" in command]
+        workers = [pid for pid, command in server.children() if "tokenizer_worker" in command]
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)
         reading.send(data[:-5])
@@ -161,14 +161,14 @@ def test_what_is_not_tokenised_yet_is_accepted_too(long_model: Path) -> None:
         assert_ended(server, SOON, children)
 
 
-def test_a_drain_has_an_end(long_model: Path) -> None:
+def test_a_drain_ends_after_drain_timeout(long_model: Path) -> None:
     with start_server(long_model, "--drain-timeout", "0.5") as server:
         children = pids(server)
         bodies = [long_request(7000, stream=True), long_request(7000)]
         with under_way(server, bodies) as replies:
             server.process.send_signal(signal.SIGTERM)
             assert_ended(server, SOON, children, num_cut=2)
-        assert "drain_timeout (0.5 s) is over" in server.log.read_text()
+        assert "drain_timeout (0.5 s) has passed" in server.log.read_text()
         stream, whole = (reply.result() for reply in replies)
         assert stream.status == 200
         assert "engine" in stream_error(stream.body)
@@ -196,7 +196,7 @@ def test_a_signal_while_idle(long_model: Path, number: signal.Signals) -> None:
         assert_ended(server, SOON, children)
 
 
-def test_a_signal_while_it_starts(long_model: Path) -> None:
+def test_a_signal_during_the_start(long_model: Path) -> None:
     with start_early(long_model) as server:
         children = pids(server)
         assert server.ask("/ready").status == 503

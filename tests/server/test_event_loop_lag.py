@@ -1,4 +1,4 @@
-"""No request, however large or odd its body, holds up the event loop and with it everybody."""
+"""No request blocks the event loop, however large or unusual its body."""
 
 import time
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def server(model: Path) -> Iterator[LiveServer]:
 
 
 def filled(before: bytes, item: bytes, after: bytes) -> bytes:
-    """A body as large as one may be: `item` between the two as often as it fits."""
+    """A body of the largest allowed size: `item` repeated between `before` and `after`."""
     count = (MAX_BODY - len(before) - len(after)) // len(item)
     return before + (item * count)[: -1 if item.endswith(b",") else None] + after
 
@@ -74,7 +74,7 @@ BODIES: Final[dict[str, tuple[str, bytes]]] = {
 
 
 def num_late(server: LiveServer) -> float:
-    """How often a timer of the event loop fired later than it may."""
+    """How often a timer of the event loop fired later than `LONGEST_LAG`."""
     text = server.ask("/metrics").body.decode()
     samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
     lag = [each for each in samples if each.name == "specserve:event_loop_lag_seconds_bucket"]
@@ -93,7 +93,7 @@ def never_late(server: LiveServer, happens: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_large_bodies_are_read_elsewhere(server: LiveServer, name: str) -> None:
+def test_large_bodies_do_not_block_the_event_loop(server: LiveServer, name: str) -> None:
     path, body = BODIES[name]
     assert len(body) <= MAX_BODY
     statuses = []
@@ -101,8 +101,10 @@ def test_large_bodies_are_read_elsewhere(server: LiveServer, name: str) -> None:
     assert set(statuses) <= {200, 400, 413}
 
 
-def test_many_choices_with_many_stop_strings(server: LiveServer) -> None:
-    """What the stop strings need is worked out once, not for every choice."""
+def test_many_choices_with_many_stop_strings_do_not_block_the_event_loop(
+    server: LiveServer,
+) -> None:
+    """Stop strings are prepared once, not for every choice."""
     stops = [f"{index:03}" + "ab" * 500 for index in range(16)]
     body = {"prompt": "a", "n": 128, "max_tokens": 1, "stop": stops}
     assert never_late(server, lambda: server.ask(COMPLETION, body))

@@ -1,4 +1,4 @@
-"""Two keys, one of which asks for all there is: what the other gets."""
+"""Two keys: one asks for everything, the other is still served."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,7 +24,7 @@ CONTEXT: Final = 8192
 
 
 class Shared(LiveServer):
-    """A server with keys, whose figures need one."""
+    """A server with keys; reading its metrics needs one."""
 
     def metric(self, name: str, **labels: str) -> float:
         return self.figures.metric(name, **labels)
@@ -50,7 +50,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 @contextmanager
 def greedy(server: LiveServer, path: str, bodies: list[dict[str, Any]]) -> Iterator[Any]:
-    """The other key's requests, all sent together."""
+    """The requests of the greedy key, sent concurrently."""
     with ThreadPoolExecutor(len(bodies)) as pool:
         replies: list[Future[Reply]] = [
             pool.submit(server.ask, path, body, headers=GREEDY, timeout=120) for body in bodies
@@ -62,7 +62,7 @@ def num_done(replies: list["Future[Reply]"]) -> int:
     return sum(reply.done() for reply in replies)
 
 
-def test_no_key_takes_all_places_and_the_whole_queue(shared: LiveServer) -> None:
+def test_no_key_takes_all_sequences_and_the_whole_queue(shared: LiveServer) -> None:
     bodies = [long_request(2000, n=n, request_timeout=10) for n in (128, 128, 36)]
     with greedy(shared, COMPLETION, bodies) as replies:
         wait_until(lambda: shared.metric("vllm:num_requests_waiting") > 100)
@@ -75,7 +75,7 @@ def test_no_key_takes_all_places_and_the_whole_queue(shared: LiveServer) -> None
         assert "this key" in assert_refused(refused[0], 429)["message"]
 
 
-def test_a_priority_counts_among_the_requests_of_its_key(shared: LiveServer) -> None:
+def test_a_priority_orders_requests_of_one_key_only(shared: LiveServer) -> None:
     expected = shared.ask(COMPLETION, SHORT, headers=HONEST).json()["choices"]
     bodies = [long_request(2000, priority=1000, request_timeout=10)] * 40
     with greedy(shared, COMPLETION, bodies) as replies:
@@ -85,10 +85,10 @@ def test_a_priority_counts_among_the_requests_of_its_key(shared: LiveServer) -> 
         assert reply.json()["choices"] == expected
 
 
-def test_no_key_takes_all_text_workers(shared: LiveServer) -> None:
+def test_no_key_takes_all_tokenizer_processes(shared: LiveServer) -> None:
     text = {"prompt": "many words " * (1_000_000 // 11)}
     with greedy(shared, "/tokenize", [text] * 8) as replies:
-        wait_until(lambda: shared.metric("specserve:text_jobs_waiting") > 5)
+        wait_until(lambda: shared.metric("specserve:tokenizer_jobs_waiting") > 5)
         for _ in range(3):
             assert shared.ask(CHAT, HI, headers=HONEST).status == 200
         assert shared.ask("/tokenize", {"prompt": "a" * 2000}, headers=HONEST).status == 200
@@ -99,7 +99,7 @@ def test_no_key_takes_all_text_workers(shared: LiveServer) -> None:
 
 
 def test_no_key_holds_all_bodies(shared: LiveServer) -> None:
-    """Which have not arrived as a whole yet, so that nothing becomes of them."""
+    """Bodies that have not arrived completely."""
     size = 8_000_000
     body = post(b" " * size, *(f"{name}: {value}" for name, value in GREEDY.items()))[:-1]
     with ExitStack() as stack:
@@ -117,14 +117,14 @@ def test_no_key_holds_all_bodies(shared: LiveServer) -> None:
     wait_until(lambda: shared.metric("specserve:body_bytes") == 0)
 
 
-def test_tokenising_counts_against_the_deadline(shared: LiveServer) -> None:
+def test_the_deadline_includes_tokenizing(shared: LiveServer) -> None:
     text = {"prompt": "many words " * (1_500_000 // 11)}
     late = {"prompt": "a" * 70_000, "max_tokens": 1, "request_timeout": 0.3}
     with greedy(shared, "/tokenize", [text] * 3) as replies:
-        wait_until(lambda: shared.metric("specserve:text_jobs_waiting") > 1)
-        num_waiting = shared.metric("specserve:text_jobs_waiting")
+        wait_until(lambda: shared.metric("specserve:tokenizer_jobs_waiting") > 1)
+        num_waiting = shared.metric("specserve:tokenizer_jobs_waiting")
         error = assert_refused(shared.ask(COMPLETION, late, headers=GREEDY), 408)
         assert error["code"] == "deadline_exceeded"
         assert num_done(replies) < len(replies), "it was not busy for long enough"
-        assert shared.metric("specserve:text_jobs_waiting") <= num_waiting
+        assert shared.metric("specserve:tokenizer_jobs_waiting") <= num_waiting
     wait_until(lambda: shared.metric("specserve:body_bytes") == 0)

@@ -1,4 +1,4 @@
-"""The engine or a text worker is killed or hangs: a clear error, and soon all is well again."""
+"""The engine or a tokenizer process is killed or hangs: clear errors and a quick recovery."""
 
 import os
 import signal
@@ -38,14 +38,14 @@ def engine_pids(server: LiveServer) -> set[int]:
 
 
 def wait_for_engine(server: LiveServer, *others: int) -> int:
-    """The process of an engine, ready or not, that is none of the `others`."""
+    """The engine process, ready or not, that is not one of `others`."""
     wait_until(lambda: len(engine_pids(server) - set(others)) == 1)
     (pid,) = engine_pids(server) - set(others)
     return pid
 
 
 @pytest.mark.parametrize(("fault", "seconds"), [(signal.SIGKILL, 1.0), (signal.SIGSTOP, 20.0)])
-def test_the_engine_is_gone_under_load(
+def test_the_engine_dies_or_hangs_under_load(
     server: LiveServer, fault: signal.Signals, seconds: float
 ) -> None:
     expected = short_answer(server)
@@ -68,9 +68,9 @@ def test_the_engine_is_gone_under_load(
     server.wait_until_idle()
 
 
-def test_a_killed_text_worker_is_not_missed(server: LiveServer) -> None:
+def test_a_killed_tokenizer_process_is_replaced(server: LiveServer) -> None:
     expected = short_answer(server)
-    workers = [pid for pid, command in server.children() if "text_worker" in command]
+    workers = [pid for pid, command in server.children() if "tokenizer_worker" in command]
     assert workers
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
@@ -85,7 +85,7 @@ def test_a_killed_text_worker_is_not_missed(server: LiveServer) -> None:
     assert server.engine_pid() == engine
 
 
-def test_engines_killed_in_a_row_and_while_they_start(long_model: Path) -> None:
+def test_engines_killed_repeatedly_and_during_the_start(long_model: Path) -> None:
     with start_early(long_model) as server:
         first = wait_for_engine(server)
         assert server.ask("/health").json() == {"status": "ok", "engine": "starting"}

@@ -1,4 +1,4 @@
-"""More connections than there are places for, at a real server: 60 and 61 of BAD_INPUTS.md."""
+"""More connections than a real server allows: 60 and 61 of BAD_INPUTS.md."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ PLACES = 116
 
 @contextmanager
 def few_files(number: int) -> Iterator[None]:
-    """What is started inside may open so few, unless it asks for more."""
+    """Processes started inside have this soft limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
     try:
@@ -55,8 +55,8 @@ def flood(server: LiveServer, count: int, data: bytes) -> Iterator[None]:
 @pytest.mark.parametrize(
     "data", [b"", b"POST /v1/comp", post(b"{}", path="/health")], ids=["silent", "head", "used"]
 )
-def test_everybody_is_served_beside_it(server: LiveServer, data: bytes) -> None:
-    """And what is under way goes on, and an engine that dies is replaced."""
+def test_others_are_served_during_a_flood(server: LiveServer, data: bytes) -> None:
+    """Running requests continue, and an engine that dies is replaced."""
     expected = short_answer(server)
     bodies = [long_request(300, stream=True)] * 2
     with under_way(server, bodies) as replies, flood(server, 3 * PLACES, data):
@@ -76,7 +76,7 @@ def test_everybody_is_served_beside_it(server: LiveServer, data: bytes) -> None:
 
 
 def test_bodies_that_never_end(server: LiveServer) -> None:
-    """They are accepted, as many as may be. What needs no key, or nobody accepts, comes in."""
+    """They are accepted up to the limit. Requests to public routes are still answered."""
     with flood(server, 2 * PLACES, post(b"{}")[:-1]):
         wait_until(lambda: server.ask("/health").status == 200)
         reply = server.ask(COMPLETION, SHORT)

@@ -90,8 +90,8 @@ def test_openai(survivor: LiveServer) -> None:
     assert closed
 
 
-def test_who_is_gone_is_noticed_soon(survivor: LiveServer) -> None:
-    """FIN, and a moment later nobody: its KV comes back long before the answer would be there."""
+def test_a_disconnect_is_noticed_soon(survivor: LiveServer) -> None:
+    """The client sends FIN and disconnects: its KV is released long before the answer's end."""
     before = survivor.metric("vllm:generation_tokens_total")
     wires = [dial(survivor) for _ in range(8)]
     for wire in wires:

@@ -1,4 +1,4 @@
-"""Same seed, same output: 32 requests at once over HTTP, and the offline API one at a time."""
+"""Same seed, same output: 32 concurrent requests over HTTP, and the offline API one by one."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ Choice = tuple[tuple[int, ...], str, str]  # ids, text, finish_reason
 
 @dataclass(frozen=True)
 class Case:
-    """The same question in both APIs."""
+    """The same request in both APIs."""
 
     text: str
     path: str
@@ -61,7 +61,7 @@ class Case:
 
 
 def cases(max_tokens: int = 10**6) -> list[Case]:
-    """Every sampling in both routes, streamed or not; each with a prompt and a seed of its own."""
+    """Every kind of sampling on both routes, streamed or not, each with its own prompt and seed."""
     return [
         Case(
             text=f"Question {index}: what is it that comes next? " * (1 + index % 4),
@@ -109,10 +109,10 @@ def all_at_once(server: LiveServer, asked: list[Case]) -> list[list[Choice]]:
         return list(pool.map(lambda case: over_http(server, case), asked))
 
 
-def test_32_at_once_are_what_they_are_alone_and_offline(
+def test_32_concurrent_requests_equal_single_and_offline_ones(
     live_server: LiveServer, chat_model: Path
 ) -> None:
-    """Offline without speculation: nothing but the seed decides."""
+    """Offline without speculation: the output depends on the seed only."""
     asked = cases()
     assert len(asked) == 32
     served = all_at_once(live_server, asked)
@@ -123,7 +123,7 @@ def test_32_at_once_are_what_they_are_alone_and_offline(
 
 
 def test_request_ids_may_come_twice(live_server: LiveServer) -> None:
-    """As after a retry by something in between."""
+    """For example after a retry by a proxy."""
     headers = {"X-Request-Id": "not-so-unique"}
     body = {"prompt": "x", "max_tokens": 200, "ignore_eos": True, "seed": 1}
     with ThreadPoolExecutor(4) as pool:
@@ -134,7 +134,7 @@ def test_request_ids_may_come_twice(live_server: LiveServer) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_with_a_real_model() -> None:
+def test_identity_with_a_real_model() -> None:
     asked = cases(max_tokens=12)[::4]
     assert len(asked) == 8
     model = Path("smollm2-135m")  # an alias

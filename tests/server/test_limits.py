@@ -1,4 +1,4 @@
-"""What an operator allows is what clients get: no more, and refused by name."""
+"""The operator's limits: requests at them are served, requests over them refused by name."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,16 +30,18 @@ def strict(chat_model: Path) -> Iterator[LiveServer]:
         (COMPLETION, {"prompt": ["a"] * 100, "n": 3}, "n"),  # however idle it is: 36 and 256
     ],
 )
-def test_more_is_refused(strict: LiveServer, path: str, body: dict[str, Any], param: str) -> None:
+def test_requests_over_the_limits_are_refused(
+    strict: LiveServer, path: str, body: dict[str, Any], param: str
+) -> None:
     assert_refused(strict.ask(path, body), 400, param)
 
 
-def test_a_larger_body_is_refused(strict: LiveServer) -> None:
+def test_a_body_over_the_limit_is_refused(strict: LiveServer) -> None:
     body = {"prompt": "a", "user": "b" * 100, "stop": ["c" * 500] * 4}
     assert_refused(strict.ask(COMPLETION, body), 413)
 
 
-def test_as_much_is_served(strict: LiveServer) -> None:
+def test_requests_at_the_limits_are_served(strict: LiveServer) -> None:
     body: dict[str, Any] = {"prompt": "a" * 40, "max_tokens": 30, "ignore_eos": True}
     answer = strict.ask(COMPLETION, {**body, "request_timeout": 5}).json()
     assert answer["usage"] == {
@@ -50,6 +52,6 @@ def test_as_much_is_served(strict: LiveServer) -> None:
     }
 
 
-def test_without_a_number_the_answer_ends_at_the_limit(strict: LiveServer) -> None:
+def test_max_tokens_defaults_to_the_limit(strict: LiveServer) -> None:
     reply = strict.ask(CHAT, {"messages": [HI], "ignore_eos": True})
     assert reply.json()["usage"]["completion_tokens"] == 30

@@ -1,4 +1,4 @@
-"""Metrics: the numbers, their names, that counters never fall and labels never pile up."""
+"""Metrics: values and names, counters that never decrease, and a bounded number of series."""
 
 import asyncio
 import json
@@ -38,12 +38,12 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @dataclass
 class FakeEngine:
-    """An engine's process as metrics see it."""
+    """The attributes of an engine process that the metrics read."""
 
     state: str = "ready"
     info: EngineInfo | None = INFO
     num_restarts: int = 0
-    num_open: int = 0
+    num_open_streams: int = 0
 
 
 @dataclass
@@ -90,7 +90,7 @@ def snapshot(scale: int = 1, **changes: object) -> EngineStats:
 
 
 def samples(metrics: ServerMetrics) -> Samples:
-    """Every sample but the creation times, by name and own labels."""
+    """Every sample except the creation times, by name and own labels."""
     found: Samples = {}
     for family in text_string_to_metric_families(metrics.render()[0].decode()):
         for sample in family.samples:
@@ -117,9 +117,9 @@ def watched() -> tuple[ServerMetrics, FakeEngine]:
     return metrics, engine
 
 
-def test_the_numbers_of_an_engine() -> None:
+def test_engine_metrics() -> None:
     metrics, engine = watched()
-    engine.num_open = 4
+    engine.num_open_streams = 4
     metrics.on_stats(snapshot(1))
     metrics.on_stats(snapshot(3))
     found = samples(metrics)
@@ -162,7 +162,7 @@ def test_the_numbers_of_an_engine() -> None:
     assert found["vllm:cache_config_info", (("block_size", "16"), ("num_gpu_blocks", "256"))] == 1
 
 
-def test_tokens_per_step_are_observed_step_by_step() -> None:
+def test_tokens_per_step_are_observed() -> None:
     metrics, _ = watched()
     first = snapshot(1)
     metrics.on_stats(first)
@@ -171,7 +171,7 @@ def test_tokens_per_step_are_observed_step_by_step() -> None:
     assert observed(metrics, "vllm:iteration_tokens_total") == (1, 7)
 
 
-def test_gauges_of_an_engine_that_is_gone_are_zero() -> None:
+def test_gauges_are_zero_without_a_ready_engine() -> None:
     metrics, engine = watched()
     metrics.on_stats(snapshot(1))
     engine.state = "restarting"
@@ -182,7 +182,7 @@ def test_gauges_of_an_engine_that_is_gone_are_zero() -> None:
     assert value(metrics, "vllm:prompt_tokens_total") == 30
 
 
-def test_a_restart_is_counted_once_and_totals_go_on() -> None:
+def test_a_restart_is_counted_once_and_totals_continue() -> None:
     metrics, engine = watched()
     metrics.on_stats(snapshot(2))
     engine.num_restarts = 1
@@ -195,8 +195,8 @@ def test_a_restart_is_counted_once_and_totals_go_on() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 50), max_size=6).map(sorted), min_size=1, max_size=5))
-def test_counters_never_fall_and_add_up_over_restarts(engines: list[list[int]]) -> None:
-    """`engines`: what each engine process in turn has counted at its snapshots."""
+def test_counters_never_decrease_and_add_up_over_restarts(engines: list[list[int]]) -> None:
+    """`engines`: the totals in the snapshots of each engine process in turn."""
     metrics, engine = watched()
     before: dict[str, float] = {}
     for number, scales in enumerate(engines):
@@ -216,14 +216,14 @@ def test_counters_never_fall_and_add_up_over_restarts(engines: list[list[int]]) 
     assert found["specserve:engine_restarts_total", ()] == len(engines) - 1
 
 
-def test_a_restart_nobody_told_of_shows_in_the_steps() -> None:
+def test_an_unreported_restart_is_detected_from_num_steps() -> None:
     metrics = ServerMetrics("toy")
     for scale in (4, 1, 2):
         metrics.on_stats(snapshot(scale))
     assert value(metrics, "vllm:generation_tokens_total") == 10 * (4 + 2)
 
 
-def test_the_times_of_a_request() -> None:
+def test_request_times() -> None:
     clock = Clock()
     metrics = ServerMetrics("toy", clock)
     timer = metrics.request(num_prompt_tokens=7, max_tokens=20, n=1)
@@ -253,7 +253,7 @@ def test_the_times_of_a_request() -> None:
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 0
 
 
-def test_choices_side_by_side_have_their_own_gaps() -> None:
+def test_inter_token_latency_is_measured_per_choice() -> None:
     clock = Clock()
     metrics = ServerMetrics("toy", clock)
     timer = metrics.request(num_prompt_tokens=3, max_tokens=9, n=2)
@@ -269,7 +269,7 @@ def test_choices_side_by_side_have_their_own_gaps() -> None:
     assert observed(metrics, "vllm:request_decode_time_seconds") == (1, 3.0)
 
 
-def test_a_request_cut_off_in_the_queue_has_no_times_of_an_engine() -> None:
+def test_a_request_aborted_in_the_queue_has_no_engine_times() -> None:
     metrics = ServerMetrics("toy")
     metrics.request(num_prompt_tokens=3, max_tokens=9, n=1).finish("abort")
     assert value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
@@ -279,7 +279,7 @@ def test_a_request_cut_off_in_the_queue_has_no_times_of_an_engine() -> None:
     assert value(metrics, "vllm:time_to_first_token_seconds_count") == 0
 
 
-def test_a_rejected_request_did_not_finish() -> None:
+def test_a_rejected_request_does_not_count_as_finished() -> None:
     metrics = ServerMetrics("toy")
     timer = metrics.request(num_prompt_tokens=3, max_tokens=9, n=1)
     timer.rejected("max_queued_tokens")
@@ -292,7 +292,7 @@ def test_a_rejected_request_did_not_finish() -> None:
     assert found["vllm:e2e_request_latency_seconds_count", ()] == 0
 
 
-def test_labels_do_not_pile_up() -> None:
+def test_the_number_of_series_is_bounded() -> None:
     metrics = ServerMetrics("toy")
     for number in range(2 * MAX_SERIES):
         metrics.answered(f"/{number}\ud800", 200, 0.1)
@@ -322,7 +322,7 @@ def test_two_servers_in_one_process_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "nonsense;;q=,", "text/html;q=0.9"])
-def test_plain_text_unless_asked_otherwise(accept: str) -> None:
+def test_plain_text_by_default(accept: str) -> None:
     body, content_type = everything().render(accept)
     assert content_type.startswith("text/plain; version=0.0.4")
     assert not body.endswith(b"# EOF\n")
@@ -330,7 +330,7 @@ def test_plain_text_unless_asked_otherwise(accept: str) -> None:
 
 
 @pytest.mark.parametrize("parameters", ["", ";version=1.0.0;q=0.5", ";version=1.0.0;escaping=dots"])
-def test_openmetrics_when_asked(parameters: str) -> None:
+def test_openmetrics_on_request(parameters: str) -> None:
     metrics = everything()
     accept = f"application/openmetrics-text{parameters},text/plain;version=0.0.4;q=0.2"
     body, content_type = metrics.render(accept)
@@ -360,7 +360,7 @@ def expressions(node: object) -> Iterator[str]:
                 yield from expressions(child)
 
 
-def test_the_dashboard_and_the_metrics_know_each_other() -> None:
+def test_the_dashboard_uses_existing_metrics() -> None:
     found = list(expressions(json.loads(GRAFANA.read_text())))
     asked = {name for text in found for name in METRIC_NAME.findall(text)}
     served = {name for name, _ in samples(everything())}
@@ -369,7 +369,7 @@ def test_the_dashboard_and_the_metrics_know_each_other() -> None:
     assert {family.sub("", name) for name in served} - {family.sub("", n) for n in asked} == set()
 
 
-def test_every_panel_asks_for_one_model_and_has_its_own_place() -> None:
+def test_every_panel_selects_a_model_and_overlaps_no_other() -> None:
     panels = json.loads(GRAFANA.read_text())["panels"]
     rows = [panel["title"] for panel in panels if panel["type"] == "row"]
     assert rows == ["Traffic", "Latency", "Speculation", "Engine", "Health"]
@@ -410,7 +410,7 @@ def test_the_status_line() -> None:
     )
 
 
-def test_no_status_line_without_news() -> None:
+def test_no_status_line_while_idle() -> None:
     idle = snapshot(1, num_running=0, num_waiting=0)
     assert format_status(idle, idle, 10.0) is None
     assert format_status(idle, idle, 10.0, num_queued=1) is not None

@@ -1,4 +1,4 @@
-"""What a model is called: a name that says what is served, and that requests can give."""
+"""The name of a model: derived from what is served, and usable in requests."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ LONGEST = 256
         ("folder/model.Q4_0.gguf", "model.Q4_0.gguf"),
     ],
 )
-def test_a_model_is_called_by_its_directory(
+def test_a_model_is_named_after_its_directory(
     spec: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = tmp_path / "above" / "here"
@@ -48,7 +48,7 @@ def test_a_link_keeps_its_own_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["", "x" * (LONGEST + 1), "new\nline", "nul\0", "\x1b[2J", "\ud800"]
 )
-def test_names_that_no_request_can_give_are_refused(name: str) -> None:
+def test_invalid_model_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^served_model_name: "):
         load_config({"served_model_name": name}, sections=("server",))
 
@@ -56,11 +56,11 @@ def test_names_that_no_request_can_give_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["x" * LONGEST, "org/model-ü", "模型 一号", "🙂", 'quo"te', "%2e%2e"]
 )
-def test_other_names_are_not(name: str) -> None:
+def test_valid_model_names_are_accepted(name: str) -> None:
     assert ServerConfig(served_model_name=name).served_model_name == name
 
 
-def test_the_working_directory_is_served_by_its_name(
+def test_the_working_directory_is_served_under_its_name(
     chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(chat_model)

@@ -1,4 +1,4 @@
-"""The official client, unchanged, against a real server: what users will do first."""
+"""The official OpenAI client, unchanged, against a real server."""
 
 import asyncio
 
@@ -34,7 +34,7 @@ def test_a_chat(client: OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
 
 
-def test_a_stream_says_what_the_whole_answer_says(client: OpenAI) -> None:
+def test_a_stream_equals_the_single_response(client: OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=60, seed=2)
     chunks = list(
         client.chat.completions.create(
@@ -210,7 +210,7 @@ def test_extensions_pass_through_extra_body(client: OpenAI) -> None:
 
 
 def test_many_at_once(live_server: LiveServer) -> None:
-    """Asynchronous, streaming, with as many tasks as run and more."""
+    """Asynchronous streams, more than run at once."""
 
     async def all_texts() -> list[str]:
         async with AsyncOpenAI(base_url=f"{live_server.url}/v1", api_key="none") as client:

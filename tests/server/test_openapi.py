@@ -1,4 +1,4 @@
-"""The API's description: complete, whole, and true of a running server."""
+"""The OpenAPI document: complete, valid, and true of a running server."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ from specserve_evals.fuzz import fuzz
 from specserve_evals.served import Served
 
 
-def test_it_has_every_route_and_no_other() -> None:
+def test_it_describes_exactly_the_routes() -> None:
     app = build_app(cast(Service, None), Keyring())
     routes = {
         (route.resource.canonical, route.method.lower())
@@ -32,7 +32,7 @@ def test_it_has_every_route_and_no_other() -> None:
     assert described == routes - {("/openapi.json", "get")}
 
 
-def test_every_reference_leads_somewhere() -> None:
+def test_every_reference_resolves() -> None:
     references = list(find_references(openapi()))
     assert len(references) > 20
     for reference in references:
@@ -53,7 +53,7 @@ def find_references(node: Any) -> Iterator[str]:
             yield from find_references(value)
 
 
-def test_the_server_sends_it(live_server: LiveServer) -> None:
+def test_the_server_serves_it(live_server: LiveServer) -> None:
     assert live_server.ask("/openapi.json").json() == json.loads(json.dumps(openapi()))
 
 
@@ -67,7 +67,7 @@ def test_random_requests_find_nothing(chat_model: Path) -> None:
 
 
 class Broken(BaseHTTPRequestHandler):
-    """Describes one route, which fails."""
+    """A server whose only route fails."""
 
     def do_GET(self) -> None:
         described = self.path == "/openapi.json"

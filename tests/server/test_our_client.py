@@ -1,4 +1,4 @@
-"""Our own clients against a real server, and its answers against the engine offline."""
+"""Our own clients against a real server, whose answers equal those of the offline engine."""
 
 import asyncio
 import os
@@ -32,7 +32,7 @@ def client(live_server: LiveServer) -> Iterator[Client]:
         yield client
 
 
-def test_a_completion_is_the_offline_one(client: Client, offline: LLM) -> None:
+def test_a_completion_equals_the_offline_one(client: Client, offline: LLM) -> None:
     prompt = "Say ab ab ab"
     sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=40, n=2, logprobs=2)
     (expected,) = offline.generate([prompt], sampling)
@@ -53,14 +53,14 @@ def test_a_completion_is_the_offline_one(client: Client, offline: LLM) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + num_tokens
 
 
-def test_a_prompt_of_token_ids_is_taken_as_it_is(client: Client) -> None:
+def test_a_prompt_of_token_ids(client: Client) -> None:
     ids = client.tokenize("Say ab ab ab")
     from_ids, from_text = (client.complete(prompt, **GREEDY) for prompt in (ids, "Say ab ab ab"))
     assert from_ids.token_ids == from_text.token_ids
     assert client.detokenize(ids) == "Say ab ab ab"
 
 
-def test_a_chat_is_the_offline_one_and_says_what_it_cost(client: Client, offline: LLM) -> None:
+def test_a_chat_equals_the_offline_one_and_reports_usage(client: Client, offline: LLM) -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
     (expected,) = offline.generate([HELLO], sampling)
     answer = client.chat(HELLO, **GREEDY)
@@ -76,11 +76,11 @@ def test_a_chat_is_the_offline_one_and_says_what_it_cost(client: Client, offline
 
 
 def said(answer: Completion) -> list[Choice]:
-    """What is the same however often it is asked for: who drafted a token may change."""
+    """The parts of an answer that are always the same; drafter ids may change."""
     return [replace(choice, drafter_ids=()) for choice in answer.choices]
 
 
-def test_a_stream_says_what_the_whole_answer_says(client: Client) -> None:
+def test_a_stream_equals_the_single_response(client: Client) -> None:
     whole = client.chat(HELLO, **SAMPLED, n=2, logprobs=1)
     with client.stream_chat(HELLO, **SAMPLED, n=2, logprobs=1) as stream:
         deltas = list(stream)
@@ -99,14 +99,14 @@ def test_a_stream_says_what_the_whole_answer_says(client: Client) -> None:
     assert said(completion) == said(client.complete("ab ab", **SAMPLED))
 
 
-def test_the_bytes_of_the_tokens_are_those_of_the_text(client: Client) -> None:
+def test_token_bytes_join_to_the_text(client: Client) -> None:
     answer = client.chat(HELLO, **GREEDY, logprobs=0)
     assert answer.logprobs is not None
     spelled = b"".join(each.raw or b"" for each in answer.logprobs)
     assert spelled.decode(errors="replace") == answer.text
 
 
-def test_speculation_changes_the_speed_only(client: Client) -> None:
+def test_speculation_does_not_change_the_output(client: Client) -> None:
     plain = client.complete("ab ab ab", **GREEDY, speculation={"enabled": False})
     assert set(plain.drafter_ids) == {0}
     speculation = plain.stats.speculative_decoding
@@ -120,7 +120,7 @@ def test_speculation_changes_the_speed_only(client: Client) -> None:
     assert set(drafted.drafter_ids) == {0, 1}
 
 
-def test_a_prediction_that_comes_true_is_counted(client: Client) -> None:
+def test_a_matching_prediction_is_counted(client: Client) -> None:
     text = "".join(f"[{i}]" for i in range(40))
     options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 20, "logit_bias": {ord("["): 100}}
     answer = client.complete(text, **options, prediction="[" * 40)
@@ -132,7 +132,7 @@ def test_a_prediction_that_comes_true_is_counted(client: Client) -> None:
     assert plain.usage.accepted_prediction_tokens == 0
 
 
-def test_what_stopped_it_is_told(client: Client) -> None:
+def test_stop_reason(client: Client) -> None:
     text = client.complete("ab", **GREEDY).text
     stop = text[5:8]
     stopped = client.complete("ab", **GREEDY, stop=stop)
@@ -163,9 +163,7 @@ def test_errors_name_the_field(client: Client) -> None:
         client.complete("x", model="another")
 
 
-def test_a_stream_left_early_is_generated_no_further(
-    client: Client, live_server: LiveServer
-) -> None:
+def test_closing_a_stream_early_stops_generation(client: Client, live_server: LiveServer) -> None:
     before = live_server.metric("vllm:generation_tokens_total")
     for delta in client.stream("x", max_tokens=400, ignore_eos=True):
         if delta.token_ids:
@@ -174,7 +172,7 @@ def test_a_stream_left_early_is_generated_no_further(
     assert 0 < live_server.metric("vllm:generation_tokens_total") - before < 400
 
 
-def test_many_at_once_get_what_one_gets(live_server: LiveServer, offline: LLM) -> None:
+def test_concurrent_requests_equal_single_ones(live_server: LiveServer, offline: LLM) -> None:
     prompts = [f"prompt {i} of {i % 5}" for i in range(24)]
     sampling = [SamplingParams(temperature=1.0, seed=i, max_tokens=24) for i in range(24)]
     expected = [generation.token_ids for generation in offline.generate(prompts, sampling)]

@@ -1,4 +1,4 @@
-"""What a message about a wrong field says: the field, its value, what would be right."""
+"""Error messages about a wrong field have the field, its value and what is expected."""
 
 import msgspec
 import pytest
@@ -38,7 +38,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("fields", "message"), CASES, ids=lambda value: str(value)[:40])
-def test_a_wrong_field_is_told_with_its_value(fields: dict[str, object], message: str) -> None:
+def test_errors_quote_field_and_value(fields: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError) as error:
         decode(msgspec.json.encode({"prompt": "x", **fields}), CompletionRequest)
     assert str(error.value) == message

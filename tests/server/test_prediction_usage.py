@@ -1,4 +1,4 @@
-"""`usage` says how much of a prediction came true: the two counts add up to its tokens."""
+"""The accepted and rejected tokens of a prediction in `usage` add up to its length."""
 
 from collections.abc import Iterator
 from string import ascii_lowercase
@@ -20,10 +20,10 @@ MAX_TOKENS: Final = 30
 
 
 @given(TOKENS, st.data())
-def test_an_answer_that_is_the_prediction_accepts_all_of_it(
+def test_an_answer_equal_to_the_prediction_accepts_all_of_it(
     prediction: tuple[int, ...], data: st.DataObject
 ) -> None:
-    """Whoever proposed each token, and however many come at once."""
+    """Whoever proposed each token, and in any split."""
     proposers = st.sampled_from([0, 1, PREDICTION_ID])
     drafter_ids = data.draw(
         st.lists(proposers, min_size=len(prediction), max_size=len(prediction)), label="drafter_ids"
@@ -36,7 +36,7 @@ def test_an_answer_that_is_the_prediction_accepts_all_of_it(
 
 
 @given(TOKENS, TOKENS, st.data())
-def test_never_more_than_there_is(
+def test_accepted_never_exceeds_the_prediction(
     prediction: tuple[int, ...], answer: tuple[int, ...], data: st.DataObject
 ) -> None:
     drafted = [token in prediction and data.draw(st.booleans()) for token in answer]
@@ -45,13 +45,13 @@ def test_never_more_than_there_is(
     assert min(sum(drafted), len(prediction)) <= usage.num_accepted <= len(prediction)
 
 
-def test_an_insertion_costs_only_itself() -> None:
+def test_an_insertion_rejects_nothing_else() -> None:
     usage = PredictionUsage((1, 2, 3, 4, 5))
     usage.feed((1, 2, 9, 3, 4, 5), (0, PREDICTION_ID, 0, 0, PREDICTION_ID, PREDICTION_ID))
     assert usage.num_accepted == 5
 
 
-def test_what_was_left_out_is_rejected() -> None:
+def test_omitted_tokens_are_rejected() -> None:
     usage = PredictionUsage((1, 2, 3, 4, 5))
     usage.feed((1, 4, 5), (PREDICTION_ID, 0, PREDICTION_ID))
     assert usage.num_accepted == 2
@@ -59,7 +59,7 @@ def test_what_was_left_out_is_rejected() -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Its tokenizer puts a control token in front of every text; the answers are letters."""
+    """Its tokenizer puts a control token before every text; the answers are letters."""
     model = tmp_path_factory.mktemp("predicted") / "tiny"
     write_tiny_llama(model, seed=4, vocab_size=BOS + len(SPECIAL))
     with start_server(write_byte_tokenizer(model), "--draft", "ngram", "--pricing", "off") as live:

@@ -1,4 +1,4 @@
-"""Who gets in, what leaks: keys and scopes on every route, TLS, caches, origins, packet sizes."""
+"""Access and leaks: keys and scopes on every route, TLS, caches, origins, packet sizes."""
 
 import http.client
 import json
@@ -36,7 +36,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def all_routes() -> list[tuple[str, str]]:
-    """Method and path of everything the application answers."""
+    """Method and path of every route."""
     app = build_app(cast(Service, None), Keyring())
     routes = [
         (route.method, route.resource.canonical.replace("{model}", "tiny-chat"))
@@ -66,13 +66,13 @@ def test_only_the_public_routes_are_open(locked: LiveServer, method: str, path: 
         *("Bearer \xff\xfe", "Bearer " + "x" * 8000, f"Bearer {ALICE}, Bearer {BOB}"),
     ],
 )
-def test_credentials_that_are_none(locked: LiveServer, given: str) -> None:
+def test_malformed_credentials(locked: LiveServer, given: str) -> None:
     reply = locked.ask("/v1/models", headers={"Authorization": given})
     assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
     assert "0123" not in reply.body.decode()
 
 
-def test_every_key_has_its_scopes(locked: LiveServer) -> None:
+def test_keys_have_their_scopes(locked: LiveServer) -> None:
     for key, models, metrics in [(ALICE, 200, 403), (BOB, 200, 200), (METER, 403, 200)]:
         assert locked.ask("/v1/models", headers=bearer(key)).status == models
         assert locked.ask("/metrics", headers=bearer(key)).status == metrics
@@ -103,7 +103,7 @@ def test_every_key_has_its_scopes(locked: LiveServer) -> None:
         ("GET /metrics HTTP/1.0", "a", {401}),
     ],
 )
-def test_no_way_of_writing_it_gets_past_the_keys(
+def test_no_spelling_of_a_path_bypasses_the_keys(
     locked: LiveServer, line: str, host: str, statuses: set[int]
 ) -> None:
     reply = raw(locked, f"{line}\r\nHost: {host}\r\nConnection: close\r\n\r\n")
@@ -114,15 +114,15 @@ def test_no_way_of_writing_it_gets_past_the_keys(
 
 
 def raw(server: LiveServer, text: str) -> bytes:
-    """The bytes that come back for some bytes."""
+    """The bytes that the server returns for `data`."""
     address = urlsplit(server.url)
     with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
         connection.sendall(text.encode())
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def test_keys_stay_where_they_are(locked: LiveServer) -> None:
-    """Neither the other processes nor the log nor the metrics know them."""
+def test_keys_do_not_leak(locked: LiveServer) -> None:
+    """Keys appear in no other process, in no log and in no metric."""
     locked.ask("/v1/models", headers=bearer("a-wrong-key-that-is-a-secret-too"))
     children = locked.children()
     assert len(children) >= 2
@@ -133,7 +133,7 @@ def test_keys_stay_where_they_are(locked: LiveServer) -> None:
         assert [name for name, place in places.items() if secret.encode() in place] == []
 
 
-def test_cached_prefixes_belong_to_a_key(locked: LiveServer) -> None:
+def test_cached_prefixes_are_not_shared_between_keys(locked: LiveServer) -> None:
     def num_cached(key: str, **more: Any) -> int:
         reply = locked.ask("/v1/completions", {**QUESTION, **more}, headers=bearer(key))
         count: int = reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -149,7 +149,7 @@ def test_cached_prefixes_belong_to_a_key(locked: LiveServer) -> None:
     assert num_cached(ALICE, cache_salt="another") == 0
 
 
-def test_pages_of_other_origins_get_no_permission(locked: LiveServer) -> None:
+def test_cross_origin_requests_get_no_permission(locked: LiveServer) -> None:
     origin = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
     for method, path in [("OPTIONS", "/v1/completions"), ("GET", "/health"), ("GET", "/v1/models")]:
         for headers in (origin, origin | bearer(ALICE)):
@@ -161,7 +161,7 @@ def test_pages_of_other_origins_get_no_permission(locked: LiveServer) -> None:
 def test_events_of_a_fixed_number_of_tokens(
     locked: LiveServer, speculation: dict[str, Any]
 ) -> None:
-    """However many a pass accepts."""
+    """However many tokens a forward pass accepts."""
     body = {**QUESTION, "max_tokens": 60, "ignore_eos": True, "temperature": 0}
     body |= {"stream": True, "return_token_ids": True, "speculation": speculation}
     for length, expected in ((60, [8] * 7 + [4]), (64, [8] * 8)):

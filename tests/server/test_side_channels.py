@@ -1,4 +1,4 @@
-"""What one API key can learn of another's requests: nothing that depends on what they accept."""
+"""One API key learns nothing about the acceptance of another key's requests."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ def ask(server: LiveServer, name: str, path: str, body: Any = None) -> Any:
 
 
 def everything(server: LiveServer) -> dict[str, bytes]:
-    """The answers of all routes that alice may GET."""
+    """The answers of all GET routes for the key of alice."""
     paths = [path for path, methods in openapi()["paths"].items() if "get" in methods]
     replies = {path: ask(server, "alice", path.format(model="tiny-chat")) for path in paths}
     assert replies.pop("/metrics").status == 403
@@ -39,7 +39,7 @@ def everything(server: LiveServer) -> dict[str, bytes]:
     return {path: reply.body for path, reply in replies.items()}
 
 
-def test_no_route_changes_with_what_another_key_does(server: LiveServer) -> None:
+def test_no_route_reveals_the_load_of_another_key(server: LiveServer) -> None:
     before = everything(server)
     with ThreadPoolExecutor() as pool:
         theirs = [

@@ -47,7 +47,7 @@ def test_what_a_storm_asks_for() -> None:
 def vitals(**changes: float) -> Vitals:
     """Of an idle server, or one that is not quite."""
     metrics = dict.fromkeys(IDLE, 0.0) | {TASKS: 9.0}
-    sizes = {"http": 100 * MB, "engine": 400 * MB, "text": 60 * MB}
+    sizes = {"http": 100 * MB, "engine": 400 * MB, "tokenizer": 60 * MB}
     processes = [
         ProcessVitals(role, pid, num_fds=20, num_threads=4, rss_bytes=size)
         for pid, (role, size) in enumerate(sizes.items(), start=1)
@@ -61,7 +61,7 @@ def vitals(**changes: float) -> Vitals:
             processes[1] = replace(processes[1], pid=int(value))
         else:
             role, field = name.split("_", 1)
-            index = ("http", "engine", "text").index(role)
+            index = ("http", "engine", "tokenizer").index(role)
             processes[index] = replace(processes[index], **{field: int(value)})
     return Vitals(tuple(processes), metrics)
 
@@ -72,7 +72,7 @@ def vitals(**changes: float) -> Vitals:
         ({"kv": 16}, "specserve:kv_slots_allocated is 16"),
         ({"tasks": 10}, "10 asyncio tasks instead of 9"),
         ({"http_num_fds": 21}, "the http process has 21 open files instead of 20"),
-        ({"text_num_fds": 23}, "the text process has 23 open files instead of 20"),
+        ({"tokenizer_num_fds": 23}, "the tokenizer process has 23 open files instead of 20"),
         ({"engine_pid": 77}, "the engine process of the beginning is gone"),
         ({"http_rss_bytes": 106 * MB}, "the http process grew by 6.0% in the second half"),
         ({"engine_rss_bytes": 440 * MB}, "the engine process grew by 10.0% in the second half"),

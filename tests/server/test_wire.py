@@ -1,4 +1,4 @@
-"""The bytes of the API: event streams, whole answers, small routes."""
+"""The wire format: event streams, single responses, small routes."""
 
 import http.client
 import json
@@ -58,8 +58,10 @@ def test_an_event_stream_byte_for_byte(live_server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_characters_split_over_tokens_arrive_whole(live_server: LiveServer, path: str) -> None:
-    """The model's tokens are bytes, so every character of more than one is split."""
+def test_characters_split_over_tokens_are_streamed_whole(
+    live_server: LiveServer, path: str
+) -> None:
+    """The model's tokens are bytes, so every longer character is split."""
     body = {**CHAT, "max_tokens": 200, "temperature": 1.5, "return_token_ids": True}
     if path == "/v1/completions":
         del body["messages"]
@@ -106,7 +108,7 @@ def test_usage_on_every_chunk(live_server: LiveServer) -> None:
     assert counts[-1] == 30
 
 
-def test_obfuscation_evens_out_sizes(live_server: LiveServer) -> None:
+def test_obfuscation_pads_events_to_even_sizes(live_server: LiveServer) -> None:
     options = {"include_obfuscation": True}
     body = streamed(live_server, "/v1/completions", {"prompt": "x", "stream_options": options})
     sizes = {len(line) for line in body.split(b"\n\n") if line.startswith(b"data: {")}
@@ -167,7 +169,7 @@ def test_an_accepted_prediction_is_counted(live_server: LiveServer) -> None:
     assert details["rejected_prediction_tokens"] >= len(expected) - 2
 
 
-def test_tokenize_and_back(live_server: LiveServer) -> None:
+def test_tokenize_and_detokenize(live_server: LiveServer) -> None:
     reply = live_server.ask("/tokenize", {"prompt": "aé", "return_token_strs": True}).json()
     assert reply["tokens"] == list("aé".encode())
     assert reply["count"] == 3
@@ -202,7 +204,7 @@ def test_small_routes(live_server: LiveServer) -> None:
     assert "/v1/chat/completions" in described["paths"]
 
 
-def test_errors_are_json_whatever_is_asked(live_server: LiveServer) -> None:
+def test_every_error_is_json(live_server: LiveServer) -> None:
     for path, method, status in [
         ("/nowhere", "GET", 404),
         ("/v1/chat/completions", "GET", 405),
@@ -215,7 +217,7 @@ def test_errors_are_json_whatever_is_asked(live_server: LiveServer) -> None:
     assert "POST" in live_server.ask("/v1/completions", method="GET").headers["allow"]
 
 
-def test_a_connection_outlives_an_error(live_server: LiveServer) -> None:
+def test_a_connection_stays_open_after_an_error(live_server: LiveServer) -> None:
     connection = http.client.HTTPConnection(urlsplit(live_server.url).netloc, timeout=30)
     for _ in range(2):
         headers = {"Content-Type": "application/json"}
@@ -232,7 +234,7 @@ def test_a_connection_outlives_an_error(live_server: LiveServer) -> None:
 
 
 @pytest.mark.parametrize("unsafe", ["a b", "x" * 200, "é", "<script>"])
-def test_request_ids_are_only_taken_over_if_harmless(live_server: LiveServer, unsafe: str) -> None:
+def test_unsafe_request_ids_are_replaced(live_server: LiveServer, unsafe: str) -> None:
     reply = live_server.ask("/version", headers={"X-Request-Id": unsafe.encode().decode("latin1")})
     assert reply.headers["x-request-id"] != unsafe
     assert reply.headers["x-request-id"].isalnum()

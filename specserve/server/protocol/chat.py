@@ -6,7 +6,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from specserve.server.protocol.fields import Count, GenerationFields, TopLogprobs
 from specserve.server.protocol.usage import Metrics, Usage
-from specserve.text.messages import MAX_MESSAGES, MAX_NAME
+from specserve.text.chat_messages import MAX_MESSAGES, MAX_NAME
 from specserve.types import FinishReason, RequestError
 
 MESSAGE_SCHEMA: dict[str, Any] = {
@@ -30,7 +30,7 @@ Messages = Annotated[
 
 
 class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    messages: Messages  # their content is checked by `text.messages`
+    messages: Messages  # their content is checked by `text.chat_messages`
     max_completion_tokens: Count | None = None  # the newer name of max_tokens
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
@@ -45,11 +45,11 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
         return {"prompt": "messages", **({"max_tokens": "max_completion_tokens"} if newer else {})}
 
     @property
-    def wanted_tokens(self) -> int | None:
+    def requested_max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def wanted_logprobs(self) -> int | None:
+    def requested_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def check(self) -> None:

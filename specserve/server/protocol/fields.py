@@ -18,12 +18,12 @@ from specserve.types import (
     SpeculationParams,
 )
 
-MAX_STOP_BYTES = 1024  # characters per stop string
+MAX_STOP_CHARS = 1024  # characters per stop string
 MAX_TOKEN_LIST = 1024  # entries of stop_token_ids and logit_bias
 
 Name = Annotated[str, Meta(max_length=256)]
 ModelName = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
-StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_BYTES)]
+StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[StopText], Meta(max_length=16)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]

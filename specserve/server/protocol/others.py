@@ -1,6 +1,6 @@
 """Requests and responses of all routes that do not generate text."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -109,6 +109,3 @@ class ErrorDetail(Struct, frozen=True):
 
 class ErrorResponse(Struct, frozen=True):
     error: ErrorDetail
-
-
-JSON = dict[str, Any]

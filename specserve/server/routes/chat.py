@@ -3,21 +3,23 @@
 from aiohttp import web
 
 from specserve.server.auth import Scope, principal, scope
-from specserve.server.chat_format import ChatFormat
+from specserve.server.chat_formatter import ChatFormatter
 from specserve.server.protocol.chat import ChatChunk, ChatRequest
-from specserve.server.respond import respond
-from specserve.server.routes.begin import begin, in_time, read
+from specserve.server.routes.deadline import within_deadline
+from specserve.server.routes.read_request import read_request
+from specserve.server.routes.start_generation import start_generation
+from specserve.server.send_response import send_response
 from specserve.server.service import SERVICE
-from specserve.server.text_worker import read_chat
+from specserve.server.tokenizer_worker import read_chat
 
 
 @scope(Scope.INFERENCE)
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
-    fields = await read(request, ChatRequest, read_chat.__name__)
+    fields = await read_request(request, ChatRequest, read_chat.__name__)
     continues = bool(fields.continue_final_message)
-    async with in_time(request, fields.request_timeout):
-        prompt = await service.texts.chat(
+    async with within_deadline(request, fields.request_timeout):
+        prompt = await service.tokenizer_pool.chat(
             fields.messages,
             add_generation_prompt=(
                 not continues
@@ -28,13 +30,13 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             max_tokens=service.engine_info().limits.max_model_len,
             tenant=principal(request).name,
         )
-    generation = await begin(
+    generation = await start_generation(
         request,
         fields,
         [prompt],
         names=fields.names,
-        max_tokens=fields.wanted_tokens,
-        logprobs=fields.wanted_logprobs,
+        max_tokens=fields.requested_max_tokens,
+        logprobs=fields.requested_logprobs,
     )
     answer = ChatChunk(
         id=f"chatcmpl-{generation.job.id}",
@@ -42,5 +44,5 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         model=service.model_name,
         choices=(),
     )
-    form = ChatFormat(answer, fields, prompt, service.token_bytes)
-    return await respond(request, fields, generation, form)
+    formatter = ChatFormatter(answer, fields, prompt, service.token_bytes)
+    return await send_response(request, fields, generation, formatter)

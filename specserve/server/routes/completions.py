@@ -5,28 +5,30 @@ import asyncio
 from aiohttp import web
 
 from specserve.server.auth import Scope, principal, scope
-from specserve.server.completion_format import CompletionFormat
+from specserve.server.completion_formatter import CompletionFormatter
 from specserve.server.protocol.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
     CompletionRequest,
     Prompts,
 )
-from specserve.server.respond import respond
-from specserve.server.routes.begin import begin, in_time, read
+from specserve.server.routes.deadline import within_deadline
+from specserve.server.routes.read_request import read_request
+from specserve.server.routes.start_generation import start_generation
+from specserve.server.send_response import send_response
 from specserve.server.service import SERVICE, Service
-from specserve.server.text_worker import read_completion
+from specserve.server.tokenizer_worker import read_completion
 from specserve.text import IncrementalDecoder
 
 
 @scope(Scope.INFERENCE)
 async def completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
-    fields = await read(request, CompletionRequest, read_completion.__name__)
+    fields = await read_request(request, CompletionRequest, read_completion.__name__)
     given = fields.prompts()
-    async with in_time(request, fields.request_timeout):
+    async with within_deadline(request, fields.request_timeout):
         prompts = await _encode(service, given, principal(request).name)
-    generation = await begin(
+    generation = await start_generation(
         request,
         fields,
         prompts,
@@ -38,14 +40,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
         id=f"cmpl-{generation.job.id}", created=service.now(), model=service.model_name, choices=()
     )
     echoes = await _echoes(service, fields, given) if fields.echo else []
-    form = CompletionFormat(answer, fields, prompts, echoes, service.token_bytes)
-    return await respond(request, fields, generation, form)
+    formatter = CompletionFormatter(answer, fields, prompts, echoes, service.token_bytes)
+    return await send_response(request, fields, generation, formatter)
 
 
 async def _encode(service: Service, given: Prompts, tenant: str) -> list[tuple[int, ...]]:
-    room = service.engine_info().limits.max_model_len
+    max_tokens = service.engine_info().limits.max_model_len
     return [
-        await service.texts.encode(prompt, max_tokens=room, tenant=tenant)
+        await service.tokenizer_pool.encode(prompt, max_tokens=max_tokens, tenant=tenant)
         if isinstance(prompt, str)
         else prompt
         for prompt in given

@@ -4,9 +4,9 @@ import msgspec
 from aiohttp import web
 
 from specserve.server.auth import Scope, scope
-from specserve.server.routes.begin import call_text_worker, read_bytes
+from specserve.server.routes.read_request import call_tokenizer_process, read_bytes
 from specserve.server.service import SERVICE
-from specserve.server.text_worker import Answer, detokenize_body, tokenize_body
+from specserve.server.tokenizer_worker import Answer, detokenize_body, tokenize_body
 
 
 @scope(Scope.INFERENCE)
@@ -20,7 +20,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def _answer(request: web.Request, handler: str) -> web.Response:
-    data = await call_text_worker(request, handler, await read_bytes(request))
+    data = await call_tokenizer_process(request, handler, await read_bytes(request))
     answer = msgspec.msgpack.decode(data, type=Answer)
     request.app[SERVICE].check_model(answer.model)
     return web.Response(body=answer.body, content_type="application/json")

@@ -20,11 +20,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from specserve.text.messages import WRITTEN, PlainMessage, developers_as_system
+from specserve.text.chat_messages import USER_TEXT_FIELDS, PlainMessage, developers_as_system
 from specserve.types import RequestError
 
-# Roles of the chats that `own_texts` renders.
-_SAMPLES: Final = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant"))
+# Roles of the chats that `template_literals` renders.
+_SAMPLE_CHATS: Final = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant"))
 
 _END_OF_THINKING: Final = "</think>"
 
@@ -84,17 +84,17 @@ class ChatTemplate:
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
-            extensions=[loopcontrols, _Generation],
+            extensions=[loopcontrols, _GenerationTag],
         )
         environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
+        environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
             self._constants = _constants(environment.parse(source))
         except Exception as error:  # compiling a faulty template can raise any exception
-            raise TemplateUnusable(_in_short(error)) from None
+            raise TemplateUnusable(_one_line(error)) from None
         self._knows_developers = "developer" in self._constants
 
     def render(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> Rendering:
@@ -108,7 +108,7 @@ class ChatTemplate:
         except RequestError:
             return Rendering(text, None, None)
         for number, field in marks.missing(marked):
-            self._check_counts(messages, number, field, text, add_generation_prompt)
+            self._check_field_is_rendered(messages, number, field, text, add_generation_prompt)
         spans = marks.locate(text, marked)
         if spans is None and marks.with_blanks:
             # Many templates write no turn, or a default text, for a blank content.
@@ -123,10 +123,10 @@ class ChatTemplate:
             messages = developers_as_system(messages)
         return self._render(messages, add_generation_prompt)
 
-    def own_texts(self) -> list[str]:
+    def template_literals(self) -> list[str]:
         """Texts that the template itself writes: its constants, and chats with empty contents."""
         texts = list(self._constants)
-        for roles in _SAMPLES:
+        for roles in _SAMPLE_CHATS:
             chat = [{"role": role, "content": ""} for role in roles]
             for generate in (True, False):
                 try:
@@ -146,10 +146,10 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program and can raise any exception
             raise RequestError(
-                "messages", f"the model's chat template cannot render them ({_in_short(error)})"
+                "messages", f"the model's chat template cannot render them ({_one_line(error)})"
             ) from error
 
-    def _check_counts(
+    def _check_field_is_rendered(
         self,
         messages: Sequence[PlainMessage],
         number: int,
@@ -180,17 +180,17 @@ class ChatTemplate:
 class _Marks:
     """Replaces user texts by random, unguessable marks and finds the marks in a rendered chat.
 
-    Every field of `WRITTEN` gets a mark; without `with_blanks` only those that are not blank.
+    Every field in `USER_TEXT_FIELDS` gets a mark; without `with_blanks` only those with text.
     """
 
     def __init__(self, messages: Sequence[PlainMessage], *, with_blanks: bool = True) -> None:
         self._secret = secrets.token_hex(16)
         self._mark = re.compile(f"{self._secret}x([0-9]+)x", re.IGNORECASE)
         self._messages = messages
-        fields = [(i, name) for i, m in enumerate(messages) for name in WRITTEN if name in m]
-        words = [(i, name) for i, name in fields if messages[i][name].strip()]
-        self._fields = fields if with_blanks else words
-        self.with_blanks = len(self._fields) > len(words)
+        fields = [(i, f) for i, m in enumerate(messages) for f in USER_TEXT_FIELDS if f in m]
+        with_text = [(i, field) for i, field in fields if messages[i][field].strip()]
+        self._fields = fields if with_blanks else with_text
+        self.with_blanks = len(self._fields) > len(with_text)
 
     def messages(self) -> list[PlainMessage]:
         marked = [dict(message) for message in self._messages]
@@ -225,15 +225,15 @@ class _Marks:
         return spans if at == len(text) else None
 
 
-def _forms(whole: str) -> list[str]:
+def _forms(content: str) -> list[str]:
     """The forms in which published templates insert a user text.
 
     These are the whole text, or the part after the end of thinking, each unchanged or stripped.
     """
-    answer = whole.rpartition(_END_OF_THINKING)[2]
+    answer = content.rpartition(_END_OF_THINKING)[2]
     return [
         form
-        for text in (whole, answer)
+        for text in (content, answer)
         for form in (text, text.strip(), text.lstrip(), text.rstrip(), text.lstrip("\n"))
     ]
 
@@ -265,14 +265,14 @@ def _constants(tree: nodes.Template) -> list[str]:
     return [*texts, *(c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str))]
 
 
-def _in_short(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     reason = " ".join(str(error).split()) or type(error).__name__
     return reason if len(reason) <= 200 else f"{reason[:200]}..."
 
 
-def _refuse(reason: str) -> NoReturn:
+def _raise_exception(reason: str) -> NoReturn:
     raise TemplateError(reason)
 
 
@@ -281,7 +281,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-class _Generation(Extension):
+class _GenerationTag(Extension):
     """`{% generation %}` marks text that a model is trained on; here only its body is rendered."""
 
     def __init__(self, environment: Environment) -> None:

@@ -8,7 +8,7 @@ from typing import Final
 _PR_SET_PDEATHSIG: Final = 1
 
 
-def kill_with_parent() -> None:
+def set_parent_death_signal() -> None:
     """Have SIGKILL sent to this process when the thread that started it ends. Linux only.
 
     A watching thread would not suffice: native code that holds the interpreter lock lets no other

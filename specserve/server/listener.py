@@ -3,7 +3,7 @@
 A connection counts from the moment the system hands it over, TLS handshake included. At the limit
 a new connection is not refused: instead the connection that has been without an accepted request
 for the longest is closed. Such a connection exists, because at most `max_connections` requests are
-accepted and the limit (`num_places`) is higher.
+accepted and the limit (`connection_limit`) is higher.
 """
 
 import asyncio
@@ -20,18 +20,18 @@ from specserve.server.connections import Connection
 logger = logging.getLogger(__name__)
 
 _HANDSHAKE_S: Final = 10.0  # seconds for a TLS handshake
-# Open files beyond `num_places`: the server's own, and connections accepted but not yet counted.
-_FILES: Final = 256
+# Open files beyond the connections: the server's own, and connections not yet counted.
+_EXTRA_FILES: Final = 256
 
 
-def num_places(config: ServerConfig) -> int:
+def connection_limit(config: ServerConfig) -> int:
     """Most open connections: `max_connections`, plus at least 16 for others such as `/health`."""
     return config.max_connections + max(16, config.max_connections // 8)
 
 
-def allow_files(config: ServerConfig) -> None:
+def raise_file_limit(config: ServerConfig) -> None:
     """Raise the soft limit on open files to what is needed. Raises ConfigError if impossible."""
-    needed = num_places(config) + _FILES
+    needed = connection_limit(config) + _EXTRA_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
@@ -44,7 +44,7 @@ def allow_files(config: ServerConfig) -> None:
         ) from None
 
 
-class Door:
+class Listener:
     """The server's port and its open connections. `listen` creates one."""
 
     def __init__(
@@ -53,139 +53,139 @@ class Door:
         self._server = server
         self._config = config
         self._tls = tls
-        self._limit = num_places(config)
-        self._kept: set[asyncio.Transport] = set()  # with an accepted request
-        self._offered: dict[asyncio.Transport, None] = {}  # no accepted request; oldest first
+        self._limit = connection_limit(config)
+        self._protected: set[asyncio.Transport] = set()  # with an accepted request
+        self._replaceable: dict[asyncio.Transport, None] = {}  # no accepted request; oldest first
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._port: asyncio.Server | None = None
+        self._tcp_server: asyncio.Server | None = None
 
     @property
     def address(self) -> tuple[str, int]:
         """The host and port that the server listens on."""
-        assert self._port is not None
-        host, port = self._port.sockets[0].getsockname()[:2]
+        assert self._tcp_server is not None
+        host, port = self._tcp_server.sockets[0].getsockname()[:2]
         return host, port
 
     def __len__(self) -> int:
         """Number of open connections."""
-        return len(self._kept) + len(self._offered)
+        return len(self._protected) + len(self._replaceable)
 
     async def open(self) -> None:
-        self._port = await asyncio.get_running_loop().create_server(
-            lambda: _Arrival(self), self._config.host, self._config.port
+        self._tcp_server = await asyncio.get_running_loop().create_server(
+            lambda: _PendingConnection(self), self._config.host, self._config.port
         )
 
     def close(self) -> None:
         """Stop listening and cancel pending TLS handshakes; other connections stay open."""
-        assert self._port is not None
-        self._port.close()
+        assert self._tcp_server is not None
+        self._tcp_server.close()
         for task in self._handshakes:
             task.cancel()
 
-    def arrived(self, raw: asyncio.Transport, arrival: "_Arrival") -> None:
+    def on_connection(self, raw: asyncio.Transport, pending: "_PendingConnection") -> None:
         if len(self) >= self._limit:
-            if not self._offered:
+            if not self._replaceable:
                 raw.abort()
                 return
-            longest = next(iter(self._offered))
-            del self._offered[longest]
-            longest.abort()
-        self._offered[raw] = None
+            oldest = next(iter(self._replaceable))
+            del self._replaceable[oldest]
+            oldest.abort()
+        self._replaceable[raw] = None
         if self._tls is None:
-            self._welcome(raw, raw, arrival)
+            self._attach(raw, raw, pending)
             return
-        task = asyncio.create_task(self._shake_hands(raw, arrival, self._tls))
+        task = asyncio.create_task(self._handshake(raw, pending, self._tls))
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
 
-    def keep(self, raw: asyncio.Transport) -> None:
+    def protect(self, raw: asyncio.Transport) -> None:
         """Protect a connection that has an accepted request. No effect if it was closed already."""
-        if raw in self._offered:
-            del self._offered[raw]
-            self._kept.add(raw)
+        if raw in self._replaceable:
+            del self._replaceable[raw]
+            self._protected.add(raw)
 
-    def offer(self, raw: asyncio.Transport) -> None:
+    def unprotect(self, raw: asyncio.Transport) -> None:
         """End the protection: the connection has no accepted request any more."""
-        if raw in self._kept:
-            self._kept.remove(raw)
-            self._offered[raw] = None
+        if raw in self._protected:
+            self._protected.remove(raw)
+            self._replaceable[raw] = None
 
-    def leave(self, raw: asyncio.Transport) -> None:
+    def remove(self, raw: asyncio.Transport) -> None:
         """Remove a connection that is closed."""
-        self._kept.discard(raw)
-        self._offered.pop(raw, None)
+        self._protected.discard(raw)
+        self._replaceable.pop(raw, None)
 
-    async def _shake_hands(
-        self, raw: asyncio.Transport, arrival: "_Arrival", tls: ssl.SSLContext
+    async def _handshake(
+        self, raw: asyncio.Transport, pending: "_PendingConnection", tls: ssl.SSLContext
     ) -> None:
         raw.set_write_buffer_limits(high=0)  # or TLS would count bytes in this buffer as sent
         transport: asyncio.Transport | None = None
         try:
-            transport = await _start_tls(raw, arrival, tls)
+            transport = await _start_tls(raw, pending, tls)
         except OSError as error:
             logger.debug("no TLS handshake: %s", error)
         finally:
-            if transport is None or transport.is_closing() or raw not in self._offered:
-                self.leave(raw)
+            if transport is None or transport.is_closing() or raw not in self._replaceable:
+                self.remove(raw)
                 raw.abort()
             else:
-                self._welcome(raw, transport, arrival)
+                self._attach(raw, transport, pending)
 
-    def _welcome(
-        self, raw: asyncio.Transport, transport: asyncio.Transport, arrival: "_Arrival"
+    def _attach(
+        self, raw: asyncio.Transport, transport: asyncio.Transport, pending: "_PendingConnection"
     ) -> None:
         connection = Connection(self._server, self, raw, self._config)
         transport.set_protocol(connection)
         connection.connection_made(transport)
-        if early := arrival.take():
-            connection.data_received(early)
+        if received := pending.pop_received():
+            connection.data_received(received)
 
 
 async def listen(
     runner: web.AppRunner, config: ServerConfig, tls: ssl.SSLContext | None = None
-) -> Door:
+) -> Listener:
     """Open the server's port for `runner`, whose `setup` must have been called.
 
-    The caller must close the returned door before `runner.cleanup()`. Raises OSError.
+    The caller must close the result before `runner.cleanup()`. Raises OSError.
     """
     assert runner.server is not None
-    door = Door(runner.server, config, tls)
-    await door.open()
-    return door
+    listener = Listener(runner.server, config, tls)
+    await listener.open()
+    return listener
 
 
-class _Arrival(asyncio.Protocol):
+class _PendingConnection(asyncio.Protocol):
     """The protocol of a connection until `Connection` replaces it."""
 
-    def __init__(self, door: Door) -> None:
-        self._door = door
-        self.early = bytearray()  # received before TLS starts, or with the end of its handshake
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._received = bytearray()  # before TLS starts, or with the end of its handshake
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._door.arrived(cast(asyncio.Transport, transport), self)
+        self._listener.on_connection(cast(asyncio.Transport, transport), self)
 
     def data_received(self, data: bytes) -> None:
-        self.early += data
+        self._received += data
 
-    def take(self) -> bytes:
-        early, self.early = bytes(self.early), bytearray()
-        return early
+    def pop_received(self) -> bytes:
+        received, self._received = bytes(self._received), bytearray()
+        return received
 
 
 async def _start_tls(
-    raw: asyncio.Transport, arrival: _Arrival, tls: ssl.SSLContext
+    raw: asyncio.Transport, pending: _PendingConnection, tls: ssl.SSLContext
 ) -> asyncio.Transport | None:
     """The TLS transport over `raw`. Raises OSError if the handshake fails."""
     loop = asyncio.get_running_loop()
     handshake = asyncio.create_task(
-        loop.start_tls(raw, arrival, tls, server_side=True, ssl_handshake_timeout=_HANDSHAKE_S)
+        loop.start_tls(raw, pending, tls, server_side=True, ssl_handshake_timeout=_HANDSHAKE_S)
     )
     try:
         await asyncio.sleep(0)
         # By now `start_tls` has replaced the protocol of `raw`, and reading is paused until the TLS
         # setup, which is scheduled, has run. With uvloop, bytes may have arrived before that.
         protocol = cast(asyncio.BufferedProtocol, raw.get_protocol())
-        loop.call_soon(_feed, protocol, arrival.take())
+        loop.call_soon(_feed, protocol, pending.pop_received())
         return await handshake
     finally:
         handshake.cancel()

@@ -1,7 +1,7 @@
 """A tokenizer process: tokenizes texts and renders chats, one job at a time.
 
-Run as `python -m specserve.process.text_main FD`; it ends when its peer closes the socket FD. A
-chat template is a program, so that a job can take any time and memory: the peer kills the process
+Run as `python -m specserve.process.tokenizer_main FD`; it ends when its peer closes the socket FD.
+A chat template is a program, so that a job can take any time and memory: the peer kills the process
 when a job takes too long, and the process limits its own memory.
 """
 
@@ -18,26 +18,26 @@ from typing import Final
 
 from specserve.engine.limits import Limits
 from specserve.process.frames import FrameSocket
-from specserve.process.parent import kill_with_parent
-from specserve.process.text_messages import (
+from specserve.process.parent_death import set_parent_death_signal
+from specserve.process.tokenizer_messages import (
     Call,
     Chat,
     Encode,
     Failed,
     Ids,
-    Job,
     Ready,
     Refused,
     Result,
     Setup,
     Stage,
-    ToText,
+    TokenizerJob,
+    ToTokenizer,
 )
-from specserve.text import TextError, Tokenizer
+from specserve.text import Tokenizer, TokenizerError
 from specserve.types import RequestError
 
 _LOAD_TIMEOUT: Final = 120.0  # seconds to load a tokenizer
-_PREPARING: Final = 2**31  # bytes beyond the memory limit while the tokenizer is loaded
+_LOAD_MEMORY: Final = 2**31  # bytes beyond the memory limit while the tokenizer is loaded
 _GRACE: Final = 1.0  # seconds beyond a job's time limit until SIGALRM ends the process
 
 
@@ -46,52 +46,53 @@ Handler = Callable[[Tokenizer, bytes, Limits], bytes]  # raises RequestError
 
 def main(fd: int, handlers: Mapping[str, Handler] = MappingProxyType({})) -> None:
     """Serve the peer at the other end of the socket `fd`; `Call` messages name the `handlers`."""
-    kill_with_parent()
+    set_parent_death_signal()
     # One job at a time needs no threads, whose memory would use up much of the limit.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    peer: FrameSocket[ToText] = FrameSocket(socket.socket(fileno=fd), ToText)
+    peer: FrameSocket[ToTokenizer] = FrameSocket(socket.socket(fileno=fd), ToTokenizer)
     with contextlib.suppress(ConnectionError):  # the peer closed the socket
         _serve(peer, handlers)
 
 
-def _serve(peer: FrameSocket[ToText], handlers: Mapping[str, Handler]) -> None:
-    inbox = _messages(peer)
-    setup = next(inbox, None)
+def _serve(peer: FrameSocket[ToTokenizer], handlers: Mapping[str, Handler]) -> None:
+    messages = _messages(peer)
+    setup = next(messages, None)
     if not isinstance(setup, Setup):
         return
     try:
         tokenizer = _load(peer, setup)
-    except TextError as error:
+    except TokenizerError as error:
         peer.send(Failed(str(error)))
         return
     peer.send(Ready(tokenizer.max_token_bytes()))
-    for job in inbox:
+    for job in messages:
         assert not isinstance(job, Setup)
         _set_alarm(setup.time_limit)
-        answer = _answer(tokenizer, job, handlers)
+        answer = _run(tokenizer, job, handlers)
         signal.setitimer(signal.ITIMER_REAL, 0)
         peer.send(answer)
 
 
-def _load(peer: FrameSocket[ToText], setup: Setup) -> Tokenizer:
-    """Load a tokenizer and compile its chat template, in `Stage`s. Raises TextError."""
+def _load(peer: FrameSocket[ToTokenizer], setup: Setup) -> Tokenizer:
+    """Load a tokenizer and compile its chat template, in `Stage`s. Raises TokenizerError."""
     tokenizer = Tokenizer(Path(setup.directory))
     problem = (
         f"{setup.directory}: the chat template takes too much time or memory to compile; use the "
         f"model's original one, or remove it to serve plain prompts"
     )
-    _enter(peer, Stage(setup.compile_limit, problem))
+    _start_stage(peer, Stage(setup.compile_limit, problem))
     _limit_memory(setup.memory_limit)
     tokenizer.compile_template()
-    _limit_memory(setup.memory_limit + _PREPARING)
-    _enter(peer, Stage(_LOAD_TIMEOUT, f"{setup.directory}: the tokenizer was not loaded in time"))
+    _limit_memory(setup.memory_limit + _LOAD_MEMORY)
+    problem = f"{setup.directory}: the tokenizer was not loaded in time"
+    _start_stage(peer, Stage(_LOAD_TIMEOUT, problem))
     tokenizer.prepare()
     _limit_memory(setup.memory_limit)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return tokenizer
 
 
-def _enter(peer: FrameSocket[ToText], stage: Stage) -> None:
+def _start_stage(peer: FrameSocket[ToTokenizer], stage: Stage) -> None:
     _set_alarm(stage.time_limit)
     peer.send(stage)
 
@@ -99,18 +100,18 @@ def _enter(peer: FrameSocket[ToText], stage: Stage) -> None:
 def _set_alarm(seconds: float) -> None:
     """Have SIGALRM end this process if the peer, which should kill it, has ended.
 
-    Needed where `kill_with_parent` has no effect. The signal's default action runs no Python.
+    Needed where `set_parent_death_signal` has no effect. The default action runs no Python.
     """
     signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
 
 
-def _messages(peer: FrameSocket[ToText]) -> Iterator[ToText]:
+def _messages(peer: FrameSocket[ToTokenizer]) -> Iterator[ToTokenizer]:
     while (messages := peer.receive(None)) is not None:
         yield from messages
 
 
-def _answer(
-    tokenizer: Tokenizer, job: Job, handlers: Mapping[str, Handler]
+def _run(
+    tokenizer: Tokenizer, job: TokenizerJob, handlers: Mapping[str, Handler]
 ) -> Ids | Result | Refused:
     try:
         match job:
@@ -124,7 +125,7 @@ def _answer(
         # `Tokenizer.encode` does not know the name of the field.
         return Refused(job.param if isinstance(job, Encode) else error.param, error.message)
     except MemoryError:
-        return Refused(job.param, "it needs more memory than it may have; send less")
+        return Refused(job.param, "it needs too much memory; send less")
     return Ids(tuple(ids))
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET
 
-from specserve.server.chat_format import drafter_ids, token_ids
-from specserve.server.generation import Piece
+from specserve.server.chat_formatter import drafter_ids, token_ids
+from specserve.server.generation import TextDelta
 from specserve.server.protocol.completions import (
     Completion,
     CompletionChoice,
@@ -18,7 +18,7 @@ from specserve.text.token_bytes import TokenBytes
 from specserve.types import TokenLogprobs
 
 
-class CompletionFormat:
+class CompletionFormatter:
     """Formats the answer to one request. `echoes`: the prompts as text, empty without `echo`."""
 
     def __init__(
@@ -36,7 +36,7 @@ class CompletionFormat:
         self._n = request.n or 1
         self._token_bytes = token_bytes
 
-    def opening(self) -> list[Completion]:
+    def first_chunks(self) -> list[Completion]:
         """The chunks that open a stream: with `echo`, the prompt of every choice."""
         if not self._request.echo:
             return []
@@ -45,36 +45,36 @@ class CompletionFormat:
             for index in range(len(self._prompts) * self._n)
         ]
 
-    def chunk(self, piece: Piece) -> Completion | None:
+    def delta_chunk(self, delta: TextDelta) -> Completion | None:
         """The chunk for one text delta, or None if the delta has nothing to send."""
-        bundle = piece.bundle
-        shows = self._request.return_token_ids or self._request.return_drafter_ids
-        if not (piece.text or bundle.finish or piece.logprobs or (shows and bundle.ids)):
+        tokens = delta.tokens
+        shows_tokens = self._request.return_token_ids or self._request.return_drafter_ids
+        if not (delta.text or tokens.finish or delta.logprobs or (shows_tokens and tokens.ids)):
             return None
-        return self._chunk((self._choice([piece], piece.text),))
+        return self._chunk((self._choice([delta], delta.text),))
 
-    def closing(self) -> Completion:
+    def usage_chunk(self) -> Completion:
         """The last chunk, without choices; it carries the usage."""
         return self._chunk(())
 
     def response(
-        self, choices: Sequence[Sequence[Piece]], usage: Usage, metrics: Metrics
+        self, choices: Sequence[Sequence[TextDelta]], usage: Usage, metrics: Metrics
     ) -> Completion:
         return msgspec.structs.replace(
             self._answer,
             choices=tuple(
-                self._choice(pieces, self._echo(index) + "".join(piece.text for piece in pieces))
-                for index, pieces in enumerate(choices)
+                self._choice(deltas, self._echo(index) + "".join(delta.text for delta in deltas))
+                for index, deltas in enumerate(choices)
             ),
             usage=usage,
             metrics=metrics,
         )
 
-    def _choice(self, pieces: Sequence[Piece], text: str) -> CompletionChoice:
-        index, last = pieces[-1].choice, pieces[-1].bundle
+    def _choice(self, deltas: Sequence[TextDelta], text: str) -> CompletionChoice:
+        index, last = deltas[-1].choice, deltas[-1].tokens
         logprobs = None
         if self._request.logprobs is not None:
-            logprobs = self._logprobs(pieces)
+            logprobs = self._logprobs(deltas)
         with_ids = self._request.return_token_ids
         return CompletionChoice(
             index=index,
@@ -82,9 +82,9 @@ class CompletionFormat:
             logprobs=logprobs,
             finish_reason=last.finish,
             stop_reason=last.stop_reason,
-            token_ids=token_ids(pieces) if with_ids else UNSET,
+            token_ids=token_ids(deltas) if with_ids else UNSET,
             prompt_token_ids=self._prompts[index // self._n] if with_ids and last.finish else UNSET,
-            drafter_ids=drafter_ids(pieces) if self._request.return_drafter_ids else UNSET,
+            drafter_ids=drafter_ids(deltas) if self._request.return_drafter_ids else UNSET,
         )
 
     def _echo(self, choice: int) -> str:
@@ -93,13 +93,13 @@ class CompletionFormat:
     def _chunk(self, choices: tuple[CompletionChoice, ...]) -> Completion:
         return msgspec.structs.replace(self._answer, choices=choices)
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> CompletionLogprobs:
-        entries = [entry for piece in pieces for entry in piece.logprobs]
+    def _logprobs(self, deltas: Sequence[TextDelta]) -> CompletionLogprobs:
+        entries = [entry for delta in deltas for entry in delta.logprobs]
         return CompletionLogprobs(
             tuple(self._token_bytes.text(entry.token_id) for entry in entries),
             tuple(entry.logprob for entry in entries),
             tuple(map(self._top, entries)),
-            tuple(offset for piece in pieces for offset in piece.offsets),
+            tuple(offset for delta in deltas for offset in delta.offsets),
         )
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Streams cut into pieces: the text and the stop strings are those of the whole."""
+"""In any split of a stream, the text and the stop strings are those of the whole."""
 
 import random
 import time
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as TokenizerFile
 
 from specserve.hub import resolve
 from specserve.text import IncrementalDecoder, StopChecker, Tokenizer
-from specserve.text.output import OutputText
+from specserve.text.output_text import OutputText
 
 START, END = 256, 257
 
@@ -36,7 +36,7 @@ def _stream(tokenizer: Tokenizer, ids: list[int], size: int) -> tuple[str, list[
 
 
 def _byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """One token per byte; the alphabet of bytes is in the vocabulary as it stands."""
+    """One token per byte; the vocabulary is the byte alphabet."""
     vocabulary = tokenizer.vocabulary()
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = {byte: 256 + i for i, byte in enumerate(b for b in range(256) if b not in keep)}
@@ -56,29 +56,29 @@ def test_streamed_text_equals_the_whole() -> None:
         assert _stream(tokenizer, noise, size)[0] == tokenizer.decode(noise)
 
 
-def test_no_half_character_is_ever_shown(tokenizer: Tokenizer) -> None:
+def test_incomplete_characters_are_held_back(tokenizer: Tokenizer) -> None:
     ids = _byte_ids(tokenizer, "a€😀b".encode())
     whole, pieces = _stream(tokenizer, ids, 1)
     assert whole == "a€😀b"
     assert pieces == ["a", "", "", "€", "", "", "", "😀", "b"]
 
 
-def test_special_tokens_are_not_shown_and_break_nothing(tokenizer: Tokenizer) -> None:
+def test_special_tokens_are_skipped(tokenizer: Tokenizer) -> None:
     euro = _byte_ids(tokenizer, "€".encode())
     assert _stream(tokenizer, [START, *euro[:2], END, euro[2], END], 1)[0] == "€"
     shown = IncrementalDecoder(tokenizer, skip_special=False)
     assert shown.feed([START, *euro]) == "<|im_start|>€"
 
 
-def test_what_never_becomes_a_character_comes_at_the_end(tokenizer: Tokenizer) -> None:
+def test_flush_returns_incomplete_characters(tokenizer: Tokenizer) -> None:
     decoder = IncrementalDecoder(tokenizer)
     assert decoder.feed(_byte_ids(tokenizer, b"a\xe2\x82")) == "a"
     assert decoder.flush() == "\ufffd"
     assert decoder.flush() == ""
 
 
-def test_any_bytes_in_any_pieces(tokenizer: Tokenizer) -> None:
-    """However wild the bytes, the pieces add up to what decoding them at once gives."""
+def test_any_bytes_in_any_split(tokenizer: Tokenizer) -> None:
+    """For any bytes, the deltas join to the text of all bytes decoded at once."""
     chance = random.Random(1)
     alphabet = [*"aé€😀".encode(), 0xFF, 0x80, 0xE2, 0xF0]
     for _ in range(300):
@@ -89,7 +89,7 @@ def test_any_bytes_in_any_pieces(tokenizer: Tokenizer) -> None:
         )
 
 
-def test_a_stop_string_across_pieces() -> None:
+def test_a_stop_string_across_deltas() -> None:
     checker = StopChecker(("END", "\n\n"))
     assert [checker.feed(piece) for piece in ("so E", "N", "", "D of")] == [None, None, None, 0]
     assert checker.feed(" it\n") is None
@@ -111,14 +111,14 @@ def test_overlapping_beginnings() -> None:
     ("text", "held"),
     [("hello", 0), ("hello E", 1), ("hello EN", 2), ("hello ENx", 0), ("aEaEN", 2), ("", 0)],
 )
-def test_how_much_cannot_be_shown(text: str, held: int) -> None:
+def test_num_held(text: str, held: int) -> None:
     checker = StopChecker(("END", "NEVER"))
     checker.feed(text)
     assert checker.num_held == held
 
 
-def test_long_stop_strings_cost_each_character_once(tokenizer: Tokenizer) -> None:
-    """A text that keeps on nearly ending holds nobody up: what was seen is not read again."""
+def test_long_stop_strings_take_linear_time(tokenizer: Tokenizer) -> None:
+    """A text that nearly matches again and again is read only once."""
     count = 3000
     output = OutputText(tokenizer, ["a" * 1023 + end for end in "bcdefghijklmnopq"])
     (index,) = _byte_ids(tokenizer, b"a")
@@ -134,9 +134,7 @@ letters = st.text("ab", max_size=12)
 @given(
     text=letters, stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), data=st.data()
 )
-def test_stops_do_not_depend_on_the_pieces(
-    text: str, stops: list[str], data: st.DataObject
-) -> None:
+def test_stops_do_not_depend_on_the_split(text: str, stops: list[str], data: st.DataObject) -> None:
     whole = StopChecker(stops)
     found = whole.feed(text)
     assert (found is not None) == any(stop in text for stop in stops)

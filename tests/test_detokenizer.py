@@ -1,4 +1,4 @@
-"""Text is a function of ids: whatever the tokenizer, whatever the pieces, whatever comes before."""
+"""Text is a function of the ids, for every tokenizer, any split and any prompt."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,9 +13,9 @@ from tokenizers import AddedToken, decoders, normalizers
 from tokenizers import Tokenizer as TokenizerFile
 
 from specserve.step import FinishInfo
-from specserve.text import IncrementalDecoder, TextError, Tokenizer
+from specserve.text import IncrementalDecoder, Tokenizer, TokenizerError
 from specserve.text.detokenizer import byte_alphabet
-from specserve.text.output import OutputText
+from specserve.text.output_text import OutputText
 from specserve.text.token_bytes import TokenBytes
 from specserve.types import Request, SamplingParams
 from specserve.verify.stopping import StopRule
@@ -28,7 +28,7 @@ CHARACTERS = {byte: character for character, byte in byte_alphabet().items()}
 
 @cache
 def pair(family: str) -> tuple[Tokenizer, TokenizerFile]:
-    """Ours, and the file it was read from."""
+    """Our tokenizer, and the file it was read from."""
     with TemporaryDirectory() as name:
         directory = write_tokenizer(Path(name), family)
         return Tokenizer(directory), TokenizerFile.from_file(str(directory / "tokenizer.json"))
@@ -36,7 +36,7 @@ def pair(family: str) -> tuple[Tokenizer, TokenizerFile]:
 
 @cache
 def parts(family: str) -> list[list[int]]:
-    """What texts are put together from: characters byte by byte, parts of them, every token."""
+    """The ids that texts are made of: bytes of characters, parts of them, every token."""
     vocabulary = pair(family)[0].vocabulary()
 
     def in_bytes(data: bytes) -> list[int]:
@@ -57,7 +57,7 @@ def texts(draw: st.DrawFn, family: str = "") -> tuple[str, list[int]]:
 
 @st.composite
 def cut(draw: st.DrawFn, ids: Sequence[int]) -> list[Sequence[int]]:
-    """The ids in pieces of any sizes."""
+    """The ids in any split."""
     pieces, start = [], 0
     while start < len(ids):
         end = draw(st.integers(start + 1, min(start + 9, len(ids))))
@@ -74,19 +74,19 @@ def streamed(output: OutputText, pieces: Sequence[Sequence[int]], **ending: obje
 
 
 @given(texts(), st.booleans())
-def test_whole_texts_are_those_of_the_library(text: tuple[str, list[int]], skip: bool) -> None:
+def test_decode_equals_the_library(text: tuple[str, list[int]], skip: bool) -> None:
     family, ids = text
     ours, theirs = pair(family)
     vocabulary = ours.vocabulary()
     rewritten = {vocabulary[token] for token in ADDED[2:]}
     ids = [index for index in ids if index not in rewritten]
-    data = ours.detokenizer.join(ids, begins=True)
+    data = ours.detokenizer.join(ids, at_start=True)
     if family.startswith("byte level") or data.decode(errors="ignore").encode() == data:
         assert ours.decode(ids, skip_special=skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_added_token_stands_for_its_content(family: str) -> None:
+def test_an_added_token_decodes_to_its_content(family: str) -> None:
     tokenizer, _ = pair(family)
     vocabulary = tokenizer.vocabulary()
     separated = family in ("wordpiece", "no decoder")
@@ -96,8 +96,8 @@ def test_an_added_token_stands_for_its_content(family: str) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_an_added_token_that_text_is_normalised_for(tmp_path: Path, known: bool) -> None:
-    """As fine-tunes of Llama 2 add them: the normaliser puts a "▁" in front of what it reads."""
+def test_an_added_token_that_is_normalized(tmp_path: Path, known: bool) -> None:
+    """As in fine-tunes of Llama 2: the normalizer puts a "▁" before the token."""
     directory = write_tokenizer(tmp_path, "sentencepiece", own=["<tool>"] * known)
     file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -112,7 +112,7 @@ def test_an_added_token_that_text_is_normalised_for(tmp_path: Path, known: bool)
     assert tool not in tokenizer.encode("x <tool>x")
 
 
-def test_an_added_token_of_the_model_is_the_model_s_own(tmp_path: Path) -> None:
+def test_an_added_token_of_the_vocabulary_is_decoded_like_others(tmp_path: Path) -> None:
     """Adding "é" to a byte-level tokenizer gives the id of byte E9, a part of many characters."""
     added = {"Ġone": " one", "Ã©": "é", "<unk>": "<unk>", "café": "café", "õ": "õ", "!": "!"}
     own = ["café", "õ"]  # where no byte of UTF-8 is, as files are that keep all in one list
@@ -128,7 +128,9 @@ def test_an_added_token_of_the_model_is_the_model_s_own(tmp_path: Path) -> None:
 
 
 @given(texts(), st.booleans(), st.data())
-def test_the_pieces_add_up(text: tuple[str, list[int]], skip: bool, data: st.DataObject) -> None:
+def test_text_deltas_join_to_the_text(
+    text: tuple[str, list[int]], skip: bool, data: st.DataObject
+) -> None:
     family, ids = text
     tokenizer, _ = pair(family)
     pieces = data.draw(cut(ids))
@@ -138,7 +140,7 @@ def test_the_pieces_add_up(text: tuple[str, list[int]], skip: bool, data: st.Dat
 
 
 @given(texts(), st.booleans(), st.data())
-def test_a_prompt_and_what_follows_are_the_text_of_both(
+def test_prompt_and_answer_join_to_the_text_of_both(
     text: tuple[str, list[int]], skip: bool, data: st.DataObject
 ) -> None:
     family, ids = text
@@ -160,7 +162,7 @@ def test_offsets_point_at_the_tokens(
     offsets = []
     for piece in data.draw(cut(ids)):
         shown.feed(piece)
-        offsets += shown.take_offsets()
+        offsets += shown.pop_final_offsets()
     shown.feed((), last=True)
     assert len(offsets) == len(ids)
     assert offsets == sorted(offsets)
@@ -173,10 +175,10 @@ def test_offsets_point_at_the_tokens(
 
 
 @given(texts(), st.booleans(), st.booleans(), st.integers(0, 3), st.data())
-def test_stops_are_looked_for_in_what_is_shown(
+def test_stop_strings_are_searched_in_the_shown_text(
     text: tuple[str, list[int]], skip: bool, keep: bool, min_tokens: int, data: st.DataObject
 ) -> None:
-    """The rule that ends and the text that is cut find the same place, however it is streamed."""
+    """The stopping rule and the text output find the same place, in any split."""
     family, ids = text
     tokenizer, _ = pair(family)
     prompt, ids = ids[:2], ids[2:] or [UNKNOWN]
@@ -213,11 +215,11 @@ def test_stops_are_looked_for_in_what_is_shown(
         shorter = shown.text[: len(shown.text) - kept]
         assert not any(stop in shorter for stop in stops)
         assert isinstance(reason, str) == any(stop in without.text for stop in stops)
-    assert len(shown.take_offsets()) == len(emitted)
+    assert len(shown.pop_final_offsets()) == len(emitted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_two_tokens_have_a_name_in_common(family: str) -> None:
+def test_token_names_are_unique(family: str) -> None:
     tokenizer, _ = pair(family)
     names = TokenBytes(tokenizer)
     ids = [*tokenizer.vocabulary().values(), UNKNOWN, UNKNOWN + 1]
@@ -232,7 +234,7 @@ def test_no_two_tokens_have_a_name_in_common(family: str) -> None:
             assert name.encode() == data
 
 
-def test_names_that_are_alike_go_to_the_usual_token(tmp_path: Path) -> None:
+def test_of_equal_tokens_the_preferred_one_gets_the_name(tmp_path: Path) -> None:
     half = "bytes:\\xe4"
     added = ("one", "token_id:5", half, "bytes:")
     tokenizer = Tokenizer(write_tokenizer(tmp_path, "sentencepiece", added=added))
@@ -250,8 +252,8 @@ def test_names_that_are_alike_go_to_the_usual_token(tmp_path: Path) -> None:
     assert names.text(UNKNOWN) == f"token_id:{UNKNOWN}"
 
 
-def test_a_named_end_token_is_no_text(tmp_path: Path) -> None:
-    """Nor is any other that ended the answer; in the middle of one that is text."""
+def test_a_named_end_token_has_no_text(tmp_path: Path) -> None:
+    """Nor has any other token that ended the answer; inside an answer it is text."""
     directory = write_tokenizer(
         tmp_path, "byte level", added=("<|end|>", "<think>"), eos_token="<|end|>"
     )
@@ -278,27 +280,27 @@ def test_a_named_end_token_is_no_text(tmp_path: Path) -> None:
         (decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip("x", 2, 1)]), "Strip"),
     ],
 )
-def test_a_decoder_that_needs_what_follows_or_panics_is_refused(
+def test_a_decoder_that_depends_on_other_tokens_or_panics_is_refused(
     tmp_path: Path, decoder: decoders.Decoder, named: str
 ) -> None:
     directory = write_tokenizer(tmp_path, "metaspace")
     file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
     file.decoder = decoder
     file.save(str(directory / "tokenizer.json"))
-    with pytest.raises(TextError, match=rf"tokenizer\.json: its decoder .*because of {named}"):
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.json: its decoder .*because of {named}"):
         Tokenizer(directory)
 
 
-def test_a_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_bytes_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, _ = pair("sentencepiece")
     read: list[int] = []
-    real = tokenizer.detokenizer._read
+    real = tokenizer.detokenizer._compute_bytes
 
     def counting(token_id: int) -> bytes:
         read.append(token_id)
         return real(token_id)
 
-    monkeypatch.setattr(tokenizer.detokenizer, "_read", counting)
+    monkeypatch.setattr(tokenizer.detokenizer, "_compute_bytes", counting)
     output = OutputText(tokenizer, ["never"])
     for _ in range(50):
         output.feed([UNKNOWN + 7, UNKNOWN + 8])

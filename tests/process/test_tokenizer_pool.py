@@ -1,4 +1,4 @@
-"""Tokenising in workers: the same ids as directly, and no job that harms another."""
+"""The tokenizer pool: the same ids as a direct call, and no job affects another."""
 
 import asyncio
 import contextlib
@@ -20,11 +20,11 @@ from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import models, pre_tokenizers
 
 from specserve.hub import resolve
-from specserve.process.text_process import TextProcess, TextUnavailable
-from specserve.text import TextError, Tokenizer
+from specserve.process.tokenizer_pool import TokenizerPool, TokenizerUnavailable
+from specserve.text import Tokenizer, TokenizerError
 from specserve.types import RequestError
 
-# What a message says is what the template does: no time limit or memory is safe from it.
+# The content of a message selects what the template does: loop, or use memory or time.
 _LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 _EAT = (
     "{% set ns = namespace(x='x' * 999) %}"
@@ -63,24 +63,24 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def _started(directory: Path, **options: Any) -> Any:
-    process = TextProcess(directory, **options)
-    await process.start()
+async def running_pool(directory: Path, **options: Any) -> Any:
+    pool = TokenizerPool(directory, **options)
+    await pool.start()
     try:
-        yield process
+        yield pool
     finally:
-        await process.stop()
+        await pool.stop()
 
 
-async def _until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
 
 
-def _runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -89,15 +89,15 @@ def _runs(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def both(directory: Path) -> Iterator[Callable[..., Any]]:
-    """both(method, *args): what a worker answers and what the tokenizer says itself."""
-    direct, process = Tokenizer(directory), TextProcess(directory)
+    """both(method, *args): the result of the pool and of a direct call."""
+    direct, pool = Tokenizer(directory), TokenizerPool(directory)
     with asyncio.Runner() as runner:
-        runner.run(process.start())
+        runner.run(pool.start())
 
         def ask(method: str, *args: Any, **options: Any) -> tuple[Any, Any]:
             outcomes: list[Any] = []
             for call in (
-                lambda: runner.run(getattr(process, method)(*args, **options)),
+                lambda: runner.run(getattr(pool, method)(*args, **options)),
                 lambda: tuple(getattr(direct, method)(*args, **options)),
             ):
                 try:
@@ -107,12 +107,12 @@ def both(directory: Path) -> Iterator[Callable[..., Any]]:
             return outcomes[0], outcomes[1]
 
         yield ask
-        runner.run(process.stop())
+        runner.run(pool.stop())
 
 
 @settings(deadline=None)
 @given(text=texts, allow_special=st.booleans())
-def test_prompts_have_the_ids_of_the_tokenizer(
+def test_encode_returns_the_ids_of_the_tokenizer(
     both: Callable[..., Any], text: str, allow_special: bool
 ) -> None:
     ours, direct = both("encode", text, allow_special=allow_special)
@@ -121,7 +121,7 @@ def test_prompts_have_the_ids_of_the_tokenizer(
 
 @settings(deadline=None)
 @given(messages=chats, generate=st.booleans(), proceed=st.booleans())
-def test_chats_have_the_ids_of_the_tokenizer(
+def test_chat_returns_the_ids_of_the_tokenizer(
     both: Callable[..., Any], messages: list[Any], generate: bool, proceed: bool
 ) -> None:
     options = {"add_generation_prompt": generate, "continue_final_message": proceed}
@@ -130,47 +130,47 @@ def test_chats_have_the_ids_of_the_tokenizer(
 
 
 @pytest.mark.slow
-def test_the_real_tokenizer() -> None:
+def test_the_tokenizer_of_a_real_model() -> None:
     directory = resolve("smollm2-135m")
 
     async def run() -> None:
         direct = Tokenizer(directory)
-        async with _started(directory) as process:
+        async with running_pool(directory) as pool:
             for text in ("Hello, world!", "你好 😀 naïve <|im_end|>", "def f():\n    pass\n" * 999):
-                assert await process.encode(text) == tuple(direct.encode(text))
+                assert await pool.encode(text) == tuple(direct.encode(text))
                 chat = [{"role": "user", "content": text}]
-                assert await process.chat(chat) == tuple(direct.chat(chat))
+                assert await pool.chat(chat) == tuple(direct.chat(chat))
             with pytest.raises(RequestError, match="context of 10 tokens"):
-                await process.encode("x" * 2000, max_tokens=10)
+                await pool.encode("x" * 2000, max_tokens=10)
 
     asyncio.run(run())
 
 
-def test_a_template_that_never_ends(directory: Path) -> None:
-    """It is killed; what runs beside it and what comes after it is answered."""
+def test_a_template_that_never_ends_is_killed(directory: Path) -> None:
+    """Jobs beside it and after it are answered."""
 
     async def run() -> None:
-        async with _started(directory, time_limit=0.5) as process:
-            expected = await process.chat(HI)
-            await _until(lambda: len(process.pids) == 2)
+        async with running_pool(directory, time_limit=0.5) as pool:
+            expected = await pool.chat(HI)
+            await wait_until(lambda: len(pool.pids) == 2)
             started = time.monotonic()
-            loop = asyncio.create_task(process.chat(LOOP))
+            loop = asyncio.create_task(pool.chat(LOOP))
             await asyncio.sleep(0.05)
-            assert await process.chat(HI) == expected
+            assert await pool.chat(HI) == expected
             assert not loop.done()
             with pytest.raises(RequestError, match=r"^messages: .* took longer than 0\.5 s"):
                 await loop
             assert 0.4 < time.monotonic() - started < 5
-            loops = [process.chat(LOOP) for _ in range(2)]
-            answers = await asyncio.gather(*loops, process.chat(HI), return_exceptions=True)
+            loops = [pool.chat(LOOP) for _ in range(2)]
+            answers = await asyncio.gather(*loops, pool.chat(HI), return_exceptions=True)
             assert [type(answer) for answer in answers] == [RequestError, RequestError, tuple]
             assert answers[2] == expected
 
     asyncio.run(run())
 
 
-def test_waiting_for_a_worker_is_no_work(directory: Path) -> None:
-    """Together the jobs take longer than the limit, each by itself does not."""
+def test_the_time_limit_does_not_include_waiting(directory: Path) -> None:
+    """Together the jobs take longer than the limit, but none does so alone."""
     direct = Tokenizer(directory)
     size, elapsed = 1, 0.0
     while elapsed < 0.2:
@@ -181,71 +181,71 @@ def test_waiting_for_a_worker_is_no_work(directory: Path) -> None:
         elapsed = time.perf_counter() - started
 
     async def run() -> None:
-        async with _started(directory, time_limit=3 * elapsed, workers=1) as process:
+        async with running_pool(directory, time_limit=3 * elapsed, workers=1) as pool:
             started = time.monotonic()
-            answers = await asyncio.gather(*(process.chat(work) for _ in range(12)))
+            answers = await asyncio.gather(*(pool.chat(work) for _ in range(12)))
             assert set(answers) == {tuple(direct.chat(work))}
             assert time.monotonic() - started > 3 * elapsed
 
     asyncio.run(run())
 
 
-def test_a_template_that_eats_memory(directory: Path) -> None:
+def test_a_template_that_needs_too_much_memory(directory: Path) -> None:
     async def run() -> None:
-        async with _started(directory, memory_limit=2**28) as process:
-            await process.chat(HI)
-            pids = process.pids
+        async with running_pool(directory, memory_limit=2**28) as pool:
+            await pool.chat(HI)
+            pids = pool.pids
             with pytest.raises(RequestError, match=r"^messages: .*\(MemoryError\)"):
-                await process.chat(EAT)
-            assert len(await process.chat(HI)) > 0
-            assert set(pids) <= set(process.pids)  # nothing had to be killed
+                await pool.chat(EAT)
+            assert len(await pool.chat(HI)) > 0
+            assert set(pids) <= set(pool.pids)  # no process was killed
 
     asyncio.run(run())
 
 
-def test_text_that_needs_too_much_memory(directory: Path) -> None:
-    """The library ends its process then: it is told from a crash, and not tried again."""
+def test_a_text_that_needs_too_much_memory(directory: Path) -> None:
+    """The library aborts the process; this is not taken for a crash, and the job is not retried."""
 
     async def run() -> None:
-        async with _started(directory, memory_limit=2**25) as process:
-            with pytest.raises(RequestError, match=r"^prompt: .*more memory"):
-                await process.encode("many words " * 2**18)
-            assert len(await process.encode("few words")) == 10
+        async with running_pool(directory, memory_limit=2**25) as pool:
+            with pytest.raises(RequestError, match=r"^prompt: .*too much memory"):
+                await pool.encode("many words " * 2**18)
+            assert len(await pool.encode("few words")) == 10
 
     asyncio.run(run())
 
 
-def test_a_killed_worker_is_replaced(directory: Path) -> None:
+def test_a_killed_process_is_replaced(directory: Path) -> None:
     async def run() -> None:
-        async with _started(directory) as process:
-            expected = await process.chat(HI)
-            await _until(lambda: len(process.pids) == 2)
-            for pid in (killed := process.pids):
+        async with running_pool(directory) as pool:
+            expected = await pool.chat(HI)
+            await wait_until(lambda: len(pool.pids) == 2)
+            for pid in (killed := pool.pids):
                 os.kill(pid, signal.SIGKILL)
-            assert await process.chat(HI) == expected
-            await _until(lambda: len(process.pids) == 2)
-            assert not set(killed) & set(process.pids)
-            assert not any(map(_runs, killed))
+            assert await pool.chat(HI) == expected
+            await wait_until(lambda: len(pool.pids) == 2)
+            assert not set(killed) & set(pool.pids)
+            assert not any(map(is_running, killed))
 
     asyncio.run(run())
 
 
-def test_a_job_whose_worker_is_killed_is_tried_once_more(directory: Path) -> None:
+def test_a_job_whose_process_is_killed_is_retried_once(directory: Path) -> None:
     async def run() -> None:
-        async with _started(directory, workers=1, time_limit=60) as process:
-            job = asyncio.create_task(process.chat(LOOP))
+        async with running_pool(directory, workers=1, time_limit=60) as pool:
+            job = asyncio.create_task(pool.chat(LOOP))
             killed: set[int] = set()
             for _ in range(2):
-                await _until(lambda: bool(set(process.pids) - killed))
+                await wait_until(lambda: bool(set(pool.pids) - killed))
                 await asyncio.sleep(0.1)
                 assert not job.done()
-                (pid,) = set(process.pids) - killed
+                (pid,) = set(pool.pids) - killed
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
-            with pytest.raises(TextUnavailable, match="failed 2 times") as error:
+            with pytest.raises(TokenizerUnavailable, match="failed 2 times") as error:
                 await job
             assert error.value.retry_after > 0
-            assert len(await process.chat(HI)) > 0
+            assert len(await pool.chat(HI)) > 0
 
     asyncio.run(run())
 
@@ -259,18 +259,18 @@ def _event_loops() -> list[Any]:
 
 
 @pytest.mark.parametrize("new_loop", _event_loops()[-1:])
-def test_the_loop_goes_on_while_text_is_encoded(directory: Path, new_loop: Any) -> None:
+def test_the_event_loop_runs_while_text_is_encoded(directory: Path, new_loop: Any) -> None:
     async def run() -> None:
-        async with _started(directory, time_limit=60) as process:
+        async with running_pool(directory, time_limit=60) as pool:
             text = "hello wide world " * (2**22 // 17)
-            job = asyncio.create_task(process.encode(text))
+            job = asyncio.create_task(pool.encode(text))
             last, gaps = time.monotonic(), []
             while not job.done():
                 await asyncio.sleep(0.001)
                 gaps.append(time.monotonic() - last)
                 last += gaps[-1]
             assert len(job.result()) == len(text) + 1
-            # Copying the ids is one gap; tokenising is several times that.
+            # Copying the ids is one gap; tokenizing is several times that.
             gaps.sort()
             assert sum(gaps[:-3]) > 0.5 * sum(gaps)
             assert gaps[-1] < 1
@@ -280,23 +280,23 @@ def test_the_loop_goes_on_while_text_is_encoded(directory: Path, new_loop: Any) 
         runner.run(run())
 
 
-def test_what_cannot_fit_is_refused_at_once(directory: Path) -> None:
+def test_a_text_that_cannot_fit_the_context_is_refused_at_once(directory: Path) -> None:
     async def run() -> None:
-        async with _started(directory) as process:
+        async with running_pool(directory) as pool:
             most = Tokenizer(directory).max_token_bytes() or 0
             text = "é" * (most * 50)  # twice as many bytes
             with pytest.raises(RequestError) as error:
-                await process.encode(text, param="prediction", max_tokens=99)
+                await pool.encode(text, param="prediction", max_tokens=99)
             assert error.value.param == "prediction"
             assert error.value.message == (
                 f"{len(text.encode())} bytes cannot fit the context of 99 tokens"
             )
-            assert len(await process.encode(text, max_tokens=100)) > 100  # for others to refuse
+            assert len(await pool.encode(text, max_tokens=100)) > 100  # the caller refuses it
             halves = [{"role": "user", "content": text[::2]}] * 2
             with pytest.raises(RequestError, match=r"messages: .*context of 99 tokens"):
-                await process.chat(halves, max_tokens=99)
+                await pool.chat(halves, max_tokens=99)
             with pytest.raises(RequestError, match=r"at most 134217728 are allowed"):
-                await process.encode("x" * (2**27 + 1))
+                await pool.encode("x" * (2**27 + 1))
 
     asyncio.run(run())
 
@@ -311,86 +311,86 @@ def test_what_cannot_fit_is_refused_at_once(directory: Path) -> None:
         (lambda p: p.chat(HI, continue_final_message=True), "continue_final_message"),
     ],
 )
-def test_bad_input_is_named(
-    directory: Path, job: Callable[[TextProcess], Coroutine[Any, Any, Any]], param: str
+def test_errors_name_the_field(
+    directory: Path, job: Callable[[TokenizerPool], Coroutine[Any, Any, Any]], param: str
 ) -> None:
     async def run() -> None:
-        async with _started(directory, workers=1) as process:
+        async with running_pool(directory, workers=1) as pool:
             with pytest.raises(RequestError) as error:
-                await job(process)
+                await job(pool)
             assert error.value.param == param
 
     asyncio.run(run())
 
 
-def test_a_caller_that_leaves(directory: Path) -> None:
-    """Its job is not started if it waits; if it runs, its answer is nobody's."""
+def test_a_cancelled_job_is_not_started(directory: Path) -> None:
+    """A waiting job is not started; the answer to a running one is dropped."""
 
     async def run() -> None:
-        async with _started(directory, workers=1, time_limit=0.5) as process:
-            expected = await process.chat(HI)
-            jobs = [asyncio.create_task(process.chat(LOOP)) for _ in range(20)]
-            last = asyncio.create_task(process.chat(HI))
+        async with running_pool(directory, workers=1, time_limit=0.5) as pool:
+            expected = await pool.chat(HI)
+            jobs = [asyncio.create_task(pool.chat(LOOP)) for _ in range(20)]
+            last = asyncio.create_task(pool.chat(HI))
             await asyncio.sleep(0.1)
             for job in jobs:
                 job.cancel()
             started = time.monotonic()
             assert await last == expected
-            assert time.monotonic() - started < 5  # of the 20 only the first was at work
+            assert time.monotonic() - started < 5  # only the first of the 20 was running
 
     asyncio.run(run())
 
 
-def test_the_queue_has_an_end(directory: Path) -> None:
+def test_the_queue_is_bounded(directory: Path) -> None:
     async def run() -> None:
-        async with _started(directory, workers=1, max_waiting=3, time_limit=0.3) as process:
-            jobs = [asyncio.create_task(process.chat(LOOP)) for _ in range(4)]
+        async with running_pool(directory, workers=1, max_waiting=3, time_limit=0.3) as pool:
+            jobs = [asyncio.create_task(pool.chat(LOOP)) for _ in range(4)]
             await asyncio.sleep(0)
-            with pytest.raises(TextUnavailable, match="too many"):
-                await process.chat(HI)
+            with pytest.raises(TokenizerUnavailable, match="too many"):
+                await pool.chat(HI)
             await asyncio.gather(*jobs, return_exceptions=True)
-            assert len(await process.chat(HI)) > 0
+            assert len(await pool.chat(HI)) > 0
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("new_loop", _event_loops())
-def test_stop_leaves_nothing(directory: Path, new_loop: Any) -> None:
+def test_stop_ends_processes_tasks_and_files(directory: Path, new_loop: Any) -> None:
     async def run() -> None:
-        async with _started(directory):
+        async with running_pool(directory):
             pass  # what the loop itself opens is open now
         num_files = len(os.listdir("/proc/self/fd"))
-        process = TextProcess(directory)
-        await process.start()
-        await _until(lambda: len(process.pids) == 2)
-        pids = process.pids
-        open_jobs = [asyncio.create_task(process.chat(LOOP)) for _ in range(3)]
+        pool = TokenizerPool(directory)
+        await pool.start()
+        await wait_until(lambda: len(pool.pids) == 2)
+        pids = pool.pids
+        open_jobs = [asyncio.create_task(pool.chat(LOOP)) for _ in range(3)]
         await asyncio.sleep(0.1)
-        await process.stop()
-        assert process.pids == []
-        assert not any(map(_runs, pids))
+        await pool.stop()
+        assert pool.pids == []
+        assert not any(map(is_running, pids))
         for job in open_jobs:
-            with pytest.raises(TextUnavailable, match="stopping"):
+            with pytest.raises(TokenizerUnavailable, match="stopping"):
                 await job
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert len(os.listdir("/proc/self/fd")) == num_files
-        with pytest.raises(TextUnavailable, match="not running"):
-            await process.encode("x")
-        await process.stop()
+        with pytest.raises(TokenizerUnavailable, match="not running"):
+            await pool.encode("x")
+        await pool.stop()
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(run())
 
 
-def test_unusable_files_are_reported_by_start(tmp_path: Path) -> None:
+def test_start_raises_for_unusable_files(tmp_path: Path) -> None:
     async def run() -> None:
         num_files = len(os.listdir("/proc/self/fd"))
-        process = TextProcess(tmp_path)
-        with pytest.raises(TextError, match=r"no tokenizer\.json"):
-            await process.start()
+        pool = TokenizerPool(tmp_path)
+        with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+            await pool.start()
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert len(os.listdir("/proc/self/fd")) == num_files
-        await process.stop()
+        await pool.stop()
 
     asyncio.run(run())
 
@@ -401,17 +401,19 @@ def test_unusable_files_are_reported_by_start(tmp_path: Path) -> None:
         ("{% for %}", r"cannot be compiled \(Expected"),
         ("{{ " + "(" * 5000, r"cannot be compiled \(it is nested too deeply\)"),
         (_LOOP, r"too much time or memory to compile.*\(after 0\.5 s\)$"),
-        # A text worker's own memory ends in C, where no exception does.
+        # Running out of memory inside C code raises no exception.
         ("{% set n = 10 ** 4000 %}{{ n ** n ** n }}", r"\(after 0\.5 s\)$"),
     ],
 )
-def test_templates_that_cannot_be_compiled(tmp_path: Path, template: str, message: str) -> None:
+def test_start_raises_for_templates_that_cannot_be_compiled(
+    tmp_path: Path, template: str, message: str
+) -> None:
     write_byte_tokenizer(tmp_path, template)
 
     async def run() -> None:
-        process = TextProcess(tmp_path, compile_limit=0.5)
-        with pytest.raises(TextError, match=message) as error:
-            await process.start()
+        pool = TokenizerPool(tmp_path, compile_limit=0.5)
+        with pytest.raises(TokenizerError, match=message) as error:
+            await pool.start()
         assert str(error.value).startswith(str(tmp_path))
         assert "\n" not in str(error.value)
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -419,43 +421,43 @@ def test_templates_that_cannot_be_compiled(tmp_path: Path, template: str, messag
     asyncio.run(run())
 
 
-def test_a_template_that_eats_memory_before_any_chat(tmp_path: Path) -> None:
-    """Its constants are made when it is rendered; prompts are served all the same."""
+def test_a_template_whose_constants_need_too_much_memory(tmp_path: Path) -> None:
+    """Constants are computed when a chat is rendered, so prompts are served."""
     write_byte_tokenizer(tmp_path, "{% set x = 'x' * 9999999999 %}" + CHATML)
 
     async def run() -> None:
-        async with _started(tmp_path, memory_limit=2**28) as process:
-            assert len(await process.encode("hi")) == 3
+        async with running_pool(tmp_path, memory_limit=2**28) as pool:
+            assert len(await pool.encode("hi")) == 3
             with pytest.raises(RequestError, match=r"^messages: .*\(MemoryError\)"):
-                await process.chat(HI)
+                await pool.chat(HI)
 
     asyncio.run(run())
 
 
-def test_a_start_that_is_cancelled(directory: Path) -> None:
+def test_a_cancelled_start_leaves_no_task(directory: Path) -> None:
     async def run() -> None:
         for delay in (0.0, 0.02, 0.1):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(delay):
-                    await TextProcess(directory).start()
+                    await TokenizerPool(directory).start()
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(run())
 
 
-def test_files_that_are_gone_for_a_while(tmp_path: Path) -> None:
+def test_a_process_starts_again_when_missing_files_return(tmp_path: Path) -> None:
     async def run() -> None:
         file = write_byte_tokenizer(tmp_path, TEMPLATE) / "tokenizer.json"
-        async with _started(tmp_path, workers=1) as process:
-            (pid,) = process.pids
+        async with running_pool(tmp_path, workers=1) as pool:
+            (pid,) = pool.pids
             file.rename(tmp_path / "away")
             os.kill(pid, signal.SIGKILL)
-            await _until(lambda: process.pids == [])
-            with pytest.raises(TextUnavailable, match="cannot be loaded at the moment"):
-                await process.encode("x")
+            await wait_until(lambda: pool.pids == [])
+            with pytest.raises(TokenizerUnavailable, match="cannot be loaded at the moment"):
+                await pool.encode("x")
             (tmp_path / "away").rename(file)
-            await _until(lambda: process.pids != [])
-            assert len(await process.encode("x")) == 2
+            await wait_until(lambda: pool.pids != [])
+            assert len(await pool.encode("x")) == 2
 
     asyncio.run(run())
 
@@ -463,24 +465,24 @@ def test_files_that_are_gone_for_a_while(tmp_path: Path) -> None:
 _PARENT = """
 import asyncio, sys
 from pathlib import Path
-from specserve.process.text_process import TextProcess
+from specserve.process.tokenizer_pool import TokenizerPool
 
 async def run():
-    process = TextProcess(Path(sys.argv[1]), time_limit=1.0)
-    await process.start()
-    while len(process.pids) < 2:
+    pool = TokenizerPool(Path(sys.argv[1]), time_limit=1.0)
+    await pool.start()
+    while len(pool.pids) < 2:
         await asyncio.sleep(0.01)
-    job = asyncio.create_task(process.chat([{"role": "user", "content": "loop"}]))
+    job = asyncio.create_task(pool.chat([{"role": "user", "content": "loop"}]))
     await asyncio.sleep(0.1)
-    print(*process.pids, flush=True)
+    print(*pool.pids, flush=True)
     await job
 
 asyncio.run(run())
 """
 
 
-def test_workers_do_not_outlive_their_parent(directory: Path) -> None:
-    """Not the idle one, and not the one in a loop: its own alarm ends it."""
+def test_processes_do_not_outlive_their_parent(directory: Path) -> None:
+    """Neither the idle one nor the one in a loop, which its own alarm ends."""
     command = [sys.executable, "-c", _PARENT, str(directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -488,19 +490,19 @@ def test_workers_do_not_outlive_their_parent(directory: Path) -> None:
         parent.kill()
     assert len(pids) == 2
     deadline = time.monotonic() + 20
-    while any(map(_runs, pids)):
+    while any(map(is_running, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_a_worker_imports_no_torch() -> None:
-    program = "import sys, specserve.process.text_main; print('torch' in sys.modules)"
+def test_a_process_imports_no_torch() -> None:
+    program = "import sys, specserve.process.tokenizer_main; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert answer.stdout == "False\n", answer.stderr
 
 
-def test_text_without_tokens_harms_no_worker(tmp_path: Path) -> None:
-    """As with a vocabulary of words or pieces in which the one for all others is missing."""
+def test_text_without_tokens_does_not_end_a_process(tmp_path: Path) -> None:
+    """For example with a vocabulary of words that lacks its unknown token."""
     model = models.WordLevel({"known": 0, "word": 1}, unk_token="[UNK]")
     file = TokenizerFile(model)
     file.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -509,8 +511,8 @@ def test_text_without_tokens_harms_no_worker(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
     async def body() -> None:
-        async with _started(tmp_path) as texts:
-            await _until(lambda: len(texts.pids) == 2)
+        async with running_pool(tmp_path) as texts:
+            await wait_until(lambda: len(texts.pids) == 2)
             pids = texts.pids
             for ask, param in (
                 (texts.encode("an unheard word"), "prompt"),

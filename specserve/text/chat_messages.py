@@ -13,7 +13,7 @@ from specserve.types import RequestError
 Message = Mapping[str, object]  # {"role": ..., "content": ...}
 PlainMessage = dict[str, str]  # role, content, and optionally name
 ROLES: Final = ("system", "developer", "user", "assistant")
-WRITTEN: Final = ("content", "name")  # fields of a message that hold user text
+USER_TEXT_FIELDS: Final = ("content", "name")  # fields of a message that hold user text
 MAX_MESSAGES: Final = 2048
 MAX_NAME: Final = 256  # characters
 

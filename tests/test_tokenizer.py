@@ -1,4 +1,4 @@
-"""Text and chats to ids and back: against transformers, and against forged control tokens."""
+"""Text and chats to ids and back, compared with transformers; forged control tokens."""
 
 import re
 import threading
@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 
 from specserve.hub import resolve
 from specserve.text import (
-    TextError,
     Tokenizer,
+    TokenizerError,
     same_vocabulary,
 )
 from specserve.types import RequestError
@@ -74,7 +74,7 @@ def test_round_trips_equal_transformers(smollm: Path, text: str) -> None:
             assert ours.chat(messages, prompt) == expected["input_ids"]
 
 
-def test_a_prompt_begins_as_the_model_expects(make_directory: Make) -> None:
+def test_a_prompt_gets_the_special_tokens_of_the_model(make_directory: Make) -> None:
     tokenizer = Tokenizer(make_directory())
     ids = tokenizer.encode("hi")
     assert ids[0] == BOS
@@ -83,7 +83,7 @@ def test_a_prompt_begins_as_the_model_expects(make_directory: Make) -> None:
     assert tokenizer.decode(ids, skip_special=False) == "<|bos|>hi"
 
 
-def test_spelled_control_tokens_stay_text_unless_allowed(make_directory: Make) -> None:
+def test_control_tokens_in_text_stay_text_unless_allowed(make_directory: Make) -> None:
     tokenizer = Tokenizer(make_directory())
     text = "a<|im_end|>"
     plain = tokenizer.encode(text)
@@ -92,7 +92,7 @@ def test_spelled_control_tokens_stay_text_unless_allowed(make_directory: Make) -
     assert tokenizer.encode(text, allow_special=True)[-1] == END
 
 
-def test_a_chat_is_the_template_with_its_control_tokens(make_directory: Make) -> None:
+def test_a_chat_has_the_control_tokens_of_the_template(make_directory: Make) -> None:
     tokenizer = Tokenizer(make_directory())
     ids = tokenizer.chat(_user("hi"))
     assert tokenizer.decode(ids, skip_special=False) == (
@@ -126,7 +126,7 @@ def test_a_control_token_cannot_be_completed_by_the_template(make_directory: Mak
 
 @pytest.mark.parametrize("expression", ["m.content | replace('#', '')", "m.content.split('#')[-1]"])
 def test_a_template_that_rewrites_contents(make_directory: Make, expression: str) -> None:
-    """Contents cannot be located then: plain ones go through, forged ones are refused."""
+    """Contents cannot be located then: plain ones are accepted, forged ones refused."""
     tokenizer = Tokenizer(make_directory(CHATML.replace("m.content", expression)))
     ids = tokenizer.chat(_user("a#b"))
     assert [i for i in ids if i >= BOS] == [START, END, START]
@@ -134,7 +134,7 @@ def test_a_template_that_rewrites_contents(make_directory: Make, expression: str
         tokenizer.chat([*_user("fine"), *_user("a#b<|im_end|>")])
 
 
-def test_space_that_a_control_token_swallows(make_directory: Make) -> None:
+def test_a_control_token_that_absorbs_space(make_directory: Make) -> None:
     directory = make_directory()
     file = TokenizerFile.from_file(str(directory / "tokenizer.json"))
     file.add_special_tokens([AddedToken("<|im_end|>", special=True, rstrip=True)])
@@ -179,14 +179,14 @@ def test_space_that_a_control_token_swallows(make_directory: Make) -> None:
         (_user("x") * 10**5, "messages"),
     ],
 )
-def test_bad_messages_are_named(make_directory: Make, messages: Any, param: str) -> None:
+def test_errors_name_the_bad_message(make_directory: Make, messages: Any, param: str) -> None:
     with pytest.raises(RequestError) as error:
         Tokenizer(make_directory()).chat(messages)
     assert error.value.param == param
     assert len(str(error.value)) < 200
 
 
-def test_what_is_not_supported_is_said(make_directory: Make) -> None:
+def test_unsupported_features_are_named(make_directory: Make) -> None:
     tokenizer = Tokenizer(make_directory())
     with pytest.raises(RequestError, match="'image_url' is not supported by this model"):
         tokenizer.chat([{"role": "user", "content": [IMAGE]}])
@@ -194,7 +194,7 @@ def test_what_is_not_supported_is_said(make_directory: Make) -> None:
         tokenizer.chat([{"role": "tool", "content": "5", "tool_call_id": "1"}])
 
 
-def test_an_answer_can_be_sent_back_as_it_came(make_directory: Make) -> None:
+def test_an_assistant_message_can_be_sent_back(make_directory: Make) -> None:
     """With every field that openai-python's model_dump() writes."""
     tokenizer = Tokenizer(make_directory())
     empty = ("refusal", "annotations", "audio", "function_call", "tool_calls")
@@ -205,7 +205,7 @@ def test_an_answer_can_be_sent_back_as_it_came(make_directory: Make) -> None:
     assert tokenizer.chat([*_user("a"), listed, *_user("c")]) == tokenizer.chat(plain)
 
 
-def test_text_parts_follow_one_another(make_directory: Make) -> None:
+def test_text_parts_are_concatenated(make_directory: Make) -> None:
     tokenizer = Tokenizer(make_directory())
     parts = [{"role": "user", "content": _parts("a<|im_", "end|>", "")}]
     assert tokenizer.chat(parts) == tokenizer.chat(_user("a<|im_end|>"))
@@ -246,7 +246,7 @@ def test_a_continued_message_that_the_template_strips(make_directory: Make) -> N
     assert tokenizer.decode(ids).endswith("assistant\nSo")
 
 
-def test_what_cannot_be_continued(make_directory: Make) -> None:
+def test_messages_that_cannot_be_continued(make_directory: Make) -> None:
     answer = {"role": "assistant", "content": "x"}
     tokenizer = Tokenizer(make_directory())
     with pytest.raises(RequestError, match="continue_final_message: contradicts add_generation"):
@@ -258,8 +258,8 @@ def test_what_cannot_be_continued(make_directory: Make) -> None:
         rewriting.chat([answer], False, continue_final_message=True)
 
 
-def test_many_messages_that_spell_control_tokens(make_directory: Make) -> None:
-    """Work grows with the text, not with its square."""
+def test_many_messages_with_control_tokens(make_directory: Make) -> None:
+    """Time grows linearly with the text."""
     tokenizer = Tokenizer(make_directory())
     started = time.perf_counter()
     ids = tokenizer.chat(_user("<|im_end|>" * 100) * 2048)
@@ -272,7 +272,7 @@ def test_a_lone_surrogate_in_a_prompt(make_directory: Make) -> None:
         Tokenizer(make_directory()).encode("ab\udfff")
 
 
-def test_templates_have_what_transformers_gives_them(make_directory: Make) -> None:
+def test_templates_get_the_variables_and_filters_of_transformers(make_directory: Make) -> None:
     template = (
         "{{ bos_token }}{{ strftime_now('%Y') | length }}{{ {'é': [1]} | tojson }}"
         "{% for i in range(9) %}\n{% if i == messages | length %}{% break %}{% endif %}\n"
@@ -293,12 +293,12 @@ def test_templates_have_what_transformers_gives_them(make_directory: Make) -> No
         "{{ messages.append(1) }}",
     ],
 )
-def test_a_template_that_refuses_or_misbehaves(make_directory: Make, template: str) -> None:
+def test_a_template_that_raises_or_misbehaves(make_directory: Make, template: str) -> None:
     with pytest.raises(RequestError, match="messages: the model's chat template cannot render"):
         Tokenizer(make_directory(template)).chat(_user("x"))
 
 
-def test_where_templates_are_found(make_directory: Make) -> None:
+def test_files_that_hold_a_template(make_directory: Make) -> None:
     said = "{{ messages[0].content }}"
     named = [{"name": "rag", "template": "no"}, {"name": "default", "template": f"list {said}"}]
     directory = make_directory(named)
@@ -335,7 +335,7 @@ def test_unusable_directories(
 ) -> None:
     path = make_directory() / file
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(TextError, match=re.escape(message)) as error:
+    with pytest.raises(TokenizerError, match=re.escape(message)) as error:
         Tokenizer(path.parent).prepare()
     assert str(error.value).startswith(str(path.parent if content is None else path))
 
@@ -353,7 +353,7 @@ def test_the_first_difference_between_vocabularies(make_directory: Make) -> None
 
 
 def _fallback_tokenizer(directory: Path) -> Tokenizer:
-    """SentencePiece's kind: spaces spelled out, bytes where there is no word, composed first."""
+    """SentencePiece-like: spaces as "▁", byte fallback, NFKC normalization."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁ab"]
     merges = [("▁", "a"), ("▁a", "b")]
     file = TokenizerFile(
@@ -373,7 +373,7 @@ def _fallback_tokenizer(directory: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def bounded(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, int]]:
-    """Tokenizers of both kinds, and how many bytes their longest token stands for."""
+    """Tokenizers of both kinds, and their `max_token_bytes`."""
     byte_level = Tokenizer(write_byte_tokenizer(tmp_path_factory.mktemp("bytes")))
     fallback = _fallback_tokenizer(tmp_path_factory.mktemp("fallback"))
     found = [(t, t.max_token_bytes()) for t in (byte_level, fallback)]
@@ -381,14 +381,14 @@ def bounded(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Tokenizer, i
 
 
 @given(text=st.text() | st.text(" ab<|im_end>\u1100\u1161\u11a8\U0001d42e\u0308\u0304"))
-def test_no_token_stands_for_more_bytes(bounded: list[tuple[Tokenizer, int]], text: str) -> None:
+def test_max_token_bytes_is_a_bound(bounded: list[tuple[Tokenizer, int]], text: str) -> None:
     assert len(bounded) == 2
     for tokenizer, most in bounded:
         assert len(text.encode()) <= most * len(tokenizer.encode(text))
 
 
-def test_tokens_without_a_longest(tmp_path: Path) -> None:
-    """An unknown word is one token, however long."""
+def test_max_token_bytes_is_none_without_a_bound(tmp_path: Path) -> None:
+    """An unknown word is one token of any length."""
     write_tiny_tokenizer(tmp_path, ["unknown", "word"])
     assert Tokenizer(tmp_path).max_token_bytes() is None
 

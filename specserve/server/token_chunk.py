@@ -11,8 +11,8 @@ from specserve.types import FinishReason, StepOutput, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
-class Bundle:
-    """A token chunk: consecutive tokens of one sequence that are sent in one event."""
+class TokenChunk:
+    """Consecutive tokens of one sequence that are sent in one event."""
 
     ids: tuple[int, ...]
     drafter_ids: tuple[int, ...]
@@ -21,7 +21,7 @@ class Bundle:
     stop_reason: str | int | None = None
 
 
-class Bundler:
+class TokenChunker:
     """Splits a sequence's outputs into token chunks of `size` tokens; the last may be smaller.
 
     With `size` 0, a chunk holds what one forward pass emitted.
@@ -29,27 +29,27 @@ class Bundler:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._held = Bundle((), (), ())
+        self._rest = TokenChunk((), (), ())
 
-    def feed(self, output: StepOutput) -> Iterator[Bundle]:
-        held = Bundle(
-            self._held.ids + output.new_ids,
-            self._held.drafter_ids + output.drafter_ids,
-            self._held.logprobs + output.logprobs,
+    def feed(self, output: StepOutput) -> Iterator[TokenChunk]:
+        rest = TokenChunk(
+            self._rest.ids + output.new_ids,
+            self._rest.drafter_ids + output.drafter_ids,
+            self._rest.logprobs + output.logprobs,
             output.finish,
             output.stop_reason,
         )
-        while self._size and len(held.ids) > self._size:
-            cut = self._size
-            yield Bundle(held.ids[:cut], held.drafter_ids[:cut], held.logprobs[:cut])
-            held = Bundle(
-                held.ids[cut:],
-                held.drafter_ids[cut:],
-                held.logprobs[cut:],
-                held.finish,
-                held.stop_reason,
+        size = self._size
+        while size and len(rest.ids) > size:
+            yield TokenChunk(rest.ids[:size], rest.drafter_ids[:size], rest.logprobs[:size])
+            rest = TokenChunk(
+                rest.ids[size:],
+                rest.drafter_ids[size:],
+                rest.logprobs[size:],
+                rest.finish,
+                rest.stop_reason,
             )
-        if held.finish is not None or len(held.ids) >= max(self._size, 1):
-            yield held
-            held = Bundle((), (), ())
-        self._held = held
+        if rest.finish is not None or len(rest.ids) >= max(size, 1):
+            yield rest
+            rest = TokenChunk((), (), ())
+        self._rest = rest

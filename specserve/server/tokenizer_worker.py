@@ -1,8 +1,8 @@
-"""The server's tokenizer process: `process.text_main` plus handlers for request bodies.
+"""The server's tokenizer process: `process.tokenizer_main` plus handlers for request bodies.
 
 Decoding 8 MB of JSON, or encoding a million tokens, can take seconds, during which the event loop
 would be blocked. Here it has a time limit and a memory limit, and occupies one process only.
-Run as `python -m specserve.server.text_worker FD`.
+Run as `python -m specserve.server.tokenizer_worker FD`.
 """
 
 import sys
@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from specserve.engine.limits import Limits
-from specserve.process.text_main import Handler, main
+from specserve.process.tokenizer_main import Handler, main
 from specserve.server.parse import decode
 from specserve.server.protocol.chat import ChatRequest
 from specserve.server.protocol.completions import CompletionRequest
@@ -25,11 +25,11 @@ from specserve.server.protocol.others import (
     TokenizeResponse,
 )
 from specserve.text import Tokenizer
-from specserve.text.messages import read_messages
+from specserve.text.chat_messages import read_messages
 from specserve.text.token_bytes import TokenBytes
 from specserve.types import RequestError
 
-MODULE: Final = "specserve.server.text_worker"
+MODULE: Final = "specserve.server.tokenizer_worker"
 MAX_TOKENS: Final = 2**20  # token ids in one request or answer: 8 MB of JSON
 
 
@@ -40,27 +40,21 @@ class Answer(Struct, frozen=True):
     body: bytes
 
 
-def read_completion(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
+def read_completion(body: bytes, limits: Limits) -> bytes:
     """Decode a `CompletionRequest` and re-encode it as msgpack.
 
     Raises RequestError, also if a prompt of token ids exceeds the context.
     """
     request = decode(body, CompletionRequest)
     request.check()
-    num_tokens = 0
-    for prompt in request.prompts():
-        if isinstance(prompt, tuple):
-            num_tokens += len(prompt)
-            if len(prompt) > limits.max_model_len:
-                raise RequestError(
-                    "prompt",
-                    f"{len(prompt)} tokens do not fit the context of {limits.max_model_len}",
-                )
-    _check_count("prompt", num_tokens)
+    prompts = [prompt for prompt in request.prompts() if isinstance(prompt, tuple)]
+    for prompt in prompts:  # here, because the event loop should not decode what it must refuse
+        limits.check_prompt_len(len(prompt))
+    _check_count("prompt", sum(map(len, prompts)))
     return msgspec.msgpack.encode(request)
 
 
-def read_chat(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
+def read_chat(body: bytes) -> bytes:
     """Decode a `ChatRequest` and re-encode it as msgpack, its messages in plain form.
 
     Raises RequestError.
@@ -106,14 +100,16 @@ def detokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
 
 
 HANDLERS: Final[dict[str, Handler]] = {
-    handler.__name__: handler
-    for handler in (read_completion, read_chat, tokenize_body, detokenize_body)
+    read_completion.__name__: lambda tokenizer, body, limits: read_completion(body, limits),
+    read_chat.__name__: lambda tokenizer, body, limits: read_chat(body),
+    tokenize_body.__name__: tokenize_body,
+    detokenize_body.__name__: detokenize_body,
 }
 
 
 def _check_count(name: str, num_tokens: int) -> None:
     if num_tokens > MAX_TOKENS:
-        raise RequestError(name, f"{num_tokens} tokens; one request may have {MAX_TOKENS}")
+        raise RequestError(name, f"{num_tokens} tokens given; at most {MAX_TOKENS} are allowed")
 
 
 def _names(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, ...]:

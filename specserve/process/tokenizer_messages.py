@@ -8,7 +8,7 @@ or `Refused` per job.
 from msgspec import Struct
 
 from specserve.engine.limits import Limits
-from specserve.text.messages import PlainMessage
+from specserve.text.chat_messages import PlainMessage
 
 
 class Setup(Struct, frozen=True, tag=True):
@@ -57,7 +57,7 @@ class Ready(Struct, frozen=True, tag=True):
 
 
 class Failed(Struct, frozen=True, tag=True):
-    """The model directory has no usable tokenizer (`TextError`)."""
+    """The model directory has no usable tokenizer (`TokenizerError`)."""
 
     error: str
 
@@ -79,6 +79,6 @@ class Refused(Struct, frozen=True, tag=True):
     message: str
 
 
-Job = Encode | Chat | Call
-ToText = Setup | Job
-FromText = Stage | Ready | Failed | Ids | Result | Refused
+TokenizerJob = Encode | Chat | Call
+ToTokenizer = Setup | TokenizerJob
+FromTokenizer = Stage | Ready | Failed | Ids | Result | Refused

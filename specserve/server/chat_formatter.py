@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET
 
-from specserve.server.generation import Piece
+from specserve.server.generation import TextDelta
 from specserve.server.protocol.chat import (
     ChatChoice,
     ChatChunk,
@@ -23,7 +23,7 @@ from specserve.text.token_bytes import TokenBytes
 from specserve.types import TokenLogprobs
 
 
-class ChatFormat:
+class ChatFormatter:
     """Formats the answer to one request."""
 
     def __init__(
@@ -38,7 +38,7 @@ class ChatFormat:
         self._prompt = prompt if request.return_token_ids else UNSET
         self._token_bytes = token_bytes
 
-    def opening(self) -> list[ChatChunk]:
+    def first_chunks(self) -> list[ChatChunk]:
         """The chunks that open a stream: the role of every choice, before its first delta."""
         delta = ChatDelta("assistant", "")
         choices = [
@@ -48,29 +48,29 @@ class ChatFormat:
         chunks[0] = msgspec.structs.replace(chunks[0], prompt_token_ids=self._prompt)
         return chunks
 
-    def chunk(self, piece: Piece) -> ChatChunk | None:
+    def delta_chunk(self, delta: TextDelta) -> ChatChunk | None:
         """The chunk for one text delta, or None if the delta has nothing to send."""
-        bundle = piece.bundle
-        shows = self._request.return_token_ids or self._request.return_drafter_ids
-        if not (piece.text or bundle.finish or piece.logprobs or (shows and bundle.ids)):
+        tokens = delta.tokens
+        shows_tokens = self._request.return_token_ids or self._request.return_drafter_ids
+        if not (delta.text or tokens.finish or delta.logprobs or (shows_tokens and tokens.ids)):
             return None
         choice = ChatChunkChoice(
-            index=piece.choice,
-            delta=ChatDelta(content=piece.text) if piece.text else ChatDelta(),
-            logprobs=self._logprobs(piece.logprobs) if piece.logprobs else None,
-            finish_reason=bundle.finish,
-            stop_reason=bundle.stop_reason if bundle.finish else UNSET,
-            token_ids=bundle.ids if self._request.return_token_ids else UNSET,
-            drafter_ids=bundle.drafter_ids if self._request.return_drafter_ids else UNSET,
+            index=delta.choice,
+            delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
+            logprobs=self._logprobs(delta.logprobs) if delta.logprobs else None,
+            finish_reason=tokens.finish,
+            stop_reason=tokens.stop_reason if tokens.finish else UNSET,
+            token_ids=tokens.ids if self._request.return_token_ids else UNSET,
+            drafter_ids=tokens.drafter_ids if self._request.return_drafter_ids else UNSET,
         )
         return self._chunk((choice,))
 
-    def closing(self) -> ChatChunk:
+    def usage_chunk(self) -> ChatChunk:
         """The last chunk, without choices; it carries the usage."""
         return self._chunk(())
 
     def response(
-        self, choices: Sequence[Sequence[Piece]], usage: Usage, metrics: Metrics
+        self, choices: Sequence[Sequence[TextDelta]], usage: Usage, metrics: Metrics
     ) -> ChatCompletion:
         return ChatCompletion(
             id=self._answer.id,
@@ -82,20 +82,20 @@ class ChatFormat:
             prompt_token_ids=self._prompt,
         )
 
-    def _choice(self, pieces: Sequence[Piece]) -> ChatChoice:
-        last = pieces[-1].bundle
+    def _choice(self, deltas: Sequence[TextDelta]) -> ChatChoice:
+        last = deltas[-1].tokens
         assert last.finish is not None
         logprobs = None
         if self._request.logprobs:
-            logprobs = self._logprobs([entry for piece in pieces for entry in piece.logprobs])
+            logprobs = self._logprobs([entry for delta in deltas for entry in delta.logprobs])
         return ChatChoice(
-            index=pieces[-1].choice,
-            message=ChatMessage("".join(piece.text for piece in pieces)),
+            index=deltas[-1].choice,
+            message=ChatMessage("".join(delta.text for delta in deltas)),
             logprobs=logprobs,
             finish_reason=last.finish,
             stop_reason=last.stop_reason,
-            token_ids=token_ids(pieces) if self._request.return_token_ids else UNSET,
-            drafter_ids=drafter_ids(pieces) if self._request.return_drafter_ids else UNSET,
+            token_ids=token_ids(deltas) if self._request.return_token_ids else UNSET,
+            drafter_ids=drafter_ids(deltas) if self._request.return_drafter_ids else UNSET,
         )
 
     def _chunk(self, choices: tuple[ChatChunkChoice, ...]) -> ChatChunk:
@@ -105,18 +105,18 @@ class ChatFormat:
         return ChatLogprobs(tuple(map(self._token_logprob, entries)))
 
     def _token_logprob(self, entry: TokenLogprobs) -> TokenLogprob:
-        spelled, num_top = self._token_bytes, self._request.top_logprobs or 0
+        names, num_top = self._token_bytes, self._request.top_logprobs or 0
         top = tuple(
-            TopLogprob(spelled.text(token), logprob, tuple(spelled.bytes(token)))
+            TopLogprob(names.text(token), logprob, tuple(names.bytes(token)))
             for token, logprob in entry.top[:num_top]
         )
         token = entry.token_id
-        return TokenLogprob(spelled.text(token), entry.logprob, tuple(spelled.bytes(token)), top)
+        return TokenLogprob(names.text(token), entry.logprob, tuple(names.bytes(token)), top)
 
 
-def token_ids(pieces: Sequence[Piece]) -> tuple[int, ...]:
-    return tuple(token for piece in pieces for token in piece.bundle.ids)
+def token_ids(deltas: Sequence[TextDelta]) -> tuple[int, ...]:
+    return tuple(token for delta in deltas for token in delta.tokens.ids)
 
 
-def drafter_ids(pieces: Sequence[Piece]) -> tuple[int, ...]:
-    return tuple(drafter_id for piece in pieces for drafter_id in piece.bundle.drafter_ids)
+def drafter_ids(deltas: Sequence[TextDelta]) -> tuple[int, ...]:
+    return tuple(drafter_id for delta in deltas for drafter_id in delta.tokens.drafter_ids)

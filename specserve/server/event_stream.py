@@ -61,7 +61,9 @@ def padding(message: msgspec.Struct) -> str:
     return secrets.token_hex(_PAD_TO)[: -len(_encoder.encode(message)) % _PAD_TO]
 
 
-async def with_pauses(source: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None, None]:
+async def with_heartbeats(
+    source: AsyncIterator[T], seconds: float
+) -> AsyncGenerator[T | None, None]:
     """The items of `source`, and None whenever none arrives for `seconds`."""
     pending: asyncio.Task[T] | None = None
     try:

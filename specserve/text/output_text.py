@@ -3,7 +3,8 @@
 from collections import deque
 from collections.abc import Sequence
 
-from specserve.text.stream import IncrementalDecoder, StopChecker
+from specserve.text.incremental_decoder import IncrementalDecoder
+from specserve.text.stop_checker import StopChecker
 from specserve.text.tokenizer import Tokenizer
 
 
@@ -29,10 +30,10 @@ class OutputText:
         self._checker = StopChecker(stops)
         self._skip_special = skip_special
         self._keep_stop = keep_stop
-        self._holds_back = bool(stops) and not keep_stop
+        self._hides_stop = bool(stops) and not keep_stop
         self._num_shown = 0
         self._offsets: deque[int] = deque()  # per id, the offset in `text` where its text begins
-        self._last = False
+        self._is_last = False
 
     def feed(
         self,
@@ -48,12 +49,12 @@ class OutputText:
         at which the text ends. `end_token`: the last id is the end token that ended the answer; it
         is hidden if control tokens are, even if it is not one of them.
         """
-        self._last = last
+        self._is_last = last
         shown = ids[:-1] if end_token and self._skip_special else ids
         num_seen = num_before = len(self.text)
         for index in shown:
             num_before = len(self.text)
-            self._offsets.append(num_before + self._decoder.num_given_up(index))
+            self._offsets.append(num_before + self._decoder.num_replacements_before(index))
             self.text += self._decoder.feed((index,))
         self._offsets += [len(self.text)] * (len(ids) - len(shown))
         if last:
@@ -62,21 +63,21 @@ class OutputText:
                 # The last token completed it; min_tokens may have let an earlier one pass.
                 start = self.text.index(stop_reason, max(0, num_before - len(stop_reason) + 1))
                 self.text = self.text[: start + len(stop_reason) * self._keep_stop]
-        safe = len(self.text)
-        if self._holds_back and not last:
+        end = len(self.text)
+        if self._hides_stop and not last:
             self._checker.feed(self.text[num_seen:])
-            safe -= self._checker.num_held
-        piece = self.text[self._num_shown : safe]
-        self._num_shown = max(self._num_shown, safe)
-        return piece
+            end -= self._checker.num_held
+        delta = self.text[self._num_shown : end]
+        self._num_shown = max(self._num_shown, end)
+        return delta
 
-    def take_offsets(self) -> list[int]:
+    def pop_final_offsets(self) -> list[int]:
         """The offsets in `text` of the next ids, in characters; each id is reported once.
 
         The offset of an id is withheld until all text before it has been returned, because a stop
         string may still remove the rest.
         """
-        settled = []
-        while self._offsets and (self._last or self._offsets[0] <= self._num_shown):
-            settled.append(min(self._offsets.popleft(), self._num_shown))
-        return settled
+        final = []
+        while self._offsets and (self._is_last or self._offsets[0] <= self._num_shown):
+            final.append(min(self._offsets.popleft(), self._num_shown))
+        return final

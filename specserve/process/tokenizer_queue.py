@@ -1,0 +1,130 @@
+"""The queue of the tokenizer pool: the order of jobs, and the processes each kind may occupy."""
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Final
+
+from specserve.fair_share import ServiceCounters, room
+from specserve.process.tokenizer_messages import Ids, Result, TokenizerJob
+
+_LONG_JOB: Final = 2**16  # bytes from which a job is long: other jobs should not wait for it
+_MIN_CHARGE: Final = 2**10  # bytes; the least that a job is charged
+
+
+@dataclass(eq=False, slots=True)
+class PendingJob:
+    """A job, its size in bytes, and the future for its answer, which may be cancelled."""
+
+    job: TokenizerJob
+    tenant: str
+    num_bytes: int
+    answer: "asyncio.Future[Ids | Result]"
+    num_attempts: int = 0  # that ended their process
+
+    @property
+    def long(self) -> bool:
+        return self.num_bytes >= _LONG_JOB
+
+    def succeed(self, answer: Ids | Result) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """The waiting jobs of one tenant: short and long ones, each in order of arrival."""
+
+    short: deque[PendingJob] = field(default_factory=deque)
+    long: deque[PendingJob] = field(default_factory=deque)
+
+    def __len__(self) -> int:
+        return len(self.short) + len(self.long)
+
+    def queue_of(self, pending: PendingJob) -> deque[PendingJob]:
+        return self.long if pending.long else self.short
+
+
+class TokenizerQueue:
+    """Selects the next job: the tenant with the fewest bytes served so far, short jobs first.
+
+    With several processes, long jobs never occupy all of them, and if the queue is `shared` by
+    several tenants, neither do the jobs of one tenant. At most `max_jobs` jobs wait or run; if
+    `shared`, one tenant may have only as many as it leaves free.
+    """
+
+    def __init__(self, max_jobs: int, num_workers: int, *, shared: bool) -> None:
+        self._max_jobs = max_jobs
+        self._max_workers = max(1, num_workers - 1)  # processes for long jobs, or for one tenant
+        self._shared = shared
+        self._num_long = 0  # running long jobs
+        self._running: Counter[str] = Counter()  # running jobs by tenant
+        self._num_waiting = 0
+        self._tenants: dict[str, _Waiting] = {}  # those with waiting jobs
+        self._service = ServiceCounters()
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def has_room(self, tenant: str) -> bool:
+        held = self._num_waiting + self._running.total()
+        own = len(self._tenants.get(tenant, ())) + self._running[tenant]
+        return room(self._max_jobs, held, own, shared=self._shared) > 0
+
+    def put(self, pending: PendingJob) -> None:
+        if pending.tenant not in self._tenants:
+            self._service.join(pending.tenant, self._tenants)
+            self._tenants[pending.tenant] = _Waiting()
+        self._tenants[pending.tenant].queue_of(pending).append(pending)
+        self._num_waiting += 1
+        self._changed.set()
+
+    async def get(self) -> PendingJob:
+        """Wait for a job that may start and remove it. Call `done` when the job is over."""
+        while (pending := self._next()) is None:
+            self._changed.clear()
+            await self._changed.wait()
+        self._remove(pending)
+        self._service.take(
+            pending.tenant, max(pending.num_bytes, _MIN_CHARGE), waiting=self._num_waiting > 0
+        )
+        self._service.forget(self._tenants)
+        self._num_long += pending.long
+        self._running[pending.tenant] += 1
+        return pending
+
+    def done(self, pending: PendingJob) -> None:
+        """A job that `get` returned is over."""
+        self._num_long -= pending.long
+        self._running[pending.tenant] -= 1
+        self._running += Counter()  # drops zeros
+        self._changed.set()
+
+    def discard(self, pending: PendingJob) -> None:
+        """Remove a job if it still waits."""
+        waiting = self._tenants.get(pending.tenant)
+        if waiting is not None and pending in waiting.queue_of(pending):
+            self._remove(pending)
+
+    def _next(self) -> PendingJob | None:
+        first_jobs = {}
+        for tenant, waiting in self._tenants.items():
+            if self._shared and self._running[tenant] >= self._max_workers:
+                continue
+            if waiting.short:
+                first_jobs[tenant] = waiting.short[0]
+            elif self._num_long < self._max_workers:
+                first_jobs[tenant] = waiting.long[0]
+        return first_jobs[min(first_jobs, key=self._service.served)] if first_jobs else None
+
+    def _remove(self, pending: PendingJob) -> None:
+        waiting = self._tenants[pending.tenant]
+        waiting.queue_of(pending).remove(pending)
+        self._num_waiting -= 1
+        if not waiting:
+            del self._tenants[pending.tenant]

@@ -1,0 +1,63 @@
+"""Reads the body of a request and decodes it, a long one in a tokenizer process."""
+
+import re
+from typing import Final, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from specserve.config import parse_bytes
+from specserve.server.auth import principal
+from specserve.server.connections import read_body
+from specserve.server.held_bodies import BODY
+from specserve.server.parse import decode
+from specserve.server.protocol.fields import GenerationFields
+from specserve.server.routes.deadline import within_deadline
+from specserve.server.service import SERVICE
+
+# Bytes; a longer body is decoded by a tokenizer process. Decoding this many in the event loop takes
+# 10 ms if every byte is a JSON value.
+_MAX_INLINE_BODY: Final = 2**15
+
+_TIMEOUT: Final = re.compile(rb'"request_timeout"\s*:\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)[\s,}]')
+
+T = TypeVar("T", bound=GenerationFields)
+
+
+async def read_request(request: web.Request, request_type: type[T], handler: str) -> T:
+    """Read and decode the body. Raises what `call_tokenizer_process` raises.
+
+    A body over `_MAX_INLINE_BODY` bytes is decoded by the function `handler` of a tokenizer
+    process, because it would block the event loop.
+    """
+    body = await read_bytes(request)
+    if len(body) <= _MAX_INLINE_BODY:
+        fields = decode(body, request_type)
+        fields.check()
+        return fields
+    data = await call_tokenizer_process(request, handler, body)
+    return msgspec.msgpack.decode(data, type=request_type)
+
+
+async def read_bytes(request: web.Request) -> bytes:
+    """Read the body, within the configured limits. Raises APIError."""
+    config = request.app[SERVICE].config.server
+    limit = parse_bytes("max_body_bytes", config.max_body_bytes)
+    return await read_body(request, limit, config.body_timeout, request[BODY].take)
+
+
+async def call_tokenizer_process(request: web.Request, handler: str, body: bytes) -> bytes:
+    """Run the function `handler` of a tokenizer process on the body; returns its result.
+
+    Raises APIError, RequestError, TokenizerUnavailable or DeadlineExceeded.
+    """
+    service = request.app[SERVICE]
+    limits, tenant = service.engine_info().limits, principal(request).name
+    async with within_deadline(request, _find_timeout(body)):
+        return await service.tokenizer_pool.call(handler, body, limits, tenant=tenant)
+
+
+def _find_timeout(body: bytes) -> float | None:
+    """The `request_timeout` of a body that is not decoded yet; decoding may have to wait, too."""
+    found = _TIMEOUT.match(body, max(0, body.rfind(b'"request_timeout"')))
+    return float(found[1]) if found else None
