@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from specserve.cache.storage import KVStorage
-from specserve.drafting.base import DraftContext
-from specserve.drafting.registry import create_drafter
 from specserve.models.shape import ModelShape
 from specserve.sampling import Sampler
+from specserve.speculation.drafter import DraftContext
+from specserve.speculation.registry import create_drafter
 from specserve_drafts.eagle import EagleDrafter
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
 from specserve_drafts.packed_head import PackedHead

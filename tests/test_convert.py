@@ -21,8 +21,8 @@ from torch import Tensor
 from specserve.cli import convert as convert_command
 from specserve.cli import main
 from specserve.cli.convert import ConvertError, convert
-from specserve.drafting.base import DraftError
-from specserve.drafting.registry import create_drafter
+from specserve.speculation.drafter import DraftError
+from specserve.speculation.registry import create_drafter
 
 CHILD = Path(convert_command.__file__).with_name("convert_child.py")
 

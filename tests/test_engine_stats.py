@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import EngineFactory, ids, run
 
-from specserve.drafting.counts import DrafterCounts
-from specserve.drafting.failures import MAX_FAILURES
 from specserve.engine.engine import Engine
 from specserve.models.fields import ModelError
 from specserve.runner.warmup import warmup_rounds
+from specserve.speculation.counts import DrafterCounts
+from specserve.speculation.failures import MAX_FAILURES
 from specserve.step import VerifyResult
 from specserve.tree import PREDICTION_ID, build_tree, chain_tree
 from specserve.types import Request, RequestError, SamplingParams, SpeculationParams

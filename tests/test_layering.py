@@ -41,9 +41,9 @@ LEVELS: list[list[str]] = [
         "specserve.sampling",
     ],
     [
-        "specserve.drafting.base",
-        "specserve.drafting.lookup",
-        "specserve.drafting.prediction",
+        "specserve.speculation.drafter",
+        "specserve.speculation.lookup",
+        "specserve.speculation.prediction",
         "specserve.batch",
         "specserve.models",
     ],
@@ -51,12 +51,16 @@ LEVELS: list[list[str]] = [
         "specserve.schedule",
         "specserve.verify",
         "specserve.runner",
-        "specserve.drafting.registry",
-        "specserve.drafting.compose",
-        "specserve.drafting.failures",
-        "specserve.drafting.counts",
-        "specserve.drafting.worth",
-        "specserve.drafting.calibration",
+        "specserve.speculation.registry",
+        "specserve.speculation.compose",
+        "specserve.speculation.failures",
+        "specserve.speculation.counts",
+        "specserve.speculation.drafter_gate",
+        "specserve.speculation.calibration",
+        "specserve.speculation.controller",
+        "specserve.speculation.cost_model",
+        "specserve.speculation.node_selection",
+        "specserve.speculation.policy",
         "specserve_drafts",
     ],
     ["specserve.engine"],
@@ -79,14 +83,14 @@ WITHIN_A_LEVEL = {
     ("specserve.text", "specserve.types"),
     ("specserve.hub", "specserve.text"),
     ("specserve.step", "specserve.sequence"),
-    ("specserve.drafting.base", "specserve.batch"),
-    ("specserve.drafting.prediction", "specserve.drafting.lookup"),
-    ("specserve.drafting.compose", "specserve.drafting.worth"),
+    ("specserve.speculation.drafter", "specserve.batch"),
+    ("specserve.speculation.prediction", "specserve.speculation.lookup"),
+    ("specserve.speculation.compose", "specserve.speculation.drafter_gate"),
     ("specserve.models", "specserve.batch"),
-    ("specserve.drafting.compose", "specserve.drafting.counts"),
-    ("specserve.drafting.compose", "specserve.drafting.failures"),
-    ("specserve.drafting.registry", "specserve.drafting.failures"),
-    ("specserve.drafting.compose", "specserve.drafting.calibration"),
+    ("specserve.speculation.compose", "specserve.speculation.counts"),
+    ("specserve.speculation.compose", "specserve.speculation.failures"),
+    ("specserve.speculation.registry", "specserve.speculation.failures"),
+    ("specserve.speculation.compose", "specserve.speculation.calibration"),
     ("specserve", "specserve.llm"),
     ("specserve", "specserve.client"),
     ("specserve.server", "specserve"),
@@ -118,8 +122,8 @@ DRAFTS_MAY_USE = {
     "specserve.sequence",
     "specserve.step",
     "specserve.sampling",
-    "specserve.drafting.base",
-    "specserve.drafting.lookup",
+    "specserve.speculation.drafter",
+    "specserve.speculation.lookup",
     "specserve.batch",
     "specserve.models",
 }
@@ -142,8 +146,12 @@ WITHOUT_TORCH = {
     "specserve.hub",
     "specserve.verify.walk",
     "specserve.verify.stopping",
-    "specserve.drafting.calibration",
-    "specserve.drafting.counts",
+    "specserve.speculation.calibration",
+        "specserve.speculation.controller",
+        "specserve.speculation.cost_model",
+        "specserve.speculation.node_selection",
+        "specserve.speculation.policy",
+    "specserve.speculation.counts",
     "specserve.engine.limits",
     "specserve.engine.metrics",
     "specserve.process.frames",
@@ -261,14 +269,16 @@ def test_every_package_is_seen() -> None:
     assert len(MODULES) > 40
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"specserve.cache", "specserve.drafting"}))
+@pytest.mark.parametrize(
+    "module", sorted(set(MODULES) - {"specserve.cache", "specserve.speculation"})
+)
 def test_imports(module: str) -> None:
     source = MODULES[module].read_text()
     assert import_violations(module, source, set(MODULES)) == []
     assert unsafe_calls(module, source) == []
 
 
-@pytest.mark.parametrize("package", ["specserve.cache", "specserve.drafting"])
+@pytest.mark.parametrize("package", ["specserve.cache", "specserve.speculation"])
 def test_packages_of_several_levels_export_nothing(package: str) -> None:
     assert not list(imported_modules(ast.parse(MODULES[package].read_text()), set(MODULES)))
 
@@ -277,7 +287,7 @@ def test_packages_of_several_levels_export_nothing(package: str) -> None:
     ("module", "source", "reason"),
     [
         ("specserve.tree", "import torch", "no tensors"),
-        ("specserve.schedule.cost", "def f():\n    from torch import nn", "no tensors"),
+        ("specserve.speculation.cost_model", "def f():\n    from torch import nn", "no tensors"),
         ("specserve.verify.walk", "import torch.nn", "no tensors"),
         ("specserve.sampling", "from specserve.batch import ForwardBatch", "level 2"),
         ("specserve.batch", "import specserve.engine.engine", "level 3"),
@@ -288,8 +298,8 @@ def test_packages_of_several_levels_export_nothing(package: str) -> None:
             "level 1",
         ),
         ("specserve.hub.resolve", "from specserve import llm", "level 1"),
-        ("specserve.models.llama", "from specserve.drafting import base", "level 3"),
-        ("specserve_drafts.ngram", "from specserve.schedule.policy import Policy", "engine"),
+        ("specserve.models.llama", "from specserve.speculation import base", "level 3"),
+        ("specserve_drafts.ngram", "from specserve.speculation.policy import Policy", "engine"),
         ("specserve_drafts.ngram", "from specserve.config import EngineConfig", "engine"),
         ("specserve.engine.engine", "import specserve_drafts.ngram", "by name"),
         ("specserve_kernels.ops", "from specserve.tree import MAX_NODES", "level 0"),

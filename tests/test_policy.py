@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from specserve.cache.table import BlockTable
-from specserve.schedule.cost import PassCosts
-from specserve.schedule.policy import FixedPolicy, MeasuredPolicy
 from specserve.sequence import SequenceState
+from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.policy import FixedPolicy, MeasuredPolicy
 from specserve.step import VerifyResult
 from specserve.tree import DraftTree, chain_tree
 from specserve.types import Request, SamplingParams, SpeculationParams

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 
 from specserve.cache.manager import KVCacheManager
 from specserve.config import ScheduleConfig
-from specserve.schedule.cost import PassCosts
-from specserve.schedule.policy import FixedPolicy
 from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import Status
+from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.policy import FixedPolicy
 from specserve.step import FinishInfo, VerifyResult
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams

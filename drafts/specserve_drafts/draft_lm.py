@@ -21,10 +21,10 @@ from torch.nn import functional
 from specserve.batch import SegmentRows, build_batch, prefill_segments
 from specserve.cache.storage import KVSpec
 from specserve.cache.table import TableView
-from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve_drafts.growth import Growth, rank, take

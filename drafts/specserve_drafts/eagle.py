@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from specserve.cache.storage import KVSpec
-from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.sampling import SamplingState
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.step import EntryView
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.fit import shipped_head

@@ -7,9 +7,9 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from specserve.drafting.base import DraftError
 from specserve.models.fields import ModelError, read_json
 from specserve.models.shape import ModelShape
+from specserve.speculation.drafter import DraftError
 from specserve.text import Tokenizer
 
 ZOO: Final = Path(__file__).parent / "zoo"

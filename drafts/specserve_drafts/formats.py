@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from specserve.drafting.base import DraftError
 from specserve.files import is_there, listed, quoted
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import Fields, ModelError, read_json
@@ -30,6 +29,7 @@ from specserve.models.safetensors_checkpoint import (
     SafetensorsCheckpoint,
 )
 from specserve.models.shape import MAX_LAYERS, ModelShape
+from specserve.speculation.drafter import DraftError
 from specserve_drafts.head_shape import HeadShape, tensor_sizes
 from specserve_drafts.vocabulary_map import token_ids_of
 

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.cache.storage import KVSpec
-from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.models.fields import ModelError
 from specserve.models.layers import Linear
 from specserve.models.shape import ModelShape
 from specserve.sampling import Row
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.medusa_file import MedusaFile, read_medusa
 

@@ -16,7 +16,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from specserve.drafting.base import DraftError
 from specserve.files import is_there
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import Fields, ModelError, read_json
@@ -27,6 +26,7 @@ from specserve.models.safetensors_checkpoint import (
     SafetensorsCheckpoint,
 )
 from specserve.models.shape import MAX_LAYERS, ModelShape
+from specserve.speculation.drafter import DraftError
 
 _TOKEN_MAP: Final = "token_map"
 _MADE_FOR: Final = "use the draft that was made for this target"

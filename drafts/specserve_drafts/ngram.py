@@ -12,9 +12,9 @@ from typing import ClassVar
 import torch
 
 from specserve.cache.storage import KVSpec
-from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
-from specserve.drafting.lookup import TextIndex, copied_text
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.speculation.lookup import TextIndex, copied_text
 from specserve.tree import DraftTree, root_tree
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from specserve.cache.storage import KVSpec
-from specserve.drafting.base import DraftContext, DraftOptions, Feedback
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftContext, DraftOptions, Feedback
 from specserve.tree import DraftTree, root_tree
 
 

@@ -31,8 +31,8 @@ import torch
 
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec
-from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
 from specserve_drafts.fit import Target, check_fit, shipped
 from specserve_drafts.successors import NO_SALT, ORDERS, OWN, TABLE, WIDTH, SuccessorTable

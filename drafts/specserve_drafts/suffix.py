@@ -13,8 +13,8 @@ from typing import ClassVar, Final
 import torch
 
 from specserve.cache.storage import KVSpec
-from specserve.drafting.base import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.sequence import SequenceView, Status
+from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
 from specserve_drafts.suffix_search import Log, SuffixSearch
 from specserve_drafts.token_log import END

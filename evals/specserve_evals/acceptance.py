@@ -26,8 +26,8 @@ from specserve.cli.main import INTERRUPTED
 from specserve.cli.parser import ENGINE_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import DraftConfig, load_config
-from specserve.drafting.registry import create_drafter, expanded
 from specserve.hub import resolve
+from specserve.speculation.registry import create_drafter, expanded
 from specserve.tree import MAX_NODES
 from specserve.types import RequestError, SamplingParams
 from specserve_evals import provenance

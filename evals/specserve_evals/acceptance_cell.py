@@ -14,10 +14,10 @@ from typing import Final
 
 from msgspec import Struct
 
-from specserve.drafting.compose import ComposedDrafter
 from specserve.engine.engine import Engine
 from specserve.engine.metrics import EngineStats
 from specserve.llm import LLM, Completion
+from specserve.speculation.compose import ComposedDrafter
 from specserve.types import SamplingParams, SpeculationParams
 from specserve_evals.acceptance_figures import CellResult, Outcome, Run, by_category
 from specserve_evals.progress import Advance

@@ -8,7 +8,7 @@ EOS or max_tokens does not lower the acceptance of the draft.
 
 from dataclasses import dataclass, field
 
-from specserve.drafting.base import Feedback
+from specserve.speculation.drafter import Feedback
 from specserve.step import VerifyResult
 from specserve.tree import TARGET_ID, DraftTree
 

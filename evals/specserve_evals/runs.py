@@ -12,9 +12,9 @@ from specserve.cli.flags import add_flags, given
 from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
 from specserve.cli.progress import Report
 from specserve.config import DraftConfig, ScheduleConfig, TargetConfig
-from specserve.drafting import registry
 from specserve.hub import resolve
 from specserve.llm import LLM, Completion
+from specserve.speculation import registry
 from specserve.types import SamplingParams
 from specserve_evals.progress import Advance
 from specserve_evals.prompts import Prompt

@@ -9,7 +9,6 @@ from specserve.cache.storage import KVSpec
 from specserve.cli.check import Check
 from specserve.cli.machine import first_line, gib
 from specserve.config import ConfigError, EngineConfig
-from specserve.drafting.registry import drafter_names
 from specserve.engine.device import Platform, choose_platform
 from specserve.engine.memory import count_blocks, free_memory
 from specserve.hub import ALIASES
@@ -18,6 +17,7 @@ from specserve.models import quant
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
+from specserve.speculation.registry import drafter_names
 from specserve_kernels.dispatch import native_host
 
 

@@ -17,11 +17,6 @@ from specserve.batch import ModelOutput, joined
 from specserve.cache.manager import KVCacheManager
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
-from specserve.drafting.base import DraftContext, Feedback
-from specserve.drafting.compose import ComposedDrafter
-from specserve.drafting.failures import loading
-from specserve.drafting.registry import create_drafters
-from specserve.drafting.worth import Worth
 from specserve.engine.device import choose_platform
 from specserve.engine.end_tokens import end_tokens
 from specserve.engine.limits import Limits
@@ -36,10 +31,15 @@ from specserve.models.shape import ModelShape
 from specserve.runner.runner import Runner
 from specserve.runner.warmup import NUM_PASSES, warmup_rounds
 from specserve.sampling import Sampler, SamplingState
-from specserve.schedule.cost import PassCosts
-from specserve.schedule.pricing import Pricing
 from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import SequenceView
+from specserve.speculation.compose import ComposedDrafter
+from specserve.speculation.controller import Pricing
+from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.drafter import DraftContext, Feedback
+from specserve.speculation.drafter_gate import Worth
+from specserve.speculation.failures import loading
+from specserve.speculation.registry import create_drafters
 from specserve.step import EntryView, FinishInfo, StepPlan, VerifyResult
 from specserve.text import Tokenizer
 from specserve.tree import MAX_NODES, DraftTree

@@ -11,9 +11,9 @@ from typing import Final
 from specserve.cache.manager import KVCacheManager
 from specserve.runner.runner import Runner
 from specserve.runner.warmup import probe_request
-from specserve.schedule.cost import PassCosts, PerToken
 from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import SequenceState
+from specserve.speculation.cost_model import PassCosts, PerToken
 from specserve.step import Entry
 from specserve.tree import MAX_NODES, chain_tree
 

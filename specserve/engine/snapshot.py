@@ -1,10 +1,10 @@
 """Collects the counters of the parts of an engine into one EngineStats."""
 
 from specserve.cache.manager import KVCacheManager
-from specserve.drafting.compose import ComposedDrafter
-from specserve.drafting.counts import DrafterCounts
 from specserve.engine.metrics import DrafterStats, EngineStats, StepTimes
 from specserve.schedule.scheduler import Scheduler
+from specserve.speculation.compose import ComposedDrafter
+from specserve.speculation.counts import DrafterCounts
 
 
 def take_snapshot(

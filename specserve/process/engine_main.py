@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from specserve.config import ConfigError
-from specserve.drafting.base import DraftError
 from specserve.engine.engine import Engine
 from specserve.hub import HubError, resolve
 from specserve.models.fields import ModelError
@@ -35,6 +34,7 @@ from specserve.process.messages import (
 )
 from specserve.process.parent_death import set_parent_death_signal
 from specserve.text import Tokenizer, TokenizerError
+from specserve.speculation.drafter import DraftError
 from specserve.types import Abort, Request, RequestError, StepOutput
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from specserve.cache.manager import Denied, KVCacheManager
 from specserve.cache.prefix import prefix_hashes
 from specserve.cache.table import BlockTable
 from specserve.config import ScheduleConfig
-from specserve.schedule.cost import PassCosts
-from specserve.schedule.policy import Policy
 from specserve.schedule.tenants import Tenants
 from specserve.sequence import SequenceState, SpecCounts, Status
+from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.policy import Policy
 from specserve.step import Entry, FinishInfo, StepPlan, VerifyResult
 from specserve.tree import DraftTree
 from specserve.types import Request, StepOutput

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from specserve.fair_share import ServiceCounters
-from specserve.schedule.cost import PassCosts
 from specserve.sequence import SequenceState, Status
+from specserve.speculation.cost_model import PassCosts
 
 # The only running sequence of a tenant may be preempted for a tenant that runs none as soon as it
 # has emitted, since its admission, at least _QUANTUM tokens and at least one token for each

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from medusa_heads import write_medusa
 
-from specserve.drafting.base import DraftError
-from specserve.drafting.registry import checkpoint_method
 from specserve.models.shape import ModelShape
+from specserve.speculation.drafter import DraftError
+from specserve.speculation.registry import checkpoint_method
 from specserve_drafts.formats import read_head
 from specserve_drafts.medusa_file import read_medusa
 

@@ -17,10 +17,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama
 
-from specserve.drafting.base import DraftError, Feedback
-from specserve.drafting.failures import MAX_FAILURES
 from specserve.engine.engine import Engine
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftError, Feedback
+from specserve.speculation.failures import MAX_FAILURES
 from specserve.tree import DraftTree, build_tree, chain_tree
 from specserve.types import Request, SamplingParams
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama, write_tiny_tokenizer
 
-from specserve.drafting.base import DraftError
-from specserve.drafting.failures import MAX_FAILURES
-from specserve.drafting.registry import BUILTIN, create_drafter, load_drafter, public_names
 from specserve.engine.engine import Engine
-from specserve.schedule.cost import PassCosts
+from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.drafter import DraftError
+from specserve.speculation.failures import MAX_FAILURES
+from specserve.speculation.registry import BUILTIN, create_drafter, load_drafter, public_names
 from specserve.types import Request, SamplingParams, SpeculationParams
 
 PROMPTS = [

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from tiny import EngineFactory
 
-from specserve.drafting.base import DraftError
+from specserve.speculation.drafter import DraftError
 
 MATCH = {"max_match": 3}
 

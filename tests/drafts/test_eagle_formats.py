@@ -10,9 +10,9 @@ from eagle_heads import LAYOUTS, TAPS, save, write_eagle
 from safetensors.torch import save_file
 from tiny import TINY_VOCAB, write_tiny_llama
 
-from specserve.drafting.base import DraftError
-from specserve.drafting.registry import checkpoint_method, create_drafter, expanded
 from specserve.models.shape import ModelShape
+from specserve.speculation.drafter import DraftError
+from specserve.speculation.registry import checkpoint_method, create_drafter, expanded
 from specserve_drafts import fit
 from specserve_drafts.eagle import EagleDrafter
 from specserve_drafts.formats import read_head

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specserve.drafting.calibration import Calibration
-from specserve.schedule.cost import PassCosts
-from specserve.schedule.selection import Selection
+from specserve.speculation.calibration import Calibration
+from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.node_selection import Selection
 from specserve.tree import MAX_NODES, DraftTree, build_tree
 from specserve_drafts.successors import OWN, WIDTH, SuccessorTable
 from specserve_drafts.suffix_search import SuffixSearch

@@ -19,9 +19,9 @@ from msgspec import Struct
 from tiny import TINY_VOCAB, EngineFactory, ids, run
 from torch import Tensor
 
-from specserve.drafting.base import DraftContext, Feedback
-from specserve.drafting.failures import MAX_FAILURES
 from specserve.sequence import SequenceView
+from specserve.speculation.drafter import DraftContext, Feedback
+from specserve.speculation.failures import MAX_FAILURES
 from specserve.tree import DraftTree, chain_tree
 from specserve.types import SamplingParams
 from specserve_drafts.ngram import NgramDrafter

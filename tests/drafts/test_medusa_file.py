@@ -8,8 +8,8 @@ import torch
 from medusa_heads import LAYOUTS, NUM_HEADS, write_medusa
 from torch import Tensor
 
-from specserve.drafting.base import DraftError
-from specserve.drafting.registry import checkpoint_method, create_drafter
+from specserve.speculation.drafter import DraftError
+from specserve.speculation.registry import checkpoint_method, create_drafter
 from specserve_drafts.medusa import MedusaDrafter
 
 

@@ -13,10 +13,10 @@ from tiny import EngineFactory, ids, run
 
 from specserve.batch import ModelOutput
 from specserve.cache.table import BlockTable
-from specserve.drafting.base import DraftError
-from specserve.drafting.registry import create_drafter
 from specserve.engine.engine import Engine
 from specserve.sequence import SequenceState, SequenceView
+from specserve.speculation.drafter import DraftError
+from specserve.speculation.registry import create_drafter
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 from specserve_drafts.recycle import RecycleDrafter

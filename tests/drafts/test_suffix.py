@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tiny import TINY_VOCAB, EngineFactory, ids
 
 from specserve.cache.table import BlockTable
-from specserve.drafting.base import DraftError, Feedback
-from specserve.drafting.registry import create_drafter
 from specserve.sequence import SequenceState, SequenceView, Status
+from specserve.speculation.drafter import DraftError, Feedback
+from specserve.speculation.registry import create_drafter
 from specserve.step import EntryView
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams

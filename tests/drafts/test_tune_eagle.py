@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tune_target import NUM_PROMPTS, prompts, write_predictable
 
 from specserve.cli.main import main as specserve
-from specserve.drafting.registry import create_drafter
 from specserve.llm import LLM
+from specserve.speculation.registry import create_drafter
 from specserve.types import SamplingParams
 from specserve_drafts.eagle import EagleDrafter
 from specserve_drafts.tune import answers, eagle, head_run, head_training, prompt_file

@@ -14,11 +14,11 @@ from tune_target import NUM_PROMPTS, prompts, write_predictable
 
 from specserve.cli.main import main as specserve
 from specserve.config import TargetConfig
-from specserve.drafting.registry import create_drafter
 from specserve.engine.device import choose_platform
 from specserve.llm import LLM
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
+from specserve.speculation.registry import create_drafter
 from specserve.types import SamplingParams, SpecStats
 from specserve_drafts import medusa as served
 from specserve_drafts.medusa import MedusaDrafter

@@ -8,8 +8,8 @@ import pytest
 from live import start_server
 
 from specserve.config import ConfigError, ServerConfig, load_config
-from specserve.drafting.registry import public_names
 from specserve.hub.names import base_name
+from specserve.speculation.registry import public_names
 
 LONGEST = 256
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from specserve.cli.prompts import Messages
-from specserve.drafting.base import Feedback
 from specserve.llm import LLM
+from specserve.speculation.drafter import Feedback
 from specserve.types import RequestError, SamplingParams
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.teacher import Teacher

@@ -1,5 +1,5 @@
 // Observed acceptance rates of drafted nodes, and the merging of draft trees by these rates: the
-// C++ version of specserve/drafting/calibration.py.
+// C++ version of specserve/speculation/calibration.py.
 #pragma once
 
 #include <array>

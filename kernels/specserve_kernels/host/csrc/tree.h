@@ -1,5 +1,5 @@
 // Draft trees on the host: C++ versions of functions of specserve/tree.py,
-// specserve/schedule/selection.py (`worthwhile`) and specserve_drafts/best_first.py.
+// specserve/speculation/node_selection.py (`worthwhile`) and specserve_drafts/best_first.py.
 #pragma once
 
 #include <algorithm>

@@ -14,11 +14,11 @@ from typing import Any, cast
 import msgspec
 from safetensors import SafetensorError, safe_open
 
-from specserve.drafting.base import Drafter, DraftError, DraftOptions
-from specserve.drafting.failures import loading
 from specserve.files import FileError, check_file, quoted
 from specserve.hub.names import base_name
 from specserve.models.fields import ModelError, read_json
+from specserve.speculation.drafter import Drafter, DraftError, DraftOptions
+from specserve.speculation.failures import loading
 
 BUILTIN = {
     "none": "specserve_drafts.none:NoDrafter",

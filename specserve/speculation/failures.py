@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dis import opname
 from typing import Final
 
-from specserve.drafting.base import DraftError
+from specserve.speculation.drafter import DraftError
 
 MAX_FAILURES: Final = 8
 logger = logging.getLogger(__name__)

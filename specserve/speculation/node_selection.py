@@ -8,7 +8,7 @@ compiled where it is built; `kept_nodes` is the twin.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from specserve.schedule.cost import PassCosts
+from specserve.speculation.cost_model import PassCosts
 from specserve.tree import DraftTree, prune
 from specserve_kernels.dispatch import native_host
 

@@ -5,9 +5,9 @@ Without them everyone is drafted for and every node is verified. Host only.
 
 from collections.abc import Mapping, Sequence
 
-from specserve.schedule.cost import PassCosts
-from specserve.schedule.policy import FixedPolicy, MeasuredPolicy, Policy
-from specserve.schedule.selection import Selection
+from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.node_selection import Selection
+from specserve.speculation.policy import FixedPolicy, MeasuredPolicy, Policy
 from specserve.step import Entry, StepPlan
 from specserve.tree import DraftTree
 

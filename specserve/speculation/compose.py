@@ -9,13 +9,13 @@ from functools import partial
 
 import numpy as np
 
-from specserve.drafting.base import Drafter, Feedback
-from specserve.drafting.calibration import Calibration
-from specserve.drafting.counts import DrafterCounts
-from specserve.drafting.failures import Failures
-from specserve.drafting.prediction import PredictedTexts
-from specserve.drafting.worth import Worth
 from specserve.sequence import SequenceView
+from specserve.speculation.calibration import Calibration
+from specserve.speculation.counts import DrafterCounts
+from specserve.speculation.drafter import Drafter, Feedback
+from specserve.speculation.drafter_gate import Worth
+from specserve.speculation.failures import Failures
+from specserve.speculation.prediction import PredictedTexts
 from specserve.tree import MAX_NODES, TARGET_ID, DraftTree, root_tree
 from specserve_kernels.dispatch import native_host
 

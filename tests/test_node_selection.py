@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specserve.drafting.calibration import Calibration
-from specserve.schedule.cost import PassCosts, PerToken
-from specserve.schedule.selection import Selection
+from specserve.speculation.calibration import Calibration
+from specserve.speculation.cost_model import PassCosts, PerToken
+from specserve.speculation.node_selection import Selection
 from specserve.tree import MAX_NODES, DraftTree, build_tree, chain_tree
 
 FLAT = PassCosts({1: 1.0, 64: 1.0})

@@ -8,10 +8,10 @@ import torch
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec
 from specserve.cache.table import BlockTable
-from specserve.drafting.base import DraftContext, DraftOptions, Feedback
-from specserve.drafting.compose import ComposedDrafter
-from specserve.drafting.worth import Worth
 from specserve.sequence import SequenceState, SequenceView
+from specserve.speculation.compose import ComposedDrafter
+from specserve.speculation.drafter import DraftContext, DraftOptions, Feedback
+from specserve.speculation.drafter_gate import Worth
 from specserve.step import EntryView
 from specserve.tree import DraftTree, root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams

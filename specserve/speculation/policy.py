@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from specserve.schedule.cost import PassCosts
 from specserve.sequence import SequenceState
+from specserve.speculation.cost_model import PassCosts
 from specserve.step import VerifyResult
 from specserve.tree import DraftTree
 

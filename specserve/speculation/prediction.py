@@ -4,8 +4,8 @@ start to begin with, then from where the output's last tokens occur in it.
 
 from typing import Final
 
-from specserve.drafting.lookup import TextIndex, copied_text
 from specserve.sequence import SequenceView
+from specserve.speculation.lookup import TextIndex, copied_text
 from specserve.tree import PREDICTION_ID, DraftTree
 
 _MAX_MATCH: Final = 4  # tokens
