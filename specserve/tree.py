@@ -17,7 +17,6 @@ import numpy.typing as npt
 MAX_NODES: Final = 64  # bits of an ancestor word
 
 PREDICTION_ID: Final = 255  # drafter id of nodes from the request's `prediction`
-_MAX_DRAFTER_BIT: Final = 31  # in `MergedTree`, this and all larger drafter ids share one bit
 TARGET_ID: Final = 0  # drafter id of the root, and of tokens that no drafter proposed
 
 
@@ -175,69 +174,50 @@ def prune(tree: DraftTree, max_nodes: int) -> DraftTree:
     return DraftTree(tree.tokens[keep], parents, tree.path_probs[keep], tree.drafter_ids[keep])
 
 
-@dataclass(frozen=True)
-class MergedTree:
-    """Several trees with the same root, merged: nodes of equal (parent, token) become one node."""
-
-    tokens: list[int]
-    parents: list[int]
-    acceptance_probs: list[float]  # conditional: the maximum over the node's proposers
-    drafter_ids: list[int]  # drafter id of that proposer
-    proposers: list[int]  # bit i: drafter i proposed the node
-    sibling_drafters: list[int]  # bit i: drafter i proposed the node or a sibling of it
-
-    def tree(self, acceptance_probs: Sequence[float], max_nodes: int) -> DraftTree:
-        """Build a tree of the `max_nodes` nodes of the largest path probability.
-
-        The path probability of a node is the product of the given `acceptance_probs` along its
-        path; those of this object are not used.
-        """
-        probs = [1.0]
-        for prob, parent in zip(acceptance_probs[1:], self.parents[1:], strict=True):
-            probs.append(prob * probs[parent])
-        # Stable on (path probability, index): a child never ranks before its parent.
-        ranked = sorted(range(len(probs)), key=lambda node: -probs[node])
-        keep = sorted(ranked[:max_nodes])
-        new_index = {node: index for index, node in enumerate(keep)}
-        return build_tree(
-            [self.tokens[node] for node in keep],
-            [-1] + [new_index[self.parents[node]] for node in keep[1:]],
-            [probs[node] for node in keep],
-            [self.drafter_ids[node] for node in keep],
-        )
-
-
 def merge_trees(
-    trees: Sequence[DraftTree], acceptance_probs: Sequence[Sequence[float]]
-) -> MergedTree:
-    """Merge trees; `acceptance_probs[i][j]` is that of node j of `trees[i]`."""
-    merged = MergedTree([int(trees[0].tokens[0])], [-1], [1.0], [TARGET_ID], [0], [0])
+    trees: Sequence[DraftTree], acceptance_probs: Sequence[Sequence[float]], max_nodes: int
+) -> DraftTree:
+    """Merge trees with the same root: nodes of equal (parent, token) become one node.
+
+    `acceptance_probs[i][j]` is the conditional acceptance probability of node j of `trees[i]`. A
+    merged node has the largest of its proposers' probabilities, and the id of that drafter. The
+    result has the `max_nodes` nodes of the largest path probability.
+    """
+    tokens, parents, probs = [int(trees[0].tokens[0])], [-1], [1.0]
+    drafter_ids = [TARGET_ID]
     index_of: dict[tuple[int, int], int] = {}
-    child_drafters = [0]  # per node, bit i: drafter i proposed a child of it
-    for tree, probs in zip(trees, acceptance_probs, strict=True):
-        drafter_ids = tree.drafter_ids.tolist()
-        nodes = zip(tree.tokens.tolist(), tree.parents.tolist(), probs, drafter_ids, strict=True)
+    for tree, conditional in zip(trees, acceptance_probs, strict=True):
+        nodes = zip(
+            *(tree.tokens.tolist(), tree.parents.tolist()),
+            *(conditional, tree.drafter_ids.tolist()),
+            strict=True,
+        )
         next(nodes)
-        place = [0]
+        place = [0]  # of this tree's nodes in the merged one
         for token, parent, prob, drafter_id in nodes:
             key = (place[parent], token)
-            index = index_of.setdefault(key, len(child_drafters))
-            if index == len(child_drafters):
-                merged.tokens.append(token)
-                merged.parents.append(key[0])
-                merged.acceptance_probs.append(prob)
-                merged.drafter_ids.append(drafter_id)
-                merged.proposers.append(0)
-                child_drafters.append(0)
-            elif prob > merged.acceptance_probs[index]:
-                merged.acceptance_probs[index] = prob
-                merged.drafter_ids[index] = drafter_id
-            bit = 1 << min(drafter_id, _MAX_DRAFTER_BIT)
-            merged.proposers[index] |= bit
-            child_drafters[key[0]] |= bit
+            index = index_of.setdefault(key, len(tokens))
+            if index == len(tokens):
+                tokens.append(token)
+                parents.append(key[0])
+                probs.append(prob)
+                drafter_ids.append(drafter_id)
+            elif prob > probs[index]:
+                probs[index], drafter_ids[index] = prob, drafter_id
             place.append(index)
-    merged.sibling_drafters.extend(child_drafters[parent] for parent in merged.parents[1:])
-    return merged
+    path_probs = [1.0]
+    for prob, parent in zip(probs[1:], parents[1:], strict=True):
+        path_probs.append(prob * path_probs[parent])
+    # Stable on (path probability, index): a child never ranks before its parent.
+    ranked = sorted(range(len(tokens)), key=lambda node: -path_probs[node])
+    keep = sorted(ranked[:max_nodes])
+    new_index = {node: index for index, node in enumerate(keep)}
+    return build_tree(
+        [tokens[node] for node in keep],
+        [-1] + [new_index[parents[node]] for node in keep[1:]],
+        [path_probs[node] for node in keep],
+        [drafter_ids[node] for node in keep],
+    )
 
 
 def _freeze(

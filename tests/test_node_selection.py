@@ -119,36 +119,31 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
     assert rate == pytest.approx(rates.max(), rel=1e-5)
 
 
-def chances(calibration: Calibration, seq_id: str, sampled: bool, tree: DraftTree) -> list[float]:
-    return list(calibration.merged(seq_id, sampled, [tree], MAX_NODES).acceptance_probs)
+def rates(calibration: Calibration, sampled: bool, tree: DraftTree) -> list[float]:
+    return list(calibration.merged(sampled, [tree], MAX_NODES).acceptance_probs)
 
 
-def test_chances_follow_what_is_emitted_for_all_and_for_the_request() -> None:
+def test_acceptance_rates_follow_what_is_emitted() -> None:
     calibration = Calibration()
     tree = chain(0.9, 0.9)
-    assert chances(calibration, "lucky", False, tree)[0] == 1.0
+    before = rates(calibration, False, tree)
+    assert before[0] == 1.0
     for _ in range(60):
-        calibration.settle("lucky", False, [tree], [0, 1, 5])  # all come true
-        calibration.settle("unlucky", False, [tree], [3])  # none does
-        calibration.settle("sampled", True, [tree], [3])
-    good, bad, new = (
-        chances(calibration, seq_id, False, tree) for seq_id in ("lucky", "unlucky", "new")
-    )
-    assert good[2] > 0.8
-    assert bad[1] < 0.15
-    assert bad[1] < new[1] < good[1]
-    assert chances(calibration, "other", True, tree)[1] < new[1], "sampling is harder"
-    calibration.forget("lucky")
-    assert chances(calibration, "lucky", False, tree) == new
+        calibration.record_outcome(False, [tree], [0, 1, 5])  # both nodes are accepted
+        calibration.record_outcome(True, [tree], [3])  # neither is
+    after = rates(calibration, False, tree)
+    assert after[1] > 0.8
+    assert after[2] > 0.8
+    assert rates(calibration, True, tree)[1] < 0.15, "sampled requests are counted apart"
 
 
-def test_what_never_had_a_chance_is_not_counted() -> None:
+def test_a_node_whose_parent_was_rejected_is_not_counted() -> None:
     calibration = Calibration()
     tree = chain(0.9, 0.7)
-    before = chances(calibration, "a", False, tree)
+    before = rates(calibration, False, tree)
     for _ in range(9):
-        calibration.settle("a", False, [tree], [4])
-    after = chances(calibration, "a", False, tree)
+        calibration.record_outcome(False, [tree], [4])
+    after = rates(calibration, False, tree)
     assert after[1] < before[1]
-    # The drafter is trusted less; the second node has no record of its own to be judged by.
+    # The drafter's estimates count for less; the second node has no observations of its own.
     assert after[1] < after[2] < before[2]

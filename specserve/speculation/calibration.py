@@ -1,55 +1,53 @@
-"""How often a drafted node comes true once its parent has: learned from what is emitted.
+"""Turns the probabilities that drafters claim into observed acceptance rates.
 
-Owns the counts, by drafter id, depth and the drafter's own estimate, over all and each request.
-What a drafter says is a claim; every drafter's is weighed by its record before trees are merged.
-Of a merged node it counts as well who proposed it and who did not: that another drafter looked at
-the same place and named other tokens speaks against it, and the surest is often too sure.
-Whole proposals count, verified or not: the text tells what would have come of them. Knows no costs.
+A drafter estimates for each node how likely it is accepted once its parent is. These estimates
+differ in quality between drafters, so they are replaced by rates observed so far before trees are
+merged. All nodes of a proposal are counted whose parent was emitted, verified or not: the emitted
+tokens tell what would have become of them. Knows no costs.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
-from specserve.tree import DraftTree, MergedTree, merge_trees
+from specserve.tree import DraftTree, merge_trees
 from specserve_kernels.dispatch import native_host
 
 if TYPE_CHECKING:
     from specserve_kernels.host import _native
 
-# Drafter id, depth, twentieths of the node's acceptance probability, temperature above 0.
+# Drafter id, depth, the estimate in steps of 1/20, and whether the request is sampled.
 _Key = tuple[int, int, int, bool]
-# Who proposed a merged node, who proposed anything beside it, twentieths, temperature above 0.
-_Agreement = tuple[int, int, int, bool]
 
-_MAX_DEPTH: Final = 4  # deeper nodes count together
-_GUESS_SHARE: Final = 0.5  # of the drafter's own estimate, before anything was seen
-_GUESS_WEIGHT: Final = 4.0  # in observations
-_MEMORY: Final = 256.0  # observations of a key after which old ones weigh half
-_REQUEST_MEMORY: Final = 32.0
+_MAX_DEPTH: Final = 4  # nodes at this depth or deeper share their counts
+_PRIOR_RATIO: Final = 0.5  # acceptances per estimated acceptance, before anything was observed
+_PRIOR_WEIGHT: Final = 4.0  # observations that a prior counts for
+_MEMORY: Final = 256.0  # observations after which counts are halved, so that old ones fade
 
 
 class _Counts:
-    """Observations of one key that fade."""
+    """Observations that fade: both numbers are halved whenever `visits` reaches _MEMORY."""
 
     __slots__ = ("hits", "visits")
 
     def __init__(self) -> None:
         self.hits = self.visits = 0.0
 
-    def add(self, hit: bool, weight: float, memory: float) -> None:
-        if self.visits >= memory:
+    def add(self, hit: bool, weight: float) -> None:
+        if self.visits >= _MEMORY:
             self.hits, self.visits = self.hits / 2, self.visits / 2
         self.hits, self.visits = self.hits + hit, self.visits + weight
 
-    def rate(self, guess: float) -> float:
-        return (self.hits + _GUESS_WEIGHT * guess) / (self.visits + _GUESS_WEIGHT)
+    def rate(self, prior: float) -> float:
+        return (self.hits + _PRIOR_WEIGHT * prior) / (self.visits + _PRIOR_WEIGHT)
 
 
 class Calibration:
-    """The same for every drafter; a request's own record outweighs that of all once it is long.
+    """Observed acceptance rates of all drafters.
 
-    `sampled`: temperature > 0. Compiled where it is built, see `specserve_kernels.host`.
+    Every rate has the drafter's own estimate as its prior, times how often its nodes were accepted
+    in relation to its estimates. Greedy and sampled requests are counted apart. Uses the compiled
+    class where there is one; see `specserve_kernels.host`.
     """
 
     def __init__(self) -> None:
@@ -58,76 +56,61 @@ class Calibration:
         if host is not None:
             self._native = host.Calibration(
                 max_depth=_MAX_DEPTH,
-                guess_share=_GUESS_SHARE,
-                guess_weight=_GUESS_WEIGHT,
+                prior_ratio=_PRIOR_RATIO,
+                prior_weight=_PRIOR_WEIGHT,
                 memory=_MEMORY,
-                request_memory=_REQUEST_MEMORY,
             )
-        self._all: defaultdict[_Key, _Counts] = defaultdict(_Counts)
-        # Of all nodes of a drafter: how often they came true for each time they claimed to.
-        self._claims: defaultdict[int, _Counts] = defaultdict(_Counts)
-        self._agreement: defaultdict[_Agreement, _Counts] = defaultdict(_Counts)
-        self._own: defaultdict[str, defaultdict[_Key, _Counts]] = defaultdict(
-            lambda: defaultdict(_Counts)
-        )
+        self._counts: defaultdict[_Key, _Counts] = defaultdict(_Counts)
+        # By drafter id: accepted nodes, in relation to the sum of their estimates.
+        self._ratios: defaultdict[int, _Counts] = defaultdict(_Counts)
 
-    def merged(
-        self, seq_id: str, sampled: bool, trees: Sequence[DraftTree], max_nodes: int
-    ) -> DraftTree:
-        """One tree of proposals with the same root; its path probabilities are calibrated."""
+    def merged(self, sampled: bool, trees: Sequence[DraftTree], max_nodes: int) -> DraftTree:
+        """Merge trees with the same root into one with calibrated path probabilities.
+
+        A node that several drafters proposed has the largest of their probabilities. The tree has
+        the `max_nodes` nodes of the largest path probability. `sampled`: temperature > 0.
+        """
         if self._native is not None:
-            return DraftTree(*self._native.merged(seq_id, sampled, trees, max_nodes))
-        merged = self._merge(seq_id, sampled, trees)
-        keys = _agreements(merged, sampled)
-        agreed = (
-            self._agreement[key].rate(prob)
-            for key, prob in zip(keys, merged.acceptance_probs[1:], strict=True)
-        )
-        return merged.tree([1.0, *agreed], max_nodes)
+            return DraftTree(*self._native.merged(sampled, trees, max_nodes))
+        return merge_trees(trees, [self._rates(sampled, tree) for tree in trees], max_nodes)
 
-    def settle(
-        self, seq_id: str, sampled: bool, trees: Sequence[DraftTree], emitted: Sequence[int]
+    def record_outcome(
+        self, sampled: bool, trees: Sequence[DraftTree], emitted: Sequence[int]
     ) -> None:
-        """Count the nodes of proposals whose parents were emitted."""
+        """Count the nodes of the proposed `trees` whose parents were emitted."""
         if self._native is not None:
-            self._native.settle(seq_id, sampled, trees, emitted)
+            self._native.record_outcome(sampled, trees, emitted)
             return
-        merged = self._merge(seq_id, sampled, trees)
-        keys = _agreements(merged, sampled)
-        for node, hit in _followed(merged.tokens, merged.parents, emitted):
-            self._agreement[keys[node - 1]].add(hit, 1.0, _MEMORY)
         for tree in trees:
-            self._settle(seq_id, sampled, tree, emitted)
+            keys = _keys(sampled, tree)
+            for node, hit in _reached(tree.tokens.tolist(), tree.parents.tolist(), emitted):
+                key, estimate = keys[node - 1]
+                self._counts[key].add(hit, 1.0)
+                self._ratios[key[0]].add(hit, estimate)
 
-    def forget(self, seq_id: str) -> None:
-        self._own.pop(seq_id, None)
-        if self._native is not None:
-            self._native.forget(seq_id)
-
-    def _acceptance_probs(self, seq_id: str, sampled: bool, tree: DraftTree) -> list[float]:
-        """Per node, how likely it comes true once its parent has; 1 for the root."""
-        own, probs = self._own[seq_id], [1.0]
-        for key, prob in _keys(sampled, tree):
-            guess = self._claims[key[0]].rate(_GUESS_SHARE) * prob
-            probs.append(own[key].rate(self._all[key].rate(min(guess, 1.0))))
-        return probs
-
-    def _merge(self, seq_id: str, sampled: bool, trees: Sequence[DraftTree]) -> MergedTree:
-        return merge_trees(trees, [self._acceptance_probs(seq_id, sampled, tree) for tree in trees])
-
-    def _settle(self, seq_id: str, sampled: bool, tree: DraftTree, emitted: Sequence[int]) -> None:
-        own, keys = self._own[seq_id], _keys(sampled, tree)
-        for node, hit in _followed(tree.tokens.tolist(), tree.parents.tolist(), emitted):
-            key, prob = keys[node - 1]
-            self._all[key].add(hit, 1.0, _MEMORY)
-            self._claims[key[0]].add(hit, prob, _MEMORY)
-            own[key].add(hit, 1.0, _REQUEST_MEMORY)
+    def _rates(self, sampled: bool, tree: DraftTree) -> list[float]:
+        """The conditional acceptance probability of each node; 1 for the root."""
+        rates = [1.0]
+        for key, estimate in _keys(sampled, tree):
+            prior = min(self._ratios[key[0]].rate(_PRIOR_RATIO) * estimate, 1.0)
+            rates.append(self._counts[key].rate(prior))
+        return rates
 
 
-def _followed(
+def _keys(sampled: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
+    """Per node but the root: the key of its counts, and the drafter's estimate."""
+    nodes = zip(tree.drafter_ids.tolist(), tree.depths, tree.acceptance_probs, strict=True)
+    next(nodes)
+    return [
+        ((drafter_id, min(depth, _MAX_DEPTH), round(20 * estimate), sampled), estimate)
+        for drafter_id, depth, estimate in nodes
+    ]
+
+
+def _reached(
     tokens: Sequence[int], parents: Sequence[int], emitted: Sequence[int]
 ) -> Iterator[tuple[int, bool]]:
-    """The children of the root and of every node that was emitted, and whether they were."""
+    """The children of the root and of every emitted node, and whether each was emitted itself."""
     at: int | None = 0
     for token in emitted:
         following = None
@@ -139,21 +122,3 @@ def _followed(
         if following is None:
             return
         at = following
-
-
-def _agreements(merged: MergedTree, sampled: bool) -> list[_Agreement]:
-    """Of every node but the root."""
-    nodes = zip(
-        merged.proposers[1:], merged.sibling_drafters[1:], merged.acceptance_probs[1:], strict=True
-    )
-    return [(who, beside, round(20 * prob), sampled) for who, beside, prob in nodes]
-
-
-def _keys(sampled: bool, tree: DraftTree) -> list[tuple[_Key, float]]:
-    """Of every node but the root: its key, and what the drafter gives it if its parent is right."""
-    nodes = zip(tree.drafter_ids.tolist(), tree.depths, tree.acceptance_probs, strict=True)
-    next(nodes)
-    return [
-        ((drafter_id, min(depth, _MAX_DEPTH), round(20 * prob), sampled), prob)
-        for drafter_id, depth, prob in nodes
-    ]

@@ -120,7 +120,7 @@ class ComposedDrafter:
         """What was proposed so far as one tree."""
         if one.merged is None:
             one.merged = (
-                self._calibration.merged(one.seq.id, not one.seq.greedy, one.trees, one.budget)
+                self._calibration.merged(not one.seq.greedy, one.trees, one.budget)
                 if one.trees
                 else root_tree(one.seq.tokens[-1])
             )
@@ -157,7 +157,7 @@ class ComposedDrafter:
         for entry in feedback.entries:
             seq, result = entry.seq, feedback.results.get(entry.seq.id)
             if result is not None and (one := self._asking[seq.id]).trees:
-                self._calibration.settle(seq.id, not seq.greedy, one.trees, result.emitted)
+                self._calibration.record_outcome(not seq.greedy, one.trees, result.emitted)
                 if self._worth is not None:
                     self._judge(self._worth, one, feedback.trees[seq.id], result.emitted)
         seqs = [entry.seq for entry in feedback.entries]
@@ -178,7 +178,6 @@ class ComposedDrafter:
             self._worth.end_step(time.perf_counter() - self._begun, num_tokens)
 
     def forget(self, seq_id: str) -> None:
-        self._calibration.forget(seq_id)
         self._left_out.pop(seq_id, None)
         if self._predictions is not None:
             self._predictions.forget(seq_id)

@@ -55,13 +55,12 @@ def trees(draw: st.DrawFn, max_nodes: int = 12) -> DraftTree:
     return build_tree(drafted, parents, path_probs, draw(st.sampled_from([1, 2, 255])))
 
 
-Step = tuple[str, bool, list[DraftTree], list[int], int]
+Step = tuple[bool, list[DraftTree], list[int], int]
 
 
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from("ab"),
             st.booleans(),
             st.lists(trees(), min_size=1, max_size=3),
             st.lists(tokens, min_size=1, max_size=4),
@@ -72,16 +71,12 @@ Step = tuple[str, bool, list[DraftTree], list[int], int]
 )
 def test_calibrated_trees(steps: list[Step]) -> None:
     compiled, python = both(Calibration)
-    for seq_id, sampled, proposed, emitted, budget in steps:
-        ours, theirs = (
-            each.merged(seq_id, sampled, proposed, budget) for each in (compiled, python)
-        )
+    for sampled, proposed, emitted, budget in steps:
+        ours, theirs = (each.merged(sampled, proposed, budget) for each in (compiled, python))
         assert_same(ours, theirs)
         ours.validate(6, budget)
         for each in (compiled, python):
-            each.settle(seq_id, sampled, proposed, emitted)
-            if emitted[0] == 0:
-                each.forget(seq_id)
+            each.record_outcome(sampled, proposed, emitted)
 
 
 @given(st.lists(trees(), max_size=4), st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5))

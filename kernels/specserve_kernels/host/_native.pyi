@@ -12,19 +12,12 @@ Fields = tuple[
 
 class Calibration:
     def __init__(
-        self,
-        *,
-        max_depth: int,
-        guess_share: float,
-        guess_weight: float,
-        memory: float,
-        request_memory: float,
+        self, *, max_depth: int, prior_ratio: float, prior_weight: float, memory: float
     ) -> None: ...
-    def merged(self, id: str, sampled: bool, trees: Sequence[Any], max_nodes: int, /) -> Fields: ...
-    def settle(
-        self, id: str, sampled: bool, trees: Sequence[Any], emitted: Sequence[int], /
+    def merged(self, sampled: bool, trees: Sequence[Any], max_nodes: int, /) -> Fields: ...
+    def record_outcome(
+        self, sampled: bool, trees: Sequence[Any], emitted: Sequence[int], /
     ) -> None: ...
-    def forget(self, id: str, /) -> None: ...
 
 class SuccessorTable:
     def __init__(

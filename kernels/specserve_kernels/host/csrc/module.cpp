@@ -186,39 +186,28 @@ PYBIND11_MODULE(_native, module) {
 
     py::class_<Calibration>(module, "Calibration")
         .def(
-            py::init([](int max_depth,
-                        double guess_share,
-                        double guess_weight,
-                        double memory,
-                        double request_memory) {
-                return std::make_unique<Calibration>(CalibrationNumbers{
-                    max_depth, guess_share, guess_weight, memory, request_memory});
+            py::init([](int max_depth, double prior_ratio, double prior_weight, double memory) {
+                return std::make_unique<Calibration>(
+                    CalibrationNumbers{max_depth, prior_ratio, prior_weight, memory});
             }),
             py::kw_only(),
             py::arg("max_depth"),
-            py::arg("guess_share"),
-            py::arg("guess_weight"),
-            py::arg("memory"),
-            py::arg("request_memory"))
+            py::arg("prior_ratio"),
+            py::arg("prior_weight"),
+            py::arg("memory"))
         .def(
             "merged",
-            [](Calibration& self,
-               const std::string& id,
-               bool sampled,
-               const py::sequence& trees,
-               int max_nodes) {
-                return fields_of(self.merged(id, sampled, Trees(trees).views(), max_nodes));
+            [](Calibration& self, bool sampled, const py::sequence& trees, int max_nodes) {
+                return fields_of(self.merged(sampled, Trees(trees).views(), max_nodes));
             })
         .def(
-            "settle",
+            "record_outcome",
             [](Calibration& self,
-               const std::string& id,
                bool sampled,
                const py::sequence& trees,
                const std::vector<int32_t>& emitted) {
-                self.settle(id, sampled, Trees(trees).views(), emitted);
-            })
-        .def("forget", &Calibration::forget);
+                self.record_outcome(sampled, Trees(trees).views(), emitted);
+            });
 
     module.def("best_logits", &best_logits);
     module.def("build_tree", &build_tree);
