@@ -15,9 +15,9 @@ from specserve.files import FileError, quoted, read_file
 from specserve.hub import HubError, resolve
 from specserve.models.fields import ModelError
 from specserve.models.loader import load_model
-from specserve.text import Tokenizer, TokenizerError
 from specserve.speculation.drafter import DraftError
 from specserve.speculation.registry import checkpoint_method
+from specserve.text import Tokenizer, TokenizerError
 from specserve_kernels.dispatch import select_kernels
 
 CPU = torch.device("cpu")

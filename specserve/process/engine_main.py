@@ -33,8 +33,8 @@ from specserve.process.messages import (
     ToEngine,
 )
 from specserve.process.parent_death import set_parent_death_signal
-from specserve.text import Tokenizer, TokenizerError
 from specserve.speculation.drafter import DraftError
+from specserve.text import Tokenizer, TokenizerError
 from specserve.types import Abort, Request, RequestError, StepOutput
 
 logger = logging.getLogger(__name__)
