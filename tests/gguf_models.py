@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
 )
@@ -40,7 +40,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": END,
     "initializer_range": 0.2,
 }
-CONFIGS: dict[str, PreTrainedConfig] = {
+CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
     "llama with biases": LlamaConfig(attention_bias=True, mlp_bias=True, **_SIZES),
     "qwen3": Qwen3Config(**_SIZES),
@@ -105,7 +105,7 @@ def _metadata(arch: str) -> dict[str, Any]:
     }
 
 
-def random_tensors(config: PreTrainedConfig) -> Tensors:
+def random_tensors(config: PretrainedConfig) -> Tensors:
     """A random transformers model as GGUF has it."""
     torch.manual_seed(0)
     reference: Any = AutoModelForCausalLM
@@ -120,7 +120,7 @@ def random_tensors(config: PreTrainedConfig) -> Tensors:
     return tensors
 
 
-def load_reference(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
+def load_reference(path: Path, config: PretrainedConfig) -> PreTrainedModel:
     """The model in the file as transformers runs it, in float32."""
     build: Any = AutoModelForCausalLM
     model: PreTrainedModel = build.from_config(config, dtype=torch.float32)
@@ -138,13 +138,13 @@ def load_reference(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _names(config: PreTrainedConfig, ours: list[str]) -> dict[str, str]:
+def _names(config: PretrainedConfig, ours: list[str]) -> dict[str, str]:
     arch = getattr(gguf.MODEL_ARCH, config.model_type.upper())
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     return {name: str(names.get_name(name, (".weight", ".bias"))) for name in ours}
 
 
-def _num_heads(config: PreTrainedConfig, name: str) -> int:
+def _num_heads(config: PretrainedConfig, name: str) -> int:
     """How many heads' rows stand in another order in GGUF; 0: none."""
     if config.model_type != "llama":
         return 0

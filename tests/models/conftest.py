@@ -14,7 +14,7 @@ from transformers import (
     MinistralForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -31,7 +31,7 @@ from specserve_kernels.ops import Segments
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
-REFERENCES: dict[type[PreTrainedConfig], Callable[..., PreTrainedModel]] = {
+REFERENCES: dict[type[PretrainedConfig], Callable[..., PreTrainedModel]] = {
     LlamaConfig: LlamaForCausalLM,
     MinistralConfig: MinistralForCausalLM,
     MistralConfig: MistralForCausalLM,
@@ -62,7 +62,7 @@ def load() -> Callable[..., LlamaModel]:
 def save_reference(tmp_path: Path) -> Callable[..., PreTrainedModel]:
     """save_reference(config): a random transformers model, also written to tmp_path."""
 
-    def save(config: PreTrainedConfig) -> PreTrainedModel:
+    def save(config: PretrainedConfig) -> PreTrainedModel:
         torch.manual_seed(0)
         model: PreTrainedModel = REFERENCES[type(config)](config)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -38,7 +38,7 @@ def _read(directory: Path, config: dict[str, Any]) -> ModelShape:
 
 
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
-def test_what_transformers_writes_is_read(tmp_path: Path, kind: type[PreTrainedConfig]) -> None:
+def test_what_transformers_writes_is_read(tmp_path: Path, kind: type[PretrainedConfig]) -> None:
     """The whole of it, defaults too, and beside it how its generation is set by default."""
     names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}
     config = kind(architectures=[f"{names[kind.model_type]}ForCausalLM"], **SIZES)

@@ -11,7 +11,7 @@ from transformers import (
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -26,7 +26,7 @@ NUM_TOKENS = 100
 VOCAB = 97
 
 
-def _config(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
+def _config(kind: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
