@@ -15,7 +15,7 @@ from specserve.server.auth import (
     required_scope,
 )
 from specserve.server.connections import protect_connection
-from specserve.server.failures import as_api_error
+from specserve.server.error_mapping import as_api_error
 from specserve.server.held_bodies import BODY
 from specserve.server.routes import chat, completions, models, status, tokens
 from specserve.server.service import ARRIVED, REQUEST_ID, SERVICE, Service, request_id

@@ -66,9 +66,9 @@ class Keyring:
         for where, entry in entries:
             digest, principal = _parse(where, entry)
             if any(principal.name == other.name for _, other in self._keys):
-                raise ConfigError(f"{where}: its name is taken; give every key its own")
+                raise ConfigError(f"{where}: its name is used twice; give every key its own")
             if any(digest == other for other, _ in self._keys):
-                raise ConfigError(f"{where}: its key is taken; give every name its own")
+                raise ConfigError(f"{where}: its key is used twice; give every name its own")
             self._keys.append((digest, principal))
 
     def __len__(self) -> int:
@@ -118,7 +118,7 @@ def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.en
     if not keyring and not config.allow_public and not _is_loopback(config.host):
         raise ConfigError(
             f"host: {config.host} can be reached from other machines and no API keys are given; "
-            f"give some with --api-key-file or {KEYS_VARIABLE}, or let everybody in with "
+            f"give some with --api-key-file or {KEYS_VARIABLE}, or allow access without keys with "
             "--allow-public"
         )
     return keyring

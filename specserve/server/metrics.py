@@ -20,9 +20,13 @@ LAG_SECONDS: Final = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.3, 1.0, 3.0, 10.0)
 TOTALS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
     ("vllm:prompt_tokens", "Prompt tokens of the requests started.", lambda s: s.prompt_tokens),
     ("vllm:generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
-    ("vllm:prefix_cache_queries", "Tokens looked up.", lambda s: s.prefix_cache_queries),
-    ("vllm:prefix_cache_hits", "Tokens found.", lambda s: s.prefix_cache_hits),
-    ("vllm:num_preemptions", "Sequences that lost their KV.", lambda s: s.num_preemptions),
+    (
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+        lambda s: s.prefix_cache_queries,
+    ),
+    ("vllm:prefix_cache_hits", "Prompt tokens found in it.", lambda s: s.prefix_cache_hits),
+    ("vllm:num_preemptions", "Sequences preempted.", lambda s: s.num_preemptions),
     ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda s: s.num_drafts),
     ("vllm:spec_decode_num_draft_tokens", "Nodes verified.", lambda s: s.num_draft_tokens),
     ("vllm:spec_decode_num_accepted_tokens", "Nodes accepted.", lambda s: s.num_accepted_tokens),
@@ -147,10 +151,10 @@ class ServerMetrics:
         add("specserve:kv_slots_used", "Of those, with valid KV.", lambda s: s.kv_slots_used)
         gauge = self._registry.gauge
         gauge(
-            "vllm:num_requests_waiting", "Sequences that wait, before the engine or inside."
+            "vllm:num_requests_waiting", "Sequences that wait, in the server or the engine."
         ).set_function(lambda: self._num_queued() + now(lambda s: s.num_waiting))
         gauge("specserve:engine_up", "1 while it takes requests.").set_function(self._is_up)
-        gauge("specserve:open_streams", "Sequences the engine owes tokens.").set_function(
+        gauge("specserve:open_streams", "Sequences whose engine stream is open.").set_function(
             lambda: self._engine.num_open_streams if self._engine else 0
         )
         gauge("specserve:tasks", "Tasks of the event loop.").set_function(_num_tasks)

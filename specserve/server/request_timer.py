@@ -48,15 +48,15 @@ class RequestMetrics:
         self.generation_tokens = sizes(
             "request_generation_tokens", "Generated tokens per choice.", SIZES
         )
-        self.max_tokens = sizes("request_params_max_tokens", "max_tokens as asked.", SIZES)
-        self.n = sizes("request_params_n", "n as asked.", CHOICES)
+        self.max_tokens = sizes("request_params_max_tokens", "max_tokens of the request.", SIZES)
+        self.n = sizes("request_params_n", "n of the request.", CHOICES)
         self.finished = registry.counters(
             "vllm:request_success", "Requests that ended, by reason.", "finished_reason"
         )
         for outcome in FINISH_REASONS:
             self.finished(outcome)
         self._queue_full = registry.counters(
-            "vllm:admission_rejections", "Requests turned away by a full queue.", "reason"
+            "vllm:admission_rejections", "Requests refused by a full queue.", "reason"
         )
         for reason in QUEUE_REASONS.values():
             self._queue_full(reason)

@@ -511,19 +511,19 @@ def test_text_without_tokens_does_not_end_a_process(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
 
     async def body() -> None:
-        async with running_pool(tmp_path) as texts:
-            await wait_until(lambda: len(texts.pids) == 2)
-            pids = texts.pids
+        async with running_pool(tmp_path) as pool:
+            await wait_until(lambda: len(pool.pids) == 2)
+            pids = pool.pids
             for ask, param in (
-                (texts.encode("an unheard word"), "prompt"),
-                (texts.encode("an unheard word", allow_special=True), "prompt"),
-                (texts.encode("unheard", param="prediction"), "prediction"),
-                (texts.chat(HI), "messages"),
+                (pool.encode("an unheard word"), "prompt"),
+                (pool.encode("an unheard word", allow_special=True), "prompt"),
+                (pool.encode("unheard", param="prediction"), "prediction"),
+                (pool.chat(HI), "messages"),
             ):
                 with pytest.raises(RequestError, match="has no tokens for it") as error:
                     await ask
                 assert error.value.param == param
-            assert await texts.encode("known word") == (0, 1)
-            assert texts.pids == pids
+            assert await pool.encode("known word") == (0, 1)
+            assert pool.pids == pids
 
     asyncio.run(body())

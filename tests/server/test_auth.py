@@ -148,12 +148,12 @@ def test_salts_differ_by_key_and_are_stable() -> None:
         (
             ["alice:inference:0123456789abcdefgh", "alice:inference:abcdefgh0123456789"],
             2,
-            "its name is taken",
+            "its name is used twice",
         ),
         (
             ["alice:inference:0123456789abcdefgh", "bob:inference:0123456789abcdefgh"],
             2,
-            "its key is taken",
+            "its key is used twice",
         ),
     ],
 )

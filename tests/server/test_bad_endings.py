@@ -15,7 +15,7 @@ from refusal import COMPLETION, assert_error, assert_refused, scrape, vital_sign
 from tiny_chat import write_byte_chat
 from wire import Wire, dial, get, post
 
-from specserve.server.failures import as_api_error
+from specserve.server.error_mapping import as_api_error
 from specserve.server.generation import DeadlineExceeded
 
 RUNNING: Final = "vllm:num_requests_running"
