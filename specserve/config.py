@@ -80,7 +80,7 @@ class DraftConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 class ScheduleConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_num_seqs: int = 32  # sequences that run together
-    max_batch_rows: int = 256  # tokens of one forward pass: tree nodes and prompt tokens
+    max_num_batched_tokens: int = 256  # tokens of one forward pass: tree nodes and prompt tokens
 
 
 _SERVER_RANGES: Final[Mapping[str, tuple[float, float]]] = {
@@ -172,7 +172,12 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
         if len(set(self.draft.draft)) < len(self.draft.draft):
             raise ConfigError(f"draft: {list(self.draft.draft)} names one twice; give each once")
         _in_range("max_num_seqs", self.schedule.max_num_seqs, 1, 4096)
-        _in_range("max_batch_rows", self.schedule.max_batch_rows, self.schedule.max_num_seqs, 65536)
+        _in_range(
+            "max_num_batched_tokens",
+            self.schedule.max_num_batched_tokens,
+            self.schedule.max_num_seqs,
+            65536,
+        )
         if self.cache.kv_memory is not None:
             parse_bytes("kv_memory", self.cache.kv_memory)
 

@@ -112,7 +112,7 @@ def engine_for(make_engine: EngineFactory, target: Path, draft: list[str]) -> En
         target=target,
         max_nodes=4,
         max_num_seqs=NUM_SEQS,
-        max_batch_rows=8 * NUM_SEQS,
+        max_num_batched_tokens=8 * NUM_SEQS,
         kv_slots=NUM_SEQS * 850,
         prefix_caching=False,
     )

@@ -36,7 +36,7 @@ def slots_by_block(engine: Engine) -> dict[int, int]:
 
 def test_kv_numbers_are_those_of_the_block_tables(make_engine: EngineFactory) -> None:
     """With shared prefixes, preemption and aborts, after every step."""
-    engine = make_engine("ngram", kv_slots=192, max_batch_rows=48)
+    engine = make_engine("ngram", kv_slots=192, max_num_batched_tokens=48)
     prefix = tuple(range(32))
     for index in range(8):
         engine.submit(Request(f"r{index}", (*prefix, index), sampled(index, 80)))
@@ -146,7 +146,7 @@ def test_speculation_that_cannot_be_done_is_refused(
     [
         {},
         {"max_model_len": 2},
-        {"max_num_seqs": 1, "max_nodes": 1, "max_batch_rows": 1},
+        {"max_num_seqs": 1, "max_nodes": 1, "max_num_batched_tokens": 1},
         {"kv_slots": 16},
     ],
     ids=["defaults", "shortest context", "one row", "one block"],

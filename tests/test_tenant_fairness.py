@@ -47,7 +47,7 @@ class SimulatedEngine:
             lambda seq_id: None,
             PassCosts({n: FIXED + per_row * n for n in (1, 8, 64)}) if costs else None,
         )
-        self.max_rows, self.max_seqs = config.max_batch_rows, config.max_num_seqs
+        self.max_rows, self.max_seqs = config.max_num_batched_tokens, config.max_num_seqs
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.order: list[str] = []  # as they finished
         self.time = 0.0  # of all passes
@@ -295,7 +295,7 @@ def test_all_requests_end_with_the_tokens_that_they_have_alone(
     engine = SimulatedEngine(
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
-        max_batch_rows=16,
+        max_num_batched_tokens=16,
         prefix_caching=prefix_caching,
         costs=costs,
     )
@@ -324,7 +324,7 @@ def test_one_tenant_is_served_by_priority_then_arrival(
     load: Sequence[tuple[str, int, int, int, int]], max_num_seqs: int, name: str
 ) -> None:
     """Places are filled in this order and as early as possible, and chunks fill the pass."""
-    engine = SimulatedEngine(max_num_seqs=max_num_seqs, max_batch_rows=16)
+    engine = SimulatedEngine(max_num_seqs=max_num_seqs, max_num_batched_tokens=16)
     for _, num_prompt, max_tokens, priority, _ in load:
         engine.send(name, num_prompt, max_tokens, priority=priority)
     scheduler = engine.scheduler

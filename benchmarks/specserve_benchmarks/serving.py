@@ -216,7 +216,7 @@ def server_flags(llm: LLM) -> list[str]:
         *("--block-size", str(config.cache.block_size)),
         "--no-prefix-caching",
         *("--max-num-seqs", str(config.schedule.max_num_seqs)),
-        *("--max-batch-rows", str(config.schedule.max_batch_rows)),
+        *("--max-num-batched-tokens", str(config.schedule.max_num_batched_tokens)),
         *("--max-nodes", str(config.draft.max_nodes)),
         *("--dtype", config.target.dtype),
         *("--device", config.target.device),

@@ -105,7 +105,7 @@ def open_llm(args: argparse.Namespace, variant: Variant, report: Report, **setti
         "options": options | variant.options,
         "max_model_len": args.max_prompt,
         "max_num_seqs": largest,
-        "max_batch_rows": max(largest, ScheduleConfig().max_batch_rows),
+        "max_num_batched_tokens": max(largest, ScheduleConfig().max_num_batched_tokens),
     }
     return LLM(progress=report, **chosen)
 

@@ -28,7 +28,7 @@ class KVCacheManager:
         self.prefix_caching = prefix_caching
         self.prefix = PrefixCache()
         self.pool = BlockPool(num_blocks, on_evict=self.prefix.evict)
-        self._promised: set[bytes] = set()  # pending hashes: running sequences will publish them
+        self._pending_hashes: set[bytes] = set()  # running sequences will publish these
 
     @property
     def num_slots(self) -> int:
@@ -53,7 +53,7 @@ class KVCacheManager:
                 break
             shared.append(block_id)
         missing = hashes[len(shared) :]
-        if missing and missing[0] in self._promised:
+        if missing and missing[0] in self._pending_hashes:
             return Denied.IN_FLIGHT
         num_cached = len(shared) * self.block_size
         table = BlockTable(self.block_size, list(shared), list(hashes[: len(shared)]), num_cached)
@@ -64,8 +64,8 @@ class KVCacheManager:
             self.pool.share(block_id)
         reserved = table.reserve(num_tokens - table.num_committed, self.pool)
         assert reserved, "admission counted the blocks wrongly"
-        table.promised.update(set(missing) - self._promised)
-        self._promised |= table.promised
+        table.pending_hashes.update(set(missing) - self._pending_hashes)
+        self._pending_hashes |= table.pending_hashes
         return table
 
     def reserve(self, table: BlockTable, num_slots: int) -> bool:
@@ -101,7 +101,7 @@ class KVCacheManager:
             block_hash = chain_hash(parent, tokens[start : start + size])
             self.prefix.insert(block_hash, table.block_ids[len(table.hashes)])
             table.hashes.append(block_hash)
-            self._keep_promise(table, {block_hash})
+            self._drop_pending(table, {block_hash})
 
     def release(self, table: BlockTable) -> None:
         """Release every block; published blocks stay in the prefix cache until they are evicted.
@@ -109,31 +109,31 @@ class KVCacheManager:
         The last block is released first, so that eviction takes the end of a prefix before its
         beginning.
         """
-        self._keep_promise(table, set(table.promised))
+        self._drop_pending(table, set(table.pending_hashes))
         for block_id in reversed(table.block_ids):
             self.pool.release(block_id, keep=block_id in self.prefix)
         table.block_ids.clear()
         table.hashes.clear()
         table.num_committed = 0
 
-    def _keep_promise(self, table: BlockTable, hashes: set[bytes]) -> None:
+    def _drop_pending(self, table: BlockTable, hashes: set[bytes]) -> None:
         """`hashes` are no longer pending for `table`: published, or given up."""
-        kept = table.promised & hashes
-        table.promised -= kept
-        self._promised -= kept
+        dropped = table.pending_hashes & hashes
+        table.pending_hashes -= dropped
+        self._pending_hashes -= dropped
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Assert that pool, prefix cache and tables agree."""
         users: dict[int, int] = {}
-        promised: list[bytes] = []
+        pending: list[bytes] = []
         for table in tables:
             assert table.num_committed <= table.capacity
             assert len(table.hashes) * self.block_size <= table.num_committed
             assert len(set(table.block_ids)) == len(table.block_ids), "a table holds a block twice"
             for block_id in table.block_ids:
                 users[block_id] = users.get(block_id, 0) + 1
-            promised.extend(table.promised)
-        assert len(promised) == len(self._promised), "a promised hash is lost or doubled"
-        assert set(promised) == self._promised, "a promise has no table"
+            pending.extend(table.pending_hashes)
+        assert len(pending) == len(self._pending_hashes), "a pending hash is lost or doubled"
+        assert set(pending) == self._pending_hashes, "a pending hash has no table"
         self.pool.check_integrity(users)
         self.prefix.check_integrity()

@@ -17,7 +17,7 @@ class BlockTable:
     block_ids: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # hashes of the leading full committed blocks
     num_committed: int = 0  # tokens whose KV is valid
-    promised: set[bytes] = field(default_factory=set)  # pending hashes: to be published
+    pending_hashes: set[bytes] = field(default_factory=set)  # to be published
 
     @property
     def capacity(self) -> int:

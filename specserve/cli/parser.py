@@ -67,7 +67,7 @@ ENGINE_HELP: Final = {
     "pricing": "measured: verify the drafted nodes that are worth their time; off: all of them",
     "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
     "max_num_seqs": "sequences that run together",
-    "max_batch_rows": "tokens of one pass: tree nodes and prompt tokens together",
+    "max_num_batched_tokens": "tokens per forward pass: tree nodes and prompt tokens together",
 }
 
 SERVER_HELP: Final = {

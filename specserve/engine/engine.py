@@ -29,7 +29,7 @@ from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.shape import ModelShape
 from specserve.runner.runner import Runner
-from specserve.runner.warmup import NUM_PASSES, warmup_rounds
+from specserve.runner.warmup import STEPS_PER_ROUND, warmup_rounds
 from specserve.sampling import Sampler, SamplingState
 from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import SequenceView
@@ -135,7 +135,7 @@ class Engine:
         rounds = list(
             warmup_rounds(
                 row_multiple=self._row_multiple,
-                max_rows=schedule.max_batch_rows,
+                max_rows=schedule.max_num_batched_tokens,
                 max_seqs=schedule.max_num_seqs,
                 max_nodes=self.config.draft.max_nodes,
                 max_tokens=min(self.max_model_len, self.kv.num_slots),
@@ -147,7 +147,7 @@ class Engine:
             for request in requests:
                 self.submit(request)
             outputs, seconds = [], []
-            for _ in range(NUM_PASSES):
+            for _ in range(STEPS_PER_ROUND):
                 started = time.perf_counter()
                 outputs += self.step()
                 seconds.append(time.perf_counter() - started)
@@ -159,8 +159,8 @@ class Engine:
             errors = [output.error for output in outputs if output.finish == "error"]
             if errors:
                 raise ModelError(
-                    f"warm-up: {errors[0]}; if memory is short, lower kv_memory or max_batch_rows "
-                    f"({schedule.max_batch_rows})"
+                    f"warm-up: {errors[0]}; if memory is short, lower kv_memory or "
+                    f"max_num_batched_tokens ({schedule.max_num_batched_tokens})"
                 )
         self.measure_costs(on_stage)
         return slowest

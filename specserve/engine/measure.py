@@ -24,7 +24,7 @@ _LONG_CONTEXT: Final = 1024  # tokens, to measure how the time grows with the co
 _LONG_SIZES: Final = (1, 8)  # rows, measured at _LONG_CONTEXT
 _REPEATS: Final = 5  # samples per point, while there is time
 _SECONDS: Final = 2.0  # time budget; sizes that it leaves out are extrapolated by `PassCosts`
-_NEEDED: Final = len(_LONG_SIZES) + _SIZES.index(max(_LONG_SIZES)) + 1  # points always measured
+_MIN_POINTS: Final = len(_LONG_SIZES) + _SIZES.index(max(_LONG_SIZES)) + 1  # points always measured
 
 
 def measure_costs(scheduler: Scheduler, kv: KVCacheManager, runner: Runner, room: int) -> PassCosts:
@@ -61,7 +61,7 @@ def _medians(runner: Runner, seq: SequenceState, points: Sequence[_Point]) -> di
     for point in points:
         _timed(runner, seq, point)
         known[point] = []
-        if time.perf_counter() > end and len(known) >= _NEEDED:
+        if time.perf_counter() > end and len(known) >= _MIN_POINTS:
             break
     for number in range(_REPEATS):
         for point, seconds in known.items():

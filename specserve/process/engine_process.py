@@ -240,14 +240,14 @@ class EngineProcess:
         """Seconds that the engine may be silent; it sends messages only between two steps.
 
         A token's cost is a constant plus a part proportional to its context length. The largest
-        warm-up step ran `max_batch_rows` tokens, whose context was `max_batch_rows` / 2 on average.
-        With contexts of c tokens a step may hence take 1 + 2c / `max_batch_rows` times as long.
+        warm-up step ran n = `max_num_batched_tokens` tokens, whose context was n / 2 on average.
+        With contexts of c tokens a step may hence take 1 + 2c / n times as long.
         """
         if self.state != "ready":
             return self._start_timeout
         if not self._context_lengths:
             return self._heartbeat_timeout
-        rows = self._configure.config.schedule.max_batch_rows
+        rows = self._configure.config.schedule.max_num_batched_tokens
         factor = 1 + 2 * max(self._context_lengths.values()) / rows
         allowed = self._heartbeat_timeout + _MAX_SLOWDOWN * self._slowest_step * factor
         return min(allowed, max(self._heartbeat_timeout, self._start_timeout))

@@ -11,11 +11,11 @@ from msgspec.structs import replace
 
 from specserve.types import Request, SamplingParams
 
-NUM_PASSES: Final = 3  # steps per round: prompts, a tree after a prompt, a tree after a tree
+STEPS_PER_ROUND: Final = 3  # steps per round: prompts, a tree after a prompt, a tree after a tree
 _PROMPT_LEN: Final = 4  # tokens per prompt in the rounds that run trees
 
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
-_NOISY = SamplingParams(
+_SAMPLED = SamplingParams(
     temperature=0.8,
     top_k=8,
     top_p=0.9,
@@ -62,6 +62,6 @@ def _prompts(num_rows: int, max_seqs: int, longest: int) -> list[Request]:
 
 def _request(index: int, prompt_len: int, max_tokens: int) -> Request:
     """A prompt that repeats one token, so that drafters that copy repeated text propose trees."""
-    sampling = replace(_NOISY if index % 2 else _GREEDY, max_tokens=max_tokens)
+    sampling = replace(_SAMPLED if index % 2 else _GREEDY, max_tokens=max_tokens)
     salt = f"{prompt_len}/{max_tokens}/{index}"  # distinct, so the prefix cache has no hits
     return Request(f"warm-up-{index}", (0,) * prompt_len, sampling, cache_salt=salt)

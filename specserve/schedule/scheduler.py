@@ -42,7 +42,7 @@ class Scheduler:
         self.num_prompt_tokens = 0  # of all requests admitted, each counted once
         self.num_cached_tokens = 0  # of those, taken from the prefix cache
         self.counts = SpecCounts()  # over all requests
-        self.tenants = Tenants(config.max_batch_rows, costs)
+        self.tenants = Tenants(config.max_num_batched_tokens, costs)
         self._kv = kv
         self._policy = policy
         self._config = config
@@ -113,7 +113,7 @@ class Scheduler:
         if self.tenants.several:
             decoding = self.tenants.decoding(decoding, self._wanted(self.running))
         chunks = self._plan_chunks(decoding)
-        spare_rows = self._config.max_batch_rows - len(decoding) - sum(chunks.values())
+        spare_rows = self._config.max_num_batched_tokens - len(decoding) - sum(chunks.values())
         with_tree = decoding + [seq for seq, rows in chunks.items() if rows == seq.num_pending]
         budgets = self._policy.budgets(with_tree, spare_rows)
         entries = []
@@ -190,7 +190,7 @@ class Scheduler:
         to the tenants that still want rows and are allowed them.
         """
         chunks: dict[SequenceState, int] = {}
-        rows = self._config.max_batch_rows - len(decoding)
+        rows = self._config.max_num_batched_tokens - len(decoding)
         if self.tenants.seen_several:
             rows = min(rows, self.tenants.begin_pass())
         if not self.tenants.several:

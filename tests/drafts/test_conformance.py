@@ -81,7 +81,7 @@ def test_output_equals_plain_decoding(
         for more in (
             {"max_nodes": 8},
             {"max_nodes": 3, "max_num_seqs": 1},
-            {"max_nodes": 17, "kv_slots": 192, "max_batch_rows": 48},
+            {"max_nodes": 17, "kv_slots": 192, "max_num_batched_tokens": 48},
         ):
             outputs = run(make_engine(draft, **more), PROMPTS, params)
             assert [ids(each) for each in outputs] == plain, (draft, more)
@@ -146,7 +146,7 @@ def test_trees_are_valid_and_within_budget(
 def test_forget_frees_everything(drafts: list[str], make_engine: EngineFactory) -> None:
     """Finished, aborted and preempted requests leave no state behind in the drafter."""
     for draft in drafts:
-        engine = make_engine(draft, kv_slots=192, max_batch_rows=48)
+        engine = make_engine(draft, kv_slots=192, max_num_batched_tokens=48)
         before = _state_size(engine)
         for index in range(4):
             prompt = tuple(range(index, index + 40))
@@ -171,7 +171,7 @@ def test_tenants_that_share_change_no_token(drafts: list[str], make_engine: Engi
     ]
     plain = [ids(outputs) for outputs in run(make_engine("none"), prompts, params)]
     for draft in drafts:
-        engine = make_engine(draft, max_num_seqs=4, max_batch_rows=48, max_nodes=4)
+        engine = make_engine(draft, max_num_seqs=4, max_num_batched_tokens=48, max_nodes=4)
         got: dict[str, tuple[int, ...]] = {}
         in_turns = False
         for index in range(8):

@@ -185,7 +185,7 @@ def test_a_preempted_request_is_learned_once() -> None:
 def test_every_output_is_learned_once_whatever_the_scheduler_does(
     make_engine: EngineFactory,
 ) -> None:
-    engine = make_engine("suffix", kv_slots=192, max_batch_rows=48)
+    engine = make_engine("suffix", kv_slots=192, max_num_batched_tokens=48)
     past = cast(SuffixDrafter, engine.drafter.drafters["suffix"])._past
     learned: list[tuple[str, Way]] = []
     cast(Any, past).add = lambda salt, output: learned.append((salt, tuple(output)))

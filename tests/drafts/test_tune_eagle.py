@@ -91,7 +91,9 @@ def test_answers_come_with_the_rows_a_teacher_would_read(
 ) -> None:
     """To the bit, prompts in pieces and cut answers included; only so may training skip reading."""
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_memory": "4MiB"}
-    llm = LLM(str(folder / "tiny"), draft="none", max_num_seqs=3, max_batch_rows=8, **options)
+    llm = LLM(
+        str(folder / "tiny"), draft="none", max_num_seqs=3, max_num_batched_tokens=8, **options
+    )
     settings = EagleSettings(max_tokens=24, max_len=32)
 
     def teacher() -> Teacher:

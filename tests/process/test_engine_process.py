@@ -261,7 +261,7 @@ if "specserve.process.engine_main" in sys.orig_argv:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "max_batch_rows", "slow"),
+    ("num_tokens", "max_num_batched_tokens", "slow"),
     [
         (1000, 1024, {"row": 1.6e-3, "token": 0}),
         (1000, 256, {"row": 0, "token": 7e-6}),
@@ -270,7 +270,7 @@ if "specserve.process.engine_main" in sys.orig_argv:
 )
 def test_a_slow_step_is_not_taken_for_a_hang(
     num_tokens: int,
-    max_batch_rows: int,
+    max_num_batched_tokens: int,
     slow: dict[str, float],
     runner: asyncio.Runner,
     tmp_path: Path,
@@ -280,7 +280,7 @@ def test_a_slow_step_is_not_taken_for_a_hang(
     model = write_tiny_llama(tmp_path / "model", seed=1, context=2048)
     (tmp_path / "sitecustomize.py").write_text(SLOW.format(**slow))
     monkeypatch.syspath_prepend(tmp_path)
-    config = config_of(model, draft=["none"], max_batch_rows=max_batch_rows)
+    config = config_of(model, draft=["none"], max_num_batched_tokens=max_num_batched_tokens)
 
     async def ask() -> None:
         async with running(config, heartbeat_timeout=1.0) as engine:

@@ -330,7 +330,7 @@ def open_target(settings: HeadSettings, target: dict[str, Any]) -> LLM:
         return LLM(
             draft="none",
             max_num_seqs=settings.batch,
-            max_batch_rows=max(settings.batch, ScheduleConfig().max_batch_rows),
+            max_num_batched_tokens=max(settings.batch, ScheduleConfig().max_num_batched_tokens),
             prefix_caching=False,
             progress=progress,
             **target,

@@ -155,7 +155,9 @@ def _open(args: argparse.Namespace) -> LLM:
             pricing="off",
             max_nodes=args.max_nodes,
             max_num_seqs=args.batch,
-            max_batch_rows=max(args.batch * args.max_nodes, ScheduleConfig().max_batch_rows),
+            max_num_batched_tokens=max(
+                args.batch * args.max_nodes, ScheduleConfig().max_num_batched_tokens
+            ),
             prefix_caching=False,
             progress=progress,
             **given(args, TargetConfig),
