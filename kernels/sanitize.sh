@@ -42,5 +42,5 @@ export PYTHONPATH="$PWD/$copy${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=2
 import specserve_kernels, sys
 sys.exit('$copy' not in specserve_kernels.__file__ and specserve_kernels.__file__ + ' is not the copy')"
 # A report goes to descriptor 2 and ends the process: pytest must not have put a file in its place.
-"$python" -m pytest -q --capture=sys tests/kernels tests/drafts/test_host_twins.py \
+"$python" -m pytest -q --capture=sys tests/kernels tests/drafts/test_native_host.py \
     -k 'not triton' -p no:cacheprovider "$@"

@@ -40,8 +40,8 @@ class ModelOutput:
 
     logits: Tensor  # [num_logit_rows, vocab_size] float32
     topk: Tensor | None = None  # [num_logit_rows, k] int64, best first; -1: logits not finite
-    # Auxiliary hidden states [num_rows, num_taps * hidden_size], rows as in `plan_segments`.
-    taps: Tensor | None = None
+    # [num_rows, num_aux_layers * hidden_size], rows as in `plan_segments`.
+    aux_hidden_states: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,9 @@ class SegmentRows:
 
 def joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
     """Concatenate outputs into that of one pass over all their rows, without `topk`."""
-    taps = [output.taps for output in outputs if output.taps is not None]
+    states = [out.aux_hidden_states for out in outputs if out.aux_hidden_states is not None]
     logits = torch.cat([output.logits for output in outputs])
-    return ModelOutput(logits, taps=torch.cat(taps) if taps else None)
+    return ModelOutput(logits, aux_hidden_states=torch.cat(states) if states else None)
 
 
 def prefill_segments(

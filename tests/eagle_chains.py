@@ -15,7 +15,7 @@ from specserve.speculation.drafter import DraftContext
 from specserve.speculation.registry import create_drafter
 from specserve_drafts.eagle import EagleDrafter
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
-from specserve_drafts.packed_head import PackedHead
+from specserve_drafts.quantized_head import QuantizedHead
 from specserve_kernels.dispatch import select_kernels
 
 CPU = torch.device("cpu")
@@ -50,10 +50,10 @@ def bound_drafter(
         sampling_state=nothing,
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
         drafter_id=1,
-        taps=drafter.needs_taps,
+        aux_layers=drafter.aux_layers,
         priced=False,
         step_seconds=lambda: None,
-        packed_embedding=None,
+        quantized_embedding=None,
         embed=embed,
         final_norm=nothing,
         unembed=unembed or nothing,
@@ -63,20 +63,23 @@ def bound_drafter(
 
 
 def chain_logits(
-    head: DraftHead | PackedHead,
+    head: DraftHead | QuantizedHead,
     ids: Tensor,  # [n] int64
-    taps: Tensor,  # [n, num_taps * target_hidden_size]
+    states: Tensor,  # [n, num_aux_layers * target_hidden_size]
     num_steps: int,
 ) -> list[Tensor]:
-    """Per step [n - step, draft_vocab_size]: pair i is taps i with token i, and step k of the chain
-    it begins goes on with token i + k and the head's own row. As a drafter runs them."""
+    """The logits of each step [n - step, draft_vocab_size], computed as a drafter does.
+
+    Draft input i is hidden state i and token i; step k of the chain that begins with it takes token
+    i + k and the head's own output.
+    """
     n, tokens = len(ids), ids.tolist()
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), n * num_steps, CPU)
     words = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], np.uint64)
     slots = torch.arange(n * num_steps, dtype=torch.int32)
     own = slots[n:].reshape(n, -1)  # slots of each chain after its first pair
     pairs = HeadRows(slots[:n], 0, 0, tokens, np.arange(n), words[:n])
-    rows = head(lay_out([pairs], CPU), head.fuse(taps), kv)
+    rows = head(lay_out([pairs], CPU), head.fuse(states), kv)
     logits = [head.logits(rows)]
     for step in range(1, num_steps):
         nodes = [

@@ -25,7 +25,7 @@ IDS: dict[str, dict[str, Any]] = {
     "speculators": {"eagle_aux_hidden_state_layer_ids": [2, 0, 1]},
     "speculators_qwen3": {"eagle_aux_hidden_state_layer_ids": [0, 2]},
 }
-TAPS = {  # layers entered
+AUX_LAYERS = {  # layers entered
     "eagle1": (2,),
     "official": (0, 1, 2),
     "specforge": (0, 1, 2),
@@ -54,7 +54,7 @@ class Written:
 
 
 def write_eagle(directory: Path, layout: str, *, seed: int = 3, inner: int = INNER) -> Written:
-    """For the tiny target: 2 layers of width 32, 97 tokens. `inner` of 64 can be packed."""
+    """For the tiny target: 2 layers of width 32, 97 tokens. `inner` of 64 can be quantised."""
     generator = torch.Generator().manual_seed(seed)
 
     def weights(*shape: int) -> Tensor:
@@ -91,11 +91,11 @@ def write_eagle(directory: Path, layout: str, *, seed: int = 3, inner: int = INN
             tensors[f"{prefix}input_layernorm.weight"] = norm(HIDDEN)
         if layout != "eagle1" and index == 0:
             tensors[f"{prefix}hidden_norm.weight"] = norm(HIDDEN)
-    num_taps = len(TAPS[layout])
+    num_aux_layers = len(AUX_LAYERS[layout])
     if layout == "eagle1":
         tensors["fc.weight"], tensors["fc.bias"] = weights(HIDDEN, 2 * HIDDEN), weights(HIDDEN)
     else:
-        tensors["fc.weight"] = weights(HIDDEN, num_taps * HIDDEN)
+        tensors["fc.weight"] = weights(HIDDEN, num_aux_layers * HIDDEN)
         tensors["norm.weight"] = norm(HIDDEN)
         tensors["lm_head.weight"] = weights(draft_vocab, HIDDEN) * 3
         ids = torch.randperm(TINY_VOCAB, generator=generator)[:draft_vocab].sort().values
@@ -104,9 +104,9 @@ def write_eagle(directory: Path, layout: str, *, seed: int = 3, inner: int = INN
     if layout == "eagle1" or layout.startswith("speculators"):
         tensors["embed_tokens.weight"] = weights(TINY_VOCAB, HIDDEN) * 5
     if layout == "eagle31":
-        tensors |= {f"fc_norm.{i}.weight": norm(HIDDEN) for i in range(num_taps)}
+        tensors |= {f"fc_norm.{i}.weight": norm(HIDDEN) for i in range(num_aux_layers)}
     if qwen:
-        tensors["input_norm.weight"] = norm(num_taps * HIDDEN)
+        tensors["input_norm.weight"] = norm(num_aux_layers * HIDDEN)
     flags = {
         "norm_output": layout == "eagle31",
         "norm_before_residual": layout == "speculators",
@@ -162,12 +162,12 @@ def _config(layout: str, num_layers: int, draft_vocab: int, inner: int) -> dict[
 def plain_logits(
     head: Written,
     target: dict[str, Tensor],
-    taps: Tensor,  # [n, num_taps * HIDDEN], of all tokens but the last, as `TAPS` has them
+    states: Tensor,  # [n, num_aux_layers * HIDDEN], of all tokens but the last
     tokens: list[int],  # [n + 1]
     path: list[int],
 ) -> Tensor:
     """[len(path) + 1, draft vocabulary]: after the tokens, and after each token of the path."""
-    rows = list(_fused(head, target, taps).unbind())
+    rows = list(_fused(head, target, states).unbind())
     text = tokens[1:]
     logits = []
     for token in [None, *path]:
@@ -182,15 +182,16 @@ def plain_logits(
     return torch.stack(logits)
 
 
-def _fused(head: Written, target: dict[str, Tensor], taps: Tensor) -> Tensor:
+def _fused(head: Written, target: dict[str, Tensor], states: Tensor) -> Tensor:
     if head.layout == "eagle1":
-        return _norm(taps, target["model.norm.weight"])
+        return _norm(states, target["model.norm.weight"])
     if head.layout == "eagle31":
         norms = [head.tensors[f"fc_norm.{i}.weight"] for i in range(3)]
-        taps = torch.cat([_norm(x, w) for x, w in zip(taps.chunk(3, -1), norms, strict=True)], -1)
+        parts = zip(states.chunk(3, -1), norms, strict=True)
+        states = torch.cat([_norm(x, w) for x, w in parts], -1)
     if "input_norm.weight" in head.tensors:
-        taps = _norm(taps, head.tensors["input_norm.weight"])
-    return taps @ head.tensors["fc.weight"].T
+        states = _norm(states, head.tensors["input_norm.weight"])
+    return states @ head.tensors["fc.weight"].T
 
 
 def _forward(head: Written, target: dict[str, Tensor], text: list[int], rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The kernels that keep the exactness promise on this machine."""
+"""The exact kernel backends of this machine."""
 
 import pytest
 

@@ -43,16 +43,19 @@ def load_reference(path: Path, target: Path | None = None) -> Any:
 def reference_logits(
     model: Any,
     ids: Tensor,  # [n] int64
-    taps: Tensor,  # [n, num_taps * hidden_size]
+    states: Tensor,  # [n, num_aux_layers * hidden_size]
     num_steps: int,
 ) -> list[Tensor]:
-    """Per step [n - step, draft_vocab_size]: pair i is taps i with token i, and step k of the chain
-    it begins goes on with token i + k. By the training-time test of speculators, which has every
-    chain of a text side by side."""
+    """The logits of each step [n - step, draft_vocab_size], by the training-time test of
+    speculators, which computes all chains of a text together.
+
+    Draft input i is hidden state i and token i; step k of the chain that begins with it takes token
+    i + k.
+    """
     steps: list[Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda _, inputs, output: steps.append(output[0]))
     with torch.no_grad():
         document = torch.zeros(1, len(ids), dtype=torch.int64)
-        model(taps[None], ids[None], document, ttt_steps=num_steps)
+        model(states[None], ids[None], document, ttt_steps=num_steps)
     hook.remove()
     return [rows[: len(ids) - step].clone() for step, rows in enumerate(steps)]

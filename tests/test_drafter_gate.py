@@ -105,8 +105,8 @@ class Listener:
     Options: ClassVar[type[DraftOptions]] = DraftOptions
     needs_topk = 0
 
-    def __init__(self, *taps: int) -> None:
-        self.needs_taps = taps
+    def __init__(self, *aux_layers: int) -> None:
+        self.aux_layers = aux_layers
         self.asked: list[str] = []
         self.heard: list[str] = []
 

@@ -82,7 +82,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def backends(names: Sequence[str], platform: Platform) -> list[Kernels]:
-    """The named backends; by default the torch reference implementation and the one in use."""
+    """The named backends; by default the torch reference and the one in use."""
     chosen = dict.fromkeys(names or ["torch", platform.kernels.name])
     return [named_kernels(name) for name in chosen]
 

@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
             device=platform.device,
             exact=platform.exact,
             quantization=name,
-            packed_dtype=platform.packed_dtype,
+            quantized_kv_dtype=platform.quantized_kv_dtype,
         )
         for name in args.formats or ["auto"]
     }

@@ -40,7 +40,7 @@ class DraftLMOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
 
 class DraftLM:
     Options: ClassVar[type[DraftOptions]] = DraftLMOptions
-    needs_taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     needs_topk = 0
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:

@@ -30,17 +30,17 @@ from specserve_drafts.fit import shipped_head
 from specserve_drafts.formats import read_head
 from specserve_drafts.growth import Growth, LookPrice, rank, take
 from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
-from specserve_drafts.packed_head import PackedHead, can_be_packed
 from specserve_drafts.pairs import BlockContents, Track
+from specserve_drafts.quantized_head import QuantizedHead, can_be_quantized
 from specserve_kernels.dispatch import native_host
-from specserve_kernels.draft_head import Drawing, Growing, GrowShape
+from specserve_kernels.draft_head import DraftSampling, ExpansionLimits, ExpansionTask
 
 # LM head rows that a quantized head takes from the target with cost-aware verification. All 49152
 # rows of SmolLM2 gained 0.02 tokens per forward pass more, at 4 ms a draft (drafts/LOG.md).
 _PRICED_VOCAB = 12288
-# Draft inputs of a sequence that may wait for the next proposal; more are computed at once, as
-# their hidden states take memory.
-_MAX_WAITING = 128
+# Draft inputs of a sequence that may be pending until the next proposal; more are computed at
+# once, as their hidden states take memory.
+_MAX_PENDING = 128
 # Static trees: the assumed conditional acceptance probability of a candidate by its rank. Not
 # measured.
 _STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
@@ -59,7 +59,7 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     # verification is cost-aware.
     draft_vocab: int | None = None
     # Target layers whose input hidden states the head reads; None: as in the checkpoint.
-    taps: tuple[int, ...] | None = None
+    aux_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +70,23 @@ class _Asked:
     state: SamplingState
     budget: int
     track: Track
-    lane: Tensor  # int32, slots of the draft inputs before the root, then of root and nodes
+    slot_list: Tensor  # int32, slots of the draft inputs before the root, then of root and nodes
 
-    def at_once(self) -> Growing:
+    def at_once(self) -> ExpansionTask:
         """The task for the kernel that grows the whole tree in one call."""
         tokens, params, track = self.seq.tokens, self.state.params, self.track
         root = len(tokens) - 1
-        return Growing(
-            self.lane,
+        return ExpansionTask(
+            self.slot_list,
             track.count(root),
-            tokens[root - track.num_waiting : root],
+            tokens[root - track.num_pending : root],
             track.latest(),
             tokens[root],
             root - 1,
             self.budget,
-            Drawing(params.temperature, params.top_k, params.top_p, params.min_p, self.state.seed),
+            DraftSampling(
+                params.temperature, params.top_k, params.top_p, params.min_p, self.state.seed
+            ),
             root + 1,
         )
 
@@ -97,7 +99,7 @@ class _Draft:
 
     def __init__(self, asked: _Asked, row: Tensor) -> None:
         self.growth = Growth(asked.seq, asked.state, asked.budget)
-        self._track, self._lane, self._row = asked.track, asked.lane, row
+        self._track, self._slot_list, self._row = asked.track, asked.slot_list, row
         self._rows: list[Tensor] = []  # outputs of the evaluated nodes, each [hidden_size]
 
     def fresh(self) -> HeadRows:
@@ -105,7 +107,7 @@ class _Draft:
         growth, root = self.growth, self.growth.seq.num_tokens - 1
         depths = np.array([node.depth for node in growth.fresh], np.int64)
         return HeadRows(
-            self._lane,
+            self._slot_list,
             self._track.count(root),
             growth.num_done,
             [node.token for node in growth.fresh],
@@ -151,13 +153,13 @@ class EagleDrafter:
             raise DraftError(f"draft: {error}") from error
         self._options = options
         self._target = target
-        self._file = read_head(path, shape, taps=options.taps)
+        self._file = read_head(path, shape, aux_layers=options.aux_layers)
         if options.draft_vocab is not None:
             self._file = self._file.cut(options.draft_vocab, target)
         self._num_positions = max(
             shape.max_position_embeddings, self._file.shape.max_position_embeddings
         )
-        self.needs_taps: tuple[int, ...] = tuple(sorted(set(self._file.shape.taps)))
+        self.aux_layers: tuple[int, ...] = tuple(sorted(set(self._file.shape.aux_layers)))
         self._tracks: dict[str, Track] = {}  # by sequence id
         host = native_host()
         self._lay_out = None if host is None else host.build_tree
@@ -174,9 +176,9 @@ class EagleDrafter:
         ids = self._file.token_ids
         self._token_ids = None if ids is None else ids.to(context.device)
         size = self._file.shape.target_hidden_size
-        places = [context.taps.index(tap) for tap in self._file.shape.taps]
+        places = [context.aux_layers.index(layer) for layer in self._file.shape.aux_layers]
         self._columns = [slice(place * size, (place + 1) * size) for place in places]
-        self._takes_all = places == list(range(len(context.taps)))
+        self._takes_all = places == list(range(len(context.aux_layers)))
         num_blocks = self._storage.data.shape[2] // context.block_size
         self._contents = BlockContents(num_blocks, context.block_size, len(places) * size, sample)
 
@@ -184,12 +186,12 @@ class EagleDrafter:
         asked = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         at_once: list[_Asked] = []
         by_passes: list[_Asked] = []
-        packed = isinstance(self.head, PackedHead) and not self._options.static
+        in_kernel = isinstance(self.head, QuantizedHead) and not self._options.static
         for one in asked:
             if one is not None:
                 # The kernel does not support logit adjustments such as bias and penalties.
-                fused = packed and not one.state.has_logit_adjustments
-                (at_once if fused else by_passes).append(one)
+                supported = in_kernel and not one.state.has_logit_adjustments
+                (at_once if supported else by_passes).append(one)
         trees = self._grow_at_once(at_once) | self._grow_by_passes(by_passes)
         for one in (*at_once, *by_passes):
             one.track.settle(1)  # the root's draft KV is final: it is from the target's own state
@@ -199,20 +201,20 @@ class EagleDrafter:
         """Trees by sequence id, grown in one kernel call."""
         if not asked:
             return {}
-        assert isinstance(self.head, PackedHead)
+        assert isinstance(self.head, QuantizedHead)
         options, drafter_id = self._options, self._context.drafter_id
         least = self._price.min_probability
-        shape = GrowShape(options.branching, options.beam, options.max_depth, least)
+        limits = ExpansionLimits(options.branching, options.beam, options.max_depth, least)
         tasks, started = [one.at_once() for one in asked], time.perf_counter()
-        grown = self.head.grow(shape, self._storage, tasks)
-        self._price.took(time.perf_counter() - started, max(tree.num_passes for tree in grown))
+        expanded = self.head.expand(limits, self._storage, tasks)
+        self._price.took(time.perf_counter() - started, max(tree.num_passes for tree in expanded))
         return {
             one.seq.id: DraftTree(
                 *self._lay_out(tree.tokens, tree.parents, tree.path_probs, drafter_id)
             )
             if self._lay_out is not None
             else build_tree(tree.tokens, tree.parents, tree.path_probs, drafter_id)
-            for one, tree in zip(asked, grown, strict=True)
+            for one, tree in zip(asked, expanded, strict=True)
         }
 
     def _grow_by_passes(self, asked: Sequence[_Asked]) -> dict[str, DraftTree]:
@@ -225,9 +227,9 @@ class EagleDrafter:
         chains: list[HeadRows] = []
         rows: list[Tensor] = []
         fused = self.head.fuse(torch.cat([one.track.latest() for one in asked]))
-        sizes = [one.track.num_waiting + 1 for one in asked]
+        sizes = [one.track.num_pending + 1 for one in asked]
         for one, piece in zip(asked, torch.split(fused, sizes), strict=True):
-            chains += one.track.waiting(one.seq.tokens, one.lane)
+            chains += one.track.pending(one.seq.tokens, one.slot_list)
             rows.append(piece[:-1])
             drafts.append(_Draft(one, piece[-1]))
         while growing := [d for d in drafts if d.growth.num_done < len(d.growth.nodes)]:
@@ -247,17 +249,17 @@ class EagleDrafter:
         drafter_id = self._context.drafter_id
         return {draft.growth.seq.id: draft.growth.tree(drafter_id) for draft in drafts}
 
-    def _load(self, dtype: torch.dtype) -> DraftHead | PackedHead:
+    def _load(self, dtype: torch.dtype) -> DraftHead | QuantizedHead:
         """The head: quantized if the target is, the kernels support it and the shape allows it."""
-        context, make = self._context, self._context.kernels.packed_draft_head
-        embedding = context.packed_embedding
-        if make is not None and embedding is not None and can_be_packed(self._file.shape):
+        context, make = self._context, self._context.kernels.quantized_draft_head
+        embedding = context.quantized_embedding
+        if make is not None and embedding is not None and can_be_quantized(self._file.shape):
             if not self._file.shape.own_head:
                 num_rows = self._file.shape.vocab_size
                 if context.priced:
                     num_rows = min(_PRICED_VOCAB, num_rows)
                 self._file = self._file.cut(num_rows, self._target)
-            return PackedHead(self._file, make, self._num_positions, embedding)
+            return QuantizedHead(self._file, make, self._num_positions, embedding)
         return DraftHead(
             self._file,
             context.kernels,
@@ -271,23 +273,23 @@ class EagleDrafter:
 
     def observe(self, feedback: Feedback) -> None:
         """Store the hidden states of all committed tokens until the next proposal."""
-        taps = feedback.output.taps
-        if taps is None:
+        states = feedback.output.aux_hidden_states
+        if states is None:
             return  # these tokens become a missing range
         first = 0
         for entry in feedback.entries:
             start, places = _settled(entry, feedback)
             if places:
-                self._follow(entry.seq, start, self._wanted(_rows(taps, first, places)))
+                self._follow(entry.seq, start, self._wanted(_rows(states, first, places)))
             first += entry.num_prefill
             if entry.num_nodes:
                 first += len(feedback.trees[entry.seq.id])
 
-    def _wanted(self, taps: Tensor) -> Tensor:
-        """The columns of this head's layers; `taps` has the layers that all drafters need."""
+    def _wanted(self, states: Tensor) -> Tensor:
+        """The columns of this head's layers; `states` has the layers that all drafters need."""
         if self._takes_all:
-            return taps
-        return torch.cat([taps[:, columns] for columns in self._columns], dim=-1)
+            return states
+        return torch.cat([states[:, columns] for columns in self._columns], dim=-1)
 
     def forget(self, seq_id: str) -> None:
         self._tracks.pop(seq_id, None)
@@ -300,23 +302,23 @@ class EagleDrafter:
         if track is None or not track.rows or track.num_seen != root:
             return None
         self._contents.name(track, seq.table)
-        lane = track.lane_up_to(root + max(budget - 1, 1), seq.table)
-        return _Asked(seq, self._context.sampling_state(seq), budget, track, lane)
+        slot_list = track.slots_up_to(root + max(budget - 1, 1), seq.table)
+        return _Asked(seq, self._context.sampling_state(seq), budget, track, slot_list)
 
     def _follow(self, seq: SequenceView, start: int, rows: Tensor) -> None:
         """Store the hidden states of tokens start, start + 1, ... that the target has computed.
 
-        rows: [n, len(taps) * target_hidden_size].
+        rows: [n, num_aux_layers * target_hidden_size].
         """
         track = self._tracks.get(seq.id)
         if track is not None and track.num_seen == start + len(rows):
             return  # a repeated call: `observe` is retried if it raised for another sequence
         if track is None or track.num_seen != start:
             track = self._tracks[seq.id] = self._contents.begin(seq.table, start)
-        if track.num_waiting >= _MAX_WAITING:
-            chains = list(track.waiting(seq.tokens, track.lane_up_to(track.num_seen, seq.table)))
+        if track.num_pending >= _MAX_PENDING:
+            chains = list(track.pending(seq.tokens, track.slots_up_to(track.num_seen, seq.table)))
             batch = lay_out(chains, self._context.device)
-            self.head.take_in(batch, self.head.fuse(track.latest()[:-1]), self._storage)
+            self.head.write_kv(batch, self.head.fuse(track.latest()[:-1]), self._storage)
             track.settle()
         self._contents.name(track, seq.table)
         self._contents.write(track, seq.table, rows)
@@ -343,11 +345,11 @@ class EagleDrafter:
         take(growing, tokens, log_probs)
 
 
-def _rows(taps: Tensor, first: int, places: Sequence[int]) -> Tensor:
+def _rows(states: Tensor, first: int, places: Sequence[int]) -> Tensor:
     """Rows first + places[0], first + places[1], ...; `places` is ascending."""
     if places[-1] - places[0] == len(places) - 1:  # consecutive, the usual case: no copy
-        return taps[first + places[0] : first + places[-1] + 1]
-    return taps[torch.tensor([first + place for place in places], device=taps.device)]
+        return states[first + places[0] : first + places[-1] + 1]
+    return states[torch.tensor([first + place for place in places], device=states.device)]
 
 
 def _settled(entry: EntryView, feedback: Feedback) -> tuple[int, list[int]]:

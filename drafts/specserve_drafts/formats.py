@@ -113,11 +113,11 @@ def read_head(
     path: Path,
     target: ModelShape,
     *,
-    taps: tuple[int, ...] | None = None,
+    aux_layers: tuple[int, ...] | None = None,
 ) -> HeadFile:
     """Open the head in the directory `path` and check it against the target.
 
-    `taps` overrides the layers named in the checkpoint. Raises DraftError naming the field, its
+    `aux_layers` overrides those named in the checkpoint. Raises DraftError naming the field, its
     value and the fix.
     """
     try:
@@ -128,7 +128,7 @@ def read_head(
         checkpoint = SafetensorsCheckpoint(path, (*INTEGERS, "U8"))
         names = {_our_name(name): name for name in checkpoint.entries}
         sizes = {name: checkpoint.entries[theirs].shape for name, theirs in names.items()}
-        shape = _read_shape(config, sizes, target, taps)
+        shape = _read_shape(config, sizes, target, aux_layers)
         _check_fit(config, shape, target, sizes["fc.weight"][1])
         _check_tensors(path, shape, sizes)
         token_ids = _token_ids(path, shape, checkpoint, names)
@@ -159,7 +159,7 @@ def _read_shape(
     config: Fields,
     sizes: Mapping[str, tuple[int, ...]],
     target: ModelShape,
-    taps: tuple[int, ...] | None,
+    aux_layers: tuple[int, ...] | None,
 ) -> HeadShape:
     speculators = config.has("speculators_model_type")
     if speculators and config.values["speculators_model_type"] != "eagle3":
@@ -178,7 +178,7 @@ def _read_shape(
     eagle = config.section("eagle_config")
     shape = HeadShape(
         kind=kind,
-        taps=taps or _taps(config, eagle, kind, target.num_layers),
+        aux_layers=aux_layers or _aux_layers(config, eagle, kind, target.num_layers),
         hidden_size=hidden_size,
         target_hidden_size=target_size,
         intermediate_size=layer.integer("intermediate_size"),
@@ -197,7 +197,7 @@ def _read_shape(
         mlp_bias="layers.0.mlp.gate_proj.bias" in sizes,
         # By the tensors, not by model_type, which may be that of the target.
         qk_norm=not sizes.keys().isdisjoint({f"{attention}.{x}_norm.weight" for x in "qk"}),
-        tap_norm=_tap_norm(config, eagle, sizes),
+        aux_norm=_aux_norm(config, eagle, sizes),
         # The default of speculators is True.
         norm_before_residual=_flag(config, eagle, "norm_before_residual", speculators),
         norm_output=_flag(config, eagle, "norm_output", False),
@@ -221,7 +221,7 @@ def _kind(config: Fields, sizes: Mapping[str, tuple[int, ...]]) -> Literal["eagl
     return "eagle3" if "layers.0.hidden_norm.weight" in sizes else "eagle1"
 
 
-def _taps(config: Fields, eagle: Fields, kind: str, num_layers: int) -> tuple[int, ...]:
+def _aux_layers(config: Fields, eagle: Fields, kind: str, num_layers: int) -> tuple[int, ...]:
     """The layers whose input hidden states the head reads.
 
     Ids at the top of config.json (vLLM, speculators) mean exactly these. Ids in `eagle_config`
@@ -246,7 +246,7 @@ def _layer_ids(fields: Fields, name: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _tap_norm(
+def _aux_norm(
     config: Fields, eagle: Fields, sizes: Mapping[str, tuple[int, ...]]
 ) -> Literal["none", "each", "joint"]:
     each = _flag(config, eagle, "fc_norm", "fc_norm.0.weight" in sizes)
@@ -270,24 +270,24 @@ def _check_fit(config: Fields, shape: HeadShape, target: ModelShape, fc_inputs: 
     hidden = "target_hidden_size" if config.has("target_hidden_size") else "hidden_size"
     if shape.target_hidden_size != target.hidden_size:
         fail(hidden, shape.target_hidden_size, f"the target has {target.hidden_size}")
-    num_taps = 1 if shape.kind == "eagle1" else fc_inputs // shape.target_hidden_size
-    if len(shape.taps) != num_taps:
+    num_aux_layers = 1 if shape.kind == "eagle1" else fc_inputs // shape.target_hidden_size
+    if len(shape.aux_layers) != num_aux_layers:
         fail(
-            "taps (layers entered)",
-            list(shape.taps),
-            f"fc.weight takes {num_taps}",
-            f"set draft.options.eagle.taps to {num_taps} layers",
+            "aux_layers",
+            list(shape.aux_layers),
+            f"fc.weight takes {num_aux_layers}",
+            f"set draft.options.eagle.aux_layers to {num_aux_layers} layers",
         )
     if shape.vocab_size != target.vocab_size:
         fail("vocab_size", shape.vocab_size, f"the target has {target.vocab_size}")
     if not 1 <= shape.draft_vocab_size <= shape.vocab_size:
         fail("draft_vocab_size", shape.draft_vocab_size, f"expected 1 to {shape.vocab_size}")
-    if not all(0 <= tap <= target.num_layers for tap in shape.taps):
+    if not all(0 <= layer <= target.num_layers for layer in shape.aux_layers):
         fail(
-            "taps (layers entered)",
-            list(shape.taps),
+            "aux_layers",
+            list(shape.aux_layers),
             f"the target has layers 0 to {target.num_layers}",
-            f"{_MADE_FOR}, or set draft.options.eagle.taps",
+            f"{_MADE_FOR}, or set draft.options.eagle.aux_layers",
         )
     if shape.hidden_size != target.hidden_size and not (shape.own_embedding and shape.own_head):
         fail(

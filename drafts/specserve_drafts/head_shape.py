@@ -20,7 +20,7 @@ class HeadShape(Struct, frozen=True):
 
     kind: Literal["eagle1", "eagle3"]
     # Target layers whose input hidden states it reads; num_layers: the output of the last layer.
-    taps: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     hidden_size: int
     target_hidden_size: int
     intermediate_size: int
@@ -38,7 +38,7 @@ class HeadShape(Struct, frozen=True):
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    tap_norm: Literal["none", "each", "joint"] = "none"  # RMS norm of the `fc` inputs
+    aux_norm: Literal["none", "each", "joint"] = "none"  # RMS norm of the `fc` inputs
     norm_before_residual: bool = False  # the first layer's residual is taken after `hidden_norm`
     norm_output: bool = False  # the output fed back is normed, as in EAGLE-3.1
     logit_scale: float = 1.0
@@ -53,16 +53,16 @@ class HeadShape(Struct, frozen=True):
 
 def tensor_sizes(shape: HeadShape) -> dict[str, tuple[int, ...]]:
     """The size of every tensor of such a head, by internal name."""
-    hidden, taps = shape.hidden_size, len(shape.taps)
-    fc_inputs = 2 * hidden if shape.kind == "eagle1" else taps * shape.target_hidden_size
+    hidden, num_aux = shape.hidden_size, len(shape.aux_layers)
+    fc_inputs = 2 * hidden if shape.kind == "eagle1" else num_aux * shape.target_hidden_size
     sizes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, fc_inputs)}
     if shape.fc_bias:
         sizes["fc.bias"] = (hidden,)
     if shape.kind == "eagle3":
         sizes["norm.weight"] = (hidden,)
-    if shape.tap_norm == "each":
-        sizes |= {f"fc_norm.{i}.weight": (shape.target_hidden_size,) for i in range(taps)}
-    if shape.tap_norm == "joint":
+    if shape.aux_norm == "each":
+        sizes |= {f"fc_norm.{i}.weight": (shape.target_hidden_size,) for i in range(num_aux)}
+    if shape.aux_norm == "joint":
         sizes["input_norm.weight"] = (fc_inputs,)
     if shape.own_embedding:
         sizes["embed_tokens.weight"] = (shape.vocab_size, hidden)

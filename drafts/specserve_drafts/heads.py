@@ -27,9 +27,9 @@ from specserve_kernels.ops import Kernels, Plan, Segments
 class HeadRows:
     """One segment of a forward pass: nodes of a tree, or a chain of draft inputs."""
 
-    # Slot list, int32: slots of all draft inputs that the segment may attend to, in order. Its own
-    # are lane[context_len + first_node:].
-    lane: Tensor
+    # int32: slots of all draft inputs that the segment may attend to, in order. Its own are
+    # slot_list[context_len + first_node:].
+    slot_list: Tensor
     context_len: int  # draft inputs before the tree, or before the chain
     first_node: int  # nodes of the tree before the segment
     tokens: Sequence[int]
@@ -61,9 +61,9 @@ def lay_out(rows: Sequence[HeadRows], device: torch.device) -> HeadBatch:
     tables = np.zeros((len(rows), max(ends)), np.int32)
     slots = np.empty(cu_rows[-1], np.int64)
     for index, (part, length, end) in enumerate(zip(rows, lengths, ends, strict=True)):
-        lane = part.lane.numpy()
-        tables[index, :end] = lane[:end]
-        slots[cu_rows[index] : cu_rows[index + 1]] = lane[end - length : end]
+        slot_list = part.slot_list.numpy()
+        tables[index, :end] = slot_list[:end]
+        slots[cu_rows[index] : cu_rows[index + 1]] = slot_list[end - length : end]
     ids = np.concatenate([np.asarray(part.tokens, np.int64) for part in rows])
     return HeadBatch(
         torch.from_numpy(ids).to(device),
@@ -112,11 +112,11 @@ class DraftHead:
         if shape.own_embedding:
             self._embedding = weights.tensor("embed_tokens.weight")
         self._fc = weights.linear("fc", shape.fc_bias)
-        self._tap_norms: list[RMSNorm] = []
-        if shape.tap_norm == "each":
-            self._tap_norms = [weights.norm(f"fc_norm.{i}") for i in range(len(shape.taps))]
-        if shape.tap_norm == "joint":
-            self._tap_norms = [weights.norm("input_norm")]
+        self._aux_norms: list[RMSNorm] = []
+        if shape.aux_norm == "each":
+            self._aux_norms = [weights.norm(f"fc_norm.{i}") for i in range(len(shape.aux_layers))]
+        if shape.aux_norm == "joint":
+            self._aux_norms = [weights.norm("input_norm")]
         self._layers = [
             _Layer(shape, weights, f"layers.{index}", first=index == 0)
             for index in range(shape.num_layers)
@@ -124,14 +124,14 @@ class DraftHead:
         self._norm = weights.norm("norm") if shape.kind == "eagle3" else None
         self._head = weights.linear("lm_head", False) if shape.own_head else None
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        """Auxiliary hidden states [n, num_taps * target_hidden_size], in the order of `shape.taps`,
-        -> fused [n, hidden_size]."""
+    def fuse(self, states: Tensor) -> Tensor:
+        """Auxiliary hidden states [n, num_aux_layers * target_hidden_size], in the order of
+        `shape.aux_layers`, -> fused [n, hidden_size]."""
         shape = self.shape
         if shape.kind == "eagle1":
-            return self._final_norm(taps).to(self._dtype)
-        parts = taps.to(self._dtype).chunk(max(1, len(self._tap_norms)), dim=-1)
-        normed = [norm(part) for norm, part in zip(self._tap_norms, parts, strict=False)]
+            return self._final_norm(states).to(self._dtype)
+        parts = states.to(self._dtype).chunk(max(1, len(self._aux_norms)), dim=-1)
+        normed = [norm(part) for norm, part in zip(self._aux_norms, parts, strict=False)]
         return self._fc(torch.cat(normed, dim=-1) if normed else parts[0])
 
     def __call__(
@@ -159,7 +159,7 @@ class DraftHead:
             x = layer(x, embeds, kv.layer(index), step)
         return self._norm(x) if self._norm is not None and shape.norm_output else x
 
-    def take_in(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
+    def write_kv(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
         """Write the draft inputs' K and V to `kv`; the output is not needed."""
         self(batch, rows, kv)
 
@@ -222,18 +222,18 @@ class _Layer:
         self._gate_up = weights.fused([f"{mlp}.gate_proj", f"{mlp}.up_proj"], shape.mlp_bias)
         self._down = weights.linear(f"{mlp}.down_proj", shape.mlp_bias)
         self._mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm")
-        self._input_norm = self._row_norm = None
+        self._input_norm = self._hidden_norm = None
         if shape.kind == "eagle3" or not first:
             self._input_norm = weights.norm(f"{prefix}.input_layernorm")
         if shape.kind == "eagle3" and first:
-            self._row_norm = weights.norm(f"{prefix}.hidden_norm")
+            self._hidden_norm = weights.norm(f"{prefix}.hidden_norm")
 
     def __call__(
         self, x: Tensor, embeds: Tensor, cache: tuple[Tensor, Tensor], step: _Step
     ) -> Tensor:  # [num_rows, hidden_size], as are `x` and `embeds`
         wide = x
-        if self._row_norm is not None and self._input_norm is not None:
-            normed = self._row_norm(x)
+        if self._hidden_norm is not None and self._input_norm is not None:
+            normed = self._hidden_norm(x)
             wide = torch.cat((self._input_norm(embeds), normed), dim=-1)
             if self._shape.norm_before_residual:
                 x = normed

@@ -70,7 +70,7 @@ class MedusaDrafter:
             )
         self._num_heads, self._branching = num_heads, options.branching
         self._hidden_size = shape.hidden_size
-        self.needs_taps: tuple[int, ...] = (shape.num_layers,)
+        self.aux_layers: tuple[int, ...] = (shape.num_layers,)
         self._last: dict[str, _LastRow] = {}  # by sequence id
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
@@ -80,7 +80,7 @@ class MedusaDrafter:
         self._context = context
         sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
         self.heads = MedusaHeads(self._file, self._num_heads, sample.dtype, context.device)
-        first = context.taps.index(self.needs_taps[0]) * self._hidden_size
+        first = context.aux_layers.index(self.aux_layers[0]) * self._hidden_size
         self._columns = slice(first, first + self._hidden_size)
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
@@ -100,8 +100,8 @@ class MedusaDrafter:
 
     def observe(self, feedback: Feedback) -> None:
         """Store the hidden state of the last committed token of each sequence."""
-        taps = feedback.output.taps
-        if taps is None:
+        states = feedback.output.aux_hidden_states
+        if states is None:
             return  # the stored states are now out of date; `_knows` compares their positions
         tops: list[tuple[str, int]] = []  # sequence, position
         places: list[int] = []
@@ -114,7 +114,7 @@ class MedusaDrafter:
                 places.append(first + path[-1])
                 first += len(feedback.trees[seq.id])
         if places:
-            rows = taps[torch.tensor(places, device=taps.device), self._columns]
+            rows = states[torch.tensor(places, device=states.device), self._columns]
             for (seq_id, position), row in zip(tops, rows.unbind(), strict=True):
                 self._last[seq_id] = _LastRow(position, row)
 

@@ -25,7 +25,7 @@ class NgramOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
 
 class NgramDrafter:
     Options: ClassVar[type[DraftOptions]] = NgramOptions
-    needs_taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     needs_topk = 0
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:

@@ -14,7 +14,7 @@ from specserve.tree import DraftTree, root_tree
 
 class NoDrafter:
     Options: ClassVar[type[DraftOptions]] = DraftOptions
-    needs_taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     needs_topk = 0
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:

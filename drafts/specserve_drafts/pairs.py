@@ -1,4 +1,4 @@
-"""Bookkeeping of EAGLE draft KV: which tokens of a sequence have it, and the waiting hidden states.
+"""Bookkeeping of EAGLE draft KV: which tokens of a sequence have it, and the pending hidden states.
 
 The draft input of token i is the target's auxiliary hidden state of token i - 1 with the embedding
 of token i; its draft KV is in the slot of token i. So a block of the prefix cache depends on no
@@ -28,20 +28,20 @@ class Track:
     """The draft KV state of one sequence.
 
     Tokens [1, hole[0]) and [hole[1], num_done) have draft KV; the draft inputs of tokens
-    [num_done, num_seen) are waiting to be computed.
+    [num_done, num_seen) are pending.
     """
 
     hole: tuple[int, int]  # missing range of tokens, 1 <= hole[0] <= hole[1] <= num_done
     num_done: int
     num_seen: int  # leading tokens up to the last one whose hidden state was observed
     # Consecutive hidden states, each tensor [n, row_size], the last row that of token num_seen - 1;
-    # at least those of the waiting draft inputs and of the one after them.
+    # at least those of the pending draft inputs and of the one after them.
     rows: list[Tensor] = field(default_factory=list)
     num_named: int = 0  # leading blocks that `BlockContents.name` has handled
-    # The slot list of `lane_up_to`, as a tensor and an array of the same memory. The slots of
+    # The slot list of `slots_up_to`, as a tensor and an array of the same memory. The slots of
     # tokens before `_num_fixed` are final.
-    _lane: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
-    _numbers: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    _slot_list: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    _slot_array: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     _num_fixed: int = 0
 
     def extend(self, rows: Tensor) -> None:
@@ -50,48 +50,48 @@ class Track:
         self.num_seen += len(rows)
 
     @property
-    def num_waiting(self) -> int:
+    def num_pending(self) -> int:
         return max(self.num_seen - self.num_done, 0)
 
     def latest(self) -> Tensor:
-        """[num_waiting + 1, row_size]: hidden states of the waiting draft inputs and of the next
+        """[num_pending + 1, row_size]: hidden states of the pending draft inputs and of the next
         one, the root's."""
-        count = self.num_waiting + 1
+        count = self.num_pending + 1
         if len(self.rows[-1]) < count:
             self.rows = [torch.cat(self.rows)]
         rows = self.rows[-1]
         return rows if len(rows) == count else rows[-count:]
 
-    def lane_up_to(self, end: int, table: TableView) -> Tensor:
+    def slots_up_to(self, end: int, table: TableView) -> Tensor:
         """The slot list, [count(end) or more] int32: slots of all draft inputs before token `end`,
         whether their KV is written or not.
 
         Slots of committed tokens are final. The others are read again at every call, as their
         blocks may have been released and reserved anew.
         """
-        if self.count(end) > len(self._lane):
+        if self.count(end) > len(self._slot_list):
             longer = torch.empty(max(2 * self.count(end), 256), dtype=torch.int32)
-            longer[: len(self._lane)] = self._lane
-            self._lane, self._numbers = longer, longer.numpy()
+            longer[: len(self._slot_list)] = self._slot_list
+            self._slot_list, self._slot_array = longer, longer.numpy()
         first, last = self.hole
         start = max(self._num_fixed, 1)
         if start < first:
-            self._numbers[start - 1 : first - 1] = table.slots(start, first - start)
+            self._slot_array[start - 1 : first - 1] = table.slots(start, first - start)
         start = max(start, last)
-        self._numbers[self.count(start) : self.count(end)] = table.slots(start, end - start)
+        self._slot_array[self.count(start) : self.count(end)] = table.slots(start, end - start)
         self._num_fixed = min(table.num_committed, end)
-        return self._lane
+        return self._slot_list
 
     def count(self, end: int) -> int:
         """The number of draft inputs before token `end`, which is not in the missing range."""
         return self.hole[0] - 1 + end - self.hole[1]
 
-    def waiting(self, tokens: Sequence[int], lane: Tensor) -> Iterator[HeadRows]:
-        """The waiting draft inputs as chains; `tokens` are the sequence's."""
+    def pending(self, tokens: Sequence[int], slot_list: Tensor) -> Iterator[HeadRows]:
+        """The pending draft inputs as chains; `tokens` are the sequence's."""
         for first in range(self.num_done, self.num_seen, MAX_NODES):
             piece = tokens[first : min(first + MAX_NODES, self.num_seen)]
             yield HeadRows(
-                lane,
+                slot_list,
                 self.count(first),
                 0,
                 piece,
@@ -100,7 +100,7 @@ class Track:
             )
 
     def settle(self, num_more: int = 0) -> None:
-        """Record that the waiting draft inputs and `num_more` after them have draft KV."""
+        """Record that the pending draft inputs and `num_more` after them have draft KV."""
         self.num_done = max(self.num_done, self.num_seen + num_more)
         del self.rows[:-1]  # only the last row is needed, but slicing the tensor would cost time
 

@@ -1,7 +1,7 @@
 """The `recycle` drafter: token recycling from the target's own top-k tokens.
 
 Every verification pass yields the target's most likely next tokens at each tree node, rejected
-nodes included. A top-k table (`successors`) stores them by the last one to three tokens, and a tree
+nodes included. A top-k table (`topk_table`) stores them by the last one to three tokens, and a tree
 is grown from the table best-first (after Luo et al. 2024, "Turning Trash into Treasure:
 Accelerating Inference of Large Language Models with Token Recycling", arXiv 2408.08696, whose table
 is keyed by the last token alone).
@@ -35,7 +35,7 @@ from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
 from specserve_drafts.fit import Target, check_fit, shipped
-from specserve_drafts.successors import NO_SALT, ORDERS, OWN, TABLE, WIDTH, SuccessorTable
+from specserve_drafts.topk_table import NO_SALT, ORDERS, OWN, TABLE, WIDTH, TopKTable
 from specserve_kernels.dispatch import native_host
 
 # Rows of a request's own table: 230 kB with 16-bit token ids, which stays in the CPU cache.
@@ -51,7 +51,7 @@ _Best = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 class _Own:
     """A request's own table, and how many of the sequence's tokens it contains."""
 
-    table: SuccessorTable
+    table: TopKTable
     num_known: int = 0
 
 
@@ -65,7 +65,7 @@ class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
 
 class RecycleDrafter:
     Options: ClassVar[type[DraftOptions]] = RecycleOptions
-    needs_taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     needs_topk = WIDTH
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
@@ -91,7 +91,7 @@ class RecycleDrafter:
         self._asked: set[str] = set()  # ids of the sequences proposed for in this step
         self._saved_at = time.monotonic()
 
-    def _first_table(self, path: Path | None, contexts: int) -> SuccessorTable:
+    def _first_table(self, path: Path | None, contexts: int) -> TopKTable:
         """The table in `options.file` if that exists, else the one in the draft's directory `path`,
         else an empty one. Raises DraftError."""
         vocab_size, field = self.target.vocab_size, "draft"
@@ -101,12 +101,12 @@ class RecycleDrafter:
                 if not self._file.parent.is_dir():
                     raise ValueError(f"{self._file.parent} is no directory; make it first")
                 if self._file.exists():
-                    return SuccessorTable.load(self._file, vocab_size)
+                    return TopKTable.load(self._file, vocab_size)
             if path is not None:
-                return SuccessorTable.load(path / TABLE, vocab_size)
+                return TopKTable.load(path / TABLE, vocab_size)
         except ValueError as error:
             raise DraftError(f"{field}: {error}") from error
-        return SuccessorTable(contexts, vocab_size)
+        return TopKTable(contexts, vocab_size)
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return None
@@ -173,10 +173,10 @@ class RecycleDrafter:
         except ValueError as error:
             logger.warning("draft.options.recycle.file: %s", error)
 
-    def _own_table(self, seq: SequenceView) -> SuccessorTable:
+    def _own_table(self, seq: SequenceView) -> TopKTable:
         own = self._own.get(seq.id)
         if own is None:
-            table = SuccessorTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)
+            table = TopKTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)
             own = self._own[seq.id] = _Own(table)
         # The prompt, or tokens that were emitted while this drafter was not called.
         if own.num_known < seq.num_tokens:

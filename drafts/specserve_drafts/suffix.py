@@ -64,7 +64,7 @@ class PastOutputs:
 
 class SuffixDrafter:
     Options: ClassVar[type[DraftOptions]] = SuffixOptions
-    needs_taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     needs_topk = 0
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:

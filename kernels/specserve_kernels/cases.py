@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.ops import Segments
-from specserve_kernels.packing import GROUP, PackedWeight, WeightFormat, pack_int4, pack_int8
+from specserve_kernels.quantized_weight import (
+    GROUP,
+    QuantizedWeight,
+    WeightFormat,
+    pack_int4,
+    pack_int8,
+)
 
 # chain: the parent of node i is i - 1. tree: the parent is one of the 4 nodes before. late: a tree
 # whose first half is in the cache already, so that only its later nodes are rows.
@@ -200,7 +206,7 @@ class LinearCase:
     num_outputs: int
     num_inputs: int
 
-    def weight(self) -> PackedWeight:
+    def weight(self) -> QuantizedWeight:
         generator = torch.Generator().manual_seed(self.num_outputs * 10_007 + self.num_inputs)
         shape = (self.num_outputs, self.num_inputs)
         scales = torch.rand(shape[0], shape[1] // GROUP, generator=generator) * 0.05

@@ -12,16 +12,16 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from specserve_kernels.ops import Segments
-from specserve_kernels.packing import GROUP, PackedWeight
+from specserve_kernels.quantized_weight import GROUP, QuantizedWeight
 
 MAX_TOP: Final = 64  # largest `DecoderPass.num_top`
 
 
 @dataclass(frozen=True, slots=True)
-class PackedLinear:
+class QuantizedLinear:
     """The map x -> x W^T + b."""
 
-    weight: PackedWeight
+    weight: QuantizedWeight
     bias: Tensor | None = None  # [num_outputs] float32
 
 
@@ -31,13 +31,13 @@ class LayerWeights:
 
     attention_norm: Tensor  # [hidden_size]
     mlp_norm: Tensor  # [hidden_size]
-    q: PackedLinear
-    k: PackedLinear
-    v: PackedLinear
-    o: PackedLinear
-    gate: PackedLinear
-    up: PackedLinear
-    down: PackedLinear
+    q: QuantizedLinear
+    k: QuantizedLinear
+    v: QuantizedLinear
+    o: QuantizedLinear
+    gate: QuantizedLinear
+    up: QuantizedLinear
+    down: QuantizedLinear
     q_norm: Tensor | None = None  # [head_dim], as k_norm
     k_norm: Tensor | None = None
     window: int = 0  # sliding window in positions, 0: none
@@ -53,15 +53,15 @@ class DecoderWeights:
     rms_norm_eps: float
     cos: Tensor  # [num_positions, head_dim / 2] float32
     sin: Tensor
-    embed: PackedWeight  # [vocab_size, hidden_size]
+    embed: QuantizedWeight  # [vocab_size, hidden_size]
     layers: Sequence[LayerWeights]
     norm: Tensor  # [hidden_size] float32
-    head: PackedLinear
+    head: QuantizedLinear
     # Set for a draft head (`draft_head`) only. The input of its first layer's q, k and v is the
     # token's embedding, normalized by `attention_norm`, concatenated with its row of
-    # `DecoderPass.rows`, normalized by `row_norm`.
-    row_norm: Tensor | None = None  # [hidden_size] float32
-    normed_residual: bool = False  # the residual stream starts as the normalized row
+    # `DecoderPass.hidden_in`, normalized by `hidden_norm`.
+    hidden_norm: Tensor | None = None  # [hidden_size] float32
+    normed_residual: bool = False  # the residual stream starts as the normalized `hidden_in`
 
     @property
     def hidden_size(self) -> int:
@@ -97,8 +97,8 @@ class DecoderPass:
     logit_rows: Tensor  # [num_logit_rows] int64
     num_top: int = 0  # best tokens to return per logit row
     # Auxiliary hidden states to return. i: input of layer i; num_layers: output of the last layer.
-    taps: tuple[int, ...] = ()
-    rows: Tensor | None = None  # [num_rows, hidden_size] float32, for a draft head only
+    aux_layers: tuple[int, ...] = ()
+    hidden_in: Tensor | None = None  # [num_rows, hidden_size] float32, for a draft head only
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,10 @@ class DecoderOutput:
     # [num_logit_rows, num_top] int64, the best token first, the lowest id first among equals; -1 in
     # rows with a logit that is not finite.
     top: Tensor
-    tapped: Tensor  # [num_rows, num_taps, hidden_size] float32, the states that `taps` names
+    aux_hidden_states: Tensor  # [num_rows, num_aux_layers, hidden_size] float32
 
 
-class PackedDecoder(Protocol):
+class QuantizedDecoder(Protocol):
     """A model with quantized weights on one backend."""
 
     def __call__(self, batch: DecoderPass) -> DecoderOutput: ...
@@ -124,7 +124,7 @@ class PackedDecoder(Protocol):
         ...
 
 
-def why_not_packed(
+def why_not_quantized(
     hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> str | None:
     """The reason why a model of this shape cannot have quantized weights; None if it can."""

@@ -2,8 +2,8 @@
 
 Defines their inputs and outputs; `torch_ref.draft_head` defines what they compute, and
 `specserve_drafts.growth` how trees are expanded. Knows no checkpoint and no sequences. The draft
-input of a token is the token and the row [hidden_size] of the token before it. That row is fused
-from the target's auxiliary hidden states (`fuse`), or is the head's own output if the target has
+input of a token is the token and a hidden state [hidden_size] of the token before it: that of the
+target, fused from its auxiliary hidden states (`fuse`), or the head's own output if the target has
 not computed that token yet.
 """
 
@@ -13,25 +13,25 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from specserve_kernels.decoder import DecoderPass, DecoderWeights, PackedLinear
+from specserve_kernels.decoder import DecoderPass, DecoderWeights, QuantizedLinear
 
-MAX_BRANCHING: Final = 64  # largest `GrowShape.branching`
+MAX_BRANCHING: Final = 64  # largest `ExpansionLimits.branching`
 
 
 @dataclass(frozen=True, slots=True)
 class DraftHeadWeights:
     """The weights of one draft head."""
 
-    decoder: DecoderWeights  # `row_norm` is set
-    fc: PackedLinear  # auxiliary hidden states -> rows
-    tap_norms: Sequence[Tensor]  # empty, one norm for all states, or one for each; float32
-    norm_output: bool  # output rows, from which expansion continues, are normalized
+    decoder: DecoderWeights  # `hidden_norm` is set
+    fc: QuantizedLinear  # auxiliary hidden states -> fused hidden states
+    aux_norms: Sequence[Tensor]  # empty, one norm for all states, or one for each; float32
+    norm_output: bool  # the output, from which expansion continues, is normalized
     logit_scale: float
     token_ids: Tensor  # [draft_vocab_size] int64 target ids; ascending is fastest
 
 
 @dataclass(frozen=True, slots=True)
-class GrowShape:
+class ExpansionLimits:
     """Limits of tree expansion."""
 
     branching: int  # candidates kept per expanded node, at most MAX_BRANCHING
@@ -41,7 +41,7 @@ class GrowShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class DraftSampling:
     """The target's sampling parameters: candidates are ranked with the target's own noise."""
 
     temperature: float = 0.0  # 0: ranked by probability, without noise
@@ -52,22 +52,23 @@ class Drawing:
 
 
 @dataclass(frozen=True, slots=True)
-class Growing:
+class ExpansionTask:
     """One tree to expand. K and V of pending draft inputs and of expanded nodes are written."""
 
-    lane: Tensor  # int32 slot list: draft inputs before the root, tree nodes, unused entries
+    slot_list: Tensor  # int32: slots of draft inputs before the root, of tree nodes, unused
     num_context: int  # draft inputs before the root; the pending ones are the last of them
-    waiting: Sequence[int]  # tokens of pending draft inputs, whose K and V are not cached yet
-    taps: Tensor  # [num_waiting + 1, inputs of fc] float32: states of pending inputs, then root
+    pending_tokens: Sequence[int]  # of draft inputs whose K and V are not cached yet
+    # [num_pending + 1, inputs of fc] float32, of the pending draft inputs, then of the root's.
+    aux_hidden_states: Tensor
     root: int  # token id
     position: int  # RoPE position of the root's draft input
     budget: int  # nodes, the root included
-    drawing: Drawing
-    draw_position: int  # noise position of the root's successors
+    sampling: DraftSampling
+    noise_position: int  # noise position of the root's successors
 
 
 @dataclass(frozen=True, slots=True)
-class Grown:
+class ExpandedTree:
     """An expanded tree, parents before children; siblings have different tokens."""
 
     tokens: list[int]
@@ -76,28 +77,30 @@ class Grown:
     num_passes: int  # forward passes in which nodes of this tree were expanded
 
 
-class PackedDraftHead(Protocol):
+class QuantizedDraftHead(Protocol):
     """A draft head on one backend."""
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        """Auxiliary hidden states [n, inputs of fc] -> rows [n, hidden_size], both float32."""
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """[n, inputs of fc] -> fused hidden states [n, hidden_size], both float32."""
         ...
 
     def __call__(self, batch: DecoderPass) -> Tensor:
-        """One forward pass: writes K and V and returns the output rows [num_rows, hidden_size].
+        """One forward pass: writes K and V and returns hidden states [num_rows, hidden_size].
 
-        `batch.rows` is set and `batch.logit_rows` is empty; `logits` computes logits of rows.
+        `batch.hidden_in` is set and `batch.logit_rows` is empty; see `logits`.
         """
         ...
 
-    def take_in(self, batch: DecoderPass) -> None:
-        """A forward pass that only writes K and V; its output rows are not needed."""
+    def write_kv(self, batch: DecoderPass) -> None:
+        """A forward pass that only writes K and V; its output is not needed."""
         ...
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Output rows [n, hidden_size] -> next-token logits [n, draft_vocab_size] float32."""
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Outputs of a pass [n, hidden_size] -> next-token logits [n, draft_vocab_size] float32."""
         ...
 
-    def grow(self, shape: GrowShape, kv: Tensor, trees: Sequence[Growing]) -> list[Grown]:
+    def expand(
+        self, limits: ExpansionLimits, kv: Tensor, tasks: Sequence[ExpansionTask]
+    ) -> list[ExpandedTree]:
         """Expand several trees together, by the rule of `specserve_drafts.growth`."""
         ...

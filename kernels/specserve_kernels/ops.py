@@ -22,8 +22,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from specserve_kernels.decoder import DecoderWeights, PackedDecoder
-    from specserve_kernels.draft_head import DraftHeadWeights, PackedDraftHead
+    from specserve_kernels.decoder import DecoderWeights, QuantizedDecoder
+    from specserve_kernels.draft_head import DraftHeadWeights, QuantizedDraftHead
 
 MAX_SEGMENT_ROWS = 64
 
@@ -59,12 +59,12 @@ class Kernels(Protocol):
     exact: bool
 
     @property
-    def packed_decoder(self) -> "Callable[[DecoderWeights], PackedDecoder] | None":
+    def quantized_decoder(self) -> "Callable[[DecoderWeights], QuantizedDecoder] | None":
         """A function that makes a decoder from quantized weights; None: no such kernel."""
         ...
 
     @property
-    def packed_draft_head(self) -> "Callable[[DraftHeadWeights], PackedDraftHead] | None":
+    def quantized_draft_head(self) -> "Callable[[DraftHeadWeights], QuantizedDraftHead] | None":
         """The same for a draft head; a backend has both functions or neither."""
         ...
 

@@ -13,9 +13,9 @@ from specserve.engine.device import Platform, choose_platform
 from specserve.engine.memory import count_blocks, free_memory
 from specserve.hub import ALIASES
 from specserve.hub.cache import default_cache_dir
-from specserve.models import quant
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
+from specserve.models.quantization import choose_quantization
 from specserve.models.shape import ModelShape
 from specserve.speculation.registry import drafter_names
 from specserve_kernels.dispatch import native_host
@@ -162,14 +162,14 @@ def _kv_estimate(
     config: EngineConfig, platform: Platform, shape: ModelShape, directory: Path
 ) -> str:
     """The size of the KV pool, estimated without drafts and before the weights are loaded."""
-    packed = quant.choose(
+    quantized = choose_quantization(
         config.target.quantization,
         shape,
         read_checkpoint(directory),
         platform.kernels,
-        platform.packed_dtype,
-    ).packed
-    dtype = platform.packed_dtype if packed else platform.dtype
+        platform.quantized_kv_dtype,
+    ).quantized
+    dtype = platform.quantized_kv_dtype if quantized else platform.dtype
     spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     context = config.target.max_model_len or shape.max_position_embeddings
     num_blocks = count_blocks(

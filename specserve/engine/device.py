@@ -17,7 +17,7 @@ class Platform(Struct, frozen=True):
 
     device: torch.device
     dtype: torch.dtype
-    packed_dtype: torch.dtype  # of K and V, for models with quantized weights
+    quantized_kv_dtype: torch.dtype  # of K and V, for models with quantized weights
     kernels: Kernels
     exact: bool
     reasons: dict[str, str]
@@ -31,7 +31,9 @@ def choose_platform(config: TargetConfig) -> Platform:
     kernels = select_kernels(device)
     reasons["kernels"] = f"{kernels.name}, the backend for {device.type}"
     exact = _exactness(config, device, kernels, reasons)
-    return Platform(device, dtype, _packed_dtype(config, device, dtype), kernels, exact, reasons)
+    return Platform(
+        device, dtype, _quantized_kv_dtype(config, device, dtype), kernels, exact, reasons
+    )
 
 
 def _device(config: TargetConfig, reasons: dict[str, str]) -> torch.device:
@@ -73,7 +75,9 @@ def _dtype(config: TargetConfig, device: torch.device, reasons: dict[str, str]) 
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _packed_dtype(config: TargetConfig, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+def _quantized_kv_dtype(
+    config: TargetConfig, device: torch.device, dtype: torch.dtype
+) -> torch.dtype:
     """The dtype of K and V for models with quantized weights.
 
     On a CPU `auto` is bfloat16, half the bytes of float32: the kernels of these models only load

@@ -78,7 +78,7 @@ class Engine:
             device=platform.device,
             exact=platform.exact,
             quantization=config.target.quantization,
-            packed_dtype=platform.packed_dtype,
+            quantized_kv_dtype=platform.quantized_kv_dtype,
         )
         self.shape, self.dtype, self._row_multiple = model.shape, model.dtype, model.row_multiple
         ends = end_tokens(model.shape, tokenizer)
@@ -95,8 +95,8 @@ class Engine:
             config.schedule.max_num_seqs,
             platform.device,
         )
-        wanted = {tap for drafter in self._drafters.values() for tap in drafter.needs_taps}
-        self._taps = tuple(sorted(wanted))
+        wanted = {layer for drafter in self._drafters.values() for layer in drafter.aux_layers}
+        self._aux_layers = tuple(sorted(wanted))
         self._costs: PassCosts | None = None  # not measured
         self._watcher: Callable[[Feedback], None] | None = None
         self._start_over(num_blocks)
@@ -108,7 +108,7 @@ class Engine:
             config.cache.block_size,
             platform.device,
             max(1, *(drafter.needs_topk for drafter in self._drafters.values())),
-            taps=self._taps,
+            aux_layers=self._aux_layers,
         )
         sampler = Sampler(platform.kernels, platform.device)
         self.verifier = Verifier(sampler, ends, self.shape.vocab_size, tokenizer)
@@ -177,12 +177,12 @@ class Engine:
                 self._costs = measure_costs(self.scheduler, self.kv, self.runner, room)
         self._start_over(self.kv.pool.num_blocks)
 
-    def watch(self, taps: tuple[int, ...], observe: Callable[[Feedback], None]) -> None:
-        """From now on `observe` hears of every pass what drafters hear. With `taps` of its own only
-        where drafters want none."""
-        assert not (taps and self._taps), "the drafters have taps of their own"
-        if taps:
-            self.runner.taps = taps
+    def watch(self, aux_layers: tuple[int, ...], observe: Callable[[Feedback], None]) -> None:
+        """From now on `observe` hears of every pass what drafters hear. With its own `aux_layers`
+        only where drafters want none."""
+        assert not (aux_layers and self._aux_layers), "the drafters have `aux_layers` of their own"
+        if aux_layers:
+            self.runner.aux_layers = aux_layers
         self._watcher = observe
 
     def submit(self, request: Request) -> None:
@@ -273,9 +273,10 @@ class Engine:
         self, plan: StepPlan, trees: dict[str, DraftTree], outputs: list[StepOutput]
     ) -> tuple[StepPlan, ModelOutput]:
         """One pass; if it fails, one pass per request, and those that fail again are ended."""
-        if self._taps:  # copying them takes time, even if nobody follows
+        if self._aux_layers:  # copying them takes time, even if nobody follows
             seqs = [SequenceView(entry.seq) for entry in plan.entries]
-            self.runner.taps = self._taps if self.drafter.wants_taps(seqs) else ()
+            wanted = self.drafter.wants_aux_hidden_states(seqs)
+            self.runner.aux_layers = self._aux_layers if wanted else ()
         try:
             out = self.runner.forward(plan.entries, trees)
         except Exception:
@@ -368,10 +369,10 @@ class Engine:
                 sampling_state=self._sampling_state,
                 storage=None if spec is None else self._storage(spec),
                 drafter_id=drafter_id,
-                taps=self._taps,
+                aux_layers=self._aux_layers,
                 priced=self._priced,
                 step_seconds=lambda: self._pricing.step_seconds(),
-                packed_embedding=model.packed_embedding,
+                quantized_embedding=model.quantized_embedding,
                 embed=model.embed,
                 final_norm=model.final_norm,
                 unembed=model.unembed,

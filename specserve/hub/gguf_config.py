@@ -52,13 +52,13 @@ _NEUTRAL: Mapping[str, Any] = {
 class GgufFields:
     """Typed access to the metadata of one file.
 
-    Errors name the file and the key. Keys that were read are recorded, so that `refuse_unread` can
+    Errors name the file and the key. Keys that were read are recorded, so that `reject_unread` can
     reject the others.
     """
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
-        self._asked: set[str] = set()
+        self._read: set[str] = set()
         self.architecture = self.text("general.architecture")
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
@@ -68,7 +68,7 @@ class GgufFields:
         type `kind`, or if the key is absent and there is no default.
         """
         key = self._full(key)
-        self._asked.add(key)
+        self._read.add(key)
         value = self._file.metadata.get(key, default)
         if value is _REQUIRED:
             raise HubError(f"{self._file.path}: {key} is missing; fetch a complete file")
@@ -76,7 +76,7 @@ class GgufFields:
         if value is not default and (
             not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
         ):
-            raise self.unusable(key)
+            raise self.value_error(key)
         return value
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -93,30 +93,30 @@ class GgufFields:
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if value is not default and (type(value) is not int or not low <= value <= high):
-            raise self.unusable(key, f"expected an integer from {low} to {high}")
+            raise self.value_error(key, f"expected an integer from {low} to {high}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.get(key, (int, float), default)
         if value is not default and not 0 <= value <= _MAX_NUMBER:  # also rejects NaN
-            raise self.unusable(key, f"expected a number from 0 to {_MAX_NUMBER:g}")
+            raise self.value_error(key, f"expected a number from 0 to {_MAX_NUMBER:g}")
         return _short(value) if isinstance(value, float) else value
 
     def texts(self, key: str) -> list[str]:
         values: list[str] = self.get(key, list)
         if not all(isinstance(value, str) for value in values):
-            raise self.refuse(f"{key} is not a list of strings")
+            raise self.error(f"{key} is not a list of strings")
         return values
 
-    def refuse(self, reason: str) -> HubError:
+    def error(self, reason: str) -> HubError:
         return HubError(f"{self._file.path}: {reason}")
 
-    def unusable(self, key: str, reason: str = "it is of another type") -> HubError:
+    def value_error(self, key: str, reason: str = "it is of another type") -> HubError:
         key = self._full(key)
         value = quoted(self._file.metadata.get(key))
-        return self.refuse(f"{key} = {value} is not usable: {reason}")
+        return self.error(f"{key} = {value} is not usable: {reason}")
 
-    def refuse_unread(self) -> None:
+    def reject_unread(self) -> None:
         """Raise `HubError` for a key of the architecture that was not read.
 
         Exempt are harmless keys, and values that are neutral, zero, false or empty.
@@ -126,12 +126,12 @@ class GgufFields:
             name = key.removeprefix(prefix)
             if (
                 key.startswith(prefix)
-                and key not in self._asked
+                and key not in self._read
                 and name not in _HARMLESS
                 and value
                 and _NEUTRAL.get(name) != value
             ):
-                raise self.refuse(
+                raise self.error(
                     f"{short(key)} = {quoted(value)}: not supported, and may change what the "
                     f"model computes; use a directory with safetensors"
                 )
@@ -144,16 +144,16 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     """The content of config.json. Raises `HubError` for a model that is not supported."""
     fields = GgufFields(file)
     if fields.architecture not in ARCHITECTURES:
-        raise fields.refuse(
+        raise fields.error(
             f"architecture {quoted(fields.architecture)} is not supported; supported: "
             f"{', '.join(ARCHITECTURES)}; a directory with safetensors may be"
         )
     if fields.integer("split.count", 1) > 1:
-        raise fields.refuse("it is one part of several; merge them with llama-gguf-split first")
+        raise fields.error("it is one part of several; merge them with llama-gguf-split first")
     if fields.integer("{arch}.expert_count", 0):
-        raise fields.refuse("mixtures of experts are not supported")
+        raise fields.error("mixtures of experts are not supported")
     if not fields.get("{arch}.attention.causal", bool, True):
-        raise fields.unusable("{arch}.attention.causal", "only true is supported")
+        raise fields.value_error("{arch}.attention.causal", "only true is supported")
     num_heads = fields.integer("{arch}.attention.head_count", low=1)
     config = {
         "architectures": [ARCHITECTURES[fields.architecture]],
@@ -178,7 +178,7 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         "pad_token_id": fields.integer("tokenizer.ggml.padding_token_id", None),
         "torch_dtype": "bfloat16",
     }
-    fields.refuse_unread()
+    fields.reject_unread()
     return config
 
 
@@ -186,20 +186,20 @@ def _head_dim(fields: GgufFields, num_heads: int) -> int:
     default = fields.integer("{arch}.embedding_length", low=1) // num_heads
     head_dim: int = fields.integer("{arch}.attention.key_length", default, low=2)
     if head_dim < 2 or head_dim % 2:
-        raise fields.refuse(f"{num_heads} heads of size {head_dim} are not usable")
+        raise fields.error(f"{num_heads} heads of size {head_dim} are not usable")
     if fields.integer("{arch}.attention.value_length", head_dim) != head_dim:
-        raise fields.unusable("{arch}.attention.value_length", f"keys have size {head_dim}")
+        raise fields.value_error("{arch}.attention.value_length", f"keys have size {head_dim}")
     if fields.integer("{arch}.rope.dimension_count", head_dim) != head_dim:
-        raise fields.refuse("rotary positions on a part of each head are not supported")
+        raise fields.error("rotary positions on a part of each head are not supported")
     scale = fields.number("{arch}.attention.scale", 0.0)
     if scale and not math.isclose(scale, head_dim**-0.5, rel_tol=1e-3):
-        raise fields.unusable("{arch}.attention.scale", f"{head_dim**-0.5:g} is supported")
+        raise fields.value_error("{arch}.attention.scale", f"{head_dim**-0.5:g} is supported")
     return head_dim
 
 
 def _vocab_size(file: GgufFile, fields: GgufFields) -> int:
     if "token_embd.weight" not in file.tensors:
-        raise fields.refuse("token_embd.weight is missing; fetch a complete file")
+        raise fields.error("token_embd.weight is missing; fetch a complete file")
     return file.tensors["token_embd.weight"].shape[0]
 
 
@@ -217,7 +217,9 @@ def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
     factor = factor or older or 1.0
     if "rope_freqs.weight" in file.tensors:
         if factor != 1.0 and kind != "none":
-            raise fields.unusable("{arch}.rope.scaling.factor", "rope_freqs.weight scales as well")
+            raise fields.value_error(
+                "{arch}.rope.scaling.factor", "rope_freqs.weight scales as well"
+            )
         return _llama3_scaling(file, fields)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
@@ -225,10 +227,10 @@ def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
     if kind == "linear":
         return scaling
     if kind != "yarn":
-        raise fields.refuse(f"rope scaling {quoted(kind)} is not supported (linear and yarn are)")
+        raise fields.error(f"rope scaling {quoted(kind)} is not supported (linear and yarn are)")
     for key, neutral in (("attn_factor", 1), ("yarn_attn_factor", 1), ("yarn_ext_factor", 1)):
         if fields.number(f"{{arch}}.rope.scaling.{key}", neutral) != neutral:
-            raise fields.refuse(f"{key} other than {neutral} is not supported")
+            raise fields.error(f"{key} other than {neutral} is not supported")
     original = fields.integer("{arch}.rope.scaling.original_context_length", low=1)
     scaling["original_max_position_embeddings"] = original
     for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
@@ -248,14 +250,14 @@ def _llama3_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any]:
     divisors = np.concatenate([*file.float_rows(file.tensors["rope_freqs.weight"])], axis=None)
     num_pairs = _head_dim(fields, fields.integer("{arch}.attention.head_count", low=1)) // 2
     if len(divisors) != num_pairs:
-        raise fields.refuse(f"rope_freqs.weight has {len(divisors)} values, not {num_pairs}")
+        raise fields.error(f"rope_freqs.weight has {len(divisors)} values, not {num_pairs}")
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     theta = fields.number("{arch}.rope.freq_base", 10000.0)
     turns = original / (2 * math.pi) * theta ** -(np.arange(len(divisors)) / len(divisors))
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
     known = factor >= 1.0 and np.allclose(divisors * ((1.0 - keep) / factor + keep), 1.0, rtol=1e-3)
     if not known:
-        raise fields.refuse("rope_freqs.weight follows no known rope scaling; use safetensors")
+        raise fields.error("rope_freqs.weight follows no known rope scaling; use safetensors")
     return {
         "rope_type": "llama3",
         "factor": factor,

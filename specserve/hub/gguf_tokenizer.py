@@ -21,17 +21,17 @@ from specserve.hub.gguf_file import GgufFile
 from specserve.text.control_tokens import END_OF_TURN
 
 
-class Cut(Struct, frozen=True):
-    """A pre-tokenizer: how text is split into the words within which BPE merges."""
+class PreTokenizerSpec(Struct, frozen=True):
+    """How text is split into the words within which BPE merges."""
 
     pattern: str | None = None  # regular expression of a word; None: that of GPT-2
     single_digits: bool = False  # every digit is a word of its own
-    whole_words: bool = False  # a word in the vocabulary is one token, without applying merges
-    compose: bool = False  # apply Unicode NFC first
-    begins: bool = False  # default of add_bos_token for files that do not set it
+    ignore_merges: bool = False  # a word in the vocabulary is one token, without applying merges
+    nfc: bool = False  # apply Unicode NFC first
+    add_bos_default: bool = False  # default of add_bos_token for files that do not set it
 
 
-def _words(max_digits: str) -> str:
+def _word_pattern(max_digits: str) -> str:
     """The pre-tokenizer pattern of GPT-4 and its descendants.
 
     Its alternatives are contractions, words, numbers, symbols and whitespace. `max_digits` is the
@@ -44,15 +44,15 @@ def _words(max_digits: str) -> str:
     )
 
 
-_LLAMA: Final = Cut(_words("{1,3}"), whole_words=True, begins=True)
-CUTS: Final = {
-    "gpt-2": Cut(),
-    "default": Cut(),
-    "smollm": Cut(single_digits=True),
+_LLAMA: Final = PreTokenizerSpec(_word_pattern("{1,3}"), ignore_merges=True, add_bos_default=True)
+PRE_TOKENIZERS: Final = {
+    "gpt-2": PreTokenizerSpec(),
+    "default": PreTokenizerSpec(),
+    "smollm": PreTokenizerSpec(single_digits=True),
     "llama-bpe": _LLAMA,
     "llama3": _LLAMA,
     "llama-v3": _LLAMA,
-    "qwen2": Cut(_words(""), compose=True),
+    "qwen2": PreTokenizerSpec(_word_pattern(""), nfc=True),
 }
 
 
@@ -63,44 +63,45 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
     """
     fields = GgufFields(file)
     model, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre", None)
-    if model != "gpt2" or pre not in CUTS:
-        raise fields.refuse(
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
+        raise fields.error(
             f"tokenizer {quoted(model)} with pre-tokenizer {quoted(pre)} cannot be converted; "
-            f"supported: 'gpt2' with {', '.join(CUTS)}; use a directory with tokenizer.json"
+            f"supported: 'gpt2' with {', '.join(PRE_TOKENIZERS)}; use a directory with "
+            f"tokenizer.json"
         )
     tokens = fields.texts("tokenizer.ggml.tokens")
     kinds = fields.get("tokenizer.ggml.token_type", list)
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(kinds) != len(tokens):
-        raise fields.refuse(
+        raise fields.error(
             f"{len(tokens)} tokens, {len(vocab)} of them distinct, with {len(kinds)} types"
         )
     merges = []
     for merge in fields.texts("tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocab.keys():
-            raise fields.refuse(f"the merge {quoted(merge)} does not join two tokens to a third")
+            raise fields.error(f"the merge {quoted(merge)} does not join two tokens to a third")
         merges.append((left, right))
-    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=CUTS[pre].whole_words))
-    _set_cut(tokenizer, CUTS[pre])
+    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges))
+    _set_pre_tokenizer(tokenizer, PRE_TOKENIZERS[pre])
     _add_tokens(tokenizer, tokens, kinds)
-    config = _tokenizer_config(fields, tokens, CUTS[pre])
+    config = _tokenizer_config(fields, tokens, PRE_TOKENIZERS[pre])
     if config["add_bos_token"]:
         _prepend_bos(tokenizer, config["bos_token"])
     return tokenizer, config
 
 
-def _set_cut(tokenizer: Tokenizer, cut: Cut) -> None:
+def _set_pre_tokenizer(tokenizer: Tokenizer, spec: PreTokenizerSpec) -> None:
     """Set the normalizer, pre-tokenizer and decoder of `tokenizer`."""
     steps: list[PreTokenizer] = []
-    if cut.single_digits:
+    if spec.single_digits:
         steps.append(Digits(individual_digits=True))
-    if cut.pattern is not None:
-        steps.append(Split(Regex(cut.pattern), behavior="isolated"))
-    steps.append(ByteLevel(add_prefix_space=False, use_regex=cut.pattern is None))
+    if spec.pattern is not None:
+        steps.append(Split(Regex(spec.pattern), behavior="isolated"))
+    steps.append(ByteLevel(add_prefix_space=False, use_regex=spec.pattern is None))
     tokenizer.pre_tokenizer = Sequence(steps)
     tokenizer.decoder = ByteLevelDecoder()
-    if cut.compose:
+    if spec.nfc:
         tokenizer.normalizer = NFC()
 
 
@@ -131,7 +132,9 @@ def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> No
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
 
 
-def _tokenizer_config(fields: GgufFields, tokens: list[str], cut: Cut) -> dict[str, Any]:
+def _tokenizer_config(
+    fields: GgufFields, tokens: list[str], spec: PreTokenizerSpec
+) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": fields.integer("{arch}.context_length"),
@@ -141,10 +144,10 @@ def _tokenizer_config(fields: GgufFields, tokens: list[str], cut: Cut) -> dict[s
         index = _token_id(fields, theirs, tokens)
         if index is not None:
             config[f"{ours}_token"] = tokens[index]
-    begins = cut.begins and "bos_token" in config
-    config["add_bos_token"] = fields.get("tokenizer.ggml.add_bos_token", bool, begins)
+    default = spec.add_bos_default and "bos_token" in config
+    config["add_bos_token"] = fields.get("tokenizer.ggml.add_bos_token", bool, default)
     if config["add_bos_token"] and "bos_token" not in config:
-        raise fields.refuse("tokenizer.ggml.add_bos_token is set without a bos_token_id")
+        raise fields.error("tokenizer.ggml.add_bos_token is set without a bos_token_id")
     template = fields.text("tokenizer.chat_template", None)
     if template is not None:
         config["chat_template"] = template
@@ -155,7 +158,7 @@ def _token_id(fields: GgufFields, name: str, tokens: list[str]) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
     index: int | None = fields.integer(key, None)
     if index is not None and not 0 <= index < len(tokens):
-        raise fields.refuse(f"{key} = {index} is no token; there are {len(tokens)}")
+        raise fields.error(f"{key} = {index} is no token; there are {len(tokens)}")
     return index
 
 

@@ -17,7 +17,7 @@ from specserve.models.fields import ModelError
 from specserve.models.gguf_checkpoint import GgufCheckpoint
 from specserve.models.safetensors_checkpoint import INDEX, SINGLE_FILE, SafetensorsCheckpoint
 from specserve.models.tensor_entry import TensorEntry
-from specserve_kernels.packing import PackedWeight
+from specserve_kernels.quantized_weight import QuantizedWeight
 
 __all__ = ["Checkpoint", "Renamed", "TensorEntry", "read_checkpoint"]
 
@@ -43,7 +43,7 @@ class Checkpoint(Protocol):
     def floats(self, name: str) -> Tensor:
         """The tensor [*shape] in its stored dtype, or dequantised to float32."""
 
-    def packed(self, name: str) -> PackedWeight | None:
+    def quantized_weight(self, name: str) -> QuantizedWeight | None:
         """The stored quantised values of a Q4_0, Q4_1 or Q8_0 matrix; None for other tensors."""
 
 
@@ -64,8 +64,8 @@ class Renamed:
     def floats(self, name: str) -> Tensor:
         return self._checkpoint.floats(self._names[name])
 
-    def packed(self, name: str) -> PackedWeight | None:
-        return self._checkpoint.packed(self._names[name])
+    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+        return self._checkpoint.quantized_weight(self._names[name])
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -64,14 +64,14 @@ class Fields:
     def __init__(self, values: dict[str, Any], source: str) -> None:
         self.values = values
         self.source = source
-        self._asked: set[str] = set()
+        self._read: set[str] = set()
 
     def fail(self, name: str, reason: str) -> NoReturn:
         raise ModelError(f"{self.source}: {name} = {quoted(self.get(name))}: {reason}")
 
     def get(self, name: str, default: Any = None) -> Any:
         """The unchecked value; `default` if the field is absent, but not if it is null."""
-        self._asked.add(name)
+        self._read.add(name)
         return self.values.get(name, default)
 
     def has(self, name: str) -> bool:
@@ -126,7 +126,7 @@ class Fields:
             self.fail(name, "expected a token id or a list of token ids")
         return ids
 
-    def refuse_unread(self, harmless: Callable[[str], bool]) -> None:
+    def reject_unread(self, harmless: Callable[[str], bool]) -> None:
         """Raise `ModelError` naming the fields that were not read and are not `harmless`.
 
         Fields that are null, false, zero or empty are exempt.
@@ -134,7 +134,7 @@ class Fields:
         unread = [
             name
             for name, value in self.values.items()
-            if value and name not in self._asked and not harmless(name)
+            if value and name not in self._read and not harmless(name)
         ]
         if not unread:
             return

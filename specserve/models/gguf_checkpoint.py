@@ -1,8 +1,8 @@
 """A GGUF file as a `Checkpoint`, read without converting it on disk.
 
-Owns the conversion of quantised blocks to floats or packed weights. Tensor names and row order come
-from `hub.gguf_tensors`. Invariant: the data of every tensor is in the file and has a type that can
-be dequantised.
+Owns the conversion of quantised blocks to floats or `QuantizedWeight`. Tensor names and row order
+come from `hub.gguf_tensors`. Invariant: the data of every tensor is in the file and has a type that
+can be dequantised.
 """
 
 import os
@@ -23,7 +23,7 @@ from specserve.hub.gguf_file import GgufFile
 from specserve.hub.gguf_tensors import source_tensors
 from specserve.models.fields import ModelError
 from specserve.models.tensor_entry import TensorEntry, check_finite
-from specserve_kernels.packing import GROUP, PackedWeight, pack_int4, pack_int8
+from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, pack_int4, pack_int8
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -75,7 +75,7 @@ class GgufCheckpoint:
         check_finite(self.entries[name], name, values)
         return values if source.row_order is None else values[torch.from_numpy(source.row_order)]
 
-    def packed(self, name: str) -> PackedWeight | None:
+    def quantized_weight(self, name: str) -> QuantizedWeight | None:
         source = self._sources[name]
         tensor = source.tensor
         if tensor.kind not in _PACK or len(tensor.shape) != 2:
@@ -88,21 +88,21 @@ class GgufCheckpoint:
         return _PACK[tensor.kind](blocks)
 
 
-def _pack_q4_0(blocks: Bytes) -> PackedWeight:  # float16 d, 32 nibbles q; (q - 8) * d
+def _pack_q4_0(blocks: Bytes) -> QuantizedWeight:  # float16 d, 32 nibbles q; (q - 8) * d
     scales = _halves(blocks[..., :2])
     return pack_int4(_nibbles(blocks[..., 2:]), scales, -8 * scales)
 
 
-def _pack_q4_1(blocks: Bytes) -> PackedWeight:  # float16 d and m, 32 nibbles q; q * d + m
+def _pack_q4_1(blocks: Bytes) -> QuantizedWeight:  # float16 d and m, 32 nibbles q; q * d + m
     return pack_int4(_nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
 
 
-def _pack_q8_0(blocks: Bytes) -> PackedWeight:  # float16 d, 32 int8 q; q * d
+def _pack_q8_0(blocks: Bytes) -> QuantizedWeight:  # float16 d, 32 int8 q; q * d
     values = blocks[..., 2:].copy().view(np.int8)
     return pack_int8(torch.from_numpy(values).flatten(1), _halves(blocks[..., :2]))
 
 
-_PACK: Final[Mapping[Kind, Callable[[Bytes], PackedWeight]]] = {
+_PACK: Final[Mapping[Kind, Callable[[Bytes], QuantizedWeight]]] = {
     Kind.Q4_0: _pack_q4_0,
     Kind.Q4_1: _pack_q4_1,
     Kind.Q8_0: _pack_q8_0,

@@ -95,7 +95,7 @@ class LlamaModel:
     forward pass; the number of rows must then be a multiple of `row_multiple`.
     """
 
-    packed_embedding: None = None
+    quantized_embedding: None = None
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class LlamaModel:
         batch: ForwardBatch,
         kv: KVStorage,
         *,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
         """See `Model.__call__`. `num_top` is ignored: `ModelOutput.topk` is always None."""
@@ -153,18 +153,20 @@ class LlamaModel:
         plan = self.kernels.plan_attention(batch.segments, shape.num_kv_heads, shape.group_size)
         angles = self.rotary.angles(batch.positions)
         x = F.embedding(batch.input_ids, self.embed_tokens)
-        tapped: dict[int, Tensor] = {}
+        states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            if index in taps:
-                tapped[index] = x
+            if index in aux_layers:
+                states[index] = x
             x = x + layer.attention(
                 layer.attention_norm(x), angles, kv.layer(index), batch.slots, self.kernels, plan
             )
             x = x + layer.down(self._swiglu(layer.gate_up(layer.mlp_norm(x))))
-        tapped[shape.num_layers] = x
+        states[shape.num_layers] = x
         return ModelOutput(
             logits=self.logits(x[batch.logit_rows]),
-            taps=torch.cat([tapped[tap] for tap in taps], dim=-1) if taps else None,
+            aux_hidden_states=torch.cat([states[index] for index in aux_layers], dim=-1)
+            if aux_layers
+            else None,
         )
 
     __call__ = forward

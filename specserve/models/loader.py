@@ -11,18 +11,23 @@ from pathlib import Path
 
 import torch
 
-from specserve.models import quant
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.llama import LlamaModel
 from specserve.models.model import Model
-from specserve.models.packed_llama import PackedLlama
+from specserve.models.quantization import (
+    choose_quantization,
+    head_format,
+    layer_format,
+    read_quantized,
+)
+from specserve.models.quantized_llama import QuantizedLlama
 from specserve.models.registry import BUILDERS
 from specserve.models.shape import ModelShape
 from specserve.models.weight_check import check_room, check_weights
 from specserve.types import Quantization
 from specserve_kernels.huge_pages import Arena
 from specserve_kernels.ops import Kernels
-from specserve_kernels.packing import PackedWeight, WeightFormat
+from specserve_kernels.quantized_weight import QuantizedWeight, WeightFormat
 
 
 def load_model(
@@ -33,18 +38,18 @@ def load_model(
     device: torch.device,
     exact: bool,
     quantization: Quantization = "none",
-    packed_dtype: torch.dtype | None = None,
+    quantized_kv_dtype: torch.dtype | None = None,
 ) -> Model:
     """Load the model in the directory `path`, ready to run.
 
     `dtype` and `exact` apply to a model with float weights. With quantised weights, K and V have
-    the dtype `packed_dtype`, or `dtype` if that is None. Raises `ModelError` naming the file, field
-    or tensors at fault.
+    the dtype `quantized_kv_dtype`, or `dtype` if that is None. Raises `ModelError` naming the file,
+    field or tensors at fault.
     """
     shape, checkpoint = _read(path)
-    kv_dtype = packed_dtype or dtype
-    if quant.choose(quantization, shape, checkpoint, kernels, kv_dtype).packed:
-        return _packed(shape, checkpoint, kernels, kv_dtype, quantization)
+    kv_dtype = quantized_kv_dtype or dtype
+    if choose_quantization(quantization, shape, checkpoint, kernels, kv_dtype).quantized:
+        return _quantized_llama(shape, checkpoint, kernels, kv_dtype, quantization)
     return _llama(shape, checkpoint, kernels, dtype, device, exact)
 
 
@@ -77,25 +82,25 @@ def _llama(
     return model
 
 
-def _packed(
+def _quantized_llama(
     shape: ModelShape,
     checkpoint: Checkpoint,
     kernels: Kernels,
     dtype: torch.dtype,
     quantization: Quantization,
-) -> PackedLlama:
+) -> QuantizedLlama:
     check_room(shape, 0.5, torch.device("cpu"))
     arena = Arena()
 
-    def pack(wanted: WeightFormat | None, name: str) -> PackedWeight:
-        weight = quant.pack_tensor(checkpoint, name, wanted)
+    def read(wanted: WeightFormat | None, name: str) -> QuantizedWeight:
+        weight = read_quantized(checkpoint, name, wanted)
         return replace(weight, panels=arena.copy(weight.panels))
 
-    return PackedLlama(
+    return QuantizedLlama(
         shape,
         checkpoint,
         kernels,
-        pack=partial(pack, quant.layer_format(quantization)),
-        pack_head=partial(pack, quant.head_format(quantization)),
+        read=partial(read, layer_format(quantization)),
+        read_head=partial(read, head_format(quantization)),
         dtype=dtype,
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from specserve.batch import ForwardBatch, ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.models.shape import ModelShape
-from specserve_kernels.packing import PackedWeight
+from specserve_kernels.quantized_weight import QuantizedWeight
 
 
 class Model(Protocol):
@@ -30,7 +30,7 @@ class Model(Protocol):
     @property
     def num_bytes(self) -> int: ...
     @property
-    def packed_embedding(self) -> PackedWeight | None:
+    def quantized_embedding(self) -> QuantizedWeight | None:
         """The quantised embedding [vocab_size, hidden_size]; None if the weights are floats."""
         ...
 
@@ -42,14 +42,14 @@ class Model(Protocol):
         batch: ForwardBatch,
         kv: KVStorage,
         *,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
         """Run one forward pass; writes the K and V of its rows to `kv`.
 
-        `taps` selects auxiliary hidden states: index t is the residual stream before layer t, and
-        t = num_layers is the one after the last layer, before the final norm. The output has them
-        concatenated in the order of `taps`. `num_top` requests the best tokens of each row of
+        `aux_layers` selects auxiliary hidden states: i is the residual stream before layer i, and
+        num_layers the one after the last layer, before the final norm. The output has them
+        concatenated in this order. `num_top` requests the best tokens of each row of
         logits: `ModelOutput.topk` has at least that many, or is None for a model that cannot find
         them cheaply.
         """

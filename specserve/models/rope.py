@@ -68,7 +68,7 @@ def _read_section(config: Fields, section: Fields, max_positions: int) -> RopeSh
     kind = section.get(name, "default")
     if kind not in get_args(RopeKind):
         section.fail(name, f"expected one of {', '.join(get_args(RopeKind))}")
-    section.refuse_unread(HARMLESS_ROPE.__contains__)
+    section.reject_unread(HARMLESS_ROPE.__contains__)
     if kind == "default":
         if not section.has(name) and section.number("factor", 1.0) != 1.0:
             section.fail("factor", "nothing says how it is used; set rope_type, or remove it")

@@ -17,8 +17,8 @@ from specserve.models.fields import ModelError
 
 BASE_ROWS = 8
 _LADDER = (16, 24, 32, 40, 48, 56, 64, 128, 256, 512)
-_FREE_ROWS = 64  # tiles up to this many rows, the size of a speculative step, are always probed
-_PROBE_PRODUCTS = 2**31  # multiply-adds to probe one larger tile; bounds load time
+_ALWAYS_PROBED_ROWS = 64  # tiles up to the size of a speculative step are always probed
+_MAX_PROBE_MULTIPLY_ADDS = 2**31  # to probe one larger tile; bounds load time
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,6 @@ def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
             f"{weight.dtype} product of this library depends on a row's place even in a tile of "
             f"{BASE_ROWS}; start with exactness 'fast'"
         )
-    limit = max(_FREE_ROWS, _PROBE_PRODUCTS // (out_features * in_features))
+    limit = max(_ALWAYS_PROBED_ROWS, _MAX_PROBE_MULTIPLY_ADDS // (out_features * in_features))
     sizes = [size for size in reversed(_LADDER) if size <= limit and safe(size)]
     return RowTiles((*sizes, BASE_ROWS))

@@ -120,7 +120,7 @@ def read_shape(config: Fields, generation: Fields) -> ModelShape:
         tied_head=config.flag("tie_word_embeddings", False),
         eos_token_ids=_end_tokens(config, generation),
     )
-    config.refuse_unread(is_harmless)
+    config.reject_unread(is_harmless)
     return shape
 
 

@@ -23,14 +23,14 @@ class Runner:
         block_size: int,
         device: torch.device,
         num_top: int = 1,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
     ) -> None:
         self._model = model
         self._storage = storage
         self._block_size = block_size
         self._device = device
         self._num_top = num_top  # top tokens wanted per logits row, see `Model`
-        self.taps = taps  # layers whose hidden states are wanted, see `Model`
+        self.aux_layers = aux_layers  # layers whose hidden states are wanted, see `Model`
 
     def forward(self, entries: Sequence[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
         """Run the prompt chunks and the trees (by sequence id) of `entries` in one forward pass.
@@ -40,8 +40,8 @@ class Runner:
         """
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
-        out = self._model(batch, self._storage, taps=self.taps, num_top=self._num_top)
+        out = self._model(batch, self._storage, aux_layers=self.aux_layers, num_top=self._num_top)
         num_rows = batch.segments.cu_rows[-1]
-        if out.taps is None or len(out.taps) == num_rows:
+        if out.aux_hidden_states is None or len(out.aux_hidden_states) == num_rows:
             return out
-        return replace(out, taps=out.taps[:num_rows])
+        return replace(out, aux_hidden_states=out.aux_hidden_states[:num_rows])

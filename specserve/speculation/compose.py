@@ -47,7 +47,7 @@ class ComposedDrafter:
         self.names = tuple(drafters)
         self.drafters = drafters
         # Drafters that want to follow the target's rows.
-        self._followers = {name for name, drafter in drafters.items() if drafter.needs_taps}
+        self._followers = {name for name, drafter in drafters.items() if drafter.aux_layers}
         self._drafter_ids = {
             name: np.array([TARGET_ID] + [drafter_id] * (MAX_NODES - 1), np.uint8)
             for drafter_id, name in enumerate(drafters, start=1)
@@ -89,7 +89,7 @@ class ComposedDrafter:
         self._asking = {one.seq.id: one for one in asking}
         return [self._merged(one) for one in asking]
 
-    def wants_taps(self, seqs: Sequence[SequenceView]) -> bool:
+    def wants_aux_hidden_states(self, seqs: Sequence[SequenceView]) -> bool:
         """Whether somebody follows the target's rows in a pass over these."""
         return any(name in self._followers and self._hears(name, seqs) for name in self.active)
 

@@ -26,7 +26,7 @@ from specserve.step import EntryView, VerifyResult
 from specserve.tree import DraftTree
 from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
-from specserve_kernels.packing import PackedWeight
+from specserve_kernels.quantized_weight import QuantizedWeight
 
 
 class DraftError(ValueError):
@@ -48,12 +48,13 @@ class DraftContext:
     sampling_state: Callable[[SequenceView], SamplingState]  # with every emitted token counted
     storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
     drafter_id: int  # of its nodes
-    taps: tuple[int, ...]  # the layers in `ModelOutput.taps`: what all drafters want, ascending
+    # The layers of `ModelOutput.aux_hidden_states`: what all drafters want, ascending.
+    aux_layers: tuple[int, ...]
     priced: bool  # False: time does not count, every node is verified
     # Of a step without drafts, and of a node more; None: not measured.
     step_seconds: Callable[[], tuple[float, float] | None]
     # Of the target; rows of `hidden_size` in the dtype of its activations.
-    packed_embedding: PackedWeight | None  # where its weights are packed
+    quantized_embedding: QuantizedWeight | None  # None: its weights are floats
     embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
     final_norm: Callable[[Tensor], Tensor]  # [n, hidden_size] -> the same
     unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32
@@ -91,7 +92,7 @@ class Feedback:
         output = ModelOutput(
             out.logits[at_logits],
             None if out.topk is None else out.topk[at_logits],
-            None if out.taps is None else out.taps[at_rows],
+            None if out.aux_hidden_states is None else out.aux_hidden_states[at_rows],
         )
         results = {seq_id: v for seq_id, v in self.results.items() if seq_id in seq_ids}
         return replace(self, entries=tuple(kept), results=results, output=output)
@@ -106,7 +107,7 @@ class Drafter(Protocol):
     too is left out of that request. What it began in the first attempt must not count."""
 
     Options: ClassVar[type[DraftOptions]]
-    needs_taps: tuple[int, ...]  # target layers whose hidden states it wants, see `Model`
+    aux_layers: tuple[int, ...]  # target layers whose hidden states it wants, see `Model`
     needs_topk: int  # top successors per row it wants from the LM head; 0: none
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:

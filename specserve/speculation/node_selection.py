@@ -2,7 +2,7 @@
 
 Greedy over all sequences together: nodes by falling probability, as many as give the most tokens
 per second. Path probabilities fall along a path, so what is kept of a tree is a tree. Host only,
-compiled where it is built; `kept_nodes` is the twin.
+compiled where it is built; `kept_nodes` is the reference.
 """
 
 from collections import Counter

@@ -24,8 +24,8 @@ def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
     report = msgspec.json.decode(out.read_bytes(), type=Report)
     in_use = select_kernels(torch.device("cpu")).name
     assert {timing.backend for timing in report.timings} == {"torch", in_use}
-    twin = [timing for timing in report.timings if timing.backend == "torch"]
-    found = {(t.kernel, t.context, t.num_rows): t for t in twin}
+    reference = [timing for timing in report.timings if timing.backend == "torch"]
+    found = {(t.kernel, t.context, t.num_rows): t for t in reference}
     assert set(found) == {
         (kernel, context, num_rows)
         for kernel, context in (

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from eagle_heads import HIDDEN, INNER, LAYOUTS, TAPS, Written, plain_logits, save, write_eagle
+from eagle_heads import AUX_LAYERS, HIDDEN, INNER, LAYOUTS, Written, plain_logits, save, write_eagle
 from safetensors.torch import load_file, save_file
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama
 from torch import Tensor
@@ -20,7 +20,7 @@ from specserve.cache.table import BlockTable
 from specserve.engine.engine import Engine
 from specserve.models.loader import load_model
 from specserve.models.model import Model
-from specserve.models.packed_llama import PackedLlama
+from specserve.models.quantized_llama import QuantizedLlama
 from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
@@ -83,14 +83,16 @@ def loaded(target: Path, quantization: Quantization = "none") -> Model:
     )
 
 
-def taps_of(model: Model, taps: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor:
-    """[len(tokens), num_taps * hidden_size], by one pass over the text."""
+def aux_hidden_states_of(
+    model: Model, aux_layers: tuple[int, ...], tokens: tuple[int, ...]
+) -> Tensor:
+    """[len(tokens), num_aux_layers * hidden_size], by one pass over the text."""
     num_blocks = len(tokens) // 16 + 1
     table = BlockTable(16, list(range(num_blocks)))
     batch = build_batch(list(prefill_segments(table, 0, tokens)), 16, model.row_multiple, CPU)
-    out = model(batch, KVStorage(model.kv_spec, 16 * num_blocks, CPU), taps=taps)
-    assert out.taps is not None
-    return out.taps[: len(tokens)]
+    out = model(batch, KVStorage(model.kv_spec, 16 * num_blocks, CPU), aux_layers=aux_layers)
+    assert out.aux_hidden_states is not None
+    return out.aux_hidden_states[: len(tokens)]
 
 
 def check(head: Written, model: Model, seen: list[Looked], *, every: int = 1) -> None:
@@ -102,10 +104,10 @@ def check(head: Written, model: Model, seen: list[Looked], *, every: int = 1) ->
     }
     texts = {look.tokens for look in seen}
     texts = {t for t in texts if not any(t != u and u[: len(t)] == t for u in texts)}
-    known = {text: taps_of(model, TAPS[head.layout], text) for text in texts}
+    known = {text: aux_hidden_states_of(model, AUX_LAYERS[head.layout], text) for text in texts}
     for look in seen[::every]:
-        taps = next(rows for text, rows in known.items() if text[: len(look.tokens)] == look.tokens)
-        pairs = taps[: len(look.tokens) - 1]
+        rows = next(rows for text, rows in known.items() if text[: len(look.tokens)] == look.tokens)
+        pairs = rows[: len(look.tokens) - 1]
         plain = plain_logits(head, weights, pairs, list(look.tokens), list(look.path))[-1]
         torch.testing.assert_close(look.logits, plain, atol=1e-4, rtol=1e-4)
 
@@ -124,15 +126,15 @@ def test_logits_are_those_of_the_definition(
     check(head, loaded(tiny_model), seen, every=3)
 
 
-@pytest.mark.skipif(select_kernels(CPU).packed_decoder is None, reason="no native kernels")
+@pytest.mark.skipif(select_kernels(CPU).quantized_decoder is None, reason="no native kernels")
 def test_a_quantised_target_lends_what_it_has(
     one_head: Written, tmp_path: Path, make_engine: EngineFactory
 ) -> None:
-    """To a head that is not packed itself: its width is no multiple of 32."""
+    """To a head that is not quantised itself: its width is no multiple of 32."""
     target = write_tiny_llama(tmp_path, seed=1, head_dim=16)
     engine = make_engine(str(one_head.path), target=target, max_nodes=6, quantization="int8")
     model = engine.runner._model
-    assert isinstance(model, PackedLlama)
+    assert isinstance(model, QuantizedLlama)
     seen = watched(engine)
     run(engine, PROMPTS, SAMPLED)
     check(one_head, model, seen, every=3)
@@ -142,13 +144,13 @@ def test_a_quantised_target_lends_what_it_has(
 def test_the_parts_of_a_target_are_those_it_runs_with(
     quantization: Quantization, tmp_path: Path
 ) -> None:
-    if quantization != "none" and select_kernels(CPU).packed_decoder is None:
+    if quantization != "none" and select_kernels(CPU).quantized_decoder is None:
         pytest.skip("no native kernels")
     model = loaded(write_tiny_llama(tmp_path, seed=1, head_dim=16), quantization)
     tokens = tuple(range(TINY_VOCAB))
-    taps = taps_of(model, (0, 2), tokens)
-    torch.testing.assert_close(model.embed(torch.tensor(tokens)), taps[:, :HIDDEN])
-    last = taps[:, HIDDEN:]
+    states = aux_hidden_states_of(model, (0, 2), tokens)
+    torch.testing.assert_close(model.embed(torch.tensor(tokens)), states[:, :HIDDEN])
+    last = states[:, HIDDEN:]
     torch.testing.assert_close(model.unembed(model.final_norm(last)), model.logits(last))
 
 
@@ -255,9 +257,9 @@ def test_a_head_that_is_the_targets_keeps_the_frequent_tokens(
     assert {token for look in looked[1] for token in look.path} <= set(kept)
 
 
-@pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")
+@pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
 @pytest.mark.parametrize("pricing", ["measured", "off"])
-def test_a_packed_head_that_is_the_targets_reads_as_many_rows_as_pay(
+def test_a_quantized_head_without_an_lm_head_takes_fewer_rows_if_time_counts(
     tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, pricing: str
 ) -> None:
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
@@ -300,7 +302,7 @@ def test_a_head_that_knows_the_target_is_always_right(
 class Grew:
     """One tree as the kernel has it, and as `growth` has it from passes of the same head."""
 
-    num_waiting: int
+    num_pending: int
     at_once: DraftTree
     by_passes: DraftTree
 
@@ -316,14 +318,14 @@ def watched_growth(engine: Engine) -> list[Grew]:
         expected = drafter._grow_by_passes(asked)
         for one in asked:
             trees = grown[one.seq.id], expected[one.seq.id]
-            seen.append(Grew(one.track.num_waiting, *trees))
+            seen.append(Grew(one.track.num_pending, *trees))
         return grown
 
     drafter._grow_at_once = both  # type: ignore[method-assign]
     return seen
 
 
-@pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")
+@pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "eagle1"])
 @pytest.mark.parametrize(
     "sampling",
@@ -335,7 +337,7 @@ def watched_growth(engine: Engine) -> list[Grew]:
     ],
     ids=["greedy", "sampled", "top-k", "top-p"],
 )
-def test_packed_heads_grow_the_same_trees_at_once(
+def test_a_quantized_head_expands_the_same_trees_in_one_call(
     layout: str, sampling: SamplingParams, tmp_path: Path, make_engine: EngineFactory
 ) -> None:
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
@@ -347,7 +349,7 @@ def test_packed_heads_grow_the_same_trees_at_once(
     seen = watched_growth(engine)
     run(engine, PROMPTS, sampling)
     assert len(seen) > 20
-    assert {grew.num_waiting > 0 for grew in seen} == {False, True}
+    assert {grew.num_pending > 0 for grew in seen} == {False, True}
     for grew in seen:
         ours, expected = grew.at_once, grew.by_passes
         assert ours.tokens.tolist() == expected.tokens.tolist()
@@ -357,7 +359,7 @@ def test_packed_heads_grow_the_same_trees_at_once(
     assert max(max(grew.at_once.depths) for grew in seen) >= 2
 
 
-@pytest.mark.skipif(select_kernels(CPU).packed_draft_head is None, reason="no native kernels")
+@pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
 def test_requests_that_shape_their_logits_grow_by_passes(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:

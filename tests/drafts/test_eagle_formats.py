@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from eagle_heads import LAYOUTS, TAPS, save, write_eagle
+from eagle_heads import AUX_LAYERS, LAYOUTS, save, write_eagle
 from safetensors.torch import save_file
 from tiny import TINY_VOCAB, write_tiny_llama
 
@@ -28,7 +28,7 @@ def test_every_layout_is_recognised(layout: str, shape: ModelShape, tmp_path: Pa
     written = write_eagle(tmp_path, layout)
     assert checkpoint_method(tmp_path) == "eagle"
     head = read_head(tmp_path, shape)
-    assert head.shape.taps == TAPS[layout]
+    assert head.shape.aux_layers == AUX_LAYERS[layout]
     assert head.shape.kind == ("eagle1" if layout == "eagle1" else "eagle3")
     assert head.shape.norm_before_residual == written.flags["norm_before_residual"]
     assert head.shape.norm_output == written.flags["norm_output"]
@@ -79,8 +79,8 @@ def test_layers_that_nobody_names_are_the_authors(tmp_path: Path) -> None:
     written = write_eagle(tmp_path / "head", "official")
     del written.config["eagle_aux_hidden_state_layer_ids"]
     save(written)
-    assert read_head(written.path, deep).shape.taps == (2, 15, 27)
-    assert read_head(written.path, deep, taps=(1, 2, 30)).shape.taps == (1, 2, 30)
+    assert read_head(written.path, deep).shape.aux_layers == (2, 15, 27)
+    assert read_head(written.path, deep, aux_layers=(1, 2, 30)).shape.aux_layers == (1, 2, 30)
 
 
 def test_nested_flags_count(shape: ModelShape, tmp_path: Path) -> None:
@@ -113,12 +113,12 @@ def test_a_config_that_describes_no_draft_is_an_error(tmp_path: Path, config: ob
         (
             "official",
             {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]},
-            r"taps \(layers entered\) = \[0, 1, 3\]: the target has layers 0 to 2.*options\.eagle",
+            r"aux_layers = \[0, 1, 3\]: the target has layers 0 to 2.*options\.eagle",
         ),
         (
             "official",
             {"eagle_aux_hidden_state_layer_ids": [0, 1]},
-            r"taps.* = \[0, 1\]: fc\.weight takes 3; set draft\.options\.eagle\.taps",
+            r"aux_layers.* = \[0, 1\]: fc\.weight takes 3; set draft\.options\.eagle\.aux_layers",
         ),
         (
             "official",
@@ -228,8 +228,8 @@ def test_pickled_weights_are_never_opened(tiny_model: Path, tmp_path: Path) -> N
         ),
         ("official", {"draft_vocab": 41}, r"draft_vocab: 41; expected 1 to 40"),
         ("eagle1", {"draft_vocab": 98}, r"draft_vocab: 98; expected 1 to 97"),
-        ("official", {"taps": [0, 1]}, r"\[0, 1\]: fc\.weight takes 3"),
-        ("official", {"tap": [0]}, r"options\.eagle\.tap: unknown option; did you mean 'taps'"),
+        ("official", {"aux_layers": [0, 1]}, r"\[0, 1\]: fc\.weight takes 3"),
+        ("official", {"aux_layer": [0]}, r"aux_layer: unknown option; did you mean 'aux_layers'"),
     ],
 )
 def test_options_out_of_range_are_refused(
@@ -271,4 +271,4 @@ def test_it_asks_for_the_layers_it_reads(tiny_model: Path, tmp_path: Path) -> No
     write_eagle(tmp_path, "speculators_qwen3")
     drafter = create_drafter(str(tmp_path), {}, tiny_model, Path)
     assert isinstance(drafter, EagleDrafter)
-    assert drafter.needs_taps == (0, 2)
+    assert drafter.aux_layers == (0, 2)

@@ -87,10 +87,10 @@ def last_row(model: Model, tokens: tuple[int, ...]) -> Tensor:
     num_blocks = len(tokens) // 16 + 1
     table = BlockTable(16, list(range(num_blocks)))
     batch = build_batch(list(prefill_segments(table, 0, tokens)), 16, model.row_multiple, CPU)
-    tap = model.shape.num_layers
-    out = model(batch, KVStorage(model.kv_spec, 16 * num_blocks, CPU), taps=(tap,))
-    assert out.taps is not None
-    return model.final_norm(out.taps[len(tokens) - 1 : len(tokens)])[0]
+    layer = model.shape.num_layers
+    out = model(batch, KVStorage(model.kv_spec, 16 * num_blocks, CPU), aux_layers=(layer,))
+    assert out.aux_hidden_states is not None
+    return model.final_norm(out.aux_hidden_states[len(tokens) - 1 : len(tokens)])[0]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -20,15 +20,13 @@ from specserve.speculation.registry import create_drafter
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 from specserve_drafts.recycle import RecycleDrafter
-from specserve_drafts.successors import ORDERS, OWN, SuccessorTable
+from specserve_drafts.topk_table import ORDERS, OWN, TopKTable
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, seed=0, ignore_eos=True)
 PROMPT = tuple(range(20, 60))
 
 
-def write(
-    table: SuccessorTable, context: tuple[int, ...], tokens: list[int], salt: int = 0
-) -> None:
+def write(table: TopKTable, context: tuple[int, ...], tokens: list[int], salt: int = 0) -> None:
     """Successors of one context, each half as likely as the one before."""
     table.write(
         np.array([salt], np.uint64),
@@ -46,7 +44,7 @@ def said(tokens: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float
 
 @given(st.lists(st.tuples(*[st.integers(0, 60)] * ORDERS), min_size=1, max_size=40, unique=True))
 def test_a_context_is_found_by_all_its_tokens(contexts: list[tuple[int, ...]]) -> None:
-    table = SuccessorTable(2**16, vocab_size=100)
+    table = TopKTable(2**16, vocab_size=100)
     for index, context in enumerate(contexts):
         write(table, context, [index, 97, 98, 99])
     for index, context in enumerate(contexts):
@@ -56,7 +54,7 @@ def test_a_context_is_found_by_all_its_tokens(contexts: list[tuple[int, ...]]) -
 
 
 def test_shorter_contexts_answer_for_longer_ones() -> None:
-    table = SuccessorTable(2**10, vocab_size=100)
+    table = TopKTable(2**10, vocab_size=100)
     write(table, (5, 6, 7), [1, 2, 3, 4])
     assert [token for token, _ in table.candidates([0], (5, 6, 99))] == [1, 2, 3, 4]
     assert [token for token, _ in table.candidates([0], (5,))] == [1, 2, 3, 4]
@@ -64,7 +62,7 @@ def test_shorter_contexts_answer_for_longer_ones() -> None:
 
 
 def test_what_is_said_again_counts_more_the_longer_the_context() -> None:
-    table = SuccessorTable(2**10, vocab_size=100)
+    table = TopKTable(2**10, vocab_size=100)
     for _ in range(6):
         write(table, (5, 6, 7), [1, 2, 3, 4])
     write(table, (5, 6, 7), [9, 2, 3, 4])
@@ -75,7 +73,7 @@ def test_what_is_said_again_counts_more_the_longer_the_context() -> None:
 
 
 def test_salts_are_apart_and_what_has_none_is_for_all() -> None:
-    table = SuccessorTable(2**10, vocab_size=100)
+    table = TopKTable(2**10, vocab_size=100)
     write(table, (5, 6, 7), [1, 2, 3, 4], salt=11)
     assert table.candidates([12, 0], (5, 6, 7)) == []
     assert table.candidates([0], (5, 6, 7)) == []
@@ -91,7 +89,7 @@ def test_what_a_salt_adds_does_not_hide_what_all_know(
 ) -> None:
     if not compiled:
         monkeypatch.setenv("SPECSERVE_KERNELS", "torch")
-    table = SuccessorTable(2**10, vocab_size=100)
+    table = TopKTable(2**10, vocab_size=100)
     table.learn(0, [6, 7], root_tree(5), *said([1, 2, 3, 4]))
     table.learn(11, [6, 7], root_tree(5), *said([9, 8, 3, 4]))
     mixed = dict(table.candidates([11, 0], (5, 6, 7)))
@@ -102,21 +100,21 @@ def test_what_a_salt_adds_does_not_hide_what_all_know(
 
 def test_a_text_of_its_own_is_mixed_in() -> None:
     """It has the say where it knows more, and none where it knows nothing."""
-    table, own = SuccessorTable(2**10, 100), SuccessorTable(2**10, 100, OWN)
+    table, own = TopKTable(2**10, 100), TopKTable(2**10, 100, OWN)
     write(table, (7, 6, 5), [1, 2, 3, 4])
     own.learn_text([5, 6, 7, 50])
     assert own.candidates([0], (7, 6, 5))[0][0] == 50
     mixed = dict(table.candidates([0], (7, 6, 5), own))
     assert mixed[50] > mixed[1] > 0
     assert dict(table.candidates([0], (8, 6, 5), own)) == {}
-    assert table.candidates([0], (7, 6, 5), SuccessorTable(8, 100, OWN)) == table.candidates(
+    assert table.candidates([0], (7, 6, 5), TopKTable(8, 100, OWN)) == table.candidates(
         [0], (7, 6, 5)
     )
-    assert dict(SuccessorTable(8, 100).candidates([0], (50,), own)) == {}, "nothing follows the end"
+    assert dict(TopKTable(8, 100).candidates([0], (50,), own)) == {}, "nothing follows the end"
 
 
 def test_a_small_table_forgets_and_never_mixes_up() -> None:
-    table = SuccessorTable(8, vocab_size=1000)
+    table = TopKTable(8, vocab_size=1000)
     for token in range(500):
         write(table, (token, token, token), [token + 1, 0, 1, 2])
     assert table.num_filled <= 8
@@ -130,7 +128,7 @@ def test_what_came_twice_outlives_what_came_once() -> None:
     """As many new contexts as rows: a row is asked for once on average, so e^-1 are not at all."""
     shares = {}
     for times in (1, 2):
-        table = SuccessorTable(2**12, vocab_size=100_000)
+        table = TopKTable(2**12, vocab_size=100_000)
         for _ in range(times):
             for token in range(200):
                 write(table, (token, token, token), [token + 1, 0, 0, 0])
@@ -144,27 +142,27 @@ def test_what_came_twice_outlives_what_came_once() -> None:
 
 @pytest.mark.parametrize("vocab_size", [100, 70_000])
 def test_a_saved_table_is_the_same(vocab_size: int, tmp_path: Path) -> None:
-    table = SuccessorTable(2**10, vocab_size)
+    table = TopKTable(2**10, vocab_size)
     write(table, (5, 6, 7), [1, 2, 3, vocab_size - 1])
     table.save(tmp_path / "table")
-    again = SuccessorTable.load(tmp_path / "table", vocab_size)
+    again = TopKTable.load(tmp_path / "table", vocab_size)
     assert again.candidates([0], (5, 6, 7)) == table.candidates([0], (5, 6, 7))
     assert [file.name for file in tmp_path.iterdir()] == ["table"]
 
 
 def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
-    table = SuccessorTable(8, 100)
+    table = TopKTable(8, 100)
     write(table, (5, 6, 7), [1, 2, 3, 99])
     table.save(tmp_path / "table")
     with pytest.raises(ValueError, match="cannot be read"):
-        SuccessorTable.load(tmp_path / "nothing", 100)
+        TopKTable.load(tmp_path / "nothing", 100)
     with pytest.raises(ValueError, match="cannot be read"):
-        SuccessorTable.load(tmp_path / "text", 100)
+        TopKTable.load(tmp_path / "text", 100)
     with pytest.raises(ValueError, match="outside the vocabulary of 50"):
-        SuccessorTable.load(tmp_path / "table", 50)
+        TopKTable.load(tmp_path / "table", 50)
     with pytest.raises(ValueError, match=r"tokens is .*expected"):
-        SuccessorTable.load(tmp_path / "table", 70_000)
+        TopKTable.load(tmp_path / "table", 70_000)
 
 
 def recycled(engine: Engine) -> RecycleDrafter:

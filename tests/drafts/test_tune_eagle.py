@@ -76,7 +76,7 @@ def assert_it_drafts(folder: Path) -> None:
     """For its target, by its directory: on prompts it was trained on, most of it is right."""
     drafter = create_drafter(str(folder / "out"), {}, folder / "tiny", Path)
     assert isinstance(drafter, EagleDrafter)
-    assert drafter.needs_taps == (1, 2)
+    assert drafter.aux_layers == (1, 2)
     settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB"}
     llm = LLM(str(folder / "tiny"), draft=(str(folder / "out"),), pricing="off", **settings)
     chats = [[{"role": "user", "content": text}] for text in prompts()]
@@ -105,7 +105,7 @@ def test_answers_come_with_the_rows_a_teacher_would_read(
     assert len(texts) > 1
     monkeypatch.setattr(keeps, "_pass", pytest.fail)
     kept, read = keeps.read(texts), reads.read(texts)
-    assert kept.taps.equal(read.taps)
+    assert kept.aux_hidden_states.equal(read.aux_hidden_states)
     assert kept.last.equal(read.last)
     monkeypatch.setattr(reads, "_pass", pytest.fail)
     assert reads.read(texts[::-1]).last[-1].equal(read.last[texts[0].num_answer - 1])
@@ -286,11 +286,11 @@ def test_an_experiment_is_a_file_of_settings(
 ) -> None:
     """Flags win, a limit over the other limit too."""
     file = folder / "recipe.toml"
-    file.write_text('minutes = 5\ndepth = 2\nseed = 7\ndevice = "cpu"\ntaps = [0, 2]\n')
+    file.write_text('minutes = 5\ndepth = 2\nseed = 7\ndevice = "cpu"\naux_layers = [0, 2]\n')
     arguments = command(folder, "--experiment", str(file), "--tokens", "100")
     assert eagle.main(arguments) == 0
     settings = made(folder).settings
-    assert (settings["depth"], settings["seed"], settings["taps"]) == (3, 7, [0, 2])
+    assert (settings["depth"], settings["seed"], settings["aux_layers"]) == (3, 7, [0, 2])
     file.write_text("dephts = 2\n")
     assert eagle.main(arguments) == 2
     assert "dephts: unknown setting; did you mean 'depth'?" in capsys.readouterr().err
@@ -310,7 +310,7 @@ def test_the_experiments_are_ones(file: Path) -> None:
         (["--resume"], "state.json cannot be read"),
         (["--depth", "0"], "depth: 0 is out of range; expected 1 to 16"),
         (["--temperature", "3"], "temperature: [3.0]"),
-        (["--taps", "0", "3"], "taps: [0, 3]; expected different layers of 0 to 2"),
+        (["--aux-layers", "0", "3"], "aux_layers: [0, 3]; expected different layers of 0 to 2"),
         (["--experiment", "nothing.toml"], "experiment: nothing.toml cannot be read"),
         (["--out", "long.jsonl"], "out: long.jsonl cannot be used: "),
         (["--answer", "8", "--prompts", "few.jsonl"], "few.jsonl has 4 different ones"),

@@ -1,6 +1,7 @@
 """What training an EAGLE head is made of, each part against its definition."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from specserve_drafts.tune.texts import Text, batches, read_texts, whole_texts, 
 from specserve_drafts.tune.vocabulary import head_rows
 
 CPU = torch.device("cpu")
-TAPS = (0, 1, 2)
+AUX_LAYERS = (0, 1, 2)
 DRAFT_IDS = torch.arange(0, TINY_VOCAB, 2)
 PLATFORM = choose_platform(TargetConfig(device="cpu", dtype="float32"))
 
@@ -45,13 +46,13 @@ def texts(*lengths: tuple[int, int], seed: int = 0) -> list[Text]:
 
 @pytest.fixture(scope="module")
 def teacher(tiny_model: Path) -> Teacher:
-    return Teacher(tiny_model, PLATFORM, "none", TAPS, 64)
+    return Teacher(tiny_model, PLATFORM, "none", AUX_LAYERS, 64)
 
 
 def made_head(tiny_model: Path, teacher: Teacher) -> EagleHead:
     """From the target, then shaken, norms included."""
     shape = ModelShape.from_dir(tiny_model)
-    head = EagleHead(head_shape(shape, TAPS, len(DRAFT_IDS)), CPU)
+    head = EagleHead(head_shape(shape, AUX_LAYERS, len(DRAFT_IDS)), CPU)
     last = teacher.read(texts((4, 12))).last
     start_from_target(head, read_checkpoint(tiny_model), shape, last, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -88,14 +89,14 @@ def test_training_computes_what_serving_computes(
     )
     with torch.no_grad():
         batch, lesson = build_chains(some, CPU, per_group), teacher.read(some)
-        steps = list(head(EagleChains(batch, lesson.taps, teacher.embed, 4)))
+        steps = list(head(EagleChains(batch, lesson.aux_hidden_states, teacher.embed, 4)))
         logits = [out @ rows.T for out in steps]
     pair = chain = 0
     for text in some:
-        taps = lesson.taps[pair : pair + text.num_pairs]
+        states = lesson.aux_hidden_states[pair : pair + text.num_pairs]
         for answer in range(text.num_answer):
             depth = min(4, text.num_answer - answer)
-            expected = served_chain(served, text, taps, text.num_prompt - 2 + answer, depth)
+            expected = served_chain(served, text, states, text.num_prompt - 2 + answer, depth)
             ours = torch.stack([logits[step][chain + answer] for step in range(depth)])
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
         pair, chain = pair + text.num_pairs, chain + text.num_answer
@@ -103,20 +104,20 @@ def test_training_computes_what_serving_computes(
     assert pair == len(batch.next_ids)
 
 
-def served_chain(head: DraftHead, text: Text, taps: Tensor, start: int, depth: int) -> Tensor:
+def served_chain(head: DraftHead, text: Text, states: Tensor, start: int, depth: int) -> Tensor:
     """[depth, draft_vocab] logits of a chain from pair `start`, as the drafter runs it."""
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), 64, CPU)
-    lane = torch.arange(64, dtype=torch.int32)
+    slot_list = torch.arange(64, dtype=torch.int32)
     words = np.array([(2 << i) - 1 for i in range(start + 1)], np.uint64)
     tokens = text.tokens.tolist()
-    rows = head.fuse(taps[: start + 1])
-    true = HeadRows(lane, 0, 0, tokens[1 : start + 2], np.arange(start + 1), words)
+    rows = head.fuse(states[: start + 1])
+    true = HeadRows(slot_list, 0, 0, tokens[1 : start + 2], np.arange(start + 1), words)
     out = head(lay_out([true], CPU), rows, kv)[-1:]
     logits = [head.logits(out)]
     for step in range(1, depth):  # nodes under the root, whose pair is node 0 of the tree
         word = np.array([(2 << step) - 1], np.uint64)
         token, position = tokens[start + 1 + step], np.array([start + step])
-        node = HeadRows(lane, start, step, [token], position, word)
+        node = HeadRows(slot_list, start, step, [token], position, word)
         out = head(lay_out([node], CPU), out, kv)
         logits.append(head.logits(out))
     return torch.cat(logits)
@@ -126,10 +127,11 @@ def test_a_lesson_is_what_the_target_says(tiny_model: Path, teacher: Teacher) ->
     """Texts of one pass do not see each other, and rows stand where `ChainBatch` has them."""
     some = texts((3, 9), (2, 5), (20, 18))
     together = teacher.read(some)
-    for got, index in ((together.taps, "num_pairs"), (together.last, "num_answer")):
+    for got, index in ((together.aux_hidden_states, "num_pairs"), (together.last, "num_answer")):
         assert len(got) == sum(getattr(text, index) for text in some)
     alone = [teacher.read([text]) for text in some]
-    assert torch.cat([lesson.taps for lesson in alone]).equal(together.taps)
+    states = torch.cat([lesson.aux_hidden_states for lesson in alone])
+    assert states.equal(together.aux_hidden_states)
     assert torch.cat([lesson.last for lesson in alone]).equal(together.last)
     p = teacher.likely(together.last, DRAFT_IDS)
     whole = teacher.likely(together.last, None)
@@ -254,9 +256,13 @@ def test_batches_hold_every_text_once() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_loss_falls(tiny_model: Path, teacher: Teacher, precision: str) -> None:
+def test_the_loss_falls(
+    tiny_model: Path, teacher: Teacher, precision: Literal["float32", "bfloat16"]
+) -> None:
     """A few texts over and over."""
-    settings = EagleSettings(depth=3, taps=TAPS, precision=precision, matrix_lr=0.02, other_lr=0.01)  # type: ignore[arg-type]
+    settings = EagleSettings(
+        depth=3, aux_layers=AUX_LAYERS, precision=precision, matrix_lr=0.02, other_lr=0.01
+    )
     shape, some = ModelShape.from_dir(tiny_model), texts((4, 40), (4, 40))
     checkpoint, method = read_checkpoint(tiny_model), EagleMethod(settings)
     trainer = Trainer(
@@ -283,7 +289,7 @@ def test_a_wider_mlp_begins_as_the_targets(tiny_model: Path, teacher: Teacher) -
     lesson, chains = teacher.read(some), build_chains(some, CPU)
     rows = []
     for mlp_size in (None, 100):
-        method = EagleMethod(EagleSettings(taps=TAPS, mlp_size=mlp_size))
+        method = EagleMethod(EagleSettings(aux_layers=AUX_LAYERS, mlp_size=mlp_size))
         head = method.begin(checkpoint, shape, teacher, lesson.last, len(DRAFT_IDS))
-        rows += [*head(EagleChains(chains, lesson.taps, teacher.embed, 1))]
+        rows += [*head(EagleChains(chains, lesson.aux_hidden_states, teacher.embed, 1))]
     torch.testing.assert_close(rows[1], rows[0], atol=1e-5, rtol=1e-5)

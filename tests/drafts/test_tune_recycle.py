@@ -11,7 +11,7 @@ from tiny_chat import write_tiny_chat
 from specserve.cli.main import main as specserve
 from specserve.llm import LLM
 from specserve.types import SamplingParams
-from specserve_drafts.successors import TABLE, SuccessorTable
+from specserve_drafts.topk_table import TABLE, TopKTable
 from specserve_drafts.tune import prompt_file, recycle
 from specserve_drafts.tune.card import Made
 from specserve_drafts.tune.claim import LOCK, claimed
@@ -82,16 +82,16 @@ def test_a_run_goes_on_where_it_stopped(
     arguments = ["--tokens", "150", "--batch", "1"]
     assert recycle.main(command(folder, *arguments)) == 0
     (folder / "out").rename(folder / "whole")
-    save, saved = SuccessorTable.save, list[Path]()
+    save, saved = TopKTable.save, list[Path]()
 
-    def stop_after_one(table: SuccessorTable, path: Path) -> None:
+    def stop_after_one(table: TopKTable, path: Path) -> None:
         if saved:
             raise KeyboardInterrupt
         save(table, path)
         saved.append(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SuccessorTable, "save", stop_after_one)
+        patch.setattr(TopKTable, "save", stop_after_one)
         with pytest.raises(KeyboardInterrupt):
             recycle.main(command(folder, *arguments))
     assert recycle.main(command(folder, *arguments)) == 2
@@ -99,7 +99,7 @@ def test_a_run_goes_on_where_it_stopped(
     assert recycle.main(command(folder, *arguments, "--resume", "--seed", "5")) == 2
     assert "seed: 5 goes on with a run that had 0" in capsys.readouterr().err
     assert recycle.main(command(folder, *arguments, "--resume")) == 0
-    tables = [SuccessorTable.load(folder / name / TABLE, 100) for name in ("whole", "out")]
+    tables = [TopKTable.load(folder / name / TABLE, 100) for name in ("whole", "out")]
     assert tables[0].num_filled == pytest.approx(tables[1].num_filled, rel=0.01)
     assert tables[0].num_filled > 300
 

@@ -99,7 +99,7 @@ def test_another_model_makes_the_command_fail(
 
 
 def test_no_token_differs(tiny_chat: Path, prompt_file: Path, tmp_path: Path) -> None:
-    head = write_eagle(tmp_path / "head", "specforge").path  # which has the target's taps
+    head = write_eagle(tmp_path / "head", "specforge").path  # which has the target's hidden states
     status, report = examine(
         tmp_path,
         *("--target", str(tiny_chat), "--draft", "ngram", "--draft", f"recycle,{head}", *TINY),

@@ -77,8 +77,8 @@ def trained(target: Path, device: str) -> list[Stepped]:
     """Three steps over the same texts: half the vocabulary, KL and then the hybrid."""
     platform = choose_platform(TargetConfig(device=device, dtype="float32"))
     shape, checkpoint = ModelShape.from_dir(target), read_checkpoint(target)
-    method = EagleMethod(EagleSettings(taps=(0, 1, 2)))
-    teacher = Teacher(target, platform, "none", method.taps(shape), 64)
+    method = EagleMethod(EagleSettings(aux_layers=(0, 1, 2)))
+    teacher = Teacher(target, platform, "none", method.aux_layers(shape), 64)
     generator = np.random.default_rng(0)
     texts = [
         Text(generator.integers(0, TINY_VOCAB, length).astype(np.int32), 4) for length in (9, 30)

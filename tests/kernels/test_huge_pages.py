@@ -1,4 +1,4 @@
-"""Memory in huge pages: zeros of any size, and tensors that keep their values side by side."""
+"""Memory in huge pages: zeros of any size, and copies of tensors in shared pages."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_zeros(size: tuple[int, ...], dtype: torch.dtype) -> None:
         assert x.data_ptr() % PAGE == 0
 
 
-def test_copies_keep_their_values() -> None:
+def test_arena_copies_equal_the_originals() -> None:
     arena = Arena(chunk_bytes=1000)
     generator = torch.Generator().manual_seed(0)
     originals = [torch.randn(n, 3, generator=generator).to(torch.bfloat16) for n in (5, 90, 1, 400)]
@@ -35,7 +35,7 @@ def test_copies_keep_their_values() -> None:
         assert copy.data_ptr() % 64 == 0
 
 
-def test_pages_are_huge_where_the_system_gives_them() -> None:
+def test_huge_pages_are_used_if_enabled() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this system has no huge pages")

@@ -1,4 +1,4 @@
-"""Exact attention against an independent dense definition: one row at a time, in float64."""
+"""Exact backends against dense attention in float64, one row at a time."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from specserve_kernels.ops import Kernels, Segments
 
 
 def visible_slots(segments: Segments, segment: int, row: int, window: int) -> list[int]:
-    """The slots one row sees, from the words of the contract alone."""
+    """The slots that a row attends to, by the definition in ops.py."""
     context = int(segments.context_lens[segment])
     first_node = int(segments.first_nodes[segment])
     start = int(segments.cu_rows[segment])
@@ -48,7 +48,7 @@ def dense_attention(inputs: AttentionInputs, group_size: int, window: int) -> Te
 
 @each_exact_kernels
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
-def test_it_is_dense_attention(kernels: Kernels, case: AttentionCase) -> None:
+def test_matches_dense_attention(kernels: Kernels, case: AttentionCase) -> None:
     inputs = case.build(torch.device("cpu"))
     plan = kernels.plan_attention(inputs.segments, case.num_kv_heads, case.group_size)
     out = kernels.paged_tree_attention(
@@ -61,7 +61,7 @@ def test_it_is_dense_attention(kernels: Kernels, case: AttentionCase) -> None:
 
 
 @each_exact_kernels
-def test_one_plan_serves_layers_of_different_windows(kernels: Kernels) -> None:
+def test_one_plan_for_several_windows(kernels: Kernels) -> None:
     case = next(case for case in ATTENTION_CASES if case.name == "mixed")
     inputs = case.build(torch.device("cpu"))
     plan = kernels.plan_attention(inputs.segments, case.num_kv_heads, case.group_size)
@@ -74,7 +74,7 @@ def test_one_plan_serves_layers_of_different_windows(kernels: Kernels) -> None:
 
 
 @each_exact_kernels
-def test_a_pass_of_padding_only_is_zero(kernels: Kernels) -> None:
+def test_padding_only_gives_zeros(kernels: Kernels) -> None:
     none = np.zeros(0, np.int32)
     tables = np.zeros((0, 1), np.int32)
     segments = Segments(np.zeros(1, np.int32), none, none, none.astype(np.uint64), tables, 4, 16)

@@ -1,4 +1,4 @@
-"""Whole passes with packed weights: every build against the definition, and rows alone or not."""
+"""Forward passes with quantised weights: every native build against the reference; exactness."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +16,17 @@ from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
     LayerWeights,
-    PackedDecoder,
-    PackedLinear,
-    why_not_packed,
+    QuantizedDecoder,
+    QuantizedLinear,
+    why_not_quantized,
 )
 from specserve_kernels.ops import Segments
-from specserve_kernels.packing import PackedWeight, WeightFormat, pack_int4, quantize_int8
+from specserve_kernels.quantized_weight import (
+    QuantizedWeight,
+    WeightFormat,
+    pack_int4,
+    quantize_int8,
+)
 from specserve_kernels.torch_ref.decoder import TorchDecoder
 
 BLOCK_SIZE = 16
@@ -96,11 +101,11 @@ class Model:
     def _norm(self, size: int) -> Tensor:
         return 0.5 + torch.rand(size, generator=self._generator)
 
-    def _linear(self, num_outputs: int, num_inputs: int) -> PackedLinear:
+    def _linear(self, num_outputs: int, num_inputs: int) -> QuantizedLinear:
         bias = torch.randn(num_outputs, generator=self._generator) if self.shape.bias else None
-        return PackedLinear(self._weight(num_outputs, num_inputs), bias)
+        return QuantizedLinear(self._weight(num_outputs, num_inputs), bias)
 
-    def _weight(self, num_outputs: int, num_inputs: int) -> PackedWeight:
+    def _weight(self, num_outputs: int, num_inputs: int) -> QuantizedWeight:
         size = (num_outputs, num_inputs)
         if self.shape.format is WeightFormat.INT8:
             return quantize_int8(torch.randn(size, generator=self._generator) * num_inputs**-0.5)
@@ -130,13 +135,13 @@ def chain(start: int, tokens: Sequence[int], blocks: Sequence[int]) -> Part:
 
 
 def run(
-    model: PackedDecoder,
+    model: QuantizedDecoder,
     kv: Tensor,
     *parts: Part,
     num_top: int = 3,
     wanted: Sequence[int] | None = None,
 ) -> DecoderOutput:
-    """Logits of the `wanted` rows; None: of all, and what enters the model and leaves it."""
+    """Logits of the `wanted` rows; None: of all rows, with the first and the last hidden states."""
     words = [ancestor_words(list(part.parents)) for part in parts]
     depths = [np.array([bin(word).count("1") - 1 for word in part.tolist()]) for part in words]
     places = [part.start + np.arange(len(part.tokens)) for part in parts]
@@ -187,21 +192,24 @@ def tokens(shape: Shape, count: int) -> list[int]:
 
 
 @each_shape
-def test_agrees_with_the_definition(shape: Shape, build: str) -> None:
+def test_matches_the_reference(shape: Shape, build: str) -> None:
     model = Model(shape)
-    ours, twin = CpuDecoder(load(build), model.weights), TorchDecoder(model.weights)
+    native, reference = CpuDecoder(load(build), model.weights), TorchDecoder(model.weights)
     ids, blocks = tokens(shape, 90), [4, 1, 7, 2, 9, 5]
     parts = (
         (chain(0, ids[:64], blocks), chain(64, ids[64:70], blocks)),
         (chain(70, ids[70:71], blocks), chain(0, ids[:5], [11])),
         (Part(71, ids[71:76], [-1, 0, 0, 2, 1], blocks), chain(5, ids[:3], [11])),
     )
-    kv, twin_kv = model.cache(), model.cache()
+    kv, reference_kv = model.cache(), model.cache()
     for step in parts:
-        out, expected = run(ours, kv, *step), run(twin, twin_kv, *step)
-        for a, b in ((out.logits, expected.logits), (out.tapped, expected.tapped)):
-            # A value on the edge of two integers goes either way, by a step of 1/127 of its group,
-            # and so does a weight of two bfloat16.
+        out, expected = run(native, kv, *step), run(reference, reference_kv, *step)
+        for a, b in (
+            (out.logits, expected.logits),
+            (out.aux_hidden_states, expected.aux_hidden_states),
+        ):
+            # A value halfway between two integers may round either way: a step of 1/127 of its
+            # group. The same holds for a softmax weight halfway between two bfloat16.
             assert (a - b).abs().max() < 0.03 * b.abs().max()
             mean = 0.003 if shape.kv_dtype == torch.float32 else 0.015
             assert (a - b).abs().mean() < mean * b.abs().mean()
@@ -211,25 +219,25 @@ def test_agrees_with_the_definition(shape: Shape, build: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [-86.0, -100.0, -178.0, -1e4, 100.0])
-def test_gates_that_are_shut_or_wide_open(bias: float, build: str) -> None:
-    """exp of what silu turns is beyond float32 there."""
+def test_silu_of_extreme_gates(bias: float, build: str) -> None:
+    """exp(-gate) overflows float32 for most of these."""
     shape = Shape(bias=True)
     weights = Model(shape).weights
     shut = torch.full((shape.intermediate_size,), bias)
     layers = [
-        replace(layer, gate=PackedLinear(layer.gate.weight, shut)) for layer in weights.layers
+        replace(layer, gate=QuantizedLinear(layer.gate.weight, shut)) for layer in weights.layers
     ]
     weights = replace(weights, layers=layers)
-    ours, twin = CpuDecoder(load(build), weights), TorchDecoder(weights)
+    native, reference = CpuDecoder(load(build), weights), TorchDecoder(weights)
     step = chain(0, tokens(shape, 20), [3, 1])
-    out = run(ours, Model(shape).cache(), step).logits
-    expected = run(twin, Model(shape).cache(), step).logits
+    out = run(native, Model(shape).cache(), step).logits
+    expected = run(reference, Model(shape).cache(), step).logits
     assert (out - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 @each_shape
-def test_rows_never_see_each_other(shape: Shape, build: str) -> None:
-    """Prompts in chunks, single tokens and trees beside others: the bits of decoding alone."""
+def test_rows_do_not_depend_on_each_other(shape: Shape, build: str) -> None:
+    """Prefill chunks, single tokens and trees among others have the bits of decoding alone."""
     model = Model(shape)
     decoder = CpuDecoder(load(build), model.weights)
     ids, blocks, others = tokens(shape, 150), [4, 1, 7, 2, 9, 5, 0, 3, 6, 8], [20, 22, 21, 23, 24]
@@ -242,11 +250,11 @@ def test_rows_never_see_each_other(shape: Shape, build: str) -> None:
             chain(128, ids[128:131], blocks),
         ),
         (chain(131, ids[131:132], blocks), chain(0, ids[7:60], others)),
-        # Beside the chain that comes true the tree has branches that do not.
+        # The tree has an accepted chain and rejected branches.
         (Part(132, [*ids[132:135], 1, 2, *ids[135:137]], [-1, 0, 1, 0, 3, 2, 5], blocks),),
     )
     expected = torch.cat([out.logits for out in alone])
-    taps = torch.cat([out.tapped for out in alone])
+    states = torch.cat([out.aux_hidden_states for out in alone])
     top = torch.cat([out.top for out in alone])
     for parts, rows, at in (
         (passes[0], slice(0, 131), slice(0, 131)),
@@ -255,16 +263,14 @@ def test_rows_never_see_each_other(shape: Shape, build: str) -> None:
     ):
         out = run(decoder, kv, *parts)
         assert torch.equal(out.logits[rows], expected[at])
-        assert torch.equal(out.tapped[rows], taps[at])
+        assert torch.equal(out.aux_hidden_states[rows], states[at])
         assert torch.equal(out.top[rows], top[at])
 
 
 @each_shape
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_rows_that_nobody_wants_leave_their_keys_and_values(
-    shape: Shape, build: str, num_threads: int
-) -> None:
-    """And change no bit of the others'; with two threads a row is shared out by splits."""
+def test_rows_without_logits_still_write_kv(shape: Shape, build: str, num_threads: int) -> None:
+    """And do not change the other rows; with two threads attention is shared by splits."""
     model = Model(shape)
     decoder = CpuDecoder(load(build), model.weights)
     ids, blocks, others = tokens(shape, 150), [4, 1, 7, 2, 9, 5, 0, 3, 6, 8], [20, 22, 21]
@@ -283,31 +289,31 @@ def test_rows_that_nobody_wants_leave_their_keys_and_values(
         torch.set_num_threads(num_threads)
         kv = model.cache()
         for parts, choices in passes:
-            whole_kv = kv.clone()
-            whole = run(decoder, whole_kv, *parts)
+            all_kv = kv.clone()
+            everything = run(decoder, all_kv, *parts)
             for wanted in choices:
-                own_kv = kv.clone()
-                out = run(decoder, own_kv, *parts, wanted=wanted)
-                assert torch.equal(out.logits, whole.logits[wanted])
-                assert torch.equal(out.top, whole.top[wanted])
-                torch.testing.assert_close(own_kv, whole_kv, rtol=0, atol=0, equal_nan=True)
-            kv = whole_kv
+                wanted_kv = kv.clone()
+                out = run(decoder, wanted_kv, *parts, wanted=wanted)
+                assert torch.equal(out.logits, everything.logits[wanted])
+                assert torch.equal(out.top, everything.top[wanted])
+                torch.testing.assert_close(wanted_kv, all_kv, rtol=0, atol=0, equal_nan=True)
+            kv = all_kv
     finally:
         torch.set_num_threads(before)
 
 
 @each_shape
-def test_the_head_alone_is_the_head_of_a_pass(shape: Shape, build: str) -> None:
+def test_head_alone_equals_head_of_a_pass(shape: Shape, build: str) -> None:
     model = Model(shape)
     decoder = CpuDecoder(load(build), model.weights)
     out = run(decoder, model.cache(), chain(0, tokens(shape, 9), [2]))
-    assert torch.equal(decoder.head(out.tapped[:, 1]), out.logits)
+    assert torch.equal(decoder.head(out.aux_hidden_states[:, 1]), out.logits)
     order = torch.sort(out.logits, dim=-1, descending=True, stable=True).indices
     assert torch.equal(out.top, order[:, :3])
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_any_number_of_threads_gives_the_same_bits(num_threads: int, build: str) -> None:
+def test_threads_do_not_change_bits(num_threads: int, build: str) -> None:
     shape = replace(SHAPES[2], vocab_size=700)
     model = Model(shape)
     decoder = CpuDecoder(load(build), model.weights)
@@ -324,29 +330,29 @@ def test_any_number_of_threads_gives_the_same_bits(num_threads: int, build: str)
         torch.set_num_threads(before)
 
 
-def test_equal_logits_come_by_id_and_bad_ones_are_told(build: str) -> None:
+def test_top_tokens_of_equal_and_of_nan_logits(build: str) -> None:
     shape = Shape(vocab_size=200)
     model = Model(shape)
     zero = quantize_int8(torch.zeros(200, 64))
     bias = torch.zeros(200)
     bias[[150, 31, 64, 33]] = 1.0
     bias[90] = 2.0
-    decoder = CpuDecoder(load(build), replace(model.weights, head=PackedLinear(zero, bias)))
+    decoder = CpuDecoder(load(build), replace(model.weights, head=QuantizedLinear(zero, bias)))
     out = run(decoder, model.cache(), chain(0, [1, 2], [0]), num_top=7)
     assert out.top.tolist() == [[90, 31, 33, 64, 150, 0, 1]] * 2
     bias[77] = torch.nan
-    decoder = CpuDecoder(load(build), replace(model.weights, head=PackedLinear(zero, bias)))
+    decoder = CpuDecoder(load(build), replace(model.weights, head=QuantizedLinear(zero, bias)))
     assert run(decoder, model.cache(), chain(0, [1], [0]), num_top=2).top.tolist() == [[-1, -1]]
 
 
-def test_says_which_shapes_cannot_be_packed() -> None:
-    assert why_not_packed(576, 1536, 9, 3, 64) is None
+def test_reasons_against_quantized_shapes() -> None:
+    assert why_not_quantized(576, 1536, 9, 3, 64) is None
     for shape, words in (
         ((570, 1536, 9, 3, 64), "hidden_size 570"),
         ((576, 1500, 9, 3, 64), "intermediate_size 1500"),
         ((576, 1536, 9, 3, 60), "head_dim 60"),
         ((576, 1536, 3, 3, 16), "1 heads of 16"),
     ):
-        reason = why_not_packed(*shape)
+        reason = why_not_quantized(*shape)
         assert reason is not None
         assert words in reason

@@ -1,4 +1,4 @@
-"""Which backend runs where."""
+"""The choice of the kernel backend."""
 
 import os
 import subprocess
@@ -20,18 +20,18 @@ def test_default_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select_kernels(torch.device("cuda")).name == "triton"
 
 
-def test_the_variable_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_overrides_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECSERVE_KERNELS", "torch")
     assert select_kernels(torch.device("cuda")).name == "torch"
 
 
 @pytest.mark.parametrize("build", runnable_builds())
-def test_a_build_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, build: str) -> None:
+def test_environment_variable_selects_a_build(monkeypatch: pytest.MonkeyPatch, build: str) -> None:
     monkeypatch.setenv("SPECSERVE_KERNELS", f"cpu-{build}")
     assert select_kernels(torch.device("cpu")).name == f"cpu-{build}"
 
 
-def test_without_native_kernels_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_native_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specserve_kernels.cpu.native._path", lambda build: None)
     runnable_builds.cache_clear()
     try:
@@ -45,7 +45,7 @@ def test_without_native_kernels_torch_serves(monkeypatch: pytest.MonkeyPatch) ->
         runnable_builds.cache_clear()
 
 
-def test_an_unknown_backend_is_named_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_backend_error_lists_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECSERVE_KERNELS", "cudnn")
     with pytest.raises(ValueError, match=r"SPECSERVE_KERNELS='cudnn'.*torch, cpu,.*triton"):
         select_kernels(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Packed draft heads: every build against the definition. How trees grow: tests/drafts."""
+"""Quantised draft heads: every native build against the reference. Expansion: tests/drafts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from torch import Tensor
 from specserve_kernels.cases import ancestor_words
 from specserve_kernels.cpu.draft_head import CpuDraftHead
 from specserve_kernels.cpu.native import load, runnable_builds
-from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, PackedLinear
+from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, QuantizedLinear
 from specserve_kernels.draft_head import (
     DraftHeadWeights,
-    Drawing,
-    Growing,
-    GrowShape,
+    DraftSampling,
+    ExpansionLimits,
+    ExpansionTask,
 )
 from specserve_kernels.ops import Segments
-from specserve_kernels.packing import quantize_int4, quantize_int8
+from specserve_kernels.quantized_weight import quantize_int4, quantize_int8
 from specserve_kernels.torch_ref import TorchKernels
 from specserve_kernels.torch_ref.draft_head import TorchDraftHead
 
@@ -31,7 +31,7 @@ NUM_SLOTS = 200
 @dataclass(frozen=True)
 class Shape:
     num_layers: int = 1
-    num_taps: int = 3
+    num_aux_layers: int = 3
     num_norms: int = 3
     norm_output: bool = True
     normed_residual: bool = True
@@ -56,7 +56,7 @@ class Head:
         self._shape = shape
         angles = torch.arange(NUM_SLOTS)[:, None] * 0.3 ** torch.arange(DIM // 2)
         ids = torch.randperm(VOCAB, generator=self._generator)[:DRAFT_VOCAB].sort().values
-        size = HIDDEN * shape.num_taps
+        size = HIDDEN * shape.num_aux_layers
         self.weights = DraftHeadWeights(
             DecoderWeights(
                 HEADS,
@@ -79,8 +79,8 @@ class Head:
             ids,
         )
 
-    def taps(self, count: int) -> Tensor:
-        return self._normal(count, HIDDEN * self._shape.num_taps)
+    def aux_hidden_states(self, count: int) -> Tensor:
+        return self._normal(count, HIDDEN * self._shape.num_aux_layers)
 
     def cache(self) -> Tensor:
         size = (self._shape.num_layers, 2, NUM_SLOTS, KV_HEADS, DIM)
@@ -107,9 +107,9 @@ class Head:
     def _norm(self, size: int) -> Tensor:
         return 0.5 + torch.rand(size, generator=self._generator)
 
-    def _linear(self, num_outputs: int, num_inputs: int, scale: float = 1.0) -> PackedLinear:
+    def _linear(self, num_outputs: int, num_inputs: int, scale: float = 1.0) -> QuantizedLinear:
         weight = quantize_int8(self._normal(num_outputs, num_inputs) * scale * num_inputs**-0.5)
-        return PackedLinear(weight, self._normal(num_outputs) if self._shape.bias else None)
+        return QuantizedLinear(weight, self._normal(num_outputs) if self._shape.bias else None)
 
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
@@ -126,9 +126,9 @@ def run(
     start: int,
     ids: Sequence[int],
     parents: list[int],
-    rows: Tensor,
+    hidden_in: Tensor,
 ) -> Tensor:
-    """Nodes of one tree behind `start` pairs, each pair in the slot of its number."""
+    """Nodes of one tree after `start` draft inputs; draft input i is in slot i."""
     words = ancestor_words(parents)
     depths = np.array([bin(word).count("1") - 1 for word in words.tolist()])
     segments = Segments(
@@ -148,14 +148,14 @@ def run(
             segments,
             kv,
             torch.empty(0, dtype=torch.int64),
-            rows=rows,
+            hidden_in=hidden_in,
         )
     )
 
 
-def close(ours: Tensor, expected: Tensor) -> bool:
-    """A value on the edge of two integers goes either way, by a step of 1/127 of its group."""
-    difference = (ours - expected).abs()
+def close(native: Tensor, expected: Tensor) -> bool:
+    """A value halfway between two integers may round either way: a step of 1/127 of its group."""
+    difference = (native - expected).abs()
     return bool(
         difference.max() < 0.03 * expected.abs().max()
         and difference.mean() < 0.003 * expected.abs().mean()
@@ -163,37 +163,36 @@ def close(ours: Tensor, expected: Tensor) -> bool:
 
 
 @each_shape
-def test_agrees_with_the_definition(shape: Shape, build: str) -> None:
+def test_matches_the_reference(shape: Shape, build: str) -> None:
     head = Head(shape)
-    ours, twin = CpuDraftHead(load(build), head.weights), TorchDraftHead(head.weights)
-    taps = torch.randn(19, HIDDEN * shape.num_taps)
-    rows = twin.fuse(taps)
-    assert close(ours.fuse(taps), rows)
-    kv, twin_kv = head.cache(), head.cache()
+    native, reference = CpuDraftHead(load(build), head.weights), TorchDraftHead(head.weights)
+    states = torch.randn(19, HIDDEN * shape.num_aux_layers)
+    hidden_in = reference.fuse(states)
+    assert close(native.fuse(states), hidden_in)
+    both = ((native, head.cache()), (reference, head.cache()))
     out, expected = (
-        run(model, cache, 0, range(19), list(range(-1, 18)), rows)
-        for model, cache in ((ours, kv), (twin, twin_kv))
+        run(model, cache, 0, range(19), list(range(-1, 18)), hidden_in) for model, cache in both
     )
     assert close(out, expected)
-    for _ in range(3):  # a tree goes on from what the head itself gave
-        rows = expected[[-1, -1, 2, 0]].contiguous()
+    for _ in range(3):  # the head's output is the input of the next nodes
+        hidden_in = expected[[-1, -1, 2, 0]].contiguous()
         out, expected = (
-            run(model, cache, 19, [7, 1, 299, 30], [-1, 0, 0, 2], rows)
-            for model, cache in ((ours, kv), (twin, twin_kv))
+            run(model, cache, 19, [7, 1, 299, 30], [-1, 0, 0, 2], hidden_in)
+            for model, cache in both
         )
         assert close(out, expected)
-    assert close(ours.logits(expected), twin.logits(expected))
+    assert close(native.logits(expected), reference.logits(expected))
 
 
 @each_shape
-def test_a_tree_of_one_pass_has_the_most_likely_tokens(shape: Shape, build: str) -> None:
-    """Shares are probabilities, at temperature 1 those of the logits and the noise together."""
+def test_one_expansion_step_takes_the_most_likely_tokens(shape: Shape, build: str) -> None:
+    """Their probabilities are softmax(logits / T + noise); without noise at T = 0."""
     head = Head(shape)
-    ours = CpuDraftHead(load(build), head.weights)
-    ids, taps = [5, 9, 200, 31, 8], head.taps(5)
-    out = run(ours, head.cache(), 0, ids, list(range(-1, 4)), ours.fuse(taps))
+    native = CpuDraftHead(load(build), head.weights)
+    ids, states = [5, 9, 200, 31, 8], head.aux_hidden_states(5)
+    out = run(native, head.cache(), 0, ids, list(range(-1, 4)), native.fuse(states))
     logits = torch.full((VOCAB,), -torch.inf)
-    logits[head.weights.token_ids] = ours.logits(out[-1:])[0]
+    logits[head.weights.token_ids] = native.logits(out[-1:])[0]
     noise = TorchKernels.gumbel_noise(
         torch.tensor([77]), torch.tensor([41]), torch.arange(VOCAB)[None]
     )
@@ -202,58 +201,55 @@ def test_a_tree_of_one_pass_has_the_most_likely_tokens(shape: Shape, build: str)
         (1.0, logits + noise[0]),
         (0.5, 2 * logits + noise[0]),
     ):
-        task = Growing(
-            torch.arange(12, dtype=torch.int32), 4, ids[:4], taps, ids[4], 4, 6,
-            Drawing(temperature, seed=77), 41,
+        task = ExpansionTask(
+            torch.arange(12, dtype=torch.int32), 4, ids[:4], states, ids[4], 4, 6,
+            DraftSampling(temperature, seed=77), 41,
         )  # fmt: skip
-        (grown,) = ours.grow(GrowShape(8, 2, 1, 0.0), head.cache(), [task])
+        (tree,) = native.expand(ExpansionLimits(8, 2, 1, 0.0), head.cache(), [task])
         best = scores.softmax(0).topk(5)
-        assert grown.tokens == [8, *best.indices.tolist()]
-        assert grown.parents == [-1, 0, 0, 0, 0, 0]
-        np.testing.assert_allclose(grown.path_probs[1:], best.values, rtol=1e-4)
+        assert tree.tokens == [8, *best.indices.tolist()]
+        assert tree.parents == [-1, 0, 0, 0, 0, 0]
+        np.testing.assert_allclose(tree.path_probs[1:], best.values, rtol=1e-4)
 
 
-def test_trees_grow_beside_others_as_alone(build: str) -> None:
+def test_trees_do_not_depend_on_each_other(build: str) -> None:
     head = Head(Shape())
-    ours = CpuDraftHead(load(build), head.weights)
-    shape = GrowShape(4, 2, 8, 0.01)
+    native = CpuDraftHead(load(build), head.weights)
+    limits = ExpansionLimits(4, 2, 8, 0.01)
     tasks = []
-    for index, (num_waiting, budget) in enumerate([(0, 9), (70, 4), (1, 2), (3, 16)]):
-        lane = torch.arange(NUM_SLOTS, dtype=torch.int32)[index * 40 :][: num_waiting + budget]
-        if num_waiting > 64:
-            lane = (
-                torch.arange(NUM_SLOTS, dtype=torch.int32)
-                .flip(0)[: num_waiting + budget]
-                .contiguous()
-            )
+    for index, (num_pending, budget) in enumerate([(0, 9), (70, 4), (1, 2), (3, 16)]):
+        slots = torch.arange(NUM_SLOTS, dtype=torch.int32)
+        slot_list = slots[index * 40 :][: num_pending + budget]
+        if num_pending > 64:
+            slot_list = slots.flip(0)[: num_pending + budget].contiguous()
         tasks.append(
-            Growing(
-                lane,
-                num_waiting,
-                range(index, index + num_waiting),
-                head.taps(num_waiting + 1),
+            ExpansionTask(
+                slot_list,
+                num_pending,
+                range(index, index + num_pending),
+                head.aux_hidden_states(num_pending + 1),
                 index,
-                num_waiting,
+                num_pending,
                 budget,
-                Drawing(float(index % 2), seed=index),
-                num_waiting + 2,
+                DraftSampling(float(index % 2), seed=index),
+                num_pending + 2,
             )
         )
-    together = ours.grow(shape, head.cache(), tasks)
-    for task, grown in zip(tasks, together, strict=True):
-        assert ours.grow(shape, head.cache(), [task]) == [grown]
-        assert len(grown.tokens) == task.budget
-        assert all(parent < node for node, parent in enumerate(grown.parents))
+    together = native.expand(limits, head.cache(), tasks)
+    for task, tree in zip(tasks, together, strict=True):
+        assert native.expand(limits, head.cache(), [task]) == [tree]
+        assert len(tree.tokens) == task.budget
+        assert all(parent < node for node, parent in enumerate(tree.parents))
 
 
-def test_logits_that_are_no_numbers_give_no_candidates(build: str) -> None:
+def test_nan_logits_give_no_candidates(build: str) -> None:
     head = Head(Shape())
-    ours = CpuDraftHead(load(build), head.weights)
-    taps = torch.full((1, 3 * HIDDEN), torch.nan)
+    native = CpuDraftHead(load(build), head.weights)
+    states = torch.full((1, 3 * HIDDEN), torch.nan)
     for temperature in (0.0, 1.0):
-        task = Growing(
-            torch.arange(8, dtype=torch.int32), 0, [], taps, 1, 0, 8,
-            Drawing(temperature), 1,
+        task = ExpansionTask(
+            torch.arange(8, dtype=torch.int32), 0, [], states, 1, 0, 8,
+            DraftSampling(temperature), 1,
         )  # fmt: skip
-        (grown,) = ours.grow(GrowShape(4, 2, 8, 0.0), head.cache(), [task])
-        assert grown.tokens == [1]
+        (tree,) = native.expand(ExpansionLimits(4, 2, 8, 0.0), head.cache(), [task])
+        assert tree.tokens == [1]

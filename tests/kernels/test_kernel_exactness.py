@@ -1,4 +1,4 @@
-"""The promise of an exact backend: a row's bits depend on its own inputs only.
+"""Exact backends: a row's bits depend on its own inputs only.
 
 Every comparison here is `torch.equal`. A row is given by its context, the K and V of its path and
 its query; what changes is everything else.
@@ -103,7 +103,7 @@ def chain(context: Sequence[int], tokens: Sequence[int]) -> Part:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("context_len", [0, 37, 100, 127, 128, 300])
-def test_a_chain_of_64_is_row_by_row_decoding(
+def test_a_chain_equals_token_by_token_decoding(
     kernels: Kernels, shape: tuple[int, int, int], window: int, context_len: int
 ) -> None:
     model = Model.random(kernels, shape, window)
@@ -117,7 +117,7 @@ def test_a_chain_of_64_is_row_by_row_decoding(
 @each_exact_kernels
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_other_segments_of_a_pass_change_nothing(
+def test_segments_do_not_depend_on_each_other(
     kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     model = Model.random(kernels, shape, dtype=dtype)
@@ -145,7 +145,7 @@ def trees(draw: st.DrawFn) -> list[int]:
 
 @each_exact_kernels
 @settings(max_examples=25, deadline=None)
-@example(  # the last node alone looks across a boundary of what native threads share out
+@example(  # only the last node attends across a split boundary
     parents=[-1, 0], context_len=255, shape=(2, 1, 80), window=0, block_size=16, first_share=0.5
 )
 @given(
@@ -156,7 +156,7 @@ def trees(draw: st.DrawFn) -> list[int]:
     block_size=st.sampled_from([16, 64]),
     first_share=st.sampled_from([0.0, 0.5]),
 )
-def test_a_branch_of_a_tree_is_plain_decoding_of_its_path(
+def test_a_tree_branch_equals_decoding_its_path(
     kernels: Kernels,
     parents: list[int],
     context_len: int,
@@ -179,10 +179,10 @@ def test_a_branch_of_a_tree_is_plain_decoding_of_its_path(
         assert torch.equal(rows[node - first], plain[0]), f"node {node}"
 
 
-def test_a_group_larger_than_a_tile_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tile_size_does_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model.random(TorchKernels(), (3, 3, 64))
     parts = [chain(range(260 + i), range(260 + i, 270 + i)) for i in range(4)]
     together = model.run(*parts)
     monkeypatch.setattr("specserve_kernels.torch_ref.tiles.MAX_TILE_ELEMENTS", 1)
-    for one_by_one, packed in zip(model.run(*parts), together, strict=True):
-        assert torch.equal(one_by_one, packed)
+    for one_by_one, batched in zip(model.run(*parts), together, strict=True):
+        assert torch.equal(one_by_one, batched)

@@ -1,4 +1,4 @@
-"""KV writes and commits of the torch twin against one move at a time."""
+"""KV writes and commits of the torch reference against one move at a time."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_commit_moves_in_ascending_order(moves: tuple[tuple[int, int], ...]) -> 
 
 @settings(max_examples=50, deadline=None)
 @given(st.data())
-def test_commit_closes_up_any_accepted_paths(data: st.DataObject) -> None:
+def test_commit_compacts_any_accepted_paths(data: st.DataObject) -> None:
     """Two sequences of 20 slots each; node a_k of a path moves to place k."""
     moves: list[tuple[int, int]] = []
     for root in (0, 20):
@@ -47,7 +47,7 @@ def test_commit_closes_up_any_accepted_paths(data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_write_skips_padding_wherever_it_stands(dtype: torch.dtype) -> None:
+def test_write_skips_padding(dtype: torch.dtype) -> None:
     k, v = torch.randn(5, 2, 8), torch.randn(5, 2, 8)
     k_cache, v_cache = torch.zeros(10, 2, 8, dtype=dtype), torch.zeros(10, 2, 8, dtype=dtype)
     KERNELS.kv_write(k, v, k_cache, v_cache, torch.tensor([7, -1, 0, 9, -1]))

@@ -1,4 +1,4 @@
-"""Noise, draws and penalties against published vectors and plain formulas; native ones too."""
+"""Noise, sampling and penalties against published vectors and plain formulas."""
 
 import math
 
@@ -13,11 +13,11 @@ from specserve_kernels.ops import Kernels
 from specserve_kernels.torch_ref import TorchKernels
 from specserve_kernels.torch_ref.sampler import gumbel_of_words, philox
 
-TWIN = TorchKernels()
+REFERENCE = TorchKernels()
 NATIVE = [CpuKernels(build) for build in runnable_builds()]
 CPU = torch.device("cpu")
 
-each_kernels = pytest.mark.parametrize("kernels", [TWIN, *NATIVE], ids=lambda k: str(k.name))
+each_kernels = pytest.mark.parametrize("kernels", [REFERENCE, *NATIVE], ids=lambda k: str(k.name))
 each_native = pytest.mark.parametrize("kernels", NATIVE, ids=lambda k: str(k.name))
 
 
@@ -41,7 +41,7 @@ def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
 
 
 @each_kernels
-def test_noise_follows_the_layout_of_the_contract(kernels: Kernels) -> None:
+def test_noise_is_the_documented_function(kernels: Kernels) -> None:
     seed, position, token = 0x1234567_89ABCDEF, 0x3_00000007, 4 * 11 + 2
     even = torch.tensor([token // 4, position >> 32])
     odd = torch.tensor([position & 0xFFFFFFFF, 0])
@@ -52,14 +52,14 @@ def test_noise_follows_the_layout_of_the_contract(kernels: Kernels) -> None:
     torch.testing.assert_close(noise[0, 0], expected, rtol=1e-6, atol=0)
 
 
-def test_noise_is_finite_at_the_ends_of_the_range() -> None:
+def test_noise_is_finite_for_extreme_words() -> None:
     ends = gumbel_of_words(torch.tensor([0.0, 2.0**32 - 1], dtype=torch.float64))
     torch.testing.assert_close(ends, torch.tensor([-math.log(33 * math.log(2)), 33 * math.log(2)]))
 
 
 @each_kernels
 @pytest.mark.parametrize("vocab_size", [5, 97, 1000, 4099])
-def test_noise_of_a_token_does_not_depend_on_who_asks(kernels: Kernels, vocab_size: int) -> None:
+def test_noise_of_a_token_does_not_depend_on_the_call(kernels: Kernels, vocab_size: int) -> None:
     inputs = sampler_inputs(11, vocab_size, CPU)
     every_id = torch.arange(vocab_size).expand(11, -1)
     full = kernels.gumbel_noise(inputs.seeds, inputs.positions, every_id)
@@ -77,7 +77,7 @@ def test_noise_of_a_token_does_not_depend_on_who_asks(kernels: Kernels, vocab_si
 
 @each_kernels
 @pytest.mark.parametrize("vocab_size", [5, 97, 1000, 4099])
-def test_argmax_uses_the_same_noise_and_the_lowest_id(kernels: Kernels, vocab_size: int) -> None:
+def test_argmax_uses_the_same_noise(kernels: Kernels, vocab_size: int) -> None:
     inputs = sampler_inputs(23, vocab_size, CPU)
     arguments = (inputs.seeds, inputs.positions)
     best = kernels.gumbel_argmax(inputs.logits, *arguments, inputs.sampled)
@@ -96,7 +96,7 @@ def test_argmax_uses_the_same_noise_and_the_lowest_id(kernels: Kernels, vocab_si
 @each_native
 @pytest.mark.parametrize("spread", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 5000])
-def test_native_draws_are_those_of_the_twin(
+def test_native_sampler_matches_the_reference(
     kernels: Kernels, vocab_size: int, spread: float
 ) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
@@ -110,14 +110,14 @@ def test_native_draws_are_those_of_the_twin(
     # float64 logarithms of two libraries: at most a last bit of float32 apart.
     noise = kernels.gumbel_noise(seeds, positions, every_id)
     torch.testing.assert_close(
-        noise, TWIN.gumbel_noise(seeds, positions, every_id), rtol=1.2e-7, atol=0
+        noise, REFERENCE.gumbel_noise(seeds, positions, every_id), rtol=1.2e-7, atol=0
     )
     drawn = kernels.gumbel_argmax(logits, seeds, positions, sampled)
-    assert torch.equal(drawn, TWIN.gumbel_argmax(logits, seeds, positions, sampled))
+    assert torch.equal(drawn, REFERENCE.gumbel_argmax(logits, seeds, positions, sampled))
 
 
 @each_native
-def test_logits_that_are_no_numbers_end_in_some_token(kernels: Kernels) -> None:
+def test_non_finite_logits_give_a_valid_token(kernels: Kernels) -> None:
     for bad in (-torch.inf, torch.inf, torch.nan):
         logits = torch.full((3, 100), bad)
         ones = torch.ones(3, dtype=torch.int64)
@@ -127,7 +127,7 @@ def test_logits_that_are_no_numbers_end_in_some_token(kernels: Kernels) -> None:
 
 @each_kernels
 @pytest.mark.parametrize("keyed_by", ["seed", "position"])
-def test_draws_follow_the_softmax(kernels: Kernels, keyed_by: str) -> None:
+def test_samples_follow_the_softmax(kernels: Kernels, keyed_by: str) -> None:
     num_draws = 40_000
     counter = torch.arange(num_draws)
     fixed = torch.full((num_draws,), 12345)
@@ -144,10 +144,10 @@ def test_draws_follow_the_softmax(kernels: Kernels, keyed_by: str) -> None:
     assert chi_square < 22.46  # 6 degrees of freedom, p = 0.001
 
 
-def test_penalties_against_the_formula() -> None:
+def test_penalties_match_the_formula() -> None:
     inputs = sampler_inputs(7, 50, CPU)
     before = inputs.logits.clone()
-    out = TWIN.apply_penalties(
+    out = REFERENCE.apply_penalties(
         inputs.logits,
         inputs.prompt_mask,
         inputs.counts,
@@ -167,8 +167,10 @@ def test_penalties_against_the_formula() -> None:
             assert out[row, token].item() == pytest.approx(logit, rel=1e-5, abs=1e-5)
 
 
-def test_penalties_that_are_off_change_no_bit() -> None:
+def test_neutral_penalties_change_no_bits() -> None:
     inputs = sampler_inputs(5, 64, CPU)
     one, zero = torch.ones(5), torch.zeros(5)
-    out = TWIN.apply_penalties(inputs.logits, inputs.prompt_mask, inputs.counts, one, zero, zero)
+    out = REFERENCE.apply_penalties(
+        inputs.logits, inputs.prompt_mask, inputs.counts, one, zero, zero
+    )
     assert torch.equal(out, inputs.logits)

@@ -1,4 +1,4 @@
-"""Triton against the torch twin on the shared cases; in the interpreter where there is no GPU."""
+"""Triton against the torch reference on the shared cases; in the interpreter without a GPU."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 LARGEST_INTERPRETED = 100_000  # scores
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="not for the interpreter"))
 
-TWIN: Kernels = TorchKernels()
+REFERENCE: Kernels = TorchKernels()
 KERNELS: Kernels = TritonKernels()
 
 
@@ -41,7 +41,7 @@ def sized(case: AttentionCase) -> object:
 def test_attention(case: AttentionCase) -> None:
     inputs = case.build(DEVICE)
     results = []
-    for kernels in (TWIN, KERNELS):
+    for kernels in (REFERENCE, KERNELS):
         plan = kernels.plan_attention(inputs.segments, case.num_kv_heads, case.group_size)
         result = kernels.paged_tree_attention(
             inputs.q, inputs.k_cache, inputs.v_cache, plan, scale=inputs.scale, window=case.window
@@ -52,7 +52,7 @@ def test_attention(case: AttentionCase) -> None:
     torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
 
 
-def test_attention_of_a_strided_query() -> None:
+def test_attention_with_a_strided_query() -> None:
     """Queries come as a slice of the fused projection."""
     case = next(case for case in ATTENTION_CASES if case.name == "tree")
     inputs = case.build(DEVICE)
@@ -73,13 +73,13 @@ def test_kv_write(head_dim: int) -> None:
     slots = torch.tensor([7, -1, 0, 9, -1], device=DEVICE)
     for dtype in (torch.float32, torch.float16):
         caches = [torch.zeros(2, 10, 3, head_dim, dtype=dtype, device=DEVICE) for _ in range(2)]
-        for kernels, cache in zip((TWIN, KERNELS), caches, strict=True):
+        for kernels, cache in zip((REFERENCE, KERNELS), caches, strict=True):
             kernels.kv_write(k, v, cache[0], cache[1], slots)
         assert torch.equal(caches[0], caches[1])
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_without_a_gpu() -> None:
+def test_all_kernels_compile_without_a_gpu() -> None:
     """The interpreter accepts Python that the compiler does not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
@@ -95,19 +95,19 @@ def test_kv_commit(moves: tuple[tuple[int, int], ...]) -> None:
     src, dst = pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
     kv = torch.randn(3, 2, 64, 2, 80, device=DEVICE)
     expected = kv.clone()
-    TWIN.kv_commit(expected, src, dst)
+    REFERENCE.kv_commit(expected, src, dst)
     KERNELS.kv_commit(kv, src, dst)
     assert torch.equal(kv, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="the interpreter runs one program at a time")
-def test_kv_commit_of_many_moves_has_no_race() -> None:
+def test_kv_commit_of_many_moves() -> None:
     kv = torch.randn(32, 2, 4096, 8, 128, device=DEVICE, dtype=torch.bfloat16)
     src = torch.arange(1, 4096, device=DEVICE)
     for _ in range(20):
         expected = kv.clone()
-        TWIN.kv_commit(expected, src, src - 1)
+        REFERENCE.kv_commit(expected, src, src - 1)
         KERNELS.kv_commit(kv, src, src - 1)
         assert torch.equal(kv, expected)
 
@@ -118,9 +118,9 @@ def test_gumbel(num_rows: int, vocab_size: int) -> None:
     keys = (inputs.seeds, inputs.positions)
     ids = torch.arange(vocab_size, device=DEVICE).flip(0).expand(num_rows, -1)
     noise = KERNELS.gumbel_noise(*keys, ids)
-    torch.testing.assert_close(noise, TWIN.gumbel_noise(*keys, ids), rtol=2e-7, atol=1e-7)
+    torch.testing.assert_close(noise, REFERENCE.gumbel_noise(*keys, ids), rtol=2e-7, atol=1e-7)
     best = KERNELS.gumbel_argmax(inputs.logits, *keys, inputs.sampled)
-    assert torch.equal(best, TWIN.gumbel_argmax(inputs.logits, *keys, inputs.sampled))
+    assert torch.equal(best, REFERENCE.gumbel_argmax(inputs.logits, *keys, inputs.sampled))
 
 
 def test_penalties() -> None:
@@ -134,7 +134,7 @@ def test_penalties() -> None:
         inputs.presence,
     )
     out = KERNELS.apply_penalties(*arguments)
-    torch.testing.assert_close(out, TWIN.apply_penalties(*arguments), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out, REFERENCE.apply_penalties(*arguments), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

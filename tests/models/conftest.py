@@ -42,7 +42,7 @@ REFERENCES: dict[type[PretrainedConfig], Callable[..., PreTrainedModel]] = {
 
 @pytest.fixture
 def run_rows() -> Callable[..., ModelOutput]:
-    """run_rows(model, kv, [(block table, context_len, tokens, parents), ...], taps=())."""
+    """run_rows(model, kv, [(block table, context_len, tokens, parents), ...], aux_layers=())."""
     return _run_rows
 
 
@@ -88,7 +88,7 @@ def _prefill_rows(table: Sequence[int], context_len: int, tokens: Sequence[int])
 
 
 def _run_rows(
-    model: LlamaModel, kv: KVStorage, segments: Sequence[Any], *, taps: tuple[int, ...] = ()
+    model: LlamaModel, kv: KVStorage, segments: Sequence[Any], *, aux_layers: tuple[int, ...] = ()
 ) -> ModelOutput:
     """Logits for every row, segments one after the other."""
     ids: list[int] = []
@@ -125,4 +125,4 @@ def _run_rows(
             block_size=BLOCK_SIZE,
         ),
     )
-    return model(batch, kv, taps=taps)
+    return model(batch, kv, aux_layers=aux_layers)

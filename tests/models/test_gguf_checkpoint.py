@@ -1,4 +1,4 @@
-"""Weights out of a GGUF file: the floats of gguf itself, packed values as they are, damage."""
+"""Weights of a GGUF file: floats as the gguf package reads them, quantised values, damage."""
 
 import random
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from specserve.hub import gguf_file, resolve
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.fields import ModelError
 from specserve.models.llama import LlamaModel
-from specserve_kernels.packing import WeightFormat, unpack
+from specserve_kernels.quantized_weight import WeightFormat, dequantize
 
 Load = Callable[..., LlamaModel]
 Write = Callable[..., Path]
@@ -67,17 +67,19 @@ def test_weights_are_those_of_gguf_rounded_once(
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
-def test_packed_weights_stand_for_the_same_floats(write: Write, kind: Kind, arch: str) -> None:
+def test_quantized_weights_dequantize_to_the_same_floats(
+    write: Write, kind: Kind, arch: str
+) -> None:
     path = write(kind=kind, arch=arch)
     theirs = load_reference(path, CONFIGS[arch]).state_dict()
     checkpoint = read_checkpoint(_directory(path))
     assert checkpoint.quantized
     for name in _matrices(checkpoint):
-        packed = checkpoint.packed(name)
-        assert packed is not None
-        assert packed.format == FORMATS[kind]
-        assert torch.equal(unpack(packed), theirs[name]), name
-    assert checkpoint.packed("model.norm.weight") is None
+        weight = checkpoint.quantized_weight(name)
+        assert weight is not None
+        assert weight.format == FORMATS[kind]
+        assert torch.equal(dequantize(weight), theirs[name]), name
+    assert checkpoint.quantized_weight("model.norm.weight") is None
 
 
 @pytest.mark.parametrize(
@@ -89,23 +91,23 @@ def test_packed_weights_stand_for_the_same_floats(write: Write, kind: Kind, arch
         (Kind.Q5_1, torch.float32, True),
     ],
 )
-def test_other_kinds_are_not_packed(
+def test_other_kinds_have_no_quantized_weight(
     write: Write, kind: Kind, dtype: torch.dtype, quantized: bool
 ) -> None:
     checkpoint = read_checkpoint(_directory(write(kind=kind)))
     assert checkpoint.quantized == quantized
     for name in _matrices(checkpoint):
         assert checkpoint.entries[name].dtype == kind.name
-        assert checkpoint.packed(name) is None
+        assert checkpoint.quantized_weight(name) is None
         assert checkpoint.floats(name).dtype == dtype
 
 
-def test_safetensors_are_never_packed_and_come_first(write: Write, tmp_path: Path) -> None:
+def test_safetensors_have_no_quantized_weight_and_come_first(write: Write, tmp_path: Path) -> None:
     directory = _directory(write())
     save_file({"a": torch.ones(2, 32)}, directory / "model.safetensors")
     checkpoint = read_checkpoint(directory)
     assert checkpoint.entries.keys() == {"a"}
-    assert checkpoint.packed("a") is None
+    assert checkpoint.quantized_weight("a") is None
     assert not checkpoint.quantized
 
 
@@ -169,4 +171,4 @@ def test_a_damaged_file_never_ends_in_another_error(write: Write, load: Load) ->
             checkpoint = read_checkpoint(directory)
             for name in checkpoint.entries:
                 checkpoint.floats(name)
-                checkpoint.packed(name)
+                checkpoint.quantized_weight(name)

@@ -154,7 +154,7 @@ def test_logits_through_the_cache(
         _assert_close(tree.logits[path], _reference(theirs, text).logits[0, NUM_TOKENS:])
 
 
-def test_taps_are_the_residual_stream(
+def test_aux_hidden_states_are_the_residual_stream(
     save_reference: Callable[..., PreTrainedModel],
     load: Callable[..., LlamaModel],
     run_rows: Callable[..., ModelOutput],
@@ -166,9 +166,9 @@ def test_taps_are_the_residual_stream(
     tokens = _tokens(13)
     states = _reference(theirs, tokens, output_hidden_states=True).hidden_states
     kv = KVStorage(ours.kv_spec, 160, ours.device)
-    taps = run_rows(ours, kv, prefill_rows(TABLE, 0, tokens), taps=(3, 0, 2)).taps
-    assert taps is not None
-    last, first, third = torch.split(taps[:13], ours.shape.hidden_size, dim=1)
+    out = run_rows(ours, kv, prefill_rows(TABLE, 0, tokens), aux_layers=(3, 0, 2))
+    assert out.aux_hidden_states is not None
+    last, first, third = torch.split(out.aux_hidden_states[:13], ours.shape.hidden_size, dim=1)
     torch.testing.assert_close(first, states[0][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(third, states[2][0], atol=1e-4, rtol=0)
     # transformers gives the last state after the final norm

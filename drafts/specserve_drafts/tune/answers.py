@@ -132,13 +132,13 @@ class Answers:
     def _observe(self, feedback: Feedback) -> None:
         """Collect the hidden states of prefill chunks and roots, in order. A sequence that was
         preempted is computed again from its first token, so its earlier states are dropped."""
-        taps, first = feedback.output.taps, 0
-        assert taps is not None
+        states, first = feedback.output.aux_hidden_states, 0
+        assert states is not None
         for entry in feedback.entries:
             seq, end = entry.seq, first + entry.num_prefill + min(entry.num_nodes, 1)
             if seq.num_committed == end - first:
                 self._rows[seq.id] = (seq.tokens, [])
-            self._rows[seq.id][1].append(taps[first:end])
+            self._rows[seq.id][1].append(states[first:end])
             first = end
 
 

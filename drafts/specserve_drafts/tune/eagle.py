@@ -17,7 +17,7 @@ from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.tune.eagle_batch import build_chains
 from specserve_drafts.tune.eagle_export import write_head, write_token_order
-from specserve_drafts.tune.eagle_init import default_taps, head_shape, start_from_target
+from specserve_drafts.tune.eagle_init import default_aux_layers, head_shape, start_from_target
 from specserve_drafts.tune.eagle_model import EagleChains, EagleHead
 from specserve_drafts.tune.eagle_settings import EagleSettings
 from specserve_drafts.tune.head_card import Description, HeadMade
@@ -33,13 +33,13 @@ class EagleMethod:
     def __init__(self, settings: EagleSettings) -> None:
         self._settings = settings
 
-    def taps(self, target: ModelShape) -> tuple[int, ...]:
-        taps = self._settings.taps or default_taps(target.num_layers)
-        if not all(0 <= tap <= target.num_layers for tap in taps) or len(set(taps)) < len(taps):
+    def aux_layers(self, target: ModelShape) -> tuple[int, ...]:
+        layers = self._settings.aux_layers or default_aux_layers(target.num_layers)
+        if not all(0 <= x <= target.num_layers for x in layers) or len(set(layers)) < len(layers):
             raise ValueError(
-                f"taps: {list(taps)}; expected different layers of 0 to {target.num_layers}"
+                f"aux_layers: {list(layers)}; expected different layers of 0 to {target.num_layers}"
             )
-        return taps
+        return layers
 
     def begin(
         self,
@@ -50,14 +50,14 @@ class EagleMethod:
         draft_vocab: int,
     ) -> EagleHead:
         settings = self._settings
-        shape = head_shape(target, self.taps(target), draft_vocab, settings.mlp_size)
+        shape = head_shape(target, self.aux_layers(target), draft_vocab, settings.mlp_size)
         head = EagleHead(shape, teacher.device)
         start_from_target(head, checkpoint, target, last, settings.seed)
         return head
 
     def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> EagleChains:
         batch = build_chains(texts, teacher.device)
-        return EagleChains(batch, lesson.taps, teacher.embed, self._settings.depth)
+        return EagleChains(batch, lesson.aux_hidden_states, teacher.embed, self._settings.depth)
 
     def export(self, folder: Path, target: Path, trainer: Trainer, counts: Tensor) -> None:
         head, settings = trainer.average, self._settings
@@ -84,8 +84,9 @@ class EagleMethod:
         shape, target = head.shape, made.settings["target"]
         return Description(
             kind="EAGLE-3.1",
-            about=f"A head over the rows entering layers {', '.join(map(str, shape.taps))} of "
-            f"{target}: one layer of width {shape.hidden_size}, and the target's own "
+            about="A head over the rows entering layers "
+            f"{', '.join(map(str, shape.aux_layers))} of {target}: "
+            f"one layer of width {shape.hidden_size}, and the target's own "
             f"head for {shape.draft_vocab_size} of its {shape.vocab_size} tokens, which hold "
             f"{made.coverage:.1%} of what it finds likely. Embedding and head are "
             "the target's and were not trained.",

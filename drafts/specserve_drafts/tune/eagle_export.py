@@ -99,10 +99,10 @@ def head_config(
         "target_hidden_size": shape.target_hidden_size,
         "norm_before_residual": shape.norm_before_residual,
         "norm_before_fc": False,
-        "fc_norm": shape.tap_norm == "each",
+        "fc_norm": shape.aux_norm == "each",
         "norm_output": shape.norm_output,
         "embed_requires_grad": False,
-        "eagle_aux_hidden_state_layer_ids": list(shape.taps),
+        "eagle_aux_hidden_state_layer_ids": list(shape.aux_layers),
         "speculators_config": {
             "algorithm": "eagle3",
             "proposal_methods": [proposal],

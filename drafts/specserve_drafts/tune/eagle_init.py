@@ -24,14 +24,14 @@ _SOFTER = 0.5
 _SMALLEST = 0.1
 
 
-def default_taps(num_layers: int) -> tuple[int, ...]:
+def default_aux_layers(num_layers: int) -> tuple[int, ...]:
     """The layers whose input hidden states a head reads by default: EAGLE-3's low and middle ones,
     and num_layers, the output of the last layer."""
     return tuple(sorted({min(2, num_layers - 1), num_layers // 2, num_layers}))
 
 
 def head_shape(
-    target: ModelShape, taps: tuple[int, ...], draft_vocab: int, mlp_size: int | None = None
+    target: ModelShape, aux_layers: tuple[int, ...], draft_vocab: int, mlp_size: int | None = None
 ) -> HeadShape:
     """The shape of a head with one layer of the target's sizes, without biases.
 
@@ -39,7 +39,7 @@ def head_shape(
     """
     return HeadShape(
         kind="eagle3",
-        taps=taps,
+        aux_layers=aux_layers,
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
         intermediate_size=mlp_size or target.intermediate_size,
@@ -52,7 +52,7 @@ def head_shape(
         max_position_embeddings=target.max_position_embeddings,
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab,
-        tap_norm="each",
+        aux_norm="each",
         norm_before_residual=True,
         norm_output=True,
     )
@@ -88,12 +88,12 @@ def start_from_target(
     fc = torch.zeros_like(head.fc.weight, device="cpu")
     fc[:, -width:] = torch.eye(width)
     weights["fc.weight"] = fc
-    if head.shape.taps[-1] == target.num_layers:
+    if head.shape.aux_layers[-1] == target.num_layers:
         normed = last.float().cpu() / last.float().cpu().square().mean(-1, keepdim=True).sqrt()
         row_size = (normed * final).square().mean(-1).sqrt().median()
         floor = final.abs().mean() * _SMALLEST
         divisor = torch.where(final < 0, -1.0, 1.0) * final.abs().clamp_min(floor)
-        weights[f"fc_norm.{len(head.shape.taps) - 1}.weight"] = final
+        weights[f"fc_norm.{len(head.shape.aux_layers) - 1}.weight"] = final
         weights["layers.0.hidden_norm.weight"] = row_size / divisor  # cancels the final norm's
     for kind in "qkv":
         name = f"self_attn.{kind}_proj"

@@ -27,7 +27,7 @@ class EagleChains:
     """The inputs of `depth` steps of M chains over N draft inputs; see `ChainBatch`."""
 
     batch: ChainBatch
-    taps: Tensor  # [N, num_taps * hidden_size], auxiliary hidden states of the draft inputs
+    aux_hidden_states: Tensor  # [N, num_aux_layers * hidden_size], of the draft inputs
     embed: Embed  # the target's
     depth: int  # steps
 
@@ -104,16 +104,16 @@ class Layer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    """The head. `shape` must be EAGLE-3.1's: `tap_norm` "each", `norm_before_residual` and
+    """The head. `shape` must be EAGLE-3.1's: `aux_norm` "each", `norm_before_residual` and
     `norm_output`."""
 
     def __init__(self, shape: HeadShape, device: torch.device) -> None:
         super().__init__()
-        assert shape.tap_norm == "each"
+        assert shape.aux_norm == "each"
         assert shape.norm_before_residual
         assert shape.norm_output
         self.shape = shape
-        sizes = [shape.target_hidden_size] * len(shape.taps)
+        sizes = [shape.target_hidden_size] * len(shape.aux_layers)
         self.fc_norm = nn.ModuleList(Norm(size, shape.rms_norm_eps) for size in sizes)
         self.fc = nn.Linear(sum(sizes), shape.hidden_size, bias=False)
         self.layers = nn.ModuleList([Layer(shape)])
@@ -123,8 +123,8 @@ class EagleHead(nn.Module):
         num_positions = shape.max_position_embeddings + MAX_DEPTH
         self._rotary = Rotary(shape.rope, shape.head_dim, num_positions, device)
 
-    def fuse(self, taps: Tensor) -> Tensor:  # [n, num_taps * hidden_size] -> [n, hidden_size]
-        parts = taps.chunk(len(self.fc_norm), -1)
+    def fuse(self, states: Tensor) -> Tensor:  # [n, num_aux * hidden_size] -> [n, hidden_size]
+        parts = states.chunk(len(self.fc_norm), -1)
         normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
         rows: Tensor = self.fc(torch.cat(normed, -1))
         return rows
@@ -134,7 +134,7 @@ class EagleHead(nn.Module):
         (layer,) = self.layers
         assert isinstance(layer, Layer)
         batch, embed = chains.batch, chains.embed
-        wide, residual = layer.wide(embed(batch.next_ids), self.fuse(chains.taps))
+        wide, residual = layer.wide(embed(batch.next_ids), self.fuse(chains.aux_hidden_states))
         angles = self._rotary.angles(batch.positions)
         true = layer.self_attn.key_value(wide, angles)
         seen = _Seen(batch, *true)

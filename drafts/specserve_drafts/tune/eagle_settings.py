@@ -10,7 +10,8 @@ MAX_DEPTH: Final = 16  # steps of a chain
 
 class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
     HELP: ClassVar[Mapping[str, str]] = HELP | {
-        "taps": "layers entered whose rows the head reads; not given: 2, the middle one, the end",
+        "aux_layers": "layers whose input hidden states the head reads; default: 2, the middle "
+        "one, the end",
         "mlp_size": "width inside the head's MLP; not given: the target's",
         "depth": "steps of the training-time test: how far ahead it learns to draft",
         "embedding": "own: the file holds the target's too, as speculators needs it; "
@@ -22,7 +23,7 @@ class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
     }
     FREE: ClassVar[frozenset[str]] = HeadSettings.FREE | {"embedding"}
 
-    taps: tuple[int, ...] | None = None
+    aux_layers: tuple[int, ...] | None = None
     mlp_size: int | None = None
     depth: int = 4
     embedding: Literal["target", "own"] = "target"

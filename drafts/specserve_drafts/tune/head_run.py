@@ -54,7 +54,7 @@ class Method(Protocol):
 
     name: str  # of the subcommand
 
-    def taps(self, target: ModelShape) -> tuple[int, ...]:
+    def aux_layers(self, target: ModelShape) -> tuple[int, ...]:
         """The layers whose input hidden states the heads read; num_layers: the output of the last
         one. Raises ValueError."""
         ...
@@ -108,7 +108,7 @@ class Run:
             self._target,
             self.llm.engine.platform,
             self.llm.config.target.quantization,
-            method.taps(self.llm.engine.shape),
+            method.aux_layers(self.llm.engine.shape),
             settings.max_len,
         )
         if not args.resume:

@@ -51,7 +51,7 @@ RANGES: Final = {
     "check_every": (1, 10**6),
     "seed": (0, 2**31),
 }
-_LISTS: Final = {"temperature": float, "taps": int}  # flags that take several values
+_LISTS: Final = {"temperature": float, "aux_layers": int}  # flags that take several values
 _LIMITS: Final = frozenset({"minutes", "tokens"})
 
 
@@ -116,7 +116,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[HeadSettings]) -> N
     lists = {name: each for name, each in _LISTS.items() if name in kind.__struct_fields__}
     for name, each in lists.items():
         parser.add_argument(
-            f"--{name}",
+            f"--{name.replace('_', '-')}",
             type=each,
             nargs="+",
             default=argparse.SUPPRESS,

@@ -31,7 +31,7 @@ class MedusaMethod:
     def __init__(self, settings: MedusaSettings) -> None:
         self._settings = settings
 
-    def taps(self, target: ModelShape) -> tuple[int, ...]:
+    def aux_layers(self, target: ModelShape) -> tuple[int, ...]:
         return (target.num_layers,)
 
     def begin(

@@ -24,7 +24,7 @@ from specserve.llm import LLM
 from specserve.types import SamplingParams, SpecStats
 from specserve_drafts.fit import DraftConfig
 from specserve_drafts.recycle import RecycleDrafter
-from specserve_drafts.successors import TABLE, SuccessorTable
+from specserve_drafts.topk_table import TABLE, TopKTable
 from specserve_drafts.tune.card import Made, Point, check_curve, write_draft
 from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.prompt_file import add_run_flags, data_settings, training_prompts
@@ -61,7 +61,7 @@ class Run:
         assert isinstance(drafter, RecycleDrafter)
         self.drafter = drafter
         if args.resume:
-            drafter.table = SuccessorTable.load(args.out / TABLE, drafter.target.vocab_size)
+            drafter.table = TopKTable.load(args.out / TABLE, drafter.target.vocab_size)
 
     def learn(self) -> None:
         """Answer prompts until the limit of time or tokens; saves after every chunk."""

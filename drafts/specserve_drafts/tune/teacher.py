@@ -38,21 +38,21 @@ _KEPT_SHARE: Final = 0.5  # fraction of the free GPU memory for the same
 class Lesson:
     """The target's hidden states for some texts: N draft inputs, M answer tokens (`ChainBatch`)."""
 
-    taps: Tensor  # [N, num_taps * hidden_size] float32, auxiliary hidden states
+    aux_hidden_states: Tensor  # [N, num_aux_layers * hidden_size] float32
     # [M, hidden_size], output of the last layer at the positions that predict the answer tokens.
     last: Tensor
 
 
 class Teacher:
-    """taps: the layers whose input hidden states the head reads, in the head's order. max_len: the
-    longest text in tokens."""
+    """aux_layers: the layers whose input hidden states the head reads, in the head's order.
+    max_len: the longest text in tokens."""
 
     def __init__(
         self,
         target: Path,
         platform: Platform,
         quantization: Quantization,
-        taps: tuple[int, ...],
+        aux_layers: tuple[int, ...],
         max_len: int,
     ) -> None:
         self.model = load_model(
@@ -62,14 +62,14 @@ class Teacher:
             device=platform.device,
             exact=platform.exact,
             quantization=quantization,
-            packed_dtype=platform.packed_dtype,
+            quantized_kv_dtype=platform.quantized_kv_dtype,
         )
         self.device = platform.device
         shape = self.model.shape
-        # The layers whose hidden states are kept: `taps`, and the output of the last layer.
-        self.layers = tuple(sorted({*taps, shape.num_layers}))
+        # The layers whose hidden states are kept: `aux_layers`, and the output of the last layer.
+        self.layers = tuple(sorted({*aux_layers, shape.num_layers}))
         size = shape.hidden_size
-        places = [self.layers.index(tap) for tap in taps]
+        places = [self.layers.index(layer) for layer in aux_layers]
         self._columns = torch.cat([torch.arange(size) + place * size for place in places])
         self._columns = self._columns.to(self.device)
         self._last = slice(len(self.layers) * size - size, None)
@@ -100,9 +100,9 @@ class Teacher:
                 rows[_key(text)] = own[:-1]
                 self.keep(text.tokens[:-1], own[:-1])
         pairs = [(text, rows[_key(text)]) for text in texts]
-        taps = [own[: text.num_pairs, self._columns].float() for text, own in pairs]
+        states = [own[: text.num_pairs, self._columns].float() for text, own in pairs]
         last = [own[text.num_prompt - 1 :, self._last] for text, own in pairs]
-        return Lesson(torch.cat(taps), torch.cat(last))
+        return Lesson(torch.cat(states), torch.cat(last))
 
     def keep(self, tokens: Ids, rows: Tensor) -> None:
         """Keep hidden states in memory; the oldest ones are dropped beyond the limit.
@@ -137,9 +137,9 @@ class Teacher:
             first += num_blocks
             segments += prefill_segments(table, 0, text.tokens.tolist())
         batch = build_batch(segments, _BLOCK, self.model.row_multiple, self.device)
-        out = self.model(batch, self._storage, taps=self.layers)
-        assert out.taps is not None
-        return out.taps
+        out = self.model(batch, self._storage, aux_layers=self.layers)
+        assert out.aux_hidden_states is not None
+        return out.aux_hidden_states
 
 
 def _passes(texts: Sequence[Text], most_slots: int) -> Iterator[list[Text]]:

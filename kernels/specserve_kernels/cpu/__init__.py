@@ -31,18 +31,18 @@ class CpuKernels:
     def __init__(self, build: str) -> None:
         self.name = f"cpu-{build}"
         self._library = load(build)
-        self._twin = TorchKernels()
+        self._reference = TorchKernels()
         self.gumbel_noise = partial(sampler.gumbel_noise, self._library)
         self.gumbel_argmax = partial(sampler.gumbel_argmax, self._library)
 
     @property
-    def packed_decoder(self) -> Callable[[DecoderWeights], CpuDecoder]:
-        """See `Kernels.packed_decoder`."""
+    def quantized_decoder(self) -> Callable[[DecoderWeights], CpuDecoder]:
+        """See `Kernels.quantized_decoder`."""
         return partial(CpuDecoder, self._library)
 
     @property
-    def packed_draft_head(self) -> Callable[[DraftHeadWeights], CpuDraftHead]:
-        """See `Kernels.packed_draft_head`."""
+    def quantized_draft_head(self) -> Callable[[DraftHeadWeights], CpuDraftHead]:
+        """See `Kernels.quantized_draft_head`."""
         return partial(CpuDraftHead, self._library)
 
     def paged_tree_attention(
@@ -61,6 +61,6 @@ class CpuKernels:
             return attention.paged_tree_attention(
                 self._library, q, k_cache, v_cache, plan, scale, window
             )
-        return self._twin.paged_tree_attention(
-            q, k_cache, v_cache, plan.twin, scale=scale, window=window
+        return self._reference.paged_tree_attention(
+            q, k_cache, v_cache, plan.reference, scale=scale, window=window
         )

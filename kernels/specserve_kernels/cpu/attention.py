@@ -25,7 +25,7 @@ class SegmentPlan:
     group_size: int
 
     @cached_property
-    def twin(self) -> AttentionPlan:
+    def reference(self) -> AttentionPlan:
         """The plan of the torch kernel, for shapes that the native kernel does not support."""
         return AttentionPlan(self.segments, self.num_kv_heads, self.group_size)
 

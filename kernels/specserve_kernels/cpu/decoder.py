@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specserve_kernels.cpu.linear import packed_linear
+from specserve_kernels.cpu.linear import quantized_linear
 from specserve_kernels.cpu.native import num_threads
 from specserve_kernels.decoder import (
     MAX_TOP,
@@ -15,9 +15,9 @@ from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
     LayerWeights,
-    PackedLinear,
+    QuantizedLinear,
 )
-from specserve_kernels.packing import PANEL, PackedWeight
+from specserve_kernels.quantized_weight import PANEL, QuantizedWeight
 
 _ADDRESS = ctypes.c_void_p
 _SIZE = ctypes.c_int64
@@ -62,7 +62,7 @@ class _Decoder(ctypes.Structure):
         ("norm", _ADDRESS),
         ("embed", _Weight),
         ("head", CLinear),
-        ("row_norm", _ADDRESS),
+        ("hidden_norm", _ADDRESS),
         ("normed_residual", _SIZE),
     ]
 
@@ -86,13 +86,13 @@ class _Pass(ctypes.Structure):
         ("input_ids", _ADDRESS),
         ("positions", _ADDRESS),
         ("slots", _ADDRESS),
-        ("rows", _ADDRESS),
+        ("hidden_in", _ADDRESS),
         ("kv", _ADDRESS),
         ("num_slots", _SIZE),
-        ("wide", _SIZE),
-        ("taps", _ADDRESS),
-        ("num_taps", _SIZE),
-        ("tapped", _ADDRESS),
+        ("kv_is_float", _SIZE),
+        ("aux_layers", _ADDRESS),
+        ("num_aux_layers", _SIZE),
+        ("aux_hidden", _ADDRESS),
     ]
 
 
@@ -114,7 +114,7 @@ class CacheView:
     kv: Tensor
     address: int
     num_slots: int
-    wide: bool  # float32, else bfloat16
+    is_float: bool  # float32, else bfloat16
 
     @classmethod
     def of(cls, kv: Tensor) -> "CacheView":
@@ -124,7 +124,7 @@ class CacheView:
 
 
 class CpuDecoder:
-    """Implements `PackedDecoder`; a row's bits do not depend on the other rows."""
+    """Implements `QuantizedDecoder`; a row's bits do not depend on the other rows."""
 
     def __init__(self, library: ctypes.CDLL, weights: DecoderWeights) -> None:
         self._library = library
@@ -132,7 +132,7 @@ class CpuDecoder:
         self._kept: list[Tensor] = []  # keeps alive what the structures point to
         # Created once: right after a forward pass the CPU caches are cold and torch calls are slow.
         self._cache: CacheView | None = None
-        self._taps: dict[tuple[int, ...], Tensor] = {}
+        self._aux_layers: dict[tuple[int, ...], Tensor] = {}
         self._residual = torch.empty(0, weights.hidden_size)
         self._layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers))
         self.structure = _Decoder(
@@ -149,7 +149,7 @@ class CpuDecoder:
             self.floats(weights.norm),
             self._weight(weights.embed),
             self.linear(weights.head),
-            self.floats(weights.row_norm),
+            self.floats(weights.hidden_norm),
             weights.normed_residual,
         )
 
@@ -160,11 +160,11 @@ class CpuDecoder:
         assert 0 <= batch.num_top <= min(MAX_TOP, weights.vocab_size), "num_top is out of range"
         if self._cache is None or self._cache.kv is not batch.kv:
             self._cache = CacheView.of(batch.kv)
-        if batch.taps not in self._taps:
-            self._taps[batch.taps] = torch.tensor(batch.taps, dtype=torch.int64)
+        if batch.aux_layers not in self._aux_layers:
+            self._aux_layers[batch.aux_layers] = torch.tensor(batch.aux_layers, dtype=torch.int64)
         if num_rows > len(self._residual):
             self._residual = torch.empty(num_rows, weights.hidden_size)
-        tapped = torch.empty(num_rows, len(batch.taps), weights.hidden_size)
+        states = torch.empty(num_rows, len(batch.aux_layers), weights.hidden_size)
         logits, top, head = self._head(batch.logit_rows, batch.num_top)
         task = _Pass(
             _Segments(
@@ -180,13 +180,13 @@ class CpuDecoder:
             batch.input_ids.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
-            None if batch.rows is None else batch.rows.data_ptr(),
+            None if batch.hidden_in is None else batch.hidden_in.data_ptr(),
             self._cache.address,
             self._cache.num_slots,
-            self._cache.wide,
-            self._taps[batch.taps].data_ptr(),
-            len(batch.taps),
-            tapped.data_ptr(),
+            self._cache.is_float,
+            self._aux_layers[batch.aux_layers].data_ptr(),
+            len(batch.aux_layers),
+            states.data_ptr(),
         )
         self._library.specserve_decode(
             ctypes.byref(self.structure),
@@ -195,10 +195,10 @@ class CpuDecoder:
             self._residual.data_ptr(),
             num_threads(),
         )
-        return DecoderOutput(logits, top, tapped)
+        return DecoderOutput(logits, top, states)
 
     def head(self, x: Tensor) -> Tensor:
-        """See `PackedDecoder.head`."""
+        """See `QuantizedDecoder.head`."""
         residual = x.float().contiguous()
         rows = torch.arange(x.shape[0])
         logits, _, head = self._head(rows, 0)
@@ -208,9 +208,9 @@ class CpuDecoder:
         return logits
 
     def unembed(self, x: Tensor) -> Tensor:
-        """See `PackedDecoder.unembed`."""
+        """See `QuantizedDecoder.unembed`."""
         head = self._weights.head
-        logits = packed_linear(self._library, x.contiguous(), head.weight)
+        logits = quantized_linear(self._library, x.contiguous(), head.weight)
         return logits if head.bias is None else logits + head.bias
 
     def _head(self, rows: Tensor, num_top: int) -> tuple[Tensor, Tensor, _Head]:
@@ -237,13 +237,13 @@ class CpuDecoder:
             layer.window,
         )
 
-    def linear(self, linear: PackedLinear) -> CLinear:
+    def linear(self, linear: QuantizedLinear) -> CLinear:
         bias = linear.bias
         if bias is not None:
             bias = torch.nn.functional.pad(bias.float(), (0, -bias.shape[0] % PANEL))
         return CLinear(self._weight(linear.weight), self.floats(bias))
 
-    def _weight(self, weight: PackedWeight) -> _Weight:
+    def _weight(self, weight: QuantizedWeight) -> _Weight:
         self._kept.append(weight.panels)
         return _Weight(
             weight.panels.data_ptr(),

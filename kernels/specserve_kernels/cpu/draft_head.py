@@ -15,9 +15,9 @@ from specserve_kernels.decoder import DecoderPass
 from specserve_kernels.draft_head import (
     MAX_BRANCHING,
     DraftHeadWeights,
-    Growing,
-    Grown,
-    GrowShape,
+    ExpandedTree,
+    ExpansionLimits,
+    ExpansionTask,
 )
 
 _ADDRESS = ctypes.c_void_p
@@ -30,7 +30,7 @@ class _DraftHead(ctypes.Structure):
     _fields_ = [
         ("decoder", _ADDRESS),
         ("fc", CLinear),
-        ("tap_norms", _ADDRESS),
+        ("aux_norms", _ADDRESS),
         ("num_norms", _SIZE),
         ("norm_output", _SIZE),
         ("logit_scale", _FLOAT),
@@ -39,7 +39,7 @@ class _DraftHead(ctypes.Structure):
     ]
 
 
-class _GrowShape(ctypes.Structure):
+class _ExpansionLimits(ctypes.Structure):
     _fields_ = [
         ("branching", _SIZE),
         ("beam", _SIZE),
@@ -48,13 +48,13 @@ class _GrowShape(ctypes.Structure):
     ]
 
 
-class _Growing(ctypes.Structure):
+class _ExpansionTask(ctypes.Structure):
     _fields_ = [
-        ("lane", _ADDRESS),
+        ("slot_list", _ADDRESS),
         ("num_context", _SIZE),
-        ("num_waiting", _SIZE),
-        ("waiting", _ADDRESS),
-        ("taps", _ADDRESS),
+        ("num_pending", _SIZE),
+        ("pending_tokens", _ADDRESS),
+        ("aux_hidden", _ADDRESS),
         ("root", _SIZE),
         ("position", _SIZE),
         ("budget", _SIZE),
@@ -63,7 +63,7 @@ class _Growing(ctypes.Structure):
         ("min_p", _FLOAT),
         ("top_k", _SIZE),
         ("seed", ctypes.c_uint64),
-        ("draw_position", _SIZE),
+        ("noise_position", _SIZE),
         ("num_passes", _SIZE),
         ("num_nodes", _SIZE),
         ("tokens", _ADDRESS),
@@ -73,7 +73,7 @@ class _Growing(ctypes.Structure):
 
 
 class _DraftCache(ctypes.Structure):
-    _fields_ = [("kv", _ADDRESS), ("num_slots", _SIZE), ("wide", _SIZE)]
+    _fields_ = [("kv", _ADDRESS), ("num_slots", _SIZE), ("is_float", _SIZE)]
 
 
 class _Output:
@@ -87,112 +87,116 @@ class _Output:
 
 
 class CpuDraftHead:
-    """Implements `PackedDraftHead`."""
+    """Implements `QuantizedDraftHead`."""
 
     def __init__(self, library: ctypes.CDLL, weights: DraftHeadWeights) -> None:
         self._library = library
         self._weights = weights
         self._decoder = decoder = CpuDecoder(library, weights.decoder)
-        norms = torch.cat([norm.float() for norm in weights.tap_norms] or [torch.empty(0)])
+        norms = torch.cat([norm.float() for norm in weights.aux_norms] or [torch.empty(0)])
         self._head = _DraftHead(
             ctypes.addressof(decoder.structure),
             decoder.linear(weights.fc),
             decoder.floats(norms),
-            len(weights.tap_norms),
+            len(weights.aux_norms),
             weights.norm_output,
             weights.logit_scale,
             weights.token_ids.data_ptr(),
             len(weights.token_ids),
         )
         # Created once: right after a forward pass the CPU caches are cold and Python is slow.
-        self._shape: tuple[GrowShape, _GrowShape] | None = None
+        self._limits: tuple[ExpansionLimits, _ExpansionLimits] | None = None
         self._cache: tuple[Tensor, _DraftCache] | None = None
         self._outputs: list[_Output] = []
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        """See `PackedDraftHead.fuse`."""
-        taps = taps.float().contiguous()
-        rows = torch.empty(len(taps), self._head.fc.weight.num_outputs)
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """See `QuantizedDraftHead.fuse`."""
+        x = aux_hidden_states.float().contiguous()
+        fused = torch.empty(len(x), self._head.fc.weight.num_outputs)
         self._library.specserve_fuse(
-            ctypes.byref(self._head), taps.data_ptr(), len(taps), rows.data_ptr(), num_threads()
+            ctypes.byref(self._head), x.data_ptr(), len(x), fused.data_ptr(), num_threads()
         )
-        return rows[:, : self._weights.fc.weight.num_outputs]
+        return fused[:, : self._weights.fc.weight.num_outputs]
 
     def __call__(self, batch: DecoderPass) -> Tensor:
-        """See `PackedDraftHead`."""
+        """See `QuantizedDraftHead`."""
         weights = self._weights
-        taps = (len(weights.decoder.layers),)
-        rows = self._decoder(replace(batch, taps=taps)).tapped[:, 0]
-        return self._norm(rows) if weights.norm_output else rows
+        batch = replace(batch, aux_layers=(len(weights.decoder.layers),))
+        out = self._decoder(batch).aux_hidden_states[:, 0]
+        return self._norm(out) if weights.norm_output else out
 
-    def take_in(self, batch: DecoderPass) -> None:
-        """See `PackedDraftHead.take_in`."""
+    def write_kv(self, batch: DecoderPass) -> None:
+        """See `QuantizedDraftHead.write_kv`."""
         self._decoder(batch)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """See `PackedDraftHead.logits`."""
-        normed = rows if self._weights.norm_output else self._norm(rows)
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """See `QuantizedDraftHead.logits`."""
+        normed = hidden_states if self._weights.norm_output else self._norm(hidden_states)
         return self._decoder.unembed(normed) * self._weights.logit_scale
 
-    def grow(self, shape: GrowShape, kv: Tensor, trees: Sequence[Growing]) -> list[Grown]:
-        """See `PackedDraftHead.grow`."""
-        if self._shape is None or self._shape[0] != shape:
-            assert 1 <= shape.branching <= MAX_BRANCHING, "branching is out of range"
-            of_shape = (shape.branching, shape.beam, shape.max_depth, shape.min_probability)
-            self._shape = shape, _GrowShape(*of_shape)
+    def expand(
+        self, limits: ExpansionLimits, kv: Tensor, tasks: Sequence[ExpansionTask]
+    ) -> list[ExpandedTree]:
+        """See `QuantizedDraftHead.expand`."""
+        if self._limits is None or self._limits[0] != limits:
+            assert 1 <= limits.branching <= MAX_BRANCHING, "branching is out of range"
+            fields = (limits.branching, limits.beam, limits.max_depth, limits.min_probability)
+            self._limits = limits, _ExpansionLimits(*fields)
         if self._cache is None or self._cache[0] is not kv:
             view = CacheView.of(kv)
-            self._cache = kv, _DraftCache(view.address, view.num_slots, view.wide)
-        while len(self._outputs) < len(trees):
+            self._cache = kv, _DraftCache(view.address, view.num_slots, view.is_float)
+        while len(self._outputs) < len(tasks):
             self._outputs.append(_Output())
         kept: list[Any] = []
-        tasks = (_Growing * len(trees))(
-            *(self._task(*each, kept) for each in zip(trees, self._outputs, strict=False))
+        c_tasks = (_ExpansionTask * len(tasks))(
+            *(self._task(*each, kept) for each in zip(tasks, self._outputs, strict=False))
         )
-        self._library.specserve_grow(
+        self._library.specserve_expand(
             ctypes.byref(self._head),
-            ctypes.byref(self._shape[1]),
+            ctypes.byref(self._limits[1]),
             ctypes.byref(self._cache[1]),
-            tasks,
-            len(trees),
+            c_tasks,
+            len(tasks),
             num_threads(),
         )
         return [
-            Grown(
+            ExpandedTree(
                 output.tokens[: task.num_nodes],
                 output.parents[: task.num_nodes],
                 output.path_probs[: task.num_nodes],
                 task.num_passes,
             )
-            for task, output in zip(tasks, self._outputs, strict=False)
+            for task, output in zip(c_tasks, self._outputs, strict=False)
         ]
 
-    def _task(self, tree: Growing, output: "_Output", kept: list[Any]) -> _Growing:
-        """The C structure of `tree`; appends to `kept` what only the structure refers to."""
-        drawing, taps, num_waiting = tree.drawing, tree.taps, len(tree.waiting)
-        assert taps.is_contiguous(), "taps must follow one another in memory"
-        assert taps.dtype == torch.float32, f"taps are float32, not {taps.dtype}"
-        assert len(taps) == num_waiting + 1, "every waiting pair has taps, and the root's"
-        assert len(tree.lane) >= tree.num_context + tree.budget - 1, "the lane is too short"
-        assert tree.lane.dtype == torch.int32, f"lanes are int32, not {tree.lane.dtype}"
-        assert tree.budget <= _MAX_NODES, "the budget is out of range"
-        waiting = (_SIZE * num_waiting)(*tree.waiting)
-        kept.append(waiting)
-        return _Growing(
-            tree.lane.data_ptr(),
-            tree.num_context,
-            num_waiting,
-            ctypes.addressof(waiting),
-            taps.data_ptr(),
-            tree.root,
-            tree.position,
-            tree.budget,
-            drawing.temperature,
-            drawing.top_p,
-            drawing.min_p,
-            drawing.top_k,
-            drawing.seed % 2**64,
-            tree.draw_position,
+    def _task(self, task: ExpansionTask, output: _Output, kept: list[Any]) -> _ExpansionTask:
+        """The C structure of `task`; appends to `kept` what only the structure refers to."""
+        sampling, aux, num_pending = task.sampling, task.aux_hidden_states, len(task.pending_tokens)
+        assert aux.is_contiguous(), "aux_hidden_states must be contiguous"
+        assert aux.dtype == torch.float32, f"aux_hidden_states are float32, not {aux.dtype}"
+        assert len(aux) == num_pending + 1, "one row per pending token, and the root's"
+        assert len(task.slot_list) >= task.num_context + task.budget - 1, "slot_list is too short"
+        assert task.slot_list.dtype == torch.int32, (
+            f"slot_list is int32, not {task.slot_list.dtype}"
+        )
+        assert task.budget <= _MAX_NODES, "the budget is out of range"
+        pending_tokens = (_SIZE * num_pending)(*task.pending_tokens)
+        kept.append(pending_tokens)
+        return _ExpansionTask(
+            task.slot_list.data_ptr(),
+            task.num_context,
+            num_pending,
+            ctypes.addressof(pending_tokens),
+            aux.data_ptr(),
+            task.root,
+            task.position,
+            task.budget,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.top_k,
+            sampling.seed % 2**64,
+            task.noise_position,
             0,
             0,
             *output.addresses,

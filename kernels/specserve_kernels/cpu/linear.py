@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.cpu.native import num_threads
-from specserve_kernels.packing import GROUP, PANEL, PackedWeight
+from specserve_kernels.quantized_weight import GROUP, PANEL, QuantizedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def quantize_rows(library: ctypes.CDLL, x: Tensor) -> QuantizedRows:
     return rows
 
 
-def packed_linear(library: ctypes.CDLL, x: Tensor, weight: PackedWeight) -> Tensor:
+def quantized_linear(library: ctypes.CDLL, x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x [num_rows, num_inputs] float32 -> x W^T [num_rows, num_outputs] float32."""
     assert x.shape[1] == weight.num_inputs, f"{x.shape[1]} inputs for {weight.num_inputs}"
     _check(x)

@@ -42,7 +42,7 @@ _SIGNATURES: Final = {
     "specserve_decode": [*[_ADDRESS] * 4, _INT],
     "specserve_decode_head": [*[_ADDRESS] * 3, _INT],
     "specserve_fuse": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],
-    "specserve_grow": [*[_ADDRESS] * 4, _SIZE, _INT],
+    "specserve_expand": [*[_ADDRESS] * 4, _SIZE, _INT],
 }
 
 

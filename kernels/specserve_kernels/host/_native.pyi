@@ -19,16 +19,16 @@ class Calibration:
         self, sampled: bool, trees: Sequence[Any], emitted: Sequence[int], /
     ) -> None: ...
 
-class SuccessorTable:
+class TopKTable:
     def __init__(
         self,
         rows: npt.NDArray[np.uint8],
         *,
         token_bytes: int,
-        shares: Sequence[float],
+        probs: Sequence[float],
         steps_per_octave: float,
-        news: Sequence[float],
-        trust: Sequence[float],
+        learning_rate: Sequence[float],
+        weight: Sequence[float],
     ) -> None: ...
     def grow(
         self,
@@ -37,7 +37,7 @@ class SuccessorTable:
         max_nodes: int,
         min_probability: float,
         drafter_id: int,
-        own: SuccessorTable | None,
+        own: TopKTable | None,
         /,
     ) -> Fields: ...
     def learn_text(self, tokens: Sequence[int], /) -> None: ...

@@ -9,15 +9,15 @@ from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
     LayerWeights,
-    PackedLinear,
+    QuantizedLinear,
 )
-from specserve_kernels.packing import unpack
+from specserve_kernels.quantized_weight import dequantize
 from specserve_kernels.torch_ref import TorchKernels
-from specserve_kernels.torch_ref.linear import packed_linear
+from specserve_kernels.torch_ref.linear import quantized_linear
 
 
 class TorchDecoder:
-    """Implements `PackedDecoder`."""
+    """Implements `QuantizedDecoder`."""
 
     def __init__(self, weights: DecoderWeights) -> None:
         self._weights = weights
@@ -28,47 +28,47 @@ class TorchDecoder:
         group_size = weights.num_heads // weights.num_kv_heads
         plan = self._kernels.plan_attention(batch.segments, weights.num_kv_heads, group_size)
         angles = weights.cos[batch.positions, None], weights.sin[batch.positions, None]
-        x, wide = self._enter(batch)
-        entering = []
+        x, qkv_in = self._embed(batch)
+        layer_inputs = []
         for layer, (k_cache, v_cache) in zip(weights.layers, batch.kv, strict=True):
-            entering.append(x)
-            if wide is None:
-                wide = self._norm(x, layer.attention_norm)
-            q, k, v = self._heads(layer, wide, angles)
-            wide = None
+            layer_inputs.append(x)
+            if qkv_in is None:
+                qkv_in = self._norm(x, layer.attention_norm)
+            q, k, v = self._heads(layer, qkv_in, angles)
+            qkv_in = None
             dtype = k_cache.dtype
             self._kernels.kv_write(k.to(dtype), v.to(dtype), k_cache, v_cache, batch.slots)
-            mixed = self._kernels.paged_tree_attention(
+            attention_out = self._kernels.paged_tree_attention(
                 q, k_cache, v_cache, plan, scale=weights.head_dim**-0.5, window=layer.window
             )
-            x = x + linear(layer.o, mixed.flatten(1))
+            x = x + linear(layer.o, attention_out.flatten(1))
             normed = self._norm(x, layer.mlp_norm)
             gated = F.silu(linear(layer.gate, normed)) * linear(layer.up, normed)
             x = x + linear(layer.down, gated)
-        entering.append(x)
+        layer_inputs.append(x)
         logits = self.head(x[batch.logit_rows])
-        tapped = [entering[tap] for tap in batch.taps] or [x[:, :0]]
+        states = [layer_inputs[layer] for layer in batch.aux_layers] or [x[:, :0]]
         order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
         top = torch.where(logits.isfinite().all(-1)[:, None], order[:, : batch.num_top], -1)
-        return DecoderOutput(logits, top, torch.stack(tapped, dim=1))
+        return DecoderOutput(logits, top, torch.stack(states, dim=1))
 
-    def _enter(self, batch: DecoderPass) -> tuple[Tensor, Tensor | None]:
+    def _embed(self, batch: DecoderPass) -> tuple[Tensor, Tensor | None]:
         """The initial residual stream; for a draft head also the input of the first q, k and v."""
         weights = self._weights
-        x = unpack(weights.embed)[batch.input_ids]
-        if weights.row_norm is None:
+        x = dequantize(weights.embed)[batch.input_ids]
+        if weights.hidden_norm is None:
             return x, None
-        assert batch.rows is not None, "a draft head goes on from rows"
-        normed = self._norm(batch.rows, weights.row_norm)
-        wide = torch.cat((self._norm(x, weights.layers[0].attention_norm), normed), dim=-1)
-        return normed if weights.normed_residual else batch.rows, wide
+        assert batch.hidden_in is not None, "a draft head needs `hidden_in`"
+        normed = self._norm(batch.hidden_in, weights.hidden_norm)
+        qkv_in = torch.cat((self._norm(x, weights.layers[0].attention_norm), normed), dim=-1)
+        return normed if weights.normed_residual else batch.hidden_in, qkv_in
 
     def head(self, x: Tensor) -> Tensor:
-        """See `PackedDecoder.head`."""
+        """See `QuantizedDecoder.head`."""
         return self.unembed(self._norm(x, self._weights.norm))
 
     def unembed(self, x: Tensor) -> Tensor:
-        """See `PackedDecoder.unembed`."""
+        """See `QuantizedDecoder.unembed`."""
         return linear(self._weights.head, x)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class TorchDecoder:
         return _rotate(q, *angles), _rotate(k, *angles), v
 
 
-def linear(linear: PackedLinear, x: Tensor) -> Tensor:
-    y = packed_linear(x, linear.weight)
+def linear(linear: QuantizedLinear, x: Tensor) -> Tensor:
+    y = quantized_linear(x, linear.weight)
     return y if linear.bias is None else y + linear.bias
 
 

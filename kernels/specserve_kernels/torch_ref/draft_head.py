@@ -13,31 +13,32 @@ from specserve_kernels.torch_ref.decoder import TorchDecoder, linear
 
 
 class TorchDraftHead:
-    """Implements `PackedDraftHead` except `grow`."""
+    """Implements `QuantizedDraftHead` except `expand`."""
 
     def __init__(self, weights: DraftHeadWeights) -> None:
         self._weights = weights
         self._decoder = TorchDecoder(weights.decoder)
 
-    def fuse(self, taps: Tensor) -> Tensor:
-        """See `PackedDraftHead.fuse`."""
-        return linear(self._weights.fc, normed_taps(self._weights.tap_norms, taps, self._eps))
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """See `QuantizedDraftHead.fuse`."""
+        normed = normalize_parts(aux_hidden_states, self._weights.aux_norms, self._eps)
+        return linear(self._weights.fc, normed)
 
     def __call__(self, batch: DecoderPass) -> Tensor:
-        """See `PackedDraftHead`."""
+        """See `QuantizedDraftHead`."""
         weights = self._weights
-        batch = replace(batch, taps=(len(weights.decoder.layers),))
-        rows = self._decoder(batch).tapped[:, 0]
-        return self._norm(rows) if weights.norm_output else rows
+        batch = replace(batch, aux_layers=(len(weights.decoder.layers),))
+        out = self._decoder(batch).aux_hidden_states[:, 0]
+        return self._norm(out) if weights.norm_output else out
 
-    def take_in(self, batch: DecoderPass) -> None:
-        """See `PackedDraftHead.take_in`."""
+    def write_kv(self, batch: DecoderPass) -> None:
+        """See `QuantizedDraftHead.write_kv`."""
         self._decoder(batch)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """See `PackedDraftHead.logits`."""
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """See `QuantizedDraftHead.logits`."""
         weights = self._weights
-        normed = rows if weights.norm_output else self._norm(rows)
+        normed = hidden_states if weights.norm_output else self._norm(hidden_states)
         return self._decoder.unembed(normed) * weights.logit_scale
 
     @property
@@ -49,9 +50,9 @@ class TorchDraftHead:
         return F.rms_norm(x, weight.shape, weight, self._eps)
 
 
-def normed_taps(norms: Sequence[Tensor], taps: Tensor, eps: float) -> Tensor:
-    """Normalize auxiliary hidden states [n, inputs of fc] one part per norm; same shape back."""
+def normalize_parts(x: Tensor, norms: Sequence[Tensor], eps: float) -> Tensor:
+    """Normalize x [n, size] in equal parts, one per norm; without norms x itself."""
     if not norms:
-        return taps
-    parts = zip(norms, taps.chunk(len(norms), dim=-1), strict=True)
+        return x
+    parts = zip(norms, x.chunk(len(norms), dim=-1), strict=True)
     return torch.cat([F.rms_norm(part, norm.shape, norm, eps) for norm, part in parts], dim=-1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from specserve_kernels.packing import GROUP, PackedWeight, unpack
+from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, dequantize
 
 _LEAST = 1e-30  # groups with no larger magnitude become zero: 127 / magnitude might be infinite
 
@@ -23,11 +23,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8).flatten(-2), scales
 
 
-def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x [num_rows, num_inputs] float32 -> x W^T [num_rows, num_outputs] float32."""
     values, scales = quantize_rows(x)
     rows = torch.unflatten(values.double(), -1, (-1, GROUP)) * scales.double()[..., None]
     # One row at a time, so that a row's bits do not depend on the other rows.
-    columns = unpack(weight).double()
+    columns = dequantize(weight).double()
     products = [columns @ row for row in rows.flatten(1)]
     return torch.stack(products).float() if products else x.new_empty(0, weight.num_outputs)

@@ -19,9 +19,9 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     All are int64 [2, ...] in [0, 2**32), of shapes that broadcast; `key` holds key words 0 and 1.
     Returns the new even and odd words.
     """
-    lanes = (2, *(1 for _ in range(even.dim() - 1)))
-    multipliers = torch.tensor(_MULTIPLIERS, device=even.device).view(lanes)
-    weyl = torch.tensor(_WEYL, device=even.device).view(lanes)
+    shape = (2, *(1 for _ in range(even.dim() - 1)))
+    multipliers = torch.tensor(_MULTIPLIERS, device=even.device).view(shape)
+    weyl = torch.tensor(_WEYL, device=even.device).view(shape)
     for _ in range(_ROUNDS):
         # Products may wrap to negative int64; the mask turns the shift into a logical one.
         crossed = (even * multipliers).flip(0)

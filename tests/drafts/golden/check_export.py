@@ -62,10 +62,10 @@ def main() -> int:
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(embedding), (NUM_TOKENS,), generator=generator)
-    taps = torch.randn(NUM_TOKENS, model.fc.in_features, generator=generator)
-    theirs = reference_logits(model, ids, taps, STEPS)
+    states = torch.randn(NUM_TOKENS, model.fc.in_features, generator=generator)
+    theirs = reference_logits(model, ids, states, STEPS)
     drafter = bound_drafter(args.head, target, embed, unembed)
-    ours = chain_logits(drafter.head, ids, taps, STEPS)
+    ours = chain_logits(drafter.head, ids, states, STEPS)
     worst = 0.0
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.isfinite(other).all()

@@ -69,14 +69,14 @@ YARN: Final = {
 
 @dataclass(frozen=True)
 class Head:
-    """`taps` are the layers entered; None: not in the file, the authors' choice."""
+    """`aux_layers` are the layers entered; None: not in the file, the authors' choice."""
 
     layout: Literal["speculators", "authors", "specforge"] = "speculators"
     flags: dict[str, bool] = field(default_factory=dict)
     layer: dict[str, Any] = field(default_factory=dict)
     model_type: Literal["llama", "qwen3"] = "llama"
     draft_vocab: int = DRAFT_VOCAB
-    taps: tuple[int, ...] | None = (1, 4, 8)
+    aux_layers: tuple[int, ...] | None = (1, 4, 8)
 
 
 HEADS: Final = {
@@ -91,9 +91,9 @@ HEADS: Final = {
         layer={"num_hidden_layers": 2, "rope_parameters": YARN},
         model_type="qwen3",
         draft_vocab=VOCAB,
-        taps=(0, 6),
+        aux_layers=(0, 6),
     ),
-    "authors": Head("authors", taps=None),
+    "authors": Head("authors", aux_layers=None),
     "specforge31": Head("specforge", flags={"fc_norm": True, "norm_output": True}),
 }
 
@@ -129,19 +129,19 @@ def make_head(path: Path, head: Head, generator: torch.Generator) -> None:
         model.save_pretrained(saved)
         for file in saved.glob("*.py"):  # source of speculators, beside what it saves
             file.unlink()
-        taps = torch.randn(NUM_TOKENS, model.fc.in_features, generator=generator) * 2
+        states = torch.randn(NUM_TOKENS, model.fc.in_features, generator=generator) * 2
         ids = torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
         reference = load_reference(saved)
-        logits = reference_logits(reference, ids, taps, STEPS)
+        logits = reference_logits(reference, ids, states, STEPS)
         if not own:
             rename(saved, path, head)
         if head.layout == "authors":  # whose layout speculators reads too
             converted = Path(scratch) / "converted"
             convert_model(str(path), TARGET, "eagle3", str(converted))
-            again = reference_logits(load_reference(converted), ids, taps, STEPS)
+            again = reference_logits(load_reference(converted), ids, states, STEPS)
             assert all(map(torch.equal, logits, again))
     layers = torch.tensor(reference.target_layer_ids)
-    expected = {"layers": layers, "input_ids": ids, "taps": taps}
+    expected = {"layers": layers, "input_ids": ids, "aux_hidden_states": states}
     expected |= {f"logits.{step}": rows for step, rows in enumerate(logits)}
     save_file(expected, path / "expected.safetensors")
 
@@ -158,7 +158,7 @@ def random_head(head: Head, generator: torch.Generator) -> Any:
     config = Eagle3SpeculatorConfig(
         transformer_layer_config=config_class(**LAYER | head.layer),
         draft_vocab_size=head.draft_vocab,
-        eagle_aux_hidden_state_layer_ids=None if head.taps is None else list(head.taps),
+        eagle_aux_hidden_state_layer_ids=None if head.aux_layers is None else list(head.aux_layers),
         speculators_config=speculation,
         **head.flags,
     )
@@ -202,8 +202,8 @@ def rename(saved: Path, path: Path, head: Head) -> None:
         config["architectures"] = ["LlamaForCausalLM"]
     else:
         config |= {"architectures": ["LlamaForCausalLMEagle3"], **head.flags}
-    if head.taps is not None:  # the layers left, there
-        ids = [layer - 1 for layer in head.taps]
+    if head.aux_layers is not None:  # the layers left, there
+        ids = [layer - 1 for layer in head.aux_layers]
         config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": ids}
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 

@@ -87,18 +87,18 @@ void specserve_linear(const uint8_t* panels, int32_t format, int64_t num_inputs,
     }
 }
 
-// out [num_rows][heads][head_dim] floats, zeroed by the caller; `wide`: K and V are float, else
-// bfloat16. See `Segments` in ops.py.
+// out [num_rows][heads][head_dim] floats, zeroed by the caller; kv_is_float: K and V are
+// float, else bfloat16. See `Segments` in ops.py.
 void specserve_attention(const int32_t* cu_rows, const int32_t* context_lens,
                          const uint64_t* ancestors, const int32_t* block_tables,
                          int64_t num_segments, int64_t max_blocks, int64_t block_size,
                          int64_t num_kv_heads, int64_t group_size, int64_t head_dim, float scale,
                          int64_t window, const float* q, const void* k_cache, const void* v_cache,
-                         int32_t wide, float* out, int32_t num_threads) {
+                         int32_t kv_is_float, float* out, int32_t num_threads) {
     const Segments segments{cu_rows,      context_lens, ancestors, block_tables,
                             num_segments, max_blocks,   block_size};
     const AttentionShape shape{num_kv_heads, group_size, head_dim, scale, window};
-    if (wide)
+    if (kv_is_float)
         attention<float>(segments, shape, q, k_cache, v_cache, out, num_threads);
     else
         attention<specserve::bfloat16>(segments, shape, q, k_cache, v_cache, out, num_threads);
@@ -145,15 +145,15 @@ void specserve_decode_head(const specserve::Decoder* decoder, const specserve::H
 }
 
 // See draft_head.h, whose structs `draft_head.py` mirrors.
-void specserve_fuse(const specserve::DraftHead* head, const float* taps, int64_t num_rows,
-                    float* rows, int32_t num_threads) {
-    specserve::fuse(*head, taps, num_rows, rows, num_threads);
+void specserve_fuse(const specserve::DraftHead* head, const float* aux_hidden, int64_t num_rows,
+                    float* fused, int32_t num_threads) {
+    specserve::fuse(*head, aux_hidden, num_rows, fused, num_threads);
 }
 
-void specserve_grow(const specserve::DraftHead* head, const specserve::GrowShape* shape,
-                    const specserve::DraftCache* cache, specserve::Growing* trees,
-                    int64_t num_trees, int32_t num_threads) {
-    specserve::grow(*head, *shape, *cache, trees, num_trees, num_threads);
+void specserve_expand(const specserve::DraftHead* head, const specserve::ExpansionLimits* limits,
+                      const specserve::DraftCache* cache, specserve::ExpansionTask* tasks,
+                      int64_t num_tasks, int32_t num_threads) {
+    specserve::expand(*head, *limits, *cache, tasks, num_tasks, num_threads);
 }
 
 }  // extern "C"

@@ -33,7 +33,7 @@ Query weigh(const float* scores, int64_t count, FactorOf<Element>* weights) {
     Floats sum = zero_floats();
     for (int64_t at = 0; at < count; at += kLanes) {
         const Floats weight = exp2(add(load(scores + at), minus_top));
-        keep_factors<Element>(weight, weights + at);
+        store_factors_of<Element>(weight, weights + at);
         sum = add(sum, weight);
     }
     return {top, lane_sum(sum)};
@@ -110,31 +110,32 @@ class Unit {
             rows_[at] = Row(segments, shape, segment, row);
             seen_ |= rows_[at].nodes;
             for (int64_t i = 0; i < size; i += kLanes)
-                keep_factors<Element>(load(q + row * stride + i), near_.queries + at * size + i);
+                store_factors_of<Element>(load(q + row * stride + i),
+                                          scratch_.queries + at * size + i);
         }
     }
 
     int num_rows() const { return num_rows_; }
     const Row& row(int64_t index) const { return rows_[index]; }
-    const Query& query(int64_t index) const { return near_.sums[index]; }
-    const float* out(int64_t index) const { return near_.out + index * shape_.head_dim; }
+    const Query& query(int64_t index) const { return scratch_.sums[index]; }
+    const float* out(int64_t index) const { return scratch_.out + index * shape_.head_dim; }
 
     // Computes `query` and `out` of all rows for the split that begins at position `first`.
     void run(int64_t first) {
         const int64_t last = first + kSplit, num_queries = num_rows_ * shape_.group_size;
         first_ = first;
-        places_of(first, std::min(context_ - first, kSplit), places_);
-        std::fill_n(near_.scores, num_queries * kSplit, kHidden);
-        std::fill_n(near_.out, num_queries * shape_.head_dim, 0.0f);
+        offsets_of(first, std::min(context_ - first, kSplit), offsets_);
+        std::fill_n(scratch_.scores, num_queries * kSplit, kHidden);
+        std::fill_n(scratch_.out, num_queries * shape_.head_dim, 0.0f);
         for (int64_t base = first; base < std::min(last, tail_); base += kChunk) chunk_scores(base);
         if (tail_ < last) tail_scores();
         for (int64_t query = 0; query < num_queries; ++query) {
             const Row& row = rows_[query / shape_.group_size];
-            near_.sums[query] = Query();
+            scratch_.sums[query] = Query();
             if (row.sees(first, last))
-                near_.sums[query] = weigh<Element>(near_.scores + query * kSplit,
-                                                   std::min(row.end - first, kSplit),
-                                                   near_.weights + query * kSplit);
+                scratch_.sums[query] = weigh<Element>(scratch_.scores + query * kSplit,
+                                                      std::min(row.end - first, kSplit),
+                                                      scratch_.weights + query * kSplit);
         }
         for (int64_t base = first; base < last; base += kChunk)
             if (base < tail_)
@@ -145,13 +146,13 @@ class Unit {
 
    private:
     // The offsets of consecutive context positions in K and V, in elements.
-    void places_of(int64_t position, int64_t count, int64_t* places) const {
+    void offsets_of(int64_t position, int64_t count, int64_t* offsets) const {
         int64_t block = position / block_size_, offset = position % block_size_;
         for (; count > 0; ++block, offset = 0) {
             const int64_t num = std::min(block_size_ - offset, count);
             const int64_t place = (int64_t(table_[block]) * block_size_ + offset) * stride_;
-            for (int64_t i = 0; i < num; ++i) places[i] = place + i * stride_;
-            places += num;
+            for (int64_t i = 0; i < num; ++i) offsets[i] = place + i * stride_;
+            offsets += num;
             count -= num;
         }
     }
@@ -181,9 +182,9 @@ class Unit {
     // Scores of a whole chunk of the context, which has the same slots for all rows.
     void chunk_scores(int64_t base) {
         if (!seen(base)) return;
-        near_.columns.load(keys_, shape_.head_dim, places_ + base - first_, kChunk);
+        scratch_.columns.load(keys_, shape_.head_dim, offsets_ + base - first_, kChunk);
         in_chunk(base, [&](auto count, int64_t query, int first) {
-            float* scores = near_.scores + query * kSplit + base - first_;
+            float* scores = scratch_.scores + query * kSplit + base - first_;
             score<count>(query, kChunk, scores, kSplit);
             for (int g = 0; g < count; ++g) std::fill_n(scores + g * kSplit, first, kHidden);
         });
@@ -192,8 +193,8 @@ class Unit {
     void chunk_values(int64_t base) {
         if (!seen(base)) return;
         const Element* values[kChunk];
-        for (int i = 0; i < kChunk; ++i) values[i] = values_ + places_[base - first_ + i];
-        near_.values.load(values, shape_.head_dim, 0, kChunk);
+        for (int i = 0; i < kChunk; ++i) values[i] = values_ + offsets_[base - first_ + i];
+        scratch_.values.load(values, shape_.head_dim, 0, kChunk);
         in_chunk(base, [&](auto count, int64_t query, int first) {
             add<count>(query, base, first, kChunk);
         });
@@ -204,10 +205,11 @@ class Unit {
     void tail_scores() {
         const int num_columns = rest() + 64 - __builtin_clzll(seen_);
         if (!has_tail_) {
-            places_of(tail_, num_columns, tail_places_);
-            near_.columns.load(keys_, shape_.head_dim, tail_places_, num_columns);
+            offsets_of(tail_, num_columns, tail_offsets_);
+            scratch_.columns.load(keys_, shape_.head_dim, tail_offsets_, num_columns);
             in_tiles(num_rows_ * shape_.group_size, [&](auto count, int64_t query) {
-                score<count>(query, num_columns, near_.by_column + query * kMaxColumns, kMaxColumns);
+                score<count>(query, num_columns, scratch_.by_column + query * kMaxColumns,
+                             kMaxColumns);
             });
             has_tail_ = true;
         }
@@ -220,8 +222,8 @@ class Unit {
             const int64_t fork = std::clamp(context_, from, to);  // all rows share the path up to here
             for (int64_t g = 0; g < shape_.group_size; ++g) {
                 const int64_t query = row * shape_.group_size + g;
-                const float* by_column = near_.by_column + query * kMaxColumns;
-                float* scores = near_.scores + query * kSplit;
+                const float* by_column = scratch_.by_column + query * kMaxColumns;
+                float* scores = scratch_.scores + query * kSplit;
                 std::copy(by_column + from - tail_, by_column + fork - tail_, scores + from - first_);
                 for (int64_t at = fork; at < to; ++at)
                     scores[at - first_] = by_column[path[at - tail_]];
@@ -234,17 +236,17 @@ class Unit {
         const Element* values[kChunk];
         // The context's values in the first chunk are the same for all rows, except an odd last
         // one, which shares its lane with a node (bfloat16).
-        const int shared = base == tail_ ? rest() / kPacked<Element> * kPacked<Element> : 0;
-        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_places_[i];
-        near_.values.load(values, shape_.head_dim, 0, shared);
+        const int shared = base == tail_ ? rest() / kPerLane<Element> * kPerLane<Element> : 0;
+        for (int i = 0; i < shared; ++i) values[i] = values_ + tail_offsets_[i];
+        scratch_.values.load(values, shape_.head_dim, 0, shared);
         for (int row = 0; row < num_rows_; ++row) {
             if (!rows_[row].sees(base, base + kChunk)) continue;
             int path[kMaxColumns];
             path_of(rows_[row], path);
             const int last = int(std::min<int64_t>(rows_[row].end - base, kChunk));
             for (int i = shared; i < last; ++i)
-                values[i] = values_ + tail_places_[path[base - tail_ + i]];
-            near_.values.load(values, shape_.head_dim, shared, last);
+                values[i] = values_ + tail_offsets_[path[base - tail_ + i]];
+            scratch_.values.load(values, shape_.head_dim, shared, last);
             in_tiles(shape_.group_size, [&](auto count, int64_t at) {
                 add<count>(row * shape_.group_size + at, base,
                            int(std::max<int64_t>(rows_[row].begin - base, 0)), last);
@@ -263,18 +265,18 @@ class Unit {
 
     template <int kQueries>
     void score(int64_t query, int count, float* scores, int64_t stride) const {
-        near_.columns.template scores<kQueries>(near_.queries + query * shape_.head_dim,
-                                                shape_.scale * kLog2E, count, scores, stride);
+        scratch_.columns.template scores<kQueries>(scratch_.queries + query * shape_.head_dim,
+                                                   shape_.scale * kLog2E, count, scores, stride);
     }
 
     // Adds positions first .. last - 1 of a chunk, times their weights, to the queries' output.
     template <int kQueries>
     void add(int64_t query, int64_t base, int first, int last) {
-        near_.values.template add<kQueries>(near_.weights + query * kSplit + base - first_, first, last,
-                                            near_.out + query * shape_.head_dim);
+        scratch_.values.template add<kQueries>(scratch_.weights + query * kSplit + base - first_,
+                                               first, last, scratch_.out + query * shape_.head_dim);
     }
 
-    Scratch<Element>& near_ = Scratch<Element>::of_thread();
+    Scratch<Element>& scratch_ = Scratch<Element>::of_thread();
     const AttentionShape& shape_;
     const Element* keys_;
     const Element* values_;
@@ -287,9 +289,9 @@ class Unit {
     int64_t context_;
     int64_t tail_;  // first position of the tail
     bool has_tail_ = false;  // `columns` holds the tail, `by_column` its scores
-    int64_t tail_places_[kMaxColumns];
+    int64_t tail_offsets_[kMaxColumns];
     int64_t first_ = 0;       // position of the split
-    int64_t places_[kSplit];  // offsets of the context positions from there
+    int64_t offsets_[kSplit];  // offsets of the context positions from there
 };
 
 }  // namespace specserve

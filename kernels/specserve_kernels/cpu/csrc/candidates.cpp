@@ -70,20 +70,21 @@ int64_t best_of(const float* values, int64_t count, int64_t wanted, int64_t* bes
     return found;
 }
 
-bool is_filtered(const Draw& draw) {
-    return draw.temperature > 0.0f && (draw.top_k > 0 || draw.top_p < 1.0f || draw.min_p > 0.0f);
+bool is_filtered(const Sampling& sampling) {
+    return sampling.temperature > 0.0f &&
+           (sampling.top_k > 0 || sampling.top_p < 1.0f || sampling.min_p > 0.0f);
 }
 
 class Search {
    public:
     Search(const DraftVocabulary& vocabulary, const float* logits, int64_t stride,
-           const std::vector<Draw>& draws, int64_t wanted)
+           const std::vector<Sampling>& sampling, int64_t wanted)
         : v_(vocabulary),
           logits_(logits),
           stride_(stride),
-          draws_(draws),
+          sampling_(sampling),
           wanted_(std::min(wanted, vocabulary.size)),
-          num_rows_(int64_t(draws.size())),
+          num_rows_(int64_t(sampling.size())),
           num_pieces_((vocabulary.size + kPiece - 1) / kPiece),
           weights_(num_rows_ * vocabulary.size),
           sums_(num_rows_ * num_pieces_),
@@ -103,15 +104,15 @@ class Search {
     void weigh(int64_t unit) {
         const int64_t row = unit / num_pieces_, first = unit % num_pieces_ * kPiece;
         const int64_t count = std::min(kPiece, v_.size - first);
-        const Draw& draw = draws_[row];
+        const Sampling& sampling = sampling_[row];
         const float* logits = logits_ + row * stride_;
         float* weights = weights_.data() + row * v_.size + first;
-        const float temperature = draw.temperature > 0.0f ? draw.temperature : 1.0f;
+        const float temperature = sampling.temperature > 0.0f ? sampling.temperature : 1.0f;
         float sum = exponents(logits + first, count, largest(logits, v_.size),
                               v_.logit_scale * kLog2e / temperature, weights);
-        if (draw.temperature > 0.0f && !is_filtered(draw)) {
+        if (sampling.temperature > 0.0f && !is_filtered(sampling)) {
             float noise[kPiece];
-            exponentials(draw.key, v_.token_ids + first, count, noise);
+            exponentials(sampling.key, v_.token_ids + first, count, noise);
             sum = quotients(weights, noise, count);
         }
         sums_[unit] = sum;
@@ -124,23 +125,25 @@ class Search {
         Candidates& found = found_[row];
         found.count = 0;
         if (!std::isfinite(sum)) return;
-        if (is_filtered(draws_[row])) return filter(draws_[row], weights, sum, found);
+        if (is_filtered(sampling_[row])) return filter(sampling_[row], weights, sum, found);
         int64_t places[kMaxCandidates];
         found.count = best_of(weights, v_.size, wanted_, places);
         for (int64_t i = 0; i < found.count; ++i) {
             found.tokens[i] = v_.token_ids[places[i]];
-            found.shares[i] = weights[places[i]] / sum;
+            found.probabilities[i] = weights[places[i]] / sum;
         }
     }
 
     // Applies top-k, top-p and min-p to the kMaxCandidates best tokens, and ranks those that remain
     // with noise.
-    void filter(const Draw& draw, const float* weights, float sum, Candidates& found) const {
-        const int64_t most = draw.top_k > 0 ? std::min(draw.top_k, kMaxCandidates) : kMaxCandidates;
+    void filter(const Sampling& sampling, const float* weights, float sum,
+                Candidates& found) const {
+        const int64_t most =
+            sampling.top_k > 0 ? std::min(sampling.top_k, kMaxCandidates) : kMaxCandidates;
         int64_t places[kMaxCandidates] = {}, tokens[kMaxCandidates] = {};
-        float noisy[kMaxCandidates], noise[kMaxCandidates];
+        float perturbed[kMaxCandidates], noise[kMaxCandidates];
         const int64_t num_best = best_of(weights, v_.size, std::min(most, v_.size), places);
-        if (draw.top_k > 0 && draw.top_k <= kMaxCandidates) {
+        if (sampling.top_k > 0 && sampling.top_k <= kMaxCandidates) {
             sum = 0.0f;
             for (int64_t i = 0; i < num_best; ++i) sum += weights[places[i]];
         }
@@ -148,24 +151,26 @@ class Search {
         int64_t count = 0;
         for (; count < num_best; ++count) {
             const float weight = weights[places[count]];
-            if (count && (before >= draw.top_p * sum || weight < draw.min_p * noisy[0])) break;
+            if (count && (before >= sampling.top_p * sum ||
+                          weight < sampling.min_p * perturbed[0]))
+                break;
             tokens[count] = v_.token_ids[places[count]];
-            noisy[count] = weight;
+            perturbed[count] = weight;
             before += weight;
         }
-        exponentials(draw.key, tokens, count, noise);
-        const float total = quotients(noisy, noise, count);
-        found.count = best_of(noisy, count, std::min(wanted_, count), places);
+        exponentials(sampling.key, tokens, count, noise);
+        const float total = quotients(perturbed, noise, count);
+        found.count = best_of(perturbed, count, std::min(wanted_, count), places);
         for (int64_t i = 0; i < found.count; ++i) {
             found.tokens[i] = tokens[places[i]];
-            found.shares[i] = noisy[places[i]] / total;
+            found.probabilities[i] = perturbed[places[i]] / total;
         }
     }
 
     const DraftVocabulary& v_;
     const float* logits_;
     int64_t stride_;
-    const std::vector<Draw>& draws_;
+    const std::vector<Sampling>& sampling_;
     int64_t wanted_, num_rows_, num_pieces_;
     std::vector<float> weights_, sums_;
     std::vector<Candidates> found_;
@@ -174,9 +179,9 @@ class Search {
 }  // namespace
 
 std::vector<Candidates> find_candidates(const DraftVocabulary& vocabulary, const float* logits,
-                                        int64_t stride, const std::vector<Draw>& draws,
+                                        int64_t stride, const std::vector<Sampling>& sampling,
                                         int64_t wanted, int num_threads) {
-    return Search(vocabulary, logits, stride, draws, wanted).run(num_threads);
+    return Search(vocabulary, logits, stride, sampling, wanted).run(num_threads);
 }
 
 }  // namespace specserve

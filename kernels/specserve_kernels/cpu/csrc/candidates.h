@@ -13,7 +13,7 @@ constexpr int64_t kMaxCandidates = 64;
 
 // Tokens are ranked by log q at temperature 0, else by log q / T + g with noise g. Top-k, top-p and
 // min-p are applied before the noise.
-struct Draw {
+struct Sampling {
     float temperature;
     float top_p;
     float min_p;
@@ -24,8 +24,8 @@ struct Draw {
 // The best token first. Empty if the row's probabilities are not finite, as with a NaN logit.
 struct Candidates {
     int64_t count;
-    int64_t tokens[kMaxCandidates];  // ids of the target
-    float shares[kMaxCandidates];    // probabilities: softmax of what they are ranked by
+    int64_t tokens[kMaxCandidates];       // ids of the target
+    float probabilities[kMaxCandidates];  // softmax of what they are ranked by
 };
 
 struct DraftVocabulary {
@@ -34,9 +34,10 @@ struct DraftVocabulary {
     float logit_scale;
 };
 
-// logits: one row per draw, `stride` floats apart; `wanted` per row, at most kMaxCandidates.
+// sampling: of each row. logits: these rows, `stride` floats apart. `wanted` candidates per row, at
+// most kMaxCandidates.
 std::vector<Candidates> find_candidates(const DraftVocabulary& vocabulary, const float* logits,
-                                        int64_t stride, const std::vector<Draw>& draws,
+                                        int64_t stride, const std::vector<Sampling>& sampling,
                                         int64_t wanted, int num_threads);
 
 }  // namespace specserve

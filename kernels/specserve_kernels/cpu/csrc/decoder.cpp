@@ -37,35 +37,35 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
-void keep(const float* x, int64_t size, float* to) { std::memcpy(to, x, size * sizeof *x); }
+void store_kv(const float* x, int64_t size, float* to) { std::memcpy(to, x, size * sizeof *x); }
 
-void keep(const float* x, int64_t size, bfloat16* to) {
+void store_kv(const float* x, int64_t size, bfloat16* to) {
     for (int64_t i = 0; i < size; i += kLanes) store(to + i, load(x + i));
 }
 
 void embed(const Weight& weight, int64_t token, float* x) {
     float columns[kGroup];
     for (int64_t group = 0; group < weight.num_inputs / kGroup; ++group) {
-        unpack_group(weight, token, group, columns);
+        dequantize_group(weight, token, group, columns);
         std::memcpy(x + group * kGroup, columns, sizeof columns);
     }
 }
 
 // The activations of all rows between the phases.
-struct Stream {
-    Stream(const Decoder& d, int64_t num_rows)
+struct Activations {
+    Activations(const Decoder& d, int64_t num_rows)
         : heads_size((d.num_heads + 2 * d.num_kv_heads) * d.head_dim),
-          wide(d.row_norm ? num_rows : 0, 2 * d.hidden_size),
+          qkv_in(d.hidden_norm ? num_rows : 0, 2 * d.hidden_size),
           normed(num_rows, d.hidden_size),
           heads(new float[num_rows * heads_size]),
-          mixed(num_rows, d.num_heads * d.head_dim),
+          attention_out(num_rows, d.num_heads * d.head_dim),
           gated(num_rows, d.intermediate_size) {}
 
     int64_t heads_size;
-    RowBuffer wide;  // input of q, k and v in the first layer of a draft head
+    RowBuffer qkv_in;  // input of q, k and v in the first layer of a draft head
     RowBuffer normed;
     std::unique_ptr<float[]> heads;  // [num_rows][heads_size]: q, k, v
-    RowBuffer mixed;  // output of attention
+    RowBuffer attention_out;
     RowBuffer gated;  // input of `down`
 };
 
@@ -85,11 +85,11 @@ class PassOf {
            int num_threads)
         : d_(decoder),
           pass_(pass),
-          whole_{residual, decoder.hidden_size, pass.num_rows},
+          residual_{residual, decoder.hidden_size, pass.num_rows},
           wanted_(decoder, pass, head),
-          narrows_(wanted_.num_rows() < pass.num_rows),
-          kept_(new float[narrows_ ? wanted_.num_rows() * decoder.hidden_size : 0]),
-          stream_(decoder, pass.num_rows) {
+          skips_rows_(wanted_.num_rows() < pass.num_rows),
+          wanted_residual_(new float[skips_rows_ ? wanted_.num_rows() * decoder.hidden_size : 0]),
+          activations_(decoder, pass.num_rows) {
         const Segments& segments = pass.segments;
         int64_t num_units = 0, max_splits = 0;
         for (int64_t segment = 0; segment < segments.num_segments; ++segment) {
@@ -105,23 +105,23 @@ class PassOf {
 
     void run(Team& team) {
         team.share(pass_.num_rows, [&](int64_t row) {
-            if (d_.row_norm)
-                join(row);
+            if (d_.hidden_norm)
+                embed_draft_input(row);
             else
-                embed(d_.embed, pass_.input_ids[row], whole_.at(row));
+                embed(d_.embed, pass_.input_ids[row], residual_.at(row));
         });
         for (int64_t index = 0; index < d_.num_layers; ++index) layer(team, index);
-        team.share(pass_.num_rows, [&](int64_t row) { tap(row, d_.num_layers); });
+        team.share(pass_.num_rows, [&](int64_t row) { copy_aux_hidden(row, d_.num_layers); });
     }
 
    private:
     void layer(Team& team, int64_t index) {
         const Layer& l = d_.layers[index];
-        const bool joined = d_.row_norm && index == 0;
-        const RowBuffer& entering = joined ? stream_.wide : stream_.normed;
-        team.share(joined ? 0 : pass_.num_rows, [&](int64_t row) {
-            tap(row, index);
-            normalise(whole_.at(row), l.attention_norm, row);
+        const bool is_draft_input = d_.hidden_norm && index == 0;
+        const RowBuffer& qkv_in = is_draft_input ? activations_.qkv_in : activations_.normed;
+        team.share(is_draft_input ? 0 : pass_.num_rows, [&](int64_t row) {
+            copy_aux_hidden(row, index);
+            normalise(residual_.at(row), l.attention_norm, row);
         });
         const int64_t q_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
         const int64_t q_units = units(l.q), kv_units = units(l.k);
@@ -131,34 +131,36 @@ class PassOf {
             if (pass_.num_rows <= kRowBlock)
                 fetch_context(pass_.segments, keys, values, kv_size, unit, q_units + 2 * kv_units);
             if (unit < q_units)
-                project(l.q, entering, unit, stream_.heads.get(), stream_.heads_size);
+                project(l.q, qkv_in, unit, activations_.heads.get(), activations_.heads_size);
             else if (unit < q_units + kv_units)
-                project(l.k, entering, unit - q_units, stream_.heads.get() + q_size,
-                        stream_.heads_size);
+                project(l.k, qkv_in, unit - q_units, activations_.heads.get() + q_size,
+                        activations_.heads_size);
             else
-                project(l.v, entering, unit - q_units - kv_units,
-                        stream_.heads.get() + q_size + kv_size, stream_.heads_size);
+                project(l.v, qkv_in, unit - q_units - kv_units,
+                        activations_.heads.get() + q_size + kv_size, activations_.heads_size);
         });
-        team.share(pass_.num_rows, [&](int64_t row) { place(l, row, keys, values); });
-        const bool narrow = narrows_ && index == d_.num_layers - 1;
+        team.share(pass_.num_rows, [&](int64_t row) { rotate_and_write_kv(l, row, keys, values); });
+        const bool wanted_only = skips_rows_ && index == d_.num_layers - 1;
         const Residual x =
-            narrow ? Residual{kept_.get(), d_.hidden_size, wanted_.num_rows()} : whole_;
+            wanted_only ? Residual{wanted_residual_.get(), d_.hidden_size, wanted_.num_rows()}
+                        : residual_;
         if (x.num_rows == 0) return;
-        if (narrow) move_wanted(team, whole_, x);
-        attention(team, l, keys, values, narrow);
-        team.share(units(l.o), [&](int64_t unit) { add(l.o, stream_.mixed, unit, x); });
+        if (wanted_only) move_wanted(team, residual_, x);
+        attention(team, l, keys, values, wanted_only);
+        team.share(units(l.o),
+                   [&](int64_t unit) { add(l.o, activations_.attention_out, unit, x); });
         team.share(x.num_rows, [&](int64_t row) { normalise(x.at(row), l.mlp_norm, row); });
         team.share(units(l.gate), [&](int64_t unit) { gate(l, unit, x.num_rows); });
-        team.share(units(l.down), [&](int64_t unit) { add(l.down, stream_.gated, unit, x); });
-        if (narrow) move_wanted(team, x, whole_);
+        team.share(units(l.down), [&](int64_t unit) { add(l.down, activations_.gated, unit, x); });
+        if (wanted_only) move_wanted(team, x, residual_);
     }
 
     // Copies the wanted rows to a buffer in which they are consecutive, or back.
     void move_wanted(Team& team, const Residual& from, const Residual& to) {
-        team.share(wanted_.num_rows(), [&](int64_t place) {
-            const int64_t row = wanted_.row(place);
-            const bool back = to.x == whole_.x;
-            std::memcpy(to.at(back ? row : place), from.at(back ? place : row),
+        team.share(wanted_.num_rows(), [&](int64_t index) {
+            const int64_t row = wanted_.row(index);
+            const bool back = to.x == residual_.x;
+            std::memcpy(to.at(back ? row : index), from.at(back ? index : row),
                         d_.hidden_size * sizeof *to.x);
         });
     }
@@ -167,33 +169,34 @@ class PassOf {
         return (linear.weight.num_outputs + kColumns - 1) / kColumns;
     }
 
-    void tap(int64_t row, int64_t index) {
-        for (int64_t t = 0; t < pass_.num_taps; ++t)
-            if (pass_.taps[t] == index)
-                std::memcpy(pass_.tapped + (row * pass_.num_taps + t) * d_.hidden_size,
-                            whole_.at(row), d_.hidden_size * sizeof(float));
+    void copy_aux_hidden(int64_t row, int64_t index) {
+        for (int64_t t = 0; t < pass_.num_aux_layers; ++t)
+            if (pass_.aux_layers[t] == index)
+                std::memcpy(pass_.aux_hidden + (row * pass_.num_aux_layers + t) * d_.hidden_size,
+                            residual_.at(row), d_.hidden_size * sizeof(float));
     }
 
-    // The start of a draft head's forward pass; see `Decoder::row_norm`.
-    void join(int64_t row) {
+    // The start of a draft head's forward pass; see `Decoder::hidden_norm`.
+    void embed_draft_input(int64_t row) {
         const int64_t size = d_.hidden_size;
         thread_local std::vector<float> y;
         y.resize(2 * size);
-        const float* given = pass_.rows + row * size;
+        const float* hidden_in = pass_.hidden_in + row * size;
         float* token = y.data();
         float* normed = token + size;
         embed(d_.embed, pass_.input_ids[row], token);
         rms_norm(token, d_.layers[0].attention_norm, size, d_.eps, token);
-        rms_norm(given, d_.row_norm, size, d_.eps, normed);
-        quantize_row(token, stream_.wide.rows(), row);
-        std::memcpy(whole_.at(row), d_.normed_residual ? normed : given, size * sizeof(float));
+        rms_norm(hidden_in, d_.hidden_norm, size, d_.eps, normed);
+        quantize_row(token, activations_.qkv_in.rows(), row);
+        std::memcpy(residual_.at(row), d_.normed_residual ? normed : hidden_in,
+                    size * sizeof(float));
     }
 
     void normalise(const float* x, const float* weight, int64_t row) {
         thread_local std::vector<float> y;
         y.resize(d_.hidden_size);
         rms_norm(x, weight, d_.hidden_size, d_.eps, y.data());
-        quantize_row(y.data(), stream_.normed.rows(), row);
+        quantize_row(y.data(), activations_.normed.rows(), row);
     }
 
     // Computes the columns of a unit for all rows; calls finish(row, column, out) for each vector.
@@ -236,7 +239,7 @@ class PassOf {
         const int64_t first = unit * kPanels, column = unit * kColumns;
         for (int64_t top = 0; top < num_rows; top += kRowBlock) {
             const int64_t count = std::min(kRowBlock, num_rows - top);
-            const Rows rows = stream_.normed.rows().from(top);
+            const Rows rows = activations_.normed.rows().from(top);
             linear_panels(l.gate.weight, rows, count, first, first + kPanels, gates, kColumns);
             linear_panels(l.up.weight, rows, count, first, first + kPanels, ups, kColumns);
             for (int64_t row = 0; row < count; ++row) {
@@ -244,7 +247,7 @@ class PassOf {
                 for (int64_t c = 0; c < kColumns; c += kLanes)
                     store(g + c, swiglu(biased(l.gate, g + c, column + c),
                                         biased(l.up, ups + row * kColumns + c, column + c)));
-                quantize_group(g, stream_.gated.rows(), top + row, unit);
+                quantize_group(g, activations_.gated.rows(), top + row, unit);
             }
         }
     }
@@ -259,11 +262,11 @@ class PassOf {
     }
 
     // Applies q and k norms and rotary embedding to a row, and writes its K and V to its slot.
-    void place(const Layer& l, int64_t row, Element* keys, Element* values) {
+    void rotate_and_write_kv(const Layer& l, int64_t row, Element* keys, Element* values) {
         const int64_t dim = d_.head_dim, half = dim / 2, kv_size = d_.num_kv_heads * dim;
         const float* cos = d_.cos + pass_.positions[row] * half;
         const float* sin = d_.sin + pass_.positions[row] * half;
-        float* heads = stream_.heads.get() + row * stream_.heads_size;
+        float* heads = activations_.heads.get() + row * activations_.heads_size;
         for (int64_t h = 0; h < d_.num_heads + d_.num_kv_heads; ++h) {
             float* x = heads + h * dim;
             const float* norm = h < d_.num_heads ? l.q_norm : l.k_norm;
@@ -272,13 +275,13 @@ class PassOf {
         }
         const int64_t slot = pass_.slots[row];
         if (slot < 0) return;
-        keep(heads + d_.num_heads * dim, kv_size, keys + slot * kv_size);
-        keep(heads + d_.num_heads * dim + kv_size, kv_size, values + slot * kv_size);
+        store_kv(heads + d_.num_heads * dim, kv_size, keys + slot * kv_size);
+        store_kv(heads + d_.num_heads * dim + kv_size, kv_size, values + slot * kv_size);
     }
 
-    // `narrow`: keeps the output of wanted rows only, and skips segments that have none.
+    // `wanted_only`: keeps the output of wanted rows only, and skips segments that have none.
     void attention(Team& team, const Layer& l, const Element* keys, const Element* values,
-                   bool narrow) {
+                   bool wanted_only) {
         const AttentionShape shape{d_.num_kv_heads, d_.num_heads / d_.num_kv_heads, d_.head_dim,
                                    1.0f / std::sqrt(float(d_.head_dim)), l.window};
         const Segments& segments = pass_.segments;
@@ -287,40 +290,41 @@ class PassOf {
         team.share(segments.num_segments * kBlocks * d_.num_kv_heads * num_pieces, [&](int64_t unit) {
             const int64_t piece = unit % num_pieces, kv_head = unit / num_pieces % d_.num_kv_heads;
             const int64_t block = unit / num_pieces / d_.num_kv_heads, segment = block / kBlocks;
-            if (narrow && !wanted_.has_segment(segment)) return;
+            if (wanted_only && !wanted_.has_segment(segment)) return;
             const int64_t first = block % kBlocks * kMaxUnitRows;
             const int64_t begin = segments.cu_rows[segment];
             const int64_t last =
                 std::min(first + kMaxUnitRows, int64_t(segments.cu_rows[segment + 1]) - begin);
             if (first >= last) return;
             const int64_t size = shape.group_size * d_.head_dim;
-            const float* q = stream_.heads.get() + kv_head * size;
+            const float* q = activations_.heads.get() + kv_head * size;
             if (parts_) {
                 if (piece < num_splits(segments, segment))
-                    attend_split(segments, shape, q, stream_.heads_size, keys, values, segment,
+                    attend_split(segments, shape, q, activations_.heads_size, keys, values, segment,
                                  kv_head, first, last, piece, partials_);
                 return;
             }
             thread_local std::vector<float> out;
             out.resize(kMaxUnitRows * size);
-            attend(segments, shape, q, stream_.heads_size, keys, values, segment, kv_head, first,
-                   last, out.data(), size);
+            attend(segments, shape, q, activations_.heads_size, keys, values, segment, kv_head,
+                   first, last, out.data(), size);
             for (int64_t row = first; row < last; ++row) {
-                const int64_t place = narrow ? wanted_.place(begin + row) : begin + row;
-                if (place >= 0)
-                    keep_mixed(place, kv_head, size, out.data() + (row - first) * size);
+                const int64_t index = wanted_only ? wanted_.index_of(begin + row) : begin + row;
+                if (index >= 0)
+                    quantize_attention_output(index, kv_head, size,
+                                              out.data() + (row - first) * size);
             }
         });
-        if (parts_) merge(team, shape, narrow);
+        if (parts_) merge(team, shape, wanted_only);
     }
 
-    void merge(Team& team, const AttentionShape& shape, bool narrow) {
+    void merge(Team& team, const AttentionShape& shape, bool wanted_only) {
         const Segments& segments = pass_.segments;
         const int64_t size = shape.group_size * d_.head_dim;
-        const int64_t num_rows = narrow ? wanted_.num_rows() : pass_.num_rows;
+        const int64_t num_rows = wanted_only ? wanted_.num_rows() : pass_.num_rows;
         team.share(num_rows * d_.num_kv_heads, [&](int64_t unit) {
-            const int64_t place = unit / d_.num_kv_heads, kv_head = unit % d_.num_kv_heads;
-            const int64_t row = narrow ? wanted_.row(place) : place;
+            const int64_t index = unit / d_.num_kv_heads, kv_head = unit % d_.num_kv_heads;
+            const int64_t row = wanted_only ? wanted_.row(index) : index;
             const int32_t* after = std::upper_bound(
                 segments.cu_rows, segments.cu_rows + segments.num_segments, int32_t(row));
             thread_local std::vector<float> out;
@@ -328,23 +332,24 @@ class PassOf {
             for (int64_t g = 0; g < shape.group_size; ++g)
                 merge_splits(segments, shape, after - segments.cu_rows - 1, row,
                              kv_head * shape.group_size + g, partials_, out.data() + g * d_.head_dim);
-            keep_mixed(place, kv_head, size, out.data());
+            quantize_attention_output(index, kv_head, size, out.data());
         });
     }
 
     // Quantizes a row's attention output of the query heads that share a KV head.
-    void keep_mixed(int64_t row, int64_t kv_head, int64_t size, const float* out) {
+    void quantize_attention_output(int64_t row, int64_t kv_head, int64_t size, const float* out) {
         for (int64_t at = 0; at < size; at += kGroup)
-            quantize_group(out + at, stream_.mixed.rows(), row, (kv_head * size + at) / kGroup);
+            quantize_group(out + at, activations_.attention_out.rows(), row,
+                           (kv_head * size + at) / kGroup);
     }
 
     const Decoder& d_;
     const Pass& pass_;
-    const Residual whole_;
+    const Residual residual_;
     const WantedRows wanted_;
-    const bool narrows_;  // not all rows are wanted
-    std::unique_ptr<float[]> kept_;  // the wanted rows' residual in the last layer, if narrows_
-    Stream stream_;
+    const bool skips_rows_;  // not all rows are wanted
+    std::unique_ptr<float[]> wanted_residual_;  // of the last layer, if skips_rows_
+    Activations activations_;
     std::unique_ptr<float[]> parts_;  // memory of partials_; null: attention is not split
     Partials partials_{};
 };
@@ -366,7 +371,7 @@ void decode_as(const Decoder& decoder, const Pass& pass, const Head& head, float
 
 void decode(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
             int num_threads) {
-    if (pass.wide)
+    if (pass.kv_is_float)
         decode_as<float>(decoder, pass, head, residual, num_threads);
     else
         decode_as<bfloat16>(decoder, pass, head, residual, num_threads);

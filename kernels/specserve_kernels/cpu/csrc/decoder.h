@@ -38,10 +38,10 @@ struct Decoder {
     Weight embed;       // [vocab_size][hidden_size]
     Linear head;        // num_outputs is rounded up to whole panels
     // For a draft head only, otherwise null. The input of its first layer's q, k and v is the
-    // token's embedding, normalized by attention_norm, concatenated with its row of `Pass::rows`,
-    // normalized by row_norm.
-    const float* row_norm;    // [hidden_size]
-    int64_t normed_residual;  // 1: the residual stream starts as the normalized row, 0: as the row
+    // token's embedding, normalized by attention_norm, concatenated with its row of
+    // `Pass::hidden_in`, normalized by hidden_norm.
+    const float* hidden_norm;  // [hidden_size]
+    int64_t normed_residual;   // 1: the residual stream starts as the normalized hidden_in
 };
 
 struct Pass {
@@ -50,13 +50,13 @@ struct Pass {
     const int64_t* input_ids;  // [num_rows]
     const int64_t* positions;  // [num_rows]
     const int64_t* slots;      // [num_rows], -1: K and V are not written
-    const float* rows;         // [num_rows][hidden_size], for a draft head only
+    const float* hidden_in;    // [num_rows][hidden_size], for a draft head only
     void* kv;                  // [num_layers][2][num_slots][num_kv_heads][head_dim]
     int64_t num_slots;
-    int64_t wide;  // K and V are float, else bfloat16
-    const int64_t* taps;  // [num_taps] layers whose input to copy; num_layers: the last output
-    int64_t num_taps;
-    float* tapped;  // [num_rows][num_taps][hidden_size]
+    int64_t kv_is_float;        // else bfloat16
+    const int64_t* aux_layers;  // layers whose input to copy; num_layers: the last output
+    int64_t num_aux_layers;
+    float* aux_hidden;  // [num_rows][num_aux_layers][hidden_size]
 };
 
 struct Head {
@@ -72,7 +72,7 @@ struct Head {
 constexpr int64_t kMaxTop = 64;
 
 // `residual` [pass.num_rows][hidden_size] is the buffer of the residual stream. On return, the rows
-// that `head` names hold the last layer's output; all rows do if `taps` contains num_layers.
+// that `head` names hold the last layer's output; all rows do if aux_layers contains num_layers.
 void decode(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
             int num_threads);
 

@@ -23,41 +23,41 @@ constexpr int kVectorsFor = kQueries * 2 * kVectorsTogether <= 8
 
 // Values of K or V per 32-bit lane, and the type of the factors that they are multiplied with.
 template <typename Element>
-constexpr int kPacked = sizeof(float) / sizeof(Element);
+constexpr int kPerLane = sizeof(float) / sizeof(Element);
 template <typename Element>
-using FactorOf = std::conditional_t<kPacked<Element> == 1, float, Factor>;
+using FactorOf = std::conditional_t<kPerLane<Element> == 1, float, Factor>;
 
 template <typename Element>
 inline Floats dot(Floats sum, Floats lanes, const FactorOf<Element>* factors) {
-    if constexpr (kPacked<Element> == 1)
+    if constexpr (kPerLane<Element> == 1)
         return mul_add(lanes, broadcast(*factors), sum);
     else
         return dot_pairs(sum, lanes, factors);
 }
 
 template <typename Element>
-inline void keep_factors(Floats x, FactorOf<Element>* to) {
-    if constexpr (kPacked<Element> == 1)
+inline void store_factors_of(Floats x, FactorOf<Element>* to) {
+    if constexpr (kPerLane<Element> == 1)
         store(to, x);
     else
         store_factors(to, x);
 }
 
-// K at some slots: one column per slot, kPacked consecutive dimensions in a lane.
+// K at some slots: one column per slot, kPerLane consecutive dimensions in a lane.
 template <typename Element>
 class Columns {
    public:
-    void load(const Element* keys, int64_t dim, const int64_t* places, int count) {
+    void load(const Element* keys, int64_t dim, const int64_t* offsets, int count) {
         dim_ = dim;
         for (int from = 0; from < count; from += kLanes) {
             const Element* rows[kLanes];
             for (int i = 0; i < kLanes; ++i)  // columns after the last repeat it
-                rows[i] = keys + places[std::min(from + i, count - 1)];
-            for (int64_t d = 0; d < dim; d += 4 * kPacked<Element>) {
+                rows[i] = keys + offsets[std::min(from + i, count - 1)];
+            for (int64_t d = 0; d < dim; d += 4 * kPerLane<Element>) {
                 Floats columns[4];
                 columns_of([&](int i) { return reinterpret_cast<const float*>(rows[i] + d); }, columns);
                 for (int i = 0; i < 4; ++i)
-                    store(keys_ + (d / kPacked<Element> + i) * kMaxColumns + from, columns[i]);
+                    store(keys_ + (d / kPerLane<Element> + i) * kMaxColumns + from, columns[i]);
             }
         }
     }
@@ -80,8 +80,8 @@ class Columns {
                    int64_t stride) const {
         Floats sums[kQueries][kVectors];
         SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors) sums[g][i] = zero_floats();
-        for (int64_t d = 0; d < dim_; d += kPacked<Element>) {
-            const float* key = keys_ + d / kPacked<Element> * kMaxColumns + from;
+        for (int64_t d = 0; d < dim_; d += kPerLane<Element>) {
+            const float* key = keys_ + d / kPerLane<Element> * kMaxColumns + from;
             Floats keys[kVectors];
             SPECSERVE_EACH(i, kVectors) keys[i] = specserve::load(key + i * kLanes);
             SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
@@ -92,21 +92,21 @@ class Columns {
     }
 
     int64_t dim_ = 0;
-    alignas(64) float keys_[kMaxHeadDim * kMaxColumns];  // [dim / kPacked][kMaxColumns]
+    alignas(64) float keys_[kMaxHeadDim * kMaxColumns];  // [dim / kPerLane][kMaxColumns]
 };
 
-// V of a chunk: one row per kPacked consecutive positions, which share the lanes.
+// V of a chunk: one row per kPerLane consecutive positions, which share the lanes.
 template <typename Element>
 class Values {
    public:
-    // Stores positions first .. last - 1 of a chunk; `first` is a multiple of kPacked.
+    // Stores positions first .. last - 1 of a chunk; `first` is a multiple of kPerLane.
     void load(const Element* const* values, int64_t dim, int first, int last) {
         dim_ = dim;
-        for (int at = first; at < last; at += kPacked<Element>) {
-            float* row = rows_ + at / kPacked<Element> * dim;
+        for (int at = first; at < last; at += kPerLane<Element>) {
+            float* row = rows_ + at / kPerLane<Element> * dim;
             const Element* next = values[std::min(at + 1, last - 1)];  // after the last: weight 0
             for (int64_t d = 0; d < dim; d += kLanes)
-                if constexpr (kPacked<Element> == 1)
+                if constexpr (kPerLane<Element> == 1)
                     store(row + d, specserve::load(values[at] + d));
                 else
                     store(row + d, pairs_of(values[at] + d, next + d));
@@ -132,8 +132,9 @@ class Values {
         Floats sums[kQueries][kVectors];
         SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
             sums[g][i] = specserve::load(out + g * dim_ + i * kLanes);
-        for (int at = first / kPacked<Element> * kPacked<Element>; at < last; at += kPacked<Element>) {
-            const float* row = rows_ + at / kPacked<Element> * dim_ + d;
+        for (int at = first / kPerLane<Element> * kPerLane<Element>; at < last;
+             at += kPerLane<Element>) {
+            const float* row = rows_ + at / kPerLane<Element> * dim_ + d;
             Floats value[kVectors];
             SPECSERVE_EACH(i, kVectors) value[i] = specserve::load(row + i * kLanes);
             SPECSERVE_EACH(g, kQueries) SPECSERVE_EACH(i, kVectors)
@@ -144,7 +145,7 @@ class Values {
     }
 
     int64_t dim_ = 0;
-    alignas(64) float rows_[kChunk / kPacked<Element> * kMaxHeadDim];
+    alignas(64) float rows_[kChunk / kPerLane<Element> * kMaxHeadDim];
 };
 
 }  // namespace specserve

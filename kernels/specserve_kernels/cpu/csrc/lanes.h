@@ -22,7 +22,7 @@ namespace specserve {
 // Returns p, but hides from the compiler that it is the same address. Otherwise the compiler loads
 // values early that are used several times, and has no registers to keep them in.
 template <typename T>
-inline const T* afresh(const T* p) {
+inline const T* hide_pointer(const T* p) {
     asm volatile("" : "+r"(p));
     return p;
 }

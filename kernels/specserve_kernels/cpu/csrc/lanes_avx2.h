@@ -144,18 +144,18 @@ inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) {
 // Makes the compiler add to `sum` now. Otherwise it computes all products first, more than there
 // are registers for, and adds them up afterwards.
 template <typename Sum>
-inline void settle(Sum& sum) {
+inline void force_order(Sum& sum) {
     asm volatile("" : "+x"(sum.v));
 }
-inline Ints whole(Nibbles sum) { return {_mm256_madd_epi16(sum.v, _mm256_set1_epi16(1))}; }
+inline Ints widen(Nibbles sum) { return {_mm256_madd_epi16(sum.v, _mm256_set1_epi16(1))}; }
 
 // Signed weights: their sign is applied to x, because the instruction multiplies unsigned by signed
 // bytes. The sum of two products is at most 2 * 128 * 127, which 16 bits can hold.
 inline Bytes as_signed(Bytes x) { return x; }
-inline Ints start_signed(int32_t) { return zero_ints(); }
+inline Ints initial_signed_sum(int32_t) { return zero_ints(); }
 inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) {
     const __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(x4), w.v);
-    return add(sum, whole({_mm256_maddubs_epi16(_mm256_abs_epi8(w.v), x)}));
+    return add(sum, widen({_mm256_maddubs_epi16(_mm256_abs_epi8(w.v), x)}));
 }
 
 }  // namespace specserve

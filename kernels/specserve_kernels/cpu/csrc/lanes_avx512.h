@@ -123,13 +123,13 @@ inline Nibbles zero_nibbles() { return zero_ints(); }
 inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) {
     return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(x4))};
 }
-inline void settle(Nibbles&) {}
-inline Ints whole(Nibbles sum) { return sum; }
+inline void force_order(Nibbles&) {}
+inline Ints widen(Nibbles sum) { return sum; }
 
 // Signed weights: the instruction multiplies unsigned by signed bytes, so 128 is added to each
 // weight and the sum starts at -128 times the sum of x.
 inline Bytes as_signed(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
-inline Ints start_signed(int32_t x_sum) { return {_mm512_set1_epi32(-128 * x_sum)}; }
+inline Ints initial_signed_sum(int32_t x_sum) { return {_mm512_set1_epi32(-128 * x_sum)}; }
 inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) { return dot_nibbles(sum, w, x4); }
 
 }  // namespace specserve

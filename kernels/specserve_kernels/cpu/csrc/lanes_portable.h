@@ -191,10 +191,10 @@ inline Nibbles zero_nibbles() { return {}; }
 inline Nibbles dot_nibbles(const Nibbles& sum, const Bytes& w, int32_t x4) {
     return dot<uint8_t>(sum, w, x4);
 }
-inline void settle(Nibbles&) {}
-inline Ints whole(const Nibbles& sum) { return sum; }
+inline void force_order(Nibbles&) {}
+inline Ints widen(const Nibbles& sum) { return sum; }
 inline Bytes as_signed(const Bytes& x) { return x; }
-inline Ints start_signed(int32_t) { return {}; }
+inline Ints initial_signed_sum(int32_t) { return {}; }
 inline Ints dot_signed(const Ints& sum, const Bytes& w, int32_t x4) {
     return dot<int8_t>(sum, w, x4);
 }

@@ -39,19 +39,19 @@ inline void int4_tile(const uint8_t* tile, const GroupOfRows& x, Floats (&y)[kRo
                 const Bytes both = load_bytes(tile + 64 + 64 * c + (first + i) * 4 * kLanes);
                 low[i] = low_nibbles(both), high[i] = high_nibbles(both);
             }
-            const int8_t* values = afresh(x.values);
+            const int8_t* values = hide_pointer(x.values);
             SPECSERVE_EACH(r, kRows) SPECSERVE_EACH(i, kTogether) {
                 const int8_t* at = values + r * kGroup + 8 * c;
                 sums[r][i] = dot_nibbles(sums[r][i], low[i], four(at));
                 sums[r][i] = dot_nibbles(sums[r][i], high[i], four(at + 4));
-                settle(sums[r][i]);
+                force_order(sums[r][i]);
             }
         }
         SPECSERVE_EACH(i, kTogether) {
             const Floats scale = halves(tile, first + i), minimum = halves(tile + 32, first + i);
             SPECSERVE_EACH(r, kRows) {
                 Floats& sum = y[r][first + i];
-                sum = mul_add(to_floats(whole(sums[r][i])), mul(scale, broadcast(x.scales[r])), sum);
+                sum = mul_add(to_floats(widen(sums[r][i])), mul(scale, broadcast(x.scales[r])), sum);
                 sum = mul_add(minimum, broadcast(x.offsets[r]), sum);
             }
         }
@@ -63,15 +63,16 @@ inline void int8_tile(const uint8_t* tile, const GroupOfRows& x, Floats (&y)[kRo
     constexpr int kTogether = kPartsTogether<kRows>;
     for (int first = 0; first < kParts; first += kTogether) {
         Ints sums[kRows][kTogether];
-        SPECSERVE_EACH(r, kRows) SPECSERVE_EACH(i, kTogether) sums[r][i] = start_signed(x.sums[r]);
+        SPECSERVE_EACH(r, kRows) SPECSERVE_EACH(i, kTogether)
+            sums[r][i] = initial_signed_sum(x.sums[r]);
         SPECSERVE_EACH(c, 8) {
-            const int8_t* values = afresh(x.values);
+            const int8_t* values = hide_pointer(x.values);
             SPECSERVE_EACH(i, kTogether) {
                 const Bytes weights =
                     as_signed(load_bytes(tile + 32 + 64 * c + (first + i) * 4 * kLanes));
                 SPECSERVE_EACH(r, kRows) {
                     sums[r][i] = dot_signed(sums[r][i], weights, four(values + r * kGroup + 4 * c));
-                    settle(sums[r][i]);
+                    force_order(sums[r][i]);
                 }
             }
         }
@@ -148,7 +149,8 @@ void linear_panels(const Weight& weight, const Rows& rows, int64_t num_rows, int
         panels_of<Format::kInt8>(weight, rows, num_rows, first_panel, last_panel, y, stride);
 }
 
-void unpack_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]) {
+void dequantize_group(const Weight& weight, int64_t output, int64_t group,
+                      float (&values)[kGroup]) {
     const int64_t tiles = output / kPanel * (weight.num_inputs / kGroup) + group;
     const uint8_t* tile = weight.panels + tiles * tile_bytes(weight.format);
     const int64_t at = output % kPanel;

@@ -9,7 +9,7 @@ namespace specserve {
 
 constexpr int kPanel = 16;
 
-// A panel is kPanel outputs. It is stored as tiles of 32 inputs each (see packing.py):
+// A panel is kPanel outputs. It is stored as tiles of 32 inputs each (see quantized_weight.py):
 //   int4: half scale[16], half minimum[16], nibbles[4][16][4]; byte [c][n][i] has output n's inputs
 //         8c + i (low nibble) and 8c + 4 + i (high nibble)
 //   int8: half scale[16], int8 [8][16][4]; byte [c][n][i] is output n's input 4c + i
@@ -36,6 +36,6 @@ constexpr int64_t kRowBlock = 5 * kRowsTogether;
 static_assert(kColumns == kGroup);  // so a unit's outputs can be quantized as one group
 
 // Dequantizes the weights of one output for the inputs of one group.
-void unpack_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]);
+void dequantize_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]);
 
 }  // namespace specserve

@@ -16,7 +16,7 @@ void find_top(const float* logits, const float* unit_best, int64_t vocab_size, i
               int64_t* top) {
     const int64_t num_units = (vocab_size + kColumns - 1) / kColumns;
     int64_t best_units[kMaxTop];
-    auto pick = [](int64_t count, int64_t wanted, const auto& value, int64_t* best) {
+    auto find_best = [](int64_t count, int64_t wanted, const auto& value, int64_t* best) {
         int64_t found = 0;  // insertion into a short sorted list; equal values keep their order
         for (int64_t i = 0; i < count; ++i) {
             if (found == wanted && !(value(i) > value(best[found - 1]))) continue;
@@ -26,7 +26,7 @@ void find_top(const float* logits, const float* unit_best, int64_t vocab_size, i
         }
         return found;
     };
-    const int64_t found = pick(
+    const int64_t found = find_best(
         num_units, num_top, [&](int64_t i) { return unit_best[i]; }, best_units);
     std::sort(best_units, best_units + found);
     int64_t candidates[kMaxTop * kColumns];
@@ -35,7 +35,7 @@ void find_top(const float* logits, const float* unit_best, int64_t vocab_size, i
         for (int64_t c = 0; c < kColumns && best_units[u] * kColumns + c < vocab_size; ++c)
             candidates[num_candidates++] = best_units[u] * kColumns + c;
     int64_t best[kMaxTop];
-    const int64_t count = pick(
+    const int64_t count = find_best(
         num_candidates, num_top, [&](int64_t i) { return logits[candidates[i]]; }, best);
     for (int64_t i = 0; i < count; ++i) top[i] = candidates[best[i]];
 }
@@ -58,11 +58,11 @@ void Unembedding::run(Team& team) {
                  y.data());
         quantize_row(y.data(), normed_.rows(), row);
     });
-    team.share(num_units_, [&](int64_t unit) { columns(unit); });
-    team.share(head_.num_top ? head_.num_rows : 0, [&](int64_t row) { best(row); });
+    team.share(num_units_, [&](int64_t unit) { compute_unit(unit); });
+    team.share(head_.num_top ? head_.num_rows : 0, [&](int64_t row) { find_top_tokens(row); });
 }
 
-void Unembedding::columns(int64_t unit) {
+void Unembedding::compute_unit(int64_t unit) {
     const int64_t stride = d_.head.weight.num_outputs, first = unit * kPanels;
     const int64_t last = std::min(first + kPanels, stride / kPanel);
     for (int64_t top = 0; top < head_.num_rows; top += kRowBlock) {
@@ -73,30 +73,30 @@ void Unembedding::columns(int64_t unit) {
             if (d_.head.bias)
                 for (int64_t c = 0; c < (last - first) * kPanel; ++c)
                     logits[c] += d_.head.bias[first * kPanel + c];
-            best_[row * num_units_ + unit] = most(logits, unit * kColumns);
+            best_[row * num_units_ + unit] = largest_logit(logits, unit * kColumns);
         }
     }
 }
 
 // The largest logit of a unit; NaN if any of them is not finite.
-float Unembedding::most(const float* logits, int64_t column) const {
+float Unembedding::largest_logit(const float* logits, int64_t column) const {
     const int64_t count = std::min(kColumns, head_.vocab_size - column);
     if (count <= 0) return -INFINITY;
-    float some[kColumns];
+    float padded[kColumns];
     if (count < kColumns) {  // the last unit: filled up with one of its logits
-        std::fill(std::copy_n(logits, count, some), some + kColumns, logits[0]);
-        logits = some;
+        std::fill(std::copy_n(logits, count, padded), padded + kColumns, logits[0]);
+        logits = padded;
     }
-    Floats largest = load(logits), nothing = zero_floats();
+    Floats largest = load(logits), zeros = zero_floats();
     for (int64_t c = 0; c < kColumns; c += kLanes) {
         const Floats x = load(logits + c);
         largest = max(largest, x);
-        nothing = mul_add(x, zero_floats(), nothing);
+        zeros = mul_add(x, zero_floats(), zeros);
     }
-    return lane_sum(nothing) == 0 ? lane_max(largest) : NAN;
+    return lane_sum(zeros) == 0 ? lane_max(largest) : NAN;
 }
 
-void Unembedding::best(int64_t row) {
+void Unembedding::find_top_tokens(int64_t row) {
     const float* unit_best = best_.get() + row * num_units_;
     int64_t* top = head_.top + row * head_.num_top;
     for (int64_t unit = 0; unit < num_units_; ++unit)

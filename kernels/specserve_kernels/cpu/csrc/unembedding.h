@@ -18,16 +18,16 @@ class Unembedding {
     void run(Team& team);
 
    private:
-    void columns(int64_t unit);
-    float most(const float* logits, int64_t column) const;
-    void best(int64_t row);
+    void compute_unit(int64_t unit);
+    float largest_logit(const float* logits, int64_t column) const;
+    void find_top_tokens(int64_t row);
 
     const Decoder& d_;
     const Head& head_;
     const float* x_;
     RowBuffer normed_;
     int64_t num_units_;
-    std::unique_ptr<float[]> best_;  // [num_rows][num_units] from `most`
+    std::unique_ptr<float[]> best_;  // [num_rows][num_units] from `largest_logit`
 };
 
 }  // namespace specserve

@@ -14,26 +14,27 @@ namespace specserve {
 class WantedRows {
    public:
     WantedRows(const Decoder& d, const Pass& pass, const Head& head)
-        : place_(pass.num_rows, -1), segments_(pass.segments.num_segments) {
-        const bool all = std::count(pass.taps, pass.taps + pass.num_taps, d.num_layers) > 0;
-        if (all) std::fill(place_.begin(), place_.end(), 0);
-        for (int64_t i = 0; i < head.num_rows; ++i) place_[head.rows[i]] = 0;
+        : index_(pass.num_rows, -1), segments_(pass.segments.num_segments) {
+        const int64_t* end = pass.aux_layers + pass.num_aux_layers;
+        if (std::find(pass.aux_layers, end, d.num_layers) != end)
+            std::fill(index_.begin(), index_.end(), 0);
+        for (int64_t i = 0; i < head.num_rows; ++i) index_[head.rows[i]] = 0;
         for (int64_t row = 0, segment = 0; row < pass.num_rows; ++row) {
             while (row >= pass.segments.cu_rows[segment + 1]) ++segment;
-            if (place_[row] < 0) continue;
-            place_[row] = num_rows();
+            if (index_[row] < 0) continue;
+            index_[row] = num_rows();
             rows_.push_back(row);
             segments_[segment] = true;
         }
     }
 
     int64_t num_rows() const { return int64_t(rows_.size()); }
-    int64_t row(int64_t place) const { return rows_[place]; }  // of the wanted ones
-    int64_t place(int64_t row) const { return place_[row]; }  // among those; -1: not wanted
+    int64_t row(int64_t index) const { return rows_[index]; }  // of the wanted ones
+    int64_t index_of(int64_t row) const { return index_[row]; }  // among those; -1: not wanted
     bool has_segment(int64_t segment) const { return segments_[segment]; }
 
    private:
-    std::vector<int64_t> rows_, place_;
+    std::vector<int64_t> rows_, index_;
     std::vector<char> segments_;  // 1: has a wanted row
 };
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "calibration.h"
-#include "successors.h"
 #include "suffix.h"
 #include "token_log.h"
+#include "topk_table.h"
 #include "tree.h"
 
 namespace py = pybind11;
@@ -124,16 +124,16 @@ public:
     BoundTable(
         Array<uint8_t> rows,
         int token_bytes,
-        const std::array<float, 256>& shares,
+        const std::array<float, 256>& probs,
         double steps_per_octave,
-        const std::array<float, kOrders>& news,
-        const std::array<double, kOrders>& trust)
+        const std::array<float, kOrders>& learning_rate,
+        const std::array<double, kOrders>& weight)
         : rows_(std::move(rows)),
           table_(
               rows_.mutable_data(),
               rows_.size(),
               token_bytes,
-              {shares, steps_per_octave, news, trust}) {}
+              {probs, steps_per_octave, learning_rate, weight}) {}
 
     py::tuple grow(
         const std::vector<uint64_t>& salts,
@@ -175,7 +175,7 @@ public:
 
 private:
     Array<uint8_t> rows_;
-    SuccessorTable table_;
+    TopKTable table_;
 };
 
 }  // namespace
@@ -216,7 +216,7 @@ PYBIND11_MODULE(_native, module) {
         validate(Trees(py::make_tuple(tree)).views()[0], vocab_size, max_nodes);
     });
 
-    py::class_<BoundTable>(module, "SuccessorTable")
+    py::class_<BoundTable>(module, "TopKTable")
         .def(
             py::init<
                 Array<uint8_t>,
@@ -228,10 +228,10 @@ PYBIND11_MODULE(_native, module) {
             py::arg("rows").noconvert(),
             py::kw_only(),
             py::arg("token_bytes"),
-            py::arg("shares"),
+            py::arg("probs"),
             py::arg("steps_per_octave"),
-            py::arg("news"),
-            py::arg("trust"))
+            py::arg("learning_rate"),
+            py::arg("weight"))
         .def("grow", &BoundTable::grow)
         .def("learn", &BoundTable::learn)
         .def("learn_text", &BoundTable::learn_text);

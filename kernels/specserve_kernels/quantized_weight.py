@@ -36,7 +36,7 @@ class WeightFormat(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight:
+class QuantizedWeight:
     """A quantized weight [num_outputs, num_inputs]; the module describes the layout."""
 
     format: WeightFormat
@@ -53,7 +53,7 @@ def pack_int4(
     values: Tensor,  # [num_outputs, num_inputs] uint8, 0..15
     scales: Tensor,  # [num_outputs, num_inputs / 32] float16
     minimums: Tensor,  # [num_outputs, num_inputs / 32] float16
-) -> PackedWeight:
+) -> QuantizedWeight:
     """Pack int4 values: Q4_1 as stored, Q4_0 with `minimums` = -8 * scales.
 
     Raises ValueError for other shapes, and if num_inputs is not a multiple of 32.
@@ -67,7 +67,7 @@ def pack_int4(
 def pack_int8(
     values: Tensor,  # [num_outputs, num_inputs] int8
     scales: Tensor,  # [num_outputs, num_inputs / 32] float16
-) -> PackedWeight:
+) -> QuantizedWeight:
     """Pack int8 values: Q8_0 as stored.
 
     Raises ValueError for other shapes, and if num_inputs is not a multiple of 32.
@@ -76,12 +76,12 @@ def pack_int8(
     return _packed(WeightFormat.INT8, values, chunks, [scales])
 
 
-def quantize_int8(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs], any float dtype
+def quantize_int8(weight: Tensor) -> QuantizedWeight:  # [num_outputs, num_inputs], any float dtype
     """Round to the nearest int8 weights, symmetric per group of 32.
 
     Raises ValueError if num_inputs is not a multiple of 32.
     """
-    groups = torch.unflatten(_tiles_check(weight).float(), 1, (-1, GROUP))
+    groups = torch.unflatten(_checked(weight).float(), 1, (-1, GROUP))
     scales = (groups.abs().amax(-1) / 127).half()
     # A scale that is too small for float16 becomes zero, and so do the weights of its group.
     inverse = torch.where(scales > 0, 1 / scales.float(), 0.0)
@@ -89,14 +89,14 @@ def quantize_int8(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs],
     return pack_int8(values.flatten(1), scales)
 
 
-def quantize_int4(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs], any float dtype
+def quantize_int4(weight: Tensor) -> QuantizedWeight:  # [num_outputs, num_inputs], any float dtype
     """Quantize to int4 with a scale and a minimum per group of 32.
 
     Per group, tries value ranges of 100 % to 80 % of the group's own range around its middle and
     uses the one with the smallest squared error: clipping outliers gives smaller steps. Raises
     ValueError if num_inputs is not a multiple of 32.
     """
-    groups = torch.unflatten(_tiles_check(weight).float(), 1, (-1, GROUP))
+    groups = torch.unflatten(_checked(weight).float(), 1, (-1, GROUP))
     low, high = groups.amin(-1), groups.amax(-1)
     best = torch.full_like(low, torch.inf)
     values = torch.zeros(groups.shape, dtype=torch.uint8)
@@ -116,13 +116,13 @@ def quantize_int4(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs],
     return pack_int4(values.flatten(1), scales, minimums)
 
 
-def unpack(weight: PackedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
+def dequantize(weight: QuantizedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
     """Dequantize all weights."""
     floats = _floats(weight.format, weight.panels, PANEL)
     return floats.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs]
 
 
-def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
+def dequantize_rows(weight: QuantizedWeight, rows: Tensor) -> Tensor:
     """Dequantize the outputs `rows` [n] int64 only: [n, num_inputs] float32."""
     groups = torch.arange(weight.panels.shape[1])
     places = _row_bytes(weight.format)[rows % PANEL]
@@ -157,17 +157,17 @@ def _row_bytes(weight_format: WeightFormat) -> Tensor:
     return torch.cat([part.transpose(0, 1).flatten(1) for part in by_output], 1)
 
 
-def _tiles_check(values: Tensor) -> Tensor:
+def _checked(values: Tensor) -> Tensor:
     if values.dim() != 2 or values.shape[1] % GROUP or not values.numel():
         raise ValueError(
-            f"a weight of shape {list(values.shape)} cannot be packed: "
-            f"its inputs come in groups of {GROUP}"
+            f"a weight of shape {list(values.shape)} cannot be quantized: "
+            f"the number of inputs must be a multiple of {GROUP}"
         )
     return values
 
 
 def _tiles(values: Tensor) -> Tensor:  # -> [num_panels, num_groups, PANEL, GROUP]
-    padded = _padded(_tiles_check(values))
+    padded = _padded(_checked(values))
     return padded.view(-1, PANEL, values.shape[1] // GROUP, GROUP).transpose(1, 2)
 
 
@@ -178,7 +178,7 @@ def _padded(x: Tensor) -> Tensor:  # with zero rows up to a whole panel
 
 def _packed(
     weight_format: WeightFormat, values: Tensor, chunks: Tensor, halves: list[Tensor]
-) -> PackedWeight:
+) -> QuantizedWeight:
     num_outputs, num_inputs = values.shape
     for half in halves:
         if half.shape != (num_outputs, num_inputs // GROUP) or half.dtype != torch.float16:
@@ -189,4 +189,4 @@ def _packed(
     heads = [torch.unflatten(_padded(half), 0, (-1, PANEL)).transpose(1, 2) for half in halves]
     parts = [head.contiguous().view(torch.uint8) for head in heads]
     panels = torch.cat([*parts, chunks.contiguous().view(torch.uint8).flatten(2)], -1)
-    return PackedWeight(weight_format, num_outputs, num_inputs, panels)
+    return QuantizedWeight(weight_format, num_outputs, num_inputs, panels)

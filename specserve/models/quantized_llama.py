@@ -15,17 +15,17 @@ from specserve.cache.storage import KVSpec, KVStorage
 from specserve.models.checkpoint import Checkpoint
 from specserve.models.rope import rotary_table
 from specserve.models.shape import ModelShape
-from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, PackedLinear
+from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, QuantizedLinear
 from specserve_kernels.ops import Kernels
-from specserve_kernels.packing import PackedWeight, unpack_rows
+from specserve_kernels.quantized_weight import QuantizedWeight, dequantize_rows
 
-Pack = Callable[[str], PackedWeight]  # takes the tensor's name in the checkpoint
+Read = Callable[[str], QuantizedWeight]  # takes the tensor's name in the checkpoint
 
 
-class PackedLlama:
+class QuantizedLlama:
     """A `Model` with quantised weights, ready to run.
 
-    `pack_head` reads and packs the embedding and the head, `pack` the linear weights of the layers.
+    `read_head` reads the embedding and the head, `read` the linear weights of the layers.
     """
 
     exact = True
@@ -37,16 +37,16 @@ class PackedLlama:
         checkpoint: Checkpoint,
         kernels: Kernels,
         *,
-        pack: Pack,
-        pack_head: Pack,
+        read: Read,
+        read_head: Read,
         dtype: torch.dtype,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
-        read = _Reader(shape, checkpoint, pack)
+        layers = _LayerReader(shape, checkpoint, read)
         cos, sin = rotary_table(shape.rope, shape.head_dim, shape.max_position_embeddings)
-        embed = pack_head("model.embed_tokens.weight")
-        head = embed if shape.tied_head else pack_head("lm_head.weight")
+        embed = read_head("model.embed_tokens.weight")
+        head = embed if shape.tied_head else read_head("lm_head.weight")
         weights = DecoderWeights(
             shape.num_heads,
             shape.num_kv_heads,
@@ -55,14 +55,14 @@ class PackedLlama:
             cos,
             sin,
             embed,
-            [read.layer(index) for index in range(shape.num_layers)],
+            [layers.layer(index) for index in range(shape.num_layers)],
             checkpoint.floats("model.norm.weight").float(),
-            PackedLinear(head),
+            QuantizedLinear(head),
         )
         self.num_bytes = weights.num_bytes
-        assert kernels.packed_decoder is not None, f"{kernels.name} has no packed weights"
-        self.packed_embedding, self._norm = embed, weights.norm
-        self._decoder = kernels.packed_decoder(weights)
+        assert kernels.quantized_decoder is not None, f"{kernels.name} has no quantised decoder"
+        self.quantized_embedding, self._norm = embed, weights.norm
+        self._decoder = kernels.quantized_decoder(weights)
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -74,7 +74,7 @@ class PackedLlama:
         batch: ForwardBatch,
         kv: KVStorage,
         *,
-        taps: tuple[int, ...] = (),
+        aux_layers: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
         """See `Model.__call__`."""
@@ -87,13 +87,13 @@ class PackedLlama:
                 kv.data,
                 batch.logit_rows,
                 num_top,
-                taps,
+                aux_layers,
             )
         )
         return ModelOutput(
             out.logits,
             topk=out.top if num_top else None,
-            taps=out.tapped.flatten(1) if taps else None,
+            aux_hidden_states=out.aux_hidden_states.flatten(1) if aux_layers else None,
         )
 
     __call__ = forward
@@ -104,7 +104,7 @@ class PackedLlama:
 
     def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size] float32
         """See `Model`."""
-        return unpack_rows(self.packed_embedding, ids)
+        return dequantize_rows(self.quantized_embedding, ids)
 
     def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32 -> the same shape
         """See `Model`."""
@@ -115,13 +115,13 @@ class PackedLlama:
         return self._decoder.unembed(x)
 
 
-class _Reader:
+class _LayerReader:
     """Reads the tensors of one layer from a checkpoint."""
 
-    def __init__(self, shape: ModelShape, checkpoint: Checkpoint, pack: Pack) -> None:
+    def __init__(self, shape: ModelShape, checkpoint: Checkpoint, read: Read) -> None:
         self._shape = shape
         self._checkpoint = checkpoint
-        self._pack = pack
+        self._read = read
 
     def layer(self, index: int) -> LayerWeights:
         shape, prefix = self._shape, f"model.layers.{index}"
@@ -144,6 +144,6 @@ class _Reader:
     def _norm(self, name: str) -> Tensor:
         return self._checkpoint.floats(f"{name}.weight").float()
 
-    def _linear(self, name: str, with_bias: bool) -> PackedLinear:
+    def _linear(self, name: str, with_bias: bool) -> QuantizedLinear:
         bias = self._checkpoint.floats(f"{name}.bias").float() if with_bias else None
-        return PackedLinear(self._pack(f"{name}.weight"), bias)
+        return QuantizedLinear(self._read(f"{name}.weight"), bias)

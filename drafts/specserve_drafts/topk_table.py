@@ -29,11 +29,11 @@ WIDTH: Final = 4  # successors stored per context; more gained nothing (drafts/L
 TABLE: Final = "table.safetensors"  # file name in a draft's directory
 # Probabilities are stored as one byte s, which stands for 2 ** (-s / _PER_OCTAVE).
 _PER_OCTAVE: Final = 16
-_SHARES: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # by byte
-_SHARE_LIST: Final[list[float]] = _SHARES.tolist()
+_PROBS: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # by byte
+_PROB_LIST: Final[list[float]] = _PROBS.tolist()
 # A tag has the 14 upper bits of a context's hash state and two flags: the row was written, and its
 # context was written again, which gives the row its second chance.
-_WRITTEN, _AGAIN, _TAG_BITS = np.uint16(1), np.uint16(2), np.uint16(0xFFFC)
+_WRITTEN, _SECOND_CHANCE, _TAG_BITS = np.uint16(1), np.uint16(2), np.uint16(0xFFFC)
 NO_SALT: Final = 0
 _NO_TOKEN: Final = 0xFFFFFFFF  # hashed for positions before the first token of a text
 _MULTIPLIER: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio (Knuth, TAOCP 3, section 6.4)
@@ -42,49 +42,50 @@ _WORD: Final = 2**64 - 1
 Context = tuple[int, ...]  # tokens, the last one first
 
 
-class Manner(NamedTuple):
-    """The update rule of a table, for contexts of 1, 2, ... tokens; measured in drafts/LOG.md.
+class UpdateRule(NamedTuple):
+    """For contexts of 1, 2, ... tokens; measured in drafts/LOG.md.
 
-    news: the learning rate, the weight of a new observation in the running mean; higher for long
-    contexts, which recur rarely and whose latest continuation predicts best. trust: the weight of a
-    context's row against those of the shorter contexts when candidates are read.
+    learning_rate: the weight of a new observation in the running mean; higher for long contexts,
+    which recur rarely and whose latest continuation predicts best. weight: that of a context's row
+    against those of the shorter contexts when candidates are read.
     """
 
-    news: tuple[float, ...]
-    trust: tuple[float, ...]
+    learning_rate: tuple[float, ...]
+    weight: tuple[float, ...]
 
 
-SHARED: Final = Manner(news=(0.1, 0.2, 0.4), trust=(1.0, 0.5, 0.6))
-OWN: Final = Manner(news=(0.5, 0.6, 0.8), trust=(0.6, 0.6, 0.7))  # for the table of one request
+SHARED: Final = UpdateRule(learning_rate=(0.1, 0.2, 0.4), weight=(1.0, 0.5, 0.6))
+# For the table of one request.
+OWN: Final = UpdateRule(learning_rate=(0.5, 0.6, 0.8), weight=(0.6, 0.6, 0.7))
 
 
-class SuccessorTable:
+class TopKTable:
     """A table of `num_rows` rows, a power of two, for token ids below `vocab_size`."""
 
-    def __init__(self, num_rows: int, vocab_size: int, manner: Manner = SHARED) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, rule: UpdateRule = SHARED) -> None:
         assert num_rows.bit_count() == 1, f"{num_rows} is no power of two"
-        self._manner = manner
+        self._rule = rule
         token = "H" if vocab_size <= 2**16 else "I"
         self._row = struct.Struct(f"<H{WIDTH}{token}{WIDTH}B")
         # The fields of a row are adjacent, so that reading it costs one CPU cache miss.
-        fields = [("tags", "<u2"), ("tokens", f"<{token}", WIDTH), ("shares", "u1", WIDTH)]
+        fields = [("tags", "<u2"), ("tokens", f"<{token}", WIDTH), ("prob_steps", "u1", WIDTH)]
         rows = np.zeros(num_rows, fields)
         assert rows.itemsize == self._row.size
         self._buffer = rows.view(np.uint8).data
         host = native_host()
-        self._native: _native.SuccessorTable | None = None
+        self._native: _native.TopKTable | None = None
         if host is not None:
-            self._native = host.SuccessorTable(
+            self._native = host.TopKTable(
                 rows.view(np.uint8),
                 token_bytes=rows.dtype["tokens"].base.itemsize,
-                shares=_SHARE_LIST,
+                probs=_PROB_LIST,
                 steps_per_octave=_PER_OCTAVE,
-                news=manner.news,
-                trust=manner.trust,
+                learning_rate=rule.learning_rate,
+                weight=rule.weight,
             )
         self._tags: npt.NDArray[np.uint16] = rows["tags"]  # 0: never written
         self._tokens: npt.NDArray[np.unsignedinteger[Any]] = rows["tokens"]
-        self._shares: npt.NDArray[np.uint8] = rows["shares"]  # see _PER_OCTAVE
+        self._prob_steps: npt.NDArray[np.uint8] = rows["prob_steps"]  # see _PER_OCTAVE
 
     @property
     def num_filled(self) -> int:
@@ -98,7 +99,7 @@ class SuccessorTable:
         max_nodes: int,
         min_probability: float,
         drafter_id: int,
-        own: "SuccessorTable | None" = None,
+        own: "TopKTable | None" = None,
     ) -> DraftTree:
         """Grow a tree best-first from `context`, whose first element, the last token, is the root.
 
@@ -107,14 +108,16 @@ class SuccessorTable:
         of a path probability below `min_probability` are left out.
         """
         if self._native is not None:
-            of_text = None if own is None else own._native
+            own_native = None if own is None else own._native
             return DraftTree(
-                *self._native.grow(salts, context, max_nodes, min_probability, drafter_id, of_text)
+                *self._native.grow(
+                    salts, context, max_nodes, min_probability, drafter_id, own_native
+                )
             )
 
         def expand(known: Context, depth: int) -> Iterator[tuple[int, float, Context]]:
-            for token, share in self.candidates(salts, known, own):
-                yield token, share, (token, *known[: ORDERS - 1])
+            for token, prob in self.candidates(salts, known, own):
+                yield token, prob, (token, *known[: ORDERS - 1])
 
         known = tuple(context[:ORDERS])
         return grow_best_first(known[0], known, expand, max_nodes, min_probability, drafter_id)
@@ -137,12 +140,12 @@ class SuccessorTable:
             self._native.learn(salt, before, tree, best, logits)
             return
         with np.errstate(invalid="ignore"):
-            shares = np.exp(logits - logits[:, :1])
-            shares /= shares.sum(1, keepdims=True)
-        sound = np.isfinite(shares).all(1) & (best >= 0).all(1)
+            probs = np.exp(logits - logits[:, :1])
+            probs /= probs.sum(1, keepdims=True)
+        valid = np.isfinite(probs).all(1) & (best >= 0).all(1)
         contexts = np.array(_contexts(tree, before), np.int64)
         salts = np.full(len(tree), salt, np.uint64)
-        self.write(salts[sound], contexts[sound], best[sound], shares[sound])
+        self.write(salts[valid], contexts[valid], best[valid], probs[valid])
 
     def learn_text(self, tokens: Sequence[int]) -> None:
         """Write every token as the successor, of probability 1, of the tokens before it; no salt.
@@ -152,22 +155,22 @@ class SuccessorTable:
         if self._native is not None:
             self._native.learn_text(tokens)
             return
-        salt, shares = np.zeros(1, np.uint64), np.eye(1, WIDTH, dtype=np.float32)
+        salt, probs = np.zeros(1, np.uint64), np.eye(1, WIDTH, dtype=np.float32)
         for end in range(1, len(tokens)):
             before = tokens[max(end - ORDERS, 0) : end][::-1]
             context = np.array([(*before, *[-1] * (ORDERS - len(before)))], np.int64)
-            self.write(salt, context, np.array([[tokens[end]] + [0] * (WIDTH - 1)]), shares)
+            self.write(salt, context, np.array([[tokens[end]] + [0] * (WIDTH - 1)]), probs)
 
     def write(
         self,
         salts: npt.NDArray[np.uint64],
         contexts: npt.NDArray[np.int64],
         tokens: npt.NDArray[np.int64],
-        shares: npt.NDArray[np.float32],
+        probs: npt.NDArray[np.float32],
     ) -> None:
         """Write n contexts, under each of their lengths from 1 to ORDERS.
 
-        salts: [n]. contexts: [n, ORDERS], the last token first, -1 before the text. tokens, shares:
+        salts: [n]. contexts: [n, ORDERS], the last token first, -1 before the text. tokens, probs:
         [n, WIDTH], successors and their probabilities, the best first. A context that is new under
         its salt starts from its row without a salt, if there is one.
         """
@@ -175,80 +178,81 @@ class SuccessorTable:
         for order in range(ORDERS):
             token = contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN)
             state, without = _next_states(state, token), _next_states(without, token)
-            self._write(state, without, np.float32(self._manner.news[order]), tokens, shares)
+            self._write(state, without, np.float32(self._rule.learning_rate[order]), tokens, probs)
 
     def _write(
         self,
         states: npt.NDArray[np.uint64],
         without: npt.NDArray[np.uint64],
-        news: np.float32,
+        learning_rate: np.float32,
         tokens: npt.NDArray[np.int64],
-        shares: npt.NDArray[np.float32],
+        probs: npt.NDArray[np.float32],
     ) -> None:
         """Write contexts of one length, given their hash states with and without their salt."""
         rows, known = self._find(states)
-        before, told = self._find(without)
-        tags, there = _tags(states), self._tags[rows]
-        spared = ~known & (there & _AGAIN > 0)
-        self._tags[rows[spared]] = there[spared] & ~_AGAIN
-        weights = np.where(known | told, news, np.float32(1.0))[:, None]
+        before, known_without_salt = self._find(without)
+        tags, old_tags = _tags(states), self._tags[rows]
+        kept = ~known & (old_tags & _SECOND_CHANCE > 0)
+        self._tags[rows[kept]] = old_tags[kept] & ~_SECOND_CHANCE
+        weights = np.where(known | known_without_salt, learning_rate, np.float32(1.0))[:, None]
         source = np.where(known, rows, before)
         merged = _merged(
             tokens.astype(self._tokens.dtype),
-            weights * shares,
+            weights * probs,
             self._tokens[source],
-            (np.float32(1.0) - weights) * _SHARES[self._shares[source]],
+            (np.float32(1.0) - weights) * _PROBS[self._prob_steps[source]],
         )
-        mine = rows[~spared]
-        self._tags[mine] = np.where(known, tags | _AGAIN, tags)[~spared]
-        self._tokens[mine] = merged[0][~spared]
-        self._shares[mine] = _steps(merged[1])[~spared]
+        written = rows[~kept]
+        self._tags[written] = np.where(known, tags | _SECOND_CHANCE, tags)[~kept]
+        self._tokens[written] = merged[0][~kept]
+        self._prob_steps[written] = _prob_steps(merged[1])[~kept]
 
     def _find(
         self, states: npt.NDArray[np.uint64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """The row index of each context, and whether the row currently holds that context."""
         rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64)
-        return rows, self._tags[rows] & ~_AGAIN == _tags(states)
+        return rows, self._tags[rows] & ~_SECOND_CHANCE == _tags(states)
 
     def candidates(
-        self, salts: Sequence[int], context: Sequence[int], own: "SuccessorTable | None" = None
+        self, salts: Sequence[int], context: Sequence[int], own: "TopKTable | None" = None
     ) -> list[tuple[int, float]]:
         """At most WIDTH (token, probability) pairs, the best first; parameters as in `grow`.
 
-        Rows are mixed from the longest context down, each with the part `trust` of the weight that
-        is left; at each length the row of `own` comes first.
+        Rows are mixed from the longest context down, each with the part `weight` of what is
+        left; at each length the row of `own` comes first.
         """
         mixed: dict[int, float] = {}
         left = 1.0
         states = [_states(salt, context) for salt in salts]
-        states_of_text = _states(NO_SALT, context)
+        own_states = _states(NO_SALT, context)
         for order in reversed(range(len(context))):
-            of_text = None if own is None else own._said(states_of_text[order])
-            found = (said for state in states if (said := self._said(state[order])) is not None)
-            for table, said in ((own, of_text), (self, next(found, None))):
-                if table is None or said is None:
+            own_row = None if own is None else own._read(own_states[order])
+            rows = (self._read(state[order]) for state in states)
+            shared_row = next((row for row in rows if row is not None), None)
+            for table, row in ((own, own_row), (self, shared_row)):
+                if table is None or row is None:
                     continue
-                weight = left * table._manner.trust[order]
-                for token, step in zip(said[:WIDTH], said[WIDTH:], strict=True):
-                    mixed[token] = mixed.get(token, 0.0) + weight * _SHARE_LIST[step]
+                weight = left * table._rule.weight[order]
+                for token, step in zip(row[:WIDTH], row[WIDTH:], strict=True):
+                    mixed[token] = mixed.get(token, 0.0) + weight * _PROB_LIST[step]
                 left -= weight
         return sorted(mixed.items(), key=lambda item: -item[1])[:WIDTH]
 
-    def _said(self, state: int) -> list[int] | None:
+    def _read(self, state: int) -> list[int] | None:
         """WIDTH tokens and then their WIDTH probability bytes; None: the context has no row."""
         row = state & (len(self._tags) - 1)
-        tag, *said = self._row.unpack_from(self._buffer, row * self._row.size)
-        return said if tag & 0xFFFD == state >> 48 & 0xFFFC | 1 else None
+        tag, *values = self._row.unpack_from(self._buffer, row * self._row.size)
+        return values if tag & 0xFFFD == state >> 48 & 0xFFFC | 1 else None
 
     def save(self, path: Path) -> None:
         """Write the table as safetensors, atomically. Raises ValueError, naming the file."""
-        columns = {"tags": self._tags, "tokens": self._tokens, "shares": self._shares}
+        columns = {"tags": self._tags, "tokens": self._tokens, "prob_steps": self._prob_steps}
         with whole_file(path) as part:
             save_file({name: column.copy() for name, column in columns.items()}, part)
 
     @classmethod
-    def load(cls, path: Path, vocab_size: int) -> "SuccessorTable":
+    def load(cls, path: Path, vocab_size: int) -> "TopKTable":
         """Read a table. Raises ValueError, naming the file, if it is not a table for a vocabulary
         of this size."""
         try:
@@ -257,9 +261,9 @@ class SuccessorTable:
             raise ValueError(f"{path} cannot be read: {error}") from error
         num_rows = len(arrays.get("tags", ()))
         if num_rows.bit_count() != 1:
-            raise ValueError(f"{path} is no table of successors: it has {num_rows} rows")
+            raise ValueError(f"{path} is no top-k table: it has {num_rows} rows")
         table = cls(num_rows, vocab_size)
-        for name in ("tags", "tokens", "shares"):
+        for name in ("tags", "tokens", "prob_steps"):
             own, read = getattr(table, f"_{name}"), arrays.get(name)
             if read is None or (read.shape, read.dtype) != (own.shape, own.dtype):
                 raise ValueError(
@@ -274,20 +278,20 @@ class SuccessorTable:
 
 def _merged(
     new: npt.NDArray[np.unsignedinteger[Any]],
-    new_shares: npt.NDArray[np.float32],
+    new_probs: npt.NDArray[np.float32],
     old: npt.NDArray[np.unsignedinteger[Any]],
-    old_shares: npt.NDArray[np.float32],
+    old_probs: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float32]]:
     """The WIDTH best of the new and old successors, row by row; a token in both has the sum of its
     weighted probabilities."""
     same = new[:, :, None] == old[:, None, :]
     same &= same.cumsum(1) == 1  # rows of `learn_text` are padded with a repeated token
-    both = new_shares + (same * old_shares[:, None, :]).sum(2)
-    alone = np.where(same.any(1), np.float32(0.0), old_shares)
-    shares = np.concatenate([both, alone], 1)
-    best = np.argsort(-shares, axis=1, kind="stable")[:, :WIDTH]
+    both = new_probs + (same * old_probs[:, None, :]).sum(2)
+    alone = np.where(same.any(1), np.float32(0.0), old_probs)
+    probs = np.concatenate([both, alone], 1)
+    best = np.argsort(-probs, axis=1, kind="stable")[:, :WIDTH]
     tokens = np.concatenate([new, old], 1)
-    return np.take_along_axis(tokens, best, 1), np.take_along_axis(shares, best, 1)
+    return np.take_along_axis(tokens, best, 1), np.take_along_axis(probs, best, 1)
 
 
 def _tags(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
@@ -295,8 +299,8 @@ def _tags(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
     return tags & _TAG_BITS | _WRITTEN
 
 
-def _steps(shares: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    steps = -_PER_OCTAVE * np.log2(np.maximum(shares, np.float32(1e-9)))
+def _prob_steps(probs: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    steps = -_PER_OCTAVE * np.log2(np.maximum(probs, np.float32(1e-9)))
     rounded: npt.NDArray[np.uint8] = np.clip(steps, 0, 255).round().astype(np.uint8)
     return rounded
 

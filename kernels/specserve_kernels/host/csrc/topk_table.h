@@ -1,5 +1,5 @@
 // Top-k table: the last tokens of a text -> the most likely next tokens according to the target.
-// The C++ version of specserve_drafts/successors.py, on whose memory it works.
+// The C++ version of specserve_drafts/topk_table.py, on whose memory it works.
 #pragma once
 
 #include <array>
@@ -15,31 +15,30 @@ constexpr int kWidth = 4;   // next tokens per context
 
 using Context = std::array<int64_t, kOrders>;  // the last token first; -1 before the text
 
-// The constants of successors.py, which explains them.
-struct SuccessorNumbers {
-    std::array<float, 256> shares;  // probability of each stored step
-    double steps_per_octave;        // steps in which a probability halves
-    std::array<float, kOrders> news;    // learning rate by order
-    std::array<double, kOrders> trust;  // weight by order
+// The constants of topk_table.py, which explains them.
+struct TopKTableNumbers {
+    std::array<float, 256> probs;  // probability of each stored step
+    double steps_per_octave;       // steps in which a probability halves
+    std::array<float, kOrders> learning_rate;  // by order
+    std::array<double, kOrders> weight;        // by order
 };
 
-class SuccessorTable {
+class TopKTable {
 public:
-    // rows: {uint16 tag, tokens[kWidth], uint8 shares[kWidth]} without padding, tokens of 2 or 4
-    // bytes. `num_bytes` holds a power of two of them.
-    SuccessorTable(
-        uint8_t* rows, int64_t num_bytes, int token_bytes, const SuccessorNumbers& numbers)
+    // rows: {uint16 tag, tokens[kWidth], uint8 prob_steps[kWidth]} without padding, tokens of 2 or
+    // 4 bytes. `num_bytes` holds a power of two of them.
+    TopKTable(
+        uint8_t* rows, int64_t num_bytes, int token_bytes, const TopKTableNumbers& numbers)
         : rows_(rows),
           token_bytes_(token_bytes),
           row_bytes_(2 + kWidth * (token_bytes + 1)),
           num_rows_(num_bytes / row_bytes_),
           numbers_(numbers) {}
 
-    // Updates the context's rows of all orders. tokens, shares: [kWidth], the best first, with
-    // their probabilities. A context that is new under this salt starts from the row without salt,
-    // if there is one.
+    // Updates the context's rows of all orders. tokens, probs: [kWidth], the best first. A context
+    // that is new under this salt starts from the row without salt, if there is one.
     void write(
-        uint64_t salt, const Context& context, const int64_t* tokens, const float* shares) const;
+        uint64_t salt, const Context& context, const int64_t* tokens, const float* probs) const;
 
     // Writes the context of every node of a tree. before: the tokens before the root, the latest
     // first. best, logits: [num_nodes][kWidth], the best next tokens and their logits; nodes with a
@@ -64,23 +63,23 @@ public:
         int max_nodes,
         double min_probability,
         uint8_t drafter_id,
-        const SuccessorTable* own) const;
+        const TopKTable* own) const;
 
 private:
     struct Row {
         uint16_t tag;
         uint32_t tokens[kWidth];
-        uint8_t shares[kWidth];
+        uint8_t prob_steps[kWidth];
     };
 
     Row read(int64_t row) const;
     bool find(uint64_t state, Row& row) const;
     void put(int64_t row, const Row& value) const;
-    uint8_t step_of(float share) const;
+    uint8_t step_of(float prob) const;
 
     uint8_t* rows_;
     int64_t token_bytes_, row_bytes_, num_rows_;
-    SuccessorNumbers numbers_;
+    TopKTableNumbers numbers_;
 };
 
 }  // namespace specserve

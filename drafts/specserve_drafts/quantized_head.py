@@ -19,44 +19,44 @@ from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
     LayerWeights,
-    PackedLinear,
-    why_not_packed,
+    QuantizedLinear,
+    why_not_quantized,
 )
 from specserve_kernels.draft_head import (
     DraftHeadWeights,
-    Growing,
-    Grown,
-    GrowShape,
-    PackedDraftHead,
+    ExpandedTree,
+    ExpansionLimits,
+    ExpansionTask,
+    QuantizedDraftHead,
 )
-from specserve_kernels.packing import GROUP, PackedWeight, quantize_int4
+from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, quantize_int4
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
-def can_be_packed(shape: HeadShape) -> bool:
+def can_be_quantized(shape: HeadShape) -> bool:
     """Whether the kernels support an int4 head of this shape."""
-    reason = why_not_packed(
+    reason = why_not_quantized(
         shape.hidden_size,
         shape.intermediate_size,
         shape.num_heads,
         shape.num_kv_heads,
         shape.head_dim,
     )
-    is_whole = shape.target_hidden_size * len(shape.taps) % GROUP == 0
+    is_whole = shape.target_hidden_size * len(shape.aux_layers) % GROUP == 0
     return shape.kind == "eagle3" and reason is None and is_whole
 
 
-class PackedHead:
-    """As `heads.DraftHead`, and `grow` expands whole trees in one call. `can_be_packed` of the
+class QuantizedHead:
+    """As `heads.DraftHead`, and `expand` builds whole trees in one call. `can_be_quantized` of the
     file's shape must be True."""
 
     def __init__(
         self,
         file: HeadFile,
-        make: Callable[[DraftHeadWeights], PackedDraftHead],
+        make: Callable[[DraftHeadWeights], QuantizedDraftHead],
         num_positions: int,
-        embedding: PackedWeight,  # the target's, [vocab_size, hidden_size]
+        embedding: QuantizedWeight,  # the target's, [vocab_size, hidden_size]
     ) -> None:
         self.shape = file.shape
         self._head = make(_read(file, num_positions, embedding))
@@ -67,13 +67,15 @@ class PackedHead:
         """See `heads.DraftHead`."""
         return self._head(_pass_over(batch, rows, kv))
 
-    def take_in(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
+    def write_kv(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
         """See `heads.DraftHead`."""
-        self._head.take_in(_pass_over(batch, rows, kv))
+        self._head.write_kv(_pass_over(batch, rows, kv))
 
-    def grow(self, shape: GrowShape, kv: KVStorage, trees: Sequence[Growing]) -> list[Grown]:
-        """See `PackedDraftHead.grow`."""
-        return self._head.grow(shape, kv.data, trees)
+    def expand(
+        self, limits: ExpansionLimits, kv: KVStorage, tasks: Sequence[ExpansionTask]
+    ) -> list[ExpandedTree]:
+        """See `QuantizedDraftHead.expand`."""
+        return self._head.expand(limits, kv.data, tasks)
 
 
 def _pass_over(batch: HeadBatch, rows: Tensor, kv: KVStorage) -> DecoderPass:
@@ -84,19 +86,19 @@ def _pass_over(batch: HeadBatch, rows: Tensor, kv: KVStorage) -> DecoderPass:
         batch.segments,
         kv.data,
         _NO_ROWS,
-        rows=rows.contiguous(),
+        hidden_in=rows.contiguous(),
     )
 
 
-def _read(file: HeadFile, num_positions: int, embedding: PackedWeight) -> DraftHeadWeights:
+def _read(file: HeadFile, num_positions: int, embedding: QuantizedWeight) -> DraftHeadWeights:
     shape = file.shape
 
     def norm(name: str) -> Tensor:
         return file.tensor(f"{name}.weight").float()
 
-    def linear(name: str, with_bias: bool) -> PackedLinear:
+    def linear(name: str, with_bias: bool) -> QuantizedLinear:
         weight = quantize_int4(file.tensor(f"{name}.weight"))
-        return PackedLinear(weight, file.tensor(f"{name}.bias").float() if with_bias else None)
+        return QuantizedLinear(weight, file.tensor(f"{name}.bias").float() if with_bias else None)
 
     def layer(index: int) -> LayerWeights:
         prefix = f"layers.{index}"
@@ -129,19 +131,19 @@ def _read(file: HeadFile, num_positions: int, embedding: PackedWeight) -> DraftH
         [layer(index) for index in range(shape.num_layers)],
         norm("norm"),
         linear("lm_head", False),
-        row_norm=norm("layers.0.hidden_norm"),
+        hidden_norm=norm("layers.0.hidden_norm"),
         normed_residual=shape.norm_before_residual,
     )
-    tap_norms: list[Tensor] = []
-    if shape.tap_norm == "each":
-        tap_norms = [norm(f"fc_norm.{index}") for index in range(len(shape.taps))]
-    if shape.tap_norm == "joint":
-        tap_norms = [norm("input_norm")]
+    aux_norms: list[Tensor] = []
+    if shape.aux_norm == "each":
+        aux_norms = [norm(f"fc_norm.{index}") for index in range(len(shape.aux_layers))]
+    if shape.aux_norm == "joint":
+        aux_norms = [norm("input_norm")]
     ids = file.token_ids
     return DraftHeadWeights(
         decoder,
         linear("fc", shape.fc_bias),
-        tap_norms,
+        aux_norms,
         shape.norm_output,
         shape.logit_scale,
         torch.arange(shape.draft_vocab_size) if ids is None else ids.to(torch.int64).contiguous(),

@@ -1,4 +1,4 @@
-"""The compiled work of drafting and its twins in Python say the same, to the bit."""
+"""The compiled host code of drafting against its Python reference: the same bits."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -12,9 +12,9 @@ from specserve.speculation.calibration import Calibration
 from specserve.speculation.cost_model import PassCosts
 from specserve.speculation.node_selection import Selection
 from specserve.tree import MAX_NODES, DraftTree, build_tree
-from specserve_drafts.successors import OWN, WIDTH, SuccessorTable
 from specserve_drafts.suffix_search import SuffixSearch
 from specserve_drafts.token_log import END
+from specserve_drafts.topk_table import OWN, WIDTH, TopKTable
 from specserve_kernels.dispatch import VARIABLE, native_host
 
 pytestmark = pytest.mark.skipif(native_host() is None, reason="not built, or switched off")
@@ -138,11 +138,11 @@ row = st.lists(
     ),
     num_rows=st.sampled_from([8, 64, 2**12]),
 )
-def test_tables_of_successors(lessons: list[Lesson], num_rows: int, vocab_size: int) -> None:
-    compiled, python = both(lambda: SuccessorTable(num_rows, vocab_size))
-    own = both(lambda: SuccessorTable(64, vocab_size, OWN))
+def test_topk_tables(lessons: list[Lesson], num_rows: int, vocab_size: int) -> None:
+    compiled, python = both(lambda: TopKTable(num_rows, vocab_size))
+    own = both(lambda: TopKTable(64, vocab_size, OWN))
     for salt, before, tree, rows in lessons:
-        # One node at a time: the twin writes all rows of a call by what it found before the call.
+        # One node at a time: Python writes all rows of a call by what it found before the call.
         root = build_tree([int(tree.tokens[0])], [-1], [1.0], 1)
         ranked = sorted(rows[0], key=lambda pair: -pair[1])
         best = np.array([[token for token, _ in ranked]], np.int64)
@@ -150,9 +150,9 @@ def test_tables_of_successors(lessons: list[Lesson], num_rows: int, vocab_size: 
         for each in (compiled, python):
             each.learn(salt, before, root, best, logits)
         np.testing.assert_array_equal(compiled._tags, python._tags)
-        # A share is stored in steps; the last bit of a logarithm may turn one.
-        np.testing.assert_allclose(compiled._shares, python._shares.astype(int), atol=1)
-        python._shares[:], python._tokens[:] = compiled._shares, compiled._tokens
+        # A probability is stored in steps; the last bit of a logarithm may turn one.
+        np.testing.assert_allclose(compiled._prob_steps, python._prob_steps.astype(int), atol=1)
+        python._prob_steps[:], python._tokens[:] = compiled._prob_steps, compiled._tokens
         salts, context = (salt, 0) if salt else (0,), [int(tree.tokens[0]), *before]
         for of_text in own:
             of_text.learn_text([*before, *tree.tokens.tolist()])
@@ -173,7 +173,7 @@ def test_a_whole_tree_is_learned_from() -> None:
     best[2, 3] = -1
     logits = np.zeros((4, 4), np.float32)
     logits[3] = np.nan
-    for table in both(lambda: SuccessorTable(2**10, 100)):
+    for table in both(lambda: TopKTable(2**10, 100)):
         table.learn(5, [8, 9], tree, best, logits)
         assert [token for token, _ in table.candidates([5], (7, 8, 9))] == [0, 1, 2, 3]
         assert [token for token, _ in table.candidates([5], (1, 7, 8))] == [4, 5, 6, 7]

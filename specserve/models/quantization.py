@@ -13,56 +13,56 @@ from specserve.models.checkpoint import Checkpoint
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.types import Quantization
-from specserve_kernels.decoder import why_not_packed
+from specserve_kernels.decoder import why_not_quantized
 from specserve_kernels.ops import Kernels
-from specserve_kernels.packing import (
-    PackedWeight,
+from specserve_kernels.quantized_weight import (
+    QuantizedWeight,
     WeightFormat,
+    dequantize,
     quantize_int4,
     quantize_int8,
-    unpack,
 )
 
-_DTYPES: Final = (torch.float32, torch.bfloat16)  # supported for K and V with packed weights
+_DTYPES: Final = (torch.float32, torch.bfloat16)  # of K and V beside quantised weights
 
 
-class Choice(Struct, frozen=True):
-    """The decision for one model. If `packed` is False, the weights are served as floats."""
+class QuantizationChoice(Struct, frozen=True):
+    """The decision for one model. If `quantized` is False, the weights are served as floats."""
 
-    packed: bool
+    quantized: bool
     reason: str
 
 
-def choose(
+def choose_quantization(
     setting: Quantization,
     shape: ModelShape,
     checkpoint: Checkpoint,
     kernels: Kernels,
     dtype: torch.dtype,
-) -> Choice:
-    """Decide whether the weights are packed. `dtype` is that of K and V.
+) -> QuantizationChoice:
+    """Decide whether the weights are quantised. `dtype` is that of K and V.
 
-    If packing is impossible, `auto` falls back to floats and `int8` or `int4` raise `ModelError`.
+    If that is impossible, `auto` falls back to floats and `int8` or `int4` raise `ModelError`.
     """
     if setting == "none":
-        return Choice(False, "as set")
+        return QuantizationChoice(False, "as set")
     if setting == "auto" and not checkpoint.quantized:
-        return Choice(False, "the checkpoint's weights are floats")
+        return QuantizationChoice(False, "the checkpoint's weights are floats")
     reason = _obstacle(shape, kernels, dtype)
     if reason is None:
         kept = "the formats of the file are kept" if setting == "auto" else "as set"
-        return Choice(True, kept)
+        return QuantizationChoice(True, kept)
     if setting != "auto":
         raise ModelError(f"quantization: {setting!r} is not possible: {reason}; use 'none'")
-    return Choice(False, reason)
+    return QuantizationChoice(False, reason)
 
 
 def _obstacle(shape: ModelShape, kernels: Kernels, dtype: torch.dtype) -> str | None:
-    if kernels.packed_decoder is None:
-        return f"the {kernels.name} kernels have no packed weights"
+    if kernels.quantized_decoder is None:
+        return f"the {kernels.name} kernels do not support quantised weights"
     if dtype not in _DTYPES:
-        return f"packed weights go with dtype float32 or bfloat16, not {dtype}"
-    return why_not_packed(
+        return f"quantised weights need dtype float32 or bfloat16, not {dtype}"
+    return why_not_quantized(
         shape.hidden_size,
         shape.intermediate_size,
         shape.num_heads,
@@ -71,15 +71,17 @@ def _obstacle(shape: ModelShape, kernels: Kernels, dtype: torch.dtype) -> str | 
     )
 
 
-def pack_tensor(checkpoint: Checkpoint, name: str, wanted: WeightFormat | None) -> PackedWeight:
+def read_quantized(
+    checkpoint: Checkpoint, name: str, wanted: WeightFormat | None
+) -> QuantizedWeight:
     """Read the matrix `name` in the `wanted` format, requantising it if necessary.
 
-    None keeps the stored format, or selects int8 if that is not a packed format.
+    None keeps the stored format, or selects int8 if that is neither Q4_0, Q4_1 nor Q8_0.
     """
-    packed = checkpoint.packed(name)
-    if packed is not None and wanted in (None, packed.format):
-        return packed
-    floats = checkpoint.floats(name) if packed is None else unpack(packed)
+    stored = checkpoint.quantized_weight(name)
+    if stored is not None and wanted in (None, stored.format):
+        return stored
+    floats = checkpoint.floats(name) if stored is None else dequantize(stored)
     return quantize_int4(floats) if wanted is WeightFormat.INT4 else quantize_int8(floats)
 
 

@@ -1,4 +1,4 @@
-#include "successors.h"
+#include "topk_table.h"
 
 #include <cmath>
 #include <cstring>
@@ -9,7 +9,7 @@ namespace {
 
 // A tag: the upper bits of a context's state, and two flags.
 constexpr uint64_t kNoSalt = 0;
-constexpr uint16_t kWritten = 1, kAgain = 2, kTagBits = 0xFFFC;
+constexpr uint16_t kWritten = 1, kSecondChance = 2, kTagBits = 0xFFFC;
 
 // Hashes of the contexts of 1, 2 ... kOrders tokens.
 std::array<uint64_t, kOrders> states_of(uint64_t salt, const Context& context) {
@@ -27,28 +27,28 @@ uint16_t tag_of(uint64_t state) { return (uint16_t(state >> 48) & kTagBits) | kW
 
 struct Candidate {
     int32_t token;
-    double share;
+    double prob;
 };
 
-void add_to(std::vector<Candidate>& mixed, int32_t token, double share) {
+void add_to(std::vector<Candidate>& mixed, int32_t token, double prob) {
     for (Candidate& candidate : mixed) {
         if (candidate.token != token) continue;
-        candidate.share += share;
+        candidate.prob += prob;
         return;
     }
-    mixed.push_back({token, share});
+    mixed.push_back({token, prob});
 }
 
-void sort_by_share(std::vector<Candidate>& mixed) {
+void sort_by_prob(std::vector<Candidate>& mixed) {
     std::stable_sort(mixed.begin(), mixed.end(), [](const Candidate& a, const Candidate& b) {
-        return a.share > b.share;
+        return a.prob > b.prob;
     });
     if (mixed.size() > kWidth) mixed.resize(kWidth);
 }
 
 }  // namespace
 
-SuccessorTable::Row SuccessorTable::read(int64_t row) const {
+TopKTable::Row TopKTable::read(int64_t row) const {
     const uint8_t* at = rows_ + row * row_bytes_;
     Row read;
     std::memcpy(&read.tag, at, sizeof read.tag);
@@ -58,16 +58,16 @@ SuccessorTable::Row SuccessorTable::read(int64_t row) const {
         std::memcpy(&token, at, token_bytes_);  // little-endian, like the table
         at += token_bytes_;
     }
-    std::memcpy(read.shares, at, sizeof read.shares);
+    std::memcpy(read.prob_steps, at, sizeof read.prob_steps);
     return read;
 }
 
-bool SuccessorTable::find(uint64_t state, Row& row) const {
+bool TopKTable::find(uint64_t state, Row& row) const {
     row = read(state & (num_rows_ - 1));
-    return (row.tag & ~kAgain) == tag_of(state);
+    return (row.tag & ~kSecondChance) == tag_of(state);
 }
 
-void SuccessorTable::put(int64_t row, const Row& value) const {
+void TopKTable::put(int64_t row, const Row& value) const {
     uint8_t* at = rows_ + row * row_bytes_;
     std::memcpy(at, &value.tag, sizeof value.tag);
     at += sizeof value.tag;
@@ -75,16 +75,16 @@ void SuccessorTable::put(int64_t row, const Row& value) const {
         std::memcpy(at, &token, token_bytes_);
         at += token_bytes_;
     }
-    std::memcpy(at, value.shares, sizeof value.shares);
+    std::memcpy(at, value.prob_steps, sizeof value.prob_steps);
 }
 
-uint8_t SuccessorTable::step_of(float share) const {
-    const float steps = float(-numbers_.steps_per_octave) * std::log2(std::max(share, 1e-9f));
+uint8_t TopKTable::step_of(float prob) const {
+    const float steps = float(-numbers_.steps_per_octave) * std::log2(std::max(prob, 1e-9f));
     return uint8_t(std::nearbyint(std::min(std::max(steps, 0.0f), 255.0f)));
 }
 
-void SuccessorTable::write(
-    uint64_t salt, const Context& context, const int64_t* tokens, const float* shares) const {
+void TopKTable::write(
+    uint64_t salt, const Context& context, const int64_t* tokens, const float* probs) const {
     const auto states = states_of(salt, context);
     const auto without = salt == kNoSalt ? states : states_of(kNoSalt, context);
     for (int order = 0; order < kOrders; ++order) {
@@ -92,45 +92,47 @@ void SuccessorTable::write(
         const uint16_t tag = tag_of(states[order]);
         Row row;
         const bool known = find(states[order], row);
-        if (!known && (row.tag & kAgain)) {  // its context keeps the row this once
-            row.tag &= ~kAgain;
+        if (!known && (row.tag & kSecondChance)) {  // its context keeps the row this once
+            row.tag &= ~kSecondChance;
             put(index, row);
             continue;
         }
-        const bool told = known || find(without[order], row);  // else `row` gets weight 0
-        const float news = told ? numbers_.news[order] : 1.0f;
-        float said[2 * kWidth];
-        uint32_t named[2 * kWidth];
+        // If neither is known, `row` gets weight 0.
+        const bool known_without_salt = !known && find(without[order], row);
+        const float learning_rate = known || known_without_salt ? numbers_.learning_rate[order] : 1.0f;
+        float merged_probs[2 * kWidth];
+        uint32_t merged_tokens[2 * kWidth];
         int count = kWidth;
         for (int i = 0; i < kWidth; ++i) {
-            named[i] = uint32_t(tokens[i]);
-            said[i] = news * shares[i];
+            merged_tokens[i] = uint32_t(tokens[i]);
+            merged_probs[i] = learning_rate * probs[i];
         }
         for (int i = 0; i < kWidth; ++i) {
-            const float before = (1.0f - news) * numbers_.shares[row.shares[i]];
+            const float before = (1.0f - learning_rate) * numbers_.probs[row.prob_steps[i]];
             int at = 0;
-            while (at < kWidth && named[at] != row.tokens[i]) ++at;
+            while (at < kWidth && merged_tokens[at] != row.tokens[i]) ++at;
             if (at < kWidth) {
-                said[at] += before;
+                merged_probs[at] += before;
             } else {
-                named[count] = row.tokens[i];
-                said[count++] = before;
+                merged_tokens[count] = row.tokens[i];
+                merged_probs[count++] = before;
             }
         }
         std::array<int, 2 * kWidth> best;
         for (int i = 0; i < count; ++i) best[i] = i;
         std::stable_sort(
-            best.begin(), best.begin() + count, [&](int a, int b) { return said[a] > said[b]; });
-        row.tag = known ? tag | kAgain : tag;
+            best.begin(), best.begin() + count,
+            [&](int a, int b) { return merged_probs[a] > merged_probs[b]; });
+        row.tag = known ? tag | kSecondChance : tag;
         for (int i = 0; i < kWidth; ++i) {
-            row.tokens[i] = named[best[i]];
-            row.shares[i] = step_of(said[best[i]]);
+            row.tokens[i] = merged_tokens[best[i]];
+            row.prob_steps[i] = step_of(merged_probs[best[i]]);
         }
         put(index, row);
     }
 }
 
-void SuccessorTable::learn(
+void TopKTable::learn(
     uint64_t salt,
     const std::array<int64_t, kOrders - 1>& before,
     const TreeView& tree,
@@ -141,19 +143,19 @@ void SuccessorTable::learn(
         const int parent = tree.parents[node];
         const int64_t* above = parent < 0 ? before.data() : contexts[parent].data();
         contexts[node] = {tree.tokens[node], above[0], above[1]};
-        float shares[kWidth], sum = 0.0f;
-        bool sound = true;
+        float probs[kWidth], sum = 0.0f;
+        bool valid = true;
         for (int i = 0; i < kWidth; ++i) {
-            sum += shares[i] = std::exp(logits[i] - logits[0]);
-            sound = sound && best[i] >= 0 && std::isfinite(shares[i]);
+            sum += probs[i] = std::exp(logits[i] - logits[0]);
+            valid = valid && best[i] >= 0 && std::isfinite(probs[i]);
         }
-        if (!sound) continue;
-        for (float& share : shares) share /= sum;
-        write(salt, contexts[node], best, shares);
+        if (!valid) continue;
+        for (float& prob : probs) prob /= sum;
+        write(salt, contexts[node], best, probs);
     }
 }
 
-void SuccessorTable::learn_text(const std::vector<int64_t>& tokens) const {
+void TopKTable::learn_text(const std::vector<int64_t>& tokens) const {
     const float surely[kWidth] = {1.0f};
     Context context{-1, -1, -1};
     for (size_t at = 0; at + 1 < tokens.size(); ++at) {
@@ -163,14 +165,14 @@ void SuccessorTable::learn_text(const std::vector<int64_t>& tokens) const {
     }
 }
 
-Tree SuccessorTable::grow(
+Tree TopKTable::grow(
     const std::vector<uint64_t>& salts,
     const Context& context,
     int num_known,
     int max_nodes,
     double min_probability,
     uint8_t drafter_id,
-    const SuccessorTable* own) const {
+    const TopKTable* own) const {
     struct Known {
         Context tokens;
         int count;
@@ -183,26 +185,26 @@ Tree SuccessorTable::grow(
         for (const uint64_t salt : salts) states.push_back(states_of(salt, known.tokens));
         const auto own_states = states_of(kNoSalt, known.tokens);
         double left = 1.0;
-        const auto take = [&](const SuccessorTable& table, int order, const Row& row) {
-            const double weight = left * table.numbers_.trust[order];
+        const auto add_row = [&](const TopKTable& table, int order, const Row& row) {
+            const double weight = left * table.numbers_.weight[order];
             for (int i = 0; i < kWidth; ++i)
-                add_to(mixed, row.tokens[i], weight * double(numbers_.shares[row.shares[i]]));
+                add_to(mixed, row.tokens[i], weight * double(numbers_.probs[row.prob_steps[i]]));
             left -= weight;
         };
         Row row;
         for (int order = known.count - 1; order >= 0; --order) {
-            if (own && own->find(own_states[order], row)) take(*own, order, row);
+            if (own && own->find(own_states[order], row)) add_row(*own, order, row);
             for (const auto& of_salt : states) {
                 if (!find(of_salt[order], row)) continue;
-                take(*this, order, row);
+                add_row(*this, order, row);
                 break;
             }
         }
-        sort_by_share(mixed);
+        sort_by_prob(mixed);
         for (const Candidate& next : mixed) {
             const Context& before = known.tokens;
             add(next.token,
-                next.share,
+                next.prob,
                 Known{{next.token, before[0], before[1]}, std::min(known.count + 1, kOrders)});
         }
     };
