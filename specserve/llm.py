@@ -20,6 +20,8 @@ from msgspec import Struct
 
 from specserve.config import load_config
 from specserve.engine.engine import Engine
+from specserve.engine.parts import load_parts
+from specserve.engine.warm_up import measure
 from specserve.hub import resolve
 from specserve.text import Tokenizer
 from specserve.text.output_text import OutputText
@@ -121,8 +123,9 @@ class LLM:
         directory = find(self.config.target.target)
         self.tokenizer = Tokenizer(directory)
         self.tokenizer.prepare()
-        self.engine = Engine(self.config, directory, self.tokenizer, find)
-        self.engine.measure_costs()
+        parts = load_parts(self.config, directory, self.tokenizer, find)
+        measure(parts)
+        self.engine = Engine(parts)
         self._num_requests = 0
 
     def generate(

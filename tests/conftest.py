@@ -10,6 +10,7 @@ from tiny import EngineFactory, write_tiny_llama
 
 from specserve.config import load_config
 from specserve.engine.engine import Engine
+from specserve.engine.parts import load_parts
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +47,14 @@ def make_engine(tiny_model: Path) -> EngineFactory:
         **more: Any,
     ) -> Engine:
         if kv_slots is not None:
-            per_slot = sum(s.spec.bytes_per_slot for s in make(draft, target=target)._storages)
-            more["kv_memory"] = str(kv_slots * per_slot)
+            parts = make(draft, target=target).parts
+            wanted = [each.kv_spec(parts.model.dtype) for each in parts.drafters.values()]
+            specs = [parts.model.kv_spec, *(spec for spec in wanted if spec is not None)]
+            more["kv_memory"] = str(kv_slots * sum(spec.bytes_per_slot for spec in specs))
         drafts = [draft] if isinstance(draft, str) else draft
         settings = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB", **more}
         directory = target or tiny_model
         config = load_config({"target": str(directory), "draft": drafts, **settings})
-        return Engine(config, directory, None)
+        return Engine(load_parts(config, directory, None))
 
     return make

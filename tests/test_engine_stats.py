@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from tiny import EngineFactory, ids, run
 
 from specserve.engine.engine import Engine
+from specserve.engine.warm_up import warm_up
 from specserve.models.fields import ModelError
 from specserve.runner.warmup import warmup_rounds
 from specserve.speculation.counts import DrafterCounts
 from specserve.speculation.failures import MAX_FAILURES
 from specserve.step import VerifyResult
-from specserve.tree import PREDICTION_ID, build_tree, chain_tree
+from specserve.tree import MAX_NODES, PREDICTION_ID, build_tree, chain_tree
 from specserve.types import Request, RequestError, SamplingParams, SpeculationParams
 
 PROMPTS = [tuple(range(20, 60)), (1, 2, 3, 4) * 5, (1, 2, 3, 4) * 5, (7, 8, 9)]
@@ -82,10 +83,10 @@ def test_nodes_are_counted_by_drafter_and_depth() -> None:
     counts = DrafterCounts(2)
     counts.propose([chain_tree(9, [1, 2], [0.9, 0.8], 1), chain_tree(9, [1], [0.9], PREDICTION_ID)])
     assert counts.proposed == [0, 2, 0, 1]
-    counts.settle([tree], [VerifyResult((0, 1, 2), (1, 2, 7), (1, PREDICTION_ID, 0), 2)])
+    counts.record_outcome([tree], [VerifyResult((0, 1, 2), (1, 2, 7), (1, PREDICTION_ID, 0), 2)])
     assert [row[1:3] for row in counts.verified] == [[0, 0], [1, 1], [1, 0], [0, 1]]
     assert [row[1:3] for row in counts.accepted] == [[0, 0], [1, 0], [0, 0], [0, 1]]
-    counts.settle([], [])
+    counts.record_outcome([], [])
     assert sum(map(sum, counts.verified)) == 4
 
 
@@ -152,21 +153,32 @@ def test_speculation_that_cannot_be_done_is_refused(
     ids=["defaults", "shortest context", "one row", "one block"],
 )
 def test_warming_up_leaves_an_engine_as_new(
-    settings: dict[str, int], tiny_model: str, make_engine: EngineFactory
+    settings: dict[str, int],
+    tiny_model: str,
+    make_engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine(["ngram", str(tiny_model)], **settings)
-    stages: list[str] = []
-    drafted = engine.drafter.counts
-    new = engine.stats()
-    engine.warm_up(stages.append)
+    new, stages, proposed = engine.stats(), list[str](), set[str]()
+    for name, drafter in engine.drafter.drafters.items():
+
+        def spy(seqs, budgets, name=name, propose=drafter.propose):  # type: ignore[no-untyped-def]
+            trees = propose(seqs, budgets)
+            proposed.update(name for tree in trees if len(tree) > 1)
+            return trees
+
+        monkeypatch.setattr(drafter, "propose", spy)
+    warm_up(engine.parts, stages.append)
     assert len(set(stages)) == len(stages) > 1
+    assert engine.parts.cost_model.is_measured == (engine.parts.max_context > MAX_NODES)
+    engine = Engine(engine.parts)
     assert engine.stats() == new
     assert not engine.has_work
     assert len(engine.kv.prefix) == 0
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
     engine.check_integrity()
     if not settings:
-        assert all(drafted.proposed[1:3]), "every drafter is warmed up"
+        assert proposed == set(engine.drafter.names), "every drafter is warmed up"
         expected = run(make_engine("none"), PROMPTS, sampled(3))
         assert list(map(ids, run(engine, PROMPTS, sampled(3)))) == list(map(ids, expected))
 
@@ -184,7 +196,7 @@ def test_a_model_that_cannot_run_is_found_out(
 
     monkeypatch.setattr(engine.runner, "forward", broken)
     with pytest.raises(ModelError, match=r"warm-up.*not numbers"):
-        engine.warm_up()
+        warm_up(engine.parts)
 
 
 @settings(max_examples=200)

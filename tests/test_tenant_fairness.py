@@ -12,8 +12,8 @@ from specserve.cache.manager import KVCacheManager
 from specserve.config import ScheduleConfig
 from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import Status
-from specserve.speculation.cost_model import PassCosts
-from specserve.speculation.policy import FixedPolicy
+from specserve.speculation.controller import SpeculationController
+from specserve.speculation.cost_model import CostModel
 from specserve.step import FinishInfo, VerifyResult
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams
@@ -42,10 +42,10 @@ class SimulatedEngine:
         config = ScheduleConfig(**schedule)
         self.scheduler = Scheduler(
             self.kv,
-            FixedPolicy(1),
+            SpeculationController(1, None),
             config,
             lambda seq_id: None,
-            PassCosts({n: FIXED + per_row * n for n in (1, 8, 64)}) if costs else None,
+            CostModel({n: FIXED + per_row * n for n in (1, 8, 64)}) if costs else None,
         )
         self.max_rows, self.max_seqs = config.max_num_batched_tokens, config.max_num_seqs
         self.outputs: dict[str, tuple[int, ...]] = {}

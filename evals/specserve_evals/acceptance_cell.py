@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from specserve.engine.engine import Engine
 from specserve.engine.metrics import EngineStats
+from specserve.engine.warm_up import warm_up
 from specserve.llm import LLM, Completion
 from specserve.speculation.compose import ComposedDrafter
 from specserve.types import SamplingParams, SpeculationParams
@@ -64,7 +65,8 @@ def measure(
         max_nodes=cell.budget,
         prefix_caching=False,
     )
-    llm.engine.warm_up()
+    warm_up(llm.engine.parts)
+    llm.engine = Engine(llm.engine.parts)
     outcomes = []
     for index, prompt in enumerate(prompts):
         params = SamplingParams(
@@ -159,7 +161,8 @@ def without_drafters(engine: Engine) -> Iterator[None]:
     Steps then have the cost of plain decoding, and no drafter observes the answer, so that none can
     learn it before it is measured on the same prompt.
     """
-    drafter, engine.drafter = engine.drafter, ComposedDrafter({}, engine.shape.vocab_size)
+    drafter = engine.drafter
+    engine.drafter = ComposedDrafter({}, engine.shape.vocab_size, engine.controller)
     try:
         yield
     finally:

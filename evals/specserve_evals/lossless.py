@@ -86,7 +86,7 @@ class Examination:
         advance: Advance,
     ) -> None:
         audit = Audit()
-        llm.engine.watch((), audit.observe)
+        llm.engine.observe((), audit.observe)
         settings = sampling_settings(llm.tokenizer, self._args.max_tokens)
         for setting in self._args.settings:
             sampling = seeded(settings[setting], self._args.seed, len(prompts))

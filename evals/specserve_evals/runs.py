@@ -112,7 +112,7 @@ def open_llm(args: argparse.Namespace, variant: Variant, report: Report, **setti
 
 def fits(llm: LLM, prompt: Prompt, max_tokens: int) -> bool:
     """Whether the prompt and an answer of `max_tokens` tokens fit into the engine's context."""
-    return len(llm.encode(prompt.messages)) + max_tokens <= llm.engine.max_model_len
+    return len(llm.encode(prompt.messages)) + max_tokens <= llm.engine.limits.max_model_len
 
 
 def generate_in_batches(

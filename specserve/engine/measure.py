@@ -9,11 +9,12 @@ from statistics import median
 from typing import Final
 
 from specserve.cache.manager import KVCacheManager
+from specserve.cache.table import BlockTable
+from specserve.engine.parts import EngineParts
 from specserve.runner.runner import Runner
 from specserve.runner.warmup import probe_request
-from specserve.schedule.scheduler import Scheduler
 from specserve.sequence import SequenceState
-from specserve.speculation.cost_model import PassCosts, PerToken
+from specserve.speculation.cost_model import ContextCost
 from specserve.step import Entry
 from specserve.tree import MAX_NODES, chain_tree
 
@@ -23,31 +24,34 @@ _CONTEXT: Final = 128  # tokens before the tree
 _LONG_CONTEXT: Final = 1024  # tokens, to measure how the time grows with the context
 _LONG_SIZES: Final = (1, 8)  # rows, measured at _LONG_CONTEXT
 _REPEATS: Final = 5  # samples per point, while there is time
-_SECONDS: Final = 2.0  # time budget; sizes that it leaves out are extrapolated by `PassCosts`
+_SECONDS: Final = 2.0  # time budget; sizes that it leaves out are extrapolated by `CostModel`
 _MIN_POINTS: Final = len(_LONG_SIZES) + _SIZES.index(max(_LONG_SIZES)) + 1  # points always measured
 
 
-def measure_costs(scheduler: Scheduler, kv: KVCacheManager, runner: Runner, room: int) -> PassCosts:
-    """Measure the median seconds of forward passes over one tree.
+def measure_costs(parts: EngineParts, room: int) -> None:
+    """Give the cost model of `parts` the median seconds of forward passes over one tree.
 
-    The context of the probe sequence is at most `room` tokens. Adds that sequence to `scheduler`;
-    the caller discards scheduler and KV manager afterwards.
+    The context of the probe sequence is at most `room` tokens. Overwrites KV slots, so no engine
+    may have requests meanwhile.
     """
-    scheduler.add(probe_request(min(_LONG_CONTEXT, room)))
-    seq = scheduler.plan().entries[0].seq
-    kv.reserve(seq.table, seq.num_pending + MAX_NODES)
     context, far = min(_CONTEXT, room), min(_LONG_CONTEXT, room)
+    block_size = parts.config.cache.block_size
+    kv = KVCacheManager(parts.num_blocks, block_size, prefix_caching=False)
+    request = probe_request(far)
+    seq = SequenceState(request, list(request.prompt_ids), BlockTable(block_size))
+    kv.reserve(seq.table, far + MAX_NODES)
     points = [(size, context) for size in _SIZES]
     if far > context:
         points[:0] = [(size, far) for size in _LONG_SIZES]
-    medians = _medians(runner, seq, points)
+    medians = _medians(parts.runner, seq, points)
     samples = {size: seconds for (size, before), seconds in medians.items() if before == context}
-    if far == context:
-        return PassCosts(samples, context)
-    few, many = (medians[size, far] - samples[size] for size in _LONG_SIZES)
-    more = far - context
-    per_row = max(0.0, (many - few) / (_LONG_SIZES[1] - _LONG_SIZES[0]) / more)
-    return PassCosts(samples, context, PerToken(max(0.0, few / more - per_row), per_row))
+    context_cost = ContextCost()
+    if far > context:
+        few, many = (medians[size, far] - samples[size] for size in _LONG_SIZES)
+        more = far - context
+        per_row = max(0.0, (many - few) / (_LONG_SIZES[1] - _LONG_SIZES[0]) / more)
+        context_cost = ContextCost(max(0.0, few / more - per_row), per_row)
+    parts.cost_model.measure(samples, context, context_cost)
 
 
 def _medians(runner: Runner, seq: SequenceState, points: Sequence[_Point]) -> dict[_Point, float]:

@@ -1,8 +1,5 @@
 """The description and the statistics of an engine. No torch."""
 
-import time
-from dataclasses import dataclass, field
-
 from msgspec import Struct
 
 from specserve.engine.limits import Limits
@@ -97,30 +94,3 @@ class EngineStats(Struct, frozen=True):
     def accepted_by_depth(self) -> tuple[int, ...]:
         """Index d: verifications that accepted d + 1 tokens or more."""
         return self.speculation.accepted_by_depth
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """Accumulates the seconds spent inside its `with` blocks."""
-
-    seconds: float = 0.0
-    last: float = 0.0  # seconds of the latest `with` block
-    _started: float = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.last = time.perf_counter() - self._started
-        self.seconds += self.last
-
-
-@dataclass(slots=True)
-class StepTimes:
-    """The number of steps, and the time spent in each stage."""
-
-    num_steps: int = 0
-    draft: Stopwatch = field(default_factory=Stopwatch)
-    forward: Stopwatch = field(default_factory=Stopwatch)
-    sample: Stopwatch = field(default_factory=Stopwatch)
-    commit: Stopwatch = field(default_factory=Stopwatch)

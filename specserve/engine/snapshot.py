@@ -1,10 +1,26 @@
-"""Collects the counters of the parts of an engine into one EngineStats."""
+"""Describes an engine, and collects the counters of its parts into one EngineStats."""
 
 from specserve.cache.manager import KVCacheManager
-from specserve.engine.metrics import DrafterStats, EngineStats, StepTimes
+from specserve.engine.metrics import DrafterStats, EngineInfo, EngineStats
+from specserve.engine.parts import EngineParts
+from specserve.engine.step_times import StepTimes
 from specserve.schedule.scheduler import Scheduler
 from specserve.speculation.compose import ComposedDrafter
 from specserve.speculation.counts import DrafterCounts
+
+
+def describe(parts: EngineParts) -> EngineInfo:
+    """The properties that do not change while the engine runs."""
+    config = parts.config
+    return EngineInfo(
+        limits=parts.limits,
+        block_size=config.cache.block_size,
+        max_num_seqs=config.schedule.max_num_seqs,
+        max_nodes=config.draft.max_nodes,
+        device=str(parts.platform.device),
+        dtype=str(parts.model.dtype).removeprefix("torch."),
+        exact=parts.platform.exact,
+    )
 
 
 def take_snapshot(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from specserve.config import ConfigError
 from specserve.engine.engine import Engine
+from specserve.engine.parts import load_parts
+from specserve.engine.warm_up import warm_up
 from specserve.hub import HubError, resolve
 from specserve.models.fields import ModelError
 from specserve.process.batch_coalescer import BatchCoalescer
@@ -106,14 +108,15 @@ def _load(configure: Configure, progress: "_Progress") -> tuple[Engine, float]:
     target = Path(configure.target)
     progress.stage("reading the tokenizer")
     tokenizer = Tokenizer(target)
-    engine = Engine(
+    parts = load_parts(
         configure.config,
         target,
         tokenizer,
         lambda spec: resolve(spec, progress=progress.fraction),
         progress.stage,
     )
-    slowest_step = engine.warm_up(progress.stage)
+    slowest_step = warm_up(parts, progress.stage)
+    engine = Engine(parts)
     gc.freeze()  # garbage collection over these permanent objects took 1 % of the time
     return engine, slowest_step
 

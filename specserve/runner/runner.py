@@ -1,18 +1,22 @@
-"""Runs one forward pass of the target for the entries of a step.
+"""Runs forward passes of the target for the entries of a step.
 
-No other module of the engine runs the target model.
+No other module of the engine runs the target model or touches its KV.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from specserve.batch import ModelOutput, build_batch, plan_segments
+from specserve.batch import ModelOutput, build_batch, joined, plan_segments
 from specserve.cache.storage import KVStorage
 from specserve.models.model import Model
 from specserve.step import Entry
 from specserve.tree import DraftTree
+from specserve_kernels.ops import Kernels
+
+logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -22,6 +26,7 @@ class Runner:
         storage: KVStorage,
         block_size: int,
         device: torch.device,
+        kernels: Kernels,
         num_top: int = 1,
         aux_layers: tuple[int, ...] = (),
     ) -> None:
@@ -29,6 +34,7 @@ class Runner:
         self._storage = storage
         self._block_size = block_size
         self._device = device
+        self._kernels = kernels
         self._num_top = num_top  # top tokens wanted per logits row, see `Model`
         self.aux_layers = aux_layers  # layers whose hidden states are wanted, see `Model`
 
@@ -45,3 +51,34 @@ class Runner:
         if out.aux_hidden_states is None or len(out.aux_hidden_states) == num_rows:
             return out
         return replace(out, aux_hidden_states=out.aux_hidden_states[:num_rows])
+
+    def move_kv(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy K and V of all layers from slot to slot; `moves` are (source, destination)."""
+        if moves:
+            source, destination = torch.tensor(moves, device=self._device).T.contiguous()
+            self._kernels.kv_commit(self._storage.data, source, destination)
+
+    def forward_isolated(
+        self, entries: Sequence[Entry], trees: dict[str, DraftTree]
+    ) -> tuple[tuple[Entry, ...], ModelOutput, dict[str, str]]:
+        """Like `forward`; if the model fails, run one forward pass per entry.
+
+        Returns the entries that could be run, their output, and an error message per sequence id
+        for those that failed again.
+        """
+        try:
+            return tuple(entries), self.forward(entries, trees), {}
+        except Exception:
+            logger.exception("a forward pass over %d requests failed; isolating", len(entries))
+        survivors: list[Entry] = []
+        errors: dict[str, str] = {}
+        outputs = [ModelOutput(torch.empty(0, self._model.shape.vocab_size, device=self._device))]
+        for entry in entries:
+            try:
+                outputs.append(self.forward([entry], trees))
+                survivors.append(entry)
+            except Exception as error:
+                errors[entry.seq.id] = (
+                    f"the model failed on this request: {type(error).__name__}: {error}"
+                )
+        return tuple(survivors), joined(outputs), errors

@@ -14,8 +14,8 @@ from specserve.cache.table import BlockTable
 from specserve.config import ScheduleConfig
 from specserve.schedule.tenants import Tenants
 from specserve.sequence import SequenceState, SpecCounts, Status
-from specserve.speculation.cost_model import PassCosts
-from specserve.speculation.policy import Policy
+from specserve.speculation.controller import SpeculationController
+from specserve.speculation.cost_model import CostModel
 from specserve.step import Entry, FinishInfo, StepPlan, VerifyResult
 from specserve.tree import DraftTree
 from specserve.types import Request, StepOutput
@@ -31,10 +31,10 @@ class Scheduler:
     def __init__(
         self,
         kv: KVCacheManager,
-        policy: Policy,
+        controller: SpeculationController,
         config: ScheduleConfig,
         on_leave: Callable[[str], None],
-        costs: PassCosts | None = None,
+        costs: CostModel | None = None,
     ) -> None:
         self.running: list[SequenceState] = []  # by descending priority, then arrival
         self.waiting: list[SequenceState] = []  # in the same order
@@ -44,7 +44,7 @@ class Scheduler:
         self.counts = SpecCounts()  # over all requests
         self.tenants = Tenants(config.max_num_batched_tokens, costs)
         self._kv = kv
-        self._policy = policy
+        self._controller = controller
         self._config = config
         self._on_leave = on_leave
         self._seqs: dict[str, SequenceState] = {}
@@ -115,7 +115,7 @@ class Scheduler:
         chunks = self._plan_chunks(decoding)
         spare_rows = self._config.max_num_batched_tokens - len(decoding) - sum(chunks.values())
         with_tree = decoding + [seq for seq, rows in chunks.items() if rows == seq.num_pending]
-        budgets = self._policy.budgets(with_tree, spare_rows)
+        budgets = self._controller.budgets(with_tree, spare_rows)
         entries = []
         for seq, nodes in zip(with_tree, budgets, strict=True):
             if nodes > 1 and not self._kv.reserve(seq.table, seq.num_pending + nodes - 1):

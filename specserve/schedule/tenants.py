@@ -17,7 +17,7 @@ from typing import Final
 
 from specserve.fair_share import ServiceCounters
 from specserve.sequence import SequenceState, Status
-from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.cost_model import CostModel
 
 # The only running sequence of a tenant may be preempted for a tenant that runs none as soon as it
 # has emitted, since its admission, at least _QUANTUM tokens and at least one token for each
@@ -47,7 +47,7 @@ class _Tenant:
 class Tenants:
     """The state of every tenant seen so far, by the `tenant` of its requests."""
 
-    def __init__(self, max_rows: int, costs: PassCosts | None) -> None:
+    def __init__(self, max_rows: int, costs: CostModel | None) -> None:
         self._max_rows = max_rows
         self._costs = costs
         self._all: dict[str, _Tenant] = {}

@@ -1,9 +1,11 @@
-"""Several drafters, one tree: every proposal calibrated and merged, the best nodes kept whoever
-proposed them. What drafters do wrong stays here; see `failures`.
+"""Merges the proposals of several drafters into one tree per sequence.
+
+Every proposal is calibrated before it is merged, and the nodes of the largest path probability are
+kept, whichever drafter proposed them. Errors of drafters do not leave this module; see `failures`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,9 +13,9 @@ import numpy as np
 
 from specserve.sequence import SequenceView
 from specserve.speculation.calibration import Calibration
+from specserve.speculation.controller import SpeculationController
 from specserve.speculation.counts import DrafterCounts
 from specserve.speculation.drafter import Drafter, Feedback
-from specserve.speculation.drafter_gate import Worth
 from specserve.speculation.failures import Failures
 from specserve.speculation.prediction import PredictedTexts
 from specserve.tree import MAX_NODES, TARGET_ID, DraftTree, root_tree
@@ -21,32 +23,32 @@ from specserve_kernels.dispatch import native_host
 
 
 @dataclass(slots=True)
-class _Asking:
-    """A sequence in one step, and what was proposed for it."""
+class _Proposals:
+    """What was proposed for one sequence in this step."""
 
     seq: SequenceView
     budget: int
     trees: list[DraftTree] = field(default_factory=list)
-    merged: DraftTree | None = None  # of the trees; None: not yet
-    # Drafters whose time matters: the name, what the tree of those before promised, and that tree.
-    judged: list[tuple[str, float, DraftTree]] = field(default_factory=list)
+    merged: DraftTree | None = None  # of `trees`, until another one is added
+    # Expensive drafters that were used, and the merged tree before each.
+    expensive: list[tuple[str, DraftTree]] = field(default_factory=list)
 
-    def propose(self, tree: DraftTree) -> None:
+    def add(self, tree: DraftTree) -> None:
         self.trees.append(tree)
         self.merged = None
 
 
 class ComposedDrafter:
-    """Not a drafter itself: the engine's one way to talk to all of them."""
+    """All drafters of an engine, used as one. `controller` decides which of several are used."""
 
     def __init__(
-        self, drafters: dict[str, Drafter], vocab_size: int, worth: Worth | None = None
+        self, drafters: Mapping[str, Drafter], vocab_size: int, controller: SpeculationController
     ) -> None:
-        """`worth`: of several drafters only those are asked that earn their time."""
-        self._worth = worth if len(drafters) > 1 else None
         self.names = tuple(drafters)
         self.drafters = drafters
-        # Drafters that want to follow the target's rows.
+        self.counts = DrafterCounts(len(drafters))
+        self._controller = controller if len(drafters) > 1 else None
+        # Drafters that need hidden states of the target, of every token of a text.
         self._followers = {name for name, drafter in drafters.items() if drafter.aux_layers}
         self._drafter_ids = {
             name: np.array([TARGET_ID] + [drafter_id] * (MAX_NODES - 1), np.uint8)
@@ -54,17 +56,16 @@ class ComposedDrafter:
         }
         self._vocab_size = vocab_size
         self._failures = Failures()
-        self.counts = DrafterCounts(len(drafters))
         self._calibration = Calibration()
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
-        self._asking: dict[str, _Asking] = {}  # in this step, by sequence id
-        self._left_out: dict[str, frozenset[str]] = {}  # drafters, by sequence id
-        self._begun = 0.0  # this step, in seconds
+        self._proposals: dict[str, _Proposals] = {}  # in this step, by sequence id
+        self._unused: dict[str, frozenset[str]] = {}  # drafters that skip a request, by its id
         host = native_host()
         self._validate = DraftTree.validate if host is None else host.validate
 
     @property
     def active(self) -> list[str]:
+        """The drafters that were not switched off after repeated failures."""
         return [name for name in self.names if name not in self._failures.off]
 
     @property
@@ -73,174 +74,171 @@ class ComposedDrafter:
         return {name: self._failures.counts[name] for name in self.names}
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        """One merged tree per sequence, within its budget. Budget 1 asks nobody.
+        """Return one merged tree per sequence, of at most `budgets[i]` nodes, root included.
 
-        Its path probabilities are calibrated: what the drafters' records make of what they claim.
+        Path probabilities are calibrated. A sequence of budget 1 is not drafted for.
         """
-        asking = [_Asking(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
-        self._begun = time.perf_counter()
-        if self._worth is not None:
-            self._worth.begin_step()
+        proposals = [_Proposals(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+        drafted_for = [each for each in proposals if each.budget > 1]
         for name in self.active:
-            asked = [one for one in asking if one.budget > 1 and self._asks(name, one)]
-            if asked:
-                self._ask(name, {one.seq.id: one for one in asked})
-        self._add_predictions(asking)
-        self._asking = {one.seq.id: one for one in asking}
-        return [self._merged(one) for one in asking]
+            chosen = [each for each in drafted_for if self._uses(name, each)]
+            if chosen:
+                self._call_propose(name, {each.seq.id: each for each in chosen})
+        self._add_predictions(drafted_for)
+        self._proposals = {each.seq.id: each for each in proposals}
+        return [self._merged(each) for each in proposals]
 
     def wants_aux_hidden_states(self, seqs: Sequence[SequenceView]) -> bool:
-        """Whether somebody follows the target's rows in a pass over these."""
-        return any(name in self._followers and self._hears(name, seqs) for name in self.active)
-
-    def _hears(self, name: str, seqs: Sequence[SequenceView]) -> bool:
-        return any(name not in self._left_out_of(seq) for seq in seqs)
-
-    def _asks(self, name: str, one: "_Asking") -> bool:
-        seq, worth = one.seq, self._worth
-        if self._failures.leaves_out(name, seq.id):
-            return False
-        drafters = seq.speculation.drafters
-        if drafters is not None:
-            return name in drafters
-        if worth is None:
-            return True
-        if name in self._left_out_of(seq):
-            return False
-        if not worth.is_dear(name, sampled := not seq.greedy):
-            return True
-        before = self._merged(one)
-        promised = float(before.path_probs.sum())
-        if not worth.asks(name, sampled, promised):
-            return False
-        one.judged.append((name, promised, before))
-        return True
-
-    def _merged(self, one: "_Asking") -> DraftTree:
-        """What was proposed so far as one tree."""
-        if one.merged is None:
-            one.merged = (
-                self._calibration.merged(not one.seq.greedy, one.trees, one.budget)
-                if one.trees
-                else root_tree(one.seq.tokens[-1])
-            )
-        return one.merged
-
-    def _left_out_of(self, seq: SequenceView) -> frozenset[str]:
-        """Drafters that follow the target's rows, and were paused when the request came.
-
-        For such following is a part of the price. What they miss of a text they cannot make up
-        for, so they are tried again in another request.
-        """
-        if (out := self._left_out.get(seq.id)) is None:
-            paused: list[str] = []
-            if self._worth is not None and seq.speculation.drafters is None:
-                paused = [
-                    name
-                    for name in self._followers
-                    if not self._worth.follows(name, sampled=not seq.greedy)
-                ]
-            out = self._left_out[seq.id] = frozenset(paused)
-        return out
-
-    def _judge(self, worth: Worth, one: "_Asking", tree: DraftTree, emitted: Sequence[int]) -> None:
-        """What each of the dear ones added; the others' tree is cut to the size of this one."""
-        after = len(emitted)
-        for name, promised, before in reversed(one.judged):
-            without = _num_emitted(before, len(tree), emitted)
-            worth.judge(name, not one.seq.greedy, promised, after - without)
-            after = without
+        """Whether a drafter needs the hidden states of a forward pass over these sequences."""
+        return any(name in self._followers and self._observes(name, seqs) for name in self.active)
 
     def observe(self, feedback: Feedback) -> None:
+        """Learn from a step, and let the drafters learn from it."""
         verified = [feedback.trees[seq_id] for seq_id in feedback.results]
-        self.counts.settle(verified, feedback.results.values())
+        self.counts.record_outcome(verified, feedback.results.values())
         for entry in feedback.entries:
             seq, result = entry.seq, feedback.results.get(entry.seq.id)
-            if result is not None and (one := self._asking[seq.id]).trees:
-                self._calibration.record_outcome(not seq.greedy, one.trees, result.emitted)
-                if self._worth is not None:
-                    self._judge(self._worth, one, feedback.trees[seq.id], result.emitted)
+            if result is not None and (proposals := self._proposals[seq.id]).trees:
+                self._calibration.record_outcome(not seq.greedy, proposals.trees, result.emitted)
+                self._record_gains(proposals, feedback.trees[seq.id], result.emitted)
         seqs = [entry.seq for entry in feedback.entries]
         for name in self.active:
-            if self._hears(name, seqs):
+            if self._observes(name, seqs):
                 started = time.perf_counter()
-                self._tell(name, feedback)
-                if self._worth is not None:
+                self._call_observe(name, feedback)
+                if self._controller is not None:
                     seconds = (time.perf_counter() - started) / len(seqs)
                     for sampled in {not seq.greedy for seq in seqs}:
-                        self._worth.followed(name, sampled, seconds)
-        if (
-            self._worth is not None
-            and verified
-            and not any(e.num_prefill for e in feedback.entries)
-        ):
-            num_tokens = sum(len(result.emitted) for result in feedback.results.values())
-            self._worth.end_step(time.perf_counter() - self._begun, num_tokens)
+                        self._controller.record_observe_time(name, sampled, seconds)
 
     def forget(self, seq_id: str) -> None:
-        self._left_out.pop(seq_id, None)
+        """Drop everything kept for a sequence that was finished or preempted."""
+        self._unused.pop(seq_id, None)
         if self._predictions is not None:
             self._predictions.forget(seq_id)
         for name, drafter in self.drafters.items():
             self._failures.call(name, "forget", [seq_id], partial(_forget, drafter))
         self._failures.forget(seq_id)
 
-    def _add_predictions(self, asking: Sequence["_Asking"]) -> None:
+    def _uses(self, name: str, proposals: _Proposals) -> bool:
+        seq, controller = proposals.seq, self._controller
+        if self._failures.leaves_out(name, seq.id):
+            return False
+        if seq.speculation.drafters is not None:
+            return name in seq.speculation.drafters
+        if controller is None:
+            return True
+        if name in self._unused_by(seq):
+            return False
+        if not controller.is_expensive(name, not seq.greedy):
+            return True
+        if controller.is_paused(name, not seq.greedy):
+            return False
+        proposals.expensive.append((name, self._merged(proposals)))
+        return True
+
+    def _unused_by(self, seq: SequenceView) -> frozenset[str]:
+        """Drafters that skip a whole request, because they were paused when it came.
+
+        Only drafters that need the hidden states of every token: copying these takes time as well,
+        and a drafter that missed some of them cannot join later.
+        """
+        unused = self._unused.get(seq.id)
+        if unused is None:
+            paused: list[str] = []
+            if self._controller is not None and seq.speculation.drafters is None:
+                sampled = not seq.greedy
+                paused = [n for n in self._followers if self._controller.is_paused(n, sampled)]
+            unused = self._unused[seq.id] = frozenset(paused)
+        return unused
+
+    def _observes(self, name: str, seqs: Sequence[SequenceView]) -> bool:
+        return any(name not in self._unused_by(seq) for seq in seqs)
+
+    def _merged(self, proposals: _Proposals) -> DraftTree:
+        """The trees proposed so far as one."""
+        if proposals.merged is None:
+            seq = proposals.seq
+            proposals.merged = (
+                self._calibration.merged(not seq.greedy, proposals.trees, proposals.budget)
+                if proposals.trees
+                else root_tree(seq.tokens[-1])
+            )
+        return proposals.merged
+
+    def _record_gains(self, proposals: _Proposals, tree: DraftTree, emitted: Sequence[int]) -> None:
+        """Record how many tokens each expensive drafter added.
+
+        That is the number emitted less what the tree before it would have emitted, pruned to the
+        size of the verified `tree`.
+        """
+        if self._controller is None:
+            return
+        sampled, num_emitted = not proposals.seq.greedy, len(emitted)
+        for name, before in reversed(proposals.expensive):
+            without = _num_emitted(before, len(tree), emitted)
+            self._controller.record_gain(name, sampled, num_emitted - without)
+            num_emitted = without
+
+    def _add_predictions(self, drafted_for: Sequence[_Proposals]) -> None:
         if self._predictions is None:
             return
-        for one in asking:
-            if one.budget <= 1:
-                continue
-            if (tree := self._predictions.propose(one.seq, one.budget)) is not None:
+        for each in drafted_for:
+            if (tree := self._predictions.propose(each.seq, each.budget)) is not None:
                 self.counts.propose([tree])
-                one.propose(tree)
+                each.add(tree)
 
-    def _ask(self, name: str, asked: dict[str, "_Asking"]) -> None:
-        """Adds the drafter's trees to those who asked, by sequence id."""
+    def _call_propose(self, name: str, proposals: dict[str, _Proposals]) -> None:
+        """Add the trees of one drafter; `proposals` are by sequence id."""
 
-        def ask(seq_ids: Sequence[str]) -> None:
-            asking, started = [asked[seq_id] for seq_id in seq_ids], time.perf_counter()
-            seqs, budgets = tuple(o.seq for o in asking), tuple(o.budget for o in asking)
-            proposed = list(self.drafters[name].propose(seqs, budgets))
+        def call(seq_ids: Sequence[str]) -> None:
+            chosen, started = [proposals[seq_id] for seq_id in seq_ids], time.perf_counter()
+            seqs = tuple(each.seq for each in chosen)
+            proposed = list(
+                self.drafters[name].propose(seqs, tuple(each.budget for each in chosen))
+            )
             trees = [
-                self._checked(name, one, tree) for one, tree in zip(asking, proposed, strict=True)
+                self._checked(name, each, tree) for each, tree in zip(chosen, proposed, strict=True)
             ]
             self.counts.propose(trees)
-            for one, tree in zip(asking, trees, strict=True):
+            for each, tree in zip(chosen, trees, strict=True):
                 if len(tree) > 1:
-                    one.propose(tree)
-            if self._worth is not None:
+                    each.add(tree)
+            if self._controller is not None:
                 seconds = (time.perf_counter() - started) / len(seqs)
                 for sampled in {not seq.greedy for seq in seqs}:
-                    self._worth.took(name, sampled, seconds)
+                    self._controller.record_draft_time(name, sampled, seconds)
 
-        self._failures.call(name, "propose", tuple(asked), ask)
+        self._failures.call(name, "propose", tuple(proposals), call)
 
-    def _checked(self, name: str, one: "_Asking", tree: DraftTree) -> DraftTree:
-        """A copy, as the drafter may have kept what it gave; its nodes count for that drafter.
+    def _checked(self, name: str, proposals: _Proposals, tree: DraftTree) -> DraftTree:
+        """A copy of a drafter's tree, because the drafter may keep and change its own.
 
-        Raises ValueError unless it is a tree for this sequence.
+        Raises ValueError unless it is a valid tree for the sequence.
         """
         tokens = np.array(tree.tokens, np.int32)
-        own = DraftTree(
+        copy = DraftTree(
             tokens,
             np.array(tree.parents, np.int16),
             np.array(tree.path_probs, np.float32),
             self._drafter_ids[name][: len(tokens)],
         )
-        self._validate(own, self._vocab_size, one.budget)
-        if tokens[0] != one.seq.tokens[-1]:
+        self._validate(copy, self._vocab_size, proposals.budget)
+        if tokens[0] != proposals.seq.tokens[-1]:
             raise ValueError("the root is not the sequence's last token")
-        return own
+        return copy
 
-    def _tell(self, name: str, feedback: Feedback) -> None:
-        def tell(seq_ids: Sequence[str]) -> None:
+    def _call_observe(self, name: str, feedback: Feedback) -> None:
+        def call(seq_ids: Sequence[str]) -> None:
             self.drafters[name].observe(feedback.only(seq_ids))
 
-        seq_ids = [entry.seq.id for entry in feedback.entries]
-        heard = tuple(s for s in seq_ids if not self._failures.leaves_out(name, s))
-        if heard:
-            self._failures.call(name, "observe", heard, tell)
+        seq_ids = tuple(
+            entry.seq.id
+            for entry in feedback.entries
+            if not self._failures.leaves_out(name, entry.seq.id)
+        )
+        if seq_ids:
+            self._failures.call(name, "observe", seq_ids, call)
 
 
 def _forget(drafter: Drafter, seq_ids: Sequence[str]) -> None:
@@ -249,7 +247,7 @@ def _forget(drafter: Drafter, seq_ids: Sequence[str]) -> None:
 
 
 def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Sequence[int]) -> int:
-    """Tokens of a pass over the best `num_nodes` of a tree, where the target drew `emitted`."""
+    """Tokens of `emitted` that verifying the best `num_nodes` of a tree would have emitted."""
     node = count = 0
     for token in emitted:
         child = tree.child_of.get((node, token))

@@ -1,4 +1,8 @@
-"""What a step costs by the number of rows of its pass, as it was measured. Host only."""
+"""How long a step takes, by the rows and the context of its forward pass: measured, then learned.
+
+`engine/measure.py` measures single forward passes before the first request. While the engine runs,
+the model learns what a step takes besides its forward pass, and corrects the measured seconds.
+"""
 
 from collections.abc import Mapping
 from typing import Final
@@ -6,79 +10,95 @@ from typing import Final
 import numpy as np
 from msgspec import Struct
 
-_MEMORY: Final = 32.0  # steps that the host's share is a mean of
-# Passes of a run that are looked at together, and those that a size's own sample counts for: a pass
-# among others finds less in the caches than one that was measured, and machines change their pace.
-_TOGETHER: Final = 32
-_SAMPLE_WEIGHT: Final = 64
-_OUTLIER: Final = 2.0  # times what was expected: a pass that took longer was interrupted
+_HOST_MEMORY: Final = 32.0  # steps over which the host time is averaged
+_PASSES_PER_UPDATE: Final = 32  # forward passes whose durations are averaged before an update
+_MAX_RATIO: Final = 2.0  # measured to expected seconds; above it the process was interrupted
 
 
-class PerToken(Struct, frozen=True):
-    """Seconds that a pass takes longer for every token before its rows."""
+class ContextCost(Struct, frozen=True):
+    """Seconds that every token of context adds to a forward pass."""
 
     fixed: float = 0.0
     per_row: float = 0.0
 
 
-class PassCosts:
-    """Seconds of a step: the host's share, and the pass. Between two measured sizes of passes a
-    straight line; past the last, its slope. `samples` are of rows after `context` tokens."""
+class CostModel:
+    """Seconds of a step: host time plus the forward pass.
 
-    def __init__(
-        self, samples: Mapping[int, float], context: int = 0, per_token: PerToken | None = None
+    Between two measured numbers of rows the seconds are interpolated, above the last one they are
+    extrapolated. Without samples nothing is known until `measure` is called.
+    """
+
+    def __init__(self, samples: Mapping[int, float] | None = None) -> None:
+        self._rows = self._samples = np.empty(0)
+        self._context = 0
+        self._context_cost = ContextCost()
+        self._seconds: list[float] = []  # of forward passes by rows, as far as asked for
+        self._host = 0.0
+        self._ratios: list[float] = []  # of passes: measured to expected seconds
+        if samples is not None:
+            self.measure(samples)
+
+    def measure(
+        self,
+        samples: Mapping[int, float],
+        context: int = 0,
+        context_cost: ContextCost | None = None,
     ) -> None:
+        """Set the measured seconds of forward passes, by number of rows, at `context` tokens."""
         assert samples, "nothing was measured"
         rows = sorted(samples)
         self._rows = np.array(rows, np.float64)
         self._samples = np.array([samples[count] for count in rows])
-        self._context, self._per_token = context, per_token or PerToken()
-        self._known: list[float] = []  # by number of rows, as far as anyone has asked
-        self._host = 0.0
-        self._ratios: list[tuple[int, float]] = []  # of passes: rows, seconds by what was expected
+        self._context, self._context_cost = context, context_cost or ContextCost()
+        self._seconds = []
+
+    @property
+    def is_measured(self) -> bool:
+        return len(self._rows) > 0
 
     def seconds(self, first: int, last: int, context: float | None = None) -> list[float]:
-        """Of steps with passes of `first` .. `last` rows, after `context` tokens in the mean, or
-        after as many as where it was measured, if that is more or none is given."""
-        if len(self._known) <= last:
-            self._known = self._computed(2 * last)
+        """Seconds of steps with `first`, `first` + 1, .., `last` rows.
+
+        `context` is the mean number of tokens before the rows. Below the context of the
+        measurement, or without one, it makes no difference.
+        """
+        if len(self._seconds) <= last:
+            self._seconds = self._computed(2 * last)
         more = 0.0 if context is None else max(context - self._context, 0.0)
-        fixed = self._host + more * self._per_token.fixed
-        per_row = more * self._per_token.per_row
+        fixed = self._host + more * self._context_cost.fixed
+        per_row = more * self._context_cost.per_row
         return [
             fixed + per_row * rows + seconds
-            for rows, seconds in enumerate(self._known[first : last + 1], start=first)
+            for rows, seconds in enumerate(self._seconds[first : last + 1], start=first)
         ]
 
-    def add_host(self, seconds: float) -> None:
-        """A step has taken so long besides its pass: what every row of a pass shares."""
-        self._host += (seconds - self._host) / (_MEMORY if self._host else 1.0)
+    def step_seconds(self) -> tuple[float, float] | None:
+        """Seconds of a step without drafted nodes, and of one more node; None: not measured."""
+        if not self.is_measured:
+            return None
+        seconds = self.seconds(1, 8)
+        return seconds[0], (seconds[7] - seconds[3]) / 4
 
-    def add_pass(self, rows: int, context: float, seconds: float) -> None:
-        """A pass of a step has taken so long."""
+    def record_host(self, seconds: float) -> None:
+        """Learn from the seconds of a step besides its forward pass."""
+        self._host += (seconds - self._host) / (_HOST_MEMORY if self._host else 1.0)
+
+    def record_pass(self, rows: int, context: float, seconds: float) -> None:
+        """Learn from the seconds of a forward pass, for all numbers of rows alike.
+
+        A pass between others finds less in the caches than a measured one, and the speed of a
+        machine changes.
+        """
         expected = self.seconds(rows, rows, context)[0] - self._host
-        self._ratios.append((rows, min(seconds / expected, _OUTLIER)))
-        if len(self._ratios) == _TOGETHER:
-            self._take_in()
-
-    def _take_in(self) -> None:
-        """The pace of all passes goes for every size; what a size differs by is its own."""
-        sizes, ratios = np.array(self._ratios).T
-        self._ratios.clear()
-        pace = ratios.mean()
-        weights = np.zeros((len(sizes), len(self._rows)))  # of samples in what was expected
-        right = np.searchsorted(self._rows, sizes).clip(max=len(self._rows) - 1)
-        left = (right - 1).clip(min=0)
-        span = np.maximum(self._rows[right] - self._rows[left], 1.0)
-        share = ((sizes - self._rows[left]) / span).clip(0.0, 1.0)
-        passes = np.arange(len(sizes))
-        np.add.at(weights, (passes, left), 1.0 - share)
-        np.add.at(weights, (passes, right), share)
-        off = (weights * (ratios / pace - 1.0)[:, None]).sum(0)
-        self._samples *= pace * (1.0 + off / (weights.sum(0) + _SAMPLE_WEIGHT))
-        self._known = []
+        self._ratios.append(min(seconds / expected, _MAX_RATIO))
+        if len(self._ratios) == _PASSES_PER_UPDATE:
+            self._samples *= np.mean(self._ratios)
+            self._ratios.clear()
+            self._seconds = []
 
     def _computed(self, last: int) -> list[float]:
+        """Seconds of forward passes of 0 .. `last` rows."""
         rows = np.arange(last + 1)
         samples = np.maximum.accumulate(self._samples)  # more rows never cost less: that is noise
         known = np.interp(rows, self._rows, samples)

@@ -1,4 +1,4 @@
-"""How drafted nodes fare, by who proposed them and by depth. No tensors."""
+"""Counts of proposed, verified and accepted nodes, by drafter and depth. No tensors."""
 
 from collections.abc import Collection
 
@@ -12,20 +12,22 @@ class DrafterCounts:
     def __init__(self, num_drafters: int) -> None:
         self.num_drafters = num_drafters
         num_rows = num_drafters + 2
-        # Lists: adding to them one by one takes a tenth of what numpy takes for a small tree.
+        # Lists, because for small trees adding to them takes a tenth of the time of numpy.
         self.proposed = [0] * num_rows  # before trees are merged
         self.verified = [[0] * MAX_NODES for _ in range(num_rows)]  # [drafter id][depth]
         self.accepted = [[0] * MAX_NODES for _ in range(num_rows)]  # [drafter id][depth]
 
     def propose(self, trees: Collection[DraftTree]) -> None:
-        """Trees as one drafter gave them."""
+        """Count the nodes of trees that one drafter proposed."""
         last = self.num_drafters + 1
         for tree in trees:
             for drafter_id in tree.drafter_ids.tolist()[1:]:
                 self.proposed[min(drafter_id, last)] += 1
 
-    def settle(self, trees: Collection[DraftTree], results: Collection[VerifyResult]) -> None:
-        """Merged trees, and what verification made of them."""
+    def record_outcome(
+        self, trees: Collection[DraftTree], results: Collection[VerifyResult]
+    ) -> None:
+        """Count the nodes of verified merged trees, and those that were accepted."""
         last = self.num_drafters + 1
         for tree in trees:
             nodes = zip(tree.drafter_ids.tolist(), tree.depths, strict=True)

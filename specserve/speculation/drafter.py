@@ -1,12 +1,12 @@
-"""The drafter interface, all of it. A drafter knows nothing of the engine.
+"""The interface of a drafter. A drafter knows nothing of the engine.
 
-`propose` before a pass, `observe` after it, `forget` when a request leaves. A new method is one
-file, one line in the registry, and its own Options.
+The engine calls `propose` before a forward pass, `observe` after it, and `forget` when a request
+leaves. A new drafter is one file with its own Options, and one line in the registry.
 
-A drafter sees views and copies of what the engine works with: changing them raises an error, or
-changes nothing for the engine. Tensors cannot be protected, so the engine is done with those of a
-`Feedback` before any drafter sees them. Only the weights that a `DraftContext` lends are used
-again: a drafter must not write to those.
+A drafter gets views and copies of the engine's state: changing them raises an error, or has no
+effect on the engine. Tensors cannot be protected, so the engine no longer uses those of a
+`Feedback` when drafters get it. It does use the weights that a `DraftContext` lends: a drafter must
+not write to those.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Looking a text's last tokens up in another text, and copying what followed them there."""
+"""Finds the last tokens of one text in another text, and drafts what follows them there."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from specserve.tree import DraftTree, chain_tree
 
 
 class TextIndex:
-    """n-gram -> the position after its latest occurrence that something follows."""
+    """For each n-gram of a text, the position after its latest occurrence with a successor."""
 
     def __init__(self, min_match: int, max_match: int) -> None:
         self._sizes = range(max_match, min_match - 1, -1)
@@ -14,7 +14,7 @@ class TextIndex:
         self._num_indexed = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Index the n-grams that end before the last token; `tokens` only ever grows."""
+        """Index the n-grams that end before the last token of a growing text."""
         first = max(self._num_indexed, 1)
         start = max(first - self._sizes[0], 0)
         text = tuple(tokens[start:])
@@ -37,9 +37,10 @@ class TextIndex:
 def copied_text(
     root: int, text: Sequence[int], position: int, match: int, budget: int, drafter_id: int
 ) -> DraftTree:
-    """A chain of `text` from `position` on, after `match` tokens that were the same.
+    """A chain of the tokens of `text` from `position` on, where `match` tokens before it agree.
 
-    Where it runs into the end of the text it goes on with what it has just drafted.
+    At the end of the text it repeats what it has drafted. The conditional acceptance probability
+    of each token is estimated as 1 - 0.5^(match + 1).
     """
     drafted = list(text[position : position + budget - 1])
     for index in range(budget - 1 - len(drafted)):

@@ -1,31 +1,31 @@
-"""Which drafted nodes are worth their rows: the policy's last word, once proposals are there.
+"""Selects which drafted nodes are verified: as many as give the most expected tokens per second.
 
-Greedy over all sequences together: nodes by falling probability, as many as give the most tokens
-per second. Path probabilities fall along a path, so what is kept of a tree is a tree. Host only,
-compiled where it is built; `kept_nodes` is the reference.
+Greedy over all sequences together, by descending path probability. Path probabilities never
+increase along a path, so what is kept of a tree is a tree. Host only; uses the compiled function
+where there is one, and `kept_nodes` is its reference implementation.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.cost_model import CostModel
 from specserve.tree import DraftTree, prune
 from specserve_kernels.dispatch import native_host
 
 
-class Selection:
-    def __init__(self, costs: PassCosts) -> None:
+class NodeSelection:
+    def __init__(self, costs: CostModel) -> None:
         self._costs = costs
         self._host = native_host()
 
-    def worthwhile(
+    def select(
         self, trees: Mapping[str, DraftTree], num_rows: int, context: float | None = None
     ) -> dict[str, DraftTree]:
-        """The trees without the nodes that are not worth it; path probabilities are calibrated.
+        """Prune the trees, which have calibrated path probabilities, to the selected nodes.
 
-        `num_rows` of the pass are there without any drafted node, the roots among them; `context`
-        tokens stand before them in the mean. Maximises (roots + sum of path
-        probabilities) / seconds.
+        Maximises (roots + sum of the path probabilities of drafted nodes) / seconds. `num_rows` is
+        the number of rows of the forward pass without drafted nodes, roots included, and `context`
+        the mean number of tokens before them.
         """
         proposed = list(trees.values())
         num_drafted = sum(map(len, proposed)) - len(proposed)
@@ -33,7 +33,7 @@ class Selection:
             return dict(trees)
         seconds = self._costs.seconds(num_rows, num_rows + num_drafted, context)
         if self._host is not None:
-            pruned = self._host.worthwhile(proposed, seconds)
+            pruned = self._host.select_nodes(proposed, seconds)
             kept = [
                 tree if fields is None else DraftTree(*fields)
                 for tree, fields in zip(proposed, pruned, strict=True)
@@ -45,7 +45,7 @@ class Selection:
 
 
 def kept_nodes(trees: Sequence[DraftTree], seconds: Sequence[float]) -> list[int]:
-    """Per tree the number of nodes to keep; `seconds[n]`: of a pass with n drafted nodes."""
+    """Per tree the number of nodes to keep; `seconds[n]`: of a step with n drafted nodes."""
     drafted = sorted(
         (
             (prob, index)

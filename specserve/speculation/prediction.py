@@ -1,5 +1,7 @@
-"""Drafting from the text that a caller expects as the answer, whichever drafters run: from its
-start to begin with, then from where the output's last tokens occur in it.
+"""Drafts from the `prediction` of a request: a text that its caller expects as the answer.
+
+The first draft begins with the text; later ones continue it after the place where the last tokens
+of the output occur in it.
 """
 
 from typing import Final
@@ -12,13 +14,16 @@ _MAX_MATCH: Final = 4  # tokens
 
 
 class PredictedTexts:
-    """Of all running requests. Host only."""
+    """The predictions of all running requests. Host only."""
 
     def __init__(self) -> None:
         self._indexes: dict[str, TextIndex] = {}  # by sequence id
 
     def propose(self, seq: SequenceView, budget: int) -> DraftTree | None:
-        """What the prediction goes on with; None without one, or where it has been left."""
+        """A chain that continues the prediction, or None.
+
+        None if the request has no prediction, or the last tokens of the output are not in it.
+        """
         text = seq.speculation.prediction
         if not text:
             return None

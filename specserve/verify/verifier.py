@@ -47,6 +47,10 @@ class Verifier:
         self._states[seq.id].advance(seq.tokens)
         return self._states[seq.id]
 
+    def state_of(self, seq_id: str) -> SamplingState:
+        """The same, for a sequence whose `state` was asked for in this step."""
+        return self._states[seq_id]
+
     def forget(self, seq_id: str) -> None:
         self._states.pop(seq_id, None)
         self._stops.pop(seq_id, None)

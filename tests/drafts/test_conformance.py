@@ -9,7 +9,7 @@ import pytest
 from tiny import TINY_VOCAB, EngineFactory, ids, run, write_tiny_llama, write_tiny_tokenizer
 
 from specserve.engine.engine import Engine
-from specserve.speculation.cost_model import PassCosts
+from specserve.speculation.cost_model import CostModel
 from specserve.speculation.drafter import DraftError
 from specserve.speculation.failures import MAX_FAILURES
 from specserve.speculation.registry import BUILTIN, create_drafter, load_drafter, public_names
@@ -182,7 +182,7 @@ def test_tenants_that_share_change_no_token(drafts: list[str], make_engine: Engi
                 for output in engine.step():
                     got[output.id] = got.get(output.id, ()) + output.new_ids
         shares = engine.scheduler.tenants
-        shares._costs, shares._all["first"].credit = PassCosts({1: 1.0, 64: 64.0}), 0.0
+        shares._costs, shares._all["first"].credit = CostModel({1: 1.0, 64: 64.0}), 0.0
         while engine.has_work:
             outputs = engine.step()
             running = {seq.id for seq in engine.scheduler.running if seq.num_pending == 1}

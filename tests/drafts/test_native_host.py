@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specserve.speculation.calibration import Calibration
-from specserve.speculation.cost_model import PassCosts
-from specserve.speculation.node_selection import Selection
+from specserve.speculation.cost_model import CostModel
+from specserve.speculation.node_selection import NodeSelection
 from specserve.tree import MAX_NODES, DraftTree, build_tree
 from specserve_drafts.suffix_search import SuffixSearch
 from specserve_drafts.token_log import END
@@ -81,10 +81,10 @@ def test_calibrated_trees(steps: list[Step]) -> None:
 
 @given(st.lists(trees(), max_size=4), st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5))
 def test_nodes_that_are_worth_their_rows(proposed: list[DraftTree], prices: list[float]) -> None:
-    costs = PassCosts({1 + 8 * at: price for at, price in enumerate(prices)})
-    compiled, python = both(lambda: Selection(costs))
+    costs = CostModel({1 + 8 * at: price for at, price in enumerate(prices)})
+    compiled, python = both(lambda: NodeSelection(costs))
     named = {str(index): tree for index, tree in enumerate(proposed)}
-    ours, theirs = (each.worthwhile(named, len(proposed)) for each in (compiled, python))
+    ours, theirs = (each.select(named, len(proposed)) for each in (compiled, python))
     assert ours.keys() == theirs.keys()
     for name, tree in ours.items():
         assert_same(tree, theirs[name])

@@ -51,7 +51,7 @@ class Answers:
         # Tokens and hidden states, by sequence id.
         self._rows: dict[str, tuple[Sequence[int], list[Tensor]]] = {}
         if teacher is not None and llm.engine.platform.exact:
-            llm.engine.watch(teacher.layers, self._observe)
+            llm.engine.observe(teacher.layers, self._observe)
         folder.mkdir(parents=True, exist_ok=True)
         _check_settings(folder / _SETTINGS, made_with)
 

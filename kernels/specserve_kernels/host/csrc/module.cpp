@@ -104,9 +104,9 @@ py::tuple best_logits(const Array<int64_t>& best, const Array<float>& logits, in
 }
 
 // Per tree the nodes worth verifying, None if these are all of its nodes; see tree.h.
-py::list worthwhile_trees(const py::sequence& trees, const std::vector<double>& seconds) {
+py::list selected_trees(const py::sequence& trees, const std::vector<double>& seconds) {
     const Trees all(trees);
-    const std::vector<int> kept = worthwhile(all.views(), seconds);
+    const std::vector<int> kept = select_nodes(all.views(), seconds);
     py::list result;
     for (size_t index = 0; index < kept.size(); ++index) {
         const TreeView& tree = all.views()[index];
@@ -211,7 +211,7 @@ PYBIND11_MODULE(_native, module) {
 
     module.def("best_logits", &best_logits);
     module.def("build_tree", &build_tree);
-    module.def("worthwhile", &worthwhile_trees);
+    module.def("select_nodes", &selected_trees);
     module.def("validate", [](const py::object& tree, int vocab_size, int max_nodes) {
         validate(Trees(py::make_tuple(tree)).views()[0], vocab_size, max_nodes);
     });

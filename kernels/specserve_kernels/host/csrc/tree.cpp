@@ -90,7 +90,7 @@ Tree pruned(const TreeView& view, int max_nodes) {
     return pruned(tree, max_nodes);
 }
 
-std::vector<int> worthwhile(
+std::vector<int> select_nodes(
     const std::vector<TreeView>& trees, const std::vector<double>& seconds) {
     struct Drafted {
         float path_prob;

@@ -1,5 +1,5 @@
 // Draft trees on the host: C++ versions of functions of specserve/tree.py,
-// specserve/speculation/node_selection.py (`worthwhile`) and specserve_drafts/best_first.py.
+// specserve/speculation/node_selection.py (`select_nodes`) and specserve_drafts/best_first.py.
 #pragma once
 
 #include <algorithm>
@@ -61,7 +61,7 @@ Tree pruned(const TreeView& tree, int max_nodes);
 // probability, the number that gives the most expected tokens per second, where a forward pass with
 // n drafted nodes takes seconds[n]. Returns per tree the number of nodes to keep, its root
 // included.
-std::vector<int> worthwhile(
+std::vector<int> select_nodes(
     const std::vector<TreeView>& trees, const std::vector<double>& seconds);
 
 // Expands a tree best-first by path probability. `expand(payload, depth, add)` calls `add(token,

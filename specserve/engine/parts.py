@@ -1,0 +1,176 @@
+"""Loads and connects the parts of an engine: model, KV memory, runner, verifier, drafters."""
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from specserve.cache.storage import KVSpec, KVStorage
+from specserve.config import ConfigError, EngineConfig
+from specserve.engine.device import Platform, choose_platform
+from specserve.engine.end_tokens import end_tokens
+from specserve.engine.limits import Limits
+from specserve.engine.memory import count_blocks
+from specserve.models.loader import load_model
+from specserve.models.model import Model
+from specserve.models.shape import ModelShape
+from specserve.runner.runner import Runner
+from specserve.sampling import Sampler
+from specserve.speculation.cost_model import CostModel
+from specserve.speculation.drafter import DraftContext, Drafter
+from specserve.speculation.failures import loading
+from specserve.speculation.registry import create_drafters
+from specserve.text import Tokenizer
+from specserve.verify.verifier import Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What engines share that are built from the same settings: everything but their requests."""
+
+    config: EngineConfig
+    platform: Platform
+    model: Model
+    runner: Runner
+    num_blocks: int  # of the KV pool
+    verifier: Verifier
+    drafters: Mapping[str, Drafter]
+    aux_layers: tuple[int, ...]  # layers of the target whose hidden states the drafters want
+    cost_model: CostModel  # not measured yet
+    limits: Limits
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens, prompt and output, of one sequence."""
+        return min(self.limits.max_model_len, self.limits.num_kv_slots)
+
+
+def load_parts(
+    config: EngineConfig,
+    target: Path,
+    tokenizer: Tokenizer | None,
+    resolve: Callable[[str], Path] = Path,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> EngineParts:
+    """Load the model in the directory `target` and the drafters, and allocate KV memory.
+
+    `resolve` finds the directory of a draft checkpoint. `on_stage` is told what is being done.
+    Raises ConfigError, DraftError or ModelError if the parts do not fit together.
+    """
+    platform = choose_platform(config.target)
+    if config.target.threads is not None:
+        torch.set_num_threads(config.target.threads)
+    on_stage("preparing the drafters")
+    drafters = create_drafters(config.draft.draft, config.draft.options, target, resolve)
+    on_stage("loading the weights")
+    model = load_model(
+        target,
+        kernels=platform.kernels,
+        dtype=platform.dtype,
+        device=platform.device,
+        exact=platform.exact,
+        quantization=config.target.quantization,
+        quantized_kv_dtype=platform.quantized_kv_dtype,
+    )
+    ends = end_tokens(model.shape, tokenizer)
+    max_model_len = _context(config.target.max_model_len, model.shape)
+    draft_specs = _draft_kv_specs(drafters, model.dtype)
+    num_blocks = count_blocks(
+        config.cache,
+        sum(spec.bytes_per_slot for spec in [model.kv_spec, *draft_specs.values()]),
+        max_model_len,
+        config.schedule.max_num_seqs,
+        platform.device,
+    )
+    num_slots = num_blocks * config.cache.block_size
+    on_stage(f"making room for {num_slots} tokens")
+    storage = KVStorage(model.kv_spec, num_slots, platform.device)
+    wanted = {layer for drafter in drafters.values() for layer in drafter.aux_layers}
+    aux_layers = tuple(sorted(wanted))
+    num_top = max(1, *(drafter.needs_topk for drafter in drafters.values()))
+    runner = Runner(
+        model,
+        storage,
+        config.cache.block_size,
+        platform.device,
+        platform.kernels,
+        num_top,
+        aux_layers,
+    )
+    sampler = Sampler(platform.kernels, platform.device)
+    parts = EngineParts(
+        config=config,
+        platform=platform,
+        model=model,
+        runner=runner,
+        num_blocks=num_blocks,
+        verifier=Verifier(sampler, ends, model.shape.vocab_size, tokenizer),
+        drafters=drafters,
+        aux_layers=aux_layers,
+        cost_model=CostModel(),
+        limits=Limits(
+            vocab_size=model.shape.vocab_size,
+            max_model_len=max_model_len,
+            max_position_embeddings=model.shape.max_position_embeddings,
+            num_kv_slots=num_slots,
+            stop_strings=tokenizer is not None,
+            drafters=tuple(drafters),
+        ),
+    )
+    on_stage("loading the drafters")
+    _bind_drafters(parts, draft_specs)
+    return parts
+
+
+def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:
+    """Give every drafter its context, and memory for the KV that it wants (`kv_specs`)."""
+    config, platform, model = parts.config, parts.platform, parts.model
+    for drafter_id, (name, drafter) in enumerate(parts.drafters.items(), start=1):
+        kernels, storage = copy(platform.kernels), None
+        if (spec := kv_specs.get(name)) is not None:
+            storage = KVStorage(spec, parts.limits.num_kv_slots, platform.device)
+        context = DraftContext(
+            device=platform.device,
+            dtype=model.dtype,
+            kernels=kernels,
+            exact=platform.exact,
+            quantization=config.target.quantization,
+            vocab_size=model.shape.vocab_size,
+            block_size=config.cache.block_size,
+            sampler=Sampler(kernels, platform.device),
+            sampling_state=lambda seq: parts.verifier.state_of(seq.id).copy(),
+            storage=storage,
+            drafter_id=drafter_id,
+            aux_layers=parts.aux_layers,
+            priced=config.draft.pricing == "measured",
+            step_seconds=parts.cost_model.step_seconds,
+            quantized_embedding=model.quantized_embedding,
+            embed=model.embed,
+            final_norm=model.final_norm,
+            unembed=model.unembed,
+        )
+        with loading(name):
+            drafter.bind(context)
+
+
+def _context(max_model_len: int | None, shape: ModelShape) -> int:
+    if max_model_len is None:
+        return shape.max_position_embeddings
+    if max_model_len > shape.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len: {max_model_len} is more than the model was built for; "
+            f"use at most {shape.max_position_embeddings}"
+        )
+    return max_model_len
+
+
+def _draft_kv_specs(drafters: Mapping[str, Drafter], dtype: torch.dtype) -> dict[str, KVSpec]:
+    """The KV that drafters want, by name; those that want none are left out."""
+    specs = {}
+    for name, drafter in drafters.items():
+        with loading(name):
+            if (spec := drafter.kv_spec(dtype)) is not None:
+                specs[name] = spec
+    return specs
