@@ -13,9 +13,9 @@ from specserve.models.shape import ModelShape
 from specserve.sampling import Sampler
 from specserve.speculation.drafter import DraftContext
 from specserve.speculation.registry import create_drafter
-from specserve_drafts.eagle import EagleDrafter
-from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
-from specserve_drafts.quantized_head import QuantizedHead
+from specserve_drafts.eagle.drafter import EagleDrafter
+from specserve_drafts.eagle.head import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.eagle.quantized_head import QuantizedHead
 from specserve_kernels.dispatch import select_kernels
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree, root_tree
-from specserve_drafts.growth import Growth, rank, take
+from specserve_drafts.expansion import Growth, rank, take
 
 _MAX_CATCH_UP_ROWS = 256  # tokens without draft KV in one forward pass of the draft model
 

@@ -1,7 +1,7 @@
 """Kernels of a draft head with quantized weights (EAGLE-3, Li et al. 2025).
 
 Defines their inputs and outputs; `torch_ref.draft_head` defines what they compute, and
-`specserve_drafts.growth` how trees are expanded. Knows no checkpoint and no sequences. The draft
+`specserve_drafts.expansion` how trees are expanded. Knows no checkpoint and no sequences. The draft
 input of a token is the token and a hidden state [hidden_size] of the token before it: that of the
 target, fused from its auxiliary hidden states (`fuse`), or the head's own output if the target has
 not computed that token yet.
@@ -102,5 +102,5 @@ class QuantizedDraftHead(Protocol):
     def expand(
         self, limits: ExpansionLimits, kv: Tensor, tasks: Sequence[ExpansionTask]
     ) -> list[ExpandedTree]:
-        """Expand several trees together, by the rule of `specserve_drafts.growth`."""
+        """Expand several trees together, by the rule of `specserve_drafts.expansion`."""
         ...

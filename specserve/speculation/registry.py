@@ -23,14 +23,14 @@ from specserve.speculation.failures import loading
 BUILTIN = {
     "none": "specserve_drafts.none:NoDrafter",
     "ngram": "specserve_drafts.ngram:NgramDrafter",
-    "suffix": "specserve_drafts.suffix:SuffixDrafter",
-    "recycle": "specserve_drafts.recycle:RecycleDrafter",
+    "suffix": "specserve_drafts.suffix.drafter:SuffixDrafter",
+    "recycle": "specserve_drafts.recycle.drafter:RecycleDrafter",
     "draft_lm": "specserve_drafts.draft_lm:DraftLM",
-    "eagle": "specserve_drafts.eagle:EagleDrafter",
-    "medusa": "specserve_drafts.medusa:MedusaDrafter",
+    "eagle": "specserve_drafts.eagle.drafter:EagleDrafter",
+    "medusa": "specserve_drafts.medusa.drafter:MedusaDrafter",
 }
 # What "auto" stands for; where a function finds what ships for a target, if something does.
-AUTO = {"recycle": None, "eagle": "specserve_drafts.fit:shipped_head"}
+AUTO = {"recycle": None, "eagle": "specserve_drafts.compatibility:shipped_head"}
 ENTRY_POINT_GROUP = "specserve.drafters"
 
 

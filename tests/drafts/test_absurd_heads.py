@@ -15,8 +15,8 @@ from medusa_heads import write_medusa
 from specserve.models.shape import ModelShape
 from specserve.speculation.drafter import DraftError
 from specserve.speculation.registry import checkpoint_method
-from specserve_drafts.formats import read_head
-from specserve_drafts.medusa_file import read_medusa
+from specserve_drafts.eagle.checkpoint import read_head
+from specserve_drafts.medusa.checkpoint import read_medusa
 
 EAGLE_FIELDS = [
     "hidden_size",

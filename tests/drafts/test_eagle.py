@@ -24,8 +24,8 @@ from specserve.models.quantized_llama import QuantizedLlama
 from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
-from specserve_drafts import eagle
-from specserve_drafts.eagle import EagleDrafter
+from specserve_drafts.eagle import drafter as eagle
+from specserve_drafts.eagle.drafter import EagleDrafter
 from specserve_kernels.dispatch import select_kernels
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)

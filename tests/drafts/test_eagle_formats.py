@@ -13,9 +13,9 @@ from tiny import TINY_VOCAB, write_tiny_llama
 from specserve.models.shape import ModelShape
 from specserve.speculation.drafter import DraftError
 from specserve.speculation.registry import checkpoint_method, create_drafter, expanded
-from specserve_drafts import fit
-from specserve_drafts.eagle import EagleDrafter
-from specserve_drafts.formats import read_head
+from specserve_drafts import compatibility
+from specserve_drafts.eagle.checkpoint import read_head
+from specserve_drafts.eagle.drafter import EagleDrafter
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_without_a_checkpoint_it_is_the_head_that_ships(
     written = write_eagle(tmp_path / "a-head", "speculators")
     written.config["speculators_config"] = {"verifier": {"name_or_path": tiny_model.name}}
     save(written)
-    monkeypatch.setattr(fit, "ZOO", tmp_path)
+    monkeypatch.setattr(compatibility, "PRETRAINED", tmp_path)
     assert isinstance(create_drafter("eagle", {}, tiny_model, Path), EagleDrafter)
     assert expanded(["auto", "none", "recycle"], tiny_model) == ["recycle", "eagle", "none"]
     written.config["transformer_layer_config"]["vocab_size"] += 1  # another model of that name

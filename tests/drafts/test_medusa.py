@@ -23,7 +23,7 @@ from specserve.models.model import Model
 from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
-from specserve_drafts.medusa import MedusaDrafter, product_tree
+from specserve_drafts.medusa.drafter import MedusaDrafter, product_tree
 from specserve_kernels.dispatch import select_kernels
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)

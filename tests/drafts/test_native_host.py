@@ -12,9 +12,9 @@ from specserve.speculation.calibration import Calibration
 from specserve.speculation.cost_model import CostModel
 from specserve.speculation.node_selection import NodeSelection
 from specserve.tree import MAX_NODES, DraftTree, build_tree
-from specserve_drafts.suffix_search import SuffixSearch
-from specserve_drafts.token_log import END
-from specserve_drafts.topk_table import OWN, WIDTH, TopKTable
+from specserve_drafts.recycle.topk_table import OWN, WIDTH, TopKTable
+from specserve_drafts.suffix.search import SuffixSearch
+from specserve_drafts.suffix.token_log import END
 from specserve_kernels.dispatch import VARIABLE, native_host
 
 pytestmark = pytest.mark.skipif(native_host() is None, reason="not built, or switched off")

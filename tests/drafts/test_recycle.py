@@ -19,8 +19,8 @@ from specserve.speculation.drafter import DraftError
 from specserve.speculation.registry import create_drafter
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
-from specserve_drafts.recycle import RecycleDrafter
-from specserve_drafts.topk_table import ORDERS, OWN, TopKTable
+from specserve_drafts.recycle.drafter import RecycleDrafter
+from specserve_drafts.recycle.topk_table import ORDERS, OWN, TopKTable
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, seed=0, ignore_eos=True)
 PROMPT = tuple(range(20, 60))
@@ -252,7 +252,7 @@ def test_requests_of_other_salts_learn_nothing(make_engine: EngineFactory) -> No
 def test_a_table_is_kept_between_runs(
     make_engine: EngineFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specserve_drafts.recycle._SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr("specserve_drafts.recycle.drafter._SAVE_INTERVAL", 0.0)
     file = tmp_path / "table.safetensors"
     options = {"recycle": {"file": str(file), "contexts": 2**12}}
     engine = make_engine("recycle", options=options)
@@ -267,7 +267,7 @@ def test_a_table_that_cannot_be_kept_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("specserve_drafts.recycle._SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr("specserve_drafts.recycle.drafter._SAVE_INTERVAL", 0.0)
     folder = tmp_path / "gone"
     folder.mkdir()
     options = {"recycle": {"file": str(folder / "table.safetensors"), "contexts": 2**12}}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specserve.models.shape import ModelShape
-from specserve_drafts.formats import HeadFile, read_head
+from specserve_drafts.eagle.checkpoint import HeadFile, read_head
 from specserve_drafts.tune.eagle_export import write_head
 from specserve_drafts.tune.export import public_name
 

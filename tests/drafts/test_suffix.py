@@ -16,9 +16,9 @@ from specserve.speculation.registry import create_drafter
 from specserve.step import EntryView
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
-from specserve_drafts import suffix_search
-from specserve_drafts.suffix import PastOutputs, SuffixDrafter, SuffixOptions
-from specserve_drafts.token_log import TokenLog
+from specserve_drafts.suffix import search
+from specserve_drafts.suffix.drafter import PastOutputs, SuffixDrafter, SuffixOptions
+from specserve_drafts.suffix.token_log import TokenLog
 
 Way = tuple[int, ...]
 ANSWER = [30, 31, 32, 33, 34, 35]
@@ -104,7 +104,7 @@ def test_the_tree_is_the_best_of_all_that_can_be_counted(
     """Against every position and every path, counted one by one."""
     options = {"min_match": min_match, "max_match": min_match + more, "min_probability": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suffix_search, "_ENOUGH", 10_000)  # all of them count
+        patch.setattr(search, "_ENOUGH", 10_000)  # all of them count
         found = paths(propose(drafter(**options), text, budget))
     expected = counted(text, budget - 1, min_match, min_match + more)
     for path, path_prob in found.items():

@@ -15,7 +15,7 @@ from specserve.cli.main import main as specserve
 from specserve.llm import LLM
 from specserve.speculation.registry import create_drafter
 from specserve.types import SamplingParams
-from specserve_drafts.eagle import EagleDrafter
+from specserve_drafts.eagle.drafter import EagleDrafter
 from specserve_drafts.tune import answers, eagle, head_run, head_training, prompt_file
 from specserve_drafts.tune.eagle_settings import EagleSettings
 from specserve_drafts.tune.head_card import HeadMade

@@ -14,8 +14,8 @@ from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
-from specserve_drafts.formats import read_head
-from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.eagle.checkpoint import read_head
+from specserve_drafts.eagle.head import DraftHead, HeadRows, head_kv_spec, lay_out
 from specserve_drafts.tune.eagle import EagleMethod
 from specserve_drafts.tune.eagle_batch import build_chains
 from specserve_drafts.tune.eagle_export import write_head

@@ -20,9 +20,9 @@ from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve.speculation.registry import create_drafter
 from specserve.types import SamplingParams, SpecStats
-from specserve_drafts import medusa as served
-from specserve_drafts.medusa import MedusaDrafter
-from specserve_drafts.medusa_file import read_medusa
+from specserve_drafts.medusa import heads as served
+from specserve_drafts.medusa.checkpoint import read_medusa
+from specserve_drafts.medusa.drafter import MedusaDrafter
 from specserve_drafts.tune import answers, head_run, medusa, prompt_file
 from specserve_drafts.tune.head_card import HeadMade
 from specserve_drafts.tune.head_run import Run

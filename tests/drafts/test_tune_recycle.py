@@ -11,7 +11,7 @@ from tiny_chat import write_tiny_chat
 from specserve.cli.main import main as specserve
 from specserve.llm import LLM
 from specserve.types import SamplingParams
-from specserve_drafts.topk_table import TABLE, TopKTable
+from specserve_drafts.recycle.topk_table import TABLE, TopKTable
 from specserve_drafts.tune import prompt_file, recycle
 from specserve_drafts.tune.card import Made
 from specserve_drafts.tune.claim import LOCK, claimed

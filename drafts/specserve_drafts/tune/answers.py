@@ -18,10 +18,10 @@ from specserve.cli.prompts import Messages
 from specserve.llm import LLM
 from specserve.speculation.drafter import Feedback
 from specserve.types import RequestError, SamplingParams
+from specserve_drafts.atomic_write import write_json
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text, read_texts, write_texts
-from specserve_drafts.whole_file import write_json
 
 SHARD_PROMPTS: Final = 64  # prompts of a shard, which take less than a minute to answer
 _COUNTED_PROMPTS: Final = 4000  # prompts whose tokens `prompt_counts` counts

@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from specserve_drafts.fit import DraftConfig
-from specserve_drafts.whole_file import whole_file, write_json
+from specserve_drafts.atomic_write import whole_file, write_json
+from specserve_drafts.compatibility import DraftConfig
 from specserve_evals import provenance
 
 CURVE: Final = "curve.png"

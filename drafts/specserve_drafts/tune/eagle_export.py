@@ -1,4 +1,4 @@
-"""Writes a trained EAGLE head in the layout of vllm-project/speculators, which `formats` reads.
+"""Writes a trained EAGLE head in the layout of vllm-project/speculators (see `eagle.formats`).
 
 The embedding is the target's, and so is an LM head over the whole vocabulary. Both are left out by
 default: engines, vLLM included, take them from the target if a file lacks them. The speculators
@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specserve.models.fields import read_json
-from specserve_drafts.formats import TOKEN_ORDER
-from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.eagle.checkpoint import TOKEN_ORDER
+from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.export import CONFIG, public_name, write_checkpoint
 
 _LAYOUT: Final = "0.7.0"  # the first speculators version with all fields written here

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specserve.models.checkpoint import Checkpoint
 from specserve.models.shape import ModelShape
-from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.eagle_model import EagleHead
 
 # Standard deviation of the random weights on the embedding, relative to that of the other half.

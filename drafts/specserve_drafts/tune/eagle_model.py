@@ -1,4 +1,4 @@
-"""A trainable EAGLE-3.1 head: the computation of `heads.DraftHead`, differentiable.
+"""A trainable EAGLE-3.1 head: the computation of `eagle.head.DraftHead`, differentiable.
 
 One Llama layer over the target's fused auxiliary hidden states and the next token's embedding.
 Parameter names are those of the checkpoint. Owns the training-time test (Li et al. 2025, arXiv
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specserve.models.layers import Rotary, rotate
-from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.eagle_batch import ChainBatch, Group
 from specserve_drafts.tune.eagle_settings import MAX_DEPTH
 

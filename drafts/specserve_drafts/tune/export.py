@@ -7,7 +7,7 @@ from typing import Any, Final
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specserve_drafts.whole_file import whole_file, write_json
+from specserve_drafts.atomic_write import whole_file, write_json
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"

@@ -7,8 +7,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from specserve_drafts.atomic_write import whole_file, write_json
 from specserve_drafts.tune.card import CURVE, PROVENANCE
-from specserve_drafts.whole_file import whole_file, write_json
 from specserve_evals import provenance
 
 

@@ -23,6 +23,7 @@ from specserve.hub import resolve
 from specserve.llm import LLM
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.shape import ModelShape
+from specserve_drafts.atomic_write import write_json
 from specserve_drafts.tune.answers import SHARD_PROMPTS, Answers
 from specserve_drafts.tune.card import CURVE, check_curve
 from specserve_drafts.tune.head_card import Description, HeadMade, HeadPoint, draw_curve
@@ -41,7 +42,6 @@ from specserve_drafts.tune.prompt_file import training_prompts
 from specserve_drafts.tune.teacher import Lesson, Teacher
 from specserve_drafts.tune.texts import Text, batches, whole_texts
 from specserve_drafts.tune.vocabulary import draft_vocabulary, head_rows
-from specserve_drafts.whole_file import write_json
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specserve_drafts.atomic_write import whole_file, write_json
 from specserve_drafts.tune.head_card import HeadPoint
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.prompt_file import DATA_SETTINGS, data_settings
-from specserve_drafts.whole_file import whole_file, write_json
 
 STATE: Final = "state.json"
 

@@ -1,4 +1,4 @@
-"""Writes trained Medusa heads in vLLM's layout, which `medusa_file` reads. The authors' layout does
+"""Writes trained Medusa heads in vLLM's layout (see `medusa.checkpoint`); the authors' layout does
 not support a reduced vocabulary."""
 
 from collections.abc import Mapping

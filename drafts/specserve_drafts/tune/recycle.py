@@ -22,13 +22,13 @@ from specserve.cli.progress import show_progress
 from specserve.config import ScheduleConfig, TargetConfig
 from specserve.llm import LLM
 from specserve.types import SamplingParams, SpecStats
-from specserve_drafts.fit import DraftConfig
-from specserve_drafts.recycle import RecycleDrafter
-from specserve_drafts.topk_table import TABLE, TopKTable
+from specserve_drafts.atomic_write import write_json
+from specserve_drafts.compatibility import DraftConfig
+from specserve_drafts.recycle.drafter import RecycleDrafter
+from specserve_drafts.recycle.topk_table import TABLE, TopKTable
 from specserve_drafts.tune.card import Made, Point, check_curve, write_draft
 from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.prompt_file import add_run_flags, data_settings, training_prompts
-from specserve_drafts.whole_file import write_json
 from specserve_evals import provenance
 from specserve_evals.progress import track
 from specserve_evals.runs import at_least_one

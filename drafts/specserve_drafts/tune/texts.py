@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from specserve_drafts.whole_file import whole_file
+from specserve_drafts.atomic_write import whole_file
 
 Ids = npt.NDArray[np.int32]
 

@@ -1,5 +1,5 @@
 // Suffix search: a tree of the tokens that followed earlier occurrences of the last tokens. The C++
-// version of specserve_drafts/suffix_search.py.
+// version of specserve_drafts/suffix/search.py.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace specserve {
 
-// The constants of suffix_search.py, which explains them.
+// The constants of suffix/search.py, which explains them.
 struct SuffixNumbers {
     std::vector<int> sizes;
     int max_matches, enough;

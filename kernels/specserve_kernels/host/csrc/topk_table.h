@@ -1,5 +1,5 @@
 // Top-k table: the last tokens of a text -> the most likely next tokens according to the target.
-// The C++ version of specserve_drafts/topk_table.py, on whose memory it works.
+// The C++ version of specserve_drafts/recycle/topk_table.py, on whose memory it works.
 #pragma once
 
 #include <array>

@@ -1,6 +1,6 @@
 """The configuration of an EAGLE draft head and the sizes of its tensors.
 
-Knows no file format (see `formats`) and no computation (see `heads`).
+Knows no file format (see `formats`) and no computation (see `head`).
 """
 
 from typing import Literal

@@ -16,8 +16,8 @@ from specserve.cache.storage import KVSpec
 from specserve.sequence import SequenceView, Status
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
-from specserve_drafts.suffix_search import Log, SuffixSearch
-from specserve_drafts.token_log import END
+from specserve_drafts.suffix.search import Log, SuffixSearch
+from specserve_drafts.suffix.token_log import END
 
 _INDEXED: Final = (4, 2)  # n-gram lengths that are indexed besides min_match
 _LOG_PRICE: Final = 64  # tokens counted against `capacity` for each log, besides its text

@@ -1,11 +1,11 @@
 """The `eagle` drafter: an EAGLE head proposes a dynamic tree (EAGLE, Li et al. 2024 and 2025).
 
-A published head of EAGLE-1, 2, 3 or 3.1 (`formats`) reads draft inputs: an auxiliary hidden state
-of the target and the token after it (`pairs`). For committed tokens these are the target's own
-hidden states; from the root's successors on the head's output takes their place. The tree is grown
-best-first by path probability: EAGLE-2's dynamic tree (arXiv 2406.16858, section 4), cut to the
-budget during expansion. Candidates are ranked by log q at temperature 0, else by log q / T + g with
-the target's Gumbel noise g.
+A published head of EAGLE-1, 2, 3 or 3.1 (`checkpoint`) reads draft inputs (`draft_inputs`): an
+auxiliary hidden state of the target and the token after it. For committed tokens these are the
+target's own hidden states; from the root's successors on the head's output takes their place. The
+tree is grown best-first by path probability: EAGLE-2's dynamic tree (arXiv 2406.16858, section 4),
+cut to the budget during expansion. Candidates are ranked by log q at temperature 0, else by
+log q / T + g with the target's Gumbel noise g.
 """
 
 import time
@@ -26,12 +26,12 @@ from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.step import EntryView
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
-from specserve_drafts.fit import shipped_head
-from specserve_drafts.formats import read_head
-from specserve_drafts.growth import Growth, LookPrice, rank, take
-from specserve_drafts.heads import DraftHead, HeadRows, head_kv_spec, lay_out
-from specserve_drafts.pairs import BlockContents, Track
-from specserve_drafts.quantized_head import QuantizedHead, can_be_quantized
+from specserve_drafts.compatibility import shipped_head
+from specserve_drafts.eagle.checkpoint import read_head
+from specserve_drafts.eagle.draft_inputs import BlockContents, Track
+from specserve_drafts.eagle.head import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.eagle.quantized_head import QuantizedHead, can_be_quantized
+from specserve_drafts.expansion import Growth, LookPrice, rank, take
 from specserve_kernels.dispatch import native_host
 from specserve_kernels.draft_head import DraftSampling, ExpansionLimits, ExpansionTask
 

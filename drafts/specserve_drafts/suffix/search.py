@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from specserve.tree import DraftTree
 from specserve_drafts.best_first import grow_best_first
-from specserve_drafts.token_log import END, TokenLog
+from specserve_drafts.suffix.token_log import END, TokenLog
 from specserve_kernels.dispatch import native_host
 
 if TYPE_CHECKING:

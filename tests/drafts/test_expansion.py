@@ -2,7 +2,7 @@
 
 import pytest
 
-from specserve_drafts.growth import LookPrice
+from specserve_drafts.expansion import LookPrice
 
 
 def test_where_time_does_not_count_the_option_says() -> None:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from specserve.tree import DraftTree
+from specserve_drafts.atomic_write import whole_file
 from specserve_drafts.best_first import grow_best_first
-from specserve_drafts.whole_file import whole_file
 from specserve_kernels.dispatch import native_host
 
 if TYPE_CHECKING:

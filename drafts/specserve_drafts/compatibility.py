@@ -12,7 +12,7 @@ from specserve.models.shape import ModelShape
 from specserve.speculation.drafter import DraftError
 from specserve.text import Tokenizer
 
-ZOO: Final = Path(__file__).parent / "zoo"
+PRETRAINED: Final = Path(__file__).parent / "pretrained"
 
 
 class Target(Struct, frozen=True):
@@ -67,7 +67,7 @@ def check_fit(directory: Path, target: Target) -> None:
 
 def shipped(method: str, target: Target) -> Path | None:
     """The directory of the shipped draft of this method for a target; None: there is none."""
-    for path in sorted(ZOO.glob("*/config.json")):
+    for path in sorted(PRETRAINED.glob("*/config.json")):
         if "specserve_method" in read_json(path):
             config = read_config(path.parent)
             if config.specserve_method == method and config.target == target:
@@ -81,7 +81,7 @@ def shipped_head(target: Path) -> Path | None:
     Its layout records only the target's name, hidden size and vocabulary size. For a different
     model that has the same name and sizes the head drafts badly; the output is not affected.
     """
-    for path in sorted(ZOO.glob("*/config.json")):
+    for path in sorted(PRETRAINED.glob("*/config.json")):
         config = read_json(path)
         verifier = config.get("speculators_config", {}).get("verifier", {})
         if verifier.get("name_or_path") == target.name:

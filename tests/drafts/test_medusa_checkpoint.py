@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specserve.speculation.drafter import DraftError
 from specserve.speculation.registry import checkpoint_method, create_drafter
-from specserve_drafts.medusa import MedusaDrafter
+from specserve_drafts.medusa.drafter import MedusaDrafter
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -34,8 +34,8 @@ from specserve.cache.storage import KVSpec
 from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
-from specserve_drafts.fit import Target, check_fit, shipped
-from specserve_drafts.topk_table import NO_SALT, ORDERS, OWN, TABLE, WIDTH, TopKTable
+from specserve_drafts.compatibility import Target, check_fit, shipped
+from specserve_drafts.recycle.topk_table import NO_SALT, ORDERS, OWN, TABLE, WIDTH, TopKTable
 from specserve_kernels.dispatch import native_host
 
 # Rows of a request's own table: 230 kB with 16-bit token ids, which stays in the CPU cache.

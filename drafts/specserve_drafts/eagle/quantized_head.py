@@ -1,4 +1,4 @@
-"""The EAGLE-3 head of `heads` with int4 weights, run by the kernels of a backend that has them.
+"""An EAGLE-3 head (see `head`) with int4 weights, run by the kernels of a backend that has them.
 
 Reading weights takes most of the time of a forward pass over one or two nodes, and int4 weights
 have an eighth of the bytes of float32. Owns the mapping from the checkpoint's tensors to the
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from specserve.cache.storage import KVStorage
 from specserve.models.rope import rotary_table
-from specserve_drafts.formats import HeadFile
-from specserve_drafts.head_shape import HeadShape
-from specserve_drafts.heads import HeadBatch
+from specserve_drafts.eagle.checkpoint import HeadFile
+from specserve_drafts.eagle.head import HeadBatch
+from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
@@ -48,7 +48,7 @@ def can_be_quantized(shape: HeadShape) -> bool:
 
 
 class QuantizedHead:
-    """As `heads.DraftHead`, and `expand` builds whole trees in one call. `can_be_quantized` of the
+    """As `head.DraftHead`, and `expand` builds whole trees in one call. `can_be_quantized` of the
     file's shape must be True."""
 
     def __init__(
@@ -64,11 +64,11 @@ class QuantizedHead:
         self.logits = self._head.logits
 
     def __call__(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> Tensor:
-        """See `heads.DraftHead`."""
+        """See `head.DraftHead`."""
         return self._head(_pass_over(batch, rows, kv))
 
     def write_kv(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
-        """See `heads.DraftHead`."""
+        """See `head.DraftHead`."""
         self._head.write_kv(_pass_over(batch, rows, kv))
 
     def expand(

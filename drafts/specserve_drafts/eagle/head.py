@@ -18,8 +18,8 @@ from torch import Tensor
 
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.models.layers import Linear, RMSNorm, Rotary, rotate, swiglu
-from specserve_drafts.formats import HeadFile
-from specserve_drafts.head_shape import HeadShape
+from specserve_drafts.eagle.checkpoint import HeadFile
+from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_kernels.ops import Kernels, Plan, Segments
 
 

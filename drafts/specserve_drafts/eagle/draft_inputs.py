@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specserve.cache.table import TableView
 from specserve.tree import MAX_NODES
-from specserve_drafts.heads import HeadRows
+from specserve_drafts.eagle.head import HeadRows
 
 _CHAIN_WORDS = np.array([(2 << i) - 1 for i in range(MAX_NODES)], np.uint64)
 
