@@ -14,7 +14,7 @@ from specserve.sampling import Sampler
 from specserve.speculation.drafter import DraftContext
 from specserve.speculation.registry import create_drafter
 from specserve_drafts.eagle.drafter import EagleDrafter
-from specserve_drafts.eagle.head import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
 from specserve_drafts.eagle.quantized_head import QuantizedHead
 from specserve_kernels.dispatch import select_kernels
 
@@ -75,24 +75,24 @@ def chain_logits(
     """
     n, tokens = len(ids), ids.tolist()
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), n * num_steps, CPU)
-    words = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], np.uint64)
+    ancestors = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], np.uint64)
     slots = torch.arange(n * num_steps, dtype=torch.int32)
-    own = slots[n:].reshape(n, -1)  # slots of each chain after its first pair
-    pairs = HeadRows(slots[:n], 0, 0, tokens, np.arange(n), words[:n])
-    rows = head(lay_out([pairs], CPU), head.fuse(states), kv)
+    own = slots[n:].reshape(n, -1)  # slots of each chain after its first draft input
+    inputs = HeadSegment(slots[:n], 0, 0, tokens, np.arange(n), ancestors[:n])
+    rows = head(build_head_batch([inputs], CPU), head.fuse(states), kv)
     logits = [head.logits(rows)]
     for step in range(1, num_steps):
         nodes = [
-            HeadRows(
+            HeadSegment(
                 torch.cat((slots[: i + 1], own[i])),
                 i,
                 step,
                 [tokens[i + step]],
                 np.array([i + step]),
-                words[step : step + 1],
+                ancestors[step : step + 1],
             )
             for i in range(n - step)
         ]
-        rows = head(lay_out(nodes, CPU), rows[: n - step], kv)
+        rows = head(build_head_batch(nodes, CPU), rows[: n - step], kv)
         logits.append(head.logits(rows))
     return logits

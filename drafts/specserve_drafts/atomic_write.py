@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces `path` at the end unless the body raised.
 
     Raises ValueError, naming the file, if it cannot be written.
@@ -30,6 +30,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically. Raises ValueError, as `whole_file`."""
-    with whole_file(path) as part:
+    """Write `value` as indented JSON, atomically. Raises ValueError, as `atomic_write`."""
+    with atomic_write(path) as part:
         part.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))

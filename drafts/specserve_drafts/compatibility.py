@@ -1,4 +1,4 @@
-"""Compatibility: for which target a draft was made, and which shipped draft a target can use."""
+"""Compatibility: for which target a draft was made, and which pretrained draft a target can use."""
 
 import hashlib
 from pathlib import Path
@@ -53,7 +53,7 @@ def read_config(directory: Path) -> DraftConfig:
         raise DraftError(f"draft: {path} cannot be read: {error}") from error
 
 
-def check_fit(directory: Path, target: Target) -> None:
+def check_compatible(directory: Path, target: Target) -> None:
     """Raises DraftError, naming the first difference, unless the draft in `directory` was made for
     a target with these properties."""
     made_for = read_config(directory).target
@@ -65,8 +65,8 @@ def check_fit(directory: Path, target: Target) -> None:
             )
 
 
-def shipped(method: str, target: Target) -> Path | None:
-    """The directory of the shipped draft of this method for a target; None: there is none."""
+def pretrained_draft(method: str, target: Target) -> Path | None:
+    """The directory of the pretrained draft of this method for a target; None: there is none."""
     for path in sorted(PRETRAINED.glob("*/config.json")):
         if "specserve_method" in read_json(path):
             config = read_config(path.parent)
@@ -75,8 +75,8 @@ def shipped(method: str, target: Target) -> Path | None:
     return None
 
 
-def shipped_head(target: Path) -> Path | None:
-    """The directory of the pretrained EAGLE head that ships for a target; None: there is none.
+def pretrained_head(target: Path) -> Path | None:
+    """The directory of the pretrained EAGLE head for a target; None: there is none.
 
     Its layout records only the target's name, hidden size and vocabulary size. For a different
     model that has the same name and sizes the head drafts badly; the output is not affected.

@@ -27,9 +27,9 @@ from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree, root_tree
-from specserve_drafts.expansion import Growth, rank, take
+from specserve_drafts.expansion import TreeExpansion, add_ranked, rank_candidates
 
-_MAX_CATCH_UP_ROWS = 256  # tokens without draft KV in one forward pass of the draft model
+_MAX_PENDING = 256  # tokens without draft KV in one forward pass of the draft model
 
 
 class DraftLMOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -62,10 +62,10 @@ class DraftLM:
         self._options = options
         self._path = path
         self._shape = ModelShape.from_dir(path)
-        self._num_valid: dict[str, int] = {}  # leading tokens with valid draft KV, by sequence id
+        self._num_with_kv: dict[str, int] = {}  # leading tokens with draft KV, by sequence id
         self._num_readable: dict[str, int] = {}  # leading tokens with an embedding row, likewise
         # Block id -> prefix cache hash of the content whose draft KV the block holds.
-        self._filled: dict[int, bytes] = {}
+        self._block_hashes: dict[int, bytes] = {}
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         shape = self._shape
@@ -85,28 +85,29 @@ class DraftLM:
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         context = self._shape.max_position_embeddings
-        rooms = [min(b, context + 1 - s.num_tokens) for s, b in zip(seqs, budgets, strict=True)]
-        asked = [
-            (seq, room)
-            for seq, room in zip(seqs, rooms, strict=True)
-            if room > 1 and self._can_read(seq)
+        limits = [min(b, context + 1 - s.num_tokens) for s, b in zip(seqs, budgets, strict=True)]
+        expansions = [
+            TreeExpansion(seq, self._context.sampling_state(seq), limit)
+            for seq, limit in zip(seqs, limits, strict=True)
+            if limit > 1 and self._can_read(seq)
         ]
-        trees = self._grow(asked)
+        self._expand(expansions)
+        trees = {each.seq.id: each.tree(self._context.drafter_id) for each in expansions}
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
-    def _grow(self, asked: Sequence[tuple[SequenceView, int]]) -> dict[str, DraftTree]:
-        """Trees for (sequence, node budget) pairs, by sequence id."""
-        growths = [Growth(seq, self._context.sampling_state(seq), budget) for seq, budget in asked]
-        missed = [row for seq, _ in asked for row in self._catch_up(seq, seq.num_tokens - 1)]
-        while growing := [growth for growth in growths if growth.num_done < len(growth.nodes)]:
-            logits = self._forward(missed + [_fresh_rows(growth) for growth in growing])
-            missed = []
-            take(growing, *rank(growing, logits, self._context.sampler, self._options.branching))
-            for growth in growing:
-                growth.pick(self._options.beam, self._options.max_depth)
-        for seq, _ in asked:
-            self._num_valid[seq.id] = seq.num_tokens  # the root has draft KV too
-        return {growth.seq.id: growth.tree(self._context.drafter_id) for growth in growths}
+    def _expand(self, expansions: Sequence[TreeExpansion]) -> None:
+        seqs = [expansion.seq for expansion in expansions]
+        pending = [row for seq in seqs for row in self._missing_segments(seq, seq.num_tokens - 1)]
+        while active := [expansion for expansion in expansions if expansion.selected]:
+            logits = self._forward(pending + [_selected_rows(expansion) for expansion in active])
+            pending = []
+            branching = self._options.branching
+            ranked = rank_candidates(active, logits, self._context.sampler, branching)
+            add_ranked(active, *ranked)
+            for expansion in active:
+                expansion.select_next(self._options.beam, self._options.max_depth)
+        for seq in seqs:
+            self._num_with_kv[seq.id] = seq.num_tokens  # the root has draft KV too
 
     def observe(self, feedback: Feedback) -> None:
         """Compute draft KV for prefill chunks, so that the first proposal need not process the
@@ -117,18 +118,18 @@ class DraftLM:
             if not entry.num_nodes and self._can_read(entry.seq)
         ]
         ends = [min(seq.num_committed, self._shape.max_position_embeddings) for seq in chunks]
-        missed = [
+        pending = [
             segment
             for seq, end in zip(chunks, ends, strict=True)
-            for segment in self._catch_up(seq, end)
+            for segment in self._missing_segments(seq, end)
         ]
-        if missed:
-            self._forward(missed)
+        if pending:
+            self._forward(pending)
         for seq, end in zip(chunks, ends, strict=True):
-            self._num_valid[seq.id] = max(self._num_valid[seq.id], end)
+            self._num_with_kv[seq.id] = max(self._num_with_kv[seq.id], end)
 
     def forget(self, seq_id: str) -> None:
-        self._num_valid.pop(seq_id, None)
+        self._num_with_kv.pop(seq_id, None)
         self._num_readable.pop(seq_id, None)
 
     def _can_read(self, seq: SequenceView) -> bool:
@@ -145,28 +146,28 @@ class DraftLM:
         self._num_readable[seq.id] = start + readable
         return readable == len(tokens)
 
-    def _catch_up(self, seq: SequenceView, end: int) -> list[SegmentRows]:
+    def _missing_segments(self, seq: SequenceView, end: int) -> list[SegmentRows]:
         """Segments of the tokens before `end` that have no draft KV.
 
-        Runs forward passes over the first of them if they exceed _MAX_CATCH_UP_ROWS; the caller
-        runs the returned rest and then updates `_num_valid`.
+        Runs forward passes over the first of them if they exceed _MAX_PENDING; the caller
+        runs the returned rest and then updates `_num_with_kv`.
         """
         table = seq.table
-        if seq.id not in self._num_valid:
-            self._num_valid[seq.id] = self._num_shared(table)
-        start = self._num_valid[seq.id]
+        if seq.id not in self._num_with_kv:
+            self._num_with_kv[seq.id] = self._num_shared(table)
+        start = self._num_with_kv[seq.id]
         for index in range(min(start // table.block_size, len(table.hashes))):
-            self._filled[table.block_ids[index]] = table.hashes[index]
+            self._block_hashes[table.block_ids[index]] = table.hashes[index]
         segments = list(prefill_segments(table, start, seq.tokens[start:end]))
-        while sum(len(segment.tokens) for segment in segments) > _MAX_CATCH_UP_ROWS:
-            self._forward(segments[: _MAX_CATCH_UP_ROWS // MAX_NODES])
-            del segments[: _MAX_CATCH_UP_ROWS // MAX_NODES]
+        while sum(len(segment.tokens) for segment in segments) > _MAX_PENDING:
+            self._forward(segments[: _MAX_PENDING // MAX_NODES])
+            del segments[: _MAX_PENDING // MAX_NODES]
         return segments
 
     def _num_shared(self, table: TableView) -> int:
         """Leading tokens of the table's blocks that already hold their draft KV."""
         blocks = zip(table.block_ids, table.hashes, strict=False)
-        matching = takewhile(lambda block: self._filled.get(block[0]) == block[1], blocks)
+        matching = takewhile(lambda block: self._block_hashes.get(block[0]) == block[1], blocks)
         return sum(1 for _ in matching) * table.block_size
 
     def _forward(self, rows: Sequence[SegmentRows]) -> Tensor:
@@ -179,14 +180,14 @@ class DraftLM:
         return functional.pad(logits, (0, missing), value=-torch.inf)
 
 
-def _fresh_rows(growth: Growth) -> SegmentRows:
-    fresh = growth.fresh
+def _selected_rows(expansion: TreeExpansion) -> SegmentRows:
+    selected = expansion.selected
     return SegmentRows(
-        growth.seq.table,
-        growth.seq.num_tokens - 1,
-        growth.num_done,
-        [node.token for node in fresh],
-        [node.depth for node in fresh],
-        [node.word for node in fresh],
+        expansion.seq.table,
+        expansion.seq.num_tokens - 1,
+        expansion.num_evaluated,
+        [node.token for node in selected],
+        [node.depth for node in selected],
+        [node.ancestors for node in selected],
         wants_logits=True,
     )

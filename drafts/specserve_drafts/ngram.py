@@ -36,7 +36,7 @@ class NgramDrafter:
                 f"{options.max_match}; expected 1 <= min_match <= max_match <= 16"
             )
         self._options = options
-        self._own: dict[str, TextIndex] = {}  # by sequence id
+        self._indexes: dict[str, TextIndex] = {}  # by sequence id
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return None
@@ -51,15 +51,15 @@ class NgramDrafter:
         pass  # tokens are indexed when they are first needed
 
     def forget(self, seq_id: str) -> None:
-        self._own.pop(seq_id, None)
+        self._indexes.pop(seq_id, None)
 
     def _propose(self, seq: SequenceView, budget: int) -> DraftTree:
-        own = self._own.get(seq.id)
-        if own is None:
-            own = TextIndex(self._options.min_match, self._options.max_match)
-            self._own[seq.id] = own
-        own.extend(seq.tokens)
-        found = own.find(seq.tokens[-self._options.max_match :])
+        index = self._indexes.get(seq.id)
+        if index is None:
+            index = TextIndex(self._options.min_match, self._options.max_match)
+            self._indexes[seq.id] = index
+        index.extend(seq.tokens)
+        found = index.find(seq.tokens[-self._options.max_match :])
         if found is None:
             return root_tree(seq.tokens[-1])
         match, position = found

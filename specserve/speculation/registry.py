@@ -29,8 +29,8 @@ BUILTIN = {
     "eagle": "specserve_drafts.eagle.drafter:EagleDrafter",
     "medusa": "specserve_drafts.medusa.drafter:MedusaDrafter",
 }
-# What "auto" stands for; where a function finds what ships for a target, if something does.
-AUTO = {"recycle": None, "eagle": "specserve_drafts.compatibility:shipped_head"}
+# What "auto" stands for; a function finds the pretrained draft for a target, if there is one.
+AUTO = {"recycle": None, "eagle": "specserve_drafts.compatibility:pretrained_head"}
 ENTRY_POINT_GROUP = "specserve.drafters"
 
 

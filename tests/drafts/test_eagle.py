@@ -35,8 +35,8 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Looked:
-    """Logits of one node that the drafter looked at."""
+class EvaluatedNode:
+    """Logits of one node that the drafter evaluated."""
 
     tokens: tuple[int, ...]  # of the sequence, the root last
     path: tuple[int, ...]  # below the root
@@ -53,21 +53,21 @@ def one_head(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return write_eagle(tmp_path_factory.mktemp("head"), "specforge")
 
 
-def watched(engine: Engine) -> list[Looked]:
-    """Every node the engine's drafter looks at from now on."""
+def record_evaluated(engine: Engine) -> list[EvaluatedNode]:
+    """Every node that the engine's drafter evaluates from now on."""
     (drafter,) = engine.drafter.drafters.values()
     assert isinstance(drafter, EagleDrafter)
-    seen: list[Looked] = []
-    rank = drafter._rank
+    seen: list[EvaluatedNode] = []
+    add_candidates = drafter._add_candidates
 
-    def spy(growing: Any, logits: Tensor) -> None:
+    def spy(expansions: Any, logits: Tensor) -> None:
         rows = iter(logits.clone())
-        for growth in growing:
-            for row in growth.sampler_rows():
-                seen.append(Looked(tuple(growth.seq.tokens), row.path, next(rows)))
-        rank(growing, logits)
+        for expansion in expansions:
+            for row in expansion.sampler_rows():
+                seen.append(EvaluatedNode(tuple(expansion.seq.tokens), row.path, next(rows)))
+        add_candidates(expansions, logits)
 
-    drafter._rank = spy  # type: ignore[method-assign]
+    drafter._add_candidates = spy  # type: ignore[method-assign]
     return seen
 
 
@@ -95,34 +95,34 @@ def aux_hidden_states_of(
     return out.aux_hidden_states[: len(tokens)]
 
 
-def check(head: Written, model: Model, seen: list[Looked], *, every: int = 1) -> None:
+def check(head: Written, model: Model, seen: list[EvaluatedNode], *, every: int = 1) -> None:
     """Against the definition, over `every`-th node."""
     weights = {
         "model.embed_tokens.weight": model.embed(torch.arange(TINY_VOCAB)),
         "lm_head.weight": model.unembed(torch.eye(HIDDEN)).T,
         "model.norm.weight": torch.ones(HIDDEN),
     }
-    texts = {look.tokens for look in seen}
+    texts = {node.tokens for node in seen}
     texts = {t for t in texts if not any(t != u and u[: len(t)] == t for u in texts)}
     known = {text: aux_hidden_states_of(model, AUX_LAYERS[head.layout], text) for text in texts}
-    for look in seen[::every]:
-        rows = next(rows for text, rows in known.items() if text[: len(look.tokens)] == look.tokens)
-        pairs = rows[: len(look.tokens) - 1]
-        plain = plain_logits(head, weights, pairs, list(look.tokens), list(look.path))[-1]
-        torch.testing.assert_close(look.logits, plain, atol=1e-4, rtol=1e-4)
+    for node in seen[::every]:
+        rows = next(rows for text, rows in known.items() if text[: len(node.tokens)] == node.tokens)
+        states = rows[: len(node.tokens) - 1]
+        plain = plain_logits(head, weights, states, list(node.tokens), list(node.path))[-1]
+        torch.testing.assert_close(node.logits, plain, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_logits_are_those_of_the_definition(
     head: Written, sampling: SamplingParams, tiny_model: Path, make_engine: EngineFactory
 ) -> None:
-    """Over several steps, side branches and sequences: every node the drafter looks at."""
+    """Over several steps, side branches and sequences: every node that the drafter evaluates."""
     options = {"eagle": {"branching": 3, "beam": 2}}
     engine = make_engine(str(head.path), options=options, max_nodes=8, exactness="fast")
-    seen = watched(engine)
+    seen = record_evaluated(engine)
     run(engine, PROMPTS, sampling)
-    assert max(len(look.path) for look in seen) >= 3
-    assert len({look.tokens for look in seen}) > 20
+    assert max(len(node.path) for node in seen) >= 3
+    assert len({node.tokens for node in seen}) > 20
     check(head, loaded(tiny_model), seen, every=3)
 
 
@@ -135,7 +135,7 @@ def test_a_quantised_target_lends_what_it_has(
     engine = make_engine(str(one_head.path), target=target, max_nodes=6, quantization="int8")
     model = engine.runner._model
     assert isinstance(model, QuantizedLlama)
-    seen = watched(engine)
+    seen = record_evaluated(engine)
     run(engine, PROMPTS, SAMPLED)
     check(one_head, model, seen, every=3)
 
@@ -160,7 +160,7 @@ def test_a_cached_prefix_brings_its_draft_kv(
     engine = make_engine(str(one_head.path), max_nodes=6)
     prompts = [PROMPTS[1], (*PROMPTS[1][:100], 5, 6, 7, 8)]
     run(engine, prompts[:1], GREEDY)
-    seen = watched(engine)
+    seen = record_evaluated(engine)
     for prompt in prompts:
         (outputs,) = run(engine, [prompt], GREEDY)
         assert outputs[-1].num_cached_tokens >= 96
@@ -169,7 +169,7 @@ def test_a_cached_prefix_brings_its_draft_kv(
 
 
 def test_without_its_kv_a_prefix_is_left_out(one_head: Written, make_engine: EngineFactory) -> None:
-    """Tokens that were cached while nobody looked cost acceptance, not the output."""
+    """Tokens that were cached while the drafter did not observe cost acceptance, not the output."""
     plain = ids(run(make_engine("none"), [PROMPTS[1]], GREEDY)[0])
     engine = make_engine(str(one_head.path), max_nodes=6)
     drafter = engine.drafter.drafters[one_head.path.name]
@@ -178,7 +178,7 @@ def test_without_its_kv_a_prefix_is_left_out(one_head: Written, make_engine: Eng
     drafter.observe = lambda feedback: None  # type: ignore[method-assign]
     run(engine, [PROMPTS[1]], GREEDY)
     drafter.observe = observe  # type: ignore[method-assign]
-    seen = watched(engine)
+    seen = record_evaluated(engine)
     (outputs,) = run(engine, [PROMPTS[1]], GREEDY)
     assert outputs[-1].num_cached_tokens == 144
     assert seen
@@ -194,7 +194,7 @@ def test_rows_keep_their_places_when_a_pass_fails(
 ) -> None:
     """One pass per request, and one request that fails alone too."""
     engine = make_engine(str(one_head.path), max_nodes=6)
-    seen = watched(engine)
+    seen = record_evaluated(engine)
     for index, prompt in enumerate(PROMPTS):
         engine.submit(Request(f"q{index}", prompt, GREEDY))
     forward = engine.runner.forward
@@ -222,12 +222,12 @@ def test_a_smaller_vocabulary_keeps_the_first_rows(
         make_engine(str(one_head.path), options={"eagle": options})
         for options in ({}, {"draft_vocab": 24})
     )
-    looked = [watched(engine) for engine in (full, cut)]
+    nodes = [record_evaluated(engine) for engine in (full, cut)]
     for engine in (full, cut):
         run(engine, PROMPTS[:1], GREEDY)
-    torch.testing.assert_close(looked[1][0].logits, looked[0][0].logits[:24])
+    torch.testing.assert_close(nodes[1][0].logits, nodes[0][0].logits[:24])
     tokens = set(one_head.token_ids[:24].tolist())
-    assert {token for look in looked[1] for token in look.path} <= tokens
+    assert {token for node in nodes[1] for token in node.path} <= tokens
 
 
 def write_whole(directory: Path, *, inner: int = INNER) -> tuple[Path, list[int]]:
@@ -249,12 +249,12 @@ def test_a_head_that_is_the_targets_keeps_the_frequent_tokens(
     whole, cut = (
         make_engine(str(path), options={"eagle": options}) for options in ({}, {"draft_vocab": 24})
     )
-    looked = [watched(engine) for engine in (whole, cut)]
+    nodes = [record_evaluated(engine) for engine in (whole, cut)]
     for engine in (whole, cut):
         run(engine, PROMPTS[:1], GREEDY)
     kept = sorted(order[:24])
-    torch.testing.assert_close(looked[1][0].logits, looked[0][0].logits[kept])
-    assert {token for look in looked[1] for token in look.path} <= set(kept)
+    torch.testing.assert_close(nodes[1][0].logits, nodes[0][0].logits[kept])
+    assert {token for node in nodes[1] for token in node.path} <= set(kept)
 
 
 @pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
@@ -264,13 +264,13 @@ def test_a_quantized_head_without_an_lm_head_takes_fewer_rows_if_time_counts(
 ) -> None:
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
     path, order = write_whole(tmp_path / "head", inner=64)
-    monkeypatch.setattr(eagle, "_PRICED_VOCAB", 30)
+    monkeypatch.setattr(eagle, "_COST_AWARE_VOCAB", 30)
     settings = {"target": target, "quantization": "int8", "max_nodes": 6, "pricing": pricing}
     engine = make_engine(str(path), **settings)
-    seen = watched_growth(engine)
+    seen = record_expanded(engine)
     answers = [ids(each) for each in run(engine, PROMPTS, GREEDY)]
     assert answers == [ids(each) for each in run(make_engine("none", **settings), PROMPTS, GREEDY)]
-    drafted = {token for grew in seen for token in grew.at_once.tokens[1:].tolist()}
+    drafted = {token for each in seen for token in each.in_one_call.tokens[1:].tolist()}
     assert len(drafted) > 5
     assert (drafted <= set(order[:30])) == (pricing == "measured")
 
@@ -299,29 +299,29 @@ def test_a_head_that_knows_the_target_is_always_right(
 
 
 @dataclass(frozen=True)
-class Grew:
-    """One tree as the kernel has it, and as `growth` has it from passes of the same head."""
+class ExpandedTwice:
+    """One tree, expanded by the kernel, and by forward passes of the same head."""
 
     num_pending: int
-    at_once: DraftTree
-    by_passes: DraftTree
+    in_one_call: DraftTree
+    stepwise: DraftTree
 
 
-def watched_growth(engine: Engine) -> list[Grew]:
-    """Every tree that the engine's drafter grows at once from now on, grown both ways."""
+def record_expanded(engine: Engine) -> list[ExpandedTwice]:
+    """Every tree that the engine's drafter expands in one call from now on, in both ways."""
     (drafter,) = engine.drafter.drafters.values()
     assert isinstance(drafter, EagleDrafter)
-    grow, seen = drafter._grow_at_once, list[Grew]()
+    expand, seen = drafter._expand_in_one_call, list[ExpandedTwice]()
 
-    def both(asked: Sequence[Any]) -> dict[str, DraftTree]:
-        grown = grow(asked)
-        expected = drafter._grow_by_passes(asked)
-        for one in asked:
-            trees = grown[one.seq.id], expected[one.seq.id]
-            seen.append(Grew(one.track.num_pending, *trees))
-        return grown
+    def both(tasks: Sequence[Any]) -> dict[str, DraftTree]:
+        expanded = expand(tasks)
+        expected = drafter._expand_stepwise(tasks)
+        for task in tasks:
+            trees = expanded[task.seq.id], expected[task.seq.id]
+            seen.append(ExpandedTwice(task.kv.num_pending, *trees))
+        return expanded
 
-    drafter._grow_at_once = both  # type: ignore[method-assign]
+    drafter._expand_in_one_call = both  # type: ignore[method-assign]
     return seen
 
 
@@ -346,34 +346,34 @@ def test_a_quantized_head_expands_the_same_trees_in_one_call(
     engine = make_engine(
         str(head.path), target=target, options=options, max_nodes=8, quantization="int8"
     )
-    seen = watched_growth(engine)
+    seen = record_expanded(engine)
     run(engine, PROMPTS, sampling)
     assert len(seen) > 20
-    assert {grew.num_pending > 0 for grew in seen} == {False, True}
-    for grew in seen:
-        ours, expected = grew.at_once, grew.by_passes
+    assert {each.num_pending > 0 for each in seen} == {False, True}
+    for each in seen:
+        ours, expected = each.in_one_call, each.stepwise
         assert ours.tokens.tolist() == expected.tokens.tolist()
         assert ours.parents.tolist() == expected.parents.tolist()
         np.testing.assert_allclose(ours.path_probs, expected.path_probs, rtol=1e-4)
-    assert max(len(grew.at_once) for grew in seen) == 8
-    assert max(max(grew.at_once.depths) for grew in seen) >= 2
+    assert max(len(each.in_one_call) for each in seen) == 8
+    assert max(max(each.in_one_call.depths) for each in seen) >= 2
 
 
 @pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
-def test_requests_that_shape_their_logits_grow_by_passes(
+def test_requests_with_logit_adjustments_are_expanded_stepwise(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:
-    """What bias and penalties make of the candidates the kernel does not know."""
+    """The kernel does not support bias and penalties."""
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
     head = write_eagle(tmp_path / "head", "speculators", inner=64)
     engine = make_engine(str(head.path), target=target, max_nodes=6, quantization="int8")
-    at_once, looked = watched_growth(engine), watched(engine)
+    in_one_call, nodes = record_expanded(engine), record_evaluated(engine)
     penalised = msgspec.structs.replace(GREEDY, repetition_penalty=1.3)
     run(engine, PROMPTS[:1], penalised)
-    assert looked
-    assert not at_once
+    assert nodes
+    assert not in_one_call
     run(engine, PROMPTS[:1], GREEDY)
-    assert at_once
+    assert in_one_call
 
 
 @pytest.mark.parametrize("static", [False, True])

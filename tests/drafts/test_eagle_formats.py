@@ -250,10 +250,10 @@ def test_an_order_of_tokens_that_is_none_is_refused(
         create_drafter(str(tmp_path), {"eagle": {"draft_vocab": 20}}, tiny_model, Path)
 
 
-def test_without_a_checkpoint_it_is_the_head_that_ships(
+def test_without_a_checkpoint_it_is_the_pretrained_head(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DraftError, match="no 'eagle' head ships for this target"):
+    with pytest.raises(DraftError, match="there is no pretrained 'eagle' head for this target"):
         create_drafter("eagle", {}, tiny_model, Path)
     assert expanded(["auto"], tiny_model) == ["recycle"]
     written = write_eagle(tmp_path / "a-head", "speculators")

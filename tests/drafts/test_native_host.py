@@ -12,7 +12,7 @@ from specserve.speculation.calibration import Calibration
 from specserve.speculation.cost_model import CostModel
 from specserve.speculation.node_selection import NodeSelection
 from specserve.tree import MAX_NODES, DraftTree, build_tree
-from specserve_drafts.recycle.topk_table import OWN, WIDTH, TopKTable
+from specserve_drafts.recycle.topk_table import REQUEST_RULE, WIDTH, TopKTable
 from specserve_drafts.suffix.search import SuffixSearch
 from specserve_drafts.suffix.token_log import END
 from specserve_kernels.dispatch import VARIABLE, native_host
@@ -140,7 +140,7 @@ row = st.lists(
 )
 def test_topk_tables(lessons: list[Lesson], num_rows: int, vocab_size: int) -> None:
     compiled, python = both(lambda: TopKTable(num_rows, vocab_size))
-    own = both(lambda: TopKTable(64, vocab_size, OWN))
+    own = both(lambda: TopKTable(64, vocab_size, REQUEST_RULE))
     for salt, before, tree, rows in lessons:
         # One node at a time: Python writes all rows of a call by what it found before the call.
         root = build_tree([int(tree.tokens[0])], [-1], [1.0], 1)

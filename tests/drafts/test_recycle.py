@@ -20,7 +20,7 @@ from specserve.speculation.registry import create_drafter
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 from specserve_drafts.recycle.drafter import RecycleDrafter
-from specserve_drafts.recycle.topk_table import ORDERS, OWN, TopKTable
+from specserve_drafts.recycle.topk_table import ORDERS, REQUEST_RULE, TopKTable
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, seed=0, ignore_eos=True)
 PROMPT = tuple(range(20, 60))
@@ -100,14 +100,14 @@ def test_what_a_salt_adds_does_not_hide_what_all_know(
 
 def test_a_text_of_its_own_is_mixed_in() -> None:
     """It has the say where it knows more, and none where it knows nothing."""
-    table, own = TopKTable(2**10, 100), TopKTable(2**10, 100, OWN)
+    table, own = TopKTable(2**10, 100), TopKTable(2**10, 100, REQUEST_RULE)
     write(table, (7, 6, 5), [1, 2, 3, 4])
     own.learn_text([5, 6, 7, 50])
     assert own.candidates([0], (7, 6, 5))[0][0] == 50
     mixed = dict(table.candidates([0], (7, 6, 5), own))
     assert mixed[50] > mixed[1] > 0
     assert dict(table.candidates([0], (8, 6, 5), own)) == {}
-    assert table.candidates([0], (7, 6, 5), TopKTable(8, 100, OWN)) == table.candidates(
+    assert table.candidates([0], (7, 6, 5), TopKTable(8, 100, REQUEST_RULE)) == table.candidates(
         [0], (7, 6, 5)
     )
     assert dict(TopKTable(8, 100).candidates([0], (50,), own)) == {}, "nothing follows the end"
@@ -215,7 +215,7 @@ def test_what_a_prompt_says_is_drafted_and_stays_with_the_request(
     assert drafter.table.num_filled == 0
     for seq in seqs:
         drafter.forget(seq.id)
-    assert not drafter._own
+    assert not drafter._request_tables
 
 
 def test_what_came_while_nobody_asked_is_caught_up_with(make_engine: EngineFactory) -> None:

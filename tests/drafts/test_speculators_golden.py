@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from specserve.models.shape import ModelShape
-from specserve_drafts.eagle.checkpoint import HeadFile, read_head
+from specserve_drafts.eagle.checkpoint import HeadCheckpoint, read_head
 from specserve_drafts.tune.eagle_export import write_head
 from specserve_drafts.tune.export import public_name
 
@@ -32,7 +32,7 @@ def embed(ids: Tensor) -> Tensor:
     return F.embedding(ids, embedding.float())
 
 
-def read_golden(name: str) -> HeadFile:
+def read_golden(name: str) -> HeadCheckpoint:
     return read_head(GOLDEN / name, ModelShape.from_dir(TARGET))
 
 

@@ -104,7 +104,7 @@ def test_the_tree_is_the_best_of_all_that_can_be_counted(
     """Against every position and every path, counted one by one."""
     options = {"min_match": min_match, "max_match": min_match + more, "min_probability": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_ENOUGH", 10_000)  # all of them count
+        patch.setattr(search, "_MAX_MATCHED", 10_000)  # all of them count
         found = paths(propose(drafter(**options), text, budget))
     expected = counted(text, budget - 1, min_match, min_match + more)
     for path, path_prob in found.items():

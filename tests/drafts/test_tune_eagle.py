@@ -55,7 +55,7 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
     """The first point of the curve is the head before it learned anything."""
     arguments = command(folder, "--tokens", "8000", "--repeats", "20")
     assert specserve(["tune", "eagle", *arguments]) == 0
-    assert "tokens per pass on prompts that were kept back" in capsys.readouterr().out
+    assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
     run, out = made(folder), folder / "out"
     first, last = run.curve[0], run.curve[-1]
     assert (first.num_steps, first.num_tokens, first.loss) == (0, 0, None)

@@ -15,7 +15,7 @@ from specserve.engine.device import choose_platform
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.eagle.checkpoint import read_head
-from specserve_drafts.eagle.head import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
 from specserve_drafts.tune.eagle import EagleMethod
 from specserve_drafts.tune.eagle_batch import build_chains
 from specserve_drafts.tune.eagle_export import write_head
@@ -93,13 +93,13 @@ def test_training_computes_what_serving_computes(
         logits = [out @ rows.T for out in steps]
     pair = chain = 0
     for text in some:
-        states = lesson.aux_hidden_states[pair : pair + text.num_pairs]
+        states = lesson.aux_hidden_states[pair : pair + text.num_draft_inputs]
         for answer in range(text.num_answer):
             depth = min(4, text.num_answer - answer)
             expected = served_chain(served, text, states, text.num_prompt - 2 + answer, depth)
             ours = torch.stack([logits[step][chain + answer] for step in range(depth)])
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-        pair, chain = pair + text.num_pairs, chain + text.num_answer
+        pair, chain = pair + text.num_draft_inputs, chain + text.num_answer
     assert chain == len(batch.starts) == 15
     assert pair == len(batch.next_ids)
 
@@ -111,14 +111,14 @@ def served_chain(head: DraftHead, text: Text, states: Tensor, start: int, depth:
     words = np.array([(2 << i) - 1 for i in range(start + 1)], np.uint64)
     tokens = text.tokens.tolist()
     rows = head.fuse(states[: start + 1])
-    true = HeadRows(slot_list, 0, 0, tokens[1 : start + 2], np.arange(start + 1), words)
-    out = head(lay_out([true], CPU), rows, kv)[-1:]
+    true = HeadSegment(slot_list, 0, 0, tokens[1 : start + 2], np.arange(start + 1), words)
+    out = head(build_head_batch([true], CPU), rows, kv)[-1:]
     logits = [head.logits(out)]
     for step in range(1, depth):  # nodes under the root, whose pair is node 0 of the tree
         word = np.array([(2 << step) - 1], np.uint64)
         token, position = tokens[start + 1 + step], np.array([start + step])
-        node = HeadRows(slot_list, start, step, [token], position, word)
-        out = head(lay_out([node], CPU), out, kv)
+        node = HeadSegment(slot_list, start, step, [token], position, word)
+        out = head(build_head_batch([node], CPU), out, kv)
         logits.append(head.logits(out))
     return torch.cat(logits)
 
@@ -127,7 +127,10 @@ def test_a_lesson_is_what_the_target_says(tiny_model: Path, teacher: Teacher) ->
     """Texts of one pass do not see each other, and rows stand where `ChainBatch` has them."""
     some = texts((3, 9), (2, 5), (20, 18))
     together = teacher.read(some)
-    for got, index in ((together.aux_hidden_states, "num_pairs"), (together.last, "num_answer")):
+    for got, index in (
+        (together.aux_hidden_states, "num_draft_inputs"),
+        (together.last, "num_answer"),
+    ):
         assert len(got) == sum(getattr(text, index) for text in some)
     alone = [teacher.read([text]) for text in some]
     states = torch.cat([lesson.aux_hidden_states for lesson in alone])

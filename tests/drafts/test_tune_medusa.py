@@ -67,7 +67,7 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
     """The first point of the curve is the heads before they learned anything."""
     arguments = command(folder, "--tokens", "16000", "--repeats", "20")
     assert specserve(["tune", "medusa", *arguments]) == 0
-    assert "tokens per pass on prompts that were kept back" in capsys.readouterr().out
+    assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
     out = folder / "out"
     run = msgspec.json.decode((out / "provenance.json").read_bytes(), type=HeadMade)
     first, last = run.curve[0], run.curve[-1]

@@ -11,7 +11,7 @@ from tiny_chat import write_tiny_chat
 from specserve.cli.main import main as specserve
 from specserve.llm import LLM
 from specserve.types import SamplingParams
-from specserve_drafts.recycle.topk_table import TABLE, TopKTable
+from specserve_drafts.recycle.topk_table import TABLE_FILE, TopKTable
 from specserve_drafts.tune import prompt_file, recycle
 from specserve_drafts.tune.card import Made
 from specserve_drafts.tune.claim import LOCK, claimed
@@ -43,7 +43,7 @@ def made(folder: Path) -> Made:
 
 def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert specserve(["tune", "recycle", *command(folder, "--tokens", "150")]) == 0
-    assert "tokens per pass on prompts that were kept back" in capsys.readouterr().out
+    assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
     run, out = made(folder), folder / "out"
     assert run.num_tokens >= 150
     assert run.held_out_tau >= 1.0
@@ -99,7 +99,7 @@ def test_a_run_goes_on_where_it_stopped(
     assert recycle.main(command(folder, *arguments, "--resume", "--seed", "5")) == 2
     assert "seed: 5 goes on with a run that had 0" in capsys.readouterr().err
     assert recycle.main(command(folder, *arguments, "--resume")) == 0
-    tables = [TopKTable.load(folder / name / TABLE, 100) for name in ("whole", "out")]
+    tables = [TopKTable.load(folder / name / TABLE_FILE, 100) for name in ("whole", "out")]
     assert tables[0].num_filled == pytest.approx(tables[1].num_filled, rel=0.01)
     assert tables[0].num_filled > 300
 

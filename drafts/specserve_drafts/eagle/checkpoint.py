@@ -39,7 +39,7 @@ _MADE_FOR: Final = "use the draft that was made for this target"
 
 
 @dataclass(frozen=True, slots=True)
-class HeadFile:
+class HeadCheckpoint:
     """A checkpoint that is compatible with its target. Weights are read on request."""
 
     shape: HeadShape
@@ -47,7 +47,9 @@ class HeadFile:
     token_ids: Tensor | None
     _checkpoint: SafetensorsCheckpoint
     _names: Mapping[str, str]  # internal name -> name in the file
-    _target: Path | None = None  # directory of the target whose LM head rows are used; see `cut`
+    _target: Path | None = (
+        None  # directory of the target whose LM head rows are used; see `with_draft_vocab`
+    )
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of an internal name in its stored dtype; of `lm_head.weight` the rows of the
@@ -61,7 +63,7 @@ class HeadFile:
         own = "lm_head.weight" if "lm_head.weight" in target.entries else _EMBEDDING
         return target.floats(own)[self.token_ids]
 
-    def cut(self, draft_vocab: int, target: Path) -> "HeadFile":
+    def with_draft_vocab(self, draft_vocab: int, target: Path) -> "HeadCheckpoint":
         """The same with an LM head of `draft_vocab` rows.
 
         A checkpoint with its own LM head keeps the first rows. Otherwise the rows come from the
@@ -110,7 +112,7 @@ def read_head(
     target: ModelShape,
     *,
     aux_layers: tuple[int, ...] | None = None,
-) -> HeadFile:
+) -> HeadCheckpoint:
     """Open the head in the directory `path` and check it against the target.
 
     `aux_layers` overrides those named in the checkpoint. Raises DraftError naming the field, its
@@ -125,15 +127,15 @@ def read_head(
         names = {internal_name(name): name for name in checkpoint.entries}
         sizes = {name: checkpoint.entries[theirs].shape for name, theirs in names.items()}
         shape = read_shape(config, sizes, target, aux_layers)
-        _check_fit(config, shape, target, sizes["fc.weight"][1])
+        _check_compatible(config, shape, target, sizes["fc.weight"][1])
         _check_tensors(path, shape, sizes)
         token_ids = _token_ids(path, shape, checkpoint, names)
     except ModelError as error:
         raise DraftError(f"draft: {error}") from error
-    return HeadFile(shape, token_ids, checkpoint, names)
+    return HeadCheckpoint(shape, token_ids, checkpoint, names)
 
 
-def _check_fit(config: Fields, shape: HeadShape, target: ModelShape, fc_inputs: int) -> None:
+def _check_compatible(config: Fields, shape: HeadShape, target: ModelShape, fc_inputs: int) -> None:
     """Raises DraftError unless the head's sizes and layers are compatible with the target's."""
 
     def fail(field: str, value: object, reason: str, fix: str = _MADE_FOR) -> None:

@@ -26,24 +26,34 @@ from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.step import EntryView
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
-from specserve_drafts.compatibility import shipped_head
+from specserve_drafts.compatibility import pretrained_head
 from specserve_drafts.eagle.checkpoint import read_head
-from specserve_drafts.eagle.draft_inputs import BlockContents, Track
-from specserve_drafts.eagle.head import DraftHead, HeadRows, head_kv_spec, lay_out
+from specserve_drafts.eagle.draft_inputs import BlockContents, DraftKVState
+from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
 from specserve_drafts.eagle.quantized_head import QuantizedHead, can_be_quantized
-from specserve_drafts.expansion import Growth, LookPrice, rank, take
+from specserve_drafts.expansion import (
+    ExpansionThreshold,
+    TreeExpansion,
+    add_ranked,
+    rank_candidates,
+)
 from specserve_kernels.dispatch import native_host
-from specserve_kernels.draft_head import DraftSampling, ExpansionLimits, ExpansionTask
+from specserve_kernels.draft_head import (
+    DraftSampling,
+    ExpandedTree,
+    ExpansionLimits,
+    ExpansionTask,
+)
 
 # LM head rows that a quantized head takes from the target with cost-aware verification. All 49152
 # rows of SmolLM2 gained 0.02 tokens per forward pass more, at 4 ms a draft (drafts/LOG.md).
-_PRICED_VOCAB = 12288
+_COST_AWARE_VOCAB = 12288
 # Draft inputs of a sequence that may be pending until the next proposal; more are computed at
 # once, as their hidden states take memory.
 _MAX_PENDING = 128
 # Static trees: the assumed conditional acceptance probability of a candidate by its rank. Not
 # measured.
-_STATIC = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
+_STATIC_PROBABILITIES = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NODES - 4))
 
 
 class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +65,7 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     min_probability: float = 0.05
     static: bool = False  # one tree shape for all, by candidate rank; for comparison only
     # LM head rows to keep: the first ones; of the target's own LM head the most frequent tokens.
-    # None: all; but _PRICED_VOCAB if the head is quantized, uses the target's LM head, and
+    # None: all; but _COST_AWARE_VOCAB if the head is quantized, uses the target's LM head, and
     # verification is cost-aware.
     draft_vocab: int | None = None
     # Target layers whose input hidden states the head reads; None: as in the checkpoint.
@@ -63,24 +73,24 @@ class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _TreeTask:
     """A sequence to propose a tree for."""
 
     seq: SequenceView
     state: SamplingState
     budget: int
-    track: Track
+    kv: DraftKVState
     slot_list: Tensor  # int32, slots of the draft inputs before the root, then of root and nodes
 
-    def at_once(self) -> ExpansionTask:
-        """The task for the kernel that grows the whole tree in one call."""
-        tokens, params, track = self.seq.tokens, self.state.params, self.track
+    def in_one_call(self) -> ExpansionTask:
+        """The task for the kernel that expands the whole tree in one call."""
+        tokens, params, kv = self.seq.tokens, self.state.params, self.kv
         root = len(tokens) - 1
         return ExpansionTask(
             self.slot_list,
-            track.count(root),
-            tokens[root - track.num_pending : root],
-            track.latest(),
+            kv.num_inputs(root),
+            tokens[root - kv.num_pending : root],
+            kv.pending_states(),
             tokens[root],
             root - 1,
             self.budget,
@@ -91,38 +101,40 @@ class _Asked:
         )
 
 
-class _Draft:
-    """One tree that is grown one forward pass at a time.
+class _StepwiseDraft:
+    """One tree that is expanded by one forward pass per expansion step.
 
-    row: [hidden_size], the hidden state of the root's draft input.
+    root_state: [hidden_size], the hidden state of the root's draft input.
     """
 
-    def __init__(self, asked: _Asked, row: Tensor) -> None:
-        self.growth = Growth(asked.seq, asked.state, asked.budget)
-        self._track, self._slot_list, self._row = asked.track, asked.slot_list, row
-        self._rows: list[Tensor] = []  # outputs of the evaluated nodes, each [hidden_size]
+    def __init__(self, task: _TreeTask, root_state: Tensor) -> None:
+        self.expansion = TreeExpansion(task.seq, task.state, task.budget)
+        self._kv, self._slot_list, self._root_state = task.kv, task.slot_list, root_state
+        self._outputs: list[Tensor] = []  # of the evaluated nodes, each [hidden_size]
 
-    def fresh(self) -> HeadRows:
-        """The segment of the fresh nodes."""
-        growth, root = self.growth, self.growth.seq.num_tokens - 1
-        depths = np.array([node.depth for node in growth.fresh], np.int64)
-        return HeadRows(
+    def segment(self) -> HeadSegment:
+        """The segment of the selected nodes."""
+        selected, root = self.expansion.selected, self.expansion.seq.num_tokens - 1
+        return HeadSegment(
             self._slot_list,
-            self._track.count(root),
-            growth.num_done,
-            [node.token for node in growth.fresh],
-            root - 1 + depths,
-            np.array([node.word for node in growth.fresh], np.uint64),
+            self._kv.num_inputs(root),
+            self.expansion.num_evaluated,
+            [node.token for node in selected],
+            root - 1 + np.array([node.depth for node in selected], np.int64),
+            np.array([node.ancestors for node in selected], np.uint64),
         )
 
-    def inputs(self) -> list[Tensor]:
-        """The hidden state [hidden_size] of every fresh node's draft input: its parent's output."""
-        fresh = self.growth.fresh
-        return [self._row if node.parent < 0 else self._rows[node.parent] for node in fresh]
+    def hidden_states(self) -> list[Tensor]:
+        """The hidden state [hidden_size] in each selected node's draft input: the output of its
+        parent."""
+        return [
+            self._root_state if node.parent < 0 else self._outputs[node.parent]
+            for node in self.expansion.selected
+        ]
 
-    def keep(self, outputs: Iterator[Tensor]) -> None:
-        """Store the head's output [hidden_size] of every fresh node."""
-        self._rows += [next(outputs) for _ in self.growth.fresh]
+    def store(self, outputs: Iterator[Tensor]) -> None:
+        """Store the head's output [hidden_size] of every selected node."""
+        self._outputs += [next(outputs) for _ in self.expansion.selected]
 
 
 class EagleDrafter:
@@ -131,11 +143,11 @@ class EagleDrafter:
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
         assert isinstance(options, EagleOptions)
-        path = path or shipped_head(target)
+        path = path or pretrained_head(target)
         if path is None:
             raise DraftError(
-                "draft: no 'eagle' head ships for this target; give the directory of one, or make "
-                "one: specserve tune eagle --help"
+                "draft: there is no pretrained 'eagle' head for this target; give the directory "
+                "of one, or make one: specserve tune eagle --help"
             )
         for name in ("branching", "beam", "max_depth"):
             if not 1 <= (value := getattr(options, name)) <= MAX_NODES:
@@ -155,14 +167,14 @@ class EagleDrafter:
         self._target = target
         self._file = read_head(path, shape, aux_layers=options.aux_layers)
         if options.draft_vocab is not None:
-            self._file = self._file.cut(options.draft_vocab, target)
+            self._file = self._file.with_draft_vocab(options.draft_vocab, target)
         self._num_positions = max(
             shape.max_position_embeddings, self._file.shape.max_position_embeddings
         )
         self.aux_layers: tuple[int, ...] = tuple(sorted(set(self._file.shape.aux_layers)))
-        self._tracks: dict[str, Track] = {}  # by sequence id
+        self._kv_states: dict[str, DraftKVState] = {}  # by sequence id
         host = native_host()
-        self._lay_out = None if host is None else host.build_tree
+        self._native_build_tree = None if host is None else host.build_tree
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return head_kv_spec(self._file.shape, dtype)
@@ -170,84 +182,86 @@ class EagleDrafter:
     def bind(self, context: DraftContext) -> None:
         assert context.storage is not None
         self._context, self._storage = context, context.storage
-        self._price = LookPrice(self._options.min_probability, context.step_seconds)
+        self._threshold = ExpansionThreshold(self._options.min_probability, context.step_seconds)
         sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
         self.head = self._load(sample.dtype)
         ids = self._file.token_ids
         self._token_ids = None if ids is None else ids.to(context.device)
         size = self._file.shape.target_hidden_size
-        places = [context.aux_layers.index(layer) for layer in self._file.shape.aux_layers]
-        self._columns = [slice(place * size, (place + 1) * size) for place in places]
-        self._takes_all = places == list(range(len(context.aux_layers)))
+        indices = [context.aux_layers.index(layer) for layer in self._file.shape.aux_layers]
+        self._columns = [slice(index * size, (index + 1) * size) for index in indices]
+        self._uses_all_columns = indices == list(range(len(context.aux_layers)))
         num_blocks = self._storage.data.shape[2] // context.block_size
-        self._contents = BlockContents(num_blocks, context.block_size, len(places) * size, sample)
+        self._contents = BlockContents(num_blocks, context.block_size, len(indices) * size, sample)
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        asked = [self._begin(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
-        at_once: list[_Asked] = []
-        by_passes: list[_Asked] = []
+        in_one_call: list[_TreeTask] = []
+        stepwise: list[_TreeTask] = []
         in_kernel = isinstance(self.head, QuantizedHead) and not self._options.static
-        for one in asked:
-            if one is not None:
+        for seq, budget in zip(seqs, budgets, strict=True):
+            task = self._tree_task(seq, budget)
+            if task is not None:
                 # The kernel does not support logit adjustments such as bias and penalties.
-                supported = in_kernel and not one.state.has_logit_adjustments
-                (at_once if supported else by_passes).append(one)
-        trees = self._grow_at_once(at_once) | self._grow_by_passes(by_passes)
-        for one in (*at_once, *by_passes):
-            one.track.settle(1)  # the root's draft KV is final: it is from the target's own state
+                supported = in_kernel and not task.state.has_logit_adjustments
+                (in_one_call if supported else stepwise).append(task)
+        trees = self._expand_in_one_call(in_one_call) | self._expand_stepwise(stepwise)
+        for task in (*in_one_call, *stepwise):
+            # The root's draft KV is final: it is from the target's own hidden state.
+            task.kv.mark_written(1)
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
-    def _grow_at_once(self, asked: Sequence[_Asked]) -> dict[str, DraftTree]:
-        """Trees by sequence id, grown in one kernel call."""
-        if not asked:
+    def _expand_in_one_call(self, tasks: Sequence[_TreeTask]) -> dict[str, DraftTree]:
+        """Trees by sequence id, expanded in one kernel call."""
+        if not tasks:
             return {}
         assert isinstance(self.head, QuantizedHead)
-        options, drafter_id = self._options, self._context.drafter_id
-        least = self._price.min_probability
-        limits = ExpansionLimits(options.branching, options.beam, options.max_depth, least)
-        tasks, started = [one.at_once() for one in asked], time.perf_counter()
-        expanded = self.head.expand(limits, self._storage, tasks)
-        self._price.took(time.perf_counter() - started, max(tree.num_passes for tree in expanded))
+        options, threshold = self._options, self._threshold.min_probability
+        limits = ExpansionLimits(options.branching, options.beam, options.max_depth, threshold)
+        inputs, started = [task.in_one_call() for task in tasks], time.perf_counter()
+        expanded = self.head.expand(limits, self._storage, inputs)
+        num_steps = max(tree.num_passes for tree in expanded)
+        self._threshold.record(time.perf_counter() - started, num_steps)
         return {
-            one.seq.id: DraftTree(
-                *self._lay_out(tree.tokens, tree.parents, tree.path_probs, drafter_id)
-            )
-            if self._lay_out is not None
-            else build_tree(tree.tokens, tree.parents, tree.path_probs, drafter_id)
-            for one, tree in zip(asked, expanded, strict=True)
+            task.seq.id: self._build_tree(tree) for task, tree in zip(tasks, expanded, strict=True)
         }
 
-    def _grow_by_passes(self, asked: Sequence[_Asked]) -> dict[str, DraftTree]:
-        """Trees by sequence id, grown by one forward pass of the head per expansion step."""
-        if not asked:
+    def _build_tree(self, tree: ExpandedTree) -> DraftTree:
+        fields = tree.tokens, tree.parents, tree.path_probs, self._context.drafter_id
+        if self._native_build_tree is None:
+            return build_tree(*fields)
+        return DraftTree(*self._native_build_tree(*fields))
+
+    def _expand_stepwise(self, tasks: Sequence[_TreeTask]) -> dict[str, DraftTree]:
+        """Trees by sequence id, expanded by one forward pass of the head per expansion step."""
+        if not tasks:
             return {}
-        options, started, num_passes = self._options, time.perf_counter(), 0
-        min_probability = self._price.min_probability
-        drafts: list[_Draft] = []
-        chains: list[HeadRows] = []
-        rows: list[Tensor] = []
-        fused = self.head.fuse(torch.cat([one.track.latest() for one in asked]))
-        sizes = [one.track.num_pending + 1 for one in asked]
-        for one, piece in zip(asked, torch.split(fused, sizes), strict=True):
-            chains += one.track.pending(one.seq.tokens, one.slot_list)
-            rows.append(piece[:-1])
-            drafts.append(_Draft(one, piece[-1]))
-        while growing := [d for d in drafts if d.growth.num_done < len(d.growth.nodes)]:
-            fresh = [row for draft in growing for row in draft.inputs()]
+        options, started, num_steps = self._options, time.perf_counter(), 0
+        threshold = self._threshold.min_probability
+        drafts: list[_StepwiseDraft] = []
+        pending: list[HeadSegment] = []
+        pending_states: list[Tensor] = []
+        fused = self.head.fuse(torch.cat([task.kv.pending_states() for task in tasks]))
+        sizes = [task.kv.num_pending + 1 for task in tasks]
+        for task, states in zip(tasks, torch.split(fused, sizes), strict=True):
+            pending += task.kv.pending_segments(task.seq.tokens, task.slot_list)
+            pending_states.append(states[:-1])
+            drafts.append(_StepwiseDraft(task, states[-1]))
+        while active := [draft for draft in drafts if draft.expansion.selected]:
+            inputs = [state for draft in active for state in draft.hidden_states()]
             out = self._forward(
-                chains + [draft.fresh() for draft in growing],
-                torch.cat([*rows, torch.stack(fresh)]),
-            )[-len(fresh) :]
-            chains, rows = [], []
-            self._rank([draft.growth for draft in growing], self.head.logits(out))
+                pending + [draft.segment() for draft in active],
+                torch.cat([*pending_states, torch.stack(inputs)]),
+            )[-len(inputs) :]
+            pending, pending_states = [], []
+            self._add_candidates([draft.expansion for draft in active], self.head.logits(out))
             outputs = iter(out.unbind())
-            for draft in growing:
-                draft.keep(outputs)
-                draft.growth.pick(options.beam, options.max_depth, min_probability)
-            num_passes += 1
-        self._price.took(time.perf_counter() - started, num_passes)
+            for draft in active:
+                draft.store(outputs)
+                draft.expansion.select_next(options.beam, options.max_depth, threshold)
+            num_steps += 1
+        self._threshold.record(time.perf_counter() - started, num_steps)
         drafter_id = self._context.drafter_id
-        return {draft.growth.seq.id: draft.growth.tree(drafter_id) for draft in drafts}
+        return {draft.expansion.seq.id: draft.expansion.tree(drafter_id) for draft in drafts}
 
     def _load(self, dtype: torch.dtype) -> DraftHead | QuantizedHead:
         """The head: quantized if the target is, the kernels support it and the shape allows it."""
@@ -257,8 +271,8 @@ class EagleDrafter:
             if not self._file.shape.own_head:
                 num_rows = self._file.shape.vocab_size
                 if context.priced:
-                    num_rows = min(_PRICED_VOCAB, num_rows)
-                self._file = self._file.cut(num_rows, self._target)
+                    num_rows = min(_COST_AWARE_VOCAB, num_rows)
+                self._file = self._file.with_draft_vocab(num_rows, self._target)
             return QuantizedHead(self._file, make, self._num_positions, embedding)
         return DraftHead(
             self._file,
@@ -278,60 +292,63 @@ class EagleDrafter:
             return  # these tokens become a missing range
         first = 0
         for entry in feedback.entries:
-            start, places = _settled(entry, feedback)
-            if places:
-                self._follow(entry.seq, start, self._wanted(_rows(states, first, places)))
+            start, rows = _committed_rows(entry, feedback)
+            if rows:
+                committed = self._own_columns(_select_rows(states, first, rows))
+                self._record_hidden_states(entry.seq, start, committed)
             first += entry.num_prefill
             if entry.num_nodes:
                 first += len(feedback.trees[entry.seq.id])
 
-    def _wanted(self, states: Tensor) -> Tensor:
+    def _own_columns(self, states: Tensor) -> Tensor:
         """The columns of this head's layers; `states` has the layers that all drafters need."""
-        if self._takes_all:
+        if self._uses_all_columns:
             return states
         return torch.cat([states[:, columns] for columns in self._columns], dim=-1)
 
     def forget(self, seq_id: str) -> None:
-        self._tracks.pop(seq_id, None)
+        self._kv_states.pop(seq_id, None)
 
-    def _begin(self, seq: SequenceView, budget: int) -> _Asked | None:
+    def _tree_task(self, seq: SequenceView, budget: int) -> _TreeTask | None:
         """The inputs for a tree; None if the hidden state of the token before the root was not
         observed."""
-        track = self._tracks.get(seq.id)
+        kv = self._kv_states.get(seq.id)
         root = seq.num_tokens - 1
-        if track is None or not track.rows or track.num_seen != root:
+        if kv is None or not kv.hidden_states or kv.num_observed != root:
             return None
-        self._contents.name(track, seq.table)
-        slot_list = track.slots_up_to(root + max(budget - 1, 1), seq.table)
-        return _Asked(seq, self._context.sampling_state(seq), budget, track, slot_list)
+        self._contents.record_hashes(kv, seq.table)
+        slot_list = kv.slots_up_to(root + max(budget - 1, 1), seq.table)
+        return _TreeTask(seq, self._context.sampling_state(seq), budget, kv, slot_list)
 
-    def _follow(self, seq: SequenceView, start: int, rows: Tensor) -> None:
+    def _record_hidden_states(self, seq: SequenceView, start: int, states: Tensor) -> None:
         """Store the hidden states of tokens start, start + 1, ... that the target has computed.
 
-        rows: [n, num_aux_layers * target_hidden_size].
+        states: [n, num_aux_layers * target_hidden_size].
         """
-        track = self._tracks.get(seq.id)
-        if track is not None and track.num_seen == start + len(rows):
+        kv = self._kv_states.get(seq.id)
+        if kv is not None and kv.num_observed == start + len(states):
             return  # a repeated call: `observe` is retried if it raised for another sequence
-        if track is None or track.num_seen != start:
-            track = self._tracks[seq.id] = self._contents.begin(seq.table, start)
-        if track.num_pending >= _MAX_PENDING:
-            chains = list(track.pending(seq.tokens, track.slots_up_to(track.num_seen, seq.table)))
-            batch = lay_out(chains, self._context.device)
-            self.head.write_kv(batch, self.head.fuse(track.latest()[:-1]), self._storage)
-            track.settle()
-        self._contents.name(track, seq.table)
-        self._contents.write(track, seq.table, rows)
-        track.extend(rows)
+        if kv is None or kv.num_observed != start:
+            kv = self._kv_states[seq.id] = self._contents.start(seq.table, start)
+        if kv.num_pending >= _MAX_PENDING:
+            slot_list = kv.slots_up_to(kv.num_observed, seq.table)
+            pending = list(kv.pending_segments(seq.tokens, slot_list))
+            batch = build_head_batch(pending, self._context.device)
+            self.head.write_kv(batch, self.head.fuse(kv.pending_states()[:-1]), self._storage)
+            kv.mark_written()
+        self._contents.record_hashes(kv, seq.table)
+        self._contents.record_states(kv, seq.table, states)
+        kv.extend(states)
 
-    def _forward(self, parts: Sequence[HeadRows], rows: Tensor) -> Tensor:
-        """The head's output [num_rows, hidden_size]; `rows` has the same shape."""
-        return self.head(lay_out(parts, self._context.device), rows, self._storage)
+    def _forward(self, segments: Sequence[HeadSegment], hidden_states: Tensor) -> Tensor:
+        """The head's output [num_rows, hidden_size]; `hidden_states` has the same shape."""
+        batch = build_head_batch(segments, self._context.device)
+        return self.head(batch, hidden_states, self._storage)
 
-    def _rank(self, growing: Sequence[Growth], logits: Tensor) -> None:
-        """Add candidates of the fresh nodes; logits: [num_fresh, draft_vocab_size]."""
+    def _add_candidates(self, expansions: Sequence[TreeExpansion], logits: Tensor) -> None:
+        """Add successors of the selected nodes; logits: [num_selected, draft_vocab_size]."""
         branching, ids = min(self._options.branching, logits.shape[1]), self._token_ids
-        if all(growth.state.plain_greedy for growth in growing):
+        if all(expansion.state.plain_greedy for expansion in expansions):
             log_probs, best = logits.log_softmax(-1).topk(branching)
             tokens = best if ids is None else ids[best]
         else:
@@ -339,25 +356,27 @@ class EagleDrafter:
                 whole = logits.new_full((len(logits), self._context.vocab_size), -torch.inf)
                 whole[:, slice(logits.shape[1]) if ids is None else ids] = logits
                 logits = whole
-            tokens, log_probs = rank(growing, logits, self._context.sampler, branching)
+            sampler = self._context.sampler
+            tokens, log_probs = rank_candidates(expansions, logits, sampler, branching)
         if self._options.static:
-            log_probs = _STATIC[:branching].to(log_probs.device).log().expand_as(log_probs)
-        take(growing, tokens, log_probs)
+            static = _STATIC_PROBABILITIES[:branching].to(log_probs.device)
+            log_probs = static.log().expand_as(log_probs)
+        add_ranked(expansions, tokens, log_probs)
 
 
-def _rows(states: Tensor, first: int, places: Sequence[int]) -> Tensor:
-    """Rows first + places[0], first + places[1], ...; `places` is ascending."""
-    if places[-1] - places[0] == len(places) - 1:  # consecutive, the usual case: no copy
-        return states[first + places[0] : first + places[-1] + 1]
-    return states[torch.tensor([first + place for place in places], device=states.device)]
+def _select_rows(states: Tensor, first: int, rows: Sequence[int]) -> Tensor:
+    """Rows first + rows[0], first + rows[1], ...; `rows` is ascending."""
+    if rows[-1] - rows[0] == len(rows) - 1:  # consecutive, the usual case: no copy
+        return states[first + rows[0] : first + rows[-1] + 1]
+    return states[torch.tensor([first + row for row in rows], device=states.device)]
 
 
-def _settled(entry: EntryView, feedback: Feedback) -> tuple[int, list[int]]:
+def _committed_rows(entry: EntryView, feedback: Feedback) -> tuple[int, list[int]]:
     """The tokens of a sequence that a forward pass committed: the position of the first, and their
     rows among the entry's, of which the prefill chunk comes before the tree (`plan_segments`)."""
     seq, num_prefill = entry.seq, entry.num_prefill
-    places = list(range(num_prefill))
+    rows = list(range(num_prefill))
     if not entry.num_nodes:
-        return seq.num_committed - num_prefill, places
+        return seq.num_committed - num_prefill, rows
     path = feedback.results[seq.id].path
-    return seq.num_tokens - 1 - num_prefill, places + [num_prefill + node for node in path]
+    return seq.num_tokens - 1 - num_prefill, rows + [num_prefill + node for node in path]

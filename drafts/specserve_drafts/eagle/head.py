@@ -18,13 +18,13 @@ from torch import Tensor
 
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.models.layers import Linear, RMSNorm, Rotary, rotate, swiglu
-from specserve_drafts.eagle.checkpoint import HeadFile
+from specserve_drafts.eagle.checkpoint import HeadCheckpoint
 from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_kernels.ops import Kernels, Plan, Segments
 
 
 @dataclass(frozen=True, slots=True)
-class HeadRows:
+class HeadSegment:
     """One segment of a forward pass: nodes of a tree, or a chain of draft inputs."""
 
     # int32: slots of all draft inputs that the segment may attend to, in order. Its own are
@@ -45,35 +45,35 @@ class HeadBatch:
     segments: Segments
 
 
-def lay_out(rows: Sequence[HeadRows], device: torch.device) -> HeadBatch:
-    """The tensors of one forward pass over `rows`.
+def build_head_batch(segments: Sequence[HeadSegment], device: torch.device) -> HeadBatch:
+    """The tensors of one forward pass over `segments`.
 
     Slot lists are passed as block tables with a block size of 1, so a missing range leaves no gap
     in what attention reads.
     """
-    lengths = [len(part.tokens) for part in rows]
-    cu_rows = np.zeros(len(rows) + 1, np.int32)
+    lengths = [len(segment.tokens) for segment in segments]
+    cu_rows = np.zeros(len(segments) + 1, np.int32)
     np.cumsum(lengths, out=cu_rows[1:])
     ends = [
-        part.context_len + part.first_node + length
-        for part, length in zip(rows, lengths, strict=True)
+        segment.context_len + segment.first_node + length
+        for segment, length in zip(segments, lengths, strict=True)
     ]
-    tables = np.zeros((len(rows), max(ends)), np.int32)
+    tables = np.zeros((len(segments), max(ends)), np.int32)
     slots = np.empty(cu_rows[-1], np.int64)
-    for index, (part, length, end) in enumerate(zip(rows, lengths, ends, strict=True)):
-        slot_list = part.slot_list.numpy()
+    for index, (segment, length, end) in enumerate(zip(segments, lengths, ends, strict=True)):
+        slot_list = segment.slot_list.numpy()
         tables[index, :end] = slot_list[:end]
         slots[cu_rows[index] : cu_rows[index + 1]] = slot_list[end - length : end]
-    ids = np.concatenate([np.asarray(part.tokens, np.int64) for part in rows])
+    ids = np.concatenate([np.asarray(segment.tokens, np.int64) for segment in segments])
     return HeadBatch(
         torch.from_numpy(ids).to(device),
-        torch.from_numpy(np.concatenate([part.positions for part in rows])).to(device),
+        torch.from_numpy(np.concatenate([segment.positions for segment in segments])).to(device),
         torch.from_numpy(slots).to(device),
         Segments(
             cu_rows=cu_rows,
-            context_lens=np.array([part.context_len for part in rows], np.int32),
-            first_nodes=np.array([part.first_node for part in rows], np.int32),
-            ancestors=np.concatenate([part.ancestors for part in rows]),
+            context_lens=np.array([segment.context_len for segment in segments], np.int32),
+            first_nodes=np.array([segment.first_node for segment in segments], np.int32),
+            ancestors=np.concatenate([segment.ancestors for segment in segments]),
             block_tables=tables,
             num_rows=int(cu_rows[-1]),
             block_size=1,
@@ -93,7 +93,7 @@ class DraftHead:
 
     def __init__(
         self,
-        file: HeadFile,
+        file: HeadCheckpoint,
         kernels: Kernels,
         *,
         dtype: torch.dtype,
@@ -137,7 +137,7 @@ class DraftHead:
     def __call__(
         self,
         batch: HeadBatch,
-        rows: Tensor,  # [num_rows, hidden_size], results of `fuse` or of this method
+        hidden_states: Tensor,  # [num_rows, hidden_size], results of `fuse` or of this method
         kv: KVStorage,
     ) -> Tensor:
         """Output hidden states [num_rows, hidden_size]; writes the draft inputs' K and V to
@@ -148,9 +148,9 @@ class DraftHead:
             if shape.own_embedding
             else self._embed(batch.input_ids).to(self._dtype)
         )
-        x = rows
+        x = hidden_states
         if shape.kind == "eagle1":
-            x = self._fc(torch.cat((embeds, rows), dim=-1))
+            x = self._fc(torch.cat((embeds, hidden_states), dim=-1))
         plan = self._kernels.plan_attention(
             batch.segments, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
         )
@@ -159,16 +159,16 @@ class DraftHead:
             x = layer(x, embeds, kv.layer(index), step)
         return self._norm(x) if self._norm is not None and shape.norm_output else x
 
-    def write_kv(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
+    def write_kv(self, batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> None:
         """Write the draft inputs' K and V to `kv`; the output is not needed."""
-        self(batch, rows, kv)
+        self(batch, hidden_states, kv)
 
-    def logits(self, rows: Tensor) -> Tensor:
-        """Logits of the token after each draft input: [n, hidden_size], results of the forward
+    def logits(self, outputs: Tensor) -> Tensor:
+        """Logits of the token after each draft input: [n, hidden_size], outputs of the forward
         pass, -> [n, draft_vocab_size] float32."""
         if self._norm is not None and not self.shape.norm_output:
-            rows = self._norm(rows)
-        logits = self._unembed(rows) if self._head is None else self._head(rows).float()
+            outputs = self._norm(outputs)
+        logits = self._unembed(outputs) if self._head is None else self._head(outputs).float()
         return logits * self.shape.logit_scale
 
 
@@ -185,7 +185,7 @@ class _Step:
 class _Weights:
     """Reads tensors of a checkpoint as modules, in the head's dtype and on its device."""
 
-    def __init__(self, file: HeadFile, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, file: HeadCheckpoint, dtype: torch.dtype, device: torch.device) -> None:
         self._file, self._dtype, self._device = file, dtype, device
 
     def tensor(self, name: str) -> Tensor:

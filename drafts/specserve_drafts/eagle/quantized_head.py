@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specserve.cache.storage import KVStorage
 from specserve.models.rope import rotary_table
-from specserve_drafts.eagle.checkpoint import HeadFile
+from specserve_drafts.eagle.checkpoint import HeadCheckpoint
 from specserve_drafts.eagle.head import HeadBatch
 from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_kernels.decoder import (
@@ -43,8 +43,8 @@ def can_be_quantized(shape: HeadShape) -> bool:
         shape.num_kv_heads,
         shape.head_dim,
     )
-    is_whole = shape.target_hidden_size * len(shape.aux_layers) % GROUP == 0
-    return shape.kind == "eagle3" and reason is None and is_whole
+    fits_groups = shape.target_hidden_size * len(shape.aux_layers) % GROUP == 0
+    return shape.kind == "eagle3" and reason is None and fits_groups
 
 
 class QuantizedHead:
@@ -53,23 +53,23 @@ class QuantizedHead:
 
     def __init__(
         self,
-        file: HeadFile,
+        file: HeadCheckpoint,
         make: Callable[[DraftHeadWeights], QuantizedDraftHead],
         num_positions: int,
         embedding: QuantizedWeight,  # the target's, [vocab_size, hidden_size]
     ) -> None:
         self.shape = file.shape
-        self._head = make(_read(file, num_positions, embedding))
+        self._head = make(_read_weights(file, num_positions, embedding))
         self.fuse = self._head.fuse
         self.logits = self._head.logits
 
-    def __call__(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> Tensor:
+    def __call__(self, batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> Tensor:
         """See `head.DraftHead`."""
-        return self._head(_pass_over(batch, rows, kv))
+        return self._head(_decoder_pass(batch, hidden_states, kv))
 
-    def write_kv(self, batch: HeadBatch, rows: Tensor, kv: KVStorage) -> None:
+    def write_kv(self, batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> None:
         """See `head.DraftHead`."""
-        self._head.write_kv(_pass_over(batch, rows, kv))
+        self._head.write_kv(_decoder_pass(batch, hidden_states, kv))
 
     def expand(
         self, limits: ExpansionLimits, kv: KVStorage, tasks: Sequence[ExpansionTask]
@@ -78,7 +78,7 @@ class QuantizedHead:
         return self._head.expand(limits, kv.data, tasks)
 
 
-def _pass_over(batch: HeadBatch, rows: Tensor, kv: KVStorage) -> DecoderPass:
+def _decoder_pass(batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> DecoderPass:
     return DecoderPass(
         batch.input_ids,
         batch.positions,
@@ -86,11 +86,13 @@ def _pass_over(batch: HeadBatch, rows: Tensor, kv: KVStorage) -> DecoderPass:
         batch.segments,
         kv.data,
         _NO_ROWS,
-        hidden_in=rows.contiguous(),
+        hidden_in=hidden_states.contiguous(),
     )
 
 
-def _read(file: HeadFile, num_positions: int, embedding: QuantizedWeight) -> DraftHeadWeights:
+def _read_weights(
+    file: HeadCheckpoint, num_positions: int, embedding: QuantizedWeight
+) -> DraftHeadWeights:
     shape = file.shape
 
     def norm(name: str) -> Tensor:

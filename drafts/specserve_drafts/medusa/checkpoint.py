@@ -34,7 +34,7 @@ _AGAIN: Final = "fetch the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
-class MedusaFile:
+class MedusaCheckpoint:
     """A checkpoint that is compatible with its target. Weights are read on request."""
 
     num_heads: int
@@ -64,7 +64,7 @@ class MedusaFile:
         return self._checkpoint.floats(self._names[name])
 
 
-def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
+def read_medusa(path: Path, target: ModelShape) -> MedusaCheckpoint:
     """Open the checkpoint in the directory `path` and check it against the target.
 
     Raises DraftError naming the field, its value and the fix.
@@ -77,11 +77,14 @@ def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
             raise ModelError(f"{path}: the weights of Medusa heads must be safetensors")
         checkpoint = SafetensorsCheckpoint(path, INTEGERS)
         num_layers = config.integer(
-            _field(config, "medusa_num_layers", "num_hidden_layers"), 1, low=0, high=MAX_LAYERS
+            _present_name(config, "medusa_num_layers", "num_hidden_layers"),
+            1,
+            low=0,
+            high=MAX_LAYERS,
         )
-        names = {_our_name(name, num_layers): name for name in checkpoint.entries}
+        names = {_internal_name(name, num_layers): name for name in checkpoint.entries}
         num_heads = _count_heads(config, names)
-        file = MedusaFile(
+        file = MedusaCheckpoint(
             num_heads,
             num_layers,
             _token_ids(path, checkpoint, target.vocab_size),
@@ -97,11 +100,11 @@ def read_medusa(path: Path, target: ModelShape) -> MedusaFile:
     return file
 
 
-def _field(config: Fields, theirs: str, vllm: str) -> str:
+def _present_name(config: Fields, theirs: str, vllm: str) -> str:
     return theirs if config.has(theirs) else vllm
 
 
-def _our_name(name: str, num_layers: int) -> str:
+def _internal_name(name: str, num_layers: int) -> str:
     name = re.sub(r"^medusa_heads?\.", "", name)
     name = re.sub(r"^blocks\.(\d+)\.layers\.(\d+)\.", r"\1.\2.linear.", name)
     return re.sub(r"^lm_heads\.(\d+)\.", rf"\1.{num_layers}.", name)
@@ -125,14 +128,14 @@ def _count_heads(config: Fields, names: Mapping[str, str]) -> int:
     """
     heads = {int(name.partition(".")[0]) for name in names if name[:1].isdigit()}
     num_heads = next(head for head in range(len(heads) + 1) if head not in heads)
-    field = _field(config, "medusa_num_heads", "num_heads")
+    field = _present_name(config, "medusa_num_heads", "num_heads")
     claimed = config.integer(field, max(num_heads, 1))
     if claimed > num_heads or not num_heads:
         config.fail(field, f"the weights beside it have {num_heads} heads; {_AGAIN}")
     return num_heads
 
 
-def _check_names(path: Path, file: MedusaFile, found: set[str]) -> None:
+def _check_names(path: Path, file: MedusaCheckpoint, found: set[str]) -> None:
     layers = [
         f"{head}.{layer}.linear"
         for head in range(file.num_heads)
@@ -155,7 +158,7 @@ def _check_names(path: Path, file: MedusaFile, found: set[str]) -> None:
         )
 
 
-def _check_sizes(path: Path, file: MedusaFile, target: ModelShape) -> None:
+def _check_sizes(path: Path, file: MedusaCheckpoint, target: ModelShape) -> None:
     hidden, vocab = target.hidden_size, target.vocab_size
     for name, theirs in file._names.items():
         if name == _TOKEN_MAP:

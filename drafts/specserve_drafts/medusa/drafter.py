@@ -38,9 +38,9 @@ class MedusaOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
-class _LastRow:
+class _LastState:
     position: int  # of the token in its sequence
-    row: Tensor  # [hidden_size], the token's last hidden state before the final norm
+    hidden_state: Tensor  # [hidden_size], the token's last one, before the final norm
 
 
 class MedusaDrafter:
@@ -70,7 +70,7 @@ class MedusaDrafter:
         self._num_heads, self._branching = num_heads, options.branching
         self._hidden_size = shape.hidden_size
         self.aux_layers: tuple[int, ...] = (shape.num_layers,)
-        self._last: dict[str, _LastRow] = {}  # by sequence id
+        self._last: dict[str, _LastState] = {}  # by sequence id
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return None
@@ -86,7 +86,7 @@ class MedusaDrafter:
         ready = [
             seq
             for seq, budget in zip(seqs, budgets, strict=True)
-            if budget > 1 and self._knows(seq)
+            if budget > 1 and self._has_state(seq)
         ]
         depth = min(self._num_heads, max(budgets, default=1) - 1)
         found = dict(zip([seq.id for seq in ready], self._candidates(ready, depth), strict=True))
@@ -101,26 +101,26 @@ class MedusaDrafter:
         """Store the hidden state of the last committed token of each sequence."""
         states = feedback.output.aux_hidden_states
         if states is None:
-            return  # the stored states are now out of date; `_knows` compares their positions
-        tops: list[tuple[str, int]] = []  # sequence, position
-        places: list[int] = []
+            return  # the stored states are now out of date; `_has_state` compares their positions
+        last: list[tuple[str, int]] = []  # sequence id, position
+        rows: list[int] = []
         first = 0  # first row of the entry's prefill chunk, then of its tree
         for entry in feedback.entries:
             first += entry.num_prefill
             if entry.num_nodes:
                 seq, path = entry.seq, feedback.results[entry.seq.id].path
-                tops.append((seq.id, seq.num_tokens - 2 + len(path)))
-                places.append(first + path[-1])
+                last.append((seq.id, seq.num_tokens - 2 + len(path)))
+                rows.append(first + path[-1])
                 first += len(feedback.trees[seq.id])
-        if places:
-            rows = states[torch.tensor(places, device=states.device), self._columns]
-            for (seq_id, position), row in zip(tops, rows.unbind(), strict=True):
-                self._last[seq_id] = _LastRow(position, row)
+        if rows:
+            own = states[torch.tensor(rows, device=states.device), self._columns]
+            for (seq_id, position), state in zip(last, own.unbind(), strict=True):
+                self._last[seq_id] = _LastState(position, state)
 
     def forget(self, seq_id: str) -> None:
         self._last.pop(seq_id, None)
 
-    def _knows(self, seq: SequenceView) -> bool:
+    def _has_state(self, seq: SequenceView) -> bool:
         """Whether the hidden state of the token before the root is stored."""
         last = self._last.get(seq.id)
         return last is not None and last.position == seq.num_tokens - 2
@@ -130,24 +130,26 @@ class MedusaDrafter:
         if not seqs:
             return []
         context = self._context
-        rows = context.final_norm(torch.stack([self._last[seq.id].row for seq in seqs]))
-        logits = self.heads(rows, depth).flatten(0, 1)
+        states = torch.stack([self._last[seq.id].hidden_state for seq in seqs])
+        logits = self.heads(context.final_norm(states), depth).flatten(0, 1)
         width = min(self._branching, logits.shape[1])
         if (ids := self._file.token_ids) is not None:
             whole = logits.new_full((len(logits), context.vocab_size), -torch.inf)
             whole[:, ids.to(context.device)] = logits
             logits = whole
         # Penalties count the emitted tokens only: the nodes of one depth have different paths.
-        draws = [
+        rows = [
             Row(context.sampling_state(seq), seq.num_tokens + after)
             for seq in seqs
             for after in range(depth)
         ]
         sampler = context.sampler
-        best = sampler.perturb(sampler.process(logits, draws), draws).log_softmax(-1).topk(width)
-        pairs = zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
-        levels: list[Candidates] = [list(zip(*pair, strict=True)) for pair in pairs]
-        return [levels[start : start + depth] for start in range(0, len(levels), depth)]
+        best = sampler.perturb(sampler.process(logits, rows), rows).log_softmax(-1).topk(width)
+        tokens, probs = best.indices.tolist(), best.values.exp().tolist()
+        candidates: list[Candidates] = [
+            list(zip(*row, strict=True)) for row in zip(tokens, probs, strict=True)
+        ]
+        return [candidates[start : start + depth] for start in range(0, len(candidates), depth)]
 
 
 def product_tree(
@@ -162,22 +164,22 @@ def product_tree(
     # Frontier: the next unused child of each node, as (negative path probability, insertion number,
     # parent, depth, rank among the candidates); heapq pops the smallest.
     heap: list[tuple[float, int, int, int, int]] = []
-    age = 0
+    num_added = 0
 
-    def open_node(parent: int, depth: int, rank: int) -> None:
-        nonlocal age
+    def add_child(parent: int, depth: int, rank: int) -> None:
+        nonlocal num_added
         if depth < len(depths) and rank < len(depths[depth]):
             path_prob = path_probs[parent] * depths[depth][rank][1]
             if path_prob > 0.0:
-                age += 1
-                heapq.heappush(heap, (-path_prob, age, parent, depth, rank))
+                num_added += 1
+                heapq.heappush(heap, (-path_prob, num_added, parent, depth, rank))
 
-    open_node(0, 0, 0)
+    add_child(0, 0, 0)
     while heap and len(tokens) < budget:
         negative, _, parent, depth, rank = heapq.heappop(heap)
         tokens.append(depths[depth][rank][0])
         parents.append(parent)
         path_probs.append(-negative)
-        open_node(parent, depth, rank + 1)
-        open_node(len(tokens) - 1, depth + 1, 0)
+        add_child(parent, depth, rank + 1)
+        add_child(len(tokens) - 1, depth + 1, 0)
     return build_tree(tokens, parents, path_probs, drafter_id)

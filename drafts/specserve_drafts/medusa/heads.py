@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.models.layers import Linear
-from specserve_drafts.medusa.checkpoint import MedusaFile
+from specserve_drafts.medusa.checkpoint import MedusaCheckpoint
 
 
 class MedusaHeads:
     """The first `num_heads` heads of `file`, with their weights converted to `dtype`."""
 
     def __init__(
-        self, file: MedusaFile, num_heads: int, dtype: torch.dtype, device: torch.device
+        self, file: MedusaCheckpoint, num_heads: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._dtype, self._scale = dtype, file.logit_scale
 

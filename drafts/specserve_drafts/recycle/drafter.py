@@ -34,30 +34,37 @@ from specserve.cache.storage import KVSpec
 from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
-from specserve_drafts.compatibility import Target, check_fit, shipped
-from specserve_drafts.recycle.topk_table import NO_SALT, ORDERS, OWN, TABLE, WIDTH, TopKTable
+from specserve_drafts.compatibility import Target, check_compatible, pretrained_draft
+from specserve_drafts.recycle.topk_table import (
+    NO_SALT,
+    ORDERS,
+    REQUEST_RULE,
+    TABLE_FILE,
+    WIDTH,
+    TopKTable,
+)
 from specserve_kernels.dispatch import native_host
 
 # Rows of a request's own table: 230 kB with 16-bit token ids, which stays in the CPU cache.
-_OWN_CONTEXTS: Final = 2**14
+_REQUEST_CONTEXTS: Final = 2**14
 _SAVE_INTERVAL: Final = 60.0  # seconds
 
 logger = logging.getLogger(__name__)
 
-_Best = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+_TopSuccessors = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
 @dataclass(slots=True)
-class _Own:
-    """A request's own table, and how many of the sequence's tokens it contains."""
+class _RequestTable:
+    """A request's own table, and how many of the sequence's tokens it has learned."""
 
     table: TopKTable
-    num_known: int = 0
+    num_learned: int = 0
 
 
 class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     contexts: int = 2**19  # rows of a new table; a power of two
-    shipped: bool = True  # start with the table that ships for the target, if there is one
+    pretrained: bool = True  # start with the pretrained table for the target, if there is one
     min_probability: float = 0.02  # nodes of a lower path probability are not proposed
     # File that keeps the table between runs: read at start-up, written at most once a minute.
     file: str | None = None
@@ -83,12 +90,12 @@ class RecycleDrafter:
         self._file = None if options.file is None else Path(options.file)
         self.target = Target.of(target)
         if path is not None:
-            check_fit(path, self.target)
-        elif options.shipped:
-            path = shipped("recycle", self.target)
+            check_compatible(path, self.target)
+        elif options.pretrained:
+            path = pretrained_draft("recycle", self.target)
         self.table = self._first_table(path, options.contexts)
-        self._own: dict[str, _Own] = {}  # by sequence id
-        self._asked: set[str] = set()  # ids of the sequences proposed for in this step
+        self._request_tables: dict[str, _RequestTable] = {}  # by sequence id
+        self._proposed_for: set[str] = set()  # ids of the sequences proposed for in this step
         self._saved_at = time.monotonic()
 
     def _first_table(self, path: Path | None, contexts: int) -> TopKTable:
@@ -103,7 +110,7 @@ class RecycleDrafter:
                 if self._file.exists():
                     return TopKTable.load(self._file, vocab_size)
             if path is not None:
-                return TopKTable.load(path / TABLE, vocab_size)
+                return TopKTable.load(path / TABLE_FILE, vocab_size)
         except ValueError as error:
             raise DraftError(f"{field}: {error}") from error
         return TopKTable(contexts, vocab_size)
@@ -130,17 +137,17 @@ class RecycleDrafter:
                 budget,
                 self._min_probability,
                 drafter_id,
-                self._own_table(seq),
+                self._request_table(seq),
             )
             for seq, budget in zip(seqs, budgets, strict=True)
         ]
-        self._asked.update(seq.id for seq in seqs)
+        self._proposed_for.update(seq.id for seq in seqs)
         return trees
 
     def observe(self, feedback: Feedback) -> None:
-        if not self._asked:
+        if not self._proposed_for:
             return
-        best, logits = self._best(feedback.output)
+        tokens, logits = self._top_successors(feedback.output)
         first = 0
         for entry in feedback.entries:
             seq, result = entry.seq, feedback.results.get(entry.seq.id)
@@ -149,22 +156,22 @@ class RecycleDrafter:
             tree = feedback.trees[seq.id]
             rows = slice(first, first + len(tree))
             first = rows.stop
-            if seq.id not in self._asked:
+            if seq.id not in self._proposed_for:
                 continue
             salt = _salts(seq.cache_salt)[0]
             before = seq.tokens[-2 : -ORDERS - 1 : -1]
-            self.table.learn(salt, before, tree, best[rows], logits[rows])
-            own = self._own[seq.id]
-            own.table.learn(NO_SALT, before, tree, best[rows], logits[rows])
-            own.num_known = seq.num_tokens + len(result.emitted)
-        self._asked.clear()
+            self.table.learn(salt, before, tree, tokens[rows], logits[rows])
+            own = self._request_tables[seq.id]
+            own.table.learn(NO_SALT, before, tree, tokens[rows], logits[rows])
+            own.num_learned = seq.num_tokens + len(result.emitted)
+        self._proposed_for.clear()
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
             self._saved_at = time.monotonic()
             self._save(self._file)
 
     def forget(self, seq_id: str) -> None:
         """Drop the request's own table; the shared table keeps what was learned."""
-        self._own.pop(seq_id, None)
+        self._request_tables.pop(seq_id, None)
 
     def _save(self, file: Path) -> None:
         """Write the table to `file`; a failure is logged, and drafting continues."""
@@ -173,25 +180,25 @@ class RecycleDrafter:
         except ValueError as error:
             logger.warning("draft.options.recycle.file: %s", error)
 
-    def _own_table(self, seq: SequenceView) -> TopKTable:
-        own = self._own.get(seq.id)
+    def _request_table(self, seq: SequenceView) -> TopKTable:
+        own = self._request_tables.get(seq.id)
         if own is None:
-            table = TopKTable(_OWN_CONTEXTS, self.target.vocab_size, OWN)
-            own = self._own[seq.id] = _Own(table)
+            table = TopKTable(_REQUEST_CONTEXTS, self.target.vocab_size, REQUEST_RULE)
+            own = self._request_tables[seq.id] = _RequestTable(table)
         # The prompt, or tokens that were emitted while this drafter was not called.
-        if own.num_known < seq.num_tokens:
-            own.table.learn_text(seq.tokens[max(own.num_known - ORDERS, 0) :])
-            own.num_known = seq.num_tokens
+        if own.num_learned < seq.num_tokens:
+            own.table.learn_text(seq.tokens[max(own.num_learned - ORDERS, 0) :])
+            own.num_learned = seq.num_tokens
         return own.table
 
-    def _best(self, output: ModelOutput) -> _Best:
+    def _top_successors(self, output: ModelOutput) -> _TopSuccessors:
         """The WIDTH most likely next tokens of each logit row and their logits, [rows, WIDTH]."""
         top = output.topk
         if top is None:
             top = output.logits.topk(WIDTH).indices
         if self._host is not None:
-            picked: _Best = self._host.best_logits(top.numpy(), output.logits.numpy(), WIDTH)
-            return picked
+            best: _TopSuccessors = self._host.best_logits(top.numpy(), output.logits.numpy(), WIDTH)
+            return best
         top = top[:, :WIDTH]
         logits = output.logits.gather(1, top.clamp(min=0))
         return top.cpu().numpy(), logits.cpu().numpy()

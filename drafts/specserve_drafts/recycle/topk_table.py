@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from specserve.tree import DraftTree
-from specserve_drafts.atomic_write import whole_file
+from specserve_drafts.atomic_write import atomic_write
 from specserve_drafts.best_first import grow_best_first
 from specserve_kernels.dispatch import native_host
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ORDERS: Final = 3  # contexts of 1 .. ORDERS tokens
 WIDTH: Final = 4  # successors stored per context; more gained nothing (drafts/LOG.md, 2026-11-25)
-TABLE: Final = "table.safetensors"  # file name in a draft's directory
+TABLE_FILE: Final = "table.safetensors"  # file name in a draft's directory
 # Probabilities are stored as one byte s, which stands for 2 ** (-s / _PER_OCTAVE).
 _PER_OCTAVE: Final = 16
 _PROBS: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # by byte
@@ -54,15 +54,15 @@ class UpdateRule(NamedTuple):
     weight: tuple[float, ...]
 
 
-SHARED: Final = UpdateRule(learning_rate=(0.1, 0.2, 0.4), weight=(1.0, 0.5, 0.6))
+SHARED_RULE: Final = UpdateRule(learning_rate=(0.1, 0.2, 0.4), weight=(1.0, 0.5, 0.6))
 # For the table of one request.
-OWN: Final = UpdateRule(learning_rate=(0.5, 0.6, 0.8), weight=(0.6, 0.6, 0.7))
+REQUEST_RULE: Final = UpdateRule(learning_rate=(0.5, 0.6, 0.8), weight=(0.6, 0.6, 0.7))
 
 
 class TopKTable:
     """A table of `num_rows` rows, a power of two, for token ids below `vocab_size`."""
 
-    def __init__(self, num_rows: int, vocab_size: int, rule: UpdateRule = SHARED) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, rule: UpdateRule = SHARED_RULE) -> None:
         assert num_rows.bit_count() == 1, f"{num_rows} is no power of two"
         self._rule = rule
         token = "H" if vocab_size <= 2**16 else "I"
@@ -248,7 +248,7 @@ class TopKTable:
     def save(self, path: Path) -> None:
         """Write the table as safetensors, atomically. Raises ValueError, naming the file."""
         columns = {"tags": self._tags, "tokens": self._tokens, "prob_steps": self._prob_steps}
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             save_file({name: column.copy() for name, column in columns.items()}, part)
 
     @classmethod

@@ -19,8 +19,8 @@ from specserve.tree import DraftTree
 from specserve_drafts.suffix.search import Log, SuffixSearch
 from specserve_drafts.suffix.token_log import END
 
-_INDEXED: Final = (4, 2)  # n-gram lengths that are indexed besides min_match
-_LOG_PRICE: Final = 64  # tokens counted against `capacity` for each log, besides its text
+_INDEXED_SIZES: Final = (4, 2)  # n-gram lengths that are indexed besides min_match
+_LOG_OVERHEAD: Final = 64  # tokens counted against `capacity` for each log, besides its text
 
 
 class SuffixOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
@@ -40,22 +40,22 @@ class PastOutputs:
     """
 
     def __init__(self, capacity: int, new_log: Callable[[], Log]) -> None:
-        self._room = capacity // 2
+        self._generation_size = capacity // 2
         self._new_log = new_log
         self._young: dict[str, Log] = {}
         self._old: dict[str, Log] = {}
-        self._num_taken = 0  # tokens in the young generation, _LOG_PRICE per log included
+        self._num_tokens = 0  # tokens in the young generation, _LOG_OVERHEAD per log included
 
     def add(self, salt: str, output: list[int]) -> None:
         """Append the output of a finished request to its salt's log."""
-        text = [*output[-(self._room - _LOG_PRICE - 1) :], END]
-        if self._num_taken + _LOG_PRICE + len(text) > self._room:
-            self._young, self._old, self._num_taken = {}, self._young, 0
+        text = [*output[-(self._generation_size - _LOG_OVERHEAD - 1) :], END]
+        if self._num_tokens + _LOG_OVERHEAD + len(text) > self._generation_size:
+            self._young, self._old, self._num_tokens = {}, self._young, 0
         if salt not in self._young:
             self._young[salt] = self._new_log()
-            self._num_taken += _LOG_PRICE
+            self._num_tokens += _LOG_OVERHEAD
         self._young[salt].extend(text)
-        self._num_taken += len(text)
+        self._num_tokens += len(text)
 
     def logs(self, salt: str) -> list[Log]:
         """The salt's logs, young generation first."""
@@ -71,9 +71,9 @@ class SuffixDrafter:
         assert isinstance(options, SuffixOptions)
         _check(options)
         self._options = options
-        between = [size for size in _INDEXED if options.min_match < size <= options.max_match]
+        between = [size for size in _INDEXED_SIZES if options.min_match < size <= options.max_match]
         self._search = SuffixSearch((*between, options.min_match), options.min_probability)
-        self._own: dict[str, Log] = {}  # prompt and output, by sequence id
+        self._request_logs: dict[str, Log] = {}  # prompt and output, by sequence id
         self._running: dict[str, SequenceView] = {}  # by sequence id; `forget` takes their outputs
         self._past = PastOutputs(options.capacity, self._search.new_log)
 
@@ -91,16 +91,16 @@ class SuffixDrafter:
             self._running.update((entry.seq.id, entry.seq) for entry in feedback.entries)
 
     def forget(self, seq_id: str) -> None:
-        self._own.pop(seq_id, None)
+        self._request_logs.pop(seq_id, None)
         seq = self._running.pop(seq_id, None)
         # A preempted sequence is resumed later; its output is added when it has finished.
         if seq is not None and seq.status is Status.FINISHED and seq.num_output:
             self._past.add(seq.cache_salt, seq.tokens[seq.num_prompt :])
 
     def _propose(self, seq: SequenceView, budget: int) -> DraftTree:
-        own = self._own.get(seq.id)
+        own = self._request_logs.get(seq.id)
         if own is None:
-            own = self._own[seq.id] = self._search.new_log()
+            own = self._request_logs[seq.id] = self._search.new_log()
         own.extend(seq.tokens[len(own) :])
         logs = [own, *self._past.logs(seq.cache_salt)]
         recent = seq.tokens[-self._options.max_match :]

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from specserve_kernels.host import _native
 
 _MAX_MATCHES: Final = 32  # matches used per proposal; also positions checked per n-gram and log
-_ENOUGH: Final = 64  # the search stops once its matches have this many matched tokens in all
-_LONGER: Final = 4.0  # factor in the weight of a match for each matched token
-_DOUBT: Final = 1.0  # pseudo-count: m matched tokens scale a probability by m / (m + _DOUBT)
+_MAX_MATCHED: Final = 64  # the search stops once its matches have this many matched tokens in all
+_WEIGHT_BASE: Final = 4.0  # factor in the weight of a match for each matched token
+_PSEUDO_COUNT: Final = 1.0  # m matched tokens scale a probability by m / (m + _PSEUDO_COUNT)
 
 _Match = tuple[float, int, Sequence[int]]  # weight, number of matched tokens, tokens that followed
 
@@ -49,9 +49,9 @@ class SuffixSearch:
             self._native = self._host.SuffixSearch(
                 sizes,
                 max_matches=_MAX_MATCHES,
-                enough=_ENOUGH,
-                longer=_LONGER,
-                doubt=_DOUBT,
+                enough=_MAX_MATCHED,
+                longer=_WEIGHT_BASE,
+                doubt=_PSEUDO_COUNT,
                 min_probability=min_probability,
             )
 
@@ -85,9 +85,9 @@ class SuffixSearch:
                 for position in islice(log.positions(recent[-size:]), _MAX_MATCHES):
                     matched = log.common(position, backwards)
                     if size <= matched < known:  # longer matches were found by longer n-grams
-                        found.append((_LONGER**matched, matched, log.follow(position, length)))
+                        found.append((_WEIGHT_BASE**matched, matched, log.follow(position, length)))
                         seen += matched
-                        if seen >= _ENOUGH or len(found) == _MAX_MATCHES:
+                        if seen >= _MAX_MATCHED or len(found) == _MAX_MATCHES:
                             return found
             known = size
         return found
@@ -96,8 +96,8 @@ class SuffixSearch:
 def _branches(matches: list[_Match], depth: int) -> Iterator[tuple[int, float, list[_Match]]]:
     """The tokens that follow at `depth`: token, conditional probability, the matches that have it.
 
-    The probability is the token's fraction of the matches' weight, times m / (m + _DOUBT) with m
-    the matched tokens of its matches, each of which has matched `depth` tokens more by now.
+    The probability is the token's fraction of the matches' weight, times m / (m + _PSEUDO_COUNT)
+    with m the matched tokens of its matches, each of which has matched `depth` tokens more by now.
     """
     followers: dict[int, list[_Match]] = {}
     for match in matches:
@@ -107,4 +107,4 @@ def _branches(matches: list[_Match], depth: int) -> Iterator[tuple[int, float, l
     total = sum(weights)
     for (token, having), weight in zip(followers.items(), weights, strict=True):
         seen = sum(match[1] + depth for match in having)
-        yield token, weight * seen / (seen + _DOUBT) / total, having
+        yield token, weight * seen / (seen + _PSEUDO_COUNT) / total, having

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from specserve_drafts.atomic_write import whole_file, write_json
+from specserve_drafts.atomic_write import atomic_write, write_json
 from specserve_drafts.compatibility import DraftConfig
 from specserve_evals import provenance
 
@@ -41,7 +41,7 @@ def write_draft(folder: Path, config: DraftConfig, made: Made) -> None:
     """Write config.json, provenance.json, README.md and the learning curve to `folder`."""
     write_json(folder / "config.json", config)
     write_json(folder / PROVENANCE, made)
-    with whole_file(folder / "README.md") as part:
+    with atomic_write(folder / "README.md") as part:
         part.write_text(model_card(config, made), encoding="utf-8")
     draw_curve(made.curve, folder / CURVE)
 
@@ -57,15 +57,14 @@ def model_card(config: DraftConfig, made: Made) -> str:
             "",
             f"- learned from {made.num_tokens} tokens: the target's own answers to "
             f"{made.num_prompts} prompts, temperatures {made.settings['temperature']}",
-            f"- left out: {made.num_excluded} prompts that share 13 words in a row with "
+            f"- excluded: {made.num_excluded} prompts that share 13 words in a row with "
             f"{', '.join(made.settings['exclude']) or 'nothing'}",
-            f"- {made.held_out_tau:.2f} tokens per pass on prompts that were kept back, greedy, "
-            f"at most {made.settings['max_nodes']} nodes ({CURVE}: while it learned)",
+            f"- {made.held_out_tau:.2f} tokens per forward pass on held-out prompts, greedy, with "
+            f"at most {made.settings['max_nodes']} nodes ({CURVE}: over the course of the run)",
             f"- made in {made.seconds / 60:.0f} minutes",
             "",
-            "It only guesses: whatever it proposes, the target decides. It holds token ids and how "
-            "likely they were, and answers with what the target answered, the target's faults "
-            "included.",
+            "It affects only the speed, never the output. It holds token ids and their "
+            "probabilities, taken from the target's answers.",
             "",
             provenance.markdown(made.provenance),
             "",
@@ -90,7 +89,7 @@ def draw_curve(curve: tuple[Point, ...], path: Path) -> None:
     axes = figure.subplots()
     axes.plot([point.num_tokens for point in curve], [point.tau for point in curve], marker=".")
     axes.set_xlabel("tokens learned from")
-    axes.set_ylabel("tokens per pass, greedy answers")
+    axes.set_ylabel("tokens per forward pass, greedy answers")
     axes.grid(alpha=0.3)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format="png")

@@ -84,11 +84,10 @@ class EagleMethod:
         shape, target = head.shape, made.settings["target"]
         return Description(
             kind="EAGLE-3.1",
-            about="A head over the rows entering layers "
-            f"{', '.join(map(str, shape.aux_layers))} of {target}: "
-            f"one layer of width {shape.hidden_size}, and the target's own "
-            f"head for {shape.draft_vocab_size} of its {shape.vocab_size} tokens, which hold "
-            f"{made.coverage:.1%} of what it finds likely. Embedding and head are "
+            about=f"A head of one layer of width {shape.hidden_size}. It reads the hidden states "
+            f"that enter layers {', '.join(map(str, shape.aux_layers))} of {target}. It uses the "
+            f"target's LM head for {shape.draft_vocab_size} of {shape.vocab_size} tokens, which "
+            f"have {made.coverage:.1%} of the target's probability mass. Embedding and LM head are "
             "the target's and were not trained.",
             layout="The layout is that of vllm-project/speculators.",
         )

@@ -25,7 +25,7 @@ _GPU_GROUP: Final = 16  # texts of a `Group` on a GPU
 class Group:
     """B texts with m chains in all, whose attention is computed as one padded matrix product."""
 
-    pairs: Tensor  # [B, longest] int64, indices of each text's draft inputs, padded
+    draft_inputs: Tensor  # [B, longest] int64, indices of each text's draft inputs, padded
     chains: Tensor  # [B, most] int64, indices of each text's chains, padded
     places: Tensor  # [m] int64, indices into the flattened [B * most] that are not padding
     hidden: Tensor  # [B, most, longest] bool; True: masked, a draft input after the chain's start
@@ -56,12 +56,12 @@ def build_chains(
 
     per_group: texts of a group; None: 1 on a CPU, _GPU_GROUP on a GPU.
     """
-    pairs = np.array([text.num_pairs for text in texts])
+    draft_inputs = np.array([text.num_draft_inputs for text in texts])
     chains = np.array([text.num_answer for text in texts])
     prompts = np.array([text.num_prompt for text in texts])
-    first_pair, first_chain = np.cumsum(pairs) - pairs, np.cumsum(chains) - chains
+    first_input, first_chain = np.cumsum(draft_inputs) - draft_inputs, np.cumsum(chains) - chains
     # [5, num_texts], see `_group`.
-    about = np.stack([first_pair, pairs, first_chain, chains, prompts])
+    about = np.stack([first_input, draft_inputs, first_chain, chains, prompts])
     # A GPU is faster with few large products; a CPU without padding, and with attention scores that
     # stay in its cache.
     size = per_group or (1 if device.type == "cpu" else _GPU_GROUP)
@@ -70,11 +70,11 @@ def build_chains(
     ]
     starts = [
         first + text.num_prompt - 2 + np.arange(text.num_answer)
-        for first, text in zip(first_pair, texts, strict=True)
+        for first, text in zip(first_input, texts, strict=True)
     ]
     flat = (
         np.concatenate([text.tokens[1:-1] for text in texts]).astype(np.int64),
-        np.concatenate([np.arange(n) for n in pairs]),
+        np.concatenate([np.arange(n) for n in draft_inputs]),
         np.concatenate(starts),
         np.concatenate([t.tokens[t.num_prompt - 1 : -1] for t in texts]).astype(np.int64),
         np.concatenate([np.arange(n, 0, -1) for n in chains]),
@@ -95,13 +95,13 @@ def _group(about: npt.NDArray[np.int64], device: torch.device) -> Group:
     number, and the length of the prompt."""
     longest, most = int(about[1].max()), int(about[3].max())
     places = np.flatnonzero(np.arange(most)[None] < about[3][:, None])
-    first_pair, pairs, first_chain, chains, prompts = _copy(about, device)[:, :, None]
+    first_input, draft_inputs, first_chain, chains, prompts = _copy(about, device)[:, :, None]
     column = torch.arange(longest, device=device)[None]
     row = torch.arange(most, device=device)[None]
     own = row < chains  # [B, most]
     start = torch.where(own, prompts - 2 + row, longest)  # padding is not masked
     return Group(
-        torch.where(column < pairs, first_pair + column, 0),
+        torch.where(column < draft_inputs, first_input + column, 0),
         torch.where(own, first_chain + row, 0),
         _copy(places, device),
         column[None] > start[:, :, None],

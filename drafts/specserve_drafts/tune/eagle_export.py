@@ -54,7 +54,7 @@ def write_head(
 
 
 def write_token_order(folder: Path, counts: Tensor) -> None:
-    """Write TOKEN_ORDER: all tokens by frequency, from which `HeadFile.cut` selects.
+    """Write TOKEN_ORDER: all tokens by frequency, for `HeadCheckpoint.with_draft_vocab`.
 
     counts: [vocab_size]. Equal counts are ordered by id, as BPE merges frequent tokens first.
     """

@@ -163,7 +163,7 @@ class _Seen:
         self._num_kv = k.shape[1]
         # By group, each [B, num_kv_heads, longest, head_dim].
         self._true = [
-            (k[group.pairs].transpose(1, 2), v[group.pairs].transpose(1, 2))
+            (k[group.draft_inputs].transpose(1, 2), v[group.draft_inputs].transpose(1, 2))
             for group in batch.groups
         ]
         self._own: list[tuple[Tensor, Tensor]] = []  # by step, each [M, num_kv_heads, head_dim]

@@ -10,12 +10,12 @@ MAX_DEPTH: Final = 16  # steps of a chain
 
 class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
     HELP: ClassVar[Mapping[str, str]] = HELP | {
-        "aux_layers": "layers whose input hidden states the head reads; default: 2, the middle "
-        "one, the end",
-        "mlp_size": "width inside the head's MLP; not given: the target's",
-        "depth": "steps of the training-time test: how far ahead it learns to draft",
-        "embedding": "own: the file holds the target's too, as speculators needs it; "
-        "engines do not",
+        "aux_layers": "target layers whose input hidden states the head reads; default: 2, the "
+        "middle layer, and the third from the end",
+        "mlp_size": "intermediate size of the head's MLP; default: the target's",
+        "depth": "steps of the training-time test: tokens that the head learns to draft ahead",
+        "embedding": "own: the checkpoint holds a copy of the target's embedding, which the "
+        "speculators package needs and engines do not",
     }
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES | {
         "mlp_size": (1, 2**20),

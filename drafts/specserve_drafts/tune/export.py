@@ -7,7 +7,7 @@ from typing import Any, Final
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specserve_drafts.atomic_write import whole_file, write_json
+from specserve_drafts.atomic_write import atomic_write, write_json
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
@@ -17,7 +17,7 @@ def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> None:
     """Write model.safetensors and config.json to `folder`. Raises ValueError."""
-    with whole_file(folder / WEIGHTS) as part:
+    with atomic_write(folder / WEIGHTS) as part:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
     write_json(folder / CONFIG, config)
 

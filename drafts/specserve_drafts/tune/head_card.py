@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from specserve_drafts.atomic_write import whole_file, write_json
+from specserve_drafts.atomic_write import atomic_write, write_json
 from specserve_drafts.tune.card import CURVE, PROVENANCE
 from specserve_evals import provenance
 
@@ -61,14 +61,14 @@ class Description:
 def write_card(folder: Path, description: Description, made: HeadMade) -> None:
     """Write provenance.json, README.md and the learning curve to `folder`, atomically per file."""
     write_json(folder / PROVENANCE, made)
-    with whole_file(folder / "README.md") as part:
+    with atomic_write(folder / "README.md") as part:
         part.write_text(model_card(description, made), encoding="utf-8")
     draw_curve(made.curve, folder / CURVE)
 
 
 def model_card(description: Description, made: HeadMade) -> str:
     settings, best, last = made.settings, made.best, made.curve[-1]
-    chances = ", ".join(f"{chance:.2f}" for chance in best.conditional)
+    rates = ", ".join(f"{rate:.2f}" for rate in best.conditional)
     return "\n".join(
         [
             f"# A draft for {settings['target']}: {description.kind}",
@@ -77,15 +77,15 @@ def model_card(description: Description, made: HeadMade) -> str:
             "",
             f"- trained on {last.num_tokens} tokens{_origin(made)}, temperatures "
             f"{settings['temperature']}",
-            f"- left out: {made.num_excluded} prompts that share 13 words in a row with "
+            f"- excluded: {made.num_excluded} prompts that share 13 words in a row with "
             f"{', '.join(settings['exclude']) or 'nothing'}",
-            f"- {best.tau:.2f} tokens per pass, greedy, as a chain of {len(best.conditional)}, on "
-            f"prompts that were kept back; token by token, given those before, {chances} are "
-            f"right ({CURVE}: while it learned)",
-            f"- the average of the weights after step {best.num_steps} of {last.num_steps}",
+            f"- {best.tau:.2f} tokens per forward pass on held-out prompts, greedy, with chains of "
+            f"{len(best.conditional)} drafted tokens; the conditional acceptance rates by position "
+            f"are {rates} ({CURVE}: over the course of training)",
+            f"- weights: the running average after step {best.num_steps} of {last.num_steps}",
             f"- made in {last.seconds / 60:.0f} minutes",
             "",
-            f"{description.layout} It only guesses: whatever it proposes, the target decides.",
+            f"{description.layout} It affects only the speed, never the output.",
             "",
             provenance.markdown(made.provenance),
             "",
@@ -97,11 +97,11 @@ def _origin(made: HeadMade) -> str:
     num_answered = made.curve[-1].num_answered
     if made.settings.get("learn") == "texts":
         return (
-            f" of {made.num_prompts} prompts and the target's own answers to them, which have "
-            f"{num_answered}"
+            f" of {made.num_prompts} prompts and the target's own answers to them ({num_answered} "
+            "tokens)"
         )
     return (
-        f", {num_answered} different ones: the target's own answers to {made.num_prompts} prompts"
+        f" ({num_answered} different ones), the target's own answers to {made.num_prompts} prompts"
     )
 
 
@@ -113,13 +113,13 @@ def draw_curve(curve: Sequence[HeadPoint], path: Path) -> None:
     above, below = figure.subplots(2, sharex=True)
     tokens = [point.num_tokens for point in curve]
     above.plot(tokens, [point.tau for point in curve], marker=".")
-    above.set_ylabel("tokens per pass, chain, greedy")
-    for step, chances in enumerate(zip(*(point.conditional for point in curve), strict=True)):
-        below.plot(tokens, chances, marker=".", label=f"$c_{step + 1}$")
-    below.set_ylabel("right, given those before")
+    above.set_ylabel("tokens per forward pass, greedy")
+    for step, rates in enumerate(zip(*(point.conditional for point in curve), strict=True)):
+        below.plot(tokens, rates, marker=".", label=f"$c_{step + 1}$")
+    below.set_ylabel("conditional acceptance rate")
     below.set_xlabel("tokens trained on")
     below.legend()
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=120, format="png")

@@ -58,7 +58,7 @@ def train(
         curve=run.state.curve,
     )
     write_card(args.out, method.describe(run.trainer, made), made)
-    print(f"{args.out}: {made.best.tau:.2f} tokens per pass on prompts that were kept back")
+    print(f"{args.out}: {made.best.tau:.2f} tokens per forward pass on held-out prompts")
     return 0
 
 
@@ -76,14 +76,14 @@ def head_parser(name: str, description: str, kind: type[HeadSettings]) -> argpar
         type=at_least_one,
         default=0,
         metavar="N",
-        help="only answer the first N prompts; a later run in DIR learns from them",
+        help="only answer the first N prompts, and train on them in a later run in DIR",
     )
     parser.add_argument(
         "--part",
         type=_part,
         default=(1, 1),
         metavar="K/N",
-        help="with --answer: this process' part of them, for N that share the work",
+        help="with --answer: answer part K of M only, so that M processes share the work",
     )
     add_settings(parser, kind)
     return parser

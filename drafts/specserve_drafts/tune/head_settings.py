@@ -15,24 +15,26 @@ from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
 from specserve.config import TargetConfig
 
 HELP: Final = {
-    "minutes": "how long to answer and train together; 20 without --tokens",
-    "tokens": "answer tokens to train on, repeats counted, instead of minutes",
-    "draft_vocab": "tokens that can be proposed: those that the target finds likely most often",
-    "batch": "prompts answered together",
-    "max_tokens": "of an answer",
-    "max_len": "tokens of a prompt and its answer that are trained on",
-    "temperature": "of the answers, in turn",
-    "step_tokens": "answer tokens of one optimiser step",
-    "share": "of the time for answering, with --minutes, or more; 0: what DIR/data has is enough",
-    "repeats": "times an answer is trained on before more are asked for",
+    "minutes": "minutes of answering and training; 20 if neither this nor --tokens is given",
+    "tokens": "answer tokens to train on, repeats counted; instead of --minutes",
+    "draft_vocab": "tokens that the head can propose: those most often likely to the target",
+    "batch": "prompts that the target answers at once",
+    "max_tokens": "most tokens of an answer",
+    "max_len": "most tokens of a prompt with its answer; the rest is not trained on",
+    "temperature": "sampling temperatures of the answers, used in turn",
+    "step_tokens": "answer tokens per optimizer step",
+    "share": "with --minutes: least fraction of the time that the target answers prompts; "
+    "0: train on the answers in DIR/data only",
+    "repeats": "times that each answer is trained on before the target answers more prompts",
     "matrix_lr": "learning rate of matrices (Muon)",
     "other_lr": "learning rate of vectors (AdamW)",
-    "weight_decay": "of matrices",
-    "kl_first": "share of the run before the loss turns from KL to the acceptance itself",
-    "check_every": "steps between two looks at the held-out answers",
-    "precision": "of the products in training",
-    "learn": "from answers alone, or from whole texts, prompts included: more of other texts",
-    "seed": "of the order of prompts, of answers and of the first weights",
+    "weight_decay": "weight decay of matrices",
+    "kl_first": "fraction of the run with KL divergence as the loss; then total variation is "
+    "mixed in",
+    "check_every": "optimizer steps between two evaluations on the held-out answers",
+    "precision": "data type of the matrix products in training",
+    "learn": "answers: train on the tokens of answers only; texts: on those of prompts too",
+    "seed": "seed of the order of prompts, of sampling and of the initial weights",
 }
 RANGES: Final = {
     "minutes": (1, 10**6),

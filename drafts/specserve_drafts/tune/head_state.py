@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specserve_drafts.atomic_write import whole_file, write_json
+from specserve_drafts.atomic_write import atomic_write, write_json
 from specserve_drafts.tune.head_card import HeadPoint
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.prompt_file import DATA_SETTINGS, data_settings
@@ -91,7 +91,7 @@ def save(out: Path, state: State, tensors: dict[str, Tensor]) -> State:
     """
     before, name = state.tensors, f"run-{state.num_steps}.safetensors"
     if name != before:
-        with whole_file(out / name) as part:
+        with atomic_write(out / name) as part:
             save_file(tensors, part)
     state = msgspec.structs.replace(state, tensors=name)
     write_json(out / STATE, state)

@@ -56,11 +56,11 @@ class MedusaMethod:
         num_tokens, width = trainer.rows.shape
         return Description(
             kind="Medusa-1",
-            about=f"{self._settings.heads} heads over the row of {made.settings['target']} that "
-            f"its own head reads: each a residual block of width {width} and an unembedding, which "
-            "began as the target's and was trained up to a square matrix behind it, for "
-            f"{num_tokens} tokens, which hold {made.coverage:.1%} of what the "
-            "target finds likely.",
+            about=f"{self._settings.heads} heads over the last hidden state of "
+            f"{made.settings['target']}. Each is a residual block of width {width} and an "
+            "unembedding, which is the target's times a trained square matrix. It has "
+            f"{num_tokens} tokens, which have {made.coverage:.1%} of the target's probability "
+            "mass.",
             layout="The layout is vLLM's.",
         )
 

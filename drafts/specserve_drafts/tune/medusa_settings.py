@@ -8,7 +8,8 @@ from specserve_drafts.tune.head_settings import HELP, RANGES, HeadSettings
 
 class MedusaSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
     HELP: ClassVar[Mapping[str, str]] = HELP | {
-        "heads": "how many: head i guesses the token i + 1 after the one that the target tells",
+        "heads": "number of heads; head i (from 0) predicts the token i + 1 positions after the "
+        "target's next token",
     }
     RANGES: ClassVar[Mapping[str, tuple[float, float]]] = RANGES | {"heads": (1, 16)}
 

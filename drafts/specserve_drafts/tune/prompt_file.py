@@ -38,8 +38,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="leave out prompts that share 13 words in a row with one of these; repeatable",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the draft")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory of the draft"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
 
 
 def data_settings(args: argparse.Namespace, target: Mapping[str, Any]) -> dict[str, Any]:

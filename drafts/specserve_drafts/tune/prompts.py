@@ -132,7 +132,7 @@ def _write(llm: LLM, args: argparse.Namespace, file: TextIO, advance: Advance) -
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specserve tune prompts",
-        description="Let a target make up prompts, to train its drafts on.",
+        description="Generate prompts with a target, to train its drafts on.",
         allow_abbrev=False,
     )
     parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
@@ -140,7 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=at_least_one, required=True, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.9, metavar="T")
     parser.add_argument("--max-tokens", type=at_least_one, default=192, metavar="N")
-    parser.add_argument("--batch", type=at_least_one, default=32, metavar="N", help="at once")
+    parser.add_argument(
+        "--batch", type=at_least_one, default=32, metavar="N", help="prompts generated at once"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     add_flags(
         parser.add_argument_group("target"), TargetConfig, ENGINE_HELP, skip=frozenset({"target"})

@@ -25,7 +25,7 @@ from specserve.types import SamplingParams, SpecStats
 from specserve_drafts.atomic_write import write_json
 from specserve_drafts.compatibility import DraftConfig
 from specserve_drafts.recycle.drafter import RecycleDrafter
-from specserve_drafts.recycle.topk_table import TABLE, TopKTable
+from specserve_drafts.recycle.topk_table import TABLE_FILE, TopKTable
 from specserve_drafts.tune.card import Made, Point, check_curve, write_draft
 from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.prompt_file import add_run_flags, data_settings, training_prompts
@@ -61,7 +61,7 @@ class Run:
         assert isinstance(drafter, RecycleDrafter)
         self.drafter = drafter
         if args.resume:
-            drafter.table = TopKTable.load(args.out / TABLE, drafter.target.vocab_size)
+            drafter.table = TopKTable.load(args.out / TABLE_FILE, drafter.target.vocab_size)
 
     def learn(self) -> None:
         """Answer prompts until the limit of time or tokens; saves after every chunk."""
@@ -70,7 +70,7 @@ class Run:
             advance(min(self._done, limit), "learning")
             while (before := self._done) < limit:
                 self._answer_chunk()
-                self.drafter.table.save(self._args.out / TABLE)
+                self.drafter.table.save(self._args.out / TABLE_FILE)
                 write_json(self._args.out / STATE, self.state)
                 tau = f"greedy answers: tau {self.state.curve[-1].tau:.2f}"
                 advance(min(self._done, limit) - before, tau)
@@ -151,7 +151,7 @@ def _open(args: argparse.Namespace) -> LLM:
     with show_progress() as progress:
         return LLM(
             draft=("recycle",),
-            options={"recycle": {"contexts": args.contexts, "shipped": False}},
+            options={"recycle": {"contexts": args.contexts, "pretrained": False}},
             pricing="off",
             max_nodes=args.max_nodes,
             max_num_seqs=args.batch,
@@ -192,20 +192,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"tune recycle: error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {made.held_out_tau:.2f} tokens per pass on prompts that were kept back")
+    print(f"{args.out}: {made.held_out_tau:.2f} tokens per forward pass on held-out prompts")
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specserve tune recycle",
-        description="Fill a recycling table with what the target says to training prompts.",
+        description="Fill a top-k table for `recycle` from the target's answers to prompts.",
         allow_abbrev=False,
     )
     add_run_flags(parser)
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--minutes", type=at_least_one, default=20, metavar="N")
-    limit.add_argument("--tokens", type=at_least_one, metavar="N", help="of answers, instead")
+    limit.add_argument(
+        "--tokens", type=at_least_one, metavar="N", help="answer tokens, instead of --minutes"
+    )
     parser.add_argument("--contexts", type=at_least_one, default=2**19, metavar="N")
     parser.add_argument("--max-nodes", type=at_least_one, default=8, metavar="N")
     parser.add_argument("--batch", type=at_least_one, default=32, metavar="N")
@@ -217,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[0.0, 0.7, 0.0, 1.0],
         metavar="T",
-        help="of the answers, in turn (default: %(default)s)",
+        help="sampling temperatures of the answers, used in turn (default: %(default)s)",
     )
     add_flags(
         parser.add_argument_group("target"), TargetConfig, ENGINE_HELP | {"target": TARGET_HELP}

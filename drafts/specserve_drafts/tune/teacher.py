@@ -100,7 +100,7 @@ class Teacher:
                 rows[_key(text)] = own[:-1]
                 self.keep(text.tokens[:-1], own[:-1])
         pairs = [(text, rows[_key(text)]) for text in texts]
-        states = [own[: text.num_pairs, self._columns].float() for text, own in pairs]
+        states = [own[: text.num_draft_inputs, self._columns].float() for text, own in pairs]
         last = [own[text.num_prompt - 1 :, self._last] for text, own in pairs]
         return Lesson(torch.cat(states), torch.cat(last))
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from specserve_drafts.atomic_write import whole_file
+from specserve_drafts.atomic_write import atomic_write
 
 Ids = npt.NDArray[np.int32]
 
@@ -23,7 +23,7 @@ class Text:
         return len(self.tokens) - self.num_prompt
 
     @property
-    def num_pairs(self) -> int:
+    def num_draft_inputs(self) -> int:
         """Draft inputs that a chain can read: all but those of the first token and the last one."""
         return len(self.tokens) - 2
 
@@ -35,7 +35,7 @@ def write_texts(path: Path, texts: Sequence[Text]) -> None:
         "tokens": np.concatenate([np.empty(0, np.int32), *(text.tokens for text in texts)]),
         "lengths": np.array(lengths, np.int32).reshape(-1, 2),
     }
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         save_file(arrays, part)
 
 
