@@ -73,8 +73,8 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class DraftConfig(Struct, frozen=True, forbid_unknown_fields=True):
     draft: tuple[str, ...] = ("auto",)  # drafter names or checkpoints; their trees are merged
     max_nodes: int = 8  # nodes of a sequence's tree, root included
-    # measured: adaptive verification by measured costs; off: every drafted node is verified.
-    pricing: Literal["measured", "off"] = "measured"
+    # Drafters and nodes that cost more time than they save are left out; False: all are used.
+    cost_aware: bool = True
     options: dict[str, dict[str, Any]] = {}  # by drafter name
 
 

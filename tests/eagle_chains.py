@@ -51,7 +51,7 @@ def bound_drafter(
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
         drafter_id=1,
         aux_layers=drafter.aux_layers,
-        priced=False,
+        cost_aware=False,
         step_seconds=lambda: None,
         quantized_embedding=None,
         embed=embed,

@@ -320,7 +320,7 @@ def test_a_prediction_only_makes_it_faster(
 ) -> None:
     plain = rows(tiny_json.stdout)[0]
     line = ["generate", str(tiny_model), *TINY, *GREEDY, "--prompt", "w1 w2 w3", "--json"]
-    line += ["--pricing", "off"]  # on some machines fewer nodes are worth their rows
+    line += ["--no-cost-aware"]  # on some machines fewer nodes are worth their rows
     status, out, _ = call(capsys, *line, "--prediction", plain["text"])
     (predicted,) = rows(out)
     assert status == 0

@@ -63,12 +63,12 @@ def plain() -> LLM:
 @pytest.fixture(scope="module")
 def ngram() -> LLM:
     # How many nodes are worth their rows is the machine's to say: here all of them.
-    return LLM("smollm2-135m", draft="ngram", device="cpu", kv_memory="256MiB", pricing="off")
+    return LLM("smollm2-135m", draft="ngram", device="cpu", kv_memory="256MiB", cost_aware=False)
 
 
 @pytest.fixture(scope="module")
 def auto() -> LLM:
-    return LLM("smollm2-135m", device="cpu", kv_memory="256MiB", pricing="off")
+    return LLM("smollm2-135m", device="cpu", kv_memory="256MiB", cost_aware=False)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -213,7 +213,7 @@ def test_drafting_for_itself_every_chain_token_is_accepted(
         options=chain,
         device="cpu",
         max_nodes=6,
-        pricing="off",
+        cost_aware=False,
         kv_memory="512MiB",
     )
     params = SamplingParams(temperature=temperature, seed=1, max_tokens=49, ignore_eos=True)

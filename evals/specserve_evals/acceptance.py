@@ -2,8 +2,8 @@
 
 specserve eval acceptance --prompts spec_bench.jsonl --per-category 10 --draft ngram --out DIR
 
-By default every drafted node is verified (--pricing off), so that tokens per forward pass depend on
-the draft and the budget and not on the machine. All cells (draft, temperature, budget) have the
+By default every drafted node is verified (--no-cost-aware), so that tokens per forward pass depend
+on the draft and the budget and not on the machine. All cells (draft, temperature, budget) have the
 same prompts, in the same order and with the same seeds, but share no state. An interrupted run
 resumes at its first unfinished cell.
 """
@@ -23,7 +23,6 @@ from rich.console import Console
 
 from specserve.cli.flags import given
 from specserve.cli.main import INTERRUPTED
-from specserve.cli.parser import ENGINE_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import DraftConfig, load_config
 from specserve.hub import resolve
@@ -273,10 +272,10 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"tree nodes per pass, the root included: 2 to {MAX_NODES} (default: 8)",
     )
     parser.add_argument(
-        "--pricing",
-        choices=("off", "measured"),
-        default="off",
-        help=f"{ENGINE_HELP['pricing']} (default: %(default)s)",
+        "--cost-aware",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out drafters and drafted nodes that cost more time than they save",
     )
     parser.add_argument(
         "--plots", action=argparse.BooleanOptionalAction, default=True, help="draw PNG files too"
@@ -288,7 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="for acceptance.json, acceptance.md and plots; a run that is there is gone on with",
     )
-    add_run_flags(parser, max_tokens=128, skip=frozenset({"batch", "max_nodes", "pricing"}))
+    add_run_flags(parser, max_tokens=128, skip=frozenset({"batch", "max_nodes", "cost_aware"}))
     parser.set_defaults(batch=[1])
     return parser
 

@@ -64,7 +64,8 @@ ENGINE_HELP: Final = {
     "draft": "none, ngram, another drafter, a draft's directory, or auto: what ships; "
     "repeatable, merged into one tree",
     "max_nodes": "tree nodes per sequence and pass",
-    "pricing": "measured: verify the drafted nodes that are worth their time; off: all of them",
+    "cost_aware": "leave out drafters and drafted nodes that cost more time than they save "
+    "(default: yes)",
     "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
     "max_num_seqs": "sequences that run together",
     "max_num_batched_tokens": "tokens per forward pass: tree nodes and prompt tokens together",

@@ -144,7 +144,7 @@ def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:
             storage=storage,
             drafter_id=drafter_id,
             aux_layers=parts.aux_layers,
-            priced=config.draft.pricing == "measured",
+            cost_aware=config.draft.cost_aware,
             step_seconds=parts.cost_model.step_seconds,
             quantized_embedding=model.quantized_embedding,
             embed=model.embed,

@@ -65,6 +65,6 @@ def measure(parts: EngineParts, on_stage: Callable[[str], None] = lambda stage: 
     Engines made afterwards leave drafted nodes out of a pass that are not worth their cost.
     """
     room = parts.max_context - MAX_NODES
-    if parts.drafters and parts.config.draft.pricing == "measured" and room > 0:
+    if parts.drafters and parts.config.draft.cost_aware and room > 0:
         on_stage("measuring what a pass costs")
         measure_costs(parts, room)

@@ -50,7 +50,7 @@ class DraftContext:
     drafter_id: int  # of its nodes
     # The layers of `ModelOutput.aux_hidden_states`: what all drafters want, ascending.
     aux_layers: tuple[int, ...]
-    priced: bool  # False: time does not count, every node is verified
+    cost_aware: bool  # False: every proposed node is verified, whatever time it takes
     # Of a step without drafts, and of a node more; None: not measured.
     step_seconds: Callable[[], tuple[float, float] | None]
     # Of the target; rows of `hidden_size` in the dtype of its activations.

@@ -258,21 +258,21 @@ def test_a_head_that_is_the_targets_keeps_the_frequent_tokens(
 
 
 @pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
-@pytest.mark.parametrize("pricing", ["measured", "off"])
+@pytest.mark.parametrize("cost_aware", [True, False])
 def test_a_quantized_head_without_an_lm_head_takes_fewer_rows_if_time_counts(
-    tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, pricing: str
+    tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, cost_aware: bool
 ) -> None:
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
     path, order = write_whole(tmp_path / "head", inner=64)
     monkeypatch.setattr(eagle, "_COST_AWARE_VOCAB", 30)
-    settings = {"target": target, "quantization": "int8", "max_nodes": 6, "pricing": pricing}
+    settings = {"target": target, "quantization": "int8", "max_nodes": 6, "cost_aware": cost_aware}
     engine = make_engine(str(path), **settings)
     seen = record_expanded(engine)
     answers = [ids(each) for each in run(engine, PROMPTS, GREEDY)]
     assert answers == [ids(each) for each in run(make_engine("none", **settings), PROMPTS, GREEDY)]
     drafted = {token for each in seen for token in each.in_one_call.tokens[1:].tolist()}
     assert len(drafted) > 5
-    assert (drafted <= set(order[:30])) == (pricing == "measured")
+    assert (drafted <= set(order[:30])) == cost_aware
 
 
 def test_a_head_that_knows_the_target_is_always_right(

@@ -193,7 +193,7 @@ def test_heads_that_know_the_target_are_always_right(
             heads.tensors[f"{head}.{layer}.linear.bias"].zero_()
         heads.tensors[f"{head}.{NUM_LAYERS}.weight"].zero_()[:16] = unit.roll(2 + head, 0)
     heads.save()
-    engine = make_engine(str(heads.path), target=target, max_nodes=4, pricing="off")
+    engine = make_engine(str(heads.path), target=target, max_nodes=4, cost_aware=False)
     for outputs in run(engine, [(1, 2, 3), (7,)], GREEDY):
         assert ids(outputs)[:3] == tuple((ids(outputs)[0] + i) % 16 for i in range(3))
         for output in outputs[1:-1]:  # the first token comes before any row is known
@@ -202,7 +202,7 @@ def test_heads_that_know_the_target_are_always_right(
 
 def test_fewer_heads_make_a_shallower_tree(heads: Medusa, make_engine: EngineFactory) -> None:
     options = {"medusa": {"num_heads": 2, "branching": 3}}
-    engine = make_engine(str(heads.path), options=options, max_nodes=24, pricing="off")
+    engine = make_engine(str(heads.path), options=options, max_nodes=24, cost_aware=False)
     proposals, logits = watched(engine)
     run(engine, PROMPTS, GREEDY)
     assert max(len(row) for row in logits) == 2

@@ -78,7 +78,7 @@ def assert_it_drafts(folder: Path) -> None:
     assert isinstance(drafter, EagleDrafter)
     assert drafter.aux_layers == (1, 2)
     settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB"}
-    llm = LLM(str(folder / "tiny"), draft=(str(folder / "out"),), pricing="off", **settings)
+    llm = LLM(str(folder / "tiny"), draft=(str(folder / "out"),), cost_aware=False, **settings)
     chats = [[{"role": "user", "content": text}] for text in prompts()]
     answers = llm.generate(chats, SamplingParams(temperature=0.0, max_tokens=24))
     passes = sum(answer.stats.num_spec_steps for answer in answers)

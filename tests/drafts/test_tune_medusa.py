@@ -109,7 +109,7 @@ def assert_it_drafts(folder: Path) -> None:
 
 def answered(folder: Path, draft: str, temperature: float) -> tuple[list[list[int]], float]:
     """Tokens, and how many came with each pass that verified a tree."""
-    llm = LLM(str(folder / "tiny"), draft=(draft,), pricing="off", **ENGINE)
+    llm = LLM(str(folder / "tiny"), draft=(draft,), cost_aware=False, **ENGINE)
     chats = [[{"role": "user", "content": text}] for text in prompts()]
     out = llm.generate(chats, SamplingParams(temperature=temperature, max_tokens=24, seed=3))
     stats: list[SpecStats] = [answer.stats for answer in out]

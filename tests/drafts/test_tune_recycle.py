@@ -64,7 +64,7 @@ def assert_it_drafts(folder: Path) -> None:
     chats = [[{"role": "user", "content": f"w{n} w{n + 1} w{n + 2}"}] for n in range(20)]
     passes = {}
     for draft in ("recycle", str(folder / "out")):
-        llm = LLM(str(folder / "tiny"), draft=(draft,), pricing="off", **settings)
+        llm = LLM(str(folder / "tiny"), draft=(draft,), cost_aware=False, **settings)
         assert llm.engine.drafter.names == (Path(draft).name,)
         answers = [llm.generate(chat, params)[0] for chat in chats]
         passes[draft] = sum(answer.stats.num_spec_steps for answer in answers)

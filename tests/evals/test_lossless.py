@@ -123,7 +123,7 @@ def test_a_target_accepts_what_it_drafts(
         tmp_path,
         *("--target", str(tiny_chat), "--self-draft", *TINY, "--batch", "4"),
         *("--settings", "greedy", "temp-1", "--max-tokens", "20"),
-        *("--pricing", "off"),  # a draft as large as its target is not worth its time
+        "--no-cost-aware",  # a draft as large as its target is not worth its time
     )
     rows = [row for row in report.comparisons if row.draft == "self"]
     assert status == 0

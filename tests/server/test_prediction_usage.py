@@ -62,7 +62,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """Its tokenizer puts a control token before every text; the answers are letters."""
     model = tmp_path_factory.mktemp("predicted") / "tiny"
     write_tiny_llama(model, seed=4, vocab_size=BOS + len(SPECIAL))
-    with start_server(write_byte_tokenizer(model), "--draft", "ngram", "--pricing", "off") as live:
+    with start_server(write_byte_tokenizer(model), "--draft", "ngram", "--no-cost-aware") as live:
         yield live
 
 

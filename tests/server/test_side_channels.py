@@ -20,7 +20,7 @@ def server(chat_model: Path) -> Iterator[LiveServer]:
         f"{name}:{'metrics,inference' if name == 'watcher' else 'inference'}:{key}"
         for name, key in KEYS.items()
     )
-    flags = ("--draft", "ngram", "--pricing", "off")
+    flags = ("--draft", "ngram", "--no-cost-aware")
     with start_server(chat_model, *flags, SPECSERVE_API_KEYS=keys) as live:
         yield live
 

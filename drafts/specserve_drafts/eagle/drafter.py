@@ -270,7 +270,7 @@ class EagleDrafter:
         if make is not None and embedding is not None and can_be_quantized(self._file.shape):
             if not self._file.shape.own_head:
                 num_rows = self._file.shape.vocab_size
-                if context.priced:
+                if context.cost_aware:
                     num_rows = min(_COST_AWARE_VOCAB, num_rows)
                 self._file = self._file.with_draft_vocab(num_rows, self._target)
             return QuantizedHead(self._file, make, self._num_positions, embedding)

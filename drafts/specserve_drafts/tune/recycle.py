@@ -152,7 +152,7 @@ def _open(args: argparse.Namespace) -> LLM:
         return LLM(
             draft=("recycle",),
             options={"recycle": {"contexts": args.contexts, "pretrained": False}},
-            pricing="off",
+            cost_aware=False,
             max_nodes=args.max_nodes,
             max_num_seqs=args.batch,
             max_num_batched_tokens=max(
