@@ -127,7 +127,7 @@ def test_logits_are_those_of_the_definition(
 
 
 @pytest.mark.skipif(select_kernels(CPU).quantized_decoder is None, reason="no native kernels")
-def test_a_quantised_target_lends_what_it_has(
+def test_a_float_head_runs_over_a_quantized_target(
     one_head: Written, tmp_path: Path, make_engine: EngineFactory
 ) -> None:
     """To a head that is not quantised itself: its width is no multiple of 32."""
@@ -186,7 +186,7 @@ def test_without_its_kv_a_prefix_is_left_out(one_head: Written, make_engine: Eng
     assert ids(outputs) == plain
 
 
-def test_rows_keep_their_places_when_a_pass_fails(
+def test_hidden_states_stay_aligned_when_a_forward_pass_fails(
     one_head: Written,
     tiny_model: Path,
     make_engine: EngineFactory,
@@ -242,7 +242,7 @@ def write_whole(directory: Path, *, inner: int = INNER) -> tuple[Path, list[int]
     return directory, order.tolist()
 
 
-def test_a_head_that_is_the_targets_keeps_the_frequent_tokens(
+def test_a_head_with_the_targets_lm_head_keeps_the_frequent_tokens(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:
     path, order = write_whole(tmp_path)
@@ -259,7 +259,7 @@ def test_a_head_that_is_the_targets_keeps_the_frequent_tokens(
 
 @pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
 @pytest.mark.parametrize("cost_aware", [True, False])
-def test_a_quantized_head_without_an_lm_head_takes_fewer_rows_if_time_counts(
+def test_a_cost_aware_quantized_head_uses_fewer_rows_of_the_targets_lm_head(
     tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, cost_aware: bool
 ) -> None:
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
@@ -275,7 +275,7 @@ def test_a_quantized_head_without_an_lm_head_takes_fewer_rows_if_time_counts(
     assert (drafted <= set(order[:30])) == cost_aware
 
 
-def test_a_head_that_knows_the_target_is_always_right(
+def test_a_head_that_equals_the_target_is_always_accepted(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:
     """The target's next token depends on the last one alone, and the head passes that through."""

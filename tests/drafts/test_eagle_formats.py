@@ -74,7 +74,7 @@ def test_a_config_with_its_layers_nested_reads_as_if_flat(
         read_head(tmp_path, shape)
 
 
-def test_layers_that_nobody_names_are_the_authors(tmp_path: Path) -> None:
+def test_default_aux_layers_are_the_authors(tmp_path: Path) -> None:
     deep = ModelShape.from_dir(write_tiny_llama(tmp_path / "target", seed=0, num_layers=30))
     written = write_eagle(tmp_path / "head", "official")
     del written.config["eagle_aux_hidden_state_layer_ids"]
@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
-def test_tokens_in_place_of_offsets_are_found(
+def test_token_ids_in_place_of_offsets_are_detected(
     dtype: torch.dtype, shape: ModelShape, tmp_path: Path
 ) -> None:
     """Where `t2d` tells, and where it is left out, in any order; offsets are read as ever."""
@@ -241,7 +241,7 @@ def test_options_out_of_range_are_refused(
 
 
 @pytest.mark.parametrize("order", [range(1, 98), [0] * 97, range(96)])
-def test_an_order_of_tokens_that_is_none_is_refused(
+def test_an_invalid_token_order_is_refused(
     order: list[int], tiny_model: Path, tmp_path: Path
 ) -> None:
     write_eagle(tmp_path, "eagle1")

@@ -59,7 +59,7 @@ def drafter_of(engine: Engine) -> MedusaDrafter:
     return drafter
 
 
-def watched(engine: Engine) -> tuple[list[Proposal], list[Tensor]]:
+def record_proposals(engine: Engine) -> tuple[list[Proposal], list[Tensor]]:
     """What is proposed from now on, and the logits of every row behind it."""
     drafter = drafter_of(engine)
     proposals: list[Proposal] = []
@@ -99,7 +99,7 @@ def test_logits_are_those_of_the_definition(
 ) -> None:
     """Of the row before the root, over several steps and sequences."""
     engine = make_engine(str(heads.path), max_nodes=8)
-    proposals, logits = watched(engine)
+    proposals, logits = record_proposals(engine)
     run(engine, PROMPTS, sampling)
     drafted = [tokens for tokens, tree, _ in proposals if len(tree) > 1]
     assert len(drafted) == len(logits) > 30
@@ -117,7 +117,7 @@ def test_trees_are_of_the_tokens_that_the_noise_favours(
     heads: Medusa, sampling: SamplingParams, target: Model, make_engine: EngineFactory
 ) -> None:
     engine = make_engine(str(heads.path), max_nodes=12)
-    proposals, _ = watched(engine)
+    proposals, _ = record_proposals(engine)
     (outputs,) = run(engine, PROMPTS[:1], sampling)
     plain = run(make_engine("none"), PROMPTS[:1], sampling)[0]
     assert ids(outputs) == ids(plain)
@@ -170,7 +170,7 @@ def test_the_tree_is_the_best_of_the_product(probs: list[list[float]], budget: i
     assert tree.drafter_ids.tolist() == [0] + [3] * (len(tree) - 1)
 
 
-def test_heads_that_know_the_target_are_always_right(
+def test_heads_that_equal_the_target_are_always_accepted(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:
     """The target counts modulo 16, and head i says what it will say i + 1 tokens later."""
@@ -203,7 +203,7 @@ def test_heads_that_know_the_target_are_always_right(
 def test_fewer_heads_make_a_shallower_tree(heads: Medusa, make_engine: EngineFactory) -> None:
     options = {"medusa": {"num_heads": 2, "branching": 3}}
     engine = make_engine(str(heads.path), options=options, max_nodes=24, cost_aware=False)
-    proposals, logits = watched(engine)
+    proposals, logits = record_proposals(engine)
     run(engine, PROMPTS, GREEDY)
     assert max(len(row) for row in logits) == 2
     assert max(max(tree.depths) for _, tree, _ in proposals) == 2
@@ -214,18 +214,18 @@ def test_only_the_heads_that_a_budget_reaches_run(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:
     engine = make_engine(str(write_medusa(tmp_path).path), max_nodes=2)
-    _, logits = watched(engine)
+    _, logits = record_proposals(engine)
     run(engine, PROMPTS, GREEDY)
     assert {len(row) for row in logits} == {1}
 
 
-def test_rows_keep_their_places_when_a_pass_fails(
+def test_hidden_states_stay_aligned_when_a_forward_pass_fails(
     tmp_path: Path, target: Model, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One pass per request, and one request that fails alone too."""
     heads = write_medusa(tmp_path)
     engine = make_engine(str(heads.path), max_nodes=6)
-    proposals, logits = watched(engine)
+    proposals, logits = record_proposals(engine)
     for index, prompt in enumerate(PROMPTS):
         engine.submit(Request(f"q{index}", prompt, GREEDY))
     forward = engine.runner.forward

@@ -36,7 +36,7 @@ def write(table: TopKTable, context: tuple[int, ...], tokens: list[int], salt: i
     )
 
 
-def said(tokens: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def likely_successors(tokens: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Of one node, as `learn` takes it: each half as likely as the one before."""
     logits = -np.log(2) * np.arange(len(tokens))
     return np.array([tokens], np.int64), logits[None].astype(np.float32)
@@ -61,7 +61,7 @@ def test_shorter_contexts_answer_for_longer_ones() -> None:
     assert table.candidates([0], (6, 5, 7)) == []
 
 
-def test_what_is_said_again_counts_more_the_longer_the_context() -> None:
+def test_new_observations_weigh_more_for_longer_contexts() -> None:
     table = TopKTable(2**10, vocab_size=100)
     for _ in range(6):
         write(table, (5, 6, 7), [1, 2, 3, 4])
@@ -72,7 +72,7 @@ def test_what_is_said_again_counts_more_the_longer_the_context() -> None:
     assert short[2] == pytest.approx(0.25, rel=0.05), "the same from both"
 
 
-def test_salts_are_apart_and_what_has_none_is_for_all() -> None:
+def test_salts_are_isolated_and_entries_without_one_are_shared() -> None:
     table = TopKTable(2**10, vocab_size=100)
     write(table, (5, 6, 7), [1, 2, 3, 4], salt=11)
     assert table.candidates([12, 0], (5, 6, 7)) == []
@@ -84,21 +84,21 @@ def test_salts_are_apart_and_what_has_none_is_for_all() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_a_salt_adds_does_not_hide_what_all_know(
+def test_entries_of_a_salt_begin_with_the_shared_ones(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
         monkeypatch.setenv("SPECSERVE_KERNELS", "torch")
     table = TopKTable(2**10, vocab_size=100)
-    table.learn(0, [6, 7], root_tree(5), *said([1, 2, 3, 4]))
-    table.learn(11, [6, 7], root_tree(5), *said([9, 8, 3, 4]))
+    table.learn(0, [6, 7], root_tree(5), *likely_successors([1, 2, 3, 4]))
+    table.learn(11, [6, 7], root_tree(5), *likely_successors([9, 8, 3, 4]))
     mixed = dict(table.candidates([11, 0], (5, 6, 7)))
     assert mixed.keys() >= {1, 9}
     assert mixed[1] > 0.3
     assert 9 not in dict(table.candidates([12, 0], (5, 6, 7)))
 
 
-def test_a_text_of_its_own_is_mixed_in() -> None:
+def test_the_request_table_is_mixed_in() -> None:
     """It has the say where it knows more, and none where it knows nothing."""
     table, own = TopKTable(2**10, 100), TopKTable(2**10, 100, REQUEST_RULE)
     write(table, (7, 6, 5), [1, 2, 3, 4])
@@ -113,7 +113,7 @@ def test_a_text_of_its_own_is_mixed_in() -> None:
     assert dict(TopKTable(8, 100).candidates([0], (50,), own)) == {}, "nothing follows the end"
 
 
-def test_a_small_table_forgets_and_never_mixes_up() -> None:
+def test_a_small_table_evicts_and_never_confuses_contexts() -> None:
     table = TopKTable(8, vocab_size=1000)
     for token in range(500):
         write(table, (token, token, token), [token + 1, 0, 1, 2])
@@ -124,7 +124,7 @@ def test_a_small_table_forgets_and_never_mixes_up() -> None:
     assert sum(best[token] == token + 1 for token in found) >= len(found) - 2
 
 
-def test_what_came_twice_outlives_what_came_once() -> None:
+def test_repeated_contexts_outlive_single_ones() -> None:
     """As many new contexts as rows: a row is asked for once on average, so e^-1 are not at all."""
     shares = {}
     for times in (1, 2):
@@ -186,7 +186,7 @@ def test_an_answer_given_before_is_drafted_whole(
     assert after.num_spec_steps < 0.6 * before.num_spec_steps
 
 
-def test_rejected_nodes_teach_too(make_engine: EngineFactory) -> None:
+def test_rejected_nodes_are_learned_from(make_engine: EngineFactory) -> None:
     engine = make_engine("recycle", max_nodes=8)
     contexts = set()
     for prompt in (PROMPT, PROMPT[::-1]):
@@ -200,7 +200,7 @@ def test_rejected_nodes_teach_too(make_engine: EngineFactory) -> None:
     assert recycled(engine).table.num_filled > len(contexts)
 
 
-def test_what_a_prompt_says_is_drafted_and_stays_with_the_request(
+def test_prompt_text_is_drafted_only_for_its_request(
     make_engine: EngineFactory,
 ) -> None:
     drafter = recycled(make_engine("recycle", max_nodes=8))
@@ -218,7 +218,7 @@ def test_what_a_prompt_says_is_drafted_and_stays_with_the_request(
     assert not drafter._request_tables
 
 
-def test_what_came_while_nobody_asked_is_caught_up_with(make_engine: EngineFactory) -> None:
+def test_tokens_emitted_without_proposals_are_learned_later(make_engine: EngineFactory) -> None:
     drafter = recycled(make_engine("recycle", max_nodes=8))
     owned = SequenceState(Request("a", PROMPT, GREEDY), list(PROMPT), BlockTable(16))
     seq = SequenceView(owned)
@@ -229,7 +229,7 @@ def test_what_came_while_nobody_asked_is_caught_up_with(make_engine: EngineFacto
     assert after.tokens.tolist()[:4] == [71, 72, 73, 74]
 
 
-def test_who_is_not_drafted_for_teaches_nothing(make_engine: EngineFactory) -> None:
+def test_requests_without_proposals_are_not_learned_from(make_engine: EngineFactory) -> None:
     engine = make_engine("recycle", max_nodes=8)
     run(engine, [PROMPT], GREEDY, speculation=SpeculationParams(enabled=False))
     assert recycled(engine).table.num_filled == 0
@@ -261,7 +261,7 @@ def test_a_table_is_kept_between_runs(
     assert recycled(again).table.num_filled == recycled(engine).table.num_filled > 0
 
 
-def test_a_table_that_cannot_be_kept_goes_on(
+def test_drafting_continues_if_the_table_cannot_be_saved(
     make_engine: EngineFactory,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -278,7 +278,7 @@ def test_a_table_that_cannot_be_kept_goes_on(
     assert "draft.options.recycle.file: " in caplog.text
 
 
-def test_logits_that_are_no_numbers_teach_nothing(
+def test_non_finite_logits_are_not_learned_from(
     make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine("recycle")

@@ -99,28 +99,28 @@ class TopKTable:
         max_nodes: int,
         min_probability: float,
         drafter_id: int,
-        own: "TopKTable | None" = None,
+        request_table: "TopKTable | None" = None,
     ) -> DraftTree:
         """Grow a tree best-first from `context`, whose first element, the last token, is the root.
 
-        salts: for each context the first salt that has a row is used. own: the request's own table,
-        which has no salts; its rows are mixed with this table's at every context length. Nodes
-        of a path probability below `min_probability` are left out.
+        salts: for each context the first salt that has a row is used. request_table: the request's
+        own table, which has no salts; its rows are mixed with this table's at every context length.
+        Nodes of a path probability below `min_probability` are left out.
         """
         if self._native is not None:
-            own_native = None if own is None else own._native
+            request_native = None if request_table is None else request_table._native
             return DraftTree(
                 *self._native.grow(
-                    salts, context, max_nodes, min_probability, drafter_id, own_native
+                    salts, context, max_nodes, min_probability, drafter_id, request_native
                 )
             )
 
-        def expand(known: Context, depth: int) -> Iterator[tuple[int, float, Context]]:
-            for token, prob in self.candidates(salts, known, own):
-                yield token, prob, (token, *known[: ORDERS - 1])
+        def expand(tokens: Context, depth: int) -> Iterator[tuple[int, float, Context]]:
+            for token, prob in self.candidates(salts, tokens, request_table):
+                yield token, prob, (token, *tokens[: ORDERS - 1])
 
-        known = tuple(context[:ORDERS])
-        return grow_best_first(known[0], known, expand, max_nodes, min_probability, drafter_id)
+        start = tuple(context[:ORDERS])
+        return grow_best_first(start[0], start, expand, max_nodes, min_probability, drafter_id)
 
     def learn(
         self,
@@ -174,23 +174,25 @@ class TopKTable:
         [n, WIDTH], successors and their probabilities, the best first. A context that is new under
         its salt starts from its row without a salt, if there is one.
         """
-        state, without = salts, np.full_like(salts, NO_SALT)
+        state, without_salt = salts, np.full_like(salts, NO_SALT)
         for order in range(ORDERS):
             token = contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN)
-            state, without = _next_states(state, token), _next_states(without, token)
-            self._write(state, without, np.float32(self._rule.learning_rate[order]), tokens, probs)
+            state, without_salt = _next_states(state, token), _next_states(without_salt, token)
+            self._write(
+                state, without_salt, np.float32(self._rule.learning_rate[order]), tokens, probs
+            )
 
     def _write(
         self,
         states: npt.NDArray[np.uint64],
-        without: npt.NDArray[np.uint64],
+        without_salt: npt.NDArray[np.uint64],
         learning_rate: np.float32,
         tokens: npt.NDArray[np.int64],
         probs: npt.NDArray[np.float32],
     ) -> None:
         """Write contexts of one length, given their hash states with and without their salt."""
         rows, known = self._find(states)
-        before, known_without_salt = self._find(without)
+        before, known_without_salt = self._find(without_salt)
         tags, old_tags = _tags(states), self._tags[rows]
         kept = ~known & (old_tags & _SECOND_CHANCE > 0)
         self._tags[rows[kept]] = old_tags[kept] & ~_SECOND_CHANCE
@@ -215,28 +217,33 @@ class TopKTable:
         return rows, self._tags[rows] & ~_SECOND_CHANCE == _tags(states)
 
     def candidates(
-        self, salts: Sequence[int], context: Sequence[int], own: "TopKTable | None" = None
+        self,
+        salts: Sequence[int],
+        context: Sequence[int],
+        request_table: "TopKTable | None" = None,
     ) -> list[tuple[int, float]]:
         """At most WIDTH (token, probability) pairs, the best first; parameters as in `grow`.
 
-        Rows are mixed from the longest context down, each with the part `weight` of what is
-        left; at each length the row of `own` comes first.
+        Rows are mixed from the longest context down, each with the part `weight` of the
+        remaining weight; at each length the row of `request_table` comes first.
         """
         mixed: dict[int, float] = {}
-        left = 1.0
+        remaining = 1.0
         states = [_states(salt, context) for salt in salts]
-        own_states = _states(NO_SALT, context)
+        request_states = _states(NO_SALT, context)
         for order in reversed(range(len(context))):
-            own_row = None if own is None else own._read(own_states[order])
+            request_row = (
+                None if request_table is None else request_table._read(request_states[order])
+            )
             rows = (self._read(state[order]) for state in states)
             shared_row = next((row for row in rows if row is not None), None)
-            for table, row in ((own, own_row), (self, shared_row)):
+            for table, row in ((request_table, request_row), (self, shared_row)):
                 if table is None or row is None:
                     continue
-                weight = left * table._rule.weight[order]
+                weight = remaining * table._rule.weight[order]
                 for token, step in zip(row[:WIDTH], row[WIDTH:], strict=True):
                     mixed[token] = mixed.get(token, 0.0) + weight * _PROB_LIST[step]
-                left -= weight
+                remaining -= weight
         return sorted(mixed.items(), key=lambda item: -item[1])[:WIDTH]
 
     def _read(self, state: int) -> list[int] | None:

@@ -71,8 +71,8 @@ class SuffixDrafter:
         assert isinstance(options, SuffixOptions)
         _check(options)
         self._options = options
-        between = [size for size in _INDEXED_SIZES if options.min_match < size <= options.max_match]
-        self._search = SuffixSearch((*between, options.min_match), options.min_probability)
+        sizes = [size for size in _INDEXED_SIZES if options.min_match < size <= options.max_match]
+        self._search = SuffixSearch((*sizes, options.min_match), options.min_probability)
         self._request_logs: dict[str, Log] = {}  # prompt and output, by sequence id
         self._running: dict[str, SequenceView] = {}  # by sequence id; `forget` takes their outputs
         self._past = PastOutputs(options.capacity, self._search.new_log)

@@ -77,19 +77,21 @@ class SuffixSearch:
     def _matches(self, logs: Sequence[Any], recent: Sequence[int], length: int) -> list[_Match]:
         """Matches with the `length` tokens that followed them, those of long n-grams first."""
         found: list[_Match] = []
-        backwards, known, seen = recent[::-1], len(recent) + 1, 0
+        # Matches of `limit` or more tokens were found by longer n-grams.
+        backwards, limit, num_matched = recent[::-1], len(recent) + 1, 0
         for size in self._sizes:
             if size > len(recent):
                 continue
             for log in logs:
                 for position in islice(log.positions(recent[-size:]), _MAX_MATCHES):
-                    matched = log.common(position, backwards)
-                    if size <= matched < known:  # longer matches were found by longer n-grams
-                        found.append((_WEIGHT_BASE**matched, matched, log.follow(position, length)))
-                        seen += matched
-                        if seen >= _MAX_MATCHED or len(found) == _MAX_MATCHES:
+                    matched = log.num_common(position, backwards)
+                    if size <= matched < limit:
+                        following = log.continuation(position, length)
+                        found.append((_WEIGHT_BASE**matched, matched, following))
+                        num_matched += matched
+                        if num_matched >= _MAX_MATCHED or len(found) == _MAX_MATCHES:
                             return found
-            known = size
+            limit = size
         return found
 
 
@@ -99,12 +101,12 @@ def _branches(matches: list[_Match], depth: int) -> Iterator[tuple[int, float, l
     The probability is the token's fraction of the matches' weight, times m / (m + _PSEUDO_COUNT)
     with m the matched tokens of its matches, each of which has matched `depth` tokens more by now.
     """
-    followers: dict[int, list[_Match]] = {}
+    by_token: dict[int, list[_Match]] = {}
     for match in matches:
-        followers.setdefault(match[2][depth], []).append(match)
-    followers.pop(END, None)
-    weights = [sum(match[0] for match in having) for having in followers.values()]
+        by_token.setdefault(match[2][depth], []).append(match)
+    by_token.pop(END, None)
+    weights = [sum(match[0] for match in some) for some in by_token.values()]
     total = sum(weights)
-    for (token, having), weight in zip(followers.items(), weights, strict=True):
-        seen = sum(match[1] + depth for match in having)
-        yield token, weight * seen / (seen + _PSEUDO_COUNT) / total, having
+    for (token, some), weight in zip(by_token.items(), weights, strict=True):
+        num_matched = sum(match[1] + depth for match in some)
+        yield token, weight * num_matched / (num_matched + _PSEUDO_COUNT) / total, some

@@ -19,7 +19,7 @@ class TokenLog:
     def __init__(self, sizes: Sequence[int]) -> None:
         self._text = array("i", [END])  # the first END stops every match at the text's beginning
         # By n-gram length: hash -> latest position, and position -> previous one of the same hash,
-        # 0: none. Hashes may collide; callers compare the tokens with `common`.
+        # 0: none. Hashes may collide; callers compare the tokens with `num_common`.
         self._chains: dict[int, tuple[dict[int, int], array[int]]] = {
             size: ({}, array("i", [0] * size)) for size in sizes
         }
@@ -46,7 +46,7 @@ class TokenLog:
             yield position
             position = earlier[position]
 
-    def common(self, position: int, backwards: Sequence[int]) -> int:
+    def num_common(self, position: int, backwards: Sequence[int]) -> int:
         """How many tokens before `position`, going back, equal those of `backwards`."""
         text, length = self._text, 0
         for token in backwards:
@@ -55,7 +55,7 @@ class TokenLog:
                 return length - 1
         return length
 
-    def follow(self, position: int, length: int) -> Sequence[int]:
+    def continuation(self, position: int, length: int) -> Sequence[int]:
         """The `length` tokens from `position`; if the text ends before, they repeat cyclically."""
         text = self._text[position : position + length]
         while len(text) < length:
