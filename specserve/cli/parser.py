@@ -61,8 +61,8 @@ ENGINE_HELP: Final = {
     "block_size": "tokens per KV block",
     "kv_memory": "KV memory, such as 2GiB; not given: measured",
     "prefix_caching": "share the KV of equal prompt beginnings",
-    "draft": "none, ngram, another drafter, a draft's directory, or auto: what ships; "
-    "repeatable, merged into one tree",
+    "draft": "none, ngram, another drafter, a draft's directory, or auto: "
+    "recycle and the pretrained head of the target; repeatable, merged into one tree",
     "max_nodes": "tree nodes per sequence and pass",
     "cost_aware": "leave out drafters and drafted nodes that cost more time than they save "
     "(default: yes)",
