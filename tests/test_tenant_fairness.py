@@ -338,3 +338,24 @@ def test_one_tenant_is_served_by_priority_then_arrival(
         prefilling = any(seq.num_pending > 1 for seq in scheduler.running)
         assert not prefilling or engine.rows[name] - before == 16
     assert scheduler.num_preemptions == 0
+
+
+def test_a_short_prompt_has_a_pass_without_parts_of_a_long_one() -> None:
+    engine = SimulatedEngine(num_blocks=4000)
+    engine.send("b", 8000, 4)
+    for _ in range(10):
+        engine.step()
+    before = engine.rows["b"]
+    short = engine.send("a", 100, 1)
+    engine.step()
+    assert engine.done(short)()
+    assert engine.rows["b"] == before
+
+
+def test_short_prompts_without_end_do_not_stop_a_long_one() -> None:
+    engine = SimulatedEngine(num_blocks=4000)
+    long = engine.send("b", 4000, 4)
+    for _ in range(400):
+        engine.send("a", 100, 1)
+        engine.step()
+    assert engine.done(long)(), engine.rows

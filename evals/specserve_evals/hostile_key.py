@@ -1,6 +1,6 @@
 """Attacks a server with the API key of a hostile client, until standard input ends.
 
-python -m specserve_evals.hostile_key URL KEY SEED
+python -m specserve_evals.hostile_key URL KEY SEED ATTACK...
 
 It runs in a process of its own, so that generating the requests does not delay the client that is
 measured. At the end it prints, as JSON, how often each attack received each status. The server may
@@ -10,9 +10,10 @@ refuse any of these requests, so the statuses are counted and not judged.
 import asyncio
 import io
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -112,8 +113,8 @@ ATTACKS: Final[dict[str, Attack]] = {
 }
 
 
-async def attack(url: str, key: str, seed: str, answers: _ANSWERS) -> None:
-    """Run all attacks concurrently until cancelled. `answers` is filled in place."""
+async def attack(url: str, key: str, seed: str, names: Sequence[str], answers: _ANSWERS) -> None:
+    """Run the named attacks concurrently until cancelled. `answers` is filled in place."""
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=None)
     connector = aiohttp.TCPConnector(limit=0)
@@ -122,7 +123,8 @@ async def attack(url: str, key: str, seed: str, answers: _ANSWERS) -> None:
         asyncio.TaskGroup() as group,
     ):
         group.create_task(_hold_connections(url))
-        for name, each in ATTACKS.items():
+        for name in names:
+            each = ATTACKS[name]
             for number in range(each.num_tasks):
                 rng = Random(f"{seed}/{name}/{number}")
                 counts = answers.setdefault(name, Counter())
@@ -182,9 +184,13 @@ async def _hold_connections(url: str) -> None:
                 writer.close()
 
 
-async def _main(url: str, key: str, seed: str) -> None:
+_NICE: Final = 19  # a real attacker would not use the server's processors
+
+
+async def _main(url: str, key: str, seed: str, *names: str) -> None:
+    os.nice(_NICE)
     answers: _ANSWERS = {}
-    attacking = asyncio.create_task(attack(url, key, seed, answers))
+    attacking = asyncio.create_task(attack(url, key, seed, names, answers))
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     await asyncio.wait([attacking, ended], return_when=asyncio.FIRST_COMPLETED)
     if attacking.done():

@@ -33,6 +33,7 @@ from specserve.cli.parser import TARGET_HELP, build_parser, engine_config
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve_evals import provenance
+from specserve_evals.hostile_key import ATTACKS
 from specserve_evals.progress import plain_table, stdout_console
 from specserve_evals.runs import at_least_one
 from specserve_evals.served import Served, serve
@@ -145,7 +146,7 @@ async def run(server: Served, args: argparse.Namespace, origin: provenance.Prove
         seed = f"{args.seed}/{number}"
         await steady_load(server.url, args.rate, args.seconds, f"{seed}/alone", alone)
         command = [sys.executable, "-m", "specserve_evals.hostile_key"]
-        arguments = [server.url, _KEYS["hostile"], seed]
+        arguments = [server.url, _KEYS["hostile"], seed, *(args.attack or ATTACKS)]
         with subprocess.Popen([*command, *arguments], stdin=PIPE, stdout=PIPE) as attack:
             try:
                 await asyncio.sleep(_LEAD_S)
@@ -242,6 +243,13 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         metavar="R",
         help="requests of the load that begin per second (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--attack",
+        action="append",
+        choices=list(ATTACKS),
+        metavar="NAME",
+        help=f"run only this attack; may be repeated (default: all of {', '.join(ATTACKS)})",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")

@@ -39,6 +39,7 @@ class _Tenant:
     running: list[SequenceState] = field(default_factory=list)
     credit: float = math.inf  # seconds that it may add to passes shared with others
     shares_pass: bool = False  # whether the pass being planned has rows of other tenants
+    gave_way: bool = False  # whether its prompts were left out of the latest pass for shorter ones
     # Cost of that pass by number of rows that this tenant adds.
     pass_seconds_by_rows: list[float] = field(default_factory=list)
     seen_at: int = 0  # number of the latest planned pass in which it was present
@@ -183,7 +184,9 @@ class Tenants:
     def allowances(self, num_roots: int, wanting: dict[str, int]) -> dict[str, int]:
         """Prompt rows that each tenant may add to a pass of `num_roots` decoding sequences.
 
-        `wanting`: prompt rows that each tenant could use.
+        `wanting`: prompt rows that each tenant could use. Where all of one tenant's fit, tenants
+        with longer prompts add none, but not twice in a row: this makes the first token of short
+        prompts come sooner, and the credit of the others remains for the next pass.
         """
         allowances: dict[str, int] = {}
         for tenant, wanted in wanting.items():
@@ -195,6 +198,13 @@ class Tenants:
                 if rows < wanted and num_roots + rows < self._max_rows:
                     rows = rows // _CHUNK * _CHUNK
                 allowances[tenant] = rows
+        room = self._max_rows - num_roots
+        ending = {t for t, wanted in wanting.items() if wanted <= min(allowances[t], room)}
+        for tenant in wanting:
+            its = self._all[tenant]
+            its.gave_way = bool(ending) and tenant not in ending and not its.gave_way
+            if its.gave_way:
+                allowances[tenant] = 0
         return allowances
 
     def _affordable(self, its: _Tenant, beside: int, wanted: int, seqs: list[SequenceState]) -> int:
