@@ -58,3 +58,6 @@ class VerifyResult:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishInfo | None = None  # None: the request continues
     error: str | None = None  # why the request fails, or None
+
+
+Results = dict[str, VerifyResult]  # by sequence id

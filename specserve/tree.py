@@ -101,6 +101,9 @@ class DraftTree:
                 raise ValueError("a path probability must be in [0, its parent's]")
 
 
+Trees = dict[str, DraftTree]  # by sequence id
+
+
 @lru_cache(maxsize=4096)  # keeps the cached properties of the trees too
 def root_tree(token: int) -> DraftTree:
     """The tree without drafted nodes: the root alone, cached and shared by all callers.

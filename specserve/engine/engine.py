@@ -5,12 +5,10 @@ A failure of one request ends that request; the others in the batch continue una
 """
 
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 
 import torch
 
 from specserve.batch import ModelOutput
-from specserve.cache.manager import KVCacheManager
 from specserve.engine.inbox import Inbox
 from specserve.engine.metrics import EngineInfo, EngineStats
 from specserve.engine.parts import EngineParts
@@ -21,12 +19,9 @@ from specserve.sequence import SequenceView
 from specserve.speculation.compose import ComposedDrafter
 from specserve.speculation.controller import SpeculationController
 from specserve.speculation.drafter import Feedback
-from specserve.step import EntryView, FinishInfo, StepPlan, VerifyResult
-from specserve.tree import DraftTree
+from specserve.step import FinishInfo, Results, StepPlan
+from specserve.tree import Trees
 from specserve.types import Request, StepOutput
-
-Trees = dict[str, DraftTree]  # by sequence id
-Results = dict[str, VerifyResult]  # by sequence id
 
 
 class Engine:
@@ -38,9 +33,7 @@ class Engine:
         self.parts, self.limits = parts, parts.limits
         self.platform, self.shape = parts.platform, parts.model.shape
         self.runner, self.verifier = parts.runner, parts.verifier
-        self.kv = KVCacheManager(
-            parts.num_blocks, config.cache.block_size, prefix_caching=config.cache.prefix_caching
-        )
+        self.kv = parts.new_kv_manager()
         self.controller = SpeculationController(config.draft.max_nodes, costs)
         self.drafter = ComposedDrafter(parts.drafters, self.shape.vocab_size, self.controller)
         self.scheduler = Scheduler(
@@ -115,9 +108,8 @@ class Engine:
         """Returns the plan without the requests on which the model failed, and their outputs."""
         if self.parts.aux_layers:  # copying hidden states takes time, even if no drafter needs them
             seqs = [SequenceView(entry.seq) for entry in plan.entries]
-            self.runner.aux_layers = (
-                self.parts.aux_layers if self.drafter.wants_aux_hidden_states(seqs) else ()
-            )
+            wanted = self.drafter.wants_aux_hidden_states(seqs)
+            self.runner.aux_layers = self.parts.aux_layers if wanted else ()
         entries, out, errors = self.runner.forward_isolated(plan.entries, trees)
         failed = [
             self.scheduler.finish(seq_id, FinishInfo("error"), error)
@@ -133,24 +125,13 @@ class Engine:
 
     @timed("commit")
     def _commit_kv(self, plan: StepPlan, results: Results) -> None:
-        """Move the KV of accepted paths to consecutive slots, and release the other slots."""
-        moves: list[tuple[int, int]] = []
-        for entry in plan.entries:
-            result = results.get(entry.seq.id)
-            path = () if result is None else result.path
-            moves += self.kv.commit(entry.seq.table, entry.num_prefill, path)
-        self.runner.move_kv(moves)
+        self.runner.move_kv(self.scheduler.commit_kv(plan, results))
 
     @timed("draft")
     def _observe(self, plan: StepPlan, trees: Trees, results: Results, out: ModelOutput) -> None:
         """Tell controller and drafters what became of the trees. The engine is done with `out`."""
         self.controller.record_step(plan, trees, results, self.times)
-        feedback = Feedback(
-            tuple(EntryView(SequenceView(e.seq), e.num_prefill, e.num_nodes) for e in plan.entries),
-            MappingProxyType(trees),
-            MappingProxyType(results),
-            out,
-        )
+        feedback = Feedback.of_step(plan, trees, results, out)
         self.drafter.observe(feedback)
         if self._observer is not None:
             self._observer(feedback)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
-from specserve.cache.manager import KVCacheManager
 from specserve.cache.table import BlockTable
 from specserve.engine.parts import EngineParts
 from specserve.runner.runner import Runner
@@ -35,10 +34,9 @@ def measure_costs(parts: EngineParts, room: int) -> None:
     may have requests meanwhile.
     """
     context, far = min(_CONTEXT, room), min(_LONG_CONTEXT, room)
-    block_size = parts.config.cache.block_size
-    kv = KVCacheManager(parts.num_blocks, block_size, prefix_caching=False)
+    kv = parts.new_kv_manager()
     request = probe_request(far)
-    seq = SequenceState(request, list(request.prompt_ids), BlockTable(block_size))
+    seq = SequenceState(request, list(request.prompt_ids), BlockTable(kv.block_size))
     kv.reserve(seq.table, far + MAX_NODES)
     points = [(size, context) for size in _SIZES]
     if far > context:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from specserve.cache.manager import KVCacheManager
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
 from specserve.engine.device import Platform, choose_platform
@@ -34,12 +35,23 @@ class EngineParts:
     platform: Platform
     model: Model
     runner: Runner
-    num_blocks: int  # of the KV pool
     verifier: Verifier
     drafters: Mapping[str, Drafter]
     aux_layers: tuple[int, ...]  # layers of the target whose hidden states the drafters want
     cost_model: CostModel  # not measured yet
     limits: Limits
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the KV pool."""
+        return self.limits.num_kv_slots // self.config.cache.block_size
+
+    def new_kv_manager(self) -> KVCacheManager:
+        """An empty KV cache of `num_blocks` blocks."""
+        cache = self.config.cache
+        return KVCacheManager(
+            self.num_blocks, cache.block_size, prefix_caching=cache.prefix_caching
+        )
 
     @property
     def max_context(self) -> int:
@@ -74,54 +86,55 @@ def load_parts(
         quantization=config.target.quantization,
         quantized_kv_dtype=platform.quantized_kv_dtype,
     )
-    ends = end_tokens(model.shape, tokenizer)
+    limits, kv_specs = _limits(config, platform, model, drafters, tokenizer)
+    on_stage(f"making room for {limits.num_kv_slots} tokens")
+    wanted = {layer for drafter in drafters.values() for layer in drafter.aux_layers}
+    aux_layers = tuple(sorted(wanted))
+    runner = Runner(
+        model,
+        KVStorage(model.kv_spec, limits.num_kv_slots, platform.device),
+        config.cache.block_size,
+        platform.device,
+        platform.kernels,
+        max(1, *(drafter.needs_topk for drafter in drafters.values())),
+        aux_layers,
+    )
+    sampler, ends = Sampler(platform.kernels, platform.device), end_tokens(model.shape, tokenizer)
+    verifier = Verifier(sampler, ends, model.shape.vocab_size, tokenizer)
+    parts = EngineParts(
+        *(config, platform, model, runner, verifier, drafters, aux_layers, CostModel(), limits)
+    )
+    on_stage("loading the drafters")
+    _bind_drafters(parts, kv_specs)
+    return parts
+
+
+def _limits(
+    config: EngineConfig,
+    platform: Platform,
+    model: Model,
+    drafters: Mapping[str, Drafter],
+    tokenizer: Tokenizer | None,
+) -> tuple[Limits, dict[str, KVSpec]]:
+    """What the engine can serve, and the KV that drafters want, by name."""
     max_model_len = _context(config.target.max_model_len, model.shape)
-    draft_specs = _draft_kv_specs(drafters, model.dtype)
+    kv_specs = _draft_kv_specs(drafters, model.dtype)
     num_blocks = count_blocks(
         config.cache,
-        sum(spec.bytes_per_slot for spec in [model.kv_spec, *draft_specs.values()]),
+        sum(spec.bytes_per_slot for spec in [model.kv_spec, *kv_specs.values()]),
         max_model_len,
         config.schedule.max_num_seqs,
         platform.device,
     )
-    num_slots = num_blocks * config.cache.block_size
-    on_stage(f"making room for {num_slots} tokens")
-    storage = KVStorage(model.kv_spec, num_slots, platform.device)
-    wanted = {layer for drafter in drafters.values() for layer in drafter.aux_layers}
-    aux_layers = tuple(sorted(wanted))
-    num_top = max(1, *(drafter.needs_topk for drafter in drafters.values()))
-    runner = Runner(
-        model,
-        storage,
-        config.cache.block_size,
-        platform.device,
-        platform.kernels,
-        num_top,
-        aux_layers,
+    limits = Limits(
+        vocab_size=model.shape.vocab_size,
+        max_model_len=max_model_len,
+        max_position_embeddings=model.shape.max_position_embeddings,
+        num_kv_slots=num_blocks * config.cache.block_size,
+        stop_strings=tokenizer is not None,
+        drafters=tuple(drafters),
     )
-    sampler = Sampler(platform.kernels, platform.device)
-    parts = EngineParts(
-        config=config,
-        platform=platform,
-        model=model,
-        runner=runner,
-        num_blocks=num_blocks,
-        verifier=Verifier(sampler, ends, model.shape.vocab_size, tokenizer),
-        drafters=drafters,
-        aux_layers=aux_layers,
-        cost_model=CostModel(),
-        limits=Limits(
-            vocab_size=model.shape.vocab_size,
-            max_model_len=max_model_len,
-            max_position_embeddings=model.shape.max_position_embeddings,
-            num_kv_slots=num_slots,
-            stop_strings=tokenizer is not None,
-            drafters=tuple(drafters),
-        ),
-    )
-    on_stage("loading the drafters")
-    _bind_drafters(parts, draft_specs)
-    return parts
+    return limits, kv_specs
 
 
 def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:

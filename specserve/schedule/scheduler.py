@@ -124,6 +124,18 @@ class Scheduler:
         entries += [Entry(seq, rows, 0) for seq, rows in chunks.items() if rows < seq.num_pending]
         return StepPlan(tuple(entries))
 
+    def commit_kv(self, plan: StepPlan, results: dict[str, VerifyResult]) -> list[tuple[int, int]]:
+        """Keep the KV of prefill chunks and accepted paths, and release the other slots.
+
+        Returns the moves that make accepted paths consecutive, as (source, destination) slots.
+        """
+        moves: list[tuple[int, int]] = []
+        for entry in plan.entries:
+            result = results.get(entry.seq.id)
+            path = () if result is None else result.path
+            moves += self._kv.commit(entry.seq.table, entry.num_prefill, path)
+        return moves
+
     def commit(
         self, plan: StepPlan, trees: dict[str, DraftTree], results: dict[str, VerifyResult]
     ) -> list[StepOutput]:

@@ -12,6 +12,7 @@ not write to those.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.sampling import Sampler, SamplingState
 from specserve.sequence import SequenceView
-from specserve.step import EntryView, VerifyResult
+from specserve.step import EntryView, StepPlan, VerifyResult
 from specserve.tree import DraftTree
 from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
@@ -68,6 +69,18 @@ class Feedback:
     trees: Mapping[str, DraftTree]  # by sequence id
     results: Mapping[str, VerifyResult]  # by sequence id
     output: ModelOutput  # rows as `plan_segments` has them
+
+    @classmethod
+    def of_step(
+        cls,
+        plan: StepPlan,
+        trees: dict[str, DraftTree],
+        results: dict[str, VerifyResult],
+        output: ModelOutput,
+    ) -> "Feedback":
+        """Read-only views of a verified step."""
+        entries = [EntryView(SequenceView(e.seq), e.num_prefill, e.num_nodes) for e in plan.entries]
+        return cls(tuple(entries), MappingProxyType(trees), MappingProxyType(results), output)
 
     def only(self, seq_ids: Collection[str]) -> "Feedback":
         """The same for some of the sequences."""
