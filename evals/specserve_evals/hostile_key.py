@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from msgspec import Struct
 
-from specserve_evals.storm_requests import words
+from specserve_evals.soak_requests import words
 
 # Seconds to wait after an answer other than 200; without it the client's own work dominates.
 _REFUSED_PAUSE_S: Final = 0.05

@@ -37,7 +37,7 @@ from specserve_evals.hostile_key import ATTACKS
 from specserve_evals.progress import plain_table, stdout_console
 from specserve_evals.runs import at_least_one
 from specserve_evals.served import Served, serve
-from specserve_evals.storm_requests import words
+from specserve_evals.soak_requests import words
 from specserve_evals.vitals import leftovers, settle
 
 MAX_RATIO: Final = 2.0  # allowed p99 TTFT beside the attacks / p99 TTFT alone

@@ -107,7 +107,8 @@ EVALS: Final = {
     "acceptance": "tokens per pass of every draft, by budget, temperature and category; speed",
     "lossless": "does a draft change a single token?",
     "perplexity": "what a weight format costs in quality",
-    "storm": "does a server stay whole under thousands of mixed requests?",
+    "soak": "does a server survive thousands of mixed requests?",
+    "two_keys": "does a hostile key slow another one down?",
     "fuzz": "does any request made from the API's description break a server?",
 }
 

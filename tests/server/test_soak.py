@@ -6,20 +6,20 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from specserve_evals import storm
-from specserve_evals.storm import Report, Round, find_failures
-from specserve_evals.storm_requests import CUTS, Sizes, draw
+from specserve_evals import soak
+from specserve_evals.soak import Report, Round, find_failures
+from specserve_evals.soak_requests import CUTS, Sizes, draw
 from specserve_evals.vitals import IDLE, PREEMPTIONS, TASKS, ProcessVitals, Vitals
 
 MB = 2**20
 
 
-def test_a_short_storm_leaves_nothing_behind(chat_model: Path, tmp_path: Path) -> None:
+def test_a_short_soak_test_leaves_nothing_behind(chat_model: Path, tmp_path: Path) -> None:
     """With KV for a part of what runs, so that sequences wait and are preempted too."""
     out = tmp_path / "report.json"
     engine = ["--dtype", "float32", "--device", "cpu", "--kv-memory", "96KiB", "--threads", "1"]
     arguments = ["--target", str(chat_model), "--requests", "200", "--concurrency", "64"]
-    status = storm.main([*arguments, "--repeats", "16", "--out", str(out), "--", *engine])
+    status = soak.main([*arguments, "--repeats", "16", "--out", str(out), "--", *engine])
     report = msgspec.json.decode(out.read_bytes(), type=Report)
     assert report.failures == ()
     assert status == 0
@@ -30,7 +30,7 @@ def test_a_short_storm_leaves_nothing_behind(chat_model: Path, tmp_path: Path) -
     assert str(tmp_path) not in out.read_text()
 
 
-def test_what_a_storm_asks_for() -> None:
+def test_the_requests_of_a_soak_test() -> None:
     shots = [draw(7, index, Sizes(200, 48)) for index in range(600)]
     assert shots == [draw(7, index, Sizes(200, 48)) for index in range(600)]
     assert sum(shot.cut is not None for shot in shots) == 200

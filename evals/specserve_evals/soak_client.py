@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from msgspec import Struct
 
-from specserve_evals.storm_requests import Cut, Shot
+from specserve_evals.soak_requests import Cut, Shot
 
 _LONGEST_S: Final = 300.0  # seconds; an answer that takes longer is an error
 _FINISHED: Final = {"stop", "length"}  # finish reasons of a complete answer

@@ -1,6 +1,6 @@
 """Soak test of a server: many concurrent mixed requests, a third of them cut off by the client.
 
-python -m specserve_evals.storm --requests 2000 --concurrency 64
+python -m specserve_evals.soak --requests 2000 --concurrency 64
 
 Exit code 1 if a request fails, if the server holds resources afterwards that it did not hold
 before, if the memory of its HTTP or engine process grows by more than `MAX_GROWTH`, or if an answer
@@ -28,8 +28,8 @@ from specserve_evals import provenance
 from specserve_evals.progress import Advance, plain_table, stdout_console, track
 from specserve_evals.runs import at_least_one
 from specserve_evals.served import Served, serve
-from specserve_evals.storm_client import Answer, fire, open_session
-from specserve_evals.storm_requests import Shot, Sizes, draw
+from specserve_evals.soak_client import Answer, fire, open_session
+from specserve_evals.soak_requests import Shot, Sizes, draw
 from specserve_evals.vitals import PREEMPTIONS, TASKS, Vitals, leftovers, settle
 
 NUM_ROUNDS: Final = 4  # after each round the server becomes idle and its vitals are read
@@ -70,7 +70,7 @@ class Report(Struct, frozen=True):
     failures: tuple[str, ...]  # empty: the test passed
 
 
-class Storm:
+class SoakTest:
     """Runs a plan against a server that has no other client."""
 
     def __init__(self, server: Served, plan: Plan, advance: Advance) -> None:
@@ -109,7 +109,7 @@ class Storm:
             async def fire_one_by_one() -> None:
                 for shot in waiting:
                     fired.append((shot, await fire(session, self._server.url, shot)))
-                    self._advance(1, "storm")
+                    self._advance(1, "soak test")
 
             for _ in range(self._plan.concurrency):
                 group.create_task(fire_one_by_one())
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args, arguments)
     except (ValueError, RuntimeError) as error:
-        print(f"storm: error: {error}", file=sys.stderr)
+        print(f"soak: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -179,15 +179,15 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     plan = Plan(args.requests, args.concurrency, args.repeats, args.seed, sizes)
     config = engine_config(build_parser().parse_args(["serve", args.target, *args.serve_flags]))
     origin = provenance.collect(
-        "specserve_evals.storm", arguments, choose_platform(config.target), None
+        "specserve_evals.soak", arguments, choose_platform(config.target), None
     )
     with (
         serve(args.target, args.serve_flags) as server,
         track(_WARM_UP + plan.num_requests + plan.num_repeats) as advance,
     ):
-        storm = Storm(server, plan, advance)
-        baseline = asyncio.run(storm.run())
-    report = make_report(origin, plan, storm, baseline)
+        test = SoakTest(server, plan, advance)
+        baseline = asyncio.run(test.run())
+    report = make_report(origin, plan, test, baseline)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
@@ -196,9 +196,9 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def make_report(
-    origin: provenance.Provenance, plan: Plan, storm: Storm, baseline: Vitals
+    origin: provenance.Provenance, plan: Plan, test: SoakTest, baseline: Vitals
 ) -> Report:
-    answers = [answer for _, answer in storm.answers]
+    answers = [answer for _, answer in test.answers]
     errors = tuple(answer.error for answer in answers if answer.error is not None)
     return Report(
         provenance=origin,
@@ -206,12 +206,12 @@ def make_report(
         num_finished=sum(not (answer.cut or answer.error) for answer in answers),
         cuts=dict(Counter(answer.cut for answer in answers if answer.cut is not None)),
         errors=errors,
-        num_repeated=storm.num_repeated,
-        mismatches=tuple(storm.mismatches),
-        growth=growth(storm.rounds),
+        num_repeated=test.num_repeated,
+        mismatches=tuple(test.mismatches),
+        growth=growth(test.rounds),
         baseline=baseline,
-        rounds=tuple(storm.rounds),
-        failures=tuple(find_failures(baseline, storm.rounds, errors, storm.mismatches)),
+        rounds=tuple(test.rounds),
+        failures=tuple(find_failures(baseline, test.rounds, errors, test.mismatches)),
     )
 
 
@@ -250,7 +250,7 @@ def _cells(vitals: Vitals) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m specserve_evals.storm",
+        prog="python -m specserve_evals.soak",
         description="Many mixed requests at once, a third of them cut off; what is left behind?",
         allow_abbrev=False,
     )
