@@ -38,9 +38,9 @@ class Mean:
 
     __slots__ = ("_memory", "count", "value")
 
-    def __init__(self, memory: int, value: float = 0.0) -> None:
+    def __init__(self, memory: int) -> None:
         self._memory = memory
-        self.value, self.count = value, 0
+        self.value, self.count = 0.0, 0
 
     def add(self, value: float) -> None:
         self.count += 1
@@ -190,9 +190,9 @@ class SpeculationController:
             self._costs.record_pass(num_rows, _mean_context(entries), forward)
             self._step_seconds.add(host + forward)
             self._step_tokens.add(sum(len(result.emitted) for result in results.values()))
-        drafted = [trees[seq_id] for seq_id in self._drafted_for if seq_id in results]
-        if drafted:
-            self._record_drafts(self._costs, trees, results, times.propose_seconds)
+        drafted_for = [seq_id for seq_id in self._drafted_for if seq_id in results]
+        if drafted_for:
+            self._record_drafts(self._costs, trees, drafted_for, times.propose_seconds)
 
     def forget(self, seq_id: str) -> None:
         self._sequences.pop(seq_id, None)
@@ -201,14 +201,13 @@ class SpeculationController:
         self,
         costs: CostModel,
         trees: Mapping[str, DraftTree],
-        results: Mapping[str, VerifyResult],
+        drafted_for: Sequence[str],
         seconds: float,
     ) -> None:
         """Learn what drafting gained per sequence: expected tokens, less the cost of the nodes.
 
         The expected number is less noisy than the accepted one and has the same mean.
         """
-        drafted_for = [seq_id for seq_id in self._drafted_for if seq_id in results]
         self._draft_seconds += (seconds / len(drafted_for) - self._draft_seconds) / (
             _SEQUENCE_MEMORY if self._draft_seconds else 1
         )
