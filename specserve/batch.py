@@ -13,7 +13,7 @@ from torch import Tensor
 from specserve.cache.table import BlockTable, TableView
 from specserve.step import Entry
 from specserve.tree import DraftTree
-from specserve_kernels.ops import MAX_SEGMENT_ROWS, Segments
+from specserve_kernels.segments import MAX_SEGMENT_ROWS, Segments
 
 # Ancestor words of a chain: node i sees nodes 0..i.
 _CHAIN_WORDS = [(2 << i) - 1 for i in range(MAX_SEGMENT_ROWS)]

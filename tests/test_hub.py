@@ -25,7 +25,7 @@ from specserve.models.llama import LlamaModel
 from specserve.models.loader import load_llama
 from specserve.text import Tokenizer
 from specserve_kernels.dispatch import select_kernels
-from specserve_kernels.ops import Segments
+from specserve_kernels.segments import Segments
 
 MakeWheel = Callable[..., Path]
 

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,19 @@ def our_modules() -> dict[str, Path]:
 
 
 MODULES = our_modules()
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports within functions and for type checking count too."""
+    graph = {
+        module: {
+            target
+            for _, target in imported_modules(ast.parse(file.read_text()), set(MODULES))
+            if target in MODULES and target != module
+        }
+        for module, file in MODULES.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules of a circle
 
 
 def test_every_package_is_seen() -> None:

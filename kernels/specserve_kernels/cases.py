@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specserve_kernels.ops import Segments
 from specserve_kernels.quantized_weight import (
     GROUP,
     QuantizedWeight,
@@ -19,6 +18,7 @@ from specserve_kernels.quantized_weight import (
     pack_int4,
     pack_int8,
 )
+from specserve_kernels.segments import Segments
 
 # chain: the parent of node i is i - 1. tree: the parent is one of the 4 nodes before. late: a tree
 # whose first half is in the cache already, so that only its later nodes are rows.

@@ -11,8 +11,8 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from specserve_kernels.ops import Segments
 from specserve_kernels.quantized_weight import GROUP, QuantizedWeight
+from specserve_kernels.segments import Segments
 
 MAX_TOP: Final = 64  # largest `DecoderPass.num_top`
 

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 
+from specserve_kernels.cpu import CpuKernels
+from specserve_kernels.cpu.native import runnable_builds
+from specserve_kernels.fused import FusedModels
 from specserve_kernels.ops import Kernels
+from specserve_kernels.torch_ref import TorchKernels
 
 VARIABLE = "SPECSERVE_KERNELS"
 CHOICES = ("torch", "cpu", "cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "triton")
@@ -23,6 +27,11 @@ def select_kernels(device: torch.device) -> Kernels:
     if device.type == "cuda":
         return named_kernels("triton")
     return named_kernels("cpu" if device.type == "cpu" and _fast_builds() else "torch")
+
+
+def fused_models(kernels: Kernels) -> FusedModels | None:
+    """Whole models as one kernel, on the backend of `kernels`; None: it has none."""
+    return kernels.fused if isinstance(kernels, CpuKernels) else None
 
 
 def native_host() -> Any:
@@ -43,8 +52,6 @@ def named_kernels(name: str) -> Kernels:
     if name not in CHOICES:
         raise ValueError(f"{VARIABLE}={name!r} is not a backend; use one of {', '.join(CHOICES)}")
     if name == "torch":
-        from specserve_kernels.torch_ref import TorchKernels
-
         return TorchKernels()
     if name == "triton":
         from specserve_kernels.triton import TritonKernels  # triton is an optional dependency
@@ -54,9 +61,6 @@ def named_kernels(name: str) -> Kernels:
 
 
 def _native(name: str) -> Kernels:
-    from specserve_kernels.cpu import CpuKernels
-    from specserve_kernels.cpu.native import runnable_builds
-
     builds = runnable_builds()
     wanted = _fast_builds()[-1:] if name == "cpu" else (name.removeprefix("cpu-"),)
     if wanted and wanted[0] in builds:
@@ -69,6 +73,4 @@ def _native(name: str) -> Kernels:
 
 def _fast_builds() -> tuple[str, ...]:
     """All but `portable`, which is slower than torch and exists for comparison only."""
-    from specserve_kernels.cpu.native import runnable_builds
-
     return tuple(build for build in runnable_builds() if build != "portable")

@@ -1,47 +1,15 @@
-"""The kernel interface: what every backend implements, and the data that kernels share.
+"""The kernel interface: the operations that every backend implements.
 
 Knows tensors, but not sequences, draft trees or schedulers. The plain torch implementation in
 `torch_ref` is the reference; `cases.py` holds the inputs on which backends are compared with it.
-
-Rows. A forward pass computes `num_rows` tokens; each is one row of the activation tensors. Rows are
-grouped into segments of 1 to 64 consecutive rows. A segment is a token tree, or the last nodes of
-one, that follows a committed context. Row j of a segment is tree node i = first_node + j. Its K and
-V belong in position slot `context_len + i` of the segment's block table. The row attends to the
-`context_len` slots before the tree and to the nodes whose bits are set in its ancestor word; K and
-V of nodes before first_node are in the cache already. A plain decode step is a tree of one node. A
-prefill chunk is split into chains of up to 64 tokens; each has all tokens before it as context.
-Kernels do not distinguish these cases.
+`segments` says what a row is. Whole models as one kernel are in `fused`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from specserve_kernels.decoder import DecoderWeights, QuantizedDecoder
-    from specserve_kernels.draft_head import DraftHeadWeights, QuantizedDraftHead
-
-MAX_SEGMENT_ROWS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """The segments of one forward pass, on the host; `plan_attention` is called once per pass.
-
-    Rows from `cu_rows[-1]` on are padding: they attend to nothing and their attention is zero.
-    """
-
-    cu_rows: npt.NDArray[np.int32]  # [num_segments + 1], first row of each segment
-    context_lens: npt.NDArray[np.int32]  # [num_segments], slots before the segment's tree
-    first_nodes: npt.NDArray[np.int32]  # [num_segments], node index of the first row
-    ancestors: npt.NDArray[np.uint64]  # [cu_rows[-1]], bit i: node i is the row's or an ancestor
-    block_tables: npt.NDArray[np.int32]  # [num_segments, max_blocks], padded with 0
-    num_rows: int  # rows of the forward pass, padding included
-    block_size: int  # slots per block
+from specserve_kernels.segments import Segments
 
 
 class Plan(Protocol):
@@ -57,16 +25,6 @@ class Kernels(Protocol):
 
     name: str
     exact: bool
-
-    @property
-    def quantized_decoder(self) -> "Callable[[DecoderWeights], QuantizedDecoder] | None":
-        """A function that makes a decoder from quantized weights; None: no such kernel."""
-        ...
-
-    @property
-    def quantized_draft_head(self) -> "Callable[[DraftHeadWeights], QuantizedDraftHead] | None":
-        """The same for a draft head; a backend has both functions or neither."""
-        ...
 
     def plan_attention(self, segments: Segments, num_kv_heads: int, group_size: int) -> Plan:
         """Prepare `paged_tree_attention` for one pass. `group_size`: query heads per KV head."""

@@ -14,6 +14,7 @@ from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.types import Quantization
 from specserve_kernels.decoder import why_not_quantized
+from specserve_kernels.dispatch import fused_models
 from specserve_kernels.ops import Kernels
 from specserve_kernels.quantized_weight import (
     QuantizedWeight,
@@ -58,7 +59,7 @@ def choose_quantization(
 
 
 def _obstacle(shape: ModelShape, kernels: Kernels, dtype: torch.dtype) -> str | None:
-    if kernels.quantized_decoder is None:
+    if fused_models(kernels) is None:
         return f"the {kernels.name} kernels do not support quantised weights"
     if dtype not in _DTYPES:
         return f"quantised weights need dtype float32 or bfloat16, not {dtype}"

@@ -16,6 +16,7 @@ from specserve.models.checkpoint import Checkpoint
 from specserve.models.rope import rotary_table
 from specserve.models.shape import ModelShape
 from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, QuantizedLinear
+from specserve_kernels.dispatch import fused_models
 from specserve_kernels.ops import Kernels
 from specserve_kernels.quantized_weight import QuantizedWeight, dequantize_rows
 
@@ -60,9 +61,10 @@ class QuantizedLlama:
             QuantizedLinear(head),
         )
         self.num_bytes = weights.num_bytes
-        assert kernels.quantized_decoder is not None, f"{kernels.name} has no quantised decoder"
+        fused = fused_models(kernels)
+        assert fused is not None, f"{kernels.name} has no quantised decoder"
         self.quantized_embedding, self._norm = embed, weights.norm
-        self._decoder = kernels.quantized_decoder(weights)
+        self._decoder = fused.decoder(weights)
 
     @property
     def kv_spec(self) -> KVSpec:

@@ -26,7 +26,7 @@ from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
 from specserve_drafts.eagle import drafter as eagle
 from specserve_drafts.eagle.drafter import EagleDrafter
-from specserve_kernels.dispatch import select_kernels
+from specserve_kernels.dispatch import fused_models, select_kernels
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=0, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, max_tokens=24, seed=7, ignore_eos=True)
@@ -126,7 +126,7 @@ def test_logits_are_those_of_the_definition(
     check(head, loaded(tiny_model), seen, every=3)
 
 
-@pytest.mark.skipif(select_kernels(CPU).quantized_decoder is None, reason="no native kernels")
+@pytest.mark.skipif(fused_models(select_kernels(CPU)) is None, reason="no native kernels")
 def test_a_float_head_runs_over_a_quantized_target(
     one_head: Written, tmp_path: Path, make_engine: EngineFactory
 ) -> None:
@@ -144,7 +144,7 @@ def test_a_float_head_runs_over_a_quantized_target(
 def test_the_parts_of_a_target_are_those_it_runs_with(
     quantization: Quantization, tmp_path: Path
 ) -> None:
-    if quantization != "none" and select_kernels(CPU).quantized_decoder is None:
+    if quantization != "none" and fused_models(select_kernels(CPU)) is None:
         pytest.skip("no native kernels")
     model = loaded(write_tiny_llama(tmp_path, seed=1, head_dim=16), quantization)
     tokens = tuple(range(TINY_VOCAB))
@@ -257,7 +257,7 @@ def test_a_head_with_the_targets_lm_head_keeps_the_frequent_tokens(
     assert {token for node in nodes[1] for token in node.path} <= set(kept)
 
 
-@pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
+@pytest.mark.skipif(fused_models(select_kernels(CPU)) is None, reason="no native kernels")
 @pytest.mark.parametrize("cost_aware", [True, False])
 def test_a_cost_aware_quantized_head_uses_fewer_rows_of_the_targets_lm_head(
     tmp_path: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, cost_aware: bool
@@ -325,7 +325,7 @@ def record_expanded(engine: Engine) -> list[ExpandedTwice]:
     return seen
 
 
-@pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
+@pytest.mark.skipif(fused_models(select_kernels(CPU)) is None, reason="no native kernels")
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "eagle1"])
 @pytest.mark.parametrize(
     "sampling",
@@ -359,7 +359,7 @@ def test_a_quantized_head_expands_the_same_trees_in_one_call(
     assert max(max(each.in_one_call.depths) for each in seen) >= 2
 
 
-@pytest.mark.skipif(select_kernels(CPU).quantized_draft_head is None, reason="no native kernels")
+@pytest.mark.skipif(fused_models(select_kernels(CPU)) is None, reason="no native kernels")
 def test_requests_with_logit_adjustments_are_expanded_stepwise(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:

@@ -9,11 +9,12 @@ from exact_kernels import each_exact_kernels
 from torch import Tensor
 
 from specserve_kernels.cases import ATTENTION_CASES, AttentionCase, AttentionInputs
-from specserve_kernels.ops import Kernels, Segments
+from specserve_kernels.ops import Kernels
+from specserve_kernels.segments import Segments
 
 
 def visible_slots(segments: Segments, segment: int, row: int, window: int) -> list[int]:
-    """The slots that a row attends to, by the definition in ops.py."""
+    """The slots that a row attends to, by the definition in segments.py."""
     context = int(segments.context_lens[segment])
     first_node = int(segments.first_nodes[segment])
     start = int(segments.cu_rows[segment])

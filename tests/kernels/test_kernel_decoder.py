@@ -20,13 +20,13 @@ from specserve_kernels.decoder import (
     QuantizedLinear,
     why_not_quantized,
 )
-from specserve_kernels.ops import Segments
 from specserve_kernels.quantized_weight import (
     QuantizedWeight,
     WeightFormat,
     pack_int4,
     quantize_int8,
 )
+from specserve_kernels.segments import Segments
 from specserve_kernels.torch_ref.decoder import TorchDecoder
 
 BLOCK_SIZE = 16

@@ -18,8 +18,8 @@ from specserve_kernels.draft_head import (
     ExpansionLimits,
     ExpansionTask,
 )
-from specserve_kernels.ops import Segments
 from specserve_kernels.quantized_weight import quantize_int4, quantize_int8
+from specserve_kernels.segments import Segments
 from specserve_kernels.torch_ref import TorchKernels
 from specserve_kernels.torch_ref.draft_head import TorchDraftHead
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specserve_kernels.cases import ancestor_words
-from specserve_kernels.ops import Kernels, Segments
+from specserve_kernels.ops import Kernels
+from specserve_kernels.segments import Segments
 from specserve_kernels.torch_ref import TorchKernels
 
 SHAPES = ((3, 3, 64), (2, 1, 80), (1, 8, 128), (2, 4, 64), (1, 1, 16))

@@ -27,7 +27,7 @@ from specserve.cache.storage import KVStorage
 from specserve.models.llama import LlamaModel
 from specserve.models.loader import load_llama
 from specserve_kernels.dispatch import select_kernels
-from specserve_kernels.ops import Segments
+from specserve_kernels.segments import Segments
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16

@@ -37,7 +37,7 @@ from specserve_drafts.expansion import (
     add_ranked,
     rank_candidates,
 )
-from specserve_kernels.dispatch import native_host
+from specserve_kernels.dispatch import fused_models, native_host
 from specserve_kernels.draft_head import (
     DraftSampling,
     ExpandedTree,
@@ -265,15 +265,15 @@ class EagleDrafter:
 
     def _load(self, dtype: torch.dtype) -> DraftHead | QuantizedHead:
         """The head: quantized if the target is, the kernels support it and the shape allows it."""
-        context, make = self._context, self._context.kernels.quantized_draft_head
+        context, fused = self._context, fused_models(self._context.kernels)
         embedding = context.quantized_embedding
-        if make is not None and embedding is not None and can_be_quantized(self._file.shape):
+        if fused is not None and embedding is not None and can_be_quantized(self._file.shape):
             if not self._file.shape.own_head:
                 num_rows = self._file.shape.vocab_size
                 if context.cost_aware:
                     num_rows = min(_COST_AWARE_VOCAB, num_rows)
                 self._file = self._file.with_draft_vocab(num_rows, self._target)
-            return QuantizedHead(self._file, make, self._num_positions, embedding)
+            return QuantizedHead(self._file, fused, self._num_positions, embedding)
         return DraftHead(
             self._file,
             context.kernels,

@@ -20,7 +20,8 @@ from specserve.cache.storage import KVSpec, KVStorage
 from specserve.models.layers import Linear, RMSNorm, Rotary, rotate, swiglu
 from specserve_drafts.eagle.checkpoint import HeadCheckpoint
 from specserve_drafts.eagle.head_shape import HeadShape
-from specserve_kernels.ops import Kernels, Plan, Segments
+from specserve_kernels.ops import Kernels, Plan
+from specserve_kernels.segments import Segments
 
 
 @dataclass(frozen=True, slots=True)

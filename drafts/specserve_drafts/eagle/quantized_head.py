@@ -5,7 +5,7 @@ have an eighth of the bytes of float32. Owns the mapping from the checkpoint's t
 kernels' weights. EAGLE-3 only, and the head file must have its own LM head rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from specserve_kernels.draft_head import (
     ExpandedTree,
     ExpansionLimits,
     ExpansionTask,
-    QuantizedDraftHead,
 )
+from specserve_kernels.fused import FusedModels
 from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, quantize_int4
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
@@ -54,12 +54,12 @@ class QuantizedHead:
     def __init__(
         self,
         file: HeadCheckpoint,
-        make: Callable[[DraftHeadWeights], QuantizedDraftHead],
+        fused: FusedModels,
         num_positions: int,
         embedding: QuantizedWeight,  # the target's, [vocab_size, hidden_size]
     ) -> None:
         self.shape = file.shape
-        self._head = make(_read_weights(file, num_positions, embedding))
+        self._head = fused.draft_head(_read_weights(file, num_positions, embedding))
         self.fuse = self._head.fuse
         self.logits = self._head.logits
 

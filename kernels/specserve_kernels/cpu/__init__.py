@@ -3,7 +3,7 @@
 Operations without a native kernel, or of a shape it does not support, run in the torch reference.
 """
 
-from collections.abc import Callable
+import ctypes
 from functools import partial
 
 from torch import Tensor
@@ -16,6 +16,21 @@ from specserve_kernels.decoder import DecoderWeights
 from specserve_kernels.draft_head import DraftHeadWeights
 from specserve_kernels.ops import Plan
 from specserve_kernels.torch_ref import TorchKernels
+
+
+class CpuFusedModels:
+    """Implements `FusedModels` with one native library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def decoder(self, weights: DecoderWeights) -> CpuDecoder:
+        """See `FusedModels.decoder`."""
+        return CpuDecoder(self._library, weights)
+
+    def draft_head(self, weights: DraftHeadWeights) -> CpuDraftHead:
+        """See `FusedModels.draft_head`."""
+        return CpuDraftHead(self._library, weights)
 
 
 class CpuKernels:
@@ -32,18 +47,9 @@ class CpuKernels:
         self.name = f"cpu-{build}"
         self._library = load(build)
         self._reference = TorchKernels()
+        self.fused = CpuFusedModels(self._library)
         self.gumbel_noise = partial(sampler.gumbel_noise, self._library)
         self.gumbel_argmax = partial(sampler.gumbel_argmax, self._library)
-
-    @property
-    def quantized_decoder(self) -> Callable[[DecoderWeights], CpuDecoder]:
-        """See `Kernels.quantized_decoder`."""
-        return partial(CpuDecoder, self._library)
-
-    @property
-    def quantized_draft_head(self) -> Callable[[DraftHeadWeights], CpuDraftHead]:
-        """See `Kernels.quantized_draft_head`."""
-        return partial(CpuDraftHead, self._library)
 
     def paged_tree_attention(
         self,

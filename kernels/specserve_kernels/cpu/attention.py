@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.cpu.native import num_threads
-from specserve_kernels.ops import Segments
+from specserve_kernels.segments import Segments
 from specserve_kernels.torch_ref.tiles import AttentionPlan
 
 _LANES = 16

@@ -8,8 +8,6 @@ class TorchKernels:
 
     name: str = "torch"
     exact: bool = True
-    quantized_decoder: None = None
-    quantized_draft_head: None = None
 
     plan_attention = staticmethod(tiles.AttentionPlan)
     paged_tree_attention = staticmethod(attention.paged_tree_attention)

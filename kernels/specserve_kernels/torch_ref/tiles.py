@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from specserve_kernels.ops import MAX_SEGMENT_ROWS, Segments
+from specserve_kernels.segments import MAX_SEGMENT_ROWS, Segments
 
 KV_CHUNK = 128
 # Scores per tile, so that they stay in the CPU cache. A tile holds at least one group, however

@@ -10,8 +10,6 @@ class TritonKernels:
 
     name: str = "triton"
     exact: bool = False
-    quantized_decoder: None = None
-    quantized_draft_head: None = None
 
     plan_attention = staticmethod(AttentionPlan)
     paged_tree_attention = staticmethod(paged_tree_attention)

@@ -14,7 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
-from specserve_kernels.ops import Plan, Segments
+from specserve_kernels.ops import Plan
+from specserve_kernels.segments import Segments
 from specserve_kernels.triton.attention_kernels import attend_split, merge_splits
 
 MAX_BLOCK_M = 64  # rows of a tile, unless one KV head has more query heads

@@ -88,7 +88,7 @@ void specserve_linear(const uint8_t* panels, int32_t format, int64_t num_inputs,
 }
 
 // out [num_rows][heads][head_dim] floats, zeroed by the caller; kv_is_float: K and V are
-// float, else bfloat16. See `Segments` in ops.py.
+// float, else bfloat16. See `Segments` in segments.py.
 void specserve_attention(const int32_t* cu_rows, const int32_t* context_lens,
                          const uint64_t* ancestors, const int32_t* block_tables,
                          int64_t num_segments, int64_t max_blocks, int64_t block_size,

@@ -7,7 +7,7 @@
 
 namespace specserve {
 
-// See `Segments` in ops.py. `first_nodes` is left out, because the ancestor words already say which
+// See `Segments` in segments.py. `first_nodes` is left out, because the ancestor words already say which
 // nodes a row sees.
 struct Segments {
     const int32_t* cu_rows;
