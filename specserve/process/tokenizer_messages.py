@@ -5,10 +5,14 @@ it: each `Stage` of its start, `Ready` (or `Failed`, after which it ends), then 
 or `Refused` per job.
 """
 
+from typing import Final
+
 from msgspec import Struct
 
 from specserve.engine.limits import Limits
 from specserve.text.chat_messages import PlainMessage
+
+LONG_JOB: Final = 2**16  # bytes from which a job is long: other jobs should not wait for it
 
 
 class Setup(Struct, frozen=True, tag=True):
@@ -26,6 +30,10 @@ class Encode(Struct, frozen=True, tag=True):
     add_special: bool
     param: str
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.text.encode())
+
 
 class Chat(Struct, frozen=True, tag=True):
     """`Tokenizer.chat` of these messages."""
@@ -34,6 +42,11 @@ class Chat(Struct, frozen=True, tag=True):
     add_generation_prompt: bool
     continue_final_message: bool
     param: str = "messages"
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the contents."""
+        return sum(len(message["content"].encode()) for message in self.messages)
 
 
 class Stage(Struct, frozen=True, tag=True):
@@ -50,6 +63,10 @@ class Call(Struct, frozen=True, tag=True):
     body: bytes
     limits: Limits
     param: str = "body"
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.body)
 
 
 class Ready(Struct, frozen=True, tag=True):

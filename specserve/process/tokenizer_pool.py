@@ -14,22 +14,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from specserve.engine.limits import Limits
-from specserve.process.child import Child
-from specserve.process.frames import FrameError
 from specserve.process.tokenizer_messages import (
     Call,
     Chat,
     Encode,
-    Failed,
-    FromTokenizer,
     Ids,
-    Ready,
     Refused,
     Result,
     Setup,
-    Stage,
     TokenizerJob,
 )
+from specserve.process.tokenizer_process import TokenizerProcess
 from specserve.process.tokenizer_queue import PendingJob, TokenizerQueue
 from specserve.text import TokenizerError
 from specserve.text.chat_messages import check_text, read_messages
@@ -37,7 +32,6 @@ from specserve.types import RequestError
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT: Final = 120.0  # seconds for a process to start and read a tokenizer
 _MAX_DELAY: Final = 30.0  # seconds; upper bound of the delay between attempts to start a process
 _MAX_TEXT_BYTES: Final = 2**27  # below `frames.MAX_FRAME`
 
@@ -79,10 +73,10 @@ class TokenizerPool:
     ) -> None:
         self._module = module
         self._setup = Setup(str(target), time_limit, memory_limit, compile_limit)
-        self._num_workers = workers
+        self._num_processes = workers
         self._unfinished: set[PendingJob] = set()
         self._queue = TokenizerQueue(max_waiting + workers, workers, shared=shared)
-        self._workers: set[_Worker] = set()
+        self._processes: set[TokenizerProcess] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._max_token_bytes: int | None = None
         self._on_done = on_done
@@ -90,7 +84,7 @@ class TokenizerPool:
     @property
     def pids(self) -> list[int]:
         """The process ids of the running processes."""
-        return [worker.pid for worker in self._workers]
+        return [process.pid for process in self._processes]
 
     @property
     def num_waiting(self) -> int:
@@ -102,7 +96,7 @@ class TokenizerPool:
         assert not self._tasks
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks = [
-            asyncio.create_task(self._run_worker(started)) for _ in range(self._num_workers)
+            asyncio.create_task(self._run_processes(started)) for _ in range(self._num_processes)
         ]
         try:
             await started
@@ -134,10 +128,7 @@ class TokenizerPool:
         result may still be longer than `max_tokens`.
         """
         check_text(param, text)
-        num_bytes = len(text.encode())
-        self._check_size(param, num_bytes, max_tokens)
-        job = Encode(text, allow_special, add_special, param)
-        return await self._ids(job, num_bytes, tenant)
+        return await self._ids(Encode(text, allow_special, add_special, param), max_tokens, tenant)
 
     async def chat(
         self,
@@ -152,44 +143,46 @@ class TokenizerPool:
 
         Raises RequestError or TokenizerUnavailable.
         """
-        plain = read_messages(messages)
-        num_bytes = sum(len(message["content"].encode()) for message in plain)
-        self._check_size("messages", num_bytes, max_tokens)
-        job = Chat(tuple(plain), add_generation_prompt, continue_final_message)
-        return await self._ids(job, num_bytes, tenant)
+        plain = tuple(read_messages(messages))
+        job = Chat(plain, add_generation_prompt, continue_final_message)
+        return await self._ids(job, max_tokens, tenant)
 
     async def call(self, name: str, body: bytes, limits: Limits, *, tenant: str = "") -> bytes:
         """The result of the handler `name` of `module` for the body of a request.
 
         Raises RequestError or TokenizerUnavailable.
         """
-        answer = await self._submit(Call(name, body, limits), len(body), tenant)
+        answer = await self._submit(Call(name, body, limits), tenant)
         assert isinstance(answer, Result)
         return answer.data
 
-    async def _ids(self, job: Encode | Chat, num_bytes: int, tenant: str) -> tuple[int, ...]:
-        answer = await self._submit(job, num_bytes, tenant)
+    async def _ids(
+        self, job: Encode | Chat, max_tokens: int | None, tenant: str
+    ) -> tuple[int, ...]:
+        self._check_size(job, max_tokens)
+        answer = await self._submit(job, tenant)
         assert isinstance(answer, Ids)
         return answer.ids
 
-    def _check_size(self, param: str, num_bytes: int, max_tokens: int | None) -> None:
-        if num_bytes > _MAX_TEXT_BYTES:
+    def _check_size(self, job: Encode | Chat, max_tokens: int | None) -> None:
+        size = job.num_bytes
+        if size > _MAX_TEXT_BYTES:
             raise RequestError(
-                param, f"{num_bytes} bytes given; at most {_MAX_TEXT_BYTES} are allowed"
+                job.param, f"{size} bytes given; at most {_MAX_TEXT_BYTES} are allowed"
             )
         if max_tokens is None or self._max_token_bytes is None:
             return
-        if num_bytes > max_tokens * self._max_token_bytes:
+        if size > max_tokens * self._max_token_bytes:
             raise RequestError(
-                param, f"{num_bytes} bytes cannot fit the context of {max_tokens} tokens"
+                job.param, f"{size} bytes cannot fit the context of {max_tokens} tokens"
             )
 
-    async def _submit(self, job: TokenizerJob, num_bytes: int, tenant: str) -> Ids | Result:
+    async def _submit(self, job: TokenizerJob, tenant: str) -> Ids | Result:
         if not self._tasks:
             raise TokenizerUnavailable("the tokenizer processes are not running")
         if not self._queue.has_room(tenant):
             raise TokenizerUnavailable("too many prompts wait to be tokenized; try again later")
-        pending = PendingJob(job, tenant, num_bytes, asyncio.get_running_loop().create_future())
+        pending = PendingJob(job, tenant, asyncio.get_running_loop().create_future())
         self._unfinished.add(pending)
         self._queue.put(pending)
         started = time.monotonic()
@@ -204,46 +197,58 @@ class TokenizerPool:
         for pending in self._unfinished:
             pending.fail(TokenizerUnavailable(reason))
 
-    async def _run_worker(self, started: "asyncio.Future[None]") -> None:
-        """Run one process and replace it whenever it ends, until cancelled.
+    async def _run_processes(self, started: "asyncio.Future[None]") -> None:
+        """Run one process at a time and replace it whenever it ends, until cancelled.
 
         `started` gets a result when the first process is ready, or the exception of its start.
         """
         delay = 0.0
+        last: PendingJob | None = None  # the job that ended the last process
         while True:
             await asyncio.sleep(delay)
             try:
-                worker, ready = await _Worker.start(self._module, self._setup)
+                process, ready = await TokenizerProcess.start(self._module, self._setup)
             except TokenizerError as error:
                 if not started.done():
                     started.set_exception(error)
                     return
                 logger.error("no tokenizer process: %s", error)
                 delay = min(_MAX_DELAY, 2 * delay + 0.5)
-                if not self._workers:
+                if not self._processes:
                     self._fail_unfinished("the tokenizer cannot be loaded at the moment")
                 continue
+            finally:
+                # Until here the job counts as running. Otherwise another job of its kind would
+                # occupy the other process, and all jobs would wait for this start.
+                if last is not None:
+                    self._queue.done(last)
+                    last = None
             delay = 0.0
             self._max_token_bytes = ready.max_token_bytes
-            self._workers.add(worker)
             if not started.done():
                 started.set_result(None)
-            try:
-                while (pending := await self._next_job(worker)) is not None:
-                    try:
-                        await self._serve(worker, pending)
-                    finally:
-                        self._queue.done(pending)
-            finally:
-                self._workers.discard(worker)
-                await worker.end()
+            last = await self._run_jobs(process)
 
-    async def _next_job(self, worker: "_Worker") -> "PendingJob | None":
+    async def _run_jobs(self, process: TokenizerProcess) -> PendingJob | None:
+        """Run jobs until the process ends; returns the job that ended it, None if there is none."""
+        self._processes.add(process)
+        try:
+            while (pending := await self._next_job(process)) is not None:
+                await self._run_job(process, pending)
+                if process.ended:
+                    return pending
+                self._queue.done(pending)
+            return None
+        finally:
+            self._processes.discard(process)
+            await process.end()
+
+    async def _next_job(self, process: TokenizerProcess) -> PendingJob | None:
         """The next job that is not cancelled, or None if the process ended."""
-        while not worker.incoming.done():
+        while not process.ended:
             getting = asyncio.create_task(self._queue.get())
             try:
-                await asyncio.wait({getting, worker.incoming}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({getting, process.incoming}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 getting.cancel()
             if getting.done() and not getting.cancelled():
@@ -253,16 +258,16 @@ class TokenizerPool:
                 self._queue.done(pending)
         return None
 
-    async def _serve(self, worker: "_Worker", pending: "PendingJob") -> None:
+    async def _run_job(self, process: TokenizerProcess, pending: PendingJob) -> None:
         """Run one job in the process, which may have ended afterwards."""
         limit, param = self._setup.time_limit, pending.job.param
         try:
-            worker.send(pending.job)
-            answer = await worker.answer(limit)
+            process.send(pending.job)
+            answer = await process.answer(limit)
         except TimeoutError:
             logger.warning("a tokenizer process took longer than %g s and is replaced", limit)
             pending.fail(RequestError(param, f"tokenizing it took longer than {limit:g} s"))
-            await worker.end()
+            await process.end()
             return
         match answer:
             case Ids() | Result():
@@ -270,18 +275,18 @@ class TokenizerPool:
             case Refused(field, message):
                 pending.fail(RequestError(field, message))
             case _:
-                status = await worker.end()
+                status = await process.end()
                 logger.warning("a tokenizer process ended with status %s and is replaced", status)
                 self._fail_or_retry(pending, status)
 
-    def _fail_or_retry(self, pending: "PendingJob", status: int) -> None:
+    def _fail_or_retry(self, pending: PendingJob, status: int) -> None:
         """Fail or requeue a job whose process ended, because of the job or for another reason."""
         if status == -signal.SIGABRT:  # the tokenizers library aborts when out of memory
             pending.fail(RequestError(pending.job.param, "it needs too much memory; send less"))
             return
         pending.num_attempts += 1
         # Every process may have been dead when it got the job: allow one attempt more than that.
-        if pending.num_attempts > self._num_workers:
+        if pending.num_attempts > self._num_processes:
             pending.fail(
                 TokenizerUnavailable(
                     f"tokenizing it failed {pending.num_attempts} times; see the server's log"
@@ -289,67 +294,3 @@ class TokenizerPool:
             )
         else:
             self._queue.put(pending)
-
-
-class _Worker:
-    """A tokenizer process, which does one job at a time."""
-
-    def __init__(self, child: Child[FromTokenizer]) -> None:
-        self._child = child
-        self.pid = child.pid
-        self._received: list[FromTokenizer] = []
-        self.incoming = asyncio.create_task(self._receive())  # done while it has no job: it ended
-
-    @classmethod
-    async def start(cls, module: str, setup: Setup) -> "tuple[_Worker, Ready]":
-        """Start a process and wait until its tokenizer is loaded. Raises TokenizerError."""
-        try:
-            worker = cls(await Child.start(module, FromTokenizer))
-        except OSError as error:
-            raise TokenizerError(f"no tokenizer process can be started ({error})") from error
-        stage = Stage(_START_TIMEOUT, f"{setup.directory}: the tokenizer was not loaded in time")
-        answer: FromTokenizer | None = stage
-        try:
-            worker.send(setup)
-            while isinstance(answer, Stage):
-                stage = answer
-                answer = await worker.answer(stage.time_limit)
-        except TimeoutError:
-            raise TokenizerError(f"{stage.problem} (after {stage.time_limit:g} s)") from None
-        finally:
-            if not isinstance(answer, Ready):
-                status = await worker.end()
-        if isinstance(answer, Ready):
-            return worker, answer
-        if isinstance(answer, Failed):
-            raise TokenizerError(answer.error)
-        raise TokenizerError(f"{stage.problem} (its process ended with status {status})")
-
-    def send(self, message: Setup | TokenizerJob) -> None:
-        self._child.frames.send(message)
-
-    async def answer(self, time_limit: float) -> FromTokenizer | None:
-        """The next message; None if the process ended. Raises TimeoutError after `time_limit` s."""
-        await asyncio.wait({self.incoming}, timeout=time_limit)
-        if not self.incoming.done():
-            raise TimeoutError
-        answer = self.incoming.result()
-        if answer is not None:
-            self.incoming = asyncio.create_task(self._receive())
-        return answer
-
-    async def end(self) -> int:
-        """Kill the process unless it has ended; returns its exit status."""
-        self._child.kill()
-        status = await self._child.reap(0.0)
-        self.incoming.cancel()
-        await asyncio.wait({self.incoming})
-        return status
-
-    async def _receive(self) -> FromTokenizer | None:
-        if not self._received:
-            try:
-                self._received = await self._child.frames.receive() or []
-            except FrameError:
-                logger.exception("a tokenizer process sent an invalid message")
-        return self._received.pop(0) if self._received else None

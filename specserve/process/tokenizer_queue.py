@@ -6,25 +6,25 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from specserve.fair_share import ServiceCounters, room
-from specserve.process.tokenizer_messages import Ids, Result, TokenizerJob
+from specserve.process.tokenizer_messages import LONG_JOB, Ids, Result, TokenizerJob
 
-_LONG_JOB: Final = 2**16  # bytes from which a job is long: other jobs should not wait for it
 _MIN_CHARGE: Final = 2**10  # bytes; the least that a job is charged
 
 
 @dataclass(eq=False, slots=True)
 class PendingJob:
-    """A job, its size in bytes, and the future for its answer, which may be cancelled."""
+    """A job, and the future for its answer, which may be cancelled."""
 
     job: TokenizerJob
     tenant: str
-    num_bytes: int
     answer: "asyncio.Future[Ids | Result]"
     num_attempts: int = 0  # that ended their process
+    num_bytes: int = field(init=False)
+    long: bool = field(init=False)
 
-    @property
-    def long(self) -> bool:
-        return self.num_bytes >= _LONG_JOB
+    def __post_init__(self) -> None:
+        self.num_bytes = self.job.num_bytes
+        self.long = self.num_bytes >= LONG_JOB
 
     def succeed(self, answer: Ids | Result) -> None:
         if not self.answer.done():

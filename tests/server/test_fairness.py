@@ -1,8 +1,12 @@
 """Two keys: one asks for everything, the other is still served."""
 
+import json
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -21,6 +25,7 @@ KEYS: Final = " ".join(
 )
 HI: Final = {"messages": [{"role": "user", "content": "Hi."}], "max_tokens": 4, "ignore_eos": True}
 CONTEXT: Final = 8192
+ENDLESS: Final = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 
 class Shared(LiveServer):
@@ -96,6 +101,36 @@ def test_no_key_takes_all_tokenizer_processes(shared: LiveServer) -> None:
         wait(replies)
     statuses = {reply.result().status for reply in replies}
     assert statuses <= {200, 400}, "so many tokens may be too many"
+
+
+def test_no_key_waits_for_a_tokenizer_process_that_another_key_ended(tmp_path: Path) -> None:
+    """While the process that replaces it is kept from starting, the other process is free."""
+    model = write_byte_chat(tmp_path / "tiny-chat")
+    file = model / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    endless = f"{{% if messages[0]['content'] == 'endless' %}}{ENDLESS}{{% endif %}}"
+    file.write_text(json.dumps(config | {"chat_template": endless + config["chat_template"]}))
+    body = HI | {"messages": [{"role": "user", "content": "endless"}]}
+    with start_server(model, "--template-timeout", "1", SPECSERVE_API_KEYS=KEYS) as server:
+        wait_until(lambda: len(tokenizer_pids(server)) == 2)
+        first = tokenizer_pids(server)
+        with greedy(server, CHAT, [body] * 3) as replies:
+            wait_until(lambda: len(tokenizer_pids(server) - first) == 1)
+            (replacement,) = tokenizer_pids(server) - first
+            os.kill(replacement, signal.SIGSTOP)
+            try:
+                for _ in range(3):
+                    assert server.ask(CHAT, HI, headers=HONEST).status == 200
+                assert num_done(replies) == 1, "the other key got both processes"
+            finally:
+                os.kill(replacement, signal.SIGCONT)
+        for reply in replies:
+            assert_refused(reply.result(), 400, "messages")
+        assert server.ask(CHAT, HI, headers=HONEST).status == 200
+
+
+def tokenizer_pids(server: LiveServer) -> set[int]:
+    return {pid for pid, command in server.children() if "tokenizer_worker" in command}
 
 
 def test_no_key_holds_all_bodies(shared: LiveServer) -> None:
