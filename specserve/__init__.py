@@ -12,6 +12,7 @@ from specserve.types import RequestError, SamplingParams, SpeculationParams
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
+    from specserve.async_engine import AsyncEngine
     from specserve.client import AsyncClient, Client
     from specserve.llm import LLM
 
@@ -19,16 +20,18 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncClient",
+    "AsyncEngine",
     "Client",
     "RequestError",
     "SamplingParams",
     "SpeculationParams",
     "__version__",
 ]
-# Imported on first use, because `LLM` imports torch and the clients import aiohttp.
+# Imported on first use, because `LLM` imports torch and the others import aiohttp or tokenizers.
 _LAZY: Final = {
     "LLM": "specserve.llm",
     "AsyncClient": "specserve.client",
+    "AsyncEngine": "specserve.async_engine",
     "Client": "specserve.client",
 }
 

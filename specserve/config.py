@@ -5,7 +5,7 @@ keyword arguments need no section.
 """
 
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -217,6 +217,21 @@ def load_config(
     except msgspec.ValidationError as error:
         reason = error.__cause__ or _misread(str(error), merged)  # the cause: a ConfigError
         raise ConfigError(f"{'' if file is None else f'{file}: '}{reason}") from error
+
+
+def llm_config(
+    target: str | None,
+    draft: str | Sequence[str] | None,
+    file: Path | None,
+    settings: Mapping[str, Any],
+) -> EngineConfig:
+    """`load_config` for the arguments of `LLM` and `AsyncEngine.load`. Raises ConfigError."""
+    named: dict[str, Any] = dict(settings)
+    if target is not None:
+        named["target"] = target
+    if draft is not None:
+        named["draft"] = [draft] if isinstance(draft, str) else list(draft)
+    return load_config(named, file)
 
 
 def _misread(message: str, sections: dict[str, dict[str, Any]]) -> str:

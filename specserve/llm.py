@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 from msgspec import Struct
 
-from specserve.config import load_config
+from specserve.config import llm_config
 from specserve.engine.engine import Engine
 from specserve.engine.parts import load_parts
 from specserve.engine.warm_up import measure
@@ -28,6 +28,7 @@ from specserve.text.output_text import OutputText
 from specserve.types import (
     MAX_SEED,
     FinishReason,
+    Prompt,
     Request,
     RequestError,
     SamplingParams,
@@ -35,11 +36,10 @@ from specserve.types import (
     SpeculationParams,
     StepOutput,
     TokenLogprobs,
+    read_prompt,
 )
 
 T = TypeVar("T")
-Message = dict[str, str]  # {"role": ..., "content": ...}
-Prompt = str | Sequence[int] | Sequence[Message]
 
 
 class Timing(Struct, frozen=True):
@@ -114,11 +114,7 @@ class LLM:
         progress: Callable[[str, float], None] | None = None,
         **settings: Any,
     ) -> None:
-        if target is not None:
-            settings["target"] = target
-        if draft is not None:
-            settings["draft"] = [draft] if isinstance(draft, str) else list(draft)
-        self.config = load_config(settings, config_file)
+        self.config = llm_config(target, draft, config_file, settings)
         find = partial(resolve, progress=progress)
         directory = find(self.config.target.target)
         self.tokenizer = Tokenizer(directory)
@@ -169,14 +165,13 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt. Raises RequestError if it cannot be encoded."""
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        if any(isinstance(item, dict) for item in prompt):
-            return tuple(self.tokenizer.chat(cast(list[Message], list(prompt))))
-        for token in prompt:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise RequestError("prompt", f"{token!r} is not a token id; give integers")
-        return tuple(cast(Sequence[int], prompt))
+        match read_prompt(prompt):
+            case str(text):
+                return tuple(self.tokenizer.encode(text))
+            case list(messages):
+                return tuple(self.tokenizer.chat(messages))
+            case ids:
+                return ids
 
     def _start(
         self,

@@ -6,7 +6,8 @@ ranges of the sampling parameters; `engine.limits` checks the rest of a request.
 
 import hashlib
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +20,8 @@ MAX_SEED = 2**63 - 1
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Quantization = Literal["auto", "none", "int8", "int4"]
+Message = dict[str, str]  # {"role": ..., "content": ...}
+Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids or a chat
 
 
 class RequestError(ValueError):
@@ -31,6 +34,18 @@ class RequestError(ValueError):
         super().__init__(f"{param}: {message}")
         self.param = param
         self.message = message
+
+
+def read_prompt(prompt: Prompt) -> str | list[Message] | tuple[int, ...]:
+    """The prompt as text, chat messages or token ids. Raises RequestError for anything else."""
+    if isinstance(prompt, str):
+        return prompt
+    if any(isinstance(item, dict) for item in prompt):
+        return cast(list[Message], list(prompt))
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise RequestError("prompt", f"{token!r} is not a token id; give integers")
+    return cast(tuple[int, ...], tuple(prompt))
 
 
 class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):

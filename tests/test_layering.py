@@ -67,6 +67,7 @@ LEVELS: list[list[str]] = [
     [
         "specserve",
         "specserve.llm",
+        "specserve.async_engine",
         "specserve.server",
         "specserve.client",
         "specserve.cli",
@@ -90,8 +91,10 @@ WITHIN_A_LEVEL = {
     ("specserve.speculation.compose", "specserve.speculation.failures"),
     ("specserve.speculation.registry", "specserve.speculation.failures"),
     ("specserve", "specserve.llm"),
+    ("specserve", "specserve.async_engine"),
     ("specserve", "specserve.client"),
     ("specserve.server", "specserve"),
+    ("specserve.server", "specserve.async_engine"),
     ("specserve.cli", "specserve.server"),
     ("specserve.cli", "specserve.client"),
     ("specserve.cli", "specserve"),
@@ -158,6 +161,7 @@ WITHOUT_TORCH = {
     "specserve.process.tokenizer_messages",
     "specserve.process.tokenizer_pool",
     "specserve.process.tokenizer_main",
+    "specserve.async_engine",
     "specserve.server",
     "specserve.client",
 }
@@ -232,7 +236,9 @@ def import_error(module: str, unit: str, target: str) -> str | None:
     return f"level {LEVEL_OF[unit]} may not look at level {LEVEL_OF[other]}"
 
 
-@pytest.mark.parametrize("module", ["specserve.server.lifecycle", "specserve.client"])
+@pytest.mark.parametrize(
+    "module", ["specserve.server.lifecycle", "specserve.client", "specserve.async_engine"]
+)
 def test_the_http_side_never_loads_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from specserve import LLM, SamplingParams
 from specserve.hub import resolve
-from specserve.llm import Prompt
 from specserve.tree import PREDICTION_ID
+from specserve.types import Prompt
 
 pytestmark = pytest.mark.slow
 

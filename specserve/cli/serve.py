@@ -15,8 +15,8 @@ from specserve import __version__
 from specserve.cli.parser import engine_config
 from specserve.cli.progress import show_progress
 from specserve.config import ConfigError
+from specserve.engine.metrics import EngineInfo
 from specserve.hub import resolve
-from specserve.process.messages import EngineInfo
 from specserve.server.auth import KEYS_VARIABLE
 from specserve.server.lifecycle import serve
 

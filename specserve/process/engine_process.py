@@ -128,6 +128,12 @@ class EngineProcess:
             if self.state == "ready" and self.info is not None:
                 return self.info
 
+    def ready_info(self) -> EngineInfo:
+        """The properties of the ready engine. Raises EngineUnavailable if there is none."""
+        if self.state != "ready" or self.info is None:
+            raise self._unavailable()
+        return self.info
+
     async def stop(self) -> None:
         """End the engine, its process and the supervising task; open streams fail."""
         self._set_state("stopped")

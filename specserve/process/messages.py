@@ -10,8 +10,7 @@ from typing import Final
 from msgspec import Struct
 
 from specserve.config import EngineConfig
-from specserve.engine.metrics import EngineInfo as EngineInfo
-from specserve.engine.metrics import EngineStats
+from specserve.engine.metrics import EngineInfo, EngineStats
 from specserve.types import Abort, Request, StepOutput
 
 HEARTBEAT_S: Final = 0.5  # seconds

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import msgspec
 from msgspec import UNSET
 
-from specserve.server.generation import TextDelta
 from specserve.server.protocol.chat import (
     ChatChoice,
     ChatChunk,
@@ -19,6 +18,7 @@ from specserve.server.protocol.chat import (
     TopLogprob,
 )
 from specserve.server.protocol.usage import Metrics, Usage
+from specserve.text.text_delta import TextDelta
 from specserve.text.token_bytes import TokenBytes
 from specserve.types import TokenLogprobs
 

@@ -6,7 +6,6 @@ import msgspec
 from msgspec import UNSET
 
 from specserve.server.chat_formatter import drafter_ids, token_ids
-from specserve.server.generation import TextDelta
 from specserve.server.protocol.completions import (
     Completion,
     CompletionChoice,
@@ -14,6 +13,7 @@ from specserve.server.protocol.completions import (
     CompletionRequest,
 )
 from specserve.server.protocol.usage import Metrics, Usage
+from specserve.text.text_delta import TextDelta
 from specserve.text.token_bytes import TokenBytes
 from specserve.types import TokenLogprobs
 

@@ -4,11 +4,12 @@ import logging
 
 from aiohttp import web
 
+from specserve.async_engine import GenerationFailed
 from specserve.process.engine_process import EngineUnavailable
 from specserve.process.tokenizer_pool import TokenizerUnavailable
 from specserve.server.admission import QueueFull
 from specserve.server.errors import APIError
-from specserve.server.generation import DeadlineExceeded, GenerationFailed
+from specserve.server.generation import DeadlineExceeded
 from specserve.types import RequestError
 
 logger = logging.getLogger(__name__)

@@ -1,13 +1,12 @@
 """Runs one generation request: its choices run concurrently and yield text deltas.
 
-It uses admission, the engine and the detokenizer; it does not know HTTP or the wire format. Closing
-the generator `GenerationRun.text_deltas` ends the request and releases its slots.
+It uses admission and the engine; it does not know HTTP or the wire format. Closing the generator
+`GenerationRun.text_deltas` ends the request and releases its slots.
 """
 
 import asyncio
 import secrets
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
+from specserve.async_engine import merge
 from specserve.server.admission import QueueFull
 from specserve.server.prediction_usage import PredictionUsage
 from specserve.server.protocol.usage import (
@@ -24,9 +24,7 @@ from specserve.server.protocol.usage import (
     Usage,
     speculative_decoding,
 )
-from specserve.server.token_chunk import TokenChunk, TokenChunker
-from specserve.text import Tokenizer
-from specserve.text.output_text import OutputText
+from specserve.text.text_delta import TextDelta
 from specserve.types import (
     MAX_SEED,
     FinishReason,
@@ -34,15 +32,10 @@ from specserve.types import (
     SamplingParams,
     SpecStats,
     SpeculationParams,
-    TokenLogprobs,
 )
 
 if TYPE_CHECKING:
     from specserve.server.service import Service
-
-
-class GenerationFailed(Exception):
-    """The engine ended this request with an error; the message says why."""
 
 
 class DeadlineExceeded(Exception):
@@ -69,49 +62,6 @@ class GenerationJob:
     priority: int
     deadline: float  # time.monotonic() seconds
     deadline_by_client: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """The text and the tokens that one event carries for one choice.
-
-    `logprobs` are those of the tokens whose start in the text is final, and `offsets` are these
-    starts, in characters of the choice's text. Both may lag behind `tokens`.
-    """
-
-    choice: int
-    text: str
-    tokens: TokenChunk
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    offsets: tuple[int, ...] = ()
-
-
-class _TextDeltas:
-    """Turns the token chunks of one choice into text deltas."""
-
-    def __init__(self, choice: int, request: Request, tokenizer: Tokenizer) -> None:
-        params = request.sampling
-        self._choice = choice
-        self._logprobs: deque[TokenLogprobs] = deque()  # of tokens that a stop string may still cut
-        self._text = OutputText(
-            tokenizer,
-            params.stop,
-            prompt=request.prompt_ids,
-            skip_special=params.skip_special_tokens,
-            keep_stop=params.include_stop_str_in_output,
-        )
-
-    def feed(self, tokens: TokenChunk) -> TextDelta:
-        text = self._text.feed(
-            tokens.ids,
-            last=tokens.finish is not None,
-            stop_reason=tokens.stop_reason,
-            end_token=tokens.finish == "stop" and tokens.stop_reason is None,
-        )
-        offsets = self._text.pop_final_offsets()
-        self._logprobs += tokens.logprobs
-        logprobs = tuple(self._logprobs.popleft() for _ in offsets) if self._logprobs else ()
-        return TextDelta(self._choice, text, tokens, logprobs, tuple(offsets))
 
 
 @dataclass(slots=True)
@@ -150,45 +100,36 @@ class GenerationRun:
         Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed or DeadlineExceeded,
         which ends all choices. Use with `contextlib.aclosing`.
         """
-        queue: asyncio.Queue[TextDelta | BaseException | None] = asyncio.Queue()
         seed = self.job.sampling.seed
         samples = self.job.sampling.samples(secrets.randbelow(MAX_SEED) if seed is None else seed)
-        tasks = [
-            asyncio.create_task(self._run(prompt * len(samples) + i, prompt, sampling, queue))
+        choices = [
+            self._choice(prompt * len(samples) + i, prompt, sampling)
             for prompt in range(len(self.job.prompts))
             for i, sampling in enumerate(samples)
         ]
+        num_unfinished = len(choices)
         reason: FinishReason = "abort"  # until every choice has ended: the consumer may close this
         try:
-            num_running = num_unfinished = len(tasks)
-            while num_running:
-                item = await queue.get()
-                if item is None:
-                    num_running -= 1
-                elif isinstance(item, TextDelta):
-                    num_unfinished -= item.tokens.finish is not None
-                    if item.tokens.finish is not None and not num_unfinished:
-                        reason = item.tokens.finish
-                    yield item
-                else:
-                    reason = "error"
-                    if isinstance(item, QueueFull):
-                        self._timer.rejected(item.reason)
-                    raise item
+            async with aclosing(merge(choices)) as deltas:
+                async for delta in deltas:
+                    num_unfinished -= delta.tokens.finish is not None
+                    if delta.tokens.finish is not None and not num_unfinished:
+                        reason = delta.tokens.finish
+                    yield delta
+        except QueueFull as error:
+            self._timer.rejected(error.reason)
+            raise
+        except Exception:
+            reason = "error"
+            raise
         finally:
-            for task in tasks:
-                task.cancel()
-            self._timer.finish(reason)  # first, as the wait below may be cancelled
-            await asyncio.gather(*tasks, return_exceptions=True)
+            self._timer.finish(reason)
 
-    async def _run(
-        self,
-        choice: int,
-        prompt: int,
-        sampling: SamplingParams,
-        queue: "asyncio.Queue[TextDelta | BaseException | None]",
-    ) -> None:
-        job = self.job
+    async def _choice(
+        self, choice: int, prompt: int, sampling: SamplingParams
+    ) -> AsyncGenerator[TextDelta, None]:
+        """The text deltas of one choice, once it is admitted to the engine."""
+        job, service = self.job, self._service
         request = Request(
             f"{job.id}-{self._suffix}-{choice}",
             job.prompts[prompt],
@@ -202,48 +143,30 @@ class GenerationRun:
         )
         try:
             # The engine enforces the deadline too, but not for the wait in the queue.
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                await self._run_admitted(request, queue, choice, prompt)
-            queue.put_nowait(None)
+            async with (
+                asyncio.timeout(job.deadline - time.monotonic()),
+                service.admission.slot(job.key, len(request.prompt_ids), job.priority),
+            ):
+                self._record_admission()
+                async with aclosing(service.engine.stream(request, choice)) as deltas:
+                    async for delta in deltas:
+                        self._record(prompt, delta)
+                        yield delta
         except TimeoutError:
-            queue.put_nowait(
-                DeadlineExceeded("the request ran out of time", job.deadline_by_client)
-            )
-        except Exception as error:
-            queue.put_nowait(error)
-
-    async def _run_admitted(
-        self,
-        request: Request,
-        queue: "asyncio.Queue[TextDelta | BaseException | None]",
-        choice: int,
-        prompt: int,
-    ) -> None:
-        job, service = self.job, self._service
-        deltas = _TextDeltas(choice, request, service.tokenizer)
-        chunker = TokenChunker(service.config.server.stream_interval)
-        async with service.admission.slot(job.key, len(request.prompt_ids), job.priority):
-            self._record_admission()
-            async with aclosing(service.engine.stream(request)) as outputs:
-                async for output in outputs:
-                    if output.error is not None:
-                        if output.finish == "abort":
-                            raise DeadlineExceeded(output.error, job.deadline_by_client)
-                        raise GenerationFailed(output.error)
-                    self._cached.setdefault(prompt, output.num_cached_tokens)
-                    if output.stats is not None:
-                        self._stats.append(output.stats)
-                        service.key_speculation.add(job.key, output.stats)
-                    for tokens in chunker.feed(output):
-                        self._record_tokens(choice, tokens)
-                        queue.put_nowait(deltas.feed(tokens))
+            error = DeadlineExceeded("the request ran out of time", job.deadline_by_client)
+            raise error from None
 
     def _record_admission(self) -> None:
         if self._times.scheduled is None:
             self._times.scheduled = time.monotonic()
             self._timer.scheduled()
 
-    def _record_tokens(self, choice: int, tokens: TokenChunk) -> None:
+    def _record(self, prompt: int, delta: TextDelta) -> None:
+        tokens, choice = delta.tokens, delta.choice
+        self._cached.setdefault(prompt, tokens.num_cached_tokens)
+        if tokens.stats is not None:
+            self._stats.append(tokens.stats)
+            self._service.key_speculation.add(self.job.key, tokens.stats)
         if not tokens.ids:
             return
         self._num_tokens += len(tokens.ids)

@@ -16,6 +16,7 @@ from typing import Final
 
 from aiohttp import web
 
+from specserve.async_engine import AsyncEngine
 from specserve.config import (
     ConfigError,
     EngineConfig,
@@ -23,10 +24,9 @@ from specserve.config import (
     check_model_name,
     parse_bytes,
 )
+from specserve.engine.metrics import EngineInfo
 from specserve.hub.names import base_name
-from specserve.process.engine_process import EngineFailed, EngineProcess
-from specserve.process.messages import EngineInfo
-from specserve.process.tokenizer_pool import TokenizerPool
+from specserve.process.engine_process import EngineFailed
 from specserve.server import tokenizer_worker
 from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
@@ -39,7 +39,6 @@ from specserve.server.listener import Listener, listen, raise_file_limit
 from specserve.server.metrics import ServerMetrics
 from specserve.server.service import Service
 from specserve.server.status_line import print_status
-from specserve.text import Tokenizer
 from specserve.text.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -85,13 +84,12 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
     tasks: list[asyncio.Task[None]] = []
     listener: Listener | None = None
     try:
-        await service.tokenizer_pool.start()
         await service.engine.start()
         await runner.setup()
         server = config.server
         tls = _tls(server)
         listener = await listen(runner, server, tls)
-        metrics, pool = service.metrics, service.tokenizer_pool
+        metrics, pool = service.metrics, service.engine.tokenizer_pool
         metrics.connections.set_function(partial(len, listener))
         metrics.body_bytes.set_function(lambda: service.bodies.num_bytes)
         metrics.tokenizer_jobs_waiting.set_function(lambda: pool.num_waiting)
@@ -109,7 +107,6 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
         if listener is not None:
             listener.close()
         # Open requests now end with an error; `cleanup` gives their handlers time to send it.
-        await service.tokenizer_pool.stop()
         await service.engine.stop()
         await runner.cleanup()
 
@@ -156,10 +153,15 @@ def _build_service(config: EngineConfig, target: Path, *, shared: bool) -> Servi
     server = config.server
     model_name = server.served_model_name or base_name(config.target.target)
     check_model_name(model_name)
-    tokenizer = Tokenizer(target)
     metrics = ServerMetrics(model_name)
-    engine = EngineProcess(config, target, heartbeat_timeout=server.heartbeat_timeout)
-    engine.on_stats = metrics.on_stats
+    engine = AsyncEngine(
+        config,
+        target,
+        tokenizer_module=tokenizer_worker.MODULE,
+        shared=shared,
+        on_tokenized=metrics.tokenize_seconds.observe,
+    )
+    engine.process.on_stats = metrics.on_stats
     admission = Admission(
         config.schedule.max_num_seqs + _EXTRA_SEQUENCES,
         server.max_queued_requests,
@@ -167,20 +169,12 @@ def _build_service(config: EngineConfig, target: Path, *, shared: bool) -> Servi
         shared=shared,
     )
     bodies = HeldBodies(parse_bytes("max_body_bytes", server.max_body_bytes), shared=shared)
-    metrics.watch(engine, lambda: admission.num_waiting)
+    metrics.watch(engine.process, lambda: admission.num_waiting)
     return Service(
         config=config,
         model_name=model_name,
         engine=engine,
-        tokenizer_pool=TokenizerPool(
-            target,
-            module=tokenizer_worker.MODULE,
-            time_limit=server.template_timeout,
-            shared=shared,
-            on_done=metrics.tokenize_seconds.observe,
-        ),
-        tokenizer=tokenizer,
-        token_bytes=TokenBytes(tokenizer),
+        token_bytes=TokenBytes(engine.tokenizer),
         admission=admission,
         bodies=bodies,
         accepted=AcceptedRequests(server.max_connections, shared=shared),

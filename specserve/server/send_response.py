@@ -13,10 +13,11 @@ from specserve.server.connections import SERVER_NAME
 from specserve.server.error_mapping import as_api_error
 from specserve.server.errors import APIError
 from specserve.server.event_stream import KEEP_ALIVE_S, EventStream, padding, with_heartbeats
-from specserve.server.generation import GenerationRun, TextDelta
+from specserve.server.generation import GenerationRun
 from specserve.server.protocol.fields import GenerationFields, StreamOptions
 from specserve.server.protocol.usage import Metrics, Usage
 from specserve.server.service import REQUEST_ID
+from specserve.text.text_delta import TextDelta
 
 logger = logging.getLogger(__name__)
 

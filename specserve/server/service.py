@@ -8,17 +8,15 @@ from typing import Final
 
 from aiohttp import web
 
+from specserve.async_engine import AsyncEngine
 from specserve.config import EngineConfig
-from specserve.process.engine_process import EngineProcess
-from specserve.process.messages import EngineInfo
-from specserve.process.tokenizer_pool import TokenizerPool
+from specserve.engine.metrics import EngineInfo
 from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
 from specserve.server.errors import APIError
 from specserve.server.held_bodies import HeldBodies
 from specserve.server.key_speculation import KeySpeculation
 from specserve.server.metrics import ServerMetrics
-from specserve.text import Tokenizer
 from specserve.text.token_bytes import TokenBytes
 
 RETRY_STARTING: Final = 2.0  # seconds, for Retry-After while the engine starts
@@ -31,9 +29,7 @@ class Service:
 
     config: EngineConfig
     model_name: str
-    engine: EngineProcess
-    tokenizer_pool: TokenizerPool
-    tokenizer: Tokenizer  # for decoding only: encoding would block the event loop
+    engine: AsyncEngine
     token_bytes: TokenBytes
     admission: Admission
     bodies: HeldBodies

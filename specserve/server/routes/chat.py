@@ -19,7 +19,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     fields = await read_request(request, ChatRequest, read_chat.__name__)
     continues = bool(fields.continue_final_message)
     async with within_deadline(request, fields.request_timeout):
-        prompt = await service.tokenizer_pool.chat(
+        prompt = await service.engine.tokenizer_pool.chat(
             fields.messages,
             add_generation_prompt=(
                 not continues

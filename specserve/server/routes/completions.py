@@ -47,7 +47,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def _encode(service: Service, given: Prompts, tenant: str) -> list[tuple[int, ...]]:
     max_tokens = service.engine_info().limits.max_model_len
     return [
-        await service.tokenizer_pool.encode(prompt, max_tokens=max_tokens, tenant=tenant)
+        await service.engine.tokenizer_pool.encode(prompt, max_tokens=max_tokens, tenant=tenant)
         if isinstance(prompt, str)
         else prompt
         for prompt in given
@@ -63,7 +63,7 @@ async def _echoes(service: Service, fields: CompletionRequest, given: Prompts) -
             echoes.append(prompt)
             continue
         skip_special = fields.skip_special_tokens is not False
-        decoder = IncrementalDecoder(service.tokenizer, skip_special=skip_special)
+        decoder = IncrementalDecoder(service.engine.tokenizer, skip_special=skip_special)
         echoes.append(decoder.feed(prompt))
         await asyncio.sleep(0)  # let other tasks run: there may be many long prompts
     return echoes

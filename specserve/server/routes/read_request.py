@@ -54,7 +54,7 @@ async def call_tokenizer_process(request: web.Request, handler: str, body: bytes
     service = request.app[SERVICE]
     limits, tenant = service.engine_info().limits, principal(request).name
     async with within_deadline(request, _find_timeout(body)):
-        return await service.tokenizer_pool.call(handler, body, limits, tenant=tenant)
+        return await service.engine.tokenizer_pool.call(handler, body, limits, tenant=tenant)
 
 
 def _find_timeout(body: bytes) -> float | None:

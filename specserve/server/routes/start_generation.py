@@ -76,7 +76,7 @@ async def _prediction(request: web.Request, fields: GenerationFields) -> tuple[i
         return ()
     service = request.app[SERVICE]
     async with within_deadline(request, fields.request_timeout):
-        return await service.tokenizer_pool.encode(
+        return await service.engine.tokenizer_pool.encode(
             fields.prediction.text,
             add_special=False,
             param="prediction",

@@ -1,0 +1,301 @@
+"""The engine for asyncio programs: prompts in, text deltas out. The HTTP server is built on it.
+
+The model runs in a process of its own, and so do tokenizer and chat template (`process/`). This
+process only turns token ids into text and imports no torch. It does not know HTTP.
+
+async with AsyncEngine.load("smollm2-135m") as engine:
+    async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=40)):
+        print(delta.text, end="", flush=True)
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import msgspec
+
+from specserve.config import EngineConfig, llm_config
+from specserve.engine.metrics import EngineInfo, EngineStats
+from specserve.hub import resolve
+from specserve.process.engine_process import EngineProcess, EngineUnavailable, State
+from specserve.process.tokenizer_pool import TokenizerPool
+from specserve.text import Tokenizer
+from specserve.text.text_delta import TextDelta, TextDeltas
+from specserve.text.token_chunk import TokenChunker
+from specserve.types import (
+    MAX_SEED,
+    Prompt,
+    Request,
+    SamplingParams,
+    SpeculationParams,
+    read_prompt,
+)
+
+T = TypeVar("T")
+_RETRY_STOPPED: Final = 30.0  # seconds, `retry_after` of a request that comes during `stop`
+
+
+class GenerationFailed(Exception):
+    """The engine ended this request with an error; the message says why."""
+
+
+class AsyncEngine:
+    """An engine in a child process, with tokenizer processes, for one event loop.
+
+    Use it in `async with`, or call `start`, `wait_ready` and `stop`. An engine process that ends or
+    hangs is replaced; its open requests raise EngineUnavailable. Of the configuration's section
+    `server` only heartbeat_timeout, template_timeout and stream_interval have an effect.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        directory: Path,
+        *,
+        tokenizer_module: str = "specserve.process.tokenizer_main",
+        shared: bool = False,
+        on_tokenized: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """`directory` is the model directory; `load` finds it by the name of a model.
+
+        `tokenizer_module`, `shared` and `on_tokenized` are the arguments `module`, `shared` and
+        `on_done` of `TokenizerPool`. Raises TokenizerError if the tokenizer cannot be read.
+        """
+        server = config.server
+        self.config = config
+        self.tokenizer = Tokenizer(directory)  # to decode only: encoding blocks the event loop
+        self.tokenizer_pool = TokenizerPool(
+            directory,
+            module=tokenizer_module,
+            time_limit=server.template_timeout,
+            shared=shared,
+            on_done=on_tokenized,
+        )
+        self.process = EngineProcess(config, directory, heartbeat_timeout=server.heartbeat_timeout)
+        self._stopping = False
+        self._num_running = 0  # calls of `generate`
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @classmethod
+    def load(
+        cls,
+        target: str | None = None,
+        *,
+        draft: str | Sequence[str] | None = None,
+        config_file: Path | None = None,
+        progress: Callable[[str, float], None] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """An engine, not started yet, with the arguments of `LLM`. May download the target.
+
+        Raises ConfigError, HubError or TokenizerError, all subclasses of ValueError.
+        """
+        config = llm_config(target, draft, config_file, settings)
+        return cls(config, resolve(config.target.target, progress=progress))
+
+    @property
+    def state(self) -> State:
+        """Of the engine process. "failed" means that it cannot be started."""
+        return self.process.state
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """Of the latest engine process that became ready: limits, drafters, dtype and so on."""
+        return self.process.info
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """Totals of the current engine process, from its latest step; None until it is ready."""
+        return self.process.stats
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+            await self.wait_ready()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Start the processes; the engine loads the model meanwhile.
+
+        Raises TokenizerError if the tokenizer or the chat template cannot be used.
+        """
+        await self.tokenizer_pool.start()
+        await self.process.start()
+        self._stopping = False
+
+    async def wait_ready(self) -> EngineInfo:
+        """Wait until the engine is ready. Raises EngineFailed or EngineUnavailable."""
+        return await self.process.wait_ready()
+
+    async def stop(self, drain_timeout: float = 0.0) -> bool:
+        """Refuse new requests, let running ones end, and end the processes.
+
+        After `drain_timeout` seconds, calls of `generate` that still run raise EngineUnavailable or
+        TokenizerUnavailable. Returns whether there were none.
+        """
+        self._stopping = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(drain_timeout):
+                await self._idle.wait()
+        drained = self._idle.is_set()
+        await self.tokenizer_pool.stop()
+        await self.process.stop()
+        return drained
+
+    async def encode(self, prompt: Prompt, *, tenant: str = "") -> tuple[int, ...]:
+        """The token ids of a text or a chat, computed in a tokenizer process.
+
+        Raises RequestError if the prompt cannot be encoded or does not fit the context, and
+        EngineUnavailable or TokenizerUnavailable. Tenants take turns when prompts wait.
+        """
+        max_tokens = self.process.ready_info().limits.max_model_len
+        match read_prompt(prompt):
+            case str(text):
+                return await self.tokenizer_pool.encode(text, max_tokens=max_tokens, tenant=tenant)
+            case list(messages):
+                return await self.tokenizer_pool.chat(
+                    messages, max_tokens=max_tokens, tenant=tenant
+                )
+            case ids:
+                return ids
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        speculation: SpeculationParams | None = None,
+        prediction: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> AsyncGenerator[TextDelta, None]:
+        """The text of a prompt as it is generated. With `sampling.n` > 1, deltas of all choices.
+
+        A delta with `tokens.finish` is the last one of its choice. Closing the generator, or
+        cancelling the task that iterates over it, ends the request in the engine.
+
+        `prediction` is an expected output text, which affects speed only. Of the waiting requests
+        of a `tenant`, those with the highest `priority` run first; tenants share the engine evenly.
+        Cached prefixes are shared at equal `cache_salt` only. Raises RequestError if the request
+        cannot be served, EngineUnavailable or TokenizerUnavailable (with `retry_after` in seconds),
+        GenerationFailed, and TimeoutError after `timeout` seconds.
+        """
+        if self._stopping:
+            raise EngineUnavailable("the engine is being stopped", _RETRY_STOPPED)
+        params, arrived = sampling or SamplingParams(), time.monotonic()
+        self._num_running += 1
+        self._idle.clear()
+        try:
+            async with asyncio.timeout(timeout):
+                ids = await self.encode(prompt, tenant=tenant)
+                speculation = await self._with_prediction(speculation, prediction, tenant)
+            limits = self.process.ready_info().limits
+            limits.check(Request("", ids, params, speculation))
+            seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+            name = secrets.token_hex(8)
+            requests = [
+                Request(
+                    f"{name}-{choice}",
+                    ids,
+                    sample,
+                    speculation,
+                    None if timeout is None else arrived + timeout,
+                    priority,
+                    cache_salt,
+                    arrived,
+                    tenant,
+                )
+                for choice, sample in enumerate(params.samples(seed))
+            ]
+            streams = [self.stream(each, choice) for choice, each in enumerate(requests)]
+            async with aclosing(merge(streams)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        finally:
+            self._num_running -= 1
+            if not self._num_running:
+                self._idle.set()
+
+    async def stream(self, request: Request, choice: int = 0) -> AsyncGenerator[TextDelta, None]:
+        """The text deltas of one sequence. `choice` is the index that they carry.
+
+        Use with `contextlib.aclosing`; closing it ends the sequence. Raises RequestError,
+        EngineUnavailable, GenerationFailed, and TimeoutError when `request.deadline` has passed.
+        """
+        chunker = TokenChunker(self.config.server.stream_interval)
+        deltas = TextDeltas(choice, request, self.tokenizer)
+        async with aclosing(self.process.stream(request)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    if output.finish == "abort":
+                        raise TimeoutError(output.error)
+                    raise GenerationFailed(output.error)
+                for tokens in chunker.feed(output):
+                    yield deltas.feed(tokens)
+
+    async def _with_prediction(
+        self, speculation: SpeculationParams | None, prediction: str | None, tenant: str
+    ) -> SpeculationParams:
+        params = speculation or SpeculationParams()
+        if prediction is None:
+            return params
+        ids = await self.tokenizer_pool.encode(
+            prediction,
+            add_special=False,
+            param="prediction",
+            max_tokens=self.process.ready_info().limits.max_model_len,
+            tenant=tenant,
+        )
+        return msgspec.structs.replace(params, prediction=ids)
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of all streams as they arrive; each stream runs in a task of its own.
+
+    The first exception of a stream closes all of them and is raised. Use with `aclosing`.
+    """
+    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()
+
+    async def run(stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(stream) as items:
+                async for item in items:
+                    queue.put_nowait((item,))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(run(stream)) for stream in streams]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
