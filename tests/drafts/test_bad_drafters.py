@@ -1,6 +1,7 @@
 """Drafters that are wrong or fail: 39, 40 and 42 of tests/server/BAD_INPUTS.md.
 
-Whatever they do, the output is that of plain decoding, and whom they do not fail for they serve.
+The output stays that of plain decoding, and requests for which the drafter works are still drafted
+for.
 """
 
 import os
@@ -34,51 +35,57 @@ def plain(make_engine: EngineFactory) -> list[tuple[int, ...]]:
     return [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, SAMPLED)]
 
 
-def _outside(root: int, budget: int) -> DraftTree:
+def _token_outside_the_vocabulary(root: int, budget: int) -> DraftTree:
     return chain_tree(root, [TINY_VOCAB], [0.5], 1)
 
 
-def _negative(root: int, budget: int) -> DraftTree:
+def _negative_token(root: int, budget: int) -> DraftTree:
     return chain_tree(root, [-1], [0.5], 1)
 
 
-def _too_large(root: int, budget: int) -> DraftTree:
+def _more_nodes_than_the_budget(root: int, budget: int) -> DraftTree:
     return chain_tree(root, [5] * budget, [0.5] * budget, 1)
 
 
-def _another_root(root: int, budget: int) -> DraftTree:
+def _wrong_root(root: int, budget: int) -> DraftTree:
     return chain_tree((root + 1) % TINY_VOCAB, [5], [0.5], 1)
 
 
-def _its_own_parent(root: int, budget: int) -> DraftTree:
+def _node_is_its_own_parent(root: int, budget: int) -> DraftTree:
     return replace(chain_tree(root, [5], [0.5], 1), parents=np.array([-1, 1], np.int16))
 
 
-def _probability_not_a_number(root: int, budget: int) -> DraftTree:
+def _nan_probability(root: int, budget: int) -> DraftTree:
     return replace(chain_tree(root, [5], [0.5], 1), path_probs=np.array([1, np.nan], np.float32))
 
 
-def _twins(root: int, budget: int) -> DraftTree:
+def _equal_siblings(root: int, budget: int) -> DraftTree:
     return build_tree([root, 5, 5], [-1, 0, 0], [1.0, 0.5, 0.5], 1)
 
 
-def _no_tree(root: int, budget: int) -> Any:
+def _list_instead_of_a_tree(root: int, budget: int) -> Any:
     return [root, 5]
 
 
-WRONG_TREES = [
-    *(_outside, _negative, _too_large, _another_root, _its_own_parent),
-    *(_probability_not_a_number, _twins, _no_tree),
+INVALID_TREES = [
+    *(
+        _token_outside_the_vocabulary,
+        _negative_token,
+        _more_nodes_than_the_budget,
+        _wrong_root,
+        _node_is_its_own_parent,
+    ),
+    *(_nan_probability, _equal_siblings, _list_instead_of_a_tree),
 ]
 
 
-@pytest.mark.parametrize("propose", WRONG_TREES)
-def test_a_wrong_tree_costs_speed_and_nothing_else(
+@pytest.mark.parametrize("propose", INVALID_TREES)
+def test_invalid_trees_do_not_change_the_output(
     propose: Callable[[int, int], DraftTree],
     plain: list[tuple[int, ...]],
     make_engine: EngineFactory,
 ) -> None:
-    """Its nodes never reach the target; after a few times it is not asked again."""
+    """No node of them is verified, and after MAX_FAILURES calls the drafter is switched off."""
     engine = make_engine("ngram")
     _replace(engine, "propose", lambda seqs, budgets: list(map(_for_each(propose), seqs, budgets)))
     for _ in range(MAX_FAILURES):
@@ -89,13 +96,15 @@ def test_a_wrong_tree_costs_speed_and_nothing_else(
 
 
 @pytest.mark.parametrize("trees", [None, [], 5])
-def test_a_drafter_without_trees_costs_nothing(
+def test_a_wrong_number_of_trees_does_not_change_the_output(
     trees: Any, plain: list[tuple[int, ...]], make_engine: EngineFactory
 ) -> None:
     engine = make_engine("ngram")
     _replace(engine, "propose", lambda seqs, budgets: trees)
     assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
-    assert engine.drafter.num_failures == {"ngram": 1}, "once for all three, and each is left out"
+    assert engine.drafter.num_failures == {"ngram": 1}, (
+        "one call failed, and all three requests are left out"
+    )
 
 
 ERRORS = [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, BaseException]
@@ -103,13 +112,13 @@ ERRORS = [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryErro
 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("method", ["propose", "observe", "forget"])
-def test_whatever_a_drafter_raises_costs_nothing(
+def test_exceptions_of_a_drafter_do_not_change_the_output(
     method: str,
     error: type[BaseException],
     plain: list[tuple[int, ...]],
     make_engine: EngineFactory,
 ) -> None:
-    """Not even its being switched off, when it has failed often enough."""
+    """Neither does switching the drafter off after MAX_FAILURES calls."""
     engine = make_engine("ngram")
 
     def broken(*_: object) -> Any:
@@ -123,11 +132,11 @@ def test_whatever_a_drafter_raises_costs_nothing(
 
 
 @pytest.mark.parametrize("method", ["propose", "observe"])
-@pytest.mark.parametrize("wrong", [*WRONG_TREES[:2], RuntimeError, SystemExit])
-def test_who_it_fails_for_costs_the_others_nothing(
+@pytest.mark.parametrize("wrong", [*INVALID_TREES[:2], RuntimeError, SystemExit])
+def test_a_failure_for_one_request_does_not_affect_the_others(
     method: str, wrong: Any, make_engine: EngineFactory
 ) -> None:
-    """Request after request, more than would switch it off if nothing went well in between."""
+    """The drafter stays active after MAX_FAILURES failed requests: calls between succeed."""
     others = [PROMPTS[0], PROMPTS[1]]
     expected = [_counted(make_engine("ngram"), name, others) for name in ("a", "b")]
     engine = make_engine("ngram")
@@ -161,7 +170,7 @@ def test_who_it_fails_for_costs_the_others_nothing(
 
 
 def _counted(engine: Engine, name: str, prompts: list[tuple[int, ...]]) -> list[Any]:
-    """Ids, and what was drafted and accepted, of requests that run beside what was submitted."""
+    """Token ids and statistics of new requests, which run beside those already submitted."""
     names = [f"{name}{index}" for index in range(len(prompts))]
     for request_id, prompt in zip(names, prompts, strict=True):
         engine.submit(Request(request_id, prompt, SAMPLED))
@@ -174,50 +183,50 @@ def _counted(engine: Engine, name: str, prompts: list[tuple[int, ...]]) -> list[
     return list(found.values())
 
 
-def test_a_call_that_fails_once_costs_nobody_anything(make_engine: EngineFactory) -> None:
+def test_a_call_that_succeeds_when_repeated_changes_nothing(make_engine: EngineFactory) -> None:
     expected = _counted(make_engine("ngram"), "a", PROMPTS)
     engine = make_engine("ngram")
     propose, calls = engine.drafter.drafters["ngram"].propose, iter(range(1000))
 
-    def now_and_then(seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
+    def fail_every_other_call(
+        seqs: Sequence[SequenceView], budgets: Sequence[int]
+    ) -> list[DraftTree]:
         if len(seqs) > 1 and next(calls) % 2:
             raise RuntimeError("boom")
         return propose(seqs, budgets)
 
-    _replace(engine, "propose", now_and_then)
+    _replace(engine, "propose", fail_every_other_call)
     assert _counted(engine, "a", PROMPTS) == expected
     assert engine.drafter.num_failures["ngram"] > 1
     assert engine.drafter.active == ["ngram"]
 
 
 @pytest.fixture
-def heard_ctrl_c() -> Iterator[None]:
-    """Whoever started the tests in the background may have switched it off."""
+def default_sigint_handler() -> Iterator[None]:
+    """The shell may have started the tests with SIGINT ignored, as it does for background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("heard_ctrl_c")
+@pytest.mark.usefixtures("default_sigint_handler")
 @pytest.mark.parametrize("method", ["propose", "observe"])
-def test_a_ctrl_c_while_a_drafter_runs_is_the_users(
-    method: str, make_engine: EngineFactory
-) -> None:
+def test_ctrl_c_in_a_drafter_ends_the_engine(method: str, make_engine: EngineFactory) -> None:
     engine = make_engine("ngram")
 
-    def takes_long(*_: object) -> Any:
+    def wait_for_ctrl_c(*_: object) -> Any:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         end = time.monotonic() + 30
         while time.monotonic() < end:
             sum(range(100))
 
-    _replace(engine, method, takes_long)
+    _replace(engine, method, wait_for_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         run(engine, PROMPTS, SAMPLED)
 
 
 @pytest.fixture
-def ending_on_sigterm() -> Iterator[None]:
+def sigterm_raises_system_exit() -> Iterator[None]:
     def end(*_: object) -> None:
         raise SystemExit(3)
 
@@ -226,8 +235,10 @@ def ending_on_sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.usefixtures("ending_on_sigterm")
-def test_what_a_signal_handler_raises_is_not_the_drafters(make_engine: EngineFactory) -> None:
+@pytest.mark.usefixtures("sigterm_raises_system_exit")
+def test_an_exception_of_a_signal_handler_is_not_a_failure_of_the_drafter(
+    make_engine: EngineFactory,
+) -> None:
     engine = make_engine("ngram")
     _replace(engine, "propose", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match="3"):
@@ -236,7 +247,7 @@ def test_what_a_signal_handler_raises_is_not_the_drafters(make_engine: EngineFac
 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("method", ["__init__", "kv_spec", "bind"])
-def test_a_drafter_that_cannot_be_loaded_is_named(
+def test_the_error_names_a_drafter_that_cannot_be_loaded(
     method: str,
     error: type[BaseException],
     make_engine: EngineFactory,
@@ -258,8 +269,10 @@ def _replace(engine: Engine, method: str, function: Callable[..., Any]) -> None:
     setattr(engine.drafter.drafters["ngram"], method, function)
 
 
-def test_a_draft_of_no_numbers_costs_nothing(tmp_path: Path, make_engine: EngineFactory) -> None:
-    """Its weights are numbers, but what it computes with them is not."""
+def test_nan_logits_of_a_draft_do_not_change_the_output(
+    tmp_path: Path, make_engine: EngineFactory
+) -> None:
+    """The weights are finite, but the hidden states overflow."""
     broken = write_tiny_llama(tmp_path / "broken", seed=2)
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.0.input_layernorm.weight"].fill_(3e38)

@@ -1,4 +1,4 @@
-"""What every drafter must do, registered or to come: one file, run over all of them."""
+"""The requirements on every drafter, tested with all registered ones."""
 
 import re
 from collections.abc import Iterator
@@ -74,7 +74,7 @@ def drafts(
 def test_output_equals_plain_decoding(
     drafts: list[str], setting: str, make_engine: EngineFactory
 ) -> None:
-    """Whatever the drafter, the budget, the batch and the memory: the same ids."""
+    """With every drafter, at several budgets, batch sizes and sizes of the KV cache."""
     params = SETTINGS[setting]
     plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
     for draft in drafts:
@@ -89,7 +89,7 @@ def test_output_equals_plain_decoding(
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 @pytest.mark.parametrize("setting", ["greedy", "everything"])
-def test_output_equals_plain_decoding_composed(
+def test_output_of_two_drafters_equals_plain_decoding(
     pair: tuple[str, str],
     setting: str,
     tiny_model: Path,
@@ -106,8 +106,8 @@ def test_output_equals_plain_decoding_composed(
     assert [ids(each) for each in outputs] == plain
 
 
-def proposing(engine: Engine, max_steps: int = 40) -> Iterator[list[tuple[int, int]]]:
-    """Run the prompts; per step (tree size, budget) of every proposal the engine let through."""
+def run_and_record(engine: Engine, max_steps: int = 40) -> Iterator[list[tuple[int, int]]]:
+    """Run the prompts; yields after each step the (tree size, budget) of all proposals so far."""
     for index, prompt in enumerate(PROMPTS):
         params = SamplingParams(temperature=0.8, max_tokens=24, seed=index, ignore_eos=True)
         engine.submit(Request(f"q{index}", prompt, params))
@@ -138,7 +138,7 @@ def test_trees_are_valid_and_within_budget(
 ) -> None:
     for draft in drafts:
         engine = make_engine(draft, max_nodes=max_nodes)
-        for seen in proposing(engine):
+        for seen in run_and_record(engine):
             assert all(size <= budget <= max_nodes for size, budget in seen)
         assert engine.drafter.active == list(engine.drafter.names), "the drafter raised"
 
@@ -162,8 +162,10 @@ def test_forget_frees_everything(drafts: list[str], make_engine: EngineFactory) 
         assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
-def test_tenants_that_share_change_no_token(drafts: list[str], make_engine: EngineFactory) -> None:
-    """Whoever is preempted, takes turns or has its prompt cut into pieces for another."""
+def test_output_of_two_tenants_equals_plain_decoding(
+    drafts: list[str], make_engine: EngineFactory
+) -> None:
+    """Although sequences are preempted, take turns, and have their prompts computed in chunks."""
     prompts = [tuple(range(index, index + 40)) for index in range(8)]
     params = [
         SamplingParams(temperature=1.0, max_tokens=40, seed=index, ignore_eos=True)
@@ -190,7 +192,7 @@ def test_tenants_that_share_change_no_token(drafts: list[str], make_engine: Engi
             for output in outputs:
                 got[output.id] = got.get(output.id, ()) + output.new_ids
         assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
-        assert in_turns, "the test is meant to leave somebody out"
+        assert in_turns, "the test is meant to leave a sequence out of a step"
         assert engine.drafter.active == list(engine.drafter.names), "the drafter raised"
         assert [got[f"q{index}"] for index in range(8)] == plain
 
@@ -206,7 +208,7 @@ def _state_size(engine: Engine) -> int:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "none"])
-def test_tokens_that_only_the_target_has_cost_no_other_request_its_draft(
+def test_tokens_outside_the_drafts_vocabulary_do_not_affect_other_requests(
     name: str,
     tiny_model: Path,
     tiny_draft: Path,
@@ -215,8 +217,10 @@ def test_tokens_that_only_the_target_has_cost_no_other_request_its_draft(
     tmp_path: Path,
     make_engine: EngineFactory,
 ) -> None:
-    """Models of one family have one tokenizer, and embeddings padded to different sizes. In prompts
-    and in answers, and in more requests than a drafter may fail for."""
+    """Models with the same tokenizer may have embeddings padded to different sizes.
+
+    The tokens are in prompts and in answers, of more requests than a drafter may fail for.
+    """
     draft = specs(name, tiny_model, tiny_draft, tiny_heads, tiny_medusa)[0]
     if name == "draft_lm":
         short = write_tiny_llama(tmp_path / "short", seed=2, vocab_size=60)
@@ -253,7 +257,7 @@ def test_speculation_can_be_switched_off_per_request(
             assert stats.num_draft_tokens == 0
 
 
-def test_a_model_drafting_for_itself_is_always_right(
+def test_a_target_that_is_its_own_draft_accepts_every_token(
     tiny_model: Path, make_engine: EngineFactory
 ) -> None:
     """Rows are exact and the noise is shared, so no chain token is ever rejected."""
@@ -267,17 +271,17 @@ def test_a_model_drafting_for_itself_is_always_right(
 
 
 @pytest.mark.parametrize("draft", ["ngram", "suffix"])
-def test_a_prediction_is_read_whoever_drafts(make_engine: EngineFactory, draft: str) -> None:
+def test_a_prediction_is_used_with_every_drafter(make_engine: EngineFactory, draft: str) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=40, seed=0)
     plain = ids(run(make_engine("none"), [PROMPTS[1]], params)[0])
-    told = run(
+    predicted = run(
         make_engine(draft, max_nodes=8),
         [PROMPTS[1]],
         params,
         speculation=SpeculationParams(prediction=plain),
     )[0]
-    assert ids(told) == plain
-    stats = told[-1].stats
+    assert ids(predicted) == plain
+    stats = predicted[-1].stats
     assert stats is not None
     assert stats.mean_acceptance_length > 7, stats  # all but the last pass take 8 tokens
 
@@ -289,7 +293,7 @@ def test_a_draft_with_another_vocabulary_is_refused(tiny_model: Path, tmp_path: 
         create_drafter(str(other), {}, tiny_model, Path)
 
 
-def test_wrong_options_and_names_say_what_is_possible(tiny_model: Path) -> None:
+def test_errors_of_options_and_names_suggest_valid_ones(tiny_model: Path) -> None:
     with pytest.raises(DraftError, match=r"draft\.options\.ngram.*max_match"):
         create_drafter("ngram", {"ngram": {"max_mach": 3}}, tiny_model, Path)
     with pytest.raises(DraftError, match="min_match 5, max_match 2"):
@@ -298,7 +302,7 @@ def test_wrong_options_and_names_say_what_is_possible(tiny_model: Path) -> None:
         load_drafter("ngramm")
 
 
-def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFactory) -> None:
+def test_a_failing_drafter_does_not_change_the_output(make_engine: EngineFactory) -> None:
     params = SETTINGS["sampled"]
     plain = [ids(outputs) for outputs in run(make_engine("none"), PROMPTS, params)]
     engine = make_engine("ngram")
@@ -314,7 +318,7 @@ def test_a_failing_drafter_costs_speed_and_nothing_else(make_engine: EngineFacto
     assert engine.drafter.active == []
 
 
-def test_auto_stands_for_all_that_need_no_model(
+def test_auto_stands_for_recycle_without_a_pretrained_head(
     tiny_model: Path, make_engine: EngineFactory
 ) -> None:
     assert make_engine("auto").drafter.names == ("recycle",)
@@ -329,8 +333,8 @@ def test_auto_stands_for_all_that_need_no_model(
         load_drafter("autto")
 
 
-def test_what_clients_call_a_drafter() -> None:
-    """Never a path of the machine, and never two alike."""
+def test_public_names_are_unique_and_without_paths() -> None:
+    """Clients see these names."""
     assert public_names(["ngram", "/models/a/draft", "org/draft", "c/other"]) == [
         *("ngram", "draft", "draft#2", "other")
     ]

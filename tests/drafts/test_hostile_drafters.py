@@ -1,5 +1,7 @@
-"""Drafters that change whatever they can reach, propose nonsense and raise anything: the output is
-that of plain decoding, and the engine goes on."""
+"""Drafters that modify every object they can reach, propose invalid trees and raise exceptions.
+
+The output stays that of plain decoding, and the engine continues.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -48,10 +50,10 @@ ERRORS = [RuntimeError, SystemExit, KeyboardInterrupt, GeneratorExit, BaseExcept
 
 
 def reachable(value: Any, seen: dict[int, Any]) -> Iterator[Any]:
-    """What public attributes, items and calls without arguments lead to."""
+    """`value` and all objects that its public attributes and items lead to."""
     if id(value) in seen or isinstance(value, str | int | float | bytes | type | torch.dtype):
         return
-    seen[id(value)] = value  # kept, for its id to stay its own
+    seen[id(value)] = value  # kept alive, so that its id is not reused
     yield value
     inner: list[Any] = []
     if isinstance(value, dict | MappingProxyType):
@@ -70,8 +72,8 @@ def attributes(value: Any) -> list[str]:
     return [name for name in dir(value) if not name.startswith("_")]
 
 
-def changes(value: Any) -> list[Callable[[], Any]]:
-    """What may change an object from outside."""
+def modifications(value: Any) -> list[Callable[[], Any]]:
+    """Functions that try to modify an object by its public interface."""
     if isinstance(value, Tensor):
         return [lambda: value.fill_(3)]
     if isinstance(value, np.ndarray):
@@ -94,15 +96,15 @@ def changes(value: Any) -> list[Callable[[], Any]]:
     return found
 
 
-def vandalise(*values: Any) -> None:
+def modify_all(*values: Any) -> None:
     seen: dict[int, Any] = {}
     for one in [one for value in values for one in reachable(value, seen)]:
-        for change in changes(one):
+        for change in modifications(one):
             with suppress(Exception):
                 change()
 
 
-def nonsense(random: Random, root: int, budget: int) -> Any:
+def invalid_tree(random: Random, root: int, budget: int) -> Any:
     n = random.choice([1, 2, min(budget, 4), budget, budget + 1, 65, 0])
     wild: list[Any] = [0, 5, -1, TINY_VOCAB, 2**31 - 1, np.nan, -np.inf, 0.5, 1.0, 2**40]
     tokens = [root] + [random.choice(wild[:5]) for _ in range(n - 1)]
@@ -119,7 +121,7 @@ def nonsense(random: Random, root: int, budget: int) -> Any:
 
 
 class Hostile(NgramDrafter):
-    """Drafts like its parent, and does what `random` says beside it."""
+    """Drafts as its base class does; at random it modifies objects, proposes nonsense or raises."""
 
     random = Random(0)
     context: DraftContext
@@ -129,7 +131,7 @@ class Hostile(NgramDrafter):
         super().bind(context)
         self.context, self.kept = context, []
         self._drafter_id = 200
-        vandalise(*(getattr(context, field.name) for field in fields(context)))
+        modify_all(*(getattr(context, field.name) for field in fields(context)))
 
     def propose(self, seqs: Any, budgets: Any) -> Any:
         trees: list[Any] = super().propose(seqs, budgets)
@@ -139,11 +141,11 @@ class Hostile(NgramDrafter):
                 state.advance([*seq.tokens, 5, 5, 5])
                 for tensor in state.penalties(()):
                     tensor.fill_(1)
-            self.harm(state)
-        self.harm(seqs, budgets)
+            self.misbehave(state)
+        self.misbehave(seqs, budgets)
         for index, (seq, budget) in enumerate(zip(seqs, budgets, strict=True)):
             if self.random.random() < 0.2:
-                trees[index] = nonsense(self.random, seq.tokens[-1], budget)
+                trees[index] = invalid_tree(self.random, seq.tokens[-1], budget)
         if self.random.random() < 0.1:
             wrong: list[Any] = [[], trees * 2, trees[1:], {0: 1}]
             trees = self.random.choice(wrong)
@@ -151,21 +153,21 @@ class Hostile(NgramDrafter):
         return trees
 
     def observe(self, feedback: Feedback) -> None:
-        self.harm(feedback)
+        self.misbehave(feedback)
 
     def forget(self, seq_id: str) -> None:
         super().forget(seq_id)
-        self.harm()
+        self.misbehave()
 
-    def harm(self, *values: Any) -> None:
-        for tree in self.kept:  # those that were taken already
+    def misbehave(self, *values: Any) -> None:
+        for tree in self.kept:  # trees that the engine has taken over
             for name in ("tokens", "parents", "path_probs", "drafter_ids"):
                 with suppress(Exception):
                     array = getattr(tree, name)
                     array.setflags(write=True)
                     array.fill(77)
         if self.random.random() < 0.3:
-            vandalise(*values)
+            modify_all(*values)
         if self.random.random() < 0.05:
             raise self.random.choice(ERRORS)
 
@@ -176,17 +178,15 @@ def hostile_engine(make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch) 
     return make_engine
 
 
-@settings(  # what fails is a seed: there is nothing to make smaller
+@settings(  # a failing example is a seed, which cannot be shrunk
     max_examples=6,
     deadline=None,
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.integers(0, 2**32))
-def test_whatever_it_does_the_output_is_that_of_plain_decoding(
-    hostile_engine: EngineFactory, seed: int
-) -> None:
-    """Beside another drafter, which shares with it what a pass told."""
+def test_the_output_is_that_of_plain_decoding(hostile_engine: EngineFactory, seed: int) -> None:
+    """Alone, and with a second drafter that gets the same feedback."""
     plain = run(hostile_engine("none"), PROMPTS, PARAMS)
     Hostile.random = Random(seed)
     for draft in (["ngram"], ["ngram", "recycle"]):
@@ -201,31 +201,31 @@ def test_whatever_it_does_the_output_is_that_of_plain_decoding(
         assert engine.drafter.num_failures["ngram"] <= 4 * MAX_FAILURES * len(PROMPTS)
 
 
-def test_nothing_that_a_drafter_sees_can_be_assigned_to(
+def test_objects_passed_to_a_drafter_are_read_only(
     make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     checked: list[str] = []
 
-    def refuses(value: Any) -> None:
-        """All that plain assignment, methods of lists and dicts, or arrays would change."""
+    def assert_read_only(value: Any) -> None:
+        """Assert that assignments and methods of lists, dicts and arrays raise."""
         for one in reachable(value, {}):
             if isinstance(one, Tensor | torch.device) or callable(one):
                 continue
-            for change in changes(one):
+            for change in modifications(one):
                 with pytest.raises(REFUSED):
                     change()
             checked.append(type(one).__name__)
 
-    class Curious(NgramDrafter):
+    class CheckingDrafter(NgramDrafter):
         def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-            refuses((seqs, budgets))
+            assert_read_only((seqs, budgets))
             return super().propose(seqs, budgets)
 
         def observe(self, feedback: Feedback) -> None:
             assert isinstance(feedback.entries[0].seq.sampling, Struct)
-            refuses(feedback)
+            assert_read_only(feedback)
 
-    monkeypatch.setattr("specserve_drafts.ngram.NgramDrafter", Curious)
+    monkeypatch.setattr("specserve_drafts.ngram.NgramDrafter", CheckingDrafter)
     engine = make_engine("ngram", max_nodes=4)
     run(engine, PROMPTS[:1], PARAMS[1])
     assert engine.drafter.num_failures == {"ngram": 0}

@@ -1,4 +1,4 @@
-"""The suffix drafter: whose text it looks in, and what it makes of what it finds there."""
+"""The suffix drafter: which texts it searches, and the trees it makes of the matches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from specserve_drafts.suffix import search
 from specserve_drafts.suffix.drafter import PastOutputs, SuffixDrafter, SuffixOptions
 from specserve_drafts.suffix.token_log import TokenLog
 
-Way = tuple[int, ...]
+TokenPath = tuple[int, ...]
 ANSWER = [30, 31, 32, 33, 34, 35]
 
 
@@ -48,7 +48,7 @@ def finish(draft: SuffixDrafter, seq: SequenceState) -> None:
 
 
 def answered(draft: SuffixDrafter, *outputs: Sequence[int], salt: str = "") -> SuffixDrafter:
-    """The drafter after requests with these outputs."""
+    """The drafter, after requests that had these outputs."""
     for index, output in enumerate(outputs):
         finish(draft, sequence(f"past-{index}", [1], output, salt))
     return draft
@@ -57,7 +57,7 @@ def answered(draft: SuffixDrafter, *outputs: Sequence[int], salt: str = "") -> S
 def propose(
     draft: SuffixDrafter, tokens: Sequence[int], budget: int = 8, salt: str = ""
 ) -> DraftTree:
-    """For a new request, forgotten at once."""
+    """The tree proposed for a new request, which is forgotten afterwards."""
     (tree,) = draft.propose([SequenceView(sequence("new", tokens, salt=salt))], [budget])
     draft.forget("new")
     tree.validate(10_000, budget)
@@ -65,15 +65,15 @@ def propose(
     return tree
 
 
-def paths(tree: DraftTree) -> dict[Way, float]:
-    """Tokens on the way to a node, the root left out -> its path probability."""
-    ways: list[Way] = [()]
+def paths(tree: DraftTree) -> dict[TokenPath, float]:
+    """By the tokens on the path to a node, without the root: its path probability."""
+    ways: list[TokenPath] = [()]
     for token, parent in zip(tree.tokens[1:].tolist(), tree.parents[1:].tolist(), strict=True):
         ways.append((*ways[parent], token))
     return dict(zip(ways, tree.path_probs.tolist(), strict=True))
 
 
-def test_the_longest_match_wins() -> None:
+def test_the_longest_match_has_the_highest_probability() -> None:
     text = [5, 6, 7, 8, 1, 9, 7, 8, 2, 9, 8, 3, 5, 6, 7, 8]
     tree = propose(drafter(), text)
     assert tree.tokens[1] == 1
@@ -98,22 +98,24 @@ def test_the_most_frequent_continuation_is_the_most_likely() -> None:
     st.integers(1, 5),
     st.integers(0, 8),
 )
-def test_the_tree_is_the_best_of_all_that_can_be_counted(
+def test_the_tree_has_the_most_probable_of_all_paths(
     text: list[int], budget: int, min_match: int, more: int
 ) -> None:
-    """Against every position and every path, counted one by one."""
+    """Compared with a search over every position and every path."""
     options = {"min_match": min_match, "max_match": min_match + more, "min_probability": 0.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_MAX_MATCHED", 10_000)  # all of them count
         found = paths(propose(drafter(**options), text, budget))
-    expected = counted(text, budget - 1, min_match, min_match + more)
+    expected = all_paths(text, budget - 1, min_match, min_match + more)
     for path, path_prob in found.items():
         assert path_prob == pytest.approx(expected[path], rel=1e-4)
     best = sorted(expected.values(), reverse=True)[:budget]
     assert sorted(found.values(), reverse=True) == pytest.approx(best, rel=1e-4)
 
 
-def counted(text: list[int], depth: int, min_match: int, max_match: int) -> dict[Way, float]:
+def all_paths(
+    text: list[int], depth: int, min_match: int, max_match: int
+) -> dict[TokenPath, float]:
     followers: list[tuple[int, list[int]]] = []
     for position in range(1, len(text)):
         matched = 0
@@ -124,7 +126,7 @@ def counted(text: list[int], depth: int, min_match: int, max_match: int) -> dict
             matched += 1
         if matched >= min_match:
             followers.append((matched, (text[position:] * (depth + 1))[:depth]))
-    path_probs: dict[Way, float] = {(): 1.0}
+    path_probs: dict[TokenPath, float] = {(): 1.0}
     for length in range(1, depth + 1):
         for path in {tuple(after[:length]) for _, after in followers}:
             above = [m for m, after in followers if tuple(after[: length - 1]) == path[:-1]]
@@ -135,25 +137,25 @@ def counted(text: list[int], depth: int, min_match: int, max_match: int) -> dict
     return path_probs
 
 
-def test_a_repetition_goes_on_beyond_the_text() -> None:
+def test_a_repetition_is_continued_beyond_the_end_of_the_text() -> None:
     tree = propose(drafter(), [1, 2, 3, 4, 1, 2])
     assert tree.tokens.tolist() == [2, 3, 4, 1, 2, 3, 4, 1]
 
 
-def test_what_was_answered_before_helps_the_next_request() -> None:
+def test_outputs_of_earlier_requests_are_searched() -> None:
     tree = propose(answered(drafter(), ANSWER), [7, 30, 31])
     assert tree.tokens.tolist() == [31, 32, 33, 34, 35]
     assert len(propose(answered(drafter(shared=False), ANSWER), [7, 30, 31])) == 1
 
 
-def test_prompts_are_not_shared() -> None:
+def test_prompts_of_other_requests_are_not_searched() -> None:
     draft = drafter()
     finish(draft, sequence("past", ANSWER, [8, 9]))
     assert len(propose(draft, [30, 31])) == 1
     assert propose(draft, [8]).tokens.tolist() == [8, 9]
 
 
-def test_nothing_is_learned_across_salts() -> None:
+def test_outputs_are_searched_at_the_same_salt_only() -> None:
     draft = answered(drafter(), ANSWER, salt="ours")
     answered(draft, [30, 31, 40, 41], salt="theirs")
     assert len(propose(draft, [30, 31], salt="nobody's")) == 1
@@ -162,15 +164,15 @@ def test_nothing_is_learned_across_salts() -> None:
     assert propose(draft, [30, 31], salt="theirs").tokens.tolist() == [31, 40, 41]
 
 
-def test_one_output_does_not_run_into_the_next() -> None:
+def test_no_match_spans_two_outputs() -> None:
     draft = answered(drafter(min_probability=0.0), [1, 2, 3], [4, 5, 6], [7])
     assert propose(draft, [1, 2]).tokens.tolist() == [2, 3]
     assert len(propose(draft, [2, 3])) == 1
-    # No match reaches back into the text before.
+    # No match extends into the previous output.
     assert paths(propose(draft, [2, 3, 4])) == paths(propose(draft, [9, 9, 4]))
 
 
-def test_a_preempted_request_is_learned_once() -> None:
+def test_the_output_of_a_preempted_request_is_added_once() -> None:
     draft = drafter()
     seq = sequence("a", [1], ANSWER[:3])
     observe(draft, seq)
@@ -182,13 +184,13 @@ def test_a_preempted_request_is_learned_once() -> None:
     assert paths(propose(draft, [30])) == paths(propose(answered(drafter(), ANSWER), [30]))
 
 
-def test_every_output_is_learned_once_whatever_the_scheduler_does(
+def test_each_output_is_added_once_in_spite_of_preemptions(
     make_engine: EngineFactory,
 ) -> None:
     engine = make_engine("suffix", kv_slots=192, max_num_batched_tokens=48)
     past = cast(SuffixDrafter, engine.drafter.drafters["suffix"])._past
-    learned: list[tuple[str, Way]] = []
-    cast(Any, past).add = lambda salt, output: learned.append((salt, tuple(output)))
+    added: list[tuple[str, TokenPath]] = []
+    cast(Any, past).add = lambda salt, output: added.append((salt, tuple(output)))
     expected: dict[str, list[int]] = {}
     for index in range(4):
         params = SamplingParams(temperature=1.0, max_tokens=64, seed=index, ignore_eos=True)
@@ -198,11 +200,11 @@ def test_every_output_is_learned_once_whatever_the_scheduler_does(
         for output in engine.step():
             expected.setdefault(output.id, []).extend(output.new_ids)
     assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
-    assert sorted(learned) == sorted((salt, tuple(tokens)) for salt, tokens in expected.items())
+    assert sorted(added) == sorted((salt, tuple(tokens)) for salt, tokens in expected.items())
 
 
-def test_asked_again_the_answer_is_known(make_engine: EngineFactory) -> None:
-    """And only under the same salt."""
+def test_a_repeated_request_accepts_more_tokens(make_engine: EngineFactory) -> None:
+    """At another salt it does not."""
     engine = make_engine("suffix", max_nodes=8)
     params = SamplingParams(temperature=1.0, max_tokens=48, seed=3, ignore_eos=True)
     answers, lengths = [], []
@@ -218,7 +220,7 @@ def test_asked_again_the_answer_is_known(make_engine: EngineFactory) -> None:
     assert lengths[2] == lengths[0] < 3 < 5 < lengths[1]
 
 
-def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
+def test_memory_is_bounded_and_the_oldest_outputs_are_removed_first() -> None:
     made: list[TokenLog] = []
 
     def new_log() -> TokenLog:
@@ -249,7 +251,7 @@ def test_the_latest_outputs_are_kept() -> None:
     assert len(propose(draft, [100])) == 1
 
 
-def test_of_an_output_that_is_too_long_the_end_is_kept() -> None:
+def test_the_end_of_an_output_over_the_capacity_is_kept() -> None:
     draft = answered(drafter(capacity=1000), range(5000))
     assert len(propose(draft, [10])) == 1
     assert propose(draft, [4990]).tokens.tolist() == list(range(4990, 4998))
@@ -267,12 +269,12 @@ def test_of_an_output_that_is_too_long_the_end_is_kept() -> None:
         ({"min_probabilty": 0.1}, r"draft\.options\.suffix.*min_probability"),
     ],
 )
-def test_wrong_options_say_what_is_possible(options: dict[str, float], message: str) -> None:
+def test_errors_of_options_name_the_allowed_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(DraftError, match=message):
         create_drafter("suffix", {"suffix": options}, Path(), Path)
 
 
-def test_any_text_gives_a_valid_tree_within_its_budget() -> None:
+def test_trees_are_valid_and_within_the_budget() -> None:
     draft = answered(drafter(), [0] * 200, list(range(TINY_VOCAB)) * 3, [5, 5, 6] * 40)
     for budget in (1, 2, 7, 64):
         for tokens in ([0], [0] * 100, [5, 5, 6, 5, 5], list(range(TINY_VOCAB)), [9_999]):

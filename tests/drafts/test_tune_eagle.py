@@ -1,4 +1,4 @@
-"""`specserve tune eagle`: what it writes, that it resumes, and that the draft is one."""
+"""`specserve tune eagle`: the files it writes, resuming, and using the draft."""
 
 import json
 from collections import Counter
@@ -32,7 +32,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "drafts" / "experiments"
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a model and prompts for three shards."""
+    """A directory with a model and prompts for three shards."""
     monkeypatch.setattr(head_run, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(answers, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(prompt_file, "HELD_OUT", 4)
@@ -52,7 +52,7 @@ def made(folder: Path) -> HeadMade:
 
 
 def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first point of the curve is the head before it learned anything."""
+    """The first point of the curve is measured before any training step."""
     arguments = command(folder, "--tokens", "8000", "--repeats", "20")
     assert specserve(["tune", "eagle", *arguments]) == 0
     assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def assert_it_drafts(folder: Path) -> None:
-    """For its target, by its directory: on prompts it was trained on, most of it is right."""
+    """Assert that the draft accepts most tokens on the prompts that it was trained on."""
     drafter = create_drafter(str(folder / "out"), {}, folder / "tiny", Path)
     assert isinstance(drafter, EagleDrafter)
     assert drafter.aux_layers == (1, 2)
@@ -86,10 +86,13 @@ def assert_it_drafts(folder: Path) -> None:
     assert tokens / passes > 1.5
 
 
-def test_answers_come_with_the_rows_a_teacher_would_read(
+def test_hidden_states_recorded_with_answers_are_those_of_the_teacher(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, prompts in pieces and cut answers included; only so may training skip reading."""
+    """Bit for bit, also for prompts computed in chunks and for answers that were cut.
+
+    So training need not compute them again.
+    """
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_memory": "4MiB"}
     llm = LLM(
         str(folder / "tiny"), draft="none", max_num_seqs=3, max_num_batched_tokens=8, **options
@@ -111,10 +114,10 @@ def test_answers_come_with_the_rows_a_teacher_would_read(
     assert reads.read(texts[::-1]).last[-1].equal(read.last[texts[0].num_answer - 1])
 
 
-def test_a_run_goes_on_where_it_stopped(
+def test_a_stopped_run_is_resumed(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle of the second shard, after its last save; the head is the same."""
+    """A run killed in its second shard, after the last save, ends with the same head."""
     arguments = ["--tokens", "1200", "--repeats", "2"]
     assert eagle.main(command(folder, *arguments)) == 0
     (folder / "out").rename(folder / "whole")
@@ -146,7 +149,7 @@ def test_a_run_goes_on_where_it_stopped(
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_head_over_the_whole_vocabulary_leaves_the_targets_own_out(folder: Path) -> None:
+def test_a_head_with_the_whole_vocabulary_exports_no_tensor_of_the_target(folder: Path) -> None:
     assert eagle.main(command(folder, "--answer", "24")) == 0
     arguments = command(folder, "--tokens", "8000", "--repeats", "20", "--mlp-size", "80")
     assert eagle.main([*arguments, "--draft-vocab", "1000"]) == 0
@@ -166,7 +169,7 @@ def test_a_head_over_the_whole_vocabulary_leaves_the_targets_own_out(folder: Pat
 def test_answers_can_be_made_ahead(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By two processes; the run that learns from them asks for no more."""
+    """Two processes make them; the training run then makes no more."""
     for part in ("1/2", "2/2"):
         assert eagle.main(command(folder, "--answer", "24", "--part", part)) == 0
     written = {file.name for file in (folder / "out" / "data").iterdir()}
@@ -183,7 +186,7 @@ def test_answers_can_be_made_ahead(
     assert "--part: '3/2': expected K/N" in capsys.readouterr().err
 
 
-def test_the_embedding_comes_along_if_asked_for(folder: Path) -> None:
+def test_the_embedding_is_exported_if_requested(folder: Path) -> None:
     arguments = ["--tokens", "100", "--embedding", "own"]
     assert eagle.main(command(folder, *arguments)) == 0
     written = load_file(folder / "out" / "model.safetensors")["embed_tokens.weight"]
@@ -197,7 +200,7 @@ def state(folder: Path) -> State:
     return msgspec.json.decode((folder / "state.json").read_bytes(), type=State)
 
 
-def test_a_run_that_was_killed_before_it_saved_begins_again(
+def test_a_run_killed_before_its_first_save_starts_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(run: Run, progress: float) -> None:
@@ -211,9 +214,11 @@ def test_a_run_that_was_killed_before_it_saved_begins_again(
     assert made(folder).curve[-1].num_tokens >= 200
 
 
-def test_a_run_goes_on_with_what_it_had(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_resumed_with_the_same_prompts_only(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert eagle.main(command(folder, "--tokens", "100", "--target", str(folder / "tinny"))) == 2
-    assert eagle.main(command(folder, "--tokens", "100")) == 0, "what failed left nothing"
+    assert eagle.main(command(folder, "--tokens", "100")) == 0, "the failed run left nothing"
     left = [folder / "out" / name for name in ("run-9.safetensors", ".run-9.safetensors.1.part")]
     for file in left:
         file.write_bytes(b"of a run that was killed while it saved")
@@ -227,10 +232,10 @@ def test_a_run_goes_on_with_what_it_had(folder: Path, capsys: pytest.CaptureFixt
     assert not any(file.exists() for file in left)
 
 
-def test_a_loss_that_is_no_number_ends_the_run(
+def test_a_nan_loss_ends_the_run(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before the best head so far is there."""
+    """The best head so far is exported before."""
     monkeypatch.setattr(head_training, "_CLIP", float("nan"))
     assert eagle.main(command(folder, "--tokens", "2000", "--check-every", "3")) == 2
     assert "matrix_lr: at 0.02 (other_lr 0.01) the loss is no number" in capsys.readouterr().err
@@ -241,8 +246,8 @@ def weights(folder: Path) -> Path:
     return folder / "out" / "model.safetensors"
 
 
-def test_texts_may_fill_the_targets_context(folder: Path) -> None:
-    """Chains that begin at their end go beyond it."""
+def test_texts_may_be_as_long_as_the_context(folder: Path) -> None:
+    """Chains that start at their end exceed it."""
     path = folder / "tiny" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 27}))
     arguments = command(folder, "--tokens", "200", "--max-model-len", "27", "--depth", "16")
@@ -251,8 +256,8 @@ def test_texts_may_fill_the_targets_context(folder: Path) -> None:
     assert max(len(text.tokens) for text in texts) == 27
 
 
-def test_minutes_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the time, as it was asked for, whatever it came to in tokens."""
+def test_the_limit_in_minutes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run takes the given time, however many tokens that is."""
     monkeypatch.setattr(EagleSettings, "seconds", 3)
     assert eagle.main(command(folder, "--minutes", "1", "--share", "0.2")) == 0
     end = state(folder / "out")
@@ -271,8 +276,8 @@ def test_minutes_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ({"share": 0.0, "repeats": 2, "tokens": 1000}, True),
     ],
 )
-def test_more_answers_are_asked_for(settings: dict[str, Any], wants: bool) -> None:
-    """After 40 of 100 seconds of answering, when each shard was trained on twice or more often."""
+def test_when_more_answers_are_made(settings: dict[str, Any], wants: bool) -> None:
+    """After 40 of 100 seconds of making answers: if each shard was trained on at least twice."""
     run = Run.__new__(Run)
     run.settings = EagleSettings(**settings)
     run.state = State({}, passes=(2, 3), answering=40.0, training=60.0)
@@ -284,7 +289,7 @@ def test_more_answers_are_asked_for(settings: dict[str, Any], wants: bool) -> No
 def test_an_experiment_is_a_file_of_settings(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Flags win, a limit over the other limit too."""
+    """Flags override it; a limit of one kind replaces one of the other kind."""
     file = folder / "recipe.toml"
     file.write_text('minutes = 5\ndepth = 2\nseed = 7\ndevice = "cpu"\naux_layers = [0, 2]\n')
     arguments = command(folder, "--experiment", str(file), "--tokens", "100")
@@ -297,7 +302,7 @@ def test_an_experiment_is_a_file_of_settings(
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*-eagle.toml")), ids=lambda f: f.stem)
-def test_the_experiments_are_ones(file: Path) -> None:
+def test_the_experiment_files_are_valid(file: Path) -> None:
     line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
     settings, _ = read_settings(eagle.build_parser().parse_args(line), EagleSettings)
     assert settings.minutes is not None
@@ -317,7 +322,7 @@ def test_the_experiments_are_ones(file: Path) -> None:
         (["--max-len", "8", "--max-tokens", "2", "--prompts", "long.jsonl"], "within max_len 8"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_error_messages(
     arguments: list[str],
     message: str,
     folder: Path,

@@ -1,4 +1,4 @@
-"""What training an EAGLE head is made of, each part against its definition."""
+"""The parts of EAGLE training, each against its definition."""
 
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ PLATFORM = choose_platform(TargetConfig(device="cpu", dtype="float32"))
 
 
 def texts(*lengths: tuple[int, int], seed: int = 0) -> list[Text]:
-    """Random ones, by tokens of prompt and of answer."""
+    """Random texts, one per (number of prompt tokens, number of answer tokens)."""
     generator = np.random.default_rng(seed)
     return [
         Text(generator.integers(0, TINY_VOCAB, sum(pair)).astype(np.int32), pair[0])
@@ -50,7 +50,7 @@ def teacher(tiny_model: Path) -> Teacher:
 
 
 def made_head(tiny_model: Path, teacher: Teacher) -> EagleHead:
-    """From the target, then shaken, norms included."""
+    """A head initialised from the target and then changed at random, norms included."""
     shape = ModelShape.from_dir(tiny_model)
     head = EagleHead(head_shape(shape, AUX_LAYERS, len(DRAFT_IDS)), CPU)
     last = teacher.read(texts((4, 12))).last
@@ -66,7 +66,7 @@ def made_head(tiny_model: Path, teacher: Teacher) -> EagleHead:
 def test_training_computes_what_serving_computes(
     tiny_model: Path, tmp_path: Path, teacher: Teacher, per_group: int
 ) -> None:
-    """Every chain of a batch of texts, four steps deep, against the exported checkpoint."""
+    """Logits of every chain of a batch, four steps deep, against the exported checkpoint."""
     shape, some = ModelShape.from_dir(tiny_model), texts((3, 9), (2, 5), (7, 1))
     head = made_head(tiny_model, teacher)
     rows = head_rows(read_checkpoint(tiny_model), shape, DRAFT_IDS)
@@ -105,7 +105,7 @@ def test_training_computes_what_serving_computes(
 
 
 def served_chain(head: DraftHead, text: Text, states: Tensor, start: int, depth: int) -> Tensor:
-    """[depth, draft_vocab] logits of a chain from pair `start`, as the drafter runs it."""
+    """[depth, draft_vocab] logits of the chain from draft input `start`, computed as in serving."""
     kv = KVStorage(head_kv_spec(head.shape, torch.float32), 64, CPU)
     slot_list = torch.arange(64, dtype=torch.int32)
     words = np.array([(2 << i) - 1 for i in range(start + 1)], np.uint64)
@@ -123,8 +123,8 @@ def served_chain(head: DraftHead, text: Text, states: Tensor, start: int, depth:
     return torch.cat(logits)
 
 
-def test_a_lesson_is_what_the_target_says(tiny_model: Path, teacher: Teacher) -> None:
-    """Texts of one pass do not see each other, and rows stand where `ChainBatch` has them."""
+def test_texts_read_together_give_the_same_rows(tiny_model: Path, teacher: Teacher) -> None:
+    """Texts of one pass do not attend to each other; rows are in the order of `ChainBatch`."""
     some = texts((3, 9), (2, 5), (20, 18))
     together = teacher.read(some)
     for got, index in (
@@ -143,7 +143,7 @@ def test_a_lesson_is_what_the_target_says(tiny_model: Path, teacher: Teacher) ->
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
-def test_the_gradient_by_hand_is_the_gradient(hybrid: bool) -> None:
+def test_the_hand_written_gradient_equals_autograd(hybrid: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -176,8 +176,8 @@ def test_muon_makes_a_matrix_orthogonal(shape: tuple[int, int]) -> None:
     assert values.max() < 1.3
 
 
-def test_the_optimiser_goes_down_and_can_be_kept() -> None:
-    """Two runs of it, one of them loaded halfway, take the same steps."""
+def test_the_optimiser_lowers_the_loss_and_can_be_saved() -> None:
+    """Two runs, one of them loaded from its state halfway, take the same steps."""
     generator = torch.Generator().manual_seed(0)
     goal = torch.randn(6, 4, generator=generator)
 
@@ -207,7 +207,7 @@ def test_the_optimiser_goes_down_and_can_be_kept() -> None:
     assert after < 0.2 * before
 
 
-def test_the_schedule_rises_and_falls() -> None:
+def test_the_learning_rate_rises_and_falls() -> None:
     rates = [schedule(step / 100) for step in range(101)]
     assert 0 < rates[0] < 0.2
     assert max(rates) == rates[4] == 1.0
@@ -215,8 +215,8 @@ def test_the_schedule_rises_and_falls() -> None:
     assert rates[-1] == pytest.approx(0, abs=1e-9)
 
 
-def test_chains_are_walked_as_serving_walks_them() -> None:
-    """One text of five answer tokens and one of two."""
+def test_chain_acceptance_counts_as_verification_does() -> None:
+    """One text with five answer tokens and one with two."""
     hits = np.array(
         [[1, 0, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]], np.bool_
     )
@@ -227,7 +227,7 @@ def test_chains_are_walked_as_serving_walks_them() -> None:
     assert checked.conditional == pytest.approx((5 / 7, 3 / 4, 1 / 2))
 
 
-def test_texts_come_back_from_disk(tmp_path: Path) -> None:
+def test_texts_are_saved_and_loaded(tmp_path: Path) -> None:
     some = texts((3, 9), (2, 5))
     for case in (some, []):
         write_texts(tmp_path / "shard.safetensors", case)
@@ -237,7 +237,7 @@ def test_texts_come_back_from_disk(tmp_path: Path) -> None:
             assert np.array_equal(one.tokens, other.tokens)
 
 
-def test_whole_texts_are_learned_from_where_they_differ() -> None:
+def test_whole_texts_count_a_common_prefix_as_the_prompt() -> None:
     rows = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8], [1, 2, 3, 4, 9, 9, 9]]
     some = [Text(np.array(row, np.int32), 4) for row in rows]
     assert [text.num_prompt for text in whole_texts(some)] == [3, 3, 3]
@@ -246,7 +246,7 @@ def test_whole_texts_are_learned_from_where_they_differ() -> None:
     assert [text.num_prompt for text in whole_texts(texts((3, 9), (2, 5)))] == [2, 2]
 
 
-def test_batches_hold_every_text_once() -> None:
+def test_each_text_is_in_one_batch() -> None:
     some = texts(*((3, 1 + n % 7) for n in range(50)))
     parts = batches(some, 40, (0, 1, 2))
     assert sorted(id(text) for part in parts for text in part) == sorted(map(id, some))
@@ -262,7 +262,7 @@ def test_batches_hold_every_text_once() -> None:
 def test_the_loss_falls(
     tiny_model: Path, teacher: Teacher, precision: Literal["float32", "bfloat16"]
 ) -> None:
-    """A few texts over and over."""
+    """Trained on a few texts many times."""
     settings = EagleSettings(
         depth=3, aux_layers=AUX_LAYERS, precision=precision, matrix_lr=0.02, other_lr=0.01
     )
@@ -283,7 +283,7 @@ def test_the_loss_falls(
     assert 0.2 < steps[0].coverage < 0.8
 
 
-def test_a_wider_mlp_begins_as_the_targets(tiny_model: Path, teacher: Teacher) -> None:
+def test_a_wider_mlp_starts_as_that_of_the_target(tiny_model: Path, teacher: Teacher) -> None:
     shape, checkpoint, some = (
         ModelShape.from_dir(tiny_model),
         read_checkpoint(tiny_model),

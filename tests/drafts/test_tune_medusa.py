@@ -1,4 +1,4 @@
-"""`specserve tune medusa`: what it trains, that it resumes, and that the draft is one."""
+"""`specserve tune medusa`: training, resuming, and using the draft."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ ENGINE: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": "4Mi
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a model and prompts for three shards."""
+    """A directory with a model and prompts for three shards."""
     monkeypatch.setattr(head_run, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(answers, "SHARD_PROMPTS", 8)
     monkeypatch.setattr(prompt_file, "HELD_OUT", 4)
@@ -64,7 +64,7 @@ def state(folder: Path) -> State:
 
 
 def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first point of the curve is the heads before they learned anything."""
+    """The first point of the curve is measured before any training step."""
     arguments = command(folder, "--tokens", "16000", "--repeats", "20")
     assert specserve(["tune", "medusa", *arguments]) == 0
     assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def assert_it_drafts(folder: Path) -> None:
-    """For its target, by its directory, and without changing a token; better than at first."""
+    """Assert that the draft changes no token and accepts more than untrained heads."""
     drafter = create_drafter(str(folder / "out"), {}, folder / "tiny", Path)
     assert isinstance(drafter, MedusaDrafter)
     untrained = folder / "untrained"
@@ -108,7 +108,7 @@ def assert_it_drafts(folder: Path) -> None:
 
 
 def answered(folder: Path, draft: str, temperature: float) -> tuple[list[list[int]], float]:
-    """Tokens, and how many came with each pass that verified a tree."""
+    """The token ids, and the mean number of tokens per forward pass that verified a tree."""
     llm = LLM(str(folder / "tiny"), draft=(draft,), cost_aware=False, **ENGINE)
     chats = [[{"role": "user", "content": text}] for text in prompts()]
     out = llm.generate(chats, SamplingParams(temperature=temperature, max_tokens=24, seed=3))
@@ -122,7 +122,7 @@ def answered(folder: Path, draft: str, temperature: float) -> tuple[list[list[in
 def test_training_computes_what_serving_computes(
     tiny_model: Path, tmp_path: Path, draft_vocab: int
 ) -> None:
-    """Heads that were shaken, over the last rows of a text, against the exported checkpoint."""
+    """Logits of randomly changed heads for the last rows of a text, against their export."""
     platform = choose_platform(TargetConfig(device="cpu", dtype="float32"))
     shape = ModelShape.from_dir(tiny_model)
     teacher = Teacher(tiny_model, platform, "none", (shape.num_layers,), 64)
@@ -146,8 +146,8 @@ def test_training_computes_what_serving_computes(
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_heads_guess_what_comes_after_the_token_that_is_known() -> None:
-    """Texts of three, one and two answer tokens: a chain from each but the last."""
+def test_the_targets_of_the_heads_begin_after_the_next_token() -> None:
+    """Texts with three, one and two answer tokens: a chain starts at each token but the last."""
     texts = [Text(np.arange(2 + n, dtype=np.int32), 2) for n in (3, 1, 2)]
     rows = torch.arange(6.0)[:, None]
     chains = lay_out(texts, rows)
@@ -158,10 +158,10 @@ def test_heads_guess_what_comes_after_the_token_that_is_known() -> None:
     assert len(lay_out(texts[1:2], rows[:1]).left) == 0
 
 
-def test_a_run_goes_on_where_it_stopped(
+def test_a_stopped_run_is_resumed(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the middle of the second shard, after its last save; the heads are the same."""
+    """A run killed in its second shard, after the last save, ends with the same heads."""
     arguments = ["--tokens", "1200", "--repeats", "2"]
     assert medusa.main(command(folder, *arguments)) == 0
     (folder / "out").rename(folder / "whole")
@@ -192,7 +192,7 @@ def test_a_run_goes_on_where_it_stopped(
 
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*-medusa.toml")), ids=lambda f: f.stem)
-def test_the_experiments_are_ones(file: Path) -> None:
+def test_the_experiment_files_are_valid(file: Path) -> None:
     line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
     settings, _ = read_settings(medusa.build_parser().parse_args(line), MedusaSettings)
     assert settings.minutes is not None
@@ -208,7 +208,7 @@ def test_the_experiments_are_ones(file: Path) -> None:
         (["--experiment", "recipe.toml"], "depth: unknown setting"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_error_messages(
     arguments: list[str],
     message: str,
     folder: Path,

@@ -1,4 +1,4 @@
-"""`specserve tune recycle`: what it writes, that it resumes, and that the draft is one."""
+"""`specserve tune recycle`: the files it writes, resuming, and using the draft."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--m
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With a model and prompts enough for two chunks."""
+    """A directory with a model and enough prompts for two chunks."""
     monkeypatch.setattr(recycle, "CHUNK", 8)
     monkeypatch.setattr(prompt_file, "HELD_OUT", 3)
     write_tiny_chat(tiny_model, tmp_path / "tiny")
@@ -58,7 +58,7 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def assert_it_drafts(folder: Path) -> None:
-    """For its target, under the name of its directory; what it saw, it knows."""
+    """Assert that the draft works, under the name of its directory, and accepts trained tokens."""
     settings: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB"}
     params = SamplingParams(temperature=0.0, max_tokens=12)
     chats = [[{"role": "user", "content": f"w{n} w{n + 1} w{n + 2}"}] for n in range(20)]
@@ -71,13 +71,13 @@ def assert_it_drafts(folder: Path) -> None:
     assert passes[str(folder / "out")] < passes["recycle"]
 
 
-def test_a_run_goes_on_where_it_stopped(
+def test_a_stopped_run_is_resumed(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the first of two chunks; the second follows, and the table is as full.
+    """A run killed after the first of two chunks ends with as many table entries.
 
-    What drafts were good for is learned anew, which changes the order of a tree's nodes, and so who
-    gives way to whom in a full bucket.
+    Acceptance rates are measured again, which changes the order of a tree's nodes, and so which
+    entry of a full bucket is replaced.
     """
     arguments = ["--tokens", "150", "--batch", "1"]
     assert recycle.main(command(folder, *arguments)) == 0
@@ -108,7 +108,7 @@ def test_two_runs_in_one_directory(folder: Path, capsys: pytest.CaptureFixture[s
     with claimed(folder / "out"):
         assert recycle.main(command(folder, "--tokens", "50")) == 2
         assert "out: another run is at work in" in capsys.readouterr().err
-    assert not (folder / "out").exists(), "nothing came of it"
+    assert not (folder / "out").exists(), "the failed run left nothing"
     assert recycle.main(command(folder, "--tokens", "50")) == 0
     assert not (folder / "out" / LOCK).exists()
 
@@ -123,7 +123,7 @@ def test_two_runs_in_one_directory(folder: Path, capsys: pytest.CaptureFixture[s
         (["--out", "prompts.jsonl"], "out: prompts.jsonl cannot be used: "),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_error_messages(
     arguments: list[str],
     message: str,
     folder: Path,
