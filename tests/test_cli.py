@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from gguf_models import write_gguf
 from tiny import write_tiny_llama
 
 from specserve.cli import main
@@ -24,7 +25,7 @@ from specserve.cli.parser import (
     engine_config,
 )
 from specserve.cli.prompts import read_prompts
-from specserve.cli.runtime import fit_driver
+from specserve.cli.runtime import check_driver
 from specserve.config import ConfigError, EngineConfig
 from specserve.types import SamplingParams
 
@@ -447,10 +448,27 @@ def test_doctor_without_a_model_or_a_cache(
     assert not (tmp_path / "none").exists()
 
 
+def test_doctor_reads_a_gguf_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = write_gguf(tmp_path / "tiny.gguf")
+    status, out, _ = call(capsys, "doctor", str(file), "--device", "cpu", "--kv-memory", "4MiB")
+    assert status == 0
+    assert "LlamaForCausalLM, 2 layers" in out
+    assert "a context holds up to" in out
+    file.write_bytes(b"no GGUF file")
+    status, out, _ = call(capsys, "doctor", str(file), "--device", "cpu")
+    assert status == 1
+    assert "tiny.gguf" in out.partition("[broken]")[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nowhere"], "nowhere: unknown"),
+        (["nowhere.gguf"], "nowhere.gguf: unknown"),
+        (["/no/where"], "/no/where: unknown"),
         (["--device", "cuda:99"], "device: 'cuda:99' is not there"),
         (["--device", "toaster"], "device: 'toaster' is not a device"),
         (["--kv-memory", "1"], "kv_memory: 1 bytes"),
@@ -459,7 +477,7 @@ def test_doctor_without_a_model_or_a_cache(
 def test_doctor_is_1_if_something_is_broken(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, arguments: list[str], words: str
 ) -> None:
-    target = [] if arguments == ["nowhere"] else [str(tiny_model)]
+    target = [str(tiny_model)] if arguments[0].startswith("--") else []
     status, out, _ = call(capsys, "doctor", *target, *arguments)
     assert status == 1
     assert words in out
@@ -494,14 +512,14 @@ def test_the_processor_is_read_from_its_flags(tmp_path: Path) -> None:
         (None, (13, 0), "12.8", "ok", "version unknown"),
     ],
 )
-def test_driver_and_torch_fit(
+def test_the_driver_is_compared_with_torch(
     found: str | None,
     known: tuple[int, int] | None,
     built: str | None,
     status: str,
     words: str,
 ) -> None:
-    (check,) = fit_driver(found, known, built, "2.13.0")
+    (check,) = check_driver(found, known, built, "2.13.0")
     assert check.status == status
     assert words in check.value
     assert (check.fix is None) == (status == "ok")

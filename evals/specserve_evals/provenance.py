@@ -4,16 +4,20 @@ Every result of an eval or a benchmark has one. It contains no host name and no 
 """
 
 import hashlib
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 import torch
 from msgspec import Struct
 
 from specserve.cli.machine import first_line, processor, versions
 from specserve.engine.device import Platform
+
+_FLAG: Final = re.compile(r"[\w.-]+=")  # what precedes a value in the same argument
 
 
 class DataFile(Struct, frozen=True):
@@ -99,11 +103,16 @@ def markdown(provenance: Provenance) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    """Cut absolute paths, and paths with "..", to their names; commas separate several paths."""
+    """Cut absolute paths, and paths with "..", to their names.
+
+    Commas separate several paths, and a path may follow `--flag=`.
+    """
 
     def shown(part: str) -> str:
-        path = Path(part)
-        return path.name if path.is_absolute() or ".." in path.parts else part
+        flag = _FLAG.match(part)
+        prefix = "" if flag is None else flag[0]
+        path = Path(part.removeprefix(prefix))
+        return prefix + path.name if path.is_absolute() or ".." in path.parts else part
 
     return ",".join(map(shown, argument.split(",")))
 

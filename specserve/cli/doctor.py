@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         fix = "install torch again for this Python and this machine"
         checks.append(Check("use", "torch", f"cannot be imported: {error}", "broken", fix))
     else:
-        checks += runtime.look(config)
+        checks += runtime.runtime_checks(config)
     healthy = all(check.status != "broken" for check in checks)
     if args.json:
         print(msgspec.json.encode({"ok": healthy, "checks": checks}).decode())

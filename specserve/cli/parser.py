@@ -170,7 +170,7 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "--prediction", metavar="TEXT", help="text expected in the answers; only makes it faster"
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    output.add_argument("--json", action="store_true", help="one JSON object per completion")
     add_flags(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
     add_flags(
         parser.add_argument_group("speculation", "of these prompts; only speed depends on it"),
@@ -247,7 +247,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "doctor",
-        help="look at this machine and say what will be used, and why",
+        help="show what this machine has, what will be used and why, and what is broken",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")

@@ -11,7 +11,7 @@ from specserve.cli.machine import first_line, gib
 from specserve.config import ConfigError, EngineConfig
 from specserve.engine.device import Platform, choose_platform
 from specserve.engine.memory import count_blocks, free_memory
-from specserve.hub import ALIASES
+from specserve.hub import ALIASES, HubError, is_hub_id, resolve
 from specserve.hub.cache import default_cache_dir
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
@@ -21,8 +21,8 @@ from specserve.speculation.registry import drafter_names
 from specserve_kernels.dispatch import native_host
 
 
-def look(config: EngineConfig) -> list[Check]:
-    """All checks of this module. Downloads nothing and loads no model."""
+def runtime_checks(config: EngineConfig) -> list[Check]:
+    """All checks of this module. Downloads nothing and loads no weights."""
     checks = [*gpus(), *driver()]
     try:
         platform = choose_platform(config.target)
@@ -53,10 +53,10 @@ def gpus() -> list[Check]:
 def driver() -> list[Check]:
     """The NVIDIA driver, and whether it supports the CUDA version that torch was built with."""
     found = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return fit_driver(found, driver_cuda(), torch.version.cuda, torch.__version__)
+    return check_driver(found, driver_cuda(), torch.version.cuda, torch.__version__)
 
 
-def fit_driver(
+def check_driver(
     found: str | None,
     known: tuple[int, int] | None,
     built: str | None,
@@ -129,29 +129,29 @@ def _reason(reason: str, value: str) -> str:
 def _target(config: EngineConfig, platform: Platform) -> list[Check]:
     free = Check("use", "free memory", f"{gib(free_memory(platform.device))} on {platform.device}")
     name = config.target.target
-    directory = local_directory(name)
-    if directory is None:
-        known = name in ALIASES or name.endswith(".gguf") or "/" in name
-        missing = f"{name}: not fetched yet" if known else f"{name}: unknown"
-        fix = f"specserve pull {name}" if known else f"aliases: {', '.join(sorted(ALIASES))}"
-        return [free, Check("use", "target", missing, "note" if known else "broken", fix)]
     try:
+        directory = local_directory(name)
+        if directory is None:
+            known = name in ALIASES or is_hub_id(name)
+            missing = f"{name}: not fetched yet" if known else f"{name}: unknown"
+            fix = f"specserve pull {name}" if known else f"aliases: {', '.join(sorted(ALIASES))}"
+            return [free, Check("use", "target", missing, "note" if known else "broken", fix)]
         shape = ModelShape.from_dir(directory)
         estimate = _kv_estimate(config, platform, shape, directory)
-    except (ModelError, ConfigError) as error:
+    except (HubError, ModelError, ConfigError) as error:
         return [free, Check("use", "target", str(error), "broken")]
     words = f"{shape.architecture}, {shape.num_layers} layers, {directory}"
     return [free, Check("use", "target", words), Check("use", "KV", estimate)]
 
 
 def local_directory(target: str) -> Path | None:
-    """The directory of a target that is a model directory or an alias already downloaded.
+    """The directory of a target that is a model directory, a file or an alias already downloaded.
 
-    None for every other target: hub ids and .gguf files are not looked up in a cache.
+    Of a .gguf file, the metadata is converted as for `serve`. None for every other target: hub ids
+    are not looked up in their cache. Raises HubError for a file that cannot be used.
     """
-    path = Path(target).expanduser()
-    if path.is_dir():
-        return path
+    if Path(target).expanduser().exists():
+        return resolve(target)
     if target in ALIASES:
         cached = default_cache_dir() / target
         return cached if (cached / "config.json").is_file() else None

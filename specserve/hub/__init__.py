@@ -5,6 +5,6 @@ the GGUF readers directly.
 """
 
 from specserve.hub.errors import HubError
-from specserve.hub.resolve import ALIASES, resolve
+from specserve.hub.resolve import ALIASES, is_hub_id, resolve
 
-__all__ = ["ALIASES", "HubError", "resolve"]
+__all__ = ["ALIASES", "HubError", "is_hub_id", "resolve"]

@@ -57,12 +57,17 @@ def resolve(
         return _resolve_file(path.resolve(), cache, report)
     if target in ALIASES:
         return _resolve_alias(target, cache, report)
-    if _HUB_ID.fullmatch(target) and not target.endswith(".gguf"):
+    if is_hub_id(target):
         return _resolve_hub_id(target, report)
     raise HubError(
         f"target: {target!r} is no directory or .gguf file here and no known model; "
         f"{_known_targets()}"
     )
+
+
+def is_hub_id(target: str) -> bool:
+    """Whether the name has the form of a hub id, such as org/name."""
+    return _HUB_ID.fullmatch(target) is not None and not target.endswith(".gguf")
 
 
 def _check_name(target: str) -> None:

@@ -1,4 +1,4 @@
-"""Provenance: enough to repeat a run, nothing that tells on the machine's folders."""
+"""Provenance: what is needed to repeat a run, without the machine's folders."""
 
 import hashlib
 from pathlib import Path
@@ -15,10 +15,17 @@ def test_provenance(tmp_path: Path) -> None:
     data.write_bytes(b"abc")
     platform = choose_platform(TargetConfig(device="cpu", dtype="float32"))
     arguments = ["--prompts", str(data), "--limit", "2", "--draft", f"a b,{tmp_path}/head"]
+    arguments += [
+        f"--out={tmp_path}/x",
+        f"--draft=ngram,{tmp_path}/y",
+        "--min=0.5",
+        f"{tmp_path}/a=b",
+    ]
     found = collect("package.module", arguments, platform, data)
     assert (
         found.command
-        == "python -m package.module --prompts data.jsonl --limit 2 --draft 'a b,head'"
+        == "python -m package.module --prompts data.jsonl --limit 2 --draft 'a b,head' "
+        "--out=x --draft=ngram,y --min=0.5 a=b"
     )
     assert found.data is not None
     assert found.data.sha256 == hashlib.sha256(b"abc").hexdigest()
