@@ -13,7 +13,7 @@ _STEPS = 20  # after which every sequence that runs has shown something
 
 
 def long_request(max_tokens: int, **more: Any) -> dict[str, Any]:
-    """Goes on for exactly so many tokens, one per pass."""
+    """A request that generates exactly `max_tokens` tokens, one per forward pass."""
     return {
         "prompt": "abc",
         "max_tokens": max_tokens,

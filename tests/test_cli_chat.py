@@ -207,13 +207,13 @@ def test_commands() -> None:
         [("user", "c"), answer_b, ("user", "/text")],
     ]
     stats = (
-        "4 tokens; 100.0 tokens/s; the first after 12 ms; 2.50 tokens per pass; "
-        "3 of 4 drafted accepted (75%); by drafter: target 1, ngram 2, prediction 1"
+        "4 tokens; 100.0 tokens/s; the first after 12 ms; 2.50 tokens per forward pass; "
+        "3 of 4 drafted tokens accepted (75%); by drafter: target 1, ngram 2, prediction 1"
     )
     notes = err.split("\n")
     assert notes[:2] == ["there is no complete answer yet", "nothing has been asked yet"]
     assert stats in notes
-    assert "/nonsense is no command; /help lists them" in notes
+    assert "/nonsense is not a command; /help lists all" in notes
 
 
 def test_an_answer_that_fails_is_one_line_and_the_next_is_tried() -> None:

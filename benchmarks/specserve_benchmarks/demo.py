@@ -29,7 +29,9 @@ def main() -> int:
     """Print the texts and a table. Exit code 1 if any token differs, else 0."""
     argparse.ArgumentParser(description="SmolLM2 with and without speculation.").parse_args()
     console = Console(highlight=False)
-    table = Table("prompt", "draft", "tokens", "passes", "per pass", "tokens/s", "TTFT", "TPOT")
+    table = Table(
+        "prompt", "draft", "tokens", "forward passes", "tokens per pass", "tokens/s", "TTFT", "TPOT"
+    )
     plain_llm, draft_llm = load("none"), load("ngram")
     identical = True
     for name, prompt in PROMPTS.items():
@@ -41,8 +43,8 @@ def main() -> int:
         console.print(f"{name}: ", style="bold", end="")
         console.print(drafted.text.strip(), markup=False)
     console.print(table)
-    verdict = "identical" if identical else "NOT identical: this is a bug"
-    console.print(f"token ids with and without speculation: {verdict}")
+    result = "identical" if identical else "NOT identical: this is a bug"
+    console.print(f"token ids with and without speculation: {result}")
     return 0 if identical else 1
 
 

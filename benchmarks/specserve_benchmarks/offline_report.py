@@ -13,9 +13,9 @@ from specserve_evals.runs import PLAIN
 OVERALL = "(all)"
 COLUMNS = (
     *("category", "batch", "draft", "requests", "tokens", "tokens/s", "TTFT", "TPOT"),
-    *("per pass", "accepted", "tokens/s against none", "TPOT against none", "same ids"),
+    *("tokens per pass", "accepted", "speedup", "TPOT speedup", "same ids"),
 )
-ON_SCREEN = ("category", "batch", "draft", "tokens/s", "TTFT", "TPOT", "per pass", COLUMNS[10])
+ON_SCREEN = ("category", "batch", "draft", "tokens/s", "TTFT", "TPOT", "tokens per pass", "speedup")
 
 
 class Sample(Struct, frozen=True):
@@ -167,9 +167,11 @@ def markdown(report: Report) -> str:
     lines += [f"| {' | '.join(_cells(row))} |" for row in report.rows]
     lines += [
         "",
-        "tokens/s: output tokens by wall time, prompts included, median of the repeats. TTFT and",
-        "TPOT: medians over requests. Ratios: of the medians, in brackets the least and the",
-        "greatest of the repeats; above 1 is faster than `none`. Accepted: of all drafted tokens.",
+        "tokens/s: output tokens per second of wall time, prompts included, median of the repeats.",
+        "TTFT and TPOT: medians over requests. Speedups: ratios of the medians of tokens/s and",
+        "TPOT to `none` (above 1 is faster), in brackets the lowest and the highest repeat.",
+        "tokens per pass: emitted tokens per forward pass of the target. accepted: the fraction of",
+        "drafted tokens that were accepted.",
         "",
     ]
     return "\n".join(lines)

@@ -105,7 +105,7 @@ def _cases(
 def markdown(report: Report) -> str:
     """One table per context: a line for each number of rows, a column for each format."""
     names = list(report.weight_bytes)
-    lines = ["# What a pass costs by its number of rows", ""]
+    lines = ["# Time of a forward pass by its number of rows", ""]
     for context in dict.fromkeys(cell.context for cell in report.cells):
         cells = {
             (cell.quantization, cell.num_rows): cell.median_ms
@@ -114,7 +114,7 @@ def markdown(report: Report) -> str:
         }
         rows = list(dict.fromkeys(num_rows for _, num_rows in cells))
         lines += [
-            f"## {context} tokens before: milliseconds (times a pass of {rows[0]})",
+            f"## Context of {context} tokens: milliseconds (relative to {rows[0]} rows)",
             "",
             "| rows | " + " | ".join(names) + " |",
             "|---" * (len(names) + 1) + "|",
@@ -127,8 +127,8 @@ def markdown(report: Report) -> str:
             lines.append(f"| {num_rows} | " + " | ".join(entries) + " |")
         lines.append("")
     lines += [
-        f"Reading memory: {report.bytes_per_s / 1e9:.1f} GB/s. The weights of a pass, and the time "
-        "to read them: "
+        f"Memory bandwidth: {report.bytes_per_s / 1e9:.1f} GB/s. Bytes of the weights, and the "
+        "time to read them: "
         + ", ".join(
             f"{name} {size / 1e6:.1f} MB, {size / report.bytes_per_s * 1e3:.2f} ms"
             for name, size in report.weight_bytes.items()
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m specserve_benchmarks.passes",
-        description="Time passes of the target by rows, context and weight format, on the CPU.",
+        description="Time forward passes on the CPU, by rows, context and weight format.",
         allow_abbrev=False,
     )
     parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)

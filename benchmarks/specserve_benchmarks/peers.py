@@ -269,7 +269,7 @@ def roofline(plain: Peer, ids: Sequence[int], model: Path, max_tokens: int) -> R
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m specserve_benchmarks.peers",
-        description="Run specserve and other engines on the same prompts, turn by turn.",
+        description="Run specserve and other engines on the same prompts, in turn.",
         allow_abbrev=False,
     )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
@@ -279,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{flag.replace('_', '-')}",
             type=Path,
             metavar="PYTHON",
-            help=f"the Python of an environment that has {name}; not run without",
+            help=f"Python of an environment with {name}; without this flag {name} is left out",
         )
     parser.add_argument(
         "--draft",
@@ -297,13 +297,18 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least_one,
         default=2048,
         metavar="N",
-        help="pass over prompts longer than this with their answer (default: %(default)s)",
+        help="skip prompts longer than this with their answer (default: %(default)s)",
     )
     parser.add_argument("--repeats", type=at_least_one, default=3, metavar="N")
     parser.add_argument(
         "--threads", type=at_least_one, default=os.cpu_count() or 1, help="of every engine"
     )
-    parser.add_argument("--ttft", type=at_least_one, metavar="TOKENS", help="prompts this long")
+    parser.add_argument(
+        "--ttft",
+        type=at_least_one,
+        metavar="TOKENS",
+        help="also measure the time to the first token, with prompts this long",
+    )
     parser.add_argument("--batch", type=at_least_one, nargs="+", metavar="N")
     parser.add_argument("--against", metavar="ENGINE", help="the baseline (default: first peer)")
     parser.add_argument(

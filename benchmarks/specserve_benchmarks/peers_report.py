@@ -102,7 +102,7 @@ def _speeds(runs: Iterable[Run]) -> dict[int, float]:
 
 
 def markdown(report: Report) -> str:
-    parts = ["# Beside other engines", ""]
+    parts = ["# Comparison with other engines", ""]
     sections = [
         ("One request at a time, tokens/s, prompt included", report.single),
         ("The same, what drafting gains", report.drafts),

@@ -234,7 +234,7 @@ def server_flags(llm: LLM) -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m specserve_benchmarks.serving",
-        description="Measure what the server costs against the engine alone.",
+        description="Measure the speed and latency of the server relative to the engine alone.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -248,7 +248,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=at_least_one,
         default=2,
         metavar="N",
-        help=f"requests per place, {_MIN_REQUESTS} in all at least (default: %(default)s)",
+        help=f"requests per unit of concurrency, at least {_MIN_REQUESTS} in total "
+        "(default: %(default)s)",
     )
     parser.add_argument("--kv-memory", default="1GiB", help="of each side (default: %(default)s)")
     parser.add_argument("--limit", type=at_least_one, default=64, metavar="N", help="prompts")

@@ -92,7 +92,12 @@ def show(report: Report, console: Console) -> None:
 
 def markdown(report: Report) -> str:
     """The table with its provenance."""
-    lines = ["# The server against its engine", "", provenance.markdown(report.provenance), ""]
+    lines = [
+        "# The server compared with its engine",
+        "",
+        provenance.markdown(report.provenance),
+        "",
+    ]
     lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(_cells(row))} |" for row in report.rows]
     lines += [

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"acceptance: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("acceptance: interrupted; the same command goes on from here", file=sys.stderr)
+        print("acceptance: interrupted; the same command resumes the run", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
         written += draw(report, args.out)
     console.print(f"written: {', '.join(map(str, written))}")
-    return verdict(report, console)
+    return report_changed_ids(report, console)
 
 
 def prepare(
@@ -236,7 +236,7 @@ def write(file: Path, report: Report) -> None:
     os.replace(part, file)
 
 
-def verdict(report: Report, console: Console) -> int:
+def report_changed_ids(report: Report, console: Console) -> int:
     """The exit code: 1 if a draft changed an answer although the kernels are exact, else 0."""
     differing = sum(not outcome.same_ids for cell in report.cells for outcome in cell.outcomes)
     if differing:
@@ -247,9 +247,9 @@ def verdict(report: Report, console: Console) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specserve eval acceptance",
-        description="Tokens per target pass, what was accepted by depth and by drafter, where a "
-        "pass spends its time, and speed against plain decoding. For every draft at every "
-        "temperature and budget; one request at a time.",
+        description="Tokens per forward pass of the target, accepted tokens by depth and by "
+        "drafter, the time of each part of a step, and the speedup over plain decoding. For every "
+        "draft at every temperature and budget; one request at a time.",
         allow_abbrev=False,
     )
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
@@ -269,7 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=budget,
         default=[DraftConfig().max_nodes],
         metavar="N",
-        help=f"tree nodes per pass, the root included: 2 to {MAX_NODES} (default: 8)",
+        help=f"tree nodes of a sequence, the root included: 2 to {MAX_NODES} (default: 8)",
     )
     parser.add_argument(
         "--cost-aware",
@@ -285,7 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="for acceptance.json, acceptance.md and plots; a run that is there is gone on with",
+        help="for acceptance.json, acceptance.md and plots; a run in it is resumed",
     )
     add_run_flags(parser, max_tokens=128, skip=frozenset({"batch", "max_nodes", "cost_aware"}))
     parser.set_defaults(batch=[1])

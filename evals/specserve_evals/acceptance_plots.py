@@ -56,7 +56,7 @@ def tau_by_budget(axes: Axes, cells: list[CellResult]) -> None:
         axes.plot([cell.budget for cell in own], taus, marker="o", label=draft)
     axes.set_xticks(sorted({cell.budget for cell in cells}))
     axes.set_xlabel("budget: nodes per tree")
-    axes.set_ylabel("tau: tokens per pass")
+    axes.set_ylabel("tau: tokens per forward pass")
 
 
 def reached_by_depth(axes: Axes, cells: list[CellResult]) -> None:
@@ -72,8 +72,8 @@ def reached_by_depth(axes: Axes, cells: list[CellResult]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(0, 1)
     axes.set_title(f"budget {cells[-1].budget}, ")
-    axes.set_xlabel("depth (dashed: given the depth before)")
-    axes.set_ylabel("drafted trees accepted so far")
+    axes.set_xlabel("depth (dashed: of the trees accepted to the depth before)")
+    axes.set_ylabel("fraction of trees accepted to this depth")
 
 
 def tau_by_category(axes: Axes, cells: list[CellResult]) -> None:
@@ -88,7 +88,7 @@ def tau_by_category(axes: Axes, cells: list[CellResult]) -> None:
     axes.set_xticks(range(len(categories)), categories, rotation=45, ha="right", fontsize="small")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_title(f"budget {cells[-1].budget}, ")
-    axes.set_ylabel("tau: tokens per pass")
+    axes.set_ylabel("tau: tokens per forward pass")
 
 
 def _by_draft(cells: list[CellResult]) -> dict[str, list[CellResult]]:

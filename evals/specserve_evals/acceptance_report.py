@@ -13,15 +13,18 @@ from specserve_evals.progress import plain_table
 MAX_DEPTHS: Final = 10  # depths in a table; the JSON file has all of them
 ON_SCREEN: Final = 10  # columns of the summary that fit a terminal
 NOTES: Final = """\
-- tau: emitted tokens per target pass, the target's own token included, pooled: sums over all
-  passes, then divided. Passes that only read a prompt do not count. In brackets, tokens/s against
-  plain decoding of the same prompts, in turn, by the same engine without its drafters.
-- accepted: of all drafted nodes that were verified.
-- draft, verify, host: milliseconds per pass from an answer's first text on. Verify is the target's
-  pass and its sampling, host what is neither.
+- tau: emitted tokens per forward pass of the target, its own token included. Ratios are pooled:
+  sums over all forward passes are divided. Those that only compute a part of a prompt do not count.
+  In brackets: tokens/s relative to plain decoding of the same prompts by the same engine without
+  its drafters; the two run in turn.
+- accepted: the fraction of the verified drafted nodes that were accepted.
+- draft, verify, host: milliseconds per forward pass, from the first text of an answer on. "verify"
+  is the forward pass of the target with its sampling, "host" the remaining time.
 - tokens/s: from submission to the last token, prompt included; decoding: from the first text on.
-- By depth: the share of drafted trees of which that many tokens or more were accepted, in brackets
-  of those of which one fewer was. A tree that ends earlier counts in both."""
+- speedup: tokens/s relative to plain decoding.
+- By depth: the fraction of drafted trees of which at least that many tokens were accepted. In
+  brackets: the same fraction of the trees of which at least one token fewer was accepted. Trees
+  that have no node at this depth count in both."""
 
 
 class Grid(Struct, frozen=True):
@@ -41,7 +44,7 @@ def show(report: Report, console: Console) -> None:
 def markdown(report: Report) -> str:
     blocks = ["# Acceptance", provenance.markdown(report.provenance)]
     if report.passed_over:
-        blocks.append(f"Too long, passed over: prompts {', '.join(report.passed_over)}.")
+        blocks.append(f"Skipped because too long: prompts {', '.join(report.passed_over)}.")
     grids = [summary(report), *category_grids(report), by_depth(report), *by_drafter(report)]
     blocks += [f"## {grid.title}\n\n{_markdown_table(grid)}" for grid in grids]
     return "\n\n".join([*blocks, NOTES]) + "\n"
@@ -51,7 +54,7 @@ def summary(report: Report) -> Grid:
     """One row per cell, over all prompts."""
     columns = (
         *("draft", "temp", "budget", "tau", "accepted", "draft ms", "verify ms"),
-        *("host ms", "tokens/s", "against none", "decoding", "decoding against none", "tokens"),
+        *("host ms", "tokens/s", "speedup", "decoding", "decoding speedup", "tokens"),
     )
     return Grid("All prompts", columns, tuple(_summary_row(cell) for cell in report.cells))
 

@@ -24,7 +24,7 @@ from specserve.config import TargetConfig
 from specserve_evals.progress import stdout_console
 from specserve_evals.runs import at_least_one
 from specserve_evals.served import Served, serve
-from specserve_evals.vitals import leftovers, settle
+from specserve_evals.vitals import leftovers, wait_until_idle
 
 CHECKS: Final = (
     *("not_a_server_error", "status_code_conformance", "content_type_conformance"),
@@ -100,16 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, console: Console) -> int:
     with serve(args.target, args.serve_flags) as server:
         fuzz(server, 1, args.seed, ("fuzzing",))  # warm-up before the baseline
-        baseline = settle(server)
+        baseline = wait_until_idle(server)
         rounds = fuzz(server, args.examples, args.seed, args.phases)
-        left = leftovers(settle(server, baseline), baseline)
+        left = leftovers(wait_until_idle(server, baseline), baseline)
     for each in rounds:
         for failure in each.failures:
             console.print(f"failed: {failure.title}: {', '.join(failure.operations)}", markup=False)
         for error in each.errors:
             console.print(f"error: {error}", markup=False)
     for found in left:
-        console.print(f"left behind: {found}", markup=False)
+        console.print(f"not released: {found}", markup=False)
     num_failures = sum(len(each.failures) + len(each.errors) for each in rounds) + len(left)
     num_examples = sum(each.test_cases.generated for each in rounds)
     console.print(f"{num_examples} examples in {len(rounds)} rounds, {num_failures} failures")
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m specserve_evals.fuzz",
-        description="Requests made from the API's own description, right ones and wrong ones.",
+        description="Valid and invalid requests generated from the API's description (OpenAPI).",
         allow_abbrev=False,
     )
     parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)

@@ -57,7 +57,7 @@ def add_run_flags(
         action="append",
         default=[],
         metavar="NAME[,NAME]",
-        help="drafter or draft model, several to merge them; repeatable, each a run of its own",
+        help="drafter or draft model, or several to merge; repeatable, each is measured by itself",
     )
     if "batch" not in skip:
         default = [1, 4, 12]
@@ -68,7 +68,7 @@ def add_run_flags(
         type=at_least_one,
         default=1024,
         metavar="N",
-        help="pass over prompts that take more tokens than this with their answer "
+        help="skip prompts that have more tokens than this with their answer "
         "(default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt")

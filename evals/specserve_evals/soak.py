@@ -30,7 +30,7 @@ from specserve_evals.runs import at_least_one
 from specserve_evals.served import Served, serve
 from specserve_evals.soak_client import Answer, fire, open_session
 from specserve_evals.soak_requests import Shot, Sizes, draw
-from specserve_evals.vitals import PREEMPTIONS, TASKS, Vitals, leftovers, settle
+from specserve_evals.vitals import PREEMPTIONS, TASKS, Vitals, leftovers, wait_until_idle
 
 NUM_ROUNDS: Final = 4  # after each round the server becomes idle and its vitals are read
 MAX_GROWTH: Final = 0.05  # allowed relative growth of resident memory in the second half
@@ -87,7 +87,7 @@ class SoakTest:
         plan = self._plan
         shots = [draw(plan.seed, index, plan.sizes) for index in range(plan.num_requests)]
         await self._volley([draw(plan.seed, -1 - index, plan.sizes) for index in range(_WARM_UP)])
-        baseline = await asyncio.to_thread(settle, self._server)
+        baseline = await asyncio.to_thread(wait_until_idle, self._server)
         for part in range(NUM_ROUNDS):
             first, last = (len(shots) * end // NUM_ROUNDS for end in (part, part + 1))
             started = time.monotonic()
@@ -95,7 +95,7 @@ class SoakTest:
             seconds = time.monotonic() - started
             self.answers += fired
             num_tokens = sum(len(ids) for _, answer in fired for ids in answer.ids)
-            vitals = await asyncio.to_thread(settle, self._server, baseline)
+            vitals = await asyncio.to_thread(wait_until_idle, self._server, baseline)
             self.rounds.append(Round(last, seconds, num_tokens, vitals))
         await self._repeat()
         return baseline
@@ -130,7 +130,7 @@ class SoakTest:
                         f"{shot.path} {shot.body}: {found.ids}, alone {again.error or again.ids}"
                     )
                     self.mismatches.append(wrong)
-                self._advance(1, "again, alone")
+                self._advance(1, "repeated alone")
 
 
 def growth(rounds: Sequence[Round]) -> dict[str, float]:
@@ -160,7 +160,7 @@ def find_failures(
         if role in GROWING and grown > MAX_GROWTH:
             found.append(f"the {role} process grew by {grown:.1%} in the second half")
     found += [f"error: {error}" for error in errors]
-    return found + [f"differs when asked again: {mismatch}" for mismatch in mismatches]
+    return found + [f"differs when repeated alone: {mismatch}" for mismatch in mismatches]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,11 +231,13 @@ def show(report: Report, console: Console) -> None:
     console.print(table)
     cuts = ", ".join(f"{count} {where}" for where, count in sorted(report.cuts.items()))
     grown = ", ".join(f"{role} {value:+.2%}" for role, value in report.growth.items())
-    console.print(f"{report.num_finished} finished; cut off: {cuts}")
+    console.print(f"{report.num_finished} requests finished; cut off: {cuts}")
     preempted = report.rounds[-1].vitals.metrics[PREEMPTIONS]
-    console.print(f"{preempted:g} sequences had to give up their KV and start again")
-    console.print(f"memory in the second half: {grown}")
-    console.print(f"{report.num_repeated} asked again, {len(report.mismatches)} mismatches")
+    console.print(f"{preempted:g} preemptions")
+    console.print(f"growth of memory in the second half: {grown}")
+    console.print(
+        f"{report.num_repeated} requests repeated alone, {len(report.mismatches)} mismatches"
+    )
     for failure in report.failures[:MAX_LISTED]:
         console.print(f"failed: {failure}", markup=False)
     console.print(f"{len(report.failures)} failures")
@@ -251,14 +253,14 @@ def _cells(vitals: Vitals) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m specserve_evals.soak",
-        description="Many mixed requests at once, a third of them cut off; what is left behind?",
+        description="Send many mixed requests, a third of them cut off; look for leaks and errors.",
         allow_abbrev=False,
     )
     parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
     for flag, default, text in (
         ("--requests", 2000, "in all"),
         ("--concurrency", 64, "requests at a time"),
-        ("--repeats", 32, "answers to ask for again, alone"),
+        ("--repeats", 32, "requests to repeat alone afterwards"),
         ("--max-prompt", 200, "characters of a prompt at most"),
         ("--max-tokens", 48, "of an answer at most"),
     ):

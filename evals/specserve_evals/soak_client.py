@@ -51,7 +51,7 @@ async def fire(session: aiohttp.ClientSession, url: str, shot: Shot) -> Answer:
     except TimeoutError:
         if by_time:
             return Answer(cut=shot.cut)
-        return Answer(error=f"no whole answer within {seconds:g} s")
+        return Answer(error=f"no complete answer within {seconds:g} s")
     except (aiohttp.ClientError, ConnectionError) as error:
         return Answer(error=f"{type(error).__name__}: {error}")
 

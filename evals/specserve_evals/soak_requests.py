@@ -1,4 +1,4 @@
-"""Draws the requests of the soak test from a seed: all kinds of sampling, speculation and endings.
+"""Draws the requests of the soak test from a seed: sampling, speculation, disconnects.
 
 It knows the fields of the API, not how requests are sent. Every request has a sampling seed, so
 that the same request sent again must have the same answer.

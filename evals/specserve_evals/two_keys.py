@@ -3,7 +3,7 @@
 python -m specserve_evals.two_keys --seconds 60
 
 Rounds alternate between the load alone and a load of the same rate beside the hostile key's
-attacks. Exit code 1 if a request of the load fails, if its p99 TTFT beside the attacks is more than
+attacks. Exit code 1 if a request of the load fails, if its p99 TTFT during the attacks is more than
 `MAX_RATIO` times that alone, or if the server holds resources afterwards that it did not hold
 before.
 """
@@ -38,9 +38,9 @@ from specserve_evals.progress import plain_table, stdout_console
 from specserve_evals.runs import at_least_one
 from specserve_evals.served import Served, serve
 from specserve_evals.soak_requests import words
-from specserve_evals.vitals import leftovers, settle
+from specserve_evals.vitals import leftovers, wait_until_idle
 
-MAX_RATIO: Final = 2.0  # allowed p99 TTFT beside the attacks / p99 TTFT alone
+MAX_RATIO: Final = 2.0  # allowed p99 TTFT during the attacks / p99 TTFT alone
 _KEYS: Final = {name: f"{name}-0123456789abcdef" for name in ("steady", "hostile", "metrics")}
 _LEAD_S: Final = 3.0  # seconds of attacks before the load begins; their queues are full by then
 _PROMPT_CHARS: Final = 400  # characters per prompt of the load
@@ -49,7 +49,7 @@ _LONGEST_S: Final = 300.0  # seconds; an answer of the load that takes longer is
 
 
 class Load(Struct, frozen=True):
-    """Results of the steady load over all rounds of one kind (alone or beside the attacks)."""
+    """Results of the steady load over all rounds of one kind (alone or during the attacks)."""
 
     ttft_s: list[float] = []
     total_s: list[float] = []
@@ -111,7 +111,7 @@ async def _stream(session: aiohttp.ClientSession, url: str, prompt: str, load: L
                         load.ttft_s.append(time.monotonic() - begin)
         load.errors.append("the stream ended without [DONE]")
     except TimeoutError:
-        load.errors.append(f"no whole answer within {_LONGEST_S:g} s")
+        load.errors.append(f"no complete answer within {_LONGEST_S:g} s")
     except (aiohttp.ClientError, ConnectionError) as error:
         load.errors.append(f"{type(error).__name__}: {error}")
 
@@ -135,12 +135,12 @@ def headers_of(key: str) -> Mapping[str, str]:
 
 
 async def run(server: Served, args: argparse.Namespace, origin: provenance.Provenance) -> Report:
-    """Alternate rounds alone and beside the attacks; the server becomes idle after each pair."""
+    """Alternate rounds alone and during the attacks; the server becomes idle after each pair."""
     alone, beside = Load(), Load()
     hostile: dict[str, Counter[str]] = {}
     metrics = headers_of("metrics")
     await steady_load(server.url, args.rate, _LEAD_S, f"{args.seed}/warm up", Load())
-    baseline = await asyncio.to_thread(settle, server, headers=metrics)
+    baseline = await asyncio.to_thread(wait_until_idle, server, headers=metrics)
     vitals = baseline
     for number in range(args.rounds):
         seed = f"{args.seed}/{number}"
@@ -156,7 +156,7 @@ async def run(server: Served, args: argparse.Namespace, origin: provenance.Prove
                 attack.kill()
         for name, counts in json.loads(answers).items():
             hostile.setdefault(name, Counter()).update(counts)
-        vitals = await asyncio.to_thread(settle, server, baseline, headers=metrics)
+        vitals = await asyncio.to_thread(wait_until_idle, server, baseline, headers=metrics)
     left = leftovers(vitals, baseline)
     failures = find_failures(alone, beside, left)
     return Report(origin, alone, beside, hostile, left, failures)
@@ -164,22 +164,22 @@ async def run(server: Served, args: argparse.Namespace, origin: provenance.Prove
 
 def find_failures(alone: Load, beside: Load, left_behind: Sequence[str]) -> list[str]:
     found = [f"alone: {error}" for error in alone.errors]
-    found += [f"beside the attacks: {error}" for error in beside.errors]
+    found += [f"during the attacks: {error}" for error in beside.errors]
     if alone.ttft_s and beside.ttft_s:
         ratio = beside.quantile(0.99) / alone.quantile(0.99)
         if ratio > MAX_RATIO:
             found.append(
-                f"p99 TTFT is {ratio:.2f} times what it is alone; {MAX_RATIO:g} is allowed"
+                f"p99 TTFT is {ratio:.2f} times that without attacks; {MAX_RATIO:g} is allowed"
             )
-    return found + [f"left behind: {what}" for what in left_behind]
+    return found + [f"not released: {what}" for what in left_behind]
 
 
 def show(report: Report, console: Console) -> None:
     """Print the table and the result."""
     table = plain_table(
-        "", "requests", "TTFT p50 ms", "p90", "p99", "whole answer p50 ms", "errors"
+        "", "requests", "TTFT p50 ms", "p90", "p99", "complete answer p50 ms", "errors"
     )
-    for name, load in (("alone", report.alone), ("beside the attacks", report.beside)):
+    for name, load in (("alone", report.alone), ("during the attacks", report.beside)):
         times = [f"{1e3 * load.quantile(q):.0f}" for q in (0.5, 0.9, 0.99)] if load.ttft_s else []
         total = f"{1e3 * float(np.median(load.total_s)):.0f}" if load.total_s else ""
         num_requests = str(len(load.ttft_s))
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m specserve_evals.two_keys",
-        description="TTFT of one key's steady load, alone and beside another key's attacks.",
+        description="TTFT of one key's steady load, without and during the attacks of another key.",
         allow_abbrev=False,
     )
     parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         type=at_least_one,
         default=2,
         metavar="N",
-        help="alone and beside the attacks, each (default: %(default)s)",
+        help="alone and during the attacks, each (default: %(default)s)",
     )
     parser.add_argument(
         "--rate",

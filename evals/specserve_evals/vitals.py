@@ -27,7 +27,7 @@ IDLE: Final = (  # gauges that are 0 while no request is open
 # Module on the command line -> role.
 _ROLES: Final = {"engine_main": "engine", "tokenizer_worker": "tokenizer"}
 _POLL_S: Final = 0.1  # seconds from the request for /metrics to reading the processes
-_SETTLE_S: Final = 15.0  # seconds that `settle` waits at most
+_MAX_WAIT_S: Final = 15.0  # seconds that `wait_until_idle` waits at most
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
@@ -53,14 +53,14 @@ def read_vitals(server: Served, headers: Mapping[str, str] = _NO_HEADERS) -> Vit
     return Vitals(tuple(_read(role, pid) for role, pid in _pids(server.pid)), metrics)
 
 
-def settle(
+def wait_until_idle(
     server: Served, baseline: Vitals | None = None, headers: Mapping[str, str] = _NO_HEADERS
 ) -> Vitals:
     """Wait until the server is idle and holds no more than at `baseline`; returns its vitals.
 
     After 15 seconds it returns the vitals of that moment, whatever they are.
     """
-    end = time.monotonic() + _SETTLE_S
+    end = time.monotonic() + _MAX_WAIT_S
     while True:
         vitals = read_vitals(server, headers)
         if not leftovers(vitals, baseline or vitals) or time.monotonic() > end:
@@ -76,7 +76,7 @@ def leftovers(vitals: Vitals, baseline: Vitals) -> list[str]:
     now = {process.pid: process for process in vitals.processes}
     for then in baseline.processes:
         if then.pid not in now:
-            found.append(f"the {then.role} process of the beginning is gone")
+            found.append(f"the {then.role} process of the baseline has ended")
         elif (num_fds := now[then.pid].num_fds) > then.num_fds:
             found.append(
                 f"the {then.role} process has {num_fds} open files instead of {then.num_fds}"

@@ -46,7 +46,7 @@ def _on_terminal(client: Client, args: argparse.Namespace) -> int:
     conversation = Conversation(client, screen, _options(args, report is not None), args.system)
     with suppress(ImportError):  # once loaded, input() has line editing and a history
         import_module("readline")
-    screen.note(f"{name} at {client.url}; /help lists what else you can do")
+    screen.note(f"{name} at {client.url}; /help lists the commands")
     screen.legend()
     while True:
         with suppress(KeyboardInterrupt):  # from a Ctrl-C outside of the `try` blocks in `_turn`

@@ -11,12 +11,12 @@ from specserve.cli.chat_screen import Screen
 from specserve.client import Client, Completion, Options, SpecserveError, SpeculationReport
 
 HELP: Final = """\
-/retry        ask again for the last answer
-/clear        forget what has been said
-/system TEXT  instructions that precede everything; without TEXT: none
-/stats        speed of the last answer
+/retry        generate the last answer again
+/clear        delete the history
+/system TEXT  set the system message; without TEXT: none
+/stats        speed and acceptance of the last answer
 /exit         leave; Ctrl-D does too
-A line that starts with a space is text, whatever follows. Ctrl-C stops an answer."""
+A line that starts with a space is always a message. Ctrl-C stops an answer."""
 
 
 class Left(Exception):
@@ -50,23 +50,23 @@ class Conversation:
         word, _, rest = line.strip().partition(" ")
         command = _COMMANDS.get(word)
         if command is None:
-            self._screen.note(f"{word} is no command; /help lists them")
+            self._screen.note(f"{word} is not a command; /help lists all")
         else:
             command(self, rest.strip())
 
     def _ask(self, prompt: str) -> None:
         self._asked, self._answered, self._last = prompt, False, None
-        pieces: list[str] = []
+        texts: list[str] = []
         try:
             with self._client.stream_chat(self._messages(prompt), **self._options) as stream:
                 for delta in stream:
-                    pieces.append(delta.text)
+                    texts.append(delta.text)
                     self._screen.show(delta)
                 self._last = stream.result()
         finally:
-            if pieces:
+            if texts:
                 self._screen.end_answer()
-            if answer := "".join(pieces):
+            if answer := "".join(texts):
                 self._turns.append((prompt, answer))
                 self._answered = True
 
@@ -88,11 +88,11 @@ class Conversation:
     def _clear(self, rest: str) -> None:
         self._turns.clear()
         self._asked, self._answered, self._last = None, False, None
-        self._screen.note("forgotten")
+        self._screen.note("history deleted")
 
     def _set_system(self, rest: str) -> None:
         self._system = rest or None
-        self._screen.note("instructions set" if rest else "no instructions")
+        self._screen.note("system message set" if rest else "no system message")
 
     def _stats(self, rest: str) -> None:
         if self._last is None:
@@ -131,10 +131,10 @@ def describe(answer: Completion, report: SpeculationReport) -> str:
     if stats.time_to_first_token_ms is not None:
         said.append(f"the first after {stats.time_to_first_token_ms:.0f} ms")
     if speculation is not None and speculation.mean_acceptance_length is not None:
-        said.append(f"{speculation.mean_acceptance_length:.2f} tokens per pass")
+        said.append(f"{speculation.mean_acceptance_length:.2f} tokens per forward pass")
     if speculation is not None and speculation.num_draft_tokens:
         accepted, drafted = speculation.num_accepted_draft_tokens, speculation.num_draft_tokens
-        said.append(f"{accepted} of {drafted} drafted accepted ({accepted / drafted:.0%})")
+        said.append(f"{accepted} of {drafted} drafted tokens accepted ({accepted / drafted:.0%})")
     by_drafter = sorted(Counter(answer.drafter_ids).items())
     if by_drafter:
         counts = (f"{report.name_of(drafter_id)} {count}" for drafter_id, count in by_drafter)

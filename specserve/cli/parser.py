@@ -31,39 +31,39 @@ SAMPLING_HELP: Final = {
     "frequency_penalty": "subtracted per occurrence",
     "repetition_penalty": "divides the logits of tokens in prompt and output; above 1 discourages",
     "logit_bias": "add BIAS to a token's logit; repeatable",
-    "max_tokens": "tokens to generate at most",
+    "max_tokens": "maximum number of tokens to generate",
     "min_tokens": "no end token before this many",
     "stop": "end before this text; repeatable",
     "stop_token_ids": "end at this token; repeatable",
-    "ignore_eos": "go on after the model's end token",
+    "ignore_eos": "continue after the model's end token",
     "skip_special_tokens": "leave control tokens out of the text (default: yes)",
     "include_stop_str_in_output": "end after the stop text instead of before it",
-    "seed": "makes sampling repeatable; drawn afresh if not given",
-    "logprobs": "log-probabilities of each token and of the N likeliest there; shown by --json",
+    "seed": "makes sampling repeatable; not given: a random one",
+    "logprobs": "log-probabilities of each token and of the N most likely ones; shown by --json",
     "n": "completions per prompt",
 }
 
 SPECULATION_PREFIX: Final = "speculation_"
 SPECULATION_HELP: Final = {
-    "enabled": "draft at all; --no-speculation-enabled decodes plainly",
+    "enabled": "use speculation; --no-speculation-enabled decodes plainly",
     "max_nodes": "tree nodes for each of these prompts, within --max-nodes",
-    "drafters": "ask only this one of the drafters that run; repeatable",
+    "drafters": "use only this one of the loaded drafters; repeatable",
 }
 
 ENGINE_HELP: Final = {
-    "dtype": "of weights and KV; auto: what the device is fast at (bfloat16 KV beside int4, int8)",
-    "quantization": "of the weights; auto: GGUF files as they are (int8 where that cannot be), "
-    "anything else not quantised",
+    "dtype": "of weights and KV; auto: fast on this device (with int4 and int8: bfloat16 KV)",
+    "quantization": "of the weights; auto: GGUF files as they are (int8 for formats not "
+    "supported), other files not quantised",
     "device": "auto, cpu, cuda or cuda:N",
     "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
-    "exactness": "exact: a result never depends on what else is in the batch",
-    "threads": "CPU threads; not given: what torch takes for this machine",
+    "exactness": "exact: a result never depends on the rest of the batch",
+    "threads": "CPU threads; not given: torch's choice for this machine",
     "block_size": "tokens per KV block",
     "kv_memory": "KV memory, such as 2GiB; not given: measured",
     "prefix_caching": "share the KV of equal prompt beginnings",
     "draft": "none, ngram, another drafter, a draft's directory, or auto: "
     "recycle and the pretrained head of the target; repeatable, merged into one tree",
-    "max_nodes": "tree nodes per sequence and pass",
+    "max_nodes": "tree nodes per sequence and forward pass, root included",
     "cost_aware": "leave out drafters and drafted nodes that cost more time than they save "
     "(default: yes)",
     "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
@@ -99,24 +99,24 @@ SERVER_HELP: Final = {
     "as much more as its largest steps may take",
     "template_timeout": "seconds for a chat template or for tokenising a prompt",
     "stream_interval": "tokens per event of a stream, so that sizes do not tell what was accepted; "
-    "0: what one pass yields",
+    "0: the tokens of one forward pass",
     "status_interval": "seconds between status lines; 0: none",
 }
 
 EVALS: Final = {
-    "acceptance": "tokens per pass of every draft, by budget, temperature and category; speed",
-    "lossless": "does a draft change a single token?",
-    "perplexity": "what a weight format costs in quality",
-    "soak": "does a server survive thousands of mixed requests?",
-    "two_keys": "does a hostile key slow another one down?",
-    "fuzz": "does any request made from the API's description break a server?",
+    "acceptance": "tokens per forward pass of every draft, by budget and category; speed",
+    "lossless": "whether a draft changes any token",
+    "perplexity": "perplexity of a text by weight format",
+    "soak": "whether a server survives thousands of mixed requests",
+    "two_keys": "whether a hostile API key slows down another",
+    "fuzz": "whether requests generated from the API's description break a server",
 }
 
 TUNES: Final = {
-    "recycle": "a table of what the target holds likely after the last tokens",
-    "eagle": "a head over the target's own layers, trained on its answers",
-    "medusa": "heads over the target's last row alone, trained on its answers",
-    "prompts": "prompts that the target makes up, where there are no others to train on",
+    "recycle": "a table of the likely next tokens after the last tokens",
+    "eagle": "a head that reads hidden states of the target, trained on its answers",
+    "medusa": "heads that read the target's last hidden state, trained on its answers",
+    "prompts": "prompts generated by the target, to train on if there are no others",
 }
 
 
@@ -165,15 +165,15 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         action="store_true",
         help="each prompt is a user's message (default if the model has a chat template)",
     )
-    form.add_argument("--raw", action="store_true", help="each prompt is text to go on with")
+    form.add_argument("--raw", action="store_true", help="each prompt is text to continue")
     prompts.add_argument(
-        "--prediction", metavar="TEXT", help="text expected in the answers; only makes it faster"
+        "--prediction", metavar="TEXT", help="text expected in the answers; affects speed only"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object per completion")
     add_flags(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
     add_flags(
-        parser.add_argument_group("speculation", "of these prompts; only speed depends on it"),
+        parser.add_argument_group("speculation", "of these prompts; affects speed only"),
         SpeculationParams,
         SPECULATION_HELP,
         skip=frozenset({"prediction"}),  # --prediction takes text, this field token ids
@@ -200,9 +200,11 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="of the server (default: %(default)s)",
     )
     parser.add_argument("--model", metavar="NAME", help="one of the server's; not given: its own")
-    parser.add_argument("--system", metavar="TEXT", help="instructions that precede everything")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
-        "--show-speculation", action="store_true", help="colour tokens by who proposed them"
+        "--show-speculation",
+        action="store_true",
+        help="colour tokens by the drafter that proposed them",
     )
     parser.add_argument(
         "--api-key-env",

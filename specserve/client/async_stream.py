@@ -50,7 +50,7 @@ class AsyncStream:
 
     async def open(self) -> None:
         """Send the request now instead of on first use. Raises SpecserveError."""
-        with self._ending():
+        with self._closing_at_end():
             await self._connected()
 
     async def result(self) -> Completion:
@@ -123,7 +123,7 @@ class AsyncStream:
 
     async def _advance(self) -> None:
         """Read and decode the next bytes. An error is stored, so that earlier deltas come first."""
-        with suppress(SpecserveError), self._ending():
+        with suppress(SpecserveError), self._closing_at_end():
             response = await self._connected()
             chunk = await self._read(response)
             for data in self._decoder.feed(chunk):
@@ -135,7 +135,7 @@ class AsyncStream:
                 raise StreamBroken(f"{self._connection.url} ended its stream without [DONE]")
 
     @contextmanager
-    def _ending(self) -> Iterator[None]:
+    def _closing_at_end(self) -> Iterator[None]:
         """Closes the stream on any exception, and stores a SpecserveError in `_failure`."""
         try:
             yield

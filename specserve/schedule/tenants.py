@@ -199,10 +199,10 @@ class Tenants:
                     rows = rows // _CHUNK * _CHUNK
                 allowances[tenant] = rows
         room = self._max_rows - num_roots
-        ending = {t for t, wanted in wanting.items() if wanted <= min(allowances[t], room)}
+        satisfied = {t for t, wanted in wanting.items() if wanted <= min(allowances[t], room)}
         for tenant in wanting:
             its = self._all[tenant]
-            its.gave_way = bool(ending) and tenant not in ending and not its.gave_way
+            its.gave_way = bool(satisfied) and tenant not in satisfied and not its.gave_way
             if its.gave_way:
                 allowances[tenant] = 0
         return allowances

@@ -63,7 +63,7 @@ class DraftContext:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What one pass settled. Entries without a tree are prompt chunks."""
+    """The result of one forward pass. Entries without a tree are prompt chunks."""
 
     entries: Sequence[EntryView]
     trees: Mapping[str, DraftTree]  # by sequence id

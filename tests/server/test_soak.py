@@ -89,4 +89,4 @@ def test_what_is_left_behind_is_seen(at_the_end: dict[str, float], failure: str)
 def test_errors_and_other_tokens_are_failures() -> None:
     rounds = [Round(50, 1.0, 100, vitals())] * 4
     found = find_failures(vitals(), rounds, ("500: oh",), ("[1, 2]",))
-    assert found == ["error: 500: oh", "differs when asked again: [1, 2]"]
+    assert found == ["error: 500: oh", "differs when repeated alone: [1, 2]"]

@@ -34,9 +34,9 @@ def test_a_short_run(tmp_path: Path) -> None:
     ("beside", "left", "failure"),
     [
         (Load([0.2] * 100), [], None),
-        (Load([0.1] * 90 + [0.3] * 10), [], "p99 TTFT is 3.00 times what it is alone"),
-        (Load([0.1] * 100, errors=["429: no"]), [], "beside the attacks: 429: no"),
-        (Load([0.1] * 100), ["3 tasks"], "left behind: 3 tasks"),
+        (Load([0.1] * 90 + [0.3] * 10), [], "p99 TTFT is 3.00 times that without attacks"),
+        (Load([0.1] * 100, errors=["429: no"]), [], "during the attacks: 429: no"),
+        (Load([0.1] * 100), ["3 tasks"], "not released: 3 tasks"),
     ],
 )
 def test_what_fails_a_run(beside: Load, left: list[str], failure: str | None) -> None:
