@@ -66,10 +66,10 @@ def cut(draw: st.DrawFn, ids: Sequence[int]) -> list[Sequence[int]]:
     return pieces
 
 
-def streamed(output: OutputText, pieces: Sequence[Sequence[int]], **ending: object) -> list[str]:
+def streamed(output: OutputText, pieces: Sequence[Sequence[int]], **last: object) -> list[str]:
     return [
         *(output.feed(piece) for piece in pieces[:-1]),
-        output.feed(pieces[-1] if pieces else (), last=True, **ending),  # type: ignore[arg-type]
+        output.feed(pieces[-1] if pieces else (), last=True, **last),  # type: ignore[arg-type]
     ]
 
 
