@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, what lands on which stream."""
+"""The command line in real processes: exit codes, stdout and stderr."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def specserve(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """The same in this process, where torch is loaded already."""
+    """Run a command in this process, where torch is loaded already."""
     status = main(arguments)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
@@ -64,7 +64,7 @@ def rows(stdout: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stdout.splitlines()]
 
 
-def test_help_and_settings_do_not_wait_for_torch() -> None:
+def test_help_and_print_config_do_not_import_torch() -> None:
     program = (
         "import sys; from specserve.cli import main; main(['generate', '--print-config']); "
         "sys.exit('torch' in sys.modules)"
@@ -84,7 +84,7 @@ def test_every_field_is_a_flag_with_help() -> None:
     assert set(ENGINE_HELP) | set(SERVER_HELP) == fields - {"target"}
 
 
-def test_every_sampling_flag_arrives() -> None:
+def test_every_sampling_flag_is_parsed() -> None:
     values: dict[str, tuple[list[str], Any]] = {
         "temperature": (["0.5"], 0.5),
         "top_k": (["7"], 7),
@@ -117,7 +117,7 @@ def test_every_sampling_flag_arrives() -> None:
     assert arrived == SamplingParams(**switches, **wanted)
 
 
-def test_engine_flags_arrive_over_the_file(tmp_path: Path) -> None:
+def test_engine_flags_override_the_file(tmp_path: Path) -> None:
     file = tmp_path / "specserve.toml"
     file.write_text('[target]\ntarget = "there"\n[cache]\nblock_size = 32\nkv_memory = "1GiB"\n')
     line = f"generate --config {file} --batch 5 --draft ngram --draft other --kv-memory 2GiB"
@@ -133,7 +133,7 @@ def test_engine_flags_arrive_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--options=max_match=3", "--logit-bias=5", "--logit-bias=a=b"])
-def test_a_pair_that_is_none_says_how_one_is_written(
+def test_the_error_for_a_malformed_pair_shows_the_form(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -143,7 +143,7 @@ def test_a_pair_that_is_none_says_how_one_is_written(
     assert "such as" in error
 
 
-def test_a_type_without_a_rule_is_refused() -> None:
+def test_a_field_of_an_unsupported_type_is_an_error() -> None:
     with pytest.raises(TypeError, match="no flag"):
         flag_type(set[int])
 
@@ -166,7 +166,7 @@ def test_a_type_without_a_rule_is_refused() -> None:
         ([], "COMMAND"),
     ],
 )
-def test_wrong_usage_is_2_and_one_line_says_why(
+def test_wrong_usage_has_exit_code_2_and_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     try:
@@ -180,7 +180,7 @@ def test_wrong_usage_is_2_and_one_line_says_why(
     assert captured.err.splitlines()[-1].startswith("specserve")
 
 
-def test_no_traceback_for_a_user() -> None:
+def test_errors_have_no_traceback() -> None:
     done = specserve("generate", "nowhere", "--prompt", "x")
     assert done.returncode == 2
     assert done.stderr.startswith("specserve: error: target: 'nowhere'")
@@ -253,7 +253,7 @@ def tiny_json(tiny_model: Path) -> subprocess.CompletedProcess[str]:
     return specserve("generate", str(tiny_model), *TINY, *GREEDY, *prompts, "--json")
 
 
-def test_json_has_exactly_the_promised_keys(tiny_json: subprocess.CompletedProcess[str]) -> None:
+def test_json_has_exactly_the_documented_keys(tiny_json: subprocess.CompletedProcess[str]) -> None:
     assert tiny_json.returncode == 0, tiny_json.stderr
     assert tiny_json.stderr == ""
     first, second = rows(tiny_json.stdout)
@@ -275,7 +275,7 @@ def test_json_has_exactly_the_promised_keys(tiny_json: subprocess.CompletedProce
     assert speculation["mean_acceptance_length"] == 24 / speculation["num_spec_steps"]
 
 
-def test_batch_and_draft_change_nothing(
+def test_batch_and_draft_do_not_change_the_output(
     capsys: pytest.CaptureFixture[str],
     tiny_model: Path,
     tiny_json: subprocess.CompletedProcess[str],
@@ -292,7 +292,7 @@ def test_batch_and_draft_change_nothing(
         assert [row["index"] for row in rows(out)] == [0, 1, 2]
 
 
-def test_text_is_streamed_and_summed_up(
+def test_text_is_streamed_and_followed_by_a_summary(
     tiny_model: Path, tiny_json: subprocess.CompletedProcess[str]
 ) -> None:
     done = specserve("generate", str(tiny_model), *TINY, *GREEDY, "--prompt", "w1 w2 w3")
@@ -301,7 +301,7 @@ def test_text_is_streamed_and_summed_up(
     assert done.stderr.startswith("[24 tokens in ")
 
 
-def test_several_texts_are_told_apart(
+def test_several_texts_have_headings(
     capsys: pytest.CaptureFixture[str],
     tiny_model: Path,
     tiny_json: subprocess.CompletedProcess[str],
@@ -314,7 +314,7 @@ def test_several_texts_are_told_apart(
     assert err.startswith("[48 tokens in ")
 
 
-def test_a_prediction_only_makes_it_faster(
+def test_a_prediction_does_not_change_the_output(
     capsys: pytest.CaptureFixture[str],
     tiny_model: Path,
     tiny_json: subprocess.CompletedProcess[str],
@@ -329,7 +329,7 @@ def test_a_prediction_only_makes_it_faster(
     assert predicted["speculation"]["num_spec_steps"] <= 4  # 24 tokens, 8 nodes a pass
 
 
-def test_samples_and_logprobs_are_there_if_asked_for(
+def test_samples_and_logprobs_are_shown_if_requested(
     capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:
     line = ["generate", str(tiny_model), *TINY, "--prompt", "w1 w2", "--json", "--seed", "3"]
@@ -344,7 +344,7 @@ def test_samples_and_logprobs_are_there_if_asked_for(
     assert all(len(entry["top"]) == 2 for entry in first["logprobs"])
 
 
-def test_one_bad_prompt_fails_alone(
+def test_one_bad_prompt_does_not_affect_the_others(
     capsys: pytest.CaptureFixture[str],
     tiny_model: Path,
     tiny_json: subprocess.CompletedProcess[str],
@@ -363,7 +363,7 @@ def test_one_bad_prompt_fails_alone(
     assert [line.split(": ")[2] for line in err.splitlines()] == ["prompt 1", "prompt 2"]
 
 
-def test_a_sampling_value_out_of_range_is_1(
+def test_a_sampling_value_out_of_range_has_exit_code_1(
     capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:
     line = ["generate", str(tiny_model), *TINY, "--prompt", "w1", "--temperature", "nan"]
@@ -423,7 +423,7 @@ def test_pull_prints_the_directory(capsys: pytest.CaptureFixture[str], tiny_mode
     assert call(capsys, "pull", str(tiny_model)) == (0, f"{tiny_model}\n", "")
 
 
-def test_doctor_says_what_will_be_used(tiny_model: Path, tmp_path: Path) -> None:
+def test_doctor_reports_what_will_be_used(tiny_model: Path, tmp_path: Path) -> None:
     line = ["doctor", str(tiny_model), "--json", "--device", "cpu", "--kv-memory", "4MiB"]
     done = specserve(*line, XDG_CACHE_HOME=str(tmp_path))
     report = json.loads(done.stdout)
@@ -474,7 +474,7 @@ def test_doctor_reads_a_gguf_file(
         (["--kv-memory", "1"], "kv_memory: 1 bytes"),
     ],
 )
-def test_doctor_is_1_if_something_is_broken(
+def test_doctor_has_exit_code_1_if_something_is_broken(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, arguments: list[str], words: str
 ) -> None:
     target = [str(tiny_model)] if arguments[0].startswith("--") else []

@@ -1,4 +1,4 @@
-"""`specserve chat` as a user meets it: real processes, pipes and pseudo-terminals."""
+"""`specserve chat` in real processes, with pipes and pseudo-terminals."""
 
 import fcntl
 import os
@@ -50,7 +50,7 @@ def piece(text: str, **more: Any) -> dict[str, Any]:
 
 
 def server(**special: Handler) -> Handler:
-    """Says "you said <prompt>"; `special` has handlers for some prompts."""
+    """A server that answers "you said <prompt>"; `special` has handlers for some prompts."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         if request.path == "/v1/models":
@@ -77,7 +77,7 @@ def said(peer: ScriptedPeer) -> list[list[tuple[str, str]]]:
 
 
 def chat(lines: str, *arguments: str, **env: str) -> tuple[int, str, str]:
-    """Through pipes: exit code, stdout, stderr."""
+    """Run a chat with pipes; returns exit code, stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "specserve.cli", "chat", *arguments],
         input=lines,
@@ -102,7 +102,7 @@ class Terminal:
         os.write(self._screen, text.encode())
 
     def interrupt(self, pattern: str) -> None:
-        """Ctrl-C, again if need be: Python misses one that comes just before it reads a key."""
+        """Ctrl-C, repeated if necessary: Python misses one just before it reads a key."""
         for _ in range(4):
             self.type("\x03")
             with suppress(AssertionError):
@@ -111,7 +111,7 @@ class Terminal:
         raise AssertionError(self._seen)
 
     def wait_for(self, pattern: str, seconds: float = 20) -> str:
-        """What appeared up to and with the pattern; it counts as seen."""
+        """Wait for the pattern; returns the output up to its end, which is consumed."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern.encode(), self._seen)):
             assert time.monotonic() < end, self._seen
@@ -153,7 +153,7 @@ def terminal(url: str, *arguments: str) -> Iterator[Terminal]:
 # --- through pipes
 
 
-def test_a_conversation_goes_on_line_by_line() -> None:
+def test_each_input_line_is_a_turn() -> None:
     with scripted_peer(server()) as peer:
         line = [
             peer.url,
@@ -216,7 +216,7 @@ def test_commands() -> None:
     assert "/nonsense is not a command; /help lists all" in notes
 
 
-def test_an_answer_that_fails_is_one_line_and_the_next_is_tried() -> None:
+def test_a_failed_answer_prints_one_line_and_the_chat_continues() -> None:
     broken = streams(
         piece("half"), {"error": {"message": "the engine\nstopped", "code": None}}, DONE
     )
@@ -235,7 +235,7 @@ def test_an_answer_that_fails_is_one_line_and_the_next_is_tried() -> None:
     assert requests[-1] == [("user", "b"), ("assistant", "half"), ("user", "d")]
 
 
-def test_a_failed_prompt_can_be_asked_again() -> None:
+def test_a_failed_prompt_can_be_retried() -> None:
     fail = iter([fails(400), answers(b"", 500)])
 
     async def first_fails(request: web.Request) -> web.StreamResponse:
@@ -249,7 +249,7 @@ def test_a_failed_prompt_can_be_asked_again() -> None:
     assert (status, out) == (1, "you said x\nyou said a\n")
 
 
-def test_nobody_there() -> None:
+def test_without_a_server() -> None:
     with scripted_peer(server()) as peer:
         url = peer.url
     status, out, err = chat("hello\n", url)
@@ -273,7 +273,7 @@ def test_the_key_comes_from_the_environment() -> None:
         assert err.count("\n") == 1
 
 
-def test_settings_that_cannot_be_are_one_line() -> None:
+def test_errors_of_settings_are_one_line() -> None:
     with scripted_peer(server()) as peer:
         for line in (["localhost:8000"], [peer.url, "--temperature", "nan"]):
             status, _, err = chat("a", *line)

@@ -1,4 +1,4 @@
-"""The kernel benchmark: every call runs, every byte is counted once."""
+"""The kernel benchmark: every case runs, and each byte is counted once."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from specserve_benchmarks.kernels import Report, seconds_per_call
 from specserve_kernels.dispatch import select_kernels
 
 
-def test_a_call_takes_as_long_as_it_takes() -> None:
+def test_the_measured_time_is_that_of_the_call() -> None:
     measured = seconds_per_call(lambda: time.sleep(0.02), torch.device("cpu"))
     assert 0.02 <= measured < 0.2
 
@@ -45,7 +45,7 @@ def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
     assert step[1] - step[0] == 2 * 2 * slot  # 2 more rows of KV, 2 layers
 
 
-def test_a_context_the_model_does_not_have(
+def test_a_context_longer_than_the_models_is_refused(
     tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--target", str(tiny_model), "--device", "cpu", "--contexts", "5000"]

@@ -1,4 +1,4 @@
-"""The offline benchmark: what it computes from samples, and a real run."""
+"""The offline benchmark: its figures, and a whole run."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_medians_ratios_and_spread() -> None:
     assert drafted.same_ids is True
 
 
-def test_another_token_is_reported() -> None:
+def test_different_token_ids_are_reported() -> None:
     samples = [sample("none", 0, 1.0), sample("ngram", 0, 1.0, ids=((1, 2, 3), (4, 5, 7)))]
     assert [row.same_ids for row in summarise(samples)] == [None, False, None, False]
 
@@ -78,7 +78,7 @@ def test_one_token_per_request_has_no_tpot() -> None:
     assert drafted.tpot_ratio is None
 
 
-def test_batches_are_whole_and_repeat_prompts_only_if_they_must() -> None:
+def test_batches_are_whole_and_repeat_prompts_only_if_needed() -> None:
     prompts = [Prompt(name, name[0], []) for name in ("a0", "b0", "a1", "a2", "b1")]
     cells = {(cell.category, cell.batch): cell for cell in plan(prompts, [1, 2, 4], 3)}
     found = {key: [prompt.id for prompt in cell.prompts] for key, cell in cells.items()}

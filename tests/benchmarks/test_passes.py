@@ -1,4 +1,4 @@
-"""The benchmark of passes: a whole run over a tiny model, and its table."""
+"""The benchmark of forward passes: a whole run with a tiny model, and its table."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs beside other engines: the children's protocol with a real model, and the arithmetic."""
+"""Comparison with other engines: the protocol of the child processes, and the arithmetic."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ def settings(model: Path, draft: str) -> dict[str, object]:
     }
 
 
-def test_a_child_answers_as_often_as_it_is_asked(tmp_path: Path) -> None:
+def test_a_child_process_answers_several_requests(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path, seed=0)
     prompts = [[5, 6, 7], [5, 6, 7, 5, 6, 7, 5, 6]]
     with (
@@ -46,7 +46,7 @@ def test_a_python_without_the_engine(tmp_path: Path) -> None:
         Peer("vLLM", "vllm", missing, {}, {})
 
 
-def test_prompts_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_prompt_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_tiny_llama(tmp_path, seed=0)
     assert main(["--prompts", str(tmp_path / "none.jsonl"), "--target", str(tmp_path)]) == 2
     assert "peers: error:" in capsys.readouterr().err
@@ -71,7 +71,7 @@ def test_ratios_are_taken_within_a_repeat_and_pooled_over_prompts() -> None:
     assert str(rows["a", "ours"].ratio) == "2.50 (2.00-3.00)"
 
 
-def test_how_far_two_answers_agree() -> None:
+def test_length_of_the_common_start_of_two_answers() -> None:
     assert common_start([1, 2, 3], [1, 2, 4]) == 2
     assert common_start([1, 2], [1, 2, 4]) == 2
     assert common_start([5], [1]) == 0

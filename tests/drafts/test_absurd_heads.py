@@ -1,4 +1,4 @@
-"""Values that no head has, in its config.json: refused at once and by name, or of no effect."""
+"""Impossible values in the config.json of a head are refused by name, or have no effect."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""A draft model as a drafter: its own context, and what a failed pass leaves behind."""
+"""A language model as a drafter: its context length, and failed forward passes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ def tokens_per_pass(engine: Engine, prompt: tuple[int, ...]) -> float:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_past_its_context_a_draft_proposes_nothing(
+def test_nothing_is_drafted_beyond_the_context_of_the_draft(
     tmp_path: Path, make_engine: EngineFactory, quantization: str
 ) -> None:
-    """Requests beside such a one, and after it, are drafted for as before."""
+    """Other requests, at the same time and later, are drafted for as before."""
     target = write_tiny_llama(tmp_path / "target", seed=1, head_dim=16)
     draft = write_tiny_llama(tmp_path / "draft", seed=1, head_dim=16, context=64)
     settings = {"target": target, "quantization": quantization, "max_nodes": 6}
@@ -42,7 +42,7 @@ def test_past_its_context_a_draft_proposes_nothing(
     assert engine.drafter.active == list(engine.drafter.names)
 
 
-def test_a_pass_that_failed_leaves_nothing_behind(
+def test_a_failed_forward_pass_leaves_no_state(
     tiny_model: Path, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(str(tiny_model), max_nodes=6)

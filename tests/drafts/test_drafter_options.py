@@ -1,4 +1,4 @@
-"""Options of drafters that do not run are refused: they would change nothing, silently."""
+"""Options of drafters that do not run are refused, because they would have no effect."""
 
 from typing import Any
 

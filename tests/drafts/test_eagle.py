@@ -1,4 +1,4 @@
-"""What an EAGLE head computes on its way through an engine, against the plain definition."""
+"""An EAGLE head in an engine: its logits and trees, against the definition."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,7 +130,7 @@ def test_logits_are_those_of_the_definition(
 def test_a_float_head_runs_over_a_quantized_target(
     one_head: Written, tmp_path: Path, make_engine: EngineFactory
 ) -> None:
-    """To a head that is not quantised itself: its width is no multiple of 32."""
+    """The head is not quantised, because its width is no multiple of 32."""
     target = write_tiny_llama(tmp_path, seed=1, head_dim=16)
     engine = make_engine(str(one_head.path), target=target, max_nodes=6, quantization="int8")
     model = engine.runner._model
@@ -141,7 +141,7 @@ def test_a_float_head_runs_over_a_quantized_target(
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_the_parts_of_a_target_are_those_it_runs_with(
+def test_embed_norm_and_unembed_are_those_of_the_target(
     quantization: Quantization, tmp_path: Path
 ) -> None:
     if quantization != "none" and fused_models(select_kernels(CPU)) is None:
@@ -192,7 +192,7 @@ def test_hidden_states_stay_aligned_when_a_forward_pass_fails(
     make_engine: EngineFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One pass per request, and one request that fails alone too."""
+    """The pass is repeated for each request, and for one request it fails again."""
     engine = make_engine(str(one_head.path), max_nodes=6)
     seen = record_evaluated(engine)
     for index, prompt in enumerate(PROMPTS):

@@ -1,4 +1,4 @@
-"""Reading heads as they are published, and refusing those that do not fit."""
+"""EAGLE heads in all published formats are read; heads for another target are refused."""
 
 import json
 from pathlib import Path
@@ -41,10 +41,10 @@ def test_every_layout_is_recognised(layout: str, shape: ModelShape, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_a_head_is_known_by_its_tensors_whatever_model_it_claims_to_be(
+def test_a_head_is_recognised_by_its_tensors_whatever_its_config_names(
     name: str, prefix: str, shape: ModelShape, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """Not by what lies beside it either; and one more layer makes a language model no head."""
+    """Other files beside it do not matter, and a language model with one more layer is no head."""
     written = write_eagle(tmp_path / "head", "eagle1")
     written.config |= {"architectures": [name], "model_type": name.split("For")[0].lower()}
     written.tensors = {prefix + n: t for n, t in written.tensors.items()}
@@ -83,7 +83,7 @@ def test_default_aux_layers_are_the_authors(tmp_path: Path) -> None:
     assert read_head(written.path, deep, aux_layers=(1, 2, 30)).shape.aux_layers == (1, 2, 30)
 
 
-def test_nested_flags_count(shape: ModelShape, tmp_path: Path) -> None:
+def test_nested_flags_are_read(shape: ModelShape, tmp_path: Path) -> None:
     written = write_eagle(tmp_path, "eagle31")
     del written.config["norm_output"]
     written.config["eagle_config"]["norm_output"] = True
@@ -177,7 +177,7 @@ def test_weights_that_do_not_fit_are_refused(
 def test_token_ids_in_place_of_offsets_are_detected(
     dtype: torch.dtype, shape: ModelShape, tmp_path: Path
 ) -> None:
-    """Where `t2d` tells, and where it is left out, in any order; offsets are read as ever."""
+    """With and without `t2d`, in any order; offsets are still accepted."""
     written = write_eagle(tmp_path, "official")
     ids, t2d = written.token_ids, written.tensors["t2d"]
     written.tensors["d2t"] = written.tensors["d2t"].to(dtype)
@@ -250,7 +250,7 @@ def test_an_invalid_token_order_is_refused(
         create_drafter(str(tmp_path), {"eagle": {"draft_vocab": 20}}, tiny_model, Path)
 
 
-def test_without_a_checkpoint_it_is_the_pretrained_head(
+def test_without_a_checkpoint_the_pretrained_head_is_used(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DraftError, match="there is no pretrained 'eagle' head for this target"):
@@ -267,7 +267,9 @@ def test_without_a_checkpoint_it_is_the_pretrained_head(
     assert expanded(["auto"], tiny_model) == ["recycle"]
 
 
-def test_it_asks_for_the_layers_it_reads(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_drafter_requests_the_layers_that_its_head_reads(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     write_eagle(tmp_path, "speculators_qwen3")
     drafter = create_drafter(str(tmp_path), {}, tiny_model, Path)
     assert isinstance(drafter, EagleDrafter)

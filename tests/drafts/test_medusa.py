@@ -1,4 +1,4 @@
-"""What Medusa heads compute on their way through an engine, and the trees made of it."""
+"""Medusa heads in an engine: their logits, and the trees made of them."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -60,7 +60,7 @@ def drafter_of(engine: Engine) -> MedusaDrafter:
 
 
 def record_proposals(engine: Engine) -> tuple[list[Proposal], list[Tensor]]:
-    """What is proposed from now on, and the logits of every row behind it."""
+    """Records the proposals from now on, and the logits that they are made of."""
     drafter = drafter_of(engine)
     proposals: list[Proposal] = []
     logits: list[Tensor] = []
@@ -113,7 +113,7 @@ def test_logits_are_those_of_the_definition(
 @pytest.mark.parametrize(
     "sampling", [GREEDY, SAMPLED, PENALISED], ids=["greedy", "sampled", "penal"]
 )
-def test_trees_are_of_the_tokens_that_the_noise_favours(
+def test_trees_have_the_tokens_with_the_largest_perturbed_logits(
     heads: Medusa, sampling: SamplingParams, target: Model, make_engine: EngineFactory
 ) -> None:
     engine = make_engine(str(heads.path), max_nodes=12)
@@ -152,7 +152,7 @@ def test_trees_are_of_the_tokens_that_the_noise_favours(
     st.integers(1, 24),
 )
 @settings(max_examples=150, deadline=None)
-def test_the_tree_is_the_best_of_the_product(probs: list[list[float]], budget: int) -> None:
+def test_the_tree_has_the_most_probable_combinations(probs: list[list[float]], budget: int) -> None:
     depths = [list(enumerate(sorted(some, reverse=True))) for some in probs]
     tree = product_tree(9, depths, budget, 3)
     tree.validate(97, budget)
@@ -173,7 +173,7 @@ def test_the_tree_is_the_best_of_the_product(probs: list[list[float]], budget: i
 def test_heads_that_equal_the_target_are_always_accepted(
     tmp_path: Path, make_engine: EngineFactory
 ) -> None:
-    """The target counts modulo 16, and head i says what it will say i + 1 tokens later."""
+    """The target counts modulo 16, and head i predicts its output i + 1 tokens later."""
     target = write_tiny_llama(tmp_path / "target", seed=5)
     weights = load_file(target / "model.safetensors")
     silent = ("o_proj.weight", "down_proj.weight")
@@ -222,7 +222,7 @@ def test_only_the_heads_that_a_budget_reaches_run(
 def test_hidden_states_stay_aligned_when_a_forward_pass_fails(
     tmp_path: Path, target: Model, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One pass per request, and one request that fails alone too."""
+    """The pass is repeated for each request, and for one request it fails again."""
     heads = write_medusa(tmp_path)
     engine = make_engine(str(heads.path), max_nodes=6)
     proposals, logits = record_proposals(engine)

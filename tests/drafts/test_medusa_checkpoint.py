@@ -1,4 +1,4 @@
-"""Reading Medusa heads as they are published, and refusing those that do not fit."""
+"""Medusa heads in all published formats are read; heads for another target are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ def test_every_layout_is_recognised(layout: str, tmp_path: Path) -> None:
     assert checkpoint_method(write_medusa(tmp_path, layout).path) == "medusa"
 
 
-def test_the_weights_say_how_many_heads_there_are(tiny_model: Path, tmp_path: Path) -> None:
-    """As in the files of the authors, which say 2 and have 5; other prefixes are in use, too."""
+def test_the_number_of_heads_is_read_from_the_weights(tiny_model: Path, tmp_path: Path) -> None:
+    """The config.json of the authors says 2, with 5 heads; tensor names have several prefixes."""
     heads = write_medusa(tmp_path)
     heads.config["medusa_num_heads"] = 2
     heads.tensors = {f"medusa_heads.{name}": tensor for name, tensor in heads.tensors.items()}
@@ -66,7 +66,7 @@ def test_the_weights_say_how_many_heads_there_are(tiny_model: Path, tmp_path: Pa
         ("vllm_mapped", {}, {"token_map": None}, r"lm_heads\.0\.weight has shape \[40, 32\]"),
     ],
 )
-def test_what_does_not_fit_the_target_is_refused(
+def test_heads_for_another_target_are_refused(
     layout: str,
     config: dict[str, Any],
     tensors: dict[str, Tensor | None],

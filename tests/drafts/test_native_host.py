@@ -1,4 +1,4 @@
-"""The compiled host code of drafting against its Python reference: the same bits."""
+"""The compiled host code of drafting gives the same bits as its reference in Python."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -40,7 +40,7 @@ def assert_same(compiled: DraftTree, python: DraftTree) -> None:
 
 @st.composite
 def trees(draw: st.DrawFn, max_nodes: int = 12) -> DraftTree:
-    """With the root 3, and probabilities from few values, so that some are the same."""
+    """A tree with root 3, whose probabilities have few values, so that some are equal."""
     nodes: dict[tuple[int, int], float] = {}
     path_probs = [1.0]
     for _ in range(draw(st.integers(0, max_nodes - 1))):
@@ -80,7 +80,7 @@ def test_calibrated_trees(steps: list[Step]) -> None:
 
 
 @given(st.lists(trees(), max_size=4), st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5))
-def test_nodes_that_are_worth_their_rows(proposed: list[DraftTree], prices: list[float]) -> None:
+def test_selected_nodes(proposed: list[DraftTree], prices: list[float]) -> None:
     costs = CostModel({1 + 8 * at: price for at, price in enumerate(prices)})
     compiled, python = both(lambda: NodeSelection(costs))
     named = {str(index): tree for index, tree in enumerate(proposed)}
@@ -91,16 +91,14 @@ def test_nodes_that_are_worth_their_rows(proposed: list[DraftTree], prices: list
 
 
 @given(trees())
-def test_trees_are_laid_out(tree: DraftTree) -> None:
+def test_built_trees(tree: DraftTree) -> None:
     arguments = (tree.tokens.tolist(), tree.parents.tolist(), tree.path_probs.tolist(), 3)
     assert_same(DraftTree(*native_host().build_tree(*arguments)), build_tree(*arguments))
 
 
 @given(trees(), st.integers(0, 2), st.integers(0, 5), st.integers(-2, 99), st.floats(-1, 2))
-def test_trees_that_are_none(
-    tree: DraftTree, which: int, at: int, value: int, path_prob: float
-) -> None:
-    """Whatever is wrong with one, both say the same of it."""
+def test_invalid_trees(tree: DraftTree, which: int, at: int, value: int, path_prob: float) -> None:
+    """Both raise the same error."""
     arrays = (tree.tokens.copy(), tree.parents.copy(), tree.path_probs.copy())
     arrays[which][at % len(tree)] = path_prob if which == 2 else value
     broken = DraftTree(*arrays, tree.drafter_ids)
@@ -166,8 +164,8 @@ def test_topk_tables(lessons: list[Lesson], num_rows: int, vocab_size: int) -> N
             ours.validate(vocab_size, 8)
 
 
-def test_a_whole_tree_is_learned_from() -> None:
-    """Contexts of a path that forks, and rows that are nothing to learn from."""
+def test_topk_tables_after_a_tree() -> None:
+    """With contexts along several branches, and rows without probabilities."""
     tree = build_tree([7, 1, 2, 3], [-1, 0, 0, 1], [1.0, 0.9, 0.5, 0.4], 1)
     best = np.arange(16).reshape(4, 4)
     best[2, 3] = -1
@@ -208,7 +206,7 @@ def test_trees_of_suffixes(
 
 
 def test_a_long_log_finds_the_latest(rng: np.random.Generator) -> None:
-    """More n-grams than a hash table begins with room for."""
+    """With more n-grams than the hash table has room for at first."""
     text = rng.integers(0, 30, 20_000).tolist()
     compiled, python = both(lambda: SuffixSearch((4, 2, 1), 0.02))
     trees = []

@@ -1,4 +1,4 @@
-"""The recycling table and its drafter: what is learned, found, kept apart, and kept."""
+"""The top-k table and the drafter `recycle`: learning, look-up, salts, saving."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def test_a_context_is_found_by_all_its_tokens(contexts: list[tuple[int, ...]]) -
         assert tokens[index] >= max(tokens.get(other, 0) for other in range(40))
 
 
-def test_shorter_contexts_answer_for_longer_ones() -> None:
+def test_shorter_contexts_are_used_for_unknown_longer_ones() -> None:
     table = TopKTable(2**10, vocab_size=100)
     write(table, (5, 6, 7), [1, 2, 3, 4])
     assert [token for token, _ in table.candidates([0], (5, 6, 99))] == [1, 2, 3, 4]
@@ -99,7 +99,7 @@ def test_entries_of_a_salt_begin_with_the_shared_ones(
 
 
 def test_the_request_table_is_mixed_in() -> None:
-    """It has the say where it knows more, and none where it knows nothing."""
+    """It prevails where it has seen a longer context, and has no effect where it has seen none."""
     table, own = TopKTable(2**10, 100), TopKTable(2**10, 100, REQUEST_RULE)
     write(table, (7, 6, 5), [1, 2, 3, 4])
     own.learn_text([5, 6, 7, 50])
@@ -113,7 +113,7 @@ def test_the_request_table_is_mixed_in() -> None:
     assert dict(TopKTable(8, 100).candidates([0], (50,), own)) == {}, "nothing follows the end"
 
 
-def test_a_small_table_evicts_and_never_confuses_contexts() -> None:
+def test_a_small_table_replaces_entries_and_never_confuses_contexts() -> None:
     table = TopKTable(8, vocab_size=1000)
     for token in range(500):
         write(table, (token, token, token), [token + 1, 0, 1, 2])
@@ -125,7 +125,7 @@ def test_a_small_table_evicts_and_never_confuses_contexts() -> None:
 
 
 def test_repeated_contexts_outlive_single_ones() -> None:
-    """As many new contexts as rows: a row is asked for once on average, so e^-1 are not at all."""
+    """With as many new contexts as rows, a row is hit once on average, and e^-1 of them never."""
     shares = {}
     for times in (1, 2):
         table = TopKTable(2**12, vocab_size=100_000)
@@ -150,7 +150,7 @@ def test_a_saved_table_is_the_same(vocab_size: int, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["table"]
 
 
-def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_table_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     table = TopKTable(8, 100)
     write(table, (5, 6, 7), [1, 2, 3, 99])
@@ -172,10 +172,10 @@ def recycled(engine: Engine) -> RecycleDrafter:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_given_before_is_drafted_whole(
+def test_a_repeated_answer_is_drafted_completely(
     temperature: float, make_engine: EngineFactory
 ) -> None:
-    """The table has seen it: at temperature > 0 what could have been, too."""
+    """At temperature > 0, too: the table holds the alternatives of each position."""
     params = SamplingParams(temperature=temperature, max_tokens=40, seed=3, ignore_eos=True)
     engine = make_engine("recycle", max_nodes=8)
     first, second = (run(engine, [PROMPT], params)[0] for _ in range(2))
@@ -307,7 +307,7 @@ def test_non_finite_logits_are_not_learned_from(
         ({"context": 8}, r"draft\.options\.recycle\.context: unknown option; .* 'contexts'"),
     ],
 )
-def test_wrong_options_say_what_is_possible(
+def test_errors_of_options_name_the_allowed_range(
     options: dict[str, Any], message: str, tiny_model: Path
 ) -> None:
     with pytest.raises(DraftError, match=message):

@@ -1,4 +1,4 @@
-"""`specserve tune prompts`, on the model that ships: what it writes is what users ask."""
+"""`specserve tune prompts` with SmolLM2: it writes prompts like those of users."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tiny_chat import write_tiny_chat
 from specserve.cli.main import main as specserve
 
 
-def test_a_target_makes_up_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_target_generates_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "prompts.jsonl"
     command = ["tune", "prompts", "--count", "20", "--batch", "4", "--out", str(out)]
     assert specserve(command) == 0

@@ -1,4 +1,4 @@
-"""The acceptance eval: its figures by hand, and whole runs on a tiny model."""
+"""The acceptance eval: its figures, computed by hand, and whole runs on a tiny model."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-prompt", "128", "--max-
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """With a model, prompts and, once they are made, results."""
+    """A directory with a model and prompts; runs write their results to it."""
     write_tiny_chat(tiny_model, tmp_path / "tiny")
     write_chat_prompts(tmp_path / "prompts.jsonl")
     return tmp_path
@@ -85,20 +85,20 @@ def test_figures_are_pooled_over_passes() -> None:
     assert (figures.speedup, figures.decode_speedup) == (2.0, 2.0)
 
 
-def test_speed_is_that_of_all_tokens_in_all_seconds() -> None:
+def test_speed_is_all_tokens_divided_by_all_seconds() -> None:
     figures = pool([outcome("a", LONG, seconds=1.0), outcome("a", SHORT, seconds=9.0)])
     assert figures.tokens_per_s == 23 / 10
     assert figures.speedup == pytest.approx((23 / 10) / (23 / 8))
 
 
-def test_categories_and_all_of_them() -> None:
+def test_figures_by_category_and_overall() -> None:
     figures = by_category([outcome("a", LONG), outcome("b", SHORT), outcome("a", LONG)])
     assert list(figures) == ["a", "b", OVERALL]
     assert [each.num_prompts for each in figures.values()] == [2, 1, 3]
     assert [each.tau for each in figures.values()] == [18 / 8, 5 / 4, 41 / 20]
 
 
-def test_an_answer_without_a_draft_or_a_second_pass() -> None:
+def test_figures_without_drafted_trees() -> None:
     nothing = Run(1, 0.5, 0, 0, 0.0, 0.0, 0.0)
     stats = SpecStats(num_spec_steps=1, num_emitted_tokens=1, acceptance_histogram=(1,))
     figures = pool([Outcome("q", "a", stats, (0,), nothing, nothing, True)])
@@ -147,10 +147,10 @@ def check(outcome: Outcome, budget: int) -> None:
     assert 0 < run.draft_seconds + run.verify_seconds < run.decode_seconds
 
 
-def test_what_is_left_of_a_run_is_gone_on_with(
+def test_an_interrupted_run_is_resumed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The drafter fails in the second of two cells: the first one is kept and not run again."""
+    """The drafter fails in the second of two cells; the first one is not measured again."""
     line = command(folder, "--budget", "4", "8", "--limit", "2", "--no-plots")
     propose = NgramDrafter.propose
 
@@ -179,7 +179,7 @@ def test_what_is_left_of_a_run_is_gone_on_with(
     assert sorted(file.name for file in (folder / "out").glob("*.png")) == PLOTS
 
 
-def test_another_run_in_the_same_place_is_refused(
+def test_a_run_with_other_settings_in_the_same_directory_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = ["--limit", "1", "--budget", "4", "--no-plots"]
@@ -195,7 +195,7 @@ def test_another_run_in_the_same_place_is_refused(
     assert (folder / "out" / "acceptance.json").read_bytes() == before
 
 
-def test_a_draft_that_is_another_by_now_is_refused(
+def test_a_draft_that_has_changed_since_is_refused(
     folder: Path, tiny_model: Path, tiny_draft: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, model in (("a", tiny_draft), ("b", tiny_model)):
@@ -207,7 +207,7 @@ def test_a_draft_that_is_another_by_now_is_refused(
     assert "holds a run with checkpoints {'draft': " in capsys.readouterr().err
 
 
-def test_drafters_of_one_tree_are_told_apart(folder: Path, tiny_draft: Path) -> None:
+def test_acceptance_is_counted_by_drafter(folder: Path, tiny_draft: Path) -> None:
     variant = f"ngram,{tiny_draft}"
     line = command(folder, "--draft", variant, "--budget", "4", "--per-category", "1", "--no-plots")
     assert acceptance.main(line) == 0
@@ -237,7 +237,7 @@ def test_drafters_of_one_tree_are_told_apart(folder: Path, tiny_draft: Path) -> 
         (["--out", "/dev/null/there"], "/dev/null/there cannot be used"),
     ],
 )
-def test_wrong_usage_is_2_and_says_why(
+def test_wrong_usage_has_exit_code_2(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     try:
@@ -249,7 +249,7 @@ def test_wrong_usage_is_2_and_says_why(
     assert not (folder / "out").exists()
 
 
-def test_without_matplotlib_the_extra_is_named(
+def test_the_error_without_matplotlib_names_the_extra(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -257,7 +257,7 @@ def test_without_matplotlib_the_extra_is_named(
     assert "pip install 'specserve[evals]'" in capsys.readouterr().err
 
 
-def test_several_drafts_are_runs_of_their_own() -> None:
+def test_each_draft_flag_is_a_variant() -> None:
     variants = parse_variants(["none", "ngram", "ngram,some/where/draft"])
     assert [variant.name for variant in variants] == ["ngram", "ngram,draft"]
 
@@ -279,14 +279,14 @@ def test_the_command_group_has_help(
     assert words in capsys.readouterr().out
 
 
-def test_an_eval_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_eval_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["eval", "acceptence"])
     assert exit_.value.code == 2
     assert "invalid choice: 'acceptence'" in capsys.readouterr().err
 
 
-def test_an_eval_is_a_module_that_can_be_run() -> None:
+def test_each_eval_is_a_module_with_main() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "specserve_evals.acceptance", "--limit", "0"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The lossless eval: it sees what it should see, on real engines."""
+"""The lossless eval on real engines: it reports differences, and none if there are none."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_the_first_difference(found: tuple[int, ...], mismatch: Mismatch | None)
     assert first_difference("q", (1, 2, 3), found) == mismatch
 
 
-def test_a_planted_difference_is_counted() -> None:
+def test_a_difference_is_counted() -> None:
     prompts = [Prompt(name, "all", []) for name in ("p", "q")]
     row = compare(
         ("ngram", "greedy", 2),
@@ -77,10 +77,10 @@ def test_a_planted_difference_is_counted() -> None:
     assert row.tokens_per_s == 3.0
 
 
-def test_another_model_makes_the_command_fail(
+def test_the_answers_of_another_model_fail_the_command(
     tiny_chat: Path, prompt_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reference of one model, the answers of another: every prompt must be reported."""
+    """Reference and answers are of different models: every prompt is reported."""
     other = write_tiny_chat(write_tiny_llama(tmp_path / "other", seed=5), tmp_path / "other-chat")
     flags = ["--target", str(tiny_chat), "--settings", "greedy", "--batch", "1", *TINY]
     flags += ["--max-tokens", "8"]
@@ -137,7 +137,7 @@ def test_a_wrong_file_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def walk(draws: list[int], finish: FinishInfo | None) -> VerifyResult:
-    """The result when the target draws `draws` along a chain of 5, 6, 7."""
+    """The result if the target draws `draws` along the path 5, 6, 7."""
     walked = Walk(chain_tree(4, [5, 6, 7], [0.9, 0.8, 0.7], 1))
     for index, token in enumerate(draws):
         walked.emit(token, finish if index == len(draws) - 1 else None)
@@ -155,7 +155,7 @@ def walk(draws: list[int], finish: FinishInfo | None) -> VerifyResult:
         ([9], FinishInfo("stop", 9), [], [1]),  # the target ended, the draft had not
     ],
 )
-def test_a_cut_is_not_a_rejection(
+def test_tokens_cut_at_the_end_are_not_rejected(
     draws: list[int], finish: FinishInfo | None, accepted: list[int], rejected: list[int]
 ) -> None:
     acceptance = Acceptance()
@@ -163,7 +163,7 @@ def test_a_cut_is_not_a_rejection(
     assert (acceptance.accepted, acceptance.rejected) == (accepted, rejected)
 
 
-def test_no_draft_has_no_share() -> None:
+def test_acceptance_without_drafts_is_none() -> None:
     acceptance = Acceptance()
     acceptance.record(chain_tree(4, [], [], 1), VerifyResult((0,), (9,), (0,), 0))
     assert acceptance.share is None

@@ -1,4 +1,4 @@
-"""Prompt files with categories: what is read, what is refused, what is chosen."""
+"""Prompt files with categories: reading, errors, and the choice of prompts."""
 
 import json
 from pathlib import Path
@@ -78,13 +78,13 @@ def test_without_limits_all_are_chosen() -> None:
     assert len(select(prompts(a=3, b=2)).prompts) == 5
 
 
-def test_a_prompt_that_does_not_fit_gives_way_to_the_next_of_its_category() -> None:
+def test_a_prompt_that_does_not_fit_is_replaced_by_the_next_of_its_category() -> None:
     selection = select(prompts(a=3, b=3), limit=2, fits=lambda prompt: prompt.id != "a0")
     assert ids(selection.prompts) == ["a1", "b0"]
     assert ids(selection.passed_over) == ["a0"]
     assert "a0" in selection.describe()
 
 
-def test_nothing_that_fits_is_an_error() -> None:
+def test_no_prompt_that_fits_is_an_error() -> None:
     with pytest.raises(ValueError, match="none of 2 fits"):
         select(prompts(a=2), fits=lambda prompt: False)
