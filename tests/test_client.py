@@ -157,7 +157,7 @@ def test_settings_that_cannot_be() -> None:
         Client("http://me:secret@h")
 
 
-def test_the_key_goes_along_and_to_nobody_else() -> None:
+def test_the_key_is_sent_to_the_server_only() -> None:
     with scripted_peer(answers(OK)) as other:
         elsewhere = answers(b"", 307, Location=f"{other.url}/v1/completions")
         with client_of(elsewhere, api_key="secret") as (client, peer):

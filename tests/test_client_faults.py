@@ -105,7 +105,7 @@ def test_a_failure_within_a_stream_comes_after_the_text_before_it() -> None:
 
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("first", [[], [chunk("a")]])
-def test_a_stream_cut_short_is_never_asked_for_again(first: list[Any], end: bool) -> None:
+def test_a_stream_that_was_cut_is_not_retried(first: list[Any], end: bool) -> None:
     with client_of(streams(*first, b'data: {"ch', end=end)) as (client, peer):
         stream = client.stream("x")
         assert [next(stream).text for _ in first] == ["a"] * len(first)
@@ -194,7 +194,7 @@ def test_a_lost_connection_is_tried_again_before_an_answer_only() -> None:
         assert len(peer.paths) == 1
 
 
-def test_nobody_there() -> None:
+def test_no_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     with Client(f"http://127.0.0.1:{port}", max_retries=1) as client:

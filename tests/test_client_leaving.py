@@ -232,7 +232,7 @@ def test_one_synchronous_client_is_for_many_threads() -> None:
         assert list(results) == [f"{text}!" for text in texts]
 
 
-def test_a_fork_is_told_so() -> None:
+def test_use_after_a_fork_is_an_error() -> None:
     program = """
 import os, sys
 from specserve import Client

@@ -15,7 +15,7 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def test_nothing_said_is_the_default() -> None:
+def test_defaults() -> None:
     assert load_config({}) == EngineConfig()
 
 
@@ -123,7 +123,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, words: list[str]) -> N
         ('[draft]\ndraft = ["ngram", 1]\n', "draft.draft: ['ngram', 1]; expected str, got int"),
     ],
 )
-def test_a_wrong_type_is_told_with_the_value(tmp_path: Path, text: str, message: str) -> None:
+def test_the_error_of_a_wrong_type_names_the_value(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "specserve.toml"
     file.write_text(text)
     with pytest.raises(ConfigError) as error:

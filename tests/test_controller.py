@@ -88,7 +88,7 @@ def test_rows_are_divided_and_no_tree_is_larger_than_useful() -> None:
     assert controller.budgets([], 8) == []
 
 
-def test_drafting_that_gains_more_than_it_costs_goes_on() -> None:
+def test_drafting_that_gains_more_than_it_costs_continues() -> None:
     assert all(map(all, run(adaptive(), [sequence()], {"a": 2}, 0.1, 200)))
 
 

@@ -75,7 +75,7 @@ def test_an_end_token_that_older_libraries_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("says", [{"eos_token": "<|im_end|>"}, {"generation": [BOS, END]}])
-def test_an_answer_ends_there(tmp_path: Path, says: dict[str, Any]) -> None:
+def test_an_answer_ends_at_each_end_token(tmp_path: Path, says: dict[str, Any]) -> None:
     llm = LLM(str(_write(tmp_path, config=BOS, **says)), **_SETTINGS)
     chat = [{"role": "user", "content": "hi"}]
     params: dict[str, Any] = {"temperature": 0.0, "max_tokens": 6, "logit_bias": {END: 100.0}}

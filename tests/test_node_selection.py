@@ -74,7 +74,7 @@ def test_free_nodes_are_all_kept_and_expensive_ones_are_not() -> None:
     assert select({}, 3, FLAT) == {}
 
 
-def test_the_hosts_share_is_there_whatever_is_drafted() -> None:
+def test_the_time_of_the_host_is_added_to_every_cost() -> None:
     """What a step takes anyway makes every node cheaper beside it."""
     trees = {"a": chain(0.4, 0.9)}
     costs = CostModel({1: 1.0, 2: 1.5, 4: 2.5})

@@ -77,7 +77,7 @@ def test_refused(name: str, value: Any) -> None:
     assert str(caught.value).startswith(name)
 
 
-def test_the_message_says_the_value_and_the_range() -> None:
+def test_the_message_has_the_value_and_the_range() -> None:
     with pytest.raises(RequestError, match=r"top_p: 0\.0 is out of range; .* \(0, 1\]"):
         SamplingParams(top_p=0.0).validate(VOCAB)
     with pytest.raises(RequestError, match=r"token id 100 is not in the vocabulary; .* 0 to 99"):
