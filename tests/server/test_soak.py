@@ -14,7 +14,7 @@ from specserve_evals.vitals import IDLE, PREEMPTIONS, TASKS, ProcessVitals, Vita
 MB = 2**20
 
 
-def test_a_short_soak_test_leaves_nothing_behind(chat_model: Path, tmp_path: Path) -> None:
+def test_a_short_soak_test_releases_everything(chat_model: Path, tmp_path: Path) -> None:
     """With KV for a part of what runs, so that sequences wait and are preempted too."""
     out = tmp_path / "report.json"
     engine = ["--dtype", "float32", "--device", "cpu", "--kv-memory", "96KiB", "--threads", "1"]
@@ -73,12 +73,12 @@ def vitals(**changes: float) -> Vitals:
         ({"tasks": 10}, "10 asyncio tasks instead of 9"),
         ({"http_num_fds": 21}, "the http process has 21 open files instead of 20"),
         ({"tokenizer_num_fds": 23}, "the tokenizer process has 23 open files instead of 20"),
-        ({"engine_pid": 77}, "the engine process of the beginning is gone"),
+        ({"engine_pid": 77}, "the engine process of the baseline has ended"),
         ({"http_rss_bytes": 106 * MB}, "the http process grew by 6.0% in the second half"),
         ({"engine_rss_bytes": 440 * MB}, "the engine process grew by 10.0% in the second half"),
     ],
 )
-def test_what_is_left_behind_is_seen(at_the_end: dict[str, float], failure: str) -> None:
+def test_resources_that_are_not_released_are_found(at_the_end: dict[str, float], failure: str) -> None:
     rounds = [Round(50 * part, 1.0, 100, vitals()) for part in (1, 2, 3)]
     end = Round(200, 1.0, 100, vitals(**at_the_end))
     assert find_failures(vitals(), [*rounds, rounds[0]], (), ()) == []
