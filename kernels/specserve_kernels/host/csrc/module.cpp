@@ -178,12 +178,7 @@ private:
     TopKTable table_;
 };
 
-}  // namespace
-}  // namespace specserve
-
-PYBIND11_MODULE(_native, module) {
-    using namespace specserve;
-
+void bind_calibration(py::module_& module) {
     py::class_<Calibration>(module, "Calibration")
         .def(
             py::init([](int max_depth, double prior_ratio, double prior_weight, double memory) {
@@ -208,14 +203,18 @@ PYBIND11_MODULE(_native, module) {
                const std::vector<int32_t>& emitted) {
                 self.record_outcome(sampled, Trees(trees).views(), emitted);
             });
+}
 
+void bind_trees(py::module_& module) {
     module.def("best_logits", &best_logits);
     module.def("build_tree", &build_tree);
     module.def("select_nodes", &selected_trees);
     module.def("validate", [](const py::object& tree, int vocab_size, int max_nodes) {
         validate(Trees(py::make_tuple(tree)).views()[0], vocab_size, max_nodes);
     });
+}
 
+void bind_topk_table(py::module_& module) {
     py::class_<BoundTable>(module, "TopKTable")
         .def(
             py::init<
@@ -235,7 +234,9 @@ PYBIND11_MODULE(_native, module) {
         .def("grow", &BoundTable::grow)
         .def("learn", &BoundTable::learn)
         .def("learn_text", &BoundTable::learn_text);
+}
 
+void bind_suffix_search(py::module_& module) {
     py::class_<TokenLog>(module, "TokenLog")
         .def(py::init<const std::vector<int>&>())
         .def("__len__", &TokenLog::size)
@@ -268,4 +269,14 @@ PYBIND11_MODULE(_native, module) {
                uint8_t drafter_id) {
                 return fields_of(self.tree(logs, recent, max_nodes, drafter_id));
             });
+}
+
+}  // namespace
+}  // namespace specserve
+
+PYBIND11_MODULE(_native, module) {
+    specserve::bind_calibration(module);
+    specserve::bind_trees(module);
+    specserve::bind_topk_table(module);
+    specserve::bind_suffix_search(module);
 }
