@@ -71,14 +71,16 @@ class Child(Generic[T]):
 
 def _spawn(module: str, sock: socket.socket) -> subprocess.Popen[bytes]:
     # PYTHONPATH and -P give the child this process's import path, without the working directory
-    # that -m would add. A new session keeps a Ctrl-C in the terminal from the child. The child is
-    # killed when the thread that starts it ends (parent_death.py): that of the event loop, which in
-    # `serve` is the main thread.
+    # that -m would add. A process group of its own keeps a Ctrl-C in the terminal from the child. A
+    # session of its own would, too, but Linux may divide the processors among sessions before it
+    # divides them among threads (sched_autogroup_enabled): one busy tokenizer process would get as
+    # much time as all threads of the engine. The child is killed when the thread that starts it
+    # ends (parent_death.py): that of the event loop, which in `serve` is the main thread.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, str(sock.fileno())],
         env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
         pass_fds=[sock.fileno()],
-        start_new_session=True,
+        process_group=0,
     )
