@@ -78,7 +78,9 @@ def vitals(**changes: float) -> Vitals:
         ({"engine_rss_bytes": 440 * MB}, "the engine process grew by 10.0% in the second half"),
     ],
 )
-def test_resources_that_are_not_released_are_found(at_the_end: dict[str, float], failure: str) -> None:
+def test_resources_that_are_not_released_are_found(
+    at_the_end: dict[str, float], failure: str
+) -> None:
     rounds = [Round(50 * part, 1.0, 100, vitals()) for part in (1, 2, 3)]
     end = Round(200, 1.0, 100, vitals(**at_the_end))
     assert find_failures(vitals(), [*rounds, rounds[0]], (), ()) == []
