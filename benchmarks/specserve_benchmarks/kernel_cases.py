@@ -13,7 +13,7 @@ import torch
 from specserve.batch import build_batch, tree_segment
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
-from specserve.models.llama import LlamaModel
+from specserve.models.model import Model
 from specserve.models.shape import ModelShape
 from specserve.tree import chain_tree
 from specserve_kernels.cases import AttentionCase, sampler_inputs
@@ -127,27 +127,24 @@ def argmax_case(kernels: Kernels, shape: ModelShape, device: torch.device, num_r
     )
 
 
-def step_cases(model: LlamaModel, rows: Sequence[int], contexts: Sequence[int]) -> Iterator[Case]:
+def step_cases(
+    model: Model, device: torch.device, rows: Sequence[int], contexts: Sequence[int]
+) -> Iterator[Case]:
     """One forward pass over a single-path tree, with logits of all rows; bytes: weights and KV."""
     num_blocks = -(-(max(contexts) + max(rows)) // BLOCK_SIZE)
-    storage = KVStorage(model.kv_spec, num_blocks * BLOCK_SIZE, model.device)
+    storage = KVStorage(model.kv_spec, num_blocks * BLOCK_SIZE, device)
     table = BlockTable(BLOCK_SIZE, list(range(num_blocks)))
-    weights = {
-        name: weight.nbytes
-        for name, weight in model.weight_slots().items()
-        if model.shape.tied_head or "embed_tokens" not in name  # an untied one is not read whole
-    }
     for context in contexts:
         for num_rows in rows:
             drafted = list(range(1, num_rows))
             tree = chain_tree(0, drafted, [1.0] * len(drafted), 1)
             segments = [tree_segment(table, context, tree)]
-            batch = build_batch(segments, BLOCK_SIZE, model.row_multiple, model.device)
+            batch = build_batch(segments, BLOCK_SIZE, model.row_multiple, device)
             yield Case(
                 "model step",
                 num_rows,
                 context,
-                sum(weights.values()) + (context + num_rows) * model.kv_spec.bytes_per_slot,
+                model.num_bytes + (context + num_rows) * model.kv_spec.bytes_per_slot,
                 partial(model, batch, storage),
             )
 

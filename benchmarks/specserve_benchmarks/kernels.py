@@ -24,7 +24,7 @@ from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig, load_config
 from specserve.engine.device import Platform, choose_platform
 from specserve.hub import resolve
-from specserve.models.loader import load_llama
+from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve_benchmarks.kernel_cases import NUM_BY_ROWS_ONLY, Case, kernel_cases, step_cases
 from specserve_evals import provenance
@@ -115,8 +115,8 @@ def cases(
     shape, dtype, device = ModelShape.from_dir(directory), platform.dtype, platform.device
     yield from kernel_cases(kernels, shape, dtype, device, args.rows, args.contexts)
     exact = platform.exact and kernels.exact
-    model = load_llama(directory, kernels=kernels, dtype=dtype, device=device, exact=exact)
-    yield from step_cases(model, args.rows, args.contexts)
+    model = load_model(directory, kernels=kernels, dtype=dtype, device=device, exact=exact)
+    yield from step_cases(model, device, args.rows, args.contexts)
 
 
 def _time(case: Case, backend: str, device: torch.device, advance: Advance) -> Timing:

@@ -71,19 +71,6 @@ class DecoderWeights:
     def vocab_size(self) -> int:
         return self.head.weight.num_outputs
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all weights that a forward pass with logits reads: the layers and the head."""
-        linears = [
-            linear
-            for layer in self.layers
-            for linear in (
-                *(layer.q, layer.k, layer.v, layer.o),
-                *(layer.gate, layer.up, layer.down),
-            )
-        ]
-        return sum(linear.weight.num_bytes for linear in [*linears, self.head])
-
 
 @dataclass(frozen=True, slots=True)
 class DecoderPass:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from specserve_kernels.quantized_weight import QuantizedWeight
 from specserve_kernels.segments import Segments
 
 
@@ -47,6 +48,15 @@ class Kernels(Protocol):
         only positions above p - window. Entry b of a block table stands for the `block_size`
         consecutive slots of the cache that begin at b * block_size.
         """
+        ...
+
+    def quantized_linear(
+        self,
+        x: Tensor,  # [num_rows, num_inputs] float32, contiguous
+        weight: QuantizedWeight,  # [num_outputs, num_inputs]
+    ) -> Tensor:  # [num_rows, num_outputs] float32
+        """x W^T. Each row of x is first rounded to int8 in groups of 32 inputs, with a scale each:
+        see `torch_ref.linear`."""
         ...
 
     def kv_write(

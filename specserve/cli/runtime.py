@@ -15,7 +15,7 @@ from specserve.hub import ALIASES, HubError, is_hub_id, resolve
 from specserve.hub.cache import default_cache_dir
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
-from specserve.models.quantization import choose_quantization
+from specserve.models.quantization.choice import choose_quantization
 from specserve.models.shape import ModelShape
 from specserve.speculation.registry import drafter_names
 from specserve_kernels.dispatch import native_host
@@ -167,6 +167,7 @@ def _kv_estimate(
         shape,
         read_checkpoint(directory),
         platform.kernels,
+        platform.device,
         platform.quantized_kv_dtype,
     ).quantized
     dtype = platform.quantized_kv_dtype if quantized else platform.dtype

@@ -1,98 +1,35 @@
-"""The decoder-only transformer of Llama, Mistral, SmolLM, Qwen2 and Qwen3, with float weights.
+"""The decoder-only transformer of Llama, Mistral, SmolLM, Qwen2 and Qwen3, layer by layer.
 
-Owns the weights and the order of operations of a forward pass. A forward pass gets all its inputs
-as arguments and leaves no state in the model. Knows nothing about sequences, trees or block tables.
-Invariant: in exact mode the result of a row does not depend on the other rows.
+Owns the order of operations of a forward pass, and which module of the checkpoint is which layer. A
+forward pass gets all its inputs as arguments and leaves no state in the model. Knows nothing about
+sequences, trees, block tables or weight formats. Invariant: if the scheme is exact, the result of a
+row does not depend on the other rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.batch import ForwardBatch, ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
-from specserve.models.layers import (
-    BASE_ROWS,
-    Linear,
-    RMSNorm,
-    Rotary,
-    pad_rows,
-    probe_linears,
-    rotate,
-    swiglu,
-    swiglu_exact,
-)
-from specserve.models.row_tiles import RowTiles
+from specserve.models.checkpoint import Checkpoint
+from specserve.models.layers.attention import Attention, AttentionInputs
+from specserve.models.layers.decoder_layer import DecoderLayer
+from specserve.models.layers.linear import Linear
+from specserve.models.layers.mlp import Mlp
+from specserve.models.layers.norm import RMSNorm
+from specserve.models.layers.rotary import Rotary
+from specserve.models.quantization.scheme import QuantScheme
+from specserve.models.row_tiles import pad_rows
 from specserve.models.shape import ModelShape
-from specserve_kernels.ops import Kernels, Plan
-
-MakeLinear = Callable[[int, int, bool], Linear]  # in_features, out_features, with bias
-
-
-class Attention:
-    """Grouped-query attention (Ainslie et al. 2023) with a fused q, k and v projection."""
-
-    def __init__(
-        self, shape: ModelShape, window: int, make: MakeLinear, device: torch.device
-    ) -> None:
-        self._shape = shape
-        self._window = window
-        self._num_kv = shape.num_kv_heads
-        self.q_size, self.kv_size = (
-            heads * shape.head_dim for heads in (shape.num_heads, shape.num_kv_heads)
-        )
-        self.qkv = make(shape.hidden_size, self.q_size + 2 * self.kv_size, shape.qkv_bias)
-        self.out = make(self.q_size, shape.hidden_size, shape.o_bias)
-        self.q_norm = self.k_norm = None
-        if shape.qk_norm:
-            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps, device)
-            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps, device)
-
-    def __call__(
-        self,
-        x: Tensor,  # [num_rows, hidden_size]
-        angles: tuple[Tensor, Tensor],
-        cache: tuple[Tensor, Tensor],  # K and V, each [num_slots, num_kv_heads, head_dim]
-        slots: Tensor,  # [num_rows] int64
-        kernels: Kernels,
-        plan: Plan,
-    ) -> Tensor:  # [num_rows, hidden_size]; also writes K and V of the rows to `cache`
-        heads = self.qkv(x).view(x.shape[0], -1, self._shape.head_dim)
-        q, k, v = torch.split(heads, [self._shape.num_heads, self._num_kv, self._num_kv], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
-        else:
-            rotated = rotate(heads[:, : -self._num_kv], angles)
-            q, k = torch.split(rotated, [self._shape.num_heads, self._num_kv], dim=1)
-        kernels.kv_write(k, v, *cache, slots)
-        scale = self._shape.head_dim**-0.5
-        mixed = kernels.paged_tree_attention(
-            q.contiguous(), *cache, plan, scale=scale, window=self._window
-        )
-        return self.out(mixed.view(x.shape[0], -1))
-
-
-class DecoderLayer:
-    """The weights of attention and SwiGLU, and of the norm in front of each."""
-
-    def __init__(
-        self, shape: ModelShape, window: int, make: MakeLinear, device: torch.device
-    ) -> None:
-        self.attention_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps, device)
-        self.attention = Attention(shape, window, make, device)
-        self.mlp_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps, device)
-        self.gate_up = make(shape.hidden_size, 2 * shape.intermediate_size, shape.mlp_bias)
-        self.down = make(shape.intermediate_size, shape.hidden_size, shape.mlp_bias)
+from specserve_kernels.ops import Kernels
 
 
 class LlamaModel:
-    """A `Model` with float weights.
+    """A `Model` whose `scheme` reads the weights of `checkpoint`, on `device`.
 
-    The projections are zero and the norms one until a loader fills the tensors of `weight_slots`
-    and calls `freeze`. With `exact`, the result of a row does not depend on the other rows of the
-    forward pass; the number of rows must then be a multiple of `row_multiple`.
+    K and V have the dtype `kv_dtype`. Raises `ModelError` if a weight is NaN or infinite.
     """
 
     quantized_embedding: None = None
@@ -100,43 +37,34 @@ class LlamaModel:
     def __init__(
         self,
         shape: ModelShape,
+        checkpoint: Checkpoint,
+        scheme: QuantScheme,
         kernels: Kernels,
         *,
-        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
         device: torch.device,
-        exact: bool,
     ) -> None:
         self.shape = shape
         self.kernels = kernels
-        self.dtype = dtype
-        self.device = device
-        self.exact = exact
-        self.row_multiple = BASE_ROWS if exact else 1
-        self._swiglu = swiglu_exact if exact else swiglu
-        self._linears: list[Linear] = []
-
-        self.embed_tokens = self._zeros(shape.vocab_size, shape.hidden_size)
+        self.dtype = kv_dtype
+        self.exact = scheme.exact
+        self.row_multiple = scheme.row_multiple
+        layers = _LayerReader(shape, checkpoint, scheme, device)
+        self.embedding = scheme.embedding("model.embed_tokens")
+        self.head = Linear(self.embedding) if shape.tied_head else scheme.linear(["lm_head"])
         self.rotary = Rotary(shape.rope, shape.head_dim, shape.max_position_embeddings, device)
-        self.layers = [
-            DecoderLayer(shape, window, self._make_linear, device) for window in shape.windows
-        ]
-        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps, device)
-        head = self.embed_tokens if shape.tied_head else self._zeros(*self.embed_tokens.shape)
-        self.head = self._add_linear(head, None)
+        self.layers = [layers.layer(index) for index in range(shape.num_layers)]
+        self.norm = layers.norm("model.norm")
 
     @property
     def num_bytes(self) -> int:
         """See `Model`."""
-        return sum(linear.weight.nbytes for linear in self._linears)
+        return sum(linear.method.num_bytes for linear in self._linears())
 
     @property
     def kv_spec(self) -> KVSpec:
-        return KVSpec(
-            num_layers=self.shape.num_layers,
-            num_kv_heads=self.shape.num_kv_heads,
-            head_dim=self.shape.head_dim,
-            dtype=self.dtype,
-        )
+        shape = self.shape
+        return KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.dtype)
 
     @torch.inference_mode()
     def forward(
@@ -150,17 +78,18 @@ class LlamaModel:
         """See `Model.__call__`. `num_top` is ignored: `ModelOutput.topk` is always None."""
         shape = self.shape
         assert batch.input_ids.shape[0] % self.row_multiple == 0, "rows must be padded"
-        plan = self.kernels.plan_attention(batch.segments, shape.num_kv_heads, shape.group_size)
-        angles = self.rotary.angles(batch.positions)
-        x = F.embedding(batch.input_ids, self.embed_tokens)
+        inputs = AttentionInputs(
+            self.kernels,
+            self.kernels.plan_attention(batch.segments, shape.num_kv_heads, shape.group_size),
+            self.rotary.angles(batch.positions),
+            batch.slots,
+        )
+        x = self.embedding.rows(batch.input_ids)
         states: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             if index in aux_layers:
                 states[index] = x
-            x = x + layer.attention(
-                layer.attention_norm(x), angles, kv.layer(index), batch.slots, self.kernels, plan
-            )
-            x = x + layer.down(self._swiglu(layer.gate_up(layer.mlp_norm(x))))
+            x = layer(x, kv.layer(index), inputs)
         states[shape.num_layers] = x
         return ModelOutput(
             logits=self.logits(x[batch.logit_rows]),
@@ -180,7 +109,7 @@ class LlamaModel:
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size]
         """See `Model`."""
-        return F.embedding(ids, self.embed_tokens)
+        return self.embedding.rows(ids)
 
     @torch.inference_mode()
     def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> the same shape
@@ -190,56 +119,58 @@ class LlamaModel:
     @torch.inference_mode()
     def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
         """See `Model`."""
-        return F.linear(x, self.head.weight).float()
+        return self.head(x).float()
 
-    def freeze(self) -> None:
-        """Call once after the weights are loaded. In exact mode it probes for larger row tiles."""
-        if self.exact:
-            probe_linears(self._linears)
-
-    def weight_slots(self) -> dict[str, Tensor]:
-        """The destination of each checkpoint tensor, by its name: views into the weights."""
-        slots = {"model.embed_tokens.weight": self.embed_tokens}
-        slots["model.norm.weight"] = self.norm.weight
-        if not self.shape.tied_head:
-            slots["lm_head.weight"] = self.head.weight
-        for index, layer in enumerate(self.layers):
-            slots.update((f"model.layers.{index}.{name}", slot) for name, slot in _slots(layer))
-        return slots
-
-    def _make_linear(self, in_features: int, out_features: int, with_bias: bool) -> Linear:
-        bias = self._zeros(out_features) if with_bias else None
-        return self._add_linear(self._zeros(out_features, in_features), bias)
-
-    def _add_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        linear = Linear(weight, bias, RowTiles() if self.exact else None)
-        self._linears.append(linear)
-        return linear
-
-    def _zeros(self, *size: int) -> Tensor:
-        return torch.zeros(size, dtype=self.dtype, device=self.device)
+    def _linears(self) -> Iterator[Linear]:
+        """Every linear map of a forward pass with logits."""
+        for layer in self.layers:
+            yield from (layer.attention.qkv, layer.attention.out)
+            yield from (layer.mlp.gate_up, layer.mlp.down)
+        yield self.head
 
 
-def _slots(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
-    """Yield each checkpoint name of one layer with the view of a weight that it is copied to."""
-    attention = layer.attention
-    yield "input_layernorm.weight", layer.attention_norm.weight
-    yield "post_attention_layernorm.weight", layer.mlp_norm.weight
-    if attention.q_norm is not None and attention.k_norm is not None:
-        yield "self_attn.q_norm.weight", attention.q_norm.weight
-        yield "self_attn.k_norm.weight", attention.k_norm.weight
-    size = layer.down.weight.shape[1]
-    qkv_sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-    yield from _parts("self_attn", ["q_proj", "k_proj", "v_proj"], attention.qkv, qkv_sizes)
-    yield from _parts("self_attn", ["o_proj"], attention.out, [attention.out.weight.shape[0]])
-    yield from _parts("mlp", ["gate_proj", "up_proj"], layer.gate_up, [size, size])
-    yield from _parts("mlp", ["down_proj"], layer.down, [layer.down.weight.shape[0]])
+class _LayerReader:
+    """Reads the modules of one layer from a checkpoint."""
 
+    def __init__(
+        self, shape: ModelShape, checkpoint: Checkpoint, scheme: QuantScheme, device: torch.device
+    ) -> None:
+        self._shape = shape
+        self._checkpoint = checkpoint
+        self._scheme = scheme
+        self._device = device
 
-def _parts(
-    prefix: str, names: list[str], linear: Linear, sizes: list[int]
-) -> Iterator[tuple[str, Tensor]]:
-    for kind, fused in (("weight", linear.weight), ("bias", linear.bias)):
-        if fused is not None:
-            for name, part in zip(names, torch.split(fused, sizes), strict=True):
-                yield f"{prefix}.{name}.{kind}", part
+    def layer(self, index: int) -> DecoderLayer:
+        prefix, exact = f"model.layers.{index}", self._scheme.exact
+        mlp = Mlp(
+            self._linear(f"{prefix}.mlp", ["gate_proj", "up_proj"], self._shape.mlp_bias),
+            self._linear(f"{prefix}.mlp", ["down_proj"], self._shape.mlp_bias),
+            exact=exact,
+        )
+        return DecoderLayer(
+            self.norm(f"{prefix}.input_layernorm"),
+            self._attention(f"{prefix}.self_attn", self._shape.windows[index]),
+            self.norm(f"{prefix}.post_attention_layernorm"),
+            mlp,
+        )
+
+    def norm(self, name: str) -> RMSNorm:
+        stored = self._checkpoint.floats(f"{name}.weight")
+        weight = stored.to(self._device, torch.float32, copy=True)  # never a view into the file
+        return RMSNorm(weight, self._shape.rms_norm_eps)
+
+    def _attention(self, name: str, window: int) -> Attention:
+        shape = self._shape
+        return Attention(
+            self._linear(name, ["q_proj", "k_proj", "v_proj"], shape.qkv_bias),
+            self._linear(name, ["o_proj"], shape.o_bias),
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            window=window,
+            q_norm=self.norm(f"{name}.q_norm") if shape.qk_norm else None,
+            k_norm=self.norm(f"{name}.k_norm") if shape.qk_norm else None,
+        )
+
+    def _linear(self, prefix: str, names: list[str], with_bias: bool) -> Linear:
+        return self._scheme.linear([f"{prefix}.{name}" for name in names], with_bias=with_bias)

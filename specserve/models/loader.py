@@ -5,29 +5,26 @@ float32 if it has to be converted to another format. Names, shapes and dtypes ar
 the weights are loaded; values that are NaN or infinite are found while loading.
 """
 
-from dataclasses import replace
-from functools import partial
+import logging
 from pathlib import Path
 
 import torch
 
-from specserve.models.checkpoint import Checkpoint, read_checkpoint
-from specserve.models.llama import LlamaModel
+from specserve.models.checkpoint import read_checkpoint
+from specserve.models.fused_cpu import FusedModel, NotFusedError
 from specserve.models.model import Model
-from specserve.models.quantization import (
-    choose_quantization,
-    head_format,
-    layer_format,
-    read_quantized,
-)
-from specserve.models.quantized_llama import QuantizedLlama
+from specserve.models.quantization.choice import choose_quantization
+from specserve.models.quantization.dense import DenseScheme
+from specserve.models.quantization.int_groups import IntGroupScheme
 from specserve.models.registry import BUILDERS
 from specserve.models.shape import ModelShape
 from specserve.models.weight_check import check_room, check_weights
 from specserve.types import Quantization
-from specserve_kernels.huge_pages import Arena
 from specserve_kernels.ops import Kernels
-from specserve_kernels.quantized_weight import QuantizedWeight, WeightFormat
+
+logger = logging.getLogger(__name__)
+
+_LEAST_BYTES_PER_WEIGHT = 0.5  # of int4 weights, without scales
 
 
 def load_model(
@@ -46,61 +43,19 @@ def load_model(
     the dtype `quantized_kv_dtype`, or `dtype` if that is None. Raises `ModelError` naming the file,
     field or tensors at fault.
     """
-    shape, checkpoint = _read(path)
-    kv_dtype = quantized_kv_dtype or dtype
-    if choose_quantization(quantization, shape, checkpoint, kernels, kv_dtype).quantized:
-        return _quantized_llama(shape, checkpoint, kernels, kv_dtype, quantization)
-    return _llama(shape, checkpoint, kernels, dtype, device, exact)
-
-
-def load_llama(
-    path: Path, *, kernels: Kernels, dtype: torch.dtype, device: torch.device, exact: bool
-) -> LlamaModel:
-    """Load the model in the directory `path` with float weights. Raises `ModelError`."""
-    shape, checkpoint = _read(path)
-    return _llama(shape, checkpoint, kernels, dtype, device, exact)
-
-
-def _read(path: Path) -> tuple[ModelShape, Checkpoint]:
-    return check_weights(path, ModelShape.from_dir(path), read_checkpoint(path))
-
-
-def _llama(
-    shape: ModelShape,
-    checkpoint: Checkpoint,
-    kernels: Kernels,
-    dtype: torch.dtype,
-    device: torch.device,
-    exact: bool,
-) -> LlamaModel:
-    check_room(shape, dtype.itemsize, device)
+    shape, checkpoint = check_weights(path, ModelShape.from_dir(path), read_checkpoint(path))
     build = BUILDERS[shape.architecture]
-    model = build(shape, kernels, dtype=dtype, device=device, exact=exact)
-    for name, slot in model.weight_slots().items():
-        slot.copy_(checkpoint.floats(name))
-    model.freeze()
-    return model
-
-
-def _quantized_llama(
-    shape: ModelShape,
-    checkpoint: Checkpoint,
-    kernels: Kernels,
-    dtype: torch.dtype,
-    quantization: Quantization,
-) -> QuantizedLlama:
-    check_room(shape, 0.5, torch.device("cpu"))
-    arena = Arena()
-
-    def read(wanted: WeightFormat | None, name: str) -> QuantizedWeight:
-        weight = read_quantized(checkpoint, name, wanted)
-        return replace(weight, panels=arena.copy(weight.panels))
-
-    return QuantizedLlama(
-        shape,
-        checkpoint,
-        kernels,
-        read=partial(read, layer_format(quantization)),
-        read_head=partial(read, head_format(quantization)),
-        dtype=dtype,
-    )
+    kv_dtype = quantized_kv_dtype or dtype
+    choice = choose_quantization(quantization, shape, checkpoint, kernels, device, kv_dtype)
+    if not choice.quantized:
+        check_room(shape, dtype.itemsize, device)
+        dense = DenseScheme(checkpoint, dtype=dtype, device=device, exact=exact)
+        return build(shape, checkpoint, dense, kernels, kv_dtype=dtype, device=device)
+    check_room(shape, _LEAST_BYTES_PER_WEIGHT, device)
+    groups = IntGroupScheme(checkpoint, kernels, quantization)
+    model = build(shape, checkpoint, groups, kernels, kv_dtype=kv_dtype, device=device)
+    try:
+        return FusedModel(model)
+    except NotFusedError as reason:
+        logger.warning("%s: runs layer by layer, which is slower: %s", path, reason)
+        return model

@@ -15,8 +15,8 @@ class Model(Protocol):
     """A target or draft model with its weights loaded.
 
     If `exact` is true, the result of a row does not depend on the other rows of its forward pass.
-    The number of rows of a forward pass must be a multiple of `row_multiple`. `num_bytes` is the
-    size of the weights that a forward pass with logits reads.
+    The number of rows of a forward pass must be a multiple of `row_multiple`. `dtype` is that of K
+    and V. `num_bytes` is the size of the weights that a forward pass with logits reads.
     """
 
     @property
@@ -31,7 +31,8 @@ class Model(Protocol):
     def num_bytes(self) -> int: ...
     @property
     def quantized_embedding(self) -> QuantizedWeight | None:
-        """The quantised embedding [vocab_size, hidden_size]; None if the weights are floats."""
+        """The embedding [vocab_size, hidden_size] of a model that runs in one native call, for a
+        draft head that does too; None for a model that runs layer by layer."""
         ...
 
     @property

@@ -76,3 +76,9 @@ def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
     limit = max(_ALWAYS_PROBED_ROWS, _MAX_PROBE_MULTIPLY_ADDS // (out_features * in_features))
     sizes = [size for size in reversed(_LADDER) if size <= limit and safe(size)]
     return RowTiles((*sizes, BASE_ROWS))
+
+
+def pad_rows(x: Tensor, multiple: int) -> Tensor:  # [num_rows, ...] -> [padded_rows, ...]
+    """Append zero rows up to a multiple of `multiple`."""
+    missing = -x.shape[0] % multiple
+    return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x

@@ -55,7 +55,7 @@ class DraftContext:
     # Of a step without drafts, and of a node more; None: not measured.
     step_seconds: Callable[[], tuple[float, float] | None]
     # Of the target; rows of `hidden_size` in the dtype of its activations.
-    quantized_embedding: QuantizedWeight | None  # None: its weights are floats
+    quantized_embedding: QuantizedWeight | None  # see `Model.quantized_embedding`
     embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
     final_norm: Callable[[Tensor], Tensor]  # [n, hidden_size] -> the same
     unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32

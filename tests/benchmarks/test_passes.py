@@ -31,6 +31,6 @@ def test_a_run(
 
 
 def test_a_format_that_is_not_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tiny_llama(tmp_path, seed=0)
-    assert main(["--target", str(tmp_path), "--dtype", "float16", "--format", "int8"]) == 2
+    write_tiny_llama(tmp_path, seed=0, head_dim=6)
+    assert main(["--target", str(tmp_path), "--format", "int8"]) == 2
     assert "quantization" in capsys.readouterr().err

@@ -18,9 +18,9 @@ from specserve.batch import build_batch, prefill_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.engine.engine import Engine
+from specserve.models.fused_cpu import FusedModel
 from specserve.models.loader import load_model
 from specserve.models.model import Model
-from specserve.models.quantized_llama import QuantizedLlama
 from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import Quantization, Request, SamplingParams
@@ -134,7 +134,7 @@ def test_a_float_head_runs_over_a_quantized_target(
     target = write_tiny_llama(tmp_path, seed=1, head_dim=16)
     engine = make_engine(str(one_head.path), target=target, max_nodes=6, quantization="int8")
     model = engine.runner._model
-    assert isinstance(model, QuantizedLlama)
+    assert isinstance(model, FusedModel)
     seen = record_evaluated(engine)
     run(engine, PROMPTS, SAMPLED)
     check(one_head, model, seen, every=3)

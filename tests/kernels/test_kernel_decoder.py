@@ -122,7 +122,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Part:
-    """Nodes of one tree behind `start` tokens of one sequence, whose blocks are `blocks`."""
+    """Nodes of one tree behind `start` tokens of one sequence, whose blocks are `int_groups`."""
 
     start: int
     tokens: Sequence[int]

@@ -24,9 +24,20 @@ from transformers import (
 
 from specserve.batch import ForwardBatch, ModelOutput
 from specserve.cache.storage import KVStorage
+from specserve.models.checkpoint import read_checkpoint
+from specserve.models.layers.linear import Linear
 from specserve.models.llama import LlamaModel
-from specserve.models.loader import load_llama
+from specserve.models.loader import load_model
+from specserve.models.model import Model
+from specserve.models.quantization.dense import DenseScheme
+from specserve.models.quantization.int_groups import IntGroupScheme
+from specserve.models.quantization.method import EmbeddingMethod
+from specserve.models.quantization.scheme import QuantScheme
+from specserve.models.row_tiles import BASE_ROWS
+from specserve.models.shape import ModelShape
+from specserve.types import Quantization
 from specserve_kernels.dispatch import select_kernels
+from specserve_kernels.ops import Kernels
 from specserve_kernels.segments import Segments
 
 CPU = torch.device("cpu")
@@ -75,9 +86,52 @@ def save_reference(tmp_path: Path) -> Callable[..., PreTrainedModel]:
     return save
 
 
+@pytest.fixture
+def load_layers() -> Callable[..., LlamaModel]:
+    """load_layers(directory, kernels, quantization, kv_dtype=float32, dense=()): with quantised
+    weights, layer by layer. Modules whose names begin with one of `dense` are kept in floats."""
+    return _load_layers
+
+
+class MixedScheme:
+    """A scheme that quantises all but the modules whose names begin with one of `dense`."""
+
+    activation_dtype = torch.float32
+    exact = True
+    row_multiple = BASE_ROWS
+
+    def __init__(self, floats: QuantScheme, groups: QuantScheme, dense: tuple[str, ...]) -> None:
+        self._floats, self._groups, self._dense = floats, groups, dense
+
+    def linear(self, names: Sequence[str], *, with_bias: bool = False) -> Linear:
+        scheme = self._floats if names[0].startswith(self._dense) else self._groups
+        return scheme.linear(names, with_bias=with_bias)
+
+    def embedding(self, name: str) -> EmbeddingMethod:
+        return self._groups.embedding(name)
+
+
+def _load_layers(
+    directory: Path,
+    kernels: Kernels,
+    quantization: Quantization,
+    *,
+    kv_dtype: torch.dtype = torch.float32,
+    dense: tuple[str, ...] = (),
+) -> LlamaModel:
+    shape, checkpoint = ModelShape.from_dir(directory), read_checkpoint(directory)
+    scheme: QuantScheme = IntGroupScheme(checkpoint, kernels, quantization)
+    if dense:
+        floats = DenseScheme(checkpoint, dtype=torch.bfloat16, device=CPU, exact=True)
+        scheme = MixedScheme(floats, scheme, dense)
+    return LlamaModel(shape, checkpoint, scheme, kernels, kv_dtype=kv_dtype, device=CPU)
+
+
 def _load(directory: Path, dtype: torch.dtype = torch.float32, exact: bool = True) -> LlamaModel:
     kernels = select_kernels(CPU)
-    return load_llama(directory, kernels=kernels, dtype=dtype, device=CPU, exact=exact)
+    model = load_model(directory, kernels=kernels, dtype=dtype, device=CPU, exact=exact)
+    assert isinstance(model, LlamaModel)
+    return model
 
 
 def _prefill_rows(table: Sequence[int], context_len: int, tokens: Sequence[int]) -> list[Any]:
@@ -88,7 +142,7 @@ def _prefill_rows(table: Sequence[int], context_len: int, tokens: Sequence[int])
 
 
 def _run_rows(
-    model: LlamaModel, kv: KVStorage, segments: Sequence[Any], *, aux_layers: tuple[int, ...] = ()
+    model: Model, kv: KVStorage, segments: Sequence[Any], *, aux_layers: tuple[int, ...] = ()
 ) -> ModelOutput:
     """Logits for every row, segments one after the other."""
     ids: list[int] = []

@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf_models import CONFIGS, load_reference, random_tensors
 from gguf_models import write_gguf as write_gguf_to
+from model_weights import weights_by_name
 from safetensors.torch import save_file
 
 from specserve.hub import gguf_file, resolve
@@ -46,10 +47,10 @@ def test_a_gguf_model_is_the_model_it_was_made_of(
 ) -> None:
     path = write(tensors=random_tensors(CONFIGS[config]), arch=arch)
     theirs = load_reference(path, CONFIGS[config]).state_dict()
-    slots = load(_directory(path)).weight_slots()
-    assert slots.keys() == theirs.keys()
-    for name, slot in slots.items():
-        assert torch.equal(slot, theirs[name]), name
+    weights = weights_by_name(load(_directory(path)))
+    assert weights.keys() == theirs.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, theirs[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,8 +62,8 @@ def test_weights_are_those_of_gguf_rounded_once(
     path = write(kind=kind)
     theirs = load_reference(path, CONFIGS["llama"]).state_dict()
     model = load(_directory(path), dtype, exact=False)
-    for name, slot in model.weight_slots().items():
-        assert torch.equal(slot, theirs[name].to(slot.dtype)), name
+    for name, weight in weights_by_name(model).items():
+        assert torch.equal(weight, theirs[name].to(weight.dtype)), name
 
 
 @pytest.mark.parametrize("kind", FORMATS)

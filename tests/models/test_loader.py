@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_weights import dense, weights_by_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
@@ -53,14 +54,14 @@ def test_weights_are_fused_in_order_and_cast(directory: Path, load: Load) -> Non
     model = load(directory, torch.bfloat16)
     attention = model.layers[1].attention
     parts = [tensors[Q_PROJ.replace("q_proj", f"{p}_proj")] for p in "qkv"]
-    assert torch.equal(attention.qkv.weight, torch.cat(parts).bfloat16())
+    assert torch.equal(dense(attention.qkv), torch.cat(parts).bfloat16())
     parts = [tensors[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")]
-    assert torch.equal(model.layers[0].gate_up.weight, torch.cat(parts).bfloat16())
+    assert torch.equal(dense(model.layers[0].mlp.gate_up), torch.cat(parts).bfloat16())
     assert torch.equal(model.norm.weight, tensors["model.norm.weight"])  # norms stay float32
 
 
 def test_shards_load_like_one_file(directory: Path, load: Load) -> None:
-    whole = load(directory).weight_slots()
+    whole = weights_by_name(load(directory))
     tensors = _tensors(directory)
     (directory / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -69,7 +70,7 @@ def test_shards_load_like_one_file(directory: Path, load: Load) -> None:
         save_file({name: tensors[name] for name in part}, directory / file)
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    sharded = load(directory).weight_slots()
+    sharded = weights_by_name(load(directory))
     assert sharded.keys() == whole.keys()
     assert all(torch.equal(sharded[name], whole[name]) for name in whole)
 

@@ -127,7 +127,7 @@ def test_logits_of_one_prefill(
     prefill_rows: Callable[..., list[Any]],
 ) -> None:
     theirs, ours = pair
-    kv = KVStorage(ours.kv_spec, 160, ours.device)
+    kv = KVStorage(ours.kv_spec, 160, torch.device("cpu"))
     tokens = _tokens(NUM_TOKENS)
     out = run_rows(ours, kv, prefill_rows(TABLE, 0, tokens))
     _assert_close(out.logits, _reference(theirs, tokens).logits[0])
@@ -140,7 +140,7 @@ def test_logits_through_the_cache(
 ) -> None:
     """Two prompt chunks, a plain decode step, then a tree; every root path is a text of its own."""
     theirs, ours = pair
-    kv = KVStorage(ours.kv_spec, 160, ours.device)
+    kv = KVStorage(ours.kv_spec, 160, torch.device("cpu"))
     tokens = _tokens(NUM_TOKENS)
     run_rows(ours, kv, prefill_rows(TABLE, 0, tokens[:37]))
     run_rows(ours, kv, prefill_rows(TABLE, 37, tokens[37:]))
@@ -165,7 +165,7 @@ def test_aux_hidden_states_are_the_residual_stream(
     ours = load(tmp_path)
     tokens = _tokens(13)
     states = _reference(theirs, tokens, output_hidden_states=True).hidden_states
-    kv = KVStorage(ours.kv_spec, 160, ours.device)
+    kv = KVStorage(ours.kv_spec, 160, torch.device("cpu"))
     out = run_rows(ours, kv, prefill_rows(TABLE, 0, tokens), aux_layers=(3, 0, 2))
     assert out.aux_hidden_states is not None
     last, first, third = torch.split(out.aux_hidden_states[:13], ours.shape.hidden_size, dim=1)

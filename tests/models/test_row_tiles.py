@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.models.fields import ModelError
-from specserve.models.layers import pad_rows, swiglu, swiglu_exact
-from specserve.models.row_tiles import RowTiles, probe_row_tiles
+from specserve.models.layers.mlp import swiglu, swiglu_exact
+from specserve.models.row_tiles import RowTiles, pad_rows, probe_row_tiles
 
 
 def test_split_uses_the_largest_proven_sizes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_weights import weights_by_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
@@ -71,10 +72,10 @@ def _index(directory: Path, weight_map: dict[str, str]) -> Path:
 
 
 def _assert_holds(model: LlamaModel, tensors: dict[str, Tensor]) -> None:
-    slots = model.weight_slots()
-    assert slots.keys() <= tensors.keys()
-    for name, slot in slots.items():
-        assert torch.equal(slot, tensors[name]), name
+    weights = weights_by_name(model)
+    assert weights.keys() <= tensors.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, tensors[name]), name
 
 
 def test_a_head_that_is_not_the_embedding_is_kept(
@@ -95,7 +96,7 @@ def test_a_head_that_is_the_embedding_may_be_under_either_name(
     left = {name: t for name, t in tensors.items() if name in kept or name not in (EMBED, HEAD)}
     model = load(_save(tmp_path, left, tie_word_embeddings=True))
     _assert_holds(model, tensors)
-    assert model.head.weight is model.embed_tokens
+    assert model.head.method is model.embedding
 
 
 @pytest.mark.parametrize(

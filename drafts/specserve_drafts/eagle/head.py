@@ -17,10 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.cache.storage import KVSpec, KVStorage
-from specserve.models.layers import Linear, RMSNorm, Rotary, rotate, swiglu
+from specserve.models.layers.attention import Attention, AttentionInputs
+from specserve.models.layers.linear import Linear
+from specserve.models.layers.mlp import Mlp
+from specserve.models.layers.norm import RMSNorm
+from specserve.models.layers.rotary import Rotary
+from specserve.models.quantization.dense import DenseMethod
 from specserve_drafts.eagle.checkpoint import HeadCheckpoint
 from specserve_drafts.eagle.head_shape import HeadShape
-from specserve_kernels.ops import Kernels, Plan
+from specserve_kernels.ops import Kernels
 from specserve_kernels.segments import Segments
 
 
@@ -112,7 +117,7 @@ class DraftHead:
         self._rotary = Rotary(shape.rope, shape.head_dim, num_positions, device)
         if shape.own_embedding:
             self._embedding = weights.tensor("embed_tokens.weight")
-        self._fc = weights.linear("fc", shape.fc_bias)
+        self._fc = weights.linear("fc", bias=shape.fc_bias)
         self._aux_norms: list[RMSNorm] = []
         if shape.aux_norm == "each":
             self._aux_norms = [weights.norm(f"fc_norm.{i}") for i in range(len(shape.aux_layers))]
@@ -123,7 +128,7 @@ class DraftHead:
             for index in range(shape.num_layers)
         ]
         self._norm = weights.norm("norm") if shape.kind == "eagle3" else None
-        self._head = weights.linear("lm_head", False) if shape.own_head else None
+        self._head = weights.linear("lm_head", bias=False) if shape.own_head else None
 
     def fuse(self, states: Tensor) -> Tensor:
         """Auxiliary hidden states [n, num_aux_layers * target_hidden_size], in the order of
@@ -155,9 +160,10 @@ class DraftHead:
         plan = self._kernels.plan_attention(
             batch.segments, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
         )
-        step = _Step(self._kernels, plan, self._rotary.angles(batch.positions), batch.slots)
+        angles = self._rotary.angles(batch.positions)
+        inputs = AttentionInputs(self._kernels, plan, angles, batch.slots)
         for index, layer in enumerate(self._layers):
-            x = layer(x, embeds, kv.layer(index), step)
+            x = layer(x, embeds, kv.layer(index), inputs)
         return self._norm(x) if self._norm is not None and shape.norm_output else x
 
     def write_kv(self, batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> None:
@@ -173,16 +179,6 @@ class DraftHead:
         return logits * self.shape.logit_scale
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """Inputs that all layers of a forward pass share."""
-
-    kernels: Kernels
-    plan: Plan
-    angles: tuple[Tensor, Tensor]
-    slots: Tensor  # [num_rows] int64
-
-
 class _Weights:
     """Reads tensors of a checkpoint as modules, in the head's dtype and on its device."""
 
@@ -192,36 +188,37 @@ class _Weights:
     def tensor(self, name: str) -> Tensor:
         return self._file.tensor(name).to(self._device, self._dtype).contiguous()
 
-    def linear(self, name: str, bias: bool) -> Linear:
-        return Linear(self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias") if bias else None)
-
-    def fused(self, names: Sequence[str], bias: bool) -> Linear:
-        """Linear maps of the same input, concatenated into one."""
+    def linear(self, *names: str, bias: bool) -> Linear:
+        """Linear maps of the same input as one; their outputs follow one another."""
         weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
-        return Linear(
-            weight, torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
-        )
+        biases = [self.tensor(f"{name}.bias") for name in names] if bias else []
+        return Linear(DenseMethod(weight), torch.cat(biases) if bias else None)
 
     def norm(self, name: str) -> RMSNorm:
-        weight = self._file.tensor(f"{name}.weight")
-        norm = RMSNorm(len(weight), self._file.shape.rms_norm_eps, self._device)
-        norm.weight = weight.to(self._device, torch.float32)
-        return norm
+        weight = self._file.tensor(f"{name}.weight").to(self._device, torch.float32)
+        return RMSNorm(weight, self._file.shape.rms_norm_eps)
 
 
 class _Layer:
     """A Llama layer, with `HeadShape`'s exceptions for the first layer of EAGLE-1 and EAGLE-3."""
 
     def __init__(self, shape: HeadShape, weights: _Weights, prefix: str, *, first: bool) -> None:
-        self._shape = shape
+        self._norm_before_residual = shape.norm_before_residual
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        projections = [f"{attention}.{kind}_proj" for kind in "qkv"]
-        self._qkv = weights.fused(projections, shape.qkv_bias)
-        self._out = weights.linear(f"{attention}.o_proj", shape.o_bias)
-        self._q_norm = weights.norm(f"{attention}.q_norm") if shape.qk_norm else None
-        self._k_norm = weights.norm(f"{attention}.k_norm") if shape.qk_norm else None
-        self._gate_up = weights.fused([f"{mlp}.gate_proj", f"{mlp}.up_proj"], shape.mlp_bias)
-        self._down = weights.linear(f"{mlp}.down_proj", shape.mlp_bias)
+        self._attention = Attention(
+            weights.linear(*(f"{attention}.{kind}_proj" for kind in "qkv"), bias=shape.qkv_bias),
+            weights.linear(f"{attention}.o_proj", bias=shape.o_bias),
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            q_norm=weights.norm(f"{attention}.q_norm") if shape.qk_norm else None,
+            k_norm=weights.norm(f"{attention}.k_norm") if shape.qk_norm else None,
+        )
+        self._mlp = Mlp(
+            weights.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj", bias=shape.mlp_bias),
+            weights.linear(f"{mlp}.down_proj", bias=shape.mlp_bias),
+            exact=False,
+        )
         self._mlp_norm = weights.norm(f"{prefix}.post_attention_layernorm")
         self._input_norm = self._hidden_norm = None
         if shape.kind == "eagle3" or not first:
@@ -230,30 +227,15 @@ class _Layer:
             self._hidden_norm = weights.norm(f"{prefix}.hidden_norm")
 
     def __call__(
-        self, x: Tensor, embeds: Tensor, cache: tuple[Tensor, Tensor], step: _Step
+        self, x: Tensor, embeds: Tensor, cache: tuple[Tensor, Tensor], inputs: AttentionInputs
     ) -> Tensor:  # [num_rows, hidden_size], as are `x` and `embeds`
         wide = x
         if self._hidden_norm is not None and self._input_norm is not None:
             normed = self._hidden_norm(x)
             wide = torch.cat((self._input_norm(embeds), normed), dim=-1)
-            if self._shape.norm_before_residual:
+            if self._norm_before_residual:
                 x = normed
         elif self._input_norm is not None:
             wide = self._input_norm(x)
-        x = x + self._attend(wide, cache, step)
-        return x + self._down(swiglu(self._gate_up(self._mlp_norm(x))))
-
-    def _attend(self, x: Tensor, cache: tuple[Tensor, Tensor], step: _Step) -> Tensor:
-        shape = self._shape
-        heads = self._qkv(x).view(x.shape[0], -1, shape.head_dim)
-        sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        q, k, v = torch.split(heads, sizes, dim=1)
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
-        q, k = rotate(q, step.angles), rotate(k, step.angles)
-        dtype = cache[0].dtype
-        step.kernels.kv_write(k.to(dtype), v.to(dtype), *cache, step.slots)
-        mixed = step.kernels.paged_tree_attention(
-            q.contiguous(), *cache, step.plan, scale=shape.head_dim**-0.5
-        )
-        return self._out(mixed.reshape(x.shape[0], -1))
+        x = x + self._attention(wide, cache, inputs)
+        return x + self._mlp(self._mlp_norm(x))

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specserve.models.layers import Linear
+from specserve.models.layers.linear import Linear
+from specserve.models.quantization.dense import DenseMethod
 from specserve_drafts.medusa.checkpoint import MedusaCheckpoint
 
 
@@ -16,17 +17,18 @@ class MedusaHeads:
     ) -> None:
         self._dtype, self._scale = dtype, file.logit_scale
 
+        def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+            return Linear(DenseMethod(put(weight)), None if bias is None else put(bias))
+
         def put(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype).contiguous()
 
         self._layers: list[list[Linear]] = []  # by head
         for head in range(num_heads):
             parts = [file.layer(head, layer) for layer in range(file.num_layers)]
-            self._layers.append(
-                [Linear(put(weight), None if bias is None else put(bias)) for weight, bias in parts]
-            )
+            self._layers.append([linear(weight, bias) for weight, bias in parts])
         num_unembeddings = 1 if file.shared_unembedding else num_heads
-        self._unembed = [Linear(put(file.unembedding(head))) for head in range(num_unembeddings)]
+        self._unembed = [linear(file.unembedding(head)) for head in range(num_unembeddings)]
 
     def __call__(self, rows: Tensor, num_heads: int) -> Tensor:
         """Logits [n, num_heads, draft_vocab_size] float32 of the first `num_heads` heads.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specserve.models.layers import Rotary, rotate
+from specserve.models.layers.rotary import Rotary, rotate
 from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.eagle_batch import ChainBatch, Group
 from specserve_drafts.tune.eagle_settings import MAX_DEPTH

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from specserve_kernels.cpu import attention, sampler
+from specserve_kernels.cpu import attention, linear, sampler
 from specserve_kernels.cpu.decoder import CpuDecoder
 from specserve_kernels.cpu.draft_head import CpuDraftHead
 from specserve_kernels.cpu.native import load
@@ -48,6 +48,7 @@ class CpuKernels:
         self._library = load(build)
         self._reference = TorchKernels()
         self.fused = CpuFusedModels(self._library)
+        self.quantized_linear = partial(linear.quantized_linear, self._library)
         self.gumbel_noise = partial(sampler.gumbel_noise, self._library)
         self.gumbel_argmax = partial(sampler.gumbel_argmax, self._library)
 

@@ -1,6 +1,6 @@
 """The reference implementation of every kernel in plain torch; also the portable backend."""
 
-from specserve_kernels.torch_ref import attention, kv, sampler, tiles
+from specserve_kernels.torch_ref import attention, kv, linear, sampler, tiles
 
 
 class TorchKernels:
@@ -11,6 +11,7 @@ class TorchKernels:
 
     plan_attention = staticmethod(tiles.AttentionPlan)
     paged_tree_attention = staticmethod(attention.paged_tree_attention)
+    quantized_linear = staticmethod(linear.quantized_linear)
     kv_write = staticmethod(kv.kv_write)
     kv_commit = staticmethod(kv.kv_commit)
     gumbel_noise = staticmethod(sampler.gumbel_noise)

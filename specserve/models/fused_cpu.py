@@ -1,0 +1,164 @@
+"""A forward pass of a `LlamaModel` with int4 and int8 weights as one native call on the CPU.
+
+Takes the weights from a model that could serve layer by layer. Knows no checkpoint. Invariant: the
+result of a row never depends on the other rows.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from specserve.batch import ForwardBatch, ModelOutput
+from specserve.cache.storage import KVStorage
+from specserve.models.layers.decoder_layer import DecoderLayer
+from specserve.models.layers.linear import Linear
+from specserve.models.layers.norm import RMSNorm
+from specserve.models.llama import LlamaModel
+from specserve.models.quantization.int_groups import IntGroupMethod
+from specserve.models.quantization.method import QuantMethod
+from specserve.models.shape import ModelShape
+from specserve_kernels.decoder import (
+    DecoderPass,
+    DecoderWeights,
+    LayerWeights,
+    QuantizedLinear,
+    why_not_quantized,
+)
+from specserve_kernels.dispatch import fused_models
+from specserve_kernels.ops import Kernels
+from specserve_kernels.quantized_weight import QuantizedWeight
+
+_KV_DTYPES: Final = (torch.float32, torch.bfloat16)
+
+
+class NotFusedError(Exception):
+    """The reason why a model has to run layer by layer."""
+
+
+class FusedModel:
+    """A `Model` that runs the forward pass of `model` in one native call, with the same weights.
+
+    Raises `NotFusedError` if the kernels do not support the model, one of its layers or K and V.
+    """
+
+    exact = True
+    row_multiple = 1
+
+    def __init__(self, model: LlamaModel) -> None:
+        reason = why_not_fused(model.shape, model.kernels, model.dtype)
+        fused = fused_models(model.kernels)
+        if reason is not None or fused is None:
+            raise NotFusedError(reason)
+        self.shape = model.shape
+        self.dtype = model.dtype
+        self.kv_spec = model.kv_spec
+        self.num_bytes = model.num_bytes
+        self.embed, self.final_norm = model.embed, model.final_norm
+        weights = _decoder_weights(model)
+        self.quantized_embedding = weights.embed
+        self._decoder = fused.decoder(weights)
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        kv: KVStorage,
+        *,
+        aux_layers: tuple[int, ...] = (),
+        num_top: int = 0,
+    ) -> ModelOutput:
+        """See `Model.__call__`."""
+        out = self._decoder(
+            DecoderPass(
+                batch.input_ids,
+                batch.positions,
+                batch.slots,
+                batch.segments,
+                kv.data,
+                batch.logit_rows,
+                num_top,
+                aux_layers,
+            )
+        )
+        return ModelOutput(
+            out.logits,
+            topk=out.top if num_top else None,
+            aux_hidden_states=out.aux_hidden_states.flatten(1) if aux_layers else None,
+        )
+
+    __call__ = forward
+
+    def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
+        """See `Model`."""
+        return self._decoder.head(x)
+
+    def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32 -> [n, vocab_size] float32
+        """See `Model`."""
+        return self._decoder.unembed(x)
+
+
+def why_not_fused(shape: ModelShape, kernels: Kernels, kv_dtype: torch.dtype) -> str | None:
+    """The reason why no model of this shape can run in one native call; None if it can."""
+    if fused_models(kernels) is None:
+        return f"the {kernels.name} kernels have no forward pass with quantised weights"
+    if kv_dtype not in _KV_DTYPES:
+        return f"its K and V need dtype float32 or bfloat16, not {kv_dtype}"
+    return why_not_quantized(
+        shape.hidden_size,
+        shape.intermediate_size,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+    )
+
+
+def _decoder_weights(model: LlamaModel) -> DecoderWeights:
+    shape = model.shape
+    (head,) = _linears(model.head, "lm_head")
+    return DecoderWeights(
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.rms_norm_eps,
+        model.rotary.cos,
+        model.rotary.sin,
+        _weights(model.embedding, "embed_tokens")[0],
+        [_layer_weights(layer, f"layers.{i}") for i, layer in enumerate(model.layers)],
+        model.norm.weight,
+        head,
+    )
+
+
+def _layer_weights(layer: DecoderLayer, name: str) -> LayerWeights:
+    attention, mlp = layer.attention, layer.mlp
+    q, k, v = _linears(attention.qkv, f"{name}.qkv")
+    (out,) = _linears(attention.out, f"{name}.out")
+    gate, up = _linears(mlp.gate_up, f"{name}.gate_up")
+    (down,) = _linears(mlp.down, f"{name}.down")
+    return LayerWeights(
+        layer.attention_norm.weight,
+        layer.mlp_norm.weight,
+        *(q, k, v, out, gate, up, down),
+        _norm_weight(attention.q_norm),
+        _norm_weight(attention.k_norm),
+        attention.window,
+    )
+
+
+def _norm_weight(norm: RMSNorm | None) -> Tensor | None:
+    return None if norm is None else norm.weight
+
+
+def _linears(linear: Linear, name: str) -> list[QuantizedLinear]:
+    """The linear maps that `linear` consists of, such as q, k and v."""
+    parts = _weights(linear.method, name)
+    if linear.bias is None:
+        return [QuantizedLinear(part) for part in parts]
+    biases = torch.split(linear.bias, [part.num_outputs for part in parts])
+    return [QuantizedLinear(part, bias) for part, bias in zip(parts, biases, strict=True)]
+
+
+def _weights(method: QuantMethod, name: str) -> tuple[QuantizedWeight, ...]:
+    if not isinstance(method, IntGroupMethod):
+        raise NotFusedError(f"the weight of {name} is not int4 or int8 in groups of 32")
+    return method.parts

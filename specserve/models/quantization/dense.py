@@ -1,0 +1,88 @@
+"""Float weights: no quantisation."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specserve.models.checkpoint import Checkpoint
+from specserve.models.layers.linear import Linear
+from specserve.models.row_tiles import BASE_ROWS, RowTiles, probe_row_tiles
+
+_ProbeKey = tuple[torch.Size, torch.dtype, bool]
+
+
+class DenseMethod:
+    """A `QuantMethod` that holds the weight in floats.
+
+    With `tiles`, a row's bits do not depend on the other rows if the number of rows is a multiple
+    of `BASE_ROWS`: see `row_tiles`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,  # [num_outputs, num_inputs], any float dtype
+        tiles: RowTiles | None = None,
+    ) -> None:
+        self.weight = weight
+        self.num_bytes = weight.nbytes
+        self._tiles = tiles
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `QuantMethod.apply`; computed in the weight's dtype, which `bias` has too."""
+        rows = x.to(self.weight.dtype)
+        if self._tiles is None or len(rows) % BASE_ROWS:
+            return F.linear(rows, self.weight, bias).to(x.dtype)
+        return self._tiles.linear(rows, self.weight, bias).to(x.dtype)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """See `EmbeddingMethod.rows`; in the weight's dtype."""
+        return F.embedding(ids, self.weight)
+
+
+class DenseScheme:
+    """A `QuantScheme` that converts every weight to floats of `dtype` on `device`.
+
+    If `exact`, it looks for safe row tiles once per shape: see `row_tiles`.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, exact: bool
+    ) -> None:
+        self.activation_dtype: Final = dtype
+        self.exact: Final = exact
+        self.row_multiple: Final = BASE_ROWS if exact else 1
+        self._checkpoint = checkpoint
+        self._device = device
+        self._probed: dict[_ProbeKey, RowTiles] = {}
+
+    def linear(self, names: Sequence[str], *, with_bias: bool = False) -> Linear:
+        """See `QuantScheme.linear`."""
+        weight = self._read([f"{name}.weight" for name in names])
+        bias = self._read([f"{name}.bias" for name in names]) if with_bias else None
+        return Linear(DenseMethod(weight, self._tiles(weight, bias)), bias)
+
+    def embedding(self, name: str) -> DenseMethod:
+        """See `QuantScheme.embedding`."""
+        weight = self._read([f"{name}.weight"])
+        return DenseMethod(weight, self._tiles(weight, None))
+
+    def _read(self, names: Sequence[str]) -> Tensor:
+        """The tensors `names`, one below the other."""
+        shapes = [self._checkpoint.entries[name].shape for name in names]
+        heights = [shape[0] for shape in shapes]
+        size = (sum(heights), *shapes[0][1:])
+        whole = torch.empty(size, dtype=self.activation_dtype, device=self._device)
+        for name, part in zip(names, torch.split(whole, heights), strict=True):
+            part.copy_(self._checkpoint.floats(name))
+        return whole
+
+    def _tiles(self, weight: Tensor, bias: Tensor | None) -> RowTiles | None:
+        if not self.exact:
+            return None
+        key = (weight.shape, weight.dtype, bias is not None)
+        if key not in self._probed:
+            self._probed[key] = probe_row_tiles(weight, bias)
+        return self._probed[key]
