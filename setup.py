@@ -40,7 +40,7 @@ setup(
         ),
         extension(
             HOST,
-            "_native",
+            "_compiled",
             ["-O2"],
             include_dirs=[pybind11.get_include()],
         ),

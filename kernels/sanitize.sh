@@ -30,7 +30,7 @@ if [ "$(uname -m)" = x86_64 ]; then
 fi
 
 "$cxx" "${common[@]}" $("$python" -m pybind11 --includes) "$copy"/specserve_kernels/host/csrc/*.cpp \
-    -o "$copy/specserve_kernels/host/_native$suffix"
+    -o "$copy/specserve_kernels/host/_compiled$suffix"
 
 # The runtime has to be there before the interpreter, which is not built with it. The interpreter
 # keeps memory to its end on purpose: no report of leaks. It also throws through torch's own frames.
@@ -42,5 +42,5 @@ export PYTHONPATH="$PWD/$copy${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=2
 import specserve_kernels, sys
 sys.exit('$copy' not in specserve_kernels.__file__ and specserve_kernels.__file__ + ' is not the copy')"
 # A report goes to descriptor 2 and ends the process: pytest must not have put a file in its place.
-"$python" -m pytest -q --capture=sys tests/kernels tests/drafts/test_native_host.py \
+"$python" -m pytest -q --capture=sys tests/kernels tests/drafts/test_host_reference.py \
     -k 'not triton' -p no:cacheprovider "$@"

@@ -1,7 +1,9 @@
 """What an engine counts is what happened, and warming it up leaves nothing behind."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,7 +81,8 @@ def test_totals_are_the_sum_over_the_requests(tiny_model: str, make_engine: Engi
 
 
 def test_nodes_are_counted_by_drafter_and_depth() -> None:
-    tree = build_tree([9, 1, 2, 3, 4], [-1, 0, 1, 0, 1], [1, 0.9, 0.8, 0.1, 0.1], [0, 1, 255, 2, 1])
+    tree = build_tree([9, 1, 2, 4, 3], [-1, 0, 1, 1, 0], [1, 0.9, 0.8, 0.1, 0.1], 1)
+    tree = replace(tree, drafter_ids=np.array([0, 1, PREDICTION_ID, 1, 2], np.uint8))
     counts = DrafterCounts(2)
     counts.propose([chain_tree(9, [1, 2], [0.9, 0.8], 1), chain_tree(9, [1], [0.9], PREDICTION_ID)])
     assert counts.proposed == [0, 2, 0, 1]

@@ -12,10 +12,9 @@ from specserve.tree import (
     DraftTree,
     build_tree,
     chain_tree,
-    merge_trees,
-    prune,
     root_tree,
 )
+from specserve_kernels.host.reference.tree import merge_trees, prune
 
 VOCAB = 12
 
@@ -35,7 +34,7 @@ def trees(draw: st.DrawFn, root: int = 3, max_nodes: int = 24) -> DraftTree:
         parents.append(parent)
         path_probs.append(draw(st.floats(0.0, 1.0, width=32)))
         assert node
-    return build_tree(tokens, parents, path_probs, drafter_ids=draw(st.integers(1, 3)))
+    return build_tree(tokens, parents, path_probs, draw(st.integers(1, 3)))
 
 
 def paths(tree: DraftTree) -> dict[tuple[int, ...], float]:
@@ -75,7 +74,7 @@ def test_ancestor_words_follow_the_parents(tree: DraftTree) -> None:
 
 @given(trees(), st.integers(1, 24))
 def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
-    pruned = prune(tree, max_nodes)
+    pruned = DraftTree(*prune(tree, min(max_nodes, len(tree))))
     pruned.validate(VOCAB, max_nodes)
     assert len(pruned) == min(len(tree), max_nodes)
     before, after = paths(tree), paths(pruned)
@@ -84,9 +83,13 @@ def test_pruning_keeps_the_best_nodes(tree: DraftTree, max_nodes: int) -> None:
     assert not dropped or max(dropped) <= min(after.values())
 
 
+def merged(trees: list[DraftTree]) -> DraftTree:
+    return DraftTree(*merge_trees(trees, [tree.acceptance_probs for tree in trees], MAX_NODES))
+
+
 @given(st.lists(trees(), min_size=1, max_size=4))
 def test_merging_joins_nodes_of_equal_path(proposals: list[DraftTree]) -> None:
-    tree = merge_trees(proposals, [tree.acceptance_probs for tree in proposals], MAX_NODES)
+    tree = merged(proposals)
     tree.validate(VOCAB)
     highest: dict[tuple[int, ...], float] = {}
     for proposal in proposals:
@@ -106,7 +109,7 @@ def test_merging_joins_nodes_of_equal_path(proposals: list[DraftTree]) -> None:
 
 def test_a_merged_node_has_the_drafter_id_of_the_most_confident_proposer() -> None:
     sure, unsure = chain_tree(3, [5, 6], [0.9, 0.8], 1), chain_tree(3, [5, 7], [0.5, 0.4], 2)
-    tree = merge_trees([unsure, sure], [unsure.acceptance_probs, sure.acceptance_probs], MAX_NODES)
+    tree = merged([unsure, sure])
     assert tree.tokens.tolist() == [3, 5, 6, 7]
     assert tree.drafter_ids.tolist() == [0, 1, 1, 2]
 

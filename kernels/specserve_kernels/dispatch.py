@@ -1,8 +1,4 @@
-"""Selects the kernel backend of a device. The only module that reads SPECSERVE_KERNELS."""
-
-import importlib
-import os
-from typing import Any
+"""Selects the kernel backend of a device."""
 
 import torch
 
@@ -10,9 +6,9 @@ from specserve_kernels.cpu import CpuKernels
 from specserve_kernels.cpu.native import runnable_builds
 from specserve_kernels.fused import FusedModels
 from specserve_kernels.ops import Kernels
+from specserve_kernels.setting import VARIABLE, kernels_setting
 from specserve_kernels.torch_ref import TorchKernels
 
-VARIABLE = "SPECSERVE_KERNELS"
 CHOICES = ("torch", "cpu", "cpu-portable", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "triton")
 
 
@@ -22,7 +18,7 @@ def select_kernels(device: torch.device) -> Kernels:
     SPECSERVE_KERNELS overrides this with a name of `CHOICES`. Raises ValueError for any other
     value, and for native kernels that cannot run on this machine.
     """
-    if choice := os.environ.get(VARIABLE):
+    if choice := kernels_setting():
         return named_kernels(choice)
     if device.type == "cuda":
         return named_kernels("triton")
@@ -32,16 +28,6 @@ def select_kernels(device: torch.device) -> Kernels:
 def fused_models(kernels: Kernels) -> FusedModels | None:
     """Whole models as one kernel, on the backend of `kernels`; None: it has none."""
     return kernels.fused if isinstance(kernels, CpuKernels) else None
-
-
-def native_host() -> Any:
-    """The compiled module `host._native`; None if it is not built or the backend is `torch`."""
-    if os.environ.get(VARIABLE) == "torch":
-        return None
-    try:
-        return importlib.import_module("specserve_kernels.host._native")
-    except ImportError:
-        return None
 
 
 def named_kernels(name: str) -> Kernels:

@@ -18,7 +18,7 @@ from specserve.models.fields import ModelError
 from specserve.models.quantization.choice import choose_quantization
 from specserve.models.shape import ModelShape
 from specserve.speculation.registry import drafter_names
-from specserve_kernels.dispatch import native_host
+from specserve_kernels.host import HOST, reference
 
 
 def runtime_checks(config: EngineConfig) -> list[Check]:
@@ -115,7 +115,7 @@ def _use(platform: Platform) -> list[Check]:
 
 
 def _host_kernels() -> Check:
-    if native_host() is not None:
+    if HOST is not reference:
         return Check("use", "drafting", "compiled")
     fix = "unset SPECSERVE_KERNELS, or install specserve again with a C++ compiler"
     return Check("use", "drafting", "in Python, which takes three times as long", "note", fix)

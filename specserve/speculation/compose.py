@@ -19,7 +19,6 @@ from specserve.speculation.drafter import Drafter, Feedback
 from specserve.speculation.failures import Failures
 from specserve.speculation.prediction import PredictedTexts
 from specserve.tree import MAX_NODES, TARGET_ID, DraftTree, root_tree
-from specserve_kernels.dispatch import native_host
 
 
 @dataclass(slots=True)
@@ -60,8 +59,6 @@ class ComposedDrafter:
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
         self._proposals: dict[str, _Proposals] = {}  # in this step, by sequence id
         self._unused: dict[str, frozenset[str]] = {}  # drafters that skip a request, by its id
-        host = native_host()
-        self._validate = DraftTree.validate if host is None else host.validate
 
     @property
     def active(self) -> list[str]:
@@ -223,7 +220,7 @@ class ComposedDrafter:
             np.array(tree.path_probs, np.float32),
             self._drafter_ids[name][: len(tokens)],
         )
-        self._validate(copy, self._vocab_size, proposals.budget)
+        copy.validate(self._vocab_size, proposals.budget)
         if tokens[0] != proposals.seq.tokens[-1]:
             raise ValueError("the root is not the sequence's last token")
         return copy

@@ -20,13 +20,31 @@ from specserve.speculation.registry import create_drafter
 from specserve.tree import root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 from specserve_drafts.recycle.drafter import RecycleDrafter
-from specserve_drafts.recycle.topk_table import ORDERS, REQUEST_RULE, TopKTable
+from specserve_drafts.recycle.topk_table import (
+    REQUEST_RULE,
+    SHARED_RULE,
+    TopKTable,
+    UpdateRule,
+)
+from specserve_kernels.host import HOST, HostCode, reference
+from specserve_kernels.host.interface import ORDERS
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, seed=0, ignore_eos=True)
 PROMPT = tuple(range(20, 60))
 
 
-def write(table: TopKTable, context: tuple[int, ...], tokens: list[int], salt: int = 0) -> None:
+def new_table(
+    num_rows: int, vocab_size: int, rule: UpdateRule = SHARED_RULE
+) -> reference.TopKTable:
+    """A table of the reference code, whose parts can be called one by one."""
+    table = TopKTable(num_rows, vocab_size, rule, reference)._table
+    assert isinstance(table, reference.TopKTable)
+    return table
+
+
+def write(
+    table: reference.TopKTable, context: tuple[int, ...], tokens: list[int], salt: int = 0
+) -> None:
     """Successors of one context, each half as likely as the one before."""
     table.write(
         np.array([salt], np.uint64),
@@ -44,7 +62,7 @@ def likely_successors(tokens: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDA
 
 @given(st.lists(st.tuples(*[st.integers(0, 60)] * ORDERS), min_size=1, max_size=40, unique=True))
 def test_a_context_is_found_by_all_its_tokens(contexts: list[tuple[int, ...]]) -> None:
-    table = TopKTable(2**16, vocab_size=100)
+    table = new_table(2**16, 100)
     for index, context in enumerate(contexts):
         write(table, context, [index, 97, 98, 99])
     for index, context in enumerate(contexts):
@@ -54,7 +72,7 @@ def test_a_context_is_found_by_all_its_tokens(contexts: list[tuple[int, ...]]) -
 
 
 def test_shorter_contexts_are_used_for_unknown_longer_ones() -> None:
-    table = TopKTable(2**10, vocab_size=100)
+    table = new_table(2**10, 100)
     write(table, (5, 6, 7), [1, 2, 3, 4])
     assert [token for token, _ in table.candidates([0], (5, 6, 99))] == [1, 2, 3, 4]
     assert [token for token, _ in table.candidates([0], (5,))] == [1, 2, 3, 4]
@@ -62,7 +80,7 @@ def test_shorter_contexts_are_used_for_unknown_longer_ones() -> None:
 
 
 def test_new_observations_weigh_more_for_longer_contexts() -> None:
-    table = TopKTable(2**10, vocab_size=100)
+    table = new_table(2**10, 100)
     for _ in range(6):
         write(table, (5, 6, 7), [1, 2, 3, 4])
     write(table, (5, 6, 7), [9, 2, 3, 4])
@@ -73,7 +91,7 @@ def test_new_observations_weigh_more_for_longer_contexts() -> None:
 
 
 def test_salts_are_isolated_and_entries_without_one_are_shared() -> None:
-    table = TopKTable(2**10, vocab_size=100)
+    table = new_table(2**10, 100)
     write(table, (5, 6, 7), [1, 2, 3, 4], salt=11)
     assert table.candidates([12, 0], (5, 6, 7)) == []
     assert table.candidates([0], (5, 6, 7)) == []
@@ -83,41 +101,37 @@ def test_salts_are_isolated_and_entries_without_one_are_shared() -> None:
     assert dict(table.candidates([12, 0], (5, 6, 7)))[8] > 0
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_entries_of_a_salt_begin_with_the_shared_ones(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setenv("SPECSERVE_KERNELS", "torch")
-    table = TopKTable(2**10, vocab_size=100)
+@pytest.mark.parametrize("host", [HOST, reference])
+def test_entries_of_a_salt_begin_with_the_shared_ones(host: HostCode) -> None:
+    table = TopKTable(2**10, 100, host=host)
     table.learn(0, [6, 7], root_tree(5), *likely_successors([1, 2, 3, 4]))
     table.learn(11, [6, 7], root_tree(5), *likely_successors([9, 8, 3, 4]))
-    mixed = dict(table.candidates([11, 0], (5, 6, 7)))
+    tree = table.grow([11, 0], [5, 6, 7], 5, 0.0, 1)
+    mixed = {token: tree.path_probs[node] for token, node in tree.children(0).items()}
     assert mixed.keys() >= {1, 9}
     assert mixed[1] > 0.3
-    assert 9 not in dict(table.candidates([12, 0], (5, 6, 7)))
+    assert 9 not in table.grow([12, 0], [5, 6, 7], 5, 0.0, 1).children(0)
 
 
 def test_the_request_table_is_mixed_in() -> None:
     """It prevails where it has seen a longer context, and has no effect where it has seen none."""
-    table, own = TopKTable(2**10, 100), TopKTable(2**10, 100, REQUEST_RULE)
+    table, own = new_table(2**10, 100), new_table(2**10, 100, REQUEST_RULE)
     write(table, (7, 6, 5), [1, 2, 3, 4])
     own.learn_text([5, 6, 7, 50])
     assert own.candidates([0], (7, 6, 5))[0][0] == 50
     mixed = dict(table.candidates([0], (7, 6, 5), own))
     assert mixed[50] > mixed[1] > 0
     assert dict(table.candidates([0], (8, 6, 5), own)) == {}
-    assert table.candidates([0], (7, 6, 5), TopKTable(8, 100, REQUEST_RULE)) == table.candidates(
-        [0], (7, 6, 5)
-    )
-    assert dict(TopKTable(8, 100).candidates([0], (50,), own)) == {}, "nothing follows the end"
+    empty = new_table(8, 100, REQUEST_RULE)
+    assert table.candidates([0], (7, 6, 5), empty) == table.candidates([0], (7, 6, 5))
+    assert empty.candidates([0], (50,), own) == [], "nothing follows the end"
 
 
 def test_a_small_table_replaces_entries_and_never_confuses_contexts() -> None:
-    table = TopKTable(8, vocab_size=1000)
+    table = new_table(8, 1000)
     for token in range(500):
         write(table, (token, token, token), [token + 1, 0, 1, 2])
-    assert table.num_filled <= 8
+    assert np.count_nonzero(table._tags) <= 8
     found = [token for token in range(500) if table.candidates([0], (token, token, token))]
     assert 0 < len(found) <= 8 + 2  # a tag may be shared now and then
     best = {token: table.candidates([0], (token,) * ORDERS)[0][0] for token in found}
@@ -128,7 +142,7 @@ def test_repeated_contexts_outlive_single_ones() -> None:
     """With as many new contexts as rows, a row is hit once on average, and e^-1 of them never."""
     shares = {}
     for times in (1, 2):
-        table = TopKTable(2**12, vocab_size=100_000)
+        table = new_table(2**12, 100_000)
         for _ in range(times):
             for token in range(200):
                 write(table, (token, token, token), [token + 1, 0, 0, 0])
@@ -143,17 +157,18 @@ def test_repeated_contexts_outlive_single_ones() -> None:
 @pytest.mark.parametrize("vocab_size", [100, 70_000])
 def test_a_saved_table_is_the_same(vocab_size: int, tmp_path: Path) -> None:
     table = TopKTable(2**10, vocab_size)
-    write(table, (5, 6, 7), [1, 2, 3, vocab_size - 1])
+    table.learn(0, [6, 7], root_tree(5), *likely_successors([1, 2, 3, vocab_size - 1]))
     table.save(tmp_path / "table")
     again = TopKTable.load(tmp_path / "table", vocab_size)
-    assert again.candidates([0], (5, 6, 7)) == table.candidates([0], (5, 6, 7))
+    np.testing.assert_array_equal(again._rows, table._rows)
+    assert again.num_filled == ORDERS
     assert [file.name for file in tmp_path.iterdir()] == ["table"]
 
 
 def test_an_invalid_table_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     table = TopKTable(8, 100)
-    write(table, (5, 6, 7), [1, 2, 3, 99])
+    table.learn(0, [6, 7], root_tree(5), *likely_successors([1, 2, 3, 99]))
     table.save(tmp_path / "table")
     with pytest.raises(ValueError, match="cannot be read"):
         TopKTable.load(tmp_path / "nothing", 100)

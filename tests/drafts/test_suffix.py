@@ -18,7 +18,7 @@ from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
 from specserve_drafts.suffix import search
 from specserve_drafts.suffix.drafter import PastOutputs, SuffixDrafter, SuffixOptions
-from specserve_drafts.suffix.token_log import TokenLog
+from specserve_kernels.host.reference import TokenLog
 
 TokenPath = tuple[int, ...]
 ANSWER = [30, 31, 32, 33, 34, 35]

@@ -37,10 +37,9 @@ from specserve_drafts.expansion import (
     add_ranked,
     rank_candidates,
 )
-from specserve_kernels.dispatch import fused_models, native_host
+from specserve_kernels.dispatch import fused_models
 from specserve_kernels.draft_head import (
     DraftSampling,
-    ExpandedTree,
     ExpansionLimits,
     ExpansionTask,
 )
@@ -173,8 +172,6 @@ class EagleDrafter:
         )
         self.aux_layers: tuple[int, ...] = tuple(sorted(set(self._file.shape.aux_layers)))
         self._kv_states: dict[str, DraftKVState] = {}  # by sequence id
-        host = native_host()
-        self._native_build_tree = None if host is None else host.build_tree
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return head_kv_spec(self._file.shape, dtype)
@@ -222,14 +219,11 @@ class EagleDrafter:
         num_steps = max(tree.num_passes for tree in expanded)
         self._threshold.record(time.perf_counter() - started, num_steps)
         return {
-            task.seq.id: self._build_tree(tree) for task, tree in zip(tasks, expanded, strict=True)
+            task.seq.id: build_tree(
+                tree.tokens, tree.parents, tree.path_probs, self._context.drafter_id
+            )
+            for task, tree in zip(tasks, expanded, strict=True)
         }
-
-    def _build_tree(self, tree: ExpandedTree) -> DraftTree:
-        fields = tree.tokens, tree.parents, tree.path_probs, self._context.drafter_id
-        if self._native_build_tree is None:
-            return build_tree(*fields)
-        return DraftTree(*self._native_build_tree(*fields))
 
     def _expand_stepwise(self, tasks: Sequence[_TreeTask]) -> dict[str, DraftTree]:
         """Trees by sequence id, expanded by one forward pass of the head per expansion step."""

@@ -35,15 +35,9 @@ from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
 from specserve_drafts.compatibility import Target, check_compatible, pretrained_draft
-from specserve_drafts.recycle.topk_table import (
-    NO_SALT,
-    ORDERS,
-    REQUEST_RULE,
-    TABLE_FILE,
-    WIDTH,
-    TopKTable,
-)
-from specserve_kernels.dispatch import native_host
+from specserve_drafts.recycle.topk_table import REQUEST_RULE, TABLE_FILE, TopKTable
+from specserve_kernels.host import HOST
+from specserve_kernels.host.interface import NO_SALT, ORDERS, WIDTH
 
 # Rows of a request's own table: 230 kB with 16-bit token ids, which stays in the CPU cache.
 _REQUEST_CONTEXTS: Final = 2**14
@@ -120,7 +114,6 @@ class RecycleDrafter:
 
     def bind(self, context: DraftContext) -> None:
         self._context = context
-        self._host = native_host() if context.device.type == "cpu" else None
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         """Grow trees best-first by path probability.
@@ -196,9 +189,8 @@ class RecycleDrafter:
         top = output.topk
         if top is None:
             top = output.logits.topk(WIDTH).indices
-        if self._host is not None:
-            best: _TopSuccessors = self._host.best_logits(top.numpy(), output.logits.numpy(), WIDTH)
-            return best
+        if top.device.type == "cpu":
+            return HOST.best_logits(top.numpy(), output.logits.numpy(), WIDTH)
         top = top[:, :WIDTH]
         logits = output.logits.gather(1, top.clamp(min=0))
         return top.cpu().numpy(), logits.cpu().numpy()

@@ -1,45 +1,26 @@
-"""The top-k table of `recycle`: the last one to three tokens -> the target's likely next tokens.
+"""The top-k table of `recycle`: its memory, its files, and the constants that were measured for it.
 
-Bounded and direct-mapped: a hash of a context gives its row, and a tag from the same hash tells
-whether the row is the context's. A context that is written again is merged into its row by a
-running mean, and its row survives the next write of another context to the same row (second
-chance, Corbato 1968), as most contexts occur only once. All work is on the host.
+`specserve_kernels.host` reads and writes the rows. Knows no requests.
 """
 
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from specserve.tree import DraftTree
 from specserve_drafts.atomic_write import atomic_write
-from specserve_drafts.best_first import grow_best_first
-from specserve_kernels.dispatch import native_host
+from specserve_kernels.host import HOST, HostCode
+from specserve_kernels.host.interface import row_dtype
 
-if TYPE_CHECKING:
-    from specserve_kernels.host import _native
-
-ORDERS: Final = 3  # contexts of 1 .. ORDERS tokens
-WIDTH: Final = 4  # successors stored per context; more gained nothing (drafts/LOG.md, 2026-11-25)
 TABLE_FILE: Final = "table.safetensors"  # file name in a draft's directory
+_FIELDS: Final = ("tags", "tokens", "prob_steps")  # of a row
 # Probabilities are stored as one byte s, which stands for 2 ** (-s / _PER_OCTAVE).
 _PER_OCTAVE: Final = 16
-_PROBS: Final = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32)  # by byte
-_PROB_LIST: Final[list[float]] = _PROBS.tolist()
-# A tag has the 14 upper bits of a context's hash state and two flags: the row was written, and its
-# context was written again, which gives the row its second chance.
-_WRITTEN, _SECOND_CHANCE, _TAG_BITS = np.uint16(1), np.uint16(2), np.uint16(0xFFFC)
-NO_SALT: Final = 0
-_NO_TOKEN: Final = 0xFFFFFFFF  # hashed for positions before the first token of a text
-_MULTIPLIER: Final = 0x9E3779B97F4A7C15  # 2**64 / golden ratio (Knuth, TAOCP 3, section 6.4)
-_WORD: Final = 2**64 - 1
-
-Context = tuple[int, ...]  # tokens, the last one first
+_PROBS: Final[list[float]] = (2.0 ** (-np.arange(256) / _PER_OCTAVE)).astype(np.float32).tolist()
 
 
 class UpdateRule(NamedTuple):
@@ -62,35 +43,32 @@ REQUEST_RULE: Final = UpdateRule(learning_rate=(0.5, 0.6, 0.8), weight=(0.6, 0.6
 class TopKTable:
     """A table of `num_rows` rows, a power of two, for token ids below `vocab_size`."""
 
-    def __init__(self, num_rows: int, vocab_size: int, rule: UpdateRule = SHARED_RULE) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        vocab_size: int,
+        rule: UpdateRule = SHARED_RULE,
+        host: HostCode = HOST,
+    ) -> None:
         assert num_rows.bit_count() == 1, f"{num_rows} is no power of two"
-        self._rule = rule
-        token = "H" if vocab_size <= 2**16 else "I"
-        self._row = struct.Struct(f"<H{WIDTH}{token}{WIDTH}B")
-        # The fields of a row are adjacent, so that reading it costs one CPU cache miss.
-        fields = [("tags", "<u2"), ("tokens", f"<{token}", WIDTH), ("prob_steps", "u1", WIDTH)]
-        rows = np.zeros(num_rows, fields)
-        assert rows.itemsize == self._row.size
-        self._buffer = rows.view(np.uint8).data
-        host = native_host()
-        self._native: _native.TopKTable | None = None
-        if host is not None:
-            self._native = host.TopKTable(
-                rows.view(np.uint8),
-                token_bytes=rows.dtype["tokens"].base.itemsize,
-                probs=_PROB_LIST,
-                steps_per_octave=_PER_OCTAVE,
-                learning_rate=rule.learning_rate,
-                weight=rule.weight,
-            )
-        self._tags: npt.NDArray[np.uint16] = rows["tags"]  # 0: never written
-        self._tokens: npt.NDArray[np.unsignedinteger[Any]] = rows["tokens"]
-        self._prob_steps: npt.NDArray[np.uint8] = rows["prob_steps"]  # see _PER_OCTAVE
+        token_bytes = 2 if vocab_size <= 2**16 else 4
+        self._rows = np.zeros(num_rows, row_dtype(token_bytes))
+        self._table = host.TopKTable(
+            self._rows.view(np.uint8),
+            token_bytes=token_bytes,
+            probs=_PROBS,
+            steps_per_octave=_PER_OCTAVE,
+            learning_rate=rule.learning_rate,
+            weight=rule.weight,
+        )
+        # See `interface.TopKTable` of the host code.
+        self.learn = self._table.learn
+        self.learn_text = self._table.learn_text
 
     @property
     def num_filled(self) -> int:
         """Rows that were written."""
-        return int(np.count_nonzero(self._tags))
+        return int(np.count_nonzero(self._rows["tags"]))
 
     def grow(
         self,
@@ -101,162 +79,17 @@ class TopKTable:
         drafter_id: int,
         request_table: "TopKTable | None" = None,
     ) -> DraftTree:
-        """Grow a tree best-first from `context`, whose first element, the last token, is the root.
-
-        salts: for each context the first salt that has a row is used. request_table: the request's
-        own table, which has no salts; its rows are mixed with this table's at every context length.
-        Nodes of a path probability below `min_probability` are left out.
-        """
-        if self._native is not None:
-            request_native = None if request_table is None else request_table._native
-            return DraftTree(
-                *self._native.grow(
-                    salts, context, max_nodes, min_probability, drafter_id, request_native
-                )
-            )
-
-        def expand(tokens: Context, depth: int) -> Iterator[tuple[int, float, Context]]:
-            for token, prob in self.candidates(salts, tokens, request_table):
-                yield token, prob, (token, *tokens[: ORDERS - 1])
-
-        start = tuple(context[:ORDERS])
-        return grow_best_first(start[0], start, expand, max_nodes, min_probability, drafter_id)
-
-    def learn(
-        self,
-        salt: int,
-        before: Sequence[int],
-        tree: DraftTree,
-        best: npt.NDArray[np.int64],
-        logits: npt.NDArray[np.float32],
-    ) -> None:
-        """Write the target's best next tokens at every node of a verified tree.
-
-        before: the tokens before the root, the latest first. best, logits: [nodes, WIDTH], the
-        best next tokens and their logits; the softmax over the WIDTH logits is stored. Rows with a
-        negative token or a logit that is not finite are skipped.
-        """
-        if self._native is not None:
-            self._native.learn(salt, before, tree, best, logits)
-            return
-        with np.errstate(invalid="ignore"):
-            probs = np.exp(logits - logits[:, :1])
-            probs /= probs.sum(1, keepdims=True)
-        valid = np.isfinite(probs).all(1) & (best >= 0).all(1)
-        contexts = np.array(_contexts(tree, before), np.int64)
-        salts = np.full(len(tree), salt, np.uint64)
-        self.write(salts[valid], contexts[valid], best[valid], probs[valid])
-
-    def learn_text(self, tokens: Sequence[int]) -> None:
-        """Write every token as the successor, of probability 1, of the tokens before it; no salt.
-
-        tokens: in the order of the text.
-        """
-        if self._native is not None:
-            self._native.learn_text(tokens)
-            return
-        salt, probs = np.zeros(1, np.uint64), np.eye(1, WIDTH, dtype=np.float32)
-        for end in range(1, len(tokens)):
-            before = tokens[max(end - ORDERS, 0) : end][::-1]
-            context = np.array([(*before, *[-1] * (ORDERS - len(before)))], np.int64)
-            self.write(salt, context, np.array([[tokens[end]] + [0] * (WIDTH - 1)]), probs)
-
-    def write(
-        self,
-        salts: npt.NDArray[np.uint64],
-        contexts: npt.NDArray[np.int64],
-        tokens: npt.NDArray[np.int64],
-        probs: npt.NDArray[np.float32],
-    ) -> None:
-        """Write n contexts, under each of their lengths from 1 to ORDERS.
-
-        salts: [n]. contexts: [n, ORDERS], the last token first, -1 before the text. tokens, probs:
-        [n, WIDTH], successors and their probabilities, the best first. A context that is new under
-        its salt starts from its row without a salt, if there is one.
-        """
-        state, without_salt = salts, np.full_like(salts, NO_SALT)
-        for order in range(ORDERS):
-            token = contexts[:, order].astype(np.uint64) & np.uint64(_NO_TOKEN)
-            state, without_salt = _next_states(state, token), _next_states(without_salt, token)
-            self._write(
-                state, without_salt, np.float32(self._rule.learning_rate[order]), tokens, probs
-            )
-
-    def _write(
-        self,
-        states: npt.NDArray[np.uint64],
-        without_salt: npt.NDArray[np.uint64],
-        learning_rate: np.float32,
-        tokens: npt.NDArray[np.int64],
-        probs: npt.NDArray[np.float32],
-    ) -> None:
-        """Write contexts of one length, given their hash states with and without their salt."""
-        rows, known = self._find(states)
-        before, known_without_salt = self._find(without_salt)
-        tags, old_tags = _tags(states), self._tags[rows]
-        kept = ~known & (old_tags & _SECOND_CHANCE > 0)
-        self._tags[rows[kept]] = old_tags[kept] & ~_SECOND_CHANCE
-        weights = np.where(known | known_without_salt, learning_rate, np.float32(1.0))[:, None]
-        source = np.where(known, rows, before)
-        merged = _merged(
-            tokens.astype(self._tokens.dtype),
-            weights * probs,
-            self._tokens[source],
-            (np.float32(1.0) - weights) * _PROBS[self._prob_steps[source]],
+        """See `interface.TopKTable.grow` of the host code."""
+        own = None if request_table is None else request_table._table
+        return DraftTree(
+            *self._table.grow(salts, context, max_nodes, min_probability, drafter_id, own)
         )
-        written = rows[~kept]
-        self._tags[written] = np.where(known, tags | _SECOND_CHANCE, tags)[~kept]
-        self._tokens[written] = merged[0][~kept]
-        self._prob_steps[written] = _prob_steps(merged[1])[~kept]
-
-    def _find(
-        self, states: npt.NDArray[np.uint64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """The row index of each context, and whether the row currently holds that context."""
-        rows = (states & np.uint64(len(self._tags) - 1)).astype(np.int64)
-        return rows, self._tags[rows] & ~_SECOND_CHANCE == _tags(states)
-
-    def candidates(
-        self,
-        salts: Sequence[int],
-        context: Sequence[int],
-        request_table: "TopKTable | None" = None,
-    ) -> list[tuple[int, float]]:
-        """At most WIDTH (token, probability) pairs, the best first; parameters as in `grow`.
-
-        Rows are mixed from the longest context down, each with the part `weight` of the
-        remaining weight; at each length the row of `request_table` comes first.
-        """
-        mixed: dict[int, float] = {}
-        remaining = 1.0
-        states = [_states(salt, context) for salt in salts]
-        request_states = _states(NO_SALT, context)
-        for order in reversed(range(len(context))):
-            request_row = (
-                None if request_table is None else request_table._read(request_states[order])
-            )
-            rows = (self._read(state[order]) for state in states)
-            shared_row = next((row for row in rows if row is not None), None)
-            for table, row in ((request_table, request_row), (self, shared_row)):
-                if table is None or row is None:
-                    continue
-                weight = remaining * table._rule.weight[order]
-                for token, step in zip(row[:WIDTH], row[WIDTH:], strict=True):
-                    mixed[token] = mixed.get(token, 0.0) + weight * _PROB_LIST[step]
-                remaining -= weight
-        return sorted(mixed.items(), key=lambda item: -item[1])[:WIDTH]
-
-    def _read(self, state: int) -> list[int] | None:
-        """WIDTH tokens and then their WIDTH probability bytes; None: the context has no row."""
-        row = state & (len(self._tags) - 1)
-        tag, *values = self._row.unpack_from(self._buffer, row * self._row.size)
-        return values if tag & 0xFFFD == state >> 48 & 0xFFFC | 1 else None
 
     def save(self, path: Path) -> None:
         """Write the table as safetensors, atomically. Raises ValueError, naming the file."""
-        columns = {"tags": self._tags, "tokens": self._tokens, "prob_steps": self._prob_steps}
+        columns = {name: self._rows[name].copy() for name in _FIELDS}
         with atomic_write(path) as part:
-            save_file({name: column.copy() for name, column in columns.items()}, part)
+            save_file(columns, part)
 
     @classmethod
     def load(cls, path: Path, vocab_size: int) -> "TopKTable":
@@ -270,71 +103,14 @@ class TopKTable:
         if num_rows.bit_count() != 1:
             raise ValueError(f"{path} is no top-k table: it has {num_rows} rows")
         table = cls(num_rows, vocab_size)
-        for name in ("tags", "tokens", "prob_steps"):
-            own, read = getattr(table, f"_{name}"), arrays.get(name)
+        for name in _FIELDS:
+            own, read = table._rows[name], arrays.get(name)
             if read is None or (read.shape, read.dtype) != (own.shape, own.dtype):
                 raise ValueError(
                     f"{path}: {name} is {'missing' if read is None else (read.shape, read.dtype)}, "
                     f"expected {(own.shape, own.dtype)}; make the table anew for this target"
                 )
             own[:] = read
-        if table._tokens.max(initial=0) >= vocab_size:
+        if table._rows["tokens"].max(initial=0) >= vocab_size:
             raise ValueError(f"{path} has tokens outside the vocabulary of {vocab_size}")
         return table
-
-
-def _merged(
-    new: npt.NDArray[np.unsignedinteger[Any]],
-    new_probs: npt.NDArray[np.float32],
-    old: npt.NDArray[np.unsignedinteger[Any]],
-    old_probs: npt.NDArray[np.float32],
-) -> tuple[npt.NDArray[np.unsignedinteger[Any]], npt.NDArray[np.float32]]:
-    """The WIDTH best of the new and old successors, row by row; a token in both has the sum of its
-    weighted probabilities."""
-    same = new[:, :, None] == old[:, None, :]
-    same &= same.cumsum(1) == 1  # rows of `learn_text` are padded with a repeated token
-    both = new_probs + (same * old_probs[:, None, :]).sum(2)
-    alone = np.where(same.any(1), np.float32(0.0), old_probs)
-    probs = np.concatenate([both, alone], 1)
-    best = np.argsort(-probs, axis=1, kind="stable")[:, :WIDTH]
-    tokens = np.concatenate([new, old], 1)
-    return np.take_along_axis(tokens, best, 1), np.take_along_axis(probs, best, 1)
-
-
-def _tags(states: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:
-    tags: npt.NDArray[np.uint16] = (states >> np.uint64(48)).astype(np.uint16)
-    return tags & _TAG_BITS | _WRITTEN
-
-
-def _prob_steps(probs: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    steps = -_PER_OCTAVE * np.log2(np.maximum(probs, np.float32(1e-9)))
-    rounded: npt.NDArray[np.uint8] = np.clip(steps, 0, 255).round().astype(np.uint8)
-    return rounded
-
-
-def _contexts(tree: DraftTree, before: Sequence[int]) -> list[Context]:
-    """The last ORDERS tokens up to each node, the node's own first; -1 before the text."""
-    above = (*before[: ORDERS - 1], *[-1] * (ORDERS - 1 - len(before)))
-    contexts: list[Context] = []
-    for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
-        context = above if parent < 0 else contexts[parent][: ORDERS - 1]
-        contexts.append((token, *context))
-    return contexts
-
-
-def _next_states(
-    states: npt.NDArray[np.uint64], tokens: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint64]:
-    """The hash states of contexts extended by one token further back; a multiplicative hash."""
-    states = (states ^ tokens) * np.uint64(_MULTIPLIER)
-    return states ^ (states >> np.uint64(29))
-
-
-def _states(salt: int, context: Sequence[int]) -> list[int]:
-    """The hash states of the contexts of 1, 2, ... tokens; computed as `_next_states` does."""
-    states, state = [], salt
-    for token in context:
-        state = ((state ^ (token & _NO_TOKEN)) * _MULTIPLIER) & _WORD
-        state ^= state >> 29
-        states.append(state)
-    return states

@@ -16,8 +16,8 @@ from specserve.cache.storage import KVSpec
 from specserve.sequence import SequenceView, Status
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
 from specserve.tree import DraftTree
-from specserve_drafts.suffix.search import Log, SuffixSearch
-from specserve_drafts.suffix.token_log import END
+from specserve_drafts.suffix.search import SuffixSearch
+from specserve_kernels.host.interface import END, TokenLog
 
 _INDEXED_SIZES: Final = (4, 2)  # n-gram lengths that are indexed besides min_match
 _LOG_OVERHEAD: Final = 64  # tokens counted against `capacity` for each log, besides its text
@@ -39,11 +39,11 @@ class PastOutputs:
     entry ever has to be removed from a log.
     """
 
-    def __init__(self, capacity: int, new_log: Callable[[], Log]) -> None:
+    def __init__(self, capacity: int, new_log: Callable[[], TokenLog]) -> None:
         self._generation_size = capacity // 2
         self._new_log = new_log
-        self._young: dict[str, Log] = {}
-        self._old: dict[str, Log] = {}
+        self._young: dict[str, TokenLog] = {}
+        self._old: dict[str, TokenLog] = {}
         self._num_tokens = 0  # tokens in the young generation, _LOG_OVERHEAD per log included
 
     def add(self, salt: str, output: list[int]) -> None:
@@ -57,7 +57,7 @@ class PastOutputs:
         self._young[salt].extend(text)
         self._num_tokens += len(text)
 
-    def logs(self, salt: str) -> list[Log]:
+    def logs(self, salt: str) -> list[TokenLog]:
         """The salt's logs, young generation first."""
         return [logs[salt] for logs in (self._young, self._old) if salt in logs]
 
@@ -73,7 +73,7 @@ class SuffixDrafter:
         self._options = options
         sizes = [size for size in _INDEXED_SIZES if options.min_match < size <= options.max_match]
         self._search = SuffixSearch((*sizes, options.min_match), options.min_probability)
-        self._request_logs: dict[str, Log] = {}  # prompt and output, by sequence id
+        self._request_logs: dict[str, TokenLog] = {}  # prompt and output, by sequence id
         self._running: dict[str, SequenceView] = {}  # by sequence id; `forget` takes their outputs
         self._past = PastOutputs(options.capacity, self._search.new_log)
 

@@ -1,5 +1,5 @@
 // Observed acceptance rates of drafted nodes, and the merging of draft trees by these rates: the
-// C++ version of specserve/speculation/calibration.py.
+// C++ version of reference/calibration.py.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Counts {
     double rate(double prior, double prior_weight) const;
 };
 
-// The constants of calibration.py, which explains them.
+// Explained in reference/calibration.py.
 struct CalibrationNumbers {
     int max_depth;
     double prior_ratio, prior_weight, memory;

@@ -1,4 +1,4 @@
-// The Python module `_native`; `_native.pyi` beside it declares the types.
+// The Python module `_compiled`; `HostCode` in ../__init__.py declares its contents.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -141,7 +141,7 @@ public:
         int max_nodes,
         double min_probability,
         uint8_t drafter_id,
-        const BoundTable* own) const {
+        const BoundTable* request_table) const {
         if (context.empty()) throw std::invalid_argument("context: no token");
         Context known{-1, -1, -1};
         const int num_known = std::min(int(context.size()), kOrders);
@@ -153,7 +153,7 @@ public:
             max_nodes,
             min_probability,
             drafter_id,
-            own ? &own->table_ : nullptr));
+            request_table ? &request_table->table_ : nullptr));
     }
 
     void learn_text(const std::vector<int64_t>& tokens) const { table_.learn_text(tokens); }
@@ -246,19 +246,19 @@ void bind_suffix_search(py::module_& module) {
         .def(
             py::init([](const std::vector<int>& sizes,
                         int max_matches,
-                        int enough,
-                        double longer,
-                        double doubt,
+                        int max_matched,
+                        double weight_base,
+                        double pseudo_count,
                         double min_probability) {
                 return std::make_unique<SuffixSearch>(SuffixNumbers{
-                    sizes, max_matches, enough, longer, doubt, min_probability});
+                    sizes, max_matches, max_matched, weight_base, pseudo_count, min_probability});
             }),
             py::arg("sizes"),
             py::kw_only(),
             py::arg("max_matches"),
-            py::arg("enough"),
-            py::arg("longer"),
-            py::arg("doubt"),
+            py::arg("max_matched"),
+            py::arg("weight_base"),
+            py::arg("pseudo_count"),
             py::arg("min_probability"))
         .def(
             "tree",
@@ -274,7 +274,7 @@ void bind_suffix_search(py::module_& module) {
 }  // namespace
 }  // namespace specserve
 
-PYBIND11_MODULE(_native, module) {
+PYBIND11_MODULE(_compiled, module) {
     specserve::bind_calibration(module);
     specserve::bind_trees(module);
     specserve::bind_topk_table(module);

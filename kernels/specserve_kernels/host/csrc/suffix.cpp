@@ -20,12 +20,12 @@ std::vector<SuffixSearch::Match> SuffixSearch::matches(
                 const int matched = log->common(position, end, int(recent.size()));
                 if (size <= matched && matched < known) {  // longer n-grams have found the others
                     found.push_back({
-                        std::pow(numbers_.longer, matched),
+                        std::pow(numbers_.weight_base, matched),
                         matched,
                         log->follow(position, length),
                     });
                     seen += matched;
-                    if (seen >= numbers_.enough || int(found.size()) == numbers_.max_matches)
+                    if (seen >= numbers_.max_matched || int(found.size()) == numbers_.max_matches)
                         return found;
                 }
                 position = log->earlier(size, position);
@@ -66,7 +66,7 @@ Tree SuffixSearch::tree(
         double total = 0.0;
         for (const Branch& branch : branches) total += branch.weight;
         for (Branch& branch : branches) {
-            const double sum = branch.weight * branch.seen / (branch.seen + numbers_.doubt);
+            const double sum = branch.weight * branch.seen / (branch.seen + numbers_.pseudo_count);
             add(branch.token, sum / total, std::move(branch.having));
         }
     };

@@ -1,5 +1,5 @@
 // Suffix search: a tree of the tokens that followed earlier occurrences of the last tokens. The C++
-// version of specserve_drafts/suffix/search.py.
+// version of reference/suffix.py.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@
 
 namespace specserve {
 
-// The constants of suffix/search.py, which explains them.
+// Explained in reference/suffix.py.
 struct SuffixNumbers {
     std::vector<int> sizes;
-    int max_matches, enough;
-    double longer, doubt, min_probability;
+    int max_matches, max_matched;
+    double weight_base, pseudo_count, min_probability;
 };
 
 class SuffixSearch {

@@ -1,5 +1,5 @@
 // An append-only text with an index of the positions of its n-grams: the C++ version of
-// specserve_drafts/suffix/token_log.py.
+// reference/token_log.py.
 #pragma once
 
 #include <cstdint>

@@ -172,7 +172,7 @@ Tree TopKTable::grow(
     int max_nodes,
     double min_probability,
     uint8_t drafter_id,
-    const TopKTable* own) const {
+    const TopKTable* request_table) const {
     struct Known {
         Context tokens;
         int count;
@@ -183,7 +183,7 @@ Tree TopKTable::grow(
         mixed.clear();
         states.clear();
         for (const uint64_t salt : salts) states.push_back(states_of(salt, known.tokens));
-        const auto own_states = states_of(kNoSalt, known.tokens);
+        const auto request_states = states_of(kNoSalt, known.tokens);
         double left = 1.0;
         const auto add_row = [&](const TopKTable& table, int order, const Row& row) {
             const double weight = left * table.numbers_.weight[order];
@@ -193,7 +193,8 @@ Tree TopKTable::grow(
         };
         Row row;
         for (int order = known.count - 1; order >= 0; --order) {
-            if (own && own->find(own_states[order], row)) add_row(*own, order, row);
+            if (request_table && request_table->find(request_states[order], row))
+                add_row(*request_table, order, row);
             for (const auto& of_salt : states) {
                 if (!find(of_salt[order], row)) continue;
                 add_row(*this, order, row);

@@ -1,5 +1,5 @@
 // Top-k table: the last tokens of a text -> the most likely next tokens according to the target.
-// The C++ version of specserve_drafts/recycle/topk_table.py, on whose memory it works.
+// The C++ version of reference/topk_table.py. It works on the memory of a numpy array.
 #pragma once
 
 #include <array>
@@ -15,7 +15,7 @@ constexpr int kWidth = 4;   // next tokens per context
 
 using Context = std::array<int64_t, kOrders>;  // the last token first; -1 before the text
 
-// The constants of topk_table.py, which explains them.
+// Explained in reference/topk_table.py.
 struct TopKTableNumbers {
     std::array<float, 256> probs;  // probability of each stored step
     double steps_per_octave;       // steps in which a probability halves
@@ -54,8 +54,8 @@ public:
     void learn_text(const std::vector<int64_t>& tokens) const;
 
     // A tree of the likely paths that continue a context, whose last token is the root. Of several
-    // salts the first one with a row for the context counts. `own`, if any, is the table of this
-    // text alone, without salts; it is mixed in at every order.
+    // salts the first one with a row for the context counts. `request_table`, if any, is the
+    // table of this text alone, without salts; it is mixed in at every order.
     Tree grow(
         const std::vector<uint64_t>& salts,
         const Context& context,
@@ -63,7 +63,7 @@ public:
         int max_nodes,
         double min_probability,
         uint8_t drafter_id,
-        const TopKTable* own) const;
+        const TopKTable* request_table) const;
 
 private:
     struct Row {

@@ -8,10 +8,9 @@ namespace specserve {
 
 void validate(const TreeView& tree, int vocab_size, int max_nodes) {
     const auto refuse = [](const std::string& why) { throw std::invalid_argument(why); };
-    const int most = std::min(max_nodes, kMaxNodes);
-    if (tree.size < 1 || tree.size > most)
+    if (tree.size < 1 || tree.size > max_nodes)
         refuse("tree has " + std::to_string(tree.size) + " nodes; expected 1 to " +
-               std::to_string(most));
+               std::to_string(max_nodes));
     if (tree.parents[0] != -1)
         refuse("parents[0] is " + std::to_string(tree.parents[0]) + "; the root's parent is -1");
     for (int node = 0; node < tree.size; ++node)

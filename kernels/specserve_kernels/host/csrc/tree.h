@@ -1,5 +1,4 @@
-// Draft trees on the host: C++ versions of functions of specserve/tree.py,
-// specserve/speculation/node_selection.py (`select_nodes`) and specserve_drafts/best_first.py.
+// Draft trees on the host: the C++ version of reference/tree.py.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +8,6 @@
 #include <vector>
 
 namespace specserve {
-
-constexpr int kMaxNodes = 64;
 
 // Node 0 is the root; parents precede their children.
 struct Tree {

@@ -12,23 +12,21 @@ from specserve.speculation.calibration import Calibration
 from specserve.speculation.cost_model import CostModel
 from specserve.speculation.node_selection import NodeSelection
 from specserve.tree import MAX_NODES, DraftTree, build_tree
-from specserve_drafts.recycle.topk_table import REQUEST_RULE, WIDTH, TopKTable
+from specserve_drafts.recycle.topk_table import REQUEST_RULE, TopKTable
 from specserve_drafts.suffix.search import SuffixSearch
-from specserve_drafts.suffix.token_log import END
-from specserve_kernels.dispatch import VARIABLE, native_host
+from specserve_kernels.host import COMPILED, HostCode, reference
+from specserve_kernels.host.interface import END, WIDTH
 
-pytestmark = pytest.mark.skipif(native_host() is None, reason="not built, or switched off")
+pytestmark = pytest.mark.skipif(COMPILED is None, reason="not built")
 
 T = TypeVar("T")
 tokens = st.integers(0, 5)
 
 
-def both(make: Callable[[], T]) -> tuple[T, T]:
+def both(make: Callable[[HostCode], T]) -> tuple[T, T]:
     """Compiled, and in Python."""
-    compiled = make()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, "torch")
-        return compiled, make()
+    assert COMPILED is not None
+    return make(COMPILED), make(reference)
 
 
 def assert_same(compiled: DraftTree, python: DraftTree) -> None:
@@ -82,7 +80,7 @@ def test_calibrated_trees(steps: list[Step]) -> None:
 @given(st.lists(trees(), max_size=4), st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5))
 def test_selected_nodes(proposed: list[DraftTree], prices: list[float]) -> None:
     costs = CostModel({1 + 8 * at: price for at, price in enumerate(prices)})
-    compiled, python = both(lambda: NodeSelection(costs))
+    compiled, python = both(lambda host: NodeSelection(costs, host))
     named = {str(index): tree for index, tree in enumerate(proposed)}
     ours, theirs = (each.select(named, len(proposed)) for each in (compiled, python))
     assert ours.keys() == theirs.keys()
@@ -93,7 +91,7 @@ def test_selected_nodes(proposed: list[DraftTree], prices: list[float]) -> None:
 @given(trees())
 def test_built_trees(tree: DraftTree) -> None:
     arguments = (tree.tokens.tolist(), tree.parents.tolist(), tree.path_probs.tolist(), 3)
-    assert_same(DraftTree(*native_host().build_tree(*arguments)), build_tree(*arguments))
+    assert_same(*both(lambda host: DraftTree(*host.build_tree(*arguments))))
 
 
 @given(trees(), st.integers(0, 2), st.integers(0, 5), st.integers(-2, 99), st.floats(-1, 2))
@@ -103,7 +101,7 @@ def test_invalid_trees(tree: DraftTree, which: int, at: int, value: int, path_pr
     arrays[which][at % len(tree)] = path_prob if which == 2 else value
     broken = DraftTree(*arrays, tree.drafter_ids)
     said: list[str] = []
-    for validate in (DraftTree.validate, native_host().validate):
+    for validate in both(lambda host: host.validate):
         try:
             validate(broken, 6, 8)
             said.append("sound")
@@ -137,8 +135,8 @@ row = st.lists(
     num_rows=st.sampled_from([8, 64, 2**12]),
 )
 def test_topk_tables(lessons: list[Lesson], num_rows: int, vocab_size: int) -> None:
-    compiled, python = both(lambda: TopKTable(num_rows, vocab_size))
-    own = both(lambda: TopKTable(64, vocab_size, REQUEST_RULE))
+    compiled, python = both(lambda host: TopKTable(num_rows, vocab_size, host=host))
+    own = both(lambda host: TopKTable(64, vocab_size, REQUEST_RULE, host))
     for salt, before, tree, rows in lessons:
         # One node at a time: Python writes all rows of a call by what it found before the call.
         root = build_tree([int(tree.tokens[0])], [-1], [1.0], 1)
@@ -147,21 +145,22 @@ def test_topk_tables(lessons: list[Lesson], num_rows: int, vocab_size: int) -> N
         logits = np.array([[logit for _, logit in ranked]], np.float32)
         for each in (compiled, python):
             each.learn(salt, before, root, best, logits)
-        np.testing.assert_array_equal(compiled._tags, python._tags)
+        ours, theirs = compiled._rows, python._rows
+        np.testing.assert_array_equal(ours["tags"], theirs["tags"])
         # A probability is stored in steps; the last bit of a logarithm may turn one.
-        np.testing.assert_allclose(compiled._prob_steps, python._prob_steps.astype(int), atol=1)
-        python._prob_steps[:], python._tokens[:] = compiled._prob_steps, compiled._tokens
+        np.testing.assert_allclose(ours["prob_steps"], theirs["prob_steps"].astype(int), atol=1)
+        theirs[:] = ours
         salts, context = (salt, 0) if salt else (0,), [int(tree.tokens[0]), *before]
         for of_text in own:
             of_text.learn_text([*before, *tree.tokens.tolist()])
-        np.testing.assert_array_equal(own[0]._buffer, own[1]._buffer)
+        np.testing.assert_array_equal(own[0]._rows, own[1]._rows)
         for floor, of_texts in ((0.0, (None, None)), (0.05, (None, None)), (0.0, own)):
-            ours, theirs = (
+            grown = [
                 each.grow(salts, context, 8, floor, 2, of_text)
                 for each, of_text in zip((compiled, python), of_texts, strict=True)
-            )
-            assert_same(ours, theirs)
-            ours.validate(vocab_size, 8)
+            ]
+            assert_same(*grown)
+            grown[0].validate(vocab_size, 8)
 
 
 def test_topk_tables_after_a_tree() -> None:
@@ -171,12 +170,12 @@ def test_topk_tables_after_a_tree() -> None:
     best[2, 3] = -1
     logits = np.zeros((4, 4), np.float32)
     logits[3] = np.nan
-    for table in both(lambda: TopKTable(2**10, 100)):
+    for table in both(lambda host: TopKTable(2**10, 100, host=host)):
         table.learn(5, [8, 9], tree, best, logits)
-        assert [token for token, _ in table.candidates([5], (7, 8, 9))] == [0, 1, 2, 3]
-        assert [token for token, _ in table.candidates([5], (1, 7, 8))] == [4, 5, 6, 7]
-        assert table.candidates([5], (int(tree.tokens[2]), 7, 8)) == []
-        assert table.candidates([5], (int(tree.tokens[3]),)) == []
+        assert table.grow([5], [7, 8, 9], 5, 0.0, 1).children(0).keys() == {0, 1, 2, 3}
+        assert table.grow([5], [1, 7, 8], 5, 0.0, 1).children(0).keys() == {4, 5, 6, 7}
+        assert len(table.grow([5], [int(tree.tokens[2]), 7, 8], 5, 0.0, 1)) == 1
+        assert len(table.grow([5], [int(tree.tokens[3])], 5, 0.0, 1)) == 1
         assert table.num_filled == 6
 
 
@@ -190,7 +189,7 @@ def test_topk_tables_after_a_tree() -> None:
 def test_trees_of_suffixes(
     logs: list[list[int]], pieces: int, sizes: Sequence[int], recent: list[int], budget: int
 ) -> None:
-    searches = both(lambda: SuffixSearch(sizes, 0.02))
+    searches = both(lambda host: SuffixSearch(sizes, 0.02, host))
     trees = []
     for search in searches:
         filled = []
@@ -208,7 +207,7 @@ def test_trees_of_suffixes(
 def test_a_long_log_finds_the_latest(rng: np.random.Generator) -> None:
     """With more n-grams than the hash table has room for at first."""
     text = rng.integers(0, 30, 20_000).tolist()
-    compiled, python = both(lambda: SuffixSearch((4, 2, 1), 0.02))
+    compiled, python = both(lambda host: SuffixSearch((4, 2, 1), 0.02, host))
     trees = []
     for search in (compiled, python):
         log = search.new_log()

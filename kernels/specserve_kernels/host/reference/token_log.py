@@ -1,13 +1,9 @@
-"""An append-only text with an index of its n-grams: hash chains as in LZ77.
-
-The reference implementation of `TokenLog` in kernels/specserve_kernels/host.
-"""
+"""An append-only text with an index of its n-grams: hash chains as in LZ77."""
 
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Final
 
-END: Final = -1  # ends a text in a log of several; not a token id, so no match crosses it
+from specserve_kernels.host.interface import END
 
 
 class TokenLog:
