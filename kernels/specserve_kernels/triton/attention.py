@@ -139,13 +139,7 @@ def _run(
 ) -> None:
     """Compute the rows of one launch's segments into `out`."""
     head_dim, heads = q.shape[2], plan.num_kv_heads
-    shape = {
-        "NUM_KV_HEADS": heads,
-        "GROUP": plan.group_size,
-        "HEAD_DIM": head_dim,
-        "DIM": max(16, _power_of_2(head_dim)),
-        "BLOCK_M": launch.block_m,
-    }
+    shape = _shape(plan, head_dim, launch.block_m)
     partials = launch.num_partials * heads * launch.block_m
     partial_out = torch.empty(partials * head_dim, dtype=torch.float32, device=q.device)
     partial_stats = torch.empty(partials * 2, dtype=torch.float32, device=q.device)
@@ -187,6 +181,17 @@ def _run(
             LANES=MERGE_LANES,
             enable_fp_fusion=True,
         )
+
+
+def _shape(plan: AttentionPlan, head_dim: int, block_m: int) -> dict[str, int]:
+    """The constants that both kernels take."""
+    return {
+        "NUM_KV_HEADS": plan.num_kv_heads,
+        "GROUP": plan.group_size,
+        "HEAD_DIM": head_dim,
+        "DIM": max(16, _power_of_2(head_dim)),
+        "BLOCK_M": block_m,
+    }
 
 
 def _power_of_2(number: int) -> int:

@@ -65,6 +65,147 @@ def popcount(x: tl.tensor) -> tl.tensor:
 
 
 @kernel
+def rows_of_lanes(
+    lane: tl.tensor,  # [n]
+    start: tl.tensor,  # the segment's first row
+    num_rows: tl.tensor,  # of the segment
+    first_row: tl.tensor,  # of the tile, in the segment
+    BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Of each lane: its row in the forward pass, whether it has one, and [n, DIM] the elements of
+    its head that exist."""
+    row = first_row + lane // GROUP
+    valid = (row < num_rows) & (lane < BLOCK_M // GROUP * GROUP)
+    dim = tl.arange(0, DIM)
+    return (start + row).to(tl.int64), valid, valid[:, None] & (dim < HEAD_DIM)[None, :]
+
+
+@kernel
+def fold_context(
+    q: tl.tensor,  # [BLOCK_M, DIM]
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    table: tl.tensor,
+    split: tl.tensor,
+    context: tl.tensor,
+    lowest: tl.tensor,  # [BLOCK_M] int32, the first position in the window of each row
+    head: tl.tensor,
+    scale: float,
+    window: int,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """acc, top and total of `fold` after the context positions of one split."""
+    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    begin = split * SPLIT
+    end = tl.minimum(begin + SPLIT, context)
+    if WINDOWED:
+        begin = tl.maximum(begin, tl.maximum(context + 1 - window, 0) // BLOCK_N * BLOCK_N)
+    whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
+    column = tl.arange(0, BLOCK_N)
+    for chunk in range(begin, whole, BLOCK_N):
+        place = chunk + column
+        acc, top, total = fold(
+            acc, top, total, q, k_cache, v_cache, table,
+            place, place >= 0, place[None, :] >= lowest[:, None], head, scale,
+            NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, WINDOWED,
+        )  # fmt: skip
+    if whole < end:
+        place = whole + column
+        seen = (place < end)[None, :]
+        if WINDOWED:
+            seen = seen & (place[None, :] >= lowest[:, None])
+        acc, top, total = fold(
+            acc, top, total, q, k_cache, v_cache, table, place, place < end, seen, head, scale,
+            NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, True,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@kernel
+def fold_tree(
+    acc: tl.tensor,  # as in `fold`, as top and total
+    top: tl.tensor,
+    total: tl.tensor,
+    q: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    table: tl.tensor,
+    context: tl.tensor,
+    num_nodes: tl.tensor,  # nodes of the tree up to the segment's last row
+    word: tl.tensor,  # [BLOCK_M] int64, ancestor words
+    lowest: tl.tensor,  # as in `fold_context`
+    head: tl.tensor,
+    scale: float,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TREE_N: tl.constexpr,
+    WINDOWED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """acc, top and total of `fold` after the nodes of the tree."""
+    node = tl.arange(0, TREE_N)
+    bit = (word[:, None] >> node[None, :].to(tl.int64)) & 1
+    seen = bit != 0
+    if WINDOWED:
+        up_to = (tl.full([TREE_N], 2, tl.int64) << node.to(tl.int64)) - 1
+        position = context + popcount(word[:, None] & up_to[None, :]).to(tl.int32) - 1
+        seen = seen & (position >= lowest[:, None])
+    acc, top, total = fold(
+        acc, top, total, q, k_cache, v_cache, table, context + node,
+        node < num_nodes, seen, head, scale,
+        NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, True,
+    )  # fmt: skip
+    return acc, top, total
+
+
+@kernel
+def store_tile(
+    acc: tl.tensor,  # as in `fold`, as top and total
+    top: tl.tensor,
+    total: tl.tensor,
+    out: tl.tensor,  # as in `attend_split`, as partial_out and partial_stats
+    partial_out: tl.tensor,
+    partial_stats: tl.tensor,
+    partial: tl.tensor,
+    row: tl.tensor,  # [BLOCK_M], as in `rows_of_lanes`, as valid and stored
+    valid: tl.tensor,
+    stored: tl.tensor,
+    head: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """Write the result of a tile to `out`, or to its partial if it is one of several splits."""
+    lane, dim = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
+    if partial < 0:
+        query_head = head * GROUP + lane % GROUP
+        out_offset = (row * NUM_KV_HEADS * GROUP + query_head) * HEAD_DIM
+        acc = acc / tl.where(valid, total, 1.0)[:, None]
+        tl.store(out + out_offset[:, None] + dim[None, :], acc, mask=stored)
+    else:
+        tile = partial.to(tl.int64) * NUM_KV_HEADS + head
+        offset = (tile * BLOCK_M + lane) * HEAD_DIM
+        tl.store(partial_out + offset[:, None] + dim[None, :], acc, mask=stored)
+        tl.store(partial_stats + tile * 2 * BLOCK_M + lane, top)
+        tl.store(partial_stats + (tile * 2 + 1) * BLOCK_M + lane, total)
+
+
+@kernel
 def attend_split(
     q: tl.tensor,  # [num_rows, NUM_KV_HEADS * GROUP, HEAD_DIM]
     k_cache: tl.tensor,  # [num_slots, NUM_KV_HEADS, HEAD_DIM]
@@ -102,68 +243,27 @@ def attend_split(
     start, num_rows = tl.load(segments + segment * 4), tl.load(segments + segment * 4 + 1)
     context, first_node = tl.load(segments + segment * 4 + 2), tl.load(segments + segment * 4 + 3)
     table = tables + segment * table_stride
-
     lane = tl.arange(0, BLOCK_M)
-    row = first_row + lane // GROUP
-    valid = (row < num_rows) & (lane < BLOCK_M // GROUP * GROUP)
-    row = (start + row).to(tl.int64)
-    query_head = head * GROUP + lane % GROUP
-    dim = tl.arange(0, DIM)
-    stored = valid[:, None] & (dim < HEAD_DIM)[None, :]
-    q_offset = row * q_stride + query_head * HEAD_DIM
-    q_tile = tl.load(q + q_offset[:, None] + dim[None, :], mask=stored, other=0.0)
+    row, valid, stored = rows_of_lanes(
+        lane, start, num_rows, first_row, BLOCK_M, GROUP, HEAD_DIM, DIM
+    )
+    q_offset = row * q_stride + (head * GROUP + lane % GROUP) * HEAD_DIM
+    q_tile = tl.load(q + q_offset[:, None] + tl.arange(0, DIM)[None, :], mask=stored, other=0.0)
     word = tl.load(words + row, mask=valid, other=0)
     lowest = context + popcount(word).to(tl.int32) - window  # the first position in the window
-
-    acc = tl.zeros([BLOCK_M, DIM], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    begin = split * SPLIT
-    end = tl.minimum(begin + SPLIT, context)
-    if WINDOWED:
-        begin = tl.maximum(begin, tl.maximum(context + 1 - window, 0) // BLOCK_N * BLOCK_N)
-    whole = begin + tl.maximum(end - begin, 0) // BLOCK_N * BLOCK_N
-    column = tl.arange(0, BLOCK_N)
-    for chunk in range(begin, whole, BLOCK_N):
-        place = chunk + column
-        acc, top, total = fold(
-            acc, top, total, q_tile, k_cache, v_cache, table,
-            place, place >= 0, place[None, :] >= lowest[:, None], head, scale,
-            NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, WINDOWED,
-        )  # fmt: skip
-    if whole < end:
-        place = whole + column
-        seen = (place < end)[None, :]
-        if WINDOWED:
-            seen = seen & (place[None, :] >= lowest[:, None])
-        acc, top, total = fold(
-            acc, top, total, q_tile, k_cache, v_cache, table, place, place < end, seen, head, scale,
-            NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, True,
-        )  # fmt: skip
+    acc, top, total = fold_context(
+        q_tile, k_cache, v_cache, table, split, context, lowest, head, scale, window,
+        NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, SPLIT, WINDOWED,
+    )  # fmt: skip
     if (split + 1) * SPLIT >= context:
-        node = tl.arange(0, TREE_N)
-        bit = (word[:, None] >> node[None, :].to(tl.int64)) & 1
-        seen = bit != 0
-        if WINDOWED:
-            up_to = (tl.full([TREE_N], 2, tl.int64) << node.to(tl.int64)) - 1
-            position = context + popcount(word[:, None] & up_to[None, :]).to(tl.int32) - 1
-            seen = seen & (position >= lowest[:, None])
-        acc, top, total = fold(
-            acc, top, total, q_tile, k_cache, v_cache, table, context + node,
-            node < first_node + num_rows, seen, head, scale,
-            NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, True,
+        acc, top, total = fold_tree(
+            acc, top, total, q_tile, k_cache, v_cache, table, context, first_node + num_rows,
+            word, lowest, head, scale, NUM_KV_HEADS, HEAD_DIM, DIM, BLOCK_SIZE, TREE_N, WINDOWED,
         )  # fmt: skip
-
-    if partial < 0:
-        out_offset = (row * NUM_KV_HEADS * GROUP + query_head) * HEAD_DIM
-        acc = acc / tl.where(valid, total, 1.0)[:, None]
-        tl.store(out + out_offset[:, None] + dim[None, :], acc, mask=stored)
-    else:
-        tile = partial.to(tl.int64) * NUM_KV_HEADS + head
-        offset = (tile * BLOCK_M + lane) * HEAD_DIM
-        tl.store(partial_out + offset[:, None] + dim[None, :], acc, mask=stored)
-        tl.store(partial_stats + tile * 2 * BLOCK_M + lane, top)
-        tl.store(partial_stats + (tile * 2 + 1) * BLOCK_M + lane, total)
+    store_tile(
+        acc, top, total, out, partial_out, partial_stats, partial, row, valid, stored, head,
+        NUM_KV_HEADS, GROUP, HEAD_DIM, DIM, BLOCK_M,
+    )  # fmt: skip
 
 
 @kernel
@@ -188,10 +288,10 @@ def merge_splits(
     start, num_rows = tl.load(segments + segment * 4), tl.load(segments + segment * 4 + 1)
 
     lane = tl.program_id(2) * LANES + tl.arange(0, LANES)
-    row = first_row + lane // GROUP
-    valid = (row < num_rows) & (lane < BLOCK_M // GROUP * GROUP)
+    row, valid, stored = rows_of_lanes(
+        lane, start, num_rows, first_row, BLOCK_M, GROUP, HEAD_DIM, DIM
+    )
     dim = tl.arange(0, DIM)
-    stored = valid[:, None] & (dim < HEAD_DIM)[None, :]
     acc = tl.zeros([LANES, DIM], tl.float32)
     top = tl.full([LANES], float("-inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
@@ -207,6 +307,6 @@ def merge_splits(
         acc = acc * shrink[:, None] + split_acc * split_shrink[:, None]
         total = total * shrink + split_total * split_shrink
         top = new_top
-    out_row = (start + row).to(tl.int64) * NUM_KV_HEADS * GROUP + head * GROUP + lane % GROUP
+    out_row = row * NUM_KV_HEADS * GROUP + head * GROUP + lane % GROUP
     acc = acc / tl.where(valid, total, 1.0)[:, None]
     tl.store(out + (out_row * HEAD_DIM)[:, None] + dim[None, :], acc, mask=stored)

@@ -50,6 +50,23 @@ def draft_loss(
 
 
 @kernel
+def log_sum_exp(x: tl.tensor, size: int, SIZE: tl.constexpr) -> tl.tensor:
+    """log sum_i exp x[i] over the first `size` elements, in float32, SIZE elements at a time."""
+    column = tl.arange(0, SIZE)
+    top = tl.full([SIZE], float("-inf"), tl.float32)
+    total = tl.zeros([SIZE], tl.float32)
+    for start in range(0, size, SIZE):
+        inside = start + column < size
+        part = tl.load(x + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, part)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - base) + tl.exp(part - base)
+        top = new_top
+    best = tl.max(top, 0)
+    return best + tl.log(tl.sum(total * tl.exp(top - best), 0))
+
+
+@kernel
 def draft_loss_row(
     logits: tl.tensor,
     p: tl.tensor,
@@ -70,18 +87,7 @@ def draft_loss_row(
     own = logits + row * vocab_size
     target = p + wanted * vocab_size
     column = tl.arange(0, SIZE)
-
-    top = tl.full([SIZE], float("-inf"), tl.float32)
-    total = tl.zeros([SIZE], tl.float32)
-    for start in range(0, vocab_size, SIZE):
-        inside = start + column < vocab_size
-        x = tl.load(own + start + column, mask=inside, other=float("-inf")).to(tl.float32)
-        new_top = tl.maximum(top, x)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - base) + tl.exp(x - base)
-        top = new_top
-    best = tl.max(top, 0)
-    log_total = best + tl.log(tl.sum(total * tl.exp(top - best), 0))
+    log_total = log_sum_exp(own, vocab_size, SIZE)
 
     cross = tl.zeros([SIZE], tl.float32)
     shared = tl.zeros([SIZE], tl.float32)
