@@ -1,9 +1,8 @@
 """The plan of one step and its verification results. Host only, no tensors."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from specserve.sequence import SequenceState, SequenceView
+from specserve.sequence import SequenceState
 from specserve.types import FinishReason, TokenLogprobs
 
 
@@ -17,14 +16,6 @@ class Entry:
     """
 
     seq: SequenceState
-    num_prefill: int
-    num_nodes: int
-
-
-class EntryView(NamedTuple):
-    """A read-only `Entry`, for drafters."""
-
-    seq: SequenceView
     num_prefill: int
     num_nodes: int
 

@@ -50,7 +50,6 @@ def bound_drafter(
         sampling_state=nothing,
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
         drafter_id=1,
-        aux_layers=drafter.aux_layers,
         cost_aware=False,
         step_seconds=lambda: None,
         quantized_embedding=None,

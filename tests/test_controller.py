@@ -16,7 +16,7 @@ from specserve.speculation.compose import ComposedDrafter
 from specserve.speculation.controller import SpeculationController
 from specserve.speculation.cost_model import CostModel
 from specserve.speculation.drafter import DraftContext, DraftOptions, Feedback
-from specserve.step import Entry, EntryView, StepPlan, VerifyResult
+from specserve.step import Entry, StepPlan, VerifyResult
 from specserve.tree import DraftTree, chain_tree, root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
 
@@ -245,7 +245,7 @@ class Listener:
         return [root_tree(seq.tokens[-1]) for seq in seqs]
 
     def observe(self, feedback: Feedback) -> None:
-        self.observed += [entry.seq.id for entry in feedback.entries]
+        self.observed += [seq.id for seq in feedback.seqs]
 
     def forget(self, seq_id: str) -> None: ...
 
@@ -260,7 +260,7 @@ def test_a_paused_drafter_with_hidden_states_skips_new_requests() -> None:
             name, (7,), SamplingParams(temperature=0.0), SpeculationParams(drafters=wanted)
         )
         seq = SequenceView(SequenceState(request, [7], BlockTable(16)))
-        feedback = Feedback([EntryView(seq, 1, 0)], {}, {}, ModelOutput(torch.empty(0, 10)))
+        feedback = Feedback((seq,), {}, {}, ModelOutput(torch.empty(0, 10)), (), {})
         for _ in range(count):
             drafters.propose([seq], [8])
             drafters.observe(feedback)

@@ -113,9 +113,7 @@ class DraftLM:
         """Compute draft KV for prefill chunks, so that the first proposal need not process the
         whole prompt."""
         chunks = [
-            entry.seq
-            for entry in feedback.entries
-            if not entry.num_nodes and self._can_read(entry.seq)
+            seq for seq in feedback.seqs if seq.id not in feedback.results and self._can_read(seq)
         ]
         ends = [min(seq.num_committed, self._shape.max_position_embeddings) for seq in chunks]
         pending = [

@@ -131,7 +131,7 @@ class Engine:
     def _observe(self, plan: StepPlan, trees: Trees, results: Results, out: ModelOutput) -> None:
         """Tell controller and drafters what became of the trees. The engine is done with `out`."""
         self.controller.record_step(plan, trees, results, self.times)
-        feedback = Feedback.of_step(plan, trees, results, out)
+        feedback = Feedback.of_step(plan, trees, results, out, self.runner.aux_layers)
         self.drafter.observe(feedback)
         if self._observer is not None:
             self._observer(feedback)

@@ -156,7 +156,6 @@ def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:
             sampling_state=lambda seq: parts.verifier.state_of(seq.id).copy(),
             storage=storage,
             drafter_id=drafter_id,
-            aux_layers=parts.aux_layers,
             cost_aware=config.draft.cost_aware,
             step_seconds=parts.cost_model.step_seconds,
             quantized_embedding=model.quantized_embedding,

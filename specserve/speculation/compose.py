@@ -93,12 +93,12 @@ class ComposedDrafter:
         """Learn from a step, and let the drafters learn from it."""
         verified = [feedback.trees[seq_id] for seq_id in feedback.results]
         self.counts.record_outcome(verified, feedback.results.values())
-        for entry in feedback.entries:
-            seq, result = entry.seq, feedback.results.get(entry.seq.id)
+        for seq in feedback.seqs:
+            result = feedback.results.get(seq.id)
             if result is not None and (proposals := self._proposals[seq.id]).trees:
                 self._calibration.record_outcome(not seq.greedy, proposals.trees, result.emitted)
                 self._record_gains(proposals, feedback.trees[seq.id], result.emitted)
-        seqs = [entry.seq for entry in feedback.entries]
+        seqs = feedback.seqs
         for name in self.active:
             if self._observes(name, seqs):
                 started = time.perf_counter()
@@ -230,9 +230,7 @@ class ComposedDrafter:
             self.drafters[name].observe(feedback.only(seq_ids))
 
         seq_ids = tuple(
-            entry.seq.id
-            for entry in feedback.entries
-            if not self._failures.leaves_out(name, entry.seq.id)
+            seq.id for seq in feedback.seqs if not self._failures.leaves_out(name, seq.id)
         )
         if seq_ids:
             self._failures.call(name, "observe", seq_ids, call)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from msgspec import Struct
@@ -23,7 +23,7 @@ from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.sampling import Sampler, SamplingState
 from specserve.sequence import SequenceView
-from specserve.step import EntryView, StepPlan, VerifyResult
+from specserve.step import StepPlan, VerifyResult
 from specserve.tree import DraftTree
 from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
@@ -49,8 +49,6 @@ class DraftContext:
     sampling_state: Callable[[SequenceView], SamplingState]  # with every emitted token counted
     storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
     drafter_id: int  # of its nodes
-    # The layers of `ModelOutput.aux_hidden_states`: what all drafters want, ascending.
-    aux_layers: tuple[int, ...]
     cost_aware: bool  # False: every proposed node is verified, whatever time it takes
     # Of a step without drafts, and of a node more; None: not measured.
     step_seconds: Callable[[], tuple[float, float] | None]
@@ -61,14 +59,39 @@ class DraftContext:
     unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32
 
 
+class Committed(NamedTuple):
+    """The tokens of one sequence whose target KV a forward pass made valid.
+
+    Token i of `tokens` is token `start + i` of the sequence; row `rows[i]` has its hidden states.
+    """
+
+    start: int
+    tokens: Sequence[int]
+    rows: Sequence[int]  # ascending; for `Feedback.hidden_states`
+
+
+class _Rows(NamedTuple):
+    """Which rows of a forward pass belong to one sequence."""
+
+    start: int  # position of its first token in this forward pass
+    num_prefill: int
+    first: int  # its first row; prefill chunk first, then the tree
+    nodes: slice  # the logit rows of its tree
+
+
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """The result of one forward pass. Entries without a tree are prompt chunks."""
+    """The result of one forward pass, for the sequences `seqs`.
 
-    entries: Sequence[EntryView]
+    A sequence without a result was not verified: the pass computed a part of its prompt.
+    """
+
+    seqs: tuple[SequenceView, ...]
     trees: Mapping[str, DraftTree]  # by sequence id
     results: Mapping[str, VerifyResult]  # by sequence id
-    output: ModelOutput  # rows as `plan_segments` has them
+    output: ModelOutput  # may have rows of other sequences too, see `node_rows`
+    aux_layers: tuple[int, ...]  # layers of `output.aux_hidden_states`
+    _rows: Mapping[str, _Rows]  # by sequence id
 
     @classmethod
     def of_step(
@@ -77,38 +100,66 @@ class Feedback:
         trees: dict[str, DraftTree],
         results: dict[str, VerifyResult],
         output: ModelOutput,
+        aux_layers: tuple[int, ...] = (),
     ) -> "Feedback":
-        """Read-only views of a verified step."""
-        entries = [EntryView(SequenceView(e.seq), e.num_prefill, e.num_nodes) for e in plan.entries]
-        return cls(tuple(entries), MappingProxyType(trees), MappingProxyType(results), output)
+        """Read-only views of a verified step whose KV is committed; rows as in `plan_segments`."""
+        rows: dict[str, _Rows] = {}
+        first = first_node = 0
+        for entry in plan.entries:
+            seq = entry.seq
+            num_nodes = len(trees[seq.id]) if entry.num_nodes else 0
+            end = seq.num_tokens - 1 if entry.num_nodes else seq.num_committed
+            nodes = slice(first_node, first_node + num_nodes)
+            rows[seq.id] = _Rows(end - entry.num_prefill, entry.num_prefill, first, nodes)
+            first, first_node = first + entry.num_prefill + num_nodes, nodes.stop
+        seqs = tuple([SequenceView(entry.seq) for entry in plan.entries])
+        views = MappingProxyType(trees), MappingProxyType(results)
+        return cls(seqs, *views, output, aux_layers, MappingProxyType(rows))
+
+    def committed(self, seq: SequenceView) -> Committed:
+        """What this forward pass committed of `seq`: the tokens of its prefill chunk, then the root
+        and the accepted nodes of its tree."""
+        start, num_prefill, first, _ = self._rows[seq.id]
+        root = first + num_prefill
+        if (result := self.results.get(seq.id)) is None:
+            return Committed(start, seq.tokens[start : start + num_prefill], range(first, root))
+        path = result.path
+        tokens = [*seq.tokens[start:], *result.emitted[: len(path) - 1]]
+        if path[-1] == len(path) - 1:  # the usual case
+            return Committed(start, tokens, range(first, root + len(path)))
+        return Committed(start, tokens, [*range(first, root), *(root + node for node in path)])
+
+    def hidden_states(self, layers: Sequence[int], rows: Sequence[int]) -> Tensor | None:
+        """Auxiliary hidden states [len(rows), len(layers) * hidden_size], or None without any.
+
+        `layers` are some of `aux_layers`, in the order wanted; `rows` are those of one or several
+        `committed`, ascending. Consecutive rows of all `aux_layers` are a view, not a copy.
+        """
+        states = self.output.aux_hidden_states
+        if states is None:
+            return None
+        size = states.shape[1] // len(self.aux_layers)
+        if rows[-1] - rows[0] == len(rows) - 1:
+            states = states[rows[0] : rows[-1] + 1]
+        else:
+            states = states[torch.tensor(rows, device=states.device)]
+        if tuple(layers) == self.aux_layers:
+            return states
+        first_columns = [self.aux_layers.index(layer) * size for layer in layers]
+        return torch.cat([states[:, first : first + size] for first in first_columns], dim=-1)
+
+    def node_rows(self, seq: SequenceView) -> slice:
+        """The rows of `output.logits` and `output.topk` that belong to the nodes of its tree,
+        rejected ones included; none without a tree."""
+        return self._rows[seq.id].nodes
 
     def only(self, seq_ids: Collection[str]) -> "Feedback":
         """The same for some of the sequences."""
-        if len(seq_ids) == len(self.entries):
+        if len(seq_ids) == len(self.seqs):
             return self
-        seq_ids = set(seq_ids)
-        kept: list[EntryView] = []
-        rows: list[int] = []
-        logit_rows: list[int] = []
-        first = first_logits = 0
-        for entry in self.entries:
-            num_nodes = len(self.trees[entry.seq.id]) if entry.num_nodes else 0
-            num_rows = entry.num_prefill + num_nodes
-            if entry.seq.id in seq_ids:
-                kept.append(entry)
-                rows += range(first, first + num_rows)
-                logit_rows += range(first_logits, first_logits + num_nodes)
-            first, first_logits = first + num_rows, first_logits + num_nodes
-        out, device = self.output, self.output.logits.device
-        at_rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        at_logits = torch.tensor(logit_rows, dtype=torch.int64, device=device)
-        output = ModelOutput(
-            out.logits[at_logits],
-            None if out.topk is None else out.topk[at_logits],
-            None if out.aux_hidden_states is None else out.aux_hidden_states[at_rows],
-        )
-        results = {seq_id: v for seq_id, v in self.results.items() if seq_id in seq_ids}
-        return replace(self, entries=tuple(kept), results=results, output=output)
+        results = {seq_id: self.results[seq_id] for seq_id in seq_ids if seq_id in self.results}
+        seqs = tuple([seq for seq in self.seqs if seq.id in seq_ids])
+        return replace(self, seqs=seqs, results=MappingProxyType(results))
 
 
 class DraftOptions(Struct, frozen=True, forbid_unknown_fields=True):

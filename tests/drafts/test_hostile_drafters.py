@@ -222,7 +222,7 @@ def test_objects_passed_to_a_drafter_are_read_only(
             return super().propose(seqs, budgets)
 
         def observe(self, feedback: Feedback) -> None:
-            assert isinstance(feedback.entries[0].seq.sampling, Struct)
+            assert isinstance(feedback.seqs[0].sampling, Struct)
             assert_read_only(feedback)
 
     monkeypatch.setattr("specserve_drafts.ngram.NgramDrafter", CheckingDrafter)
@@ -233,7 +233,6 @@ def test_objects_passed_to_a_drafter_are_read_only(
         "SequenceView",
         "TableView",
         "ReadOnlyList",
-        "EntryView",
         "VerifyResult",
         "DraftTree",
     } <= {*checked}

@@ -13,7 +13,6 @@ from specserve.cache.table import BlockTable
 from specserve.sequence import SequenceState, SequenceView, Status
 from specserve.speculation.drafter import DraftError, Feedback
 from specserve.speculation.registry import create_drafter
-from specserve.step import EntryView
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
 from specserve_drafts.suffix import search
@@ -38,7 +37,7 @@ def sequence(
 
 
 def observe(draft: SuffixDrafter, seq: SequenceState) -> None:
-    draft.observe(Feedback([EntryView(SequenceView(seq), 0, 1)], {}, {}, cast(Any, None)))
+    draft.observe(Feedback((SequenceView(seq),), {}, {}, cast(Any, None), (), {}))
 
 
 def finish(draft: SuffixDrafter, seq: SequenceState) -> None:

@@ -24,7 +24,6 @@ from specserve.models.shape import ModelShape
 from specserve.sampling import SamplingState
 from specserve.sequence import SequenceView
 from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
-from specserve.step import EntryView
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.compatibility import pretrained_head
 from specserve_drafts.eagle.checkpoint import read_head
@@ -184,12 +183,9 @@ class EagleDrafter:
         self.head = self._load(sample.dtype)
         ids = self._file.token_ids
         self._token_ids = None if ids is None else ids.to(context.device)
-        size = self._file.shape.target_hidden_size
-        indices = [context.aux_layers.index(layer) for layer in self._file.shape.aux_layers]
-        self._columns = [slice(index * size, (index + 1) * size) for index in indices]
-        self._uses_all_columns = indices == list(range(len(context.aux_layers)))
+        size = self._file.shape.target_hidden_size * len(self._file.shape.aux_layers)
         num_blocks = self._storage.data.shape[2] // context.block_size
-        self._contents = BlockContents(num_blocks, context.block_size, len(indices) * size, sample)
+        self._contents = BlockContents(num_blocks, context.block_size, size, sample)
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         in_one_call: list[_TreeTask] = []
@@ -281,24 +277,12 @@ class EagleDrafter:
 
     def observe(self, feedback: Feedback) -> None:
         """Store the hidden states of all committed tokens until the next proposal."""
-        states = feedback.output.aux_hidden_states
-        if states is None:
-            return  # these tokens become a missing range
-        first = 0
-        for entry in feedback.entries:
-            start, rows = _committed_rows(entry, feedback)
-            if rows:
-                committed = self._own_columns(_select_rows(states, first, rows))
-                self._record_hidden_states(entry.seq, start, committed)
-            first += entry.num_prefill
-            if entry.num_nodes:
-                first += len(feedback.trees[entry.seq.id])
-
-    def _own_columns(self, states: Tensor) -> Tensor:
-        """The columns of this head's layers; `states` has the layers that all drafters need."""
-        if self._uses_all_columns:
-            return states
-        return torch.cat([states[:, columns] for columns in self._columns], dim=-1)
+        for seq in feedback.seqs:
+            committed = feedback.committed(seq)
+            states = feedback.hidden_states(self._file.shape.aux_layers, committed.rows)
+            if states is None:
+                return  # these tokens become a missing range
+            self._record_hidden_states(seq, committed.start, states)
 
     def forget(self, seq_id: str) -> None:
         self._kv_states.pop(seq_id, None)
@@ -356,21 +340,3 @@ class EagleDrafter:
             static = _STATIC_PROBABILITIES[:branching].to(log_probs.device)
             log_probs = static.log().expand_as(log_probs)
         add_ranked(expansions, tokens, log_probs)
-
-
-def _select_rows(states: Tensor, first: int, rows: Sequence[int]) -> Tensor:
-    """Rows first + rows[0], first + rows[1], ...; `rows` is ascending."""
-    if rows[-1] - rows[0] == len(rows) - 1:  # consecutive, the usual case: no copy
-        return states[first + rows[0] : first + rows[-1] + 1]
-    return states[torch.tensor([first + row for row in rows], device=states.device)]
-
-
-def _committed_rows(entry: EntryView, feedback: Feedback) -> tuple[int, list[int]]:
-    """The tokens of a sequence that a forward pass committed: the position of the first, and their
-    rows among the entry's, of which the prefill chunk comes before the tree (`plan_segments`)."""
-    seq, num_prefill = entry.seq, entry.num_prefill
-    rows = list(range(num_prefill))
-    if not entry.num_nodes:
-        return seq.num_committed - num_prefill, rows
-    path = feedback.results[seq.id].path
-    return seq.num_tokens - 1 - num_prefill, rows + [num_prefill + node for node in path]

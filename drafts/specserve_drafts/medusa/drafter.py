@@ -68,7 +68,6 @@ class MedusaDrafter:
                 f"{self._file.num_heads} heads"
             )
         self._num_heads, self._branching = num_heads, options.branching
-        self._hidden_size = shape.hidden_size
         self.aux_layers: tuple[int, ...] = (shape.num_layers,)
         self._last: dict[str, _LastState] = {}  # by sequence id
 
@@ -79,8 +78,6 @@ class MedusaDrafter:
         self._context = context
         sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
         self.heads = MedusaHeads(self._file, self._num_heads, sample.dtype, context.device)
-        first = context.aux_layers.index(self.aux_layers[0]) * self._hidden_size
-        self._columns = slice(first, first + self._hidden_size)
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         ready = [
@@ -99,23 +96,15 @@ class MedusaDrafter:
 
     def observe(self, feedback: Feedback) -> None:
         """Store the hidden state of the last committed token of each sequence."""
-        states = feedback.output.aux_hidden_states
+        verified = [seq for seq in feedback.seqs if seq.id in feedback.results]
+        committed = [feedback.committed(seq) for seq in verified]
+        if not verified:
+            return
+        states = feedback.hidden_states(self.aux_layers, [each.rows[-1] for each in committed])
         if states is None:
             return  # the stored states are now out of date; `_has_state` compares their positions
-        last: list[tuple[str, int]] = []  # sequence id, position
-        rows: list[int] = []
-        first = 0  # first row of the entry's prefill chunk, then of its tree
-        for entry in feedback.entries:
-            first += entry.num_prefill
-            if entry.num_nodes:
-                seq, path = entry.seq, feedback.results[entry.seq.id].path
-                last.append((seq.id, seq.num_tokens - 2 + len(path)))
-                rows.append(first + path[-1])
-                first += len(feedback.trees[seq.id])
-        if rows:
-            own = states[torch.tensor(rows, device=states.device), self._columns]
-            for (seq_id, position), state in zip(last, own.unbind(), strict=True):
-                self._last[seq_id] = _LastState(position, state)
+        for seq, each, state in zip(verified, committed, states.unbind(), strict=True):
+            self._last[seq.id] = _LastState(each.start + len(each.rows) - 1, state)
 
     def forget(self, seq_id: str) -> None:
         self._last.pop(seq_id, None)

@@ -141,16 +141,11 @@ class RecycleDrafter:
         if not self._proposed_for:
             return
         tokens, logits = self._top_successors(feedback.output)
-        first = 0
-        for entry in feedback.entries:
-            seq, result = entry.seq, feedback.results.get(entry.seq.id)
-            if result is None:
+        for seq in feedback.seqs:
+            result = feedback.results.get(seq.id)
+            if result is None or seq.id not in self._proposed_for:
                 continue
-            tree = feedback.trees[seq.id]
-            rows = slice(first, first + len(tree))
-            first = rows.stop
-            if seq.id not in self._proposed_for:
-                continue
+            tree, rows = feedback.trees[seq.id], feedback.node_rows(seq)
             salt = _salts(seq.cache_salt)[0]
             before = seq.tokens[-2 : -ORDERS - 1 : -1]
             self.table.learn(salt, before, tree, tokens[rows], logits[rows])

@@ -88,7 +88,7 @@ class SuffixDrafter:
 
     def observe(self, feedback: Feedback) -> None:
         if self._options.shared:
-            self._running.update((entry.seq.id, entry.seq) for entry in feedback.entries)
+            self._running.update((seq.id, seq) for seq in feedback.seqs)
 
     def forget(self, seq_id: str) -> None:
         self._request_logs.pop(seq_id, None)

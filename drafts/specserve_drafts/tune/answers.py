@@ -130,16 +130,15 @@ class Answers:
         return texts
 
     def _observe(self, feedback: Feedback) -> None:
-        """Collect the hidden states of prefill chunks and roots, in order. A sequence that was
-        preempted is computed again from its first token, so its earlier states are dropped."""
-        states, first = feedback.output.aux_hidden_states, 0
-        assert states is not None
-        for entry in feedback.entries:
-            seq, end = entry.seq, first + entry.num_prefill + min(entry.num_nodes, 1)
-            if seq.num_committed == end - first:
+        """Collect the hidden states of committed tokens, in order. A sequence that was preempted is
+        computed again from its first token, so its earlier states are dropped."""
+        for seq in feedback.seqs:
+            committed = feedback.committed(seq)
+            states = feedback.hidden_states(feedback.aux_layers, committed.rows)
+            assert states is not None
+            if committed.start == 0:
                 self._rows[seq.id] = (seq.tokens, [])
-            self._rows[seq.id][1].append(states[first:end])
-            first = end
+            self._rows[seq.id][1].append(states)
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
