@@ -1,21 +1,18 @@
 """The speculation controller: sequences that are drafted for, and drafters that are used."""
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
 
 from specserve.batch import ModelOutput
-from specserve.cache.storage import KVSpec
 from specserve.cache.table import BlockTable
 from specserve.sequence import SequenceState, SequenceView
 from specserve.speculation.compose import ComposedDrafter
 from specserve.speculation.controller import SpeculationController
 from specserve.speculation.cost_model import CostModel
-from specserve.speculation.drafter import DraftContext, DraftOptions, Feedback
+from specserve.speculation.drafter import Feedback, NoModelDrafter
 from specserve.step import Entry, StepPlan, VerifyResult
 from specserve.tree import DraftTree, chain_tree, root_tree
 from specserve.types import Request, SamplingParams, SpeculationParams
@@ -224,30 +221,20 @@ def test_nothing_is_decided_before_a_trial() -> None:
     assert gate.count_uses(31, 1.0, 0.0) == 8, "it gains nothing"
 
 
-class Listener:
+class Listener(NoModelDrafter):
     """A drafter that proposes nothing and remembers which sequences it was called for."""
-
-    Options: ClassVar[type[DraftOptions]] = DraftOptions
-    needs_topk = 0
 
     def __init__(self, *aux_layers: int) -> None:
         self.aux_layers = aux_layers
         self.proposed_for: list[str] = []
         self.observed: list[str] = []
 
-    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
-        return None
-
-    def bind(self, context: DraftContext) -> None: ...
-
-    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        self.proposed_for += [seq.id for seq in seqs]
-        return [root_tree(seq.tokens[-1]) for seq in seqs]
+    def propose_tree(self, seq: SequenceView, budget: int) -> DraftTree:
+        self.proposed_for.append(seq.id)
+        return super().propose_tree(seq, budget)
 
     def observe(self, feedback: Feedback) -> None:
         self.observed += [seq.id for seq in feedback.seqs]
-
-    def forget(self, seq_id: str) -> None: ...
 
 
 def test_a_paused_drafter_with_hidden_states_skips_new_requests() -> None:

@@ -24,7 +24,13 @@ from specserve.cache.table import TableView
 from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve.sequence import SequenceView
-from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.speculation.drafter import (
+    DraftContext,
+    DraftError,
+    DraftOptions,
+    Feedback,
+    NodeCount,
+)
 from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve_drafts.expansion import TreeExpansion, add_ranked, rank_candidates
@@ -33,9 +39,9 @@ _MAX_PENDING = 256  # tokens without draft KV in one forward pass of the draft m
 
 
 class DraftLMOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    branching: int = 3  # candidates kept per node; 1 drafts a chain
-    beam: int = 2  # nodes of a tree that are expanded per forward pass of the draft model
-    max_depth: int = 8
+    branching: NodeCount = 3  # candidates kept per node; 1 drafts a chain
+    beam: NodeCount = 2  # nodes of a tree that are expanded per forward pass of the draft model
+    max_depth: NodeCount = 8
 
 
 class DraftLM:
@@ -47,12 +53,6 @@ class DraftLM:
         assert isinstance(options, DraftLMOptions)
         if path is None:
             raise DraftError("draft: 'draft_lm' needs a checkpoint; give its directory or alias")
-        for name in ("branching", "beam", "max_depth"):
-            if not 1 <= (value := getattr(options, name)) <= MAX_NODES:
-                raise DraftError(
-                    f"draft.options.draft_lm.{name}: {value} is out of range; "
-                    f"expected 1 to {MAX_NODES}"
-                )
         difference = same_vocabulary(Tokenizer(path), Tokenizer(target))
         if difference is not None:
             raise DraftError(

@@ -5,55 +5,45 @@ the request's own prompt and output; the longest match wins. All work is on the 
 microseconds per proposal.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-import torch
+from msgspec import Meta
 
-from specserve.cache.storage import KVSpec
 from specserve.sequence import SequenceView
-from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.speculation.drafter import DraftContext, DraftOptions, NoModelDrafter
 from specserve.speculation.lookup import TextIndex, copied_text
 from specserve.tree import DraftTree, root_tree
 
+MatchSize = Annotated[int, Meta(ge=1, le=16)]
+
 
 class NgramOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    min_match: int = 1  # tokens that must match before anything is proposed
-    max_match: int = 4  # the longest match looked up, in tokens
+    min_match: MatchSize = 1  # tokens that must match before anything is proposed
+    max_match: MatchSize = 4  # the longest match looked up, in tokens
+
+    def __post_init__(self) -> None:
+        if self.min_match > self.max_match:
+            raise ValueError(
+                f"min_match: {self.min_match}; expected 1 to max_match ({self.max_match})"
+            )
 
 
-class NgramDrafter:
+class NgramDrafter(NoModelDrafter):
     Options: ClassVar[type[DraftOptions]] = NgramOptions
-    aux_layers: tuple[int, ...] = ()
-    needs_topk = 0
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
         assert isinstance(options, NgramOptions)
-        if not 1 <= options.min_match <= options.max_match <= 16:
-            raise DraftError(
-                f"draft.options.ngram: min_match {options.min_match}, max_match "
-                f"{options.max_match}; expected 1 <= min_match <= max_match <= 16"
-            )
         self._options = options
         self._indexes: dict[str, TextIndex] = {}  # by sequence id
-
-    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
-        return None
 
     def bind(self, context: DraftContext) -> None:
         self._drafter_id = context.drafter_id
 
-    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
-
-    def observe(self, feedback: Feedback) -> None:
-        pass  # tokens are indexed when they are first needed
-
     def forget(self, seq_id: str) -> None:
         self._indexes.pop(seq_id, None)
 
-    def _propose(self, seq: SequenceView, budget: int) -> DraftTree:
+    def propose_tree(self, seq: SequenceView, budget: int) -> DraftTree:
         index = self._indexes.get(seq.id)
         if index is None:
             index = TextIndex(self._options.min_match, self._options.max_match)

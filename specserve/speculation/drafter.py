@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Annotated, ClassVar, NamedTuple, Protocol
 
 import torch
-from msgspec import Struct
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from specserve.batch import ModelOutput
@@ -24,7 +24,7 @@ from specserve.cache.storage import KVSpec, KVStorage
 from specserve.sampling import Sampler, SamplingState
 from specserve.sequence import SequenceView
 from specserve.step import StepPlan, VerifyResult
-from specserve.tree import DraftTree
+from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
 from specserve_kernels.quantized_weight import QuantizedWeight
@@ -163,7 +163,15 @@ class Feedback:
 
 
 class DraftOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """No options; drafters extend it with their own."""
+    """No options; drafters extend it with their own.
+
+    Ranges are annotations such as `NodeCount`. What else has to hold is checked in `__post_init__`,
+    whose ValueError begins with the option's name and a colon.
+    """
+
+
+NodeCount = Annotated[int, Meta(ge=1, le=MAX_NODES)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Drafter(Protocol):
@@ -201,3 +209,29 @@ class Drafter(Protocol):
     def forget(self, seq_id: str) -> None:
         """Finished, aborted or preempted: drop everything kept for it."""
         ...
+
+
+class NoModelDrafter:
+    """The base of drafters without a model: a subclass defines `propose_tree` or `propose`."""
+
+    Options: ClassVar[type[DraftOptions]] = DraftOptions
+    aux_layers: tuple[int, ...] = ()
+    needs_topk = 0
+
+    def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None: ...
+
+    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
+        return None
+
+    def bind(self, context: DraftContext) -> None: ...
+
+    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
+        return [self.propose_tree(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+
+    def propose_tree(self, seq: SequenceView, budget: int) -> DraftTree:
+        """The tree of one sequence, at most `budget` nodes with the root."""
+        return root_tree(seq.tokens[-1])
+
+    def observe(self, feedback: Feedback) -> None: ...
+
+    def forget(self, seq_id: str) -> None: ...

@@ -9,7 +9,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -150,11 +150,33 @@ def _read_options(name: str, given: dict[str, Any], kind: type[DraftOptions]) ->
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        reason, _, place = str(error).replace("`", "").partition(" - at $.")
-        value = f" {quoted(given[place])};" if place in given else ""
-        raise DraftError(
-            f"draft.options.{name}.{place}:{value} {reason[:1].lower()}{reason[1:]}"
-        ) from error
+        raise DraftError(f"draft.options.{name}.{_reason(error, given, kind)}") from error
+
+
+def _reason(
+    error: msgspec.ValidationError, given: Mapping[str, Any], kind: type[DraftOptions]
+) -> str:
+    """The option at fault, its value, and what is expected instead."""
+    expected, _, place = str(error).replace("`", "").partition(" - at $.")
+    if not place:  # from `__post_init__`
+        return expected
+    expected = expected[:1].lower() + expected[1:]
+    if place not in given:  # a part of an option
+        return f"{place}: {expected}"
+    if "=" in expected and (limits := _range(kind, place)) is not None:
+        low, high = limits
+        return f"{place}: {given[place]!r} is out of range; expected {low} to {high}"
+    return f"{place}: {quoted(given[place])}; {expected}"
+
+
+def _range(kind: type[DraftOptions], option: str) -> tuple[float, float] | None:
+    """The least and the largest value of an option, if its annotation has both."""
+    hint = get_type_hints(kind, include_extras=True)[option]
+    for part in (hint, *get_args(hint)):  # an option may be `Annotated[...] | None`
+        for meta in get_args(part):
+            if isinstance(meta, msgspec.Meta) and meta.ge is not None and meta.le is not None:
+                return meta.ge, meta.le
+    return None
 
 
 def checkpoint_method(path: Path) -> str:

@@ -259,12 +259,12 @@ def test_the_end_of_an_output_over_the_capacity_is_kept() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_match": 65}, r"draft\.options\.suffix\.max_match: 65; use 1 to 64"),
-        ({"min_match": 0}, r"draft\.options\.suffix\.min_match: 0; use 1 to 16"),
-        ({"min_match": 5, "max_match": 2}, r"suffix\.min_match: 5; use 1 to 2"),
-        ({"capacity": 10}, r"suffix\.capacity: 10; use 1000 to 100000000"),
-        ({"min_probability": 1.5}, r"suffix\.min_probability: 1\.5; use 0 to 1"),
-        ({"min_probability": float("nan")}, r"suffix\.min_probability: nan; use 0 to 1"),
+        ({"max_match": 65}, r"draft\.options\.suffix\.max_match: 65 is out .* expected 1 to 64$"),
+        ({"min_match": 0}, r"suffix\.min_match: 0 is out of range; expected 1 to 64$"),
+        ({"min_match": 5, "max_match": 2}, r"suffix\.min_match: 5; expected 1 to max_match \(2\)$"),
+        ({"capacity": 10}, r"suffix\.capacity: 10 is .* expected 1000 to 100000000$"),
+        ({"min_probability": 1.5}, r"suffix\.min_probability: 1\.5 is .* expected 0 to 1$"),
+        ({"min_probability": float("nan")}, r"suffix\.min_probability: nan is .* expected 0 to 1$"),
         ({"min_probabilty": 0.1}, r"draft\.options\.suffix.*min_probability"),
     ],
 )

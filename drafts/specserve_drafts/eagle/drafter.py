@@ -23,7 +23,14 @@ from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.sampling import SamplingState
 from specserve.sequence import SequenceView
-from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.speculation.drafter import (
+    DraftContext,
+    DraftError,
+    DraftOptions,
+    Feedback,
+    NodeCount,
+    Probability,
+)
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.compatibility import pretrained_head
 from specserve_drafts.eagle.checkpoint import read_head
@@ -55,12 +62,12 @@ _STATIC_PROBABILITIES = torch.tensor([0.5, 0.15, 0.08, 0.05] + [0.03] * (MAX_NOD
 
 
 class EagleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    branching: int = 8  # candidates kept per node; 1 drafts a chain
-    beam: int = 2  # nodes of a tree that are expanded per forward pass of the head
-    max_depth: int = 8
+    branching: NodeCount = 8  # candidates kept per node; 1 drafts a chain
+    beam: NodeCount = 2  # nodes of a tree that are expanded per forward pass of the head
+    max_depth: NodeCount = 8
     # Nodes of a lower path probability are never expanded; expanding them gained nothing
     # (drafts/LOG.md, 2026-11-26).
-    min_probability: float = 0.05
+    min_probability: Probability = 0.05
     static: bool = False  # one tree shape for all, by candidate rank; for comparison only
     # LM head rows to keep: the first ones; of the target's own LM head the most frequent tokens.
     # None: all; but _COST_AWARE_VOCAB if the head is quantized, uses the target's LM head, and
@@ -146,16 +153,6 @@ class EagleDrafter:
             raise DraftError(
                 "draft: there is no pretrained 'eagle' head for this target; give the directory "
                 "of one, or make one: specserve tune eagle --help"
-            )
-        for name in ("branching", "beam", "max_depth"):
-            if not 1 <= (value := getattr(options, name)) <= MAX_NODES:
-                raise DraftError(
-                    f"draft.options.eagle.{name}: {value} is out of range; "
-                    f"expected 1 to {MAX_NODES}"
-                )
-        if not 0.0 <= options.min_probability <= 1.0:
-            raise DraftError(
-                f"draft.options.eagle.min_probability: {options.min_probability}; use 0 to 1"
             )
         try:
             shape = ModelShape.from_dir(target)

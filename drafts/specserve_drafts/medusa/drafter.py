@@ -24,8 +24,14 @@ from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape
 from specserve.sampling import Row
 from specserve.sequence import SequenceView
-from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
-from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
+from specserve.speculation.drafter import (
+    DraftContext,
+    DraftError,
+    DraftOptions,
+    Feedback,
+    NodeCount,
+)
+from specserve.tree import DraftTree, build_tree, root_tree
 from specserve_drafts.medusa.checkpoint import read_medusa
 from specserve_drafts.medusa.heads import MedusaHeads
 
@@ -33,8 +39,8 @@ Candidates = Sequence[tuple[int, float]]  # tokens and their probabilities at on
 
 
 class MedusaOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    branching: int = 8  # candidates kept per depth; 1 drafts a chain
-    num_heads: int | None = None  # use only the first `num_heads` heads; None: all
+    branching: NodeCount = 8  # candidates kept per depth; 1 drafts a chain
+    num_heads: NodeCount | None = None  # use only the first `num_heads` heads; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +57,13 @@ class MedusaDrafter:
         assert isinstance(options, MedusaOptions)
         if path is None:
             raise DraftError("draft: 'medusa' needs a checkpoint; give its directory")
-        if not 1 <= options.branching <= MAX_NODES:
-            raise DraftError(
-                f"draft.options.medusa.branching: {options.branching} is out of range; "
-                f"expected 1 to {MAX_NODES}"
-            )
         try:
             shape = ModelShape.from_dir(target)
         except ModelError as error:
             raise DraftError(f"draft: {error}") from error
         self._file = read_medusa(path, shape)
         num_heads = self._file.num_heads if options.num_heads is None else options.num_heads
-        if not 1 <= num_heads <= self._file.num_heads:
+        if num_heads > self._file.num_heads:
             raise DraftError(
                 f"draft.options.medusa.num_heads: {num_heads} is out of range; the checkpoint has "
                 f"{self._file.num_heads} heads"

@@ -23,16 +23,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from msgspec import Meta
 
 from specserve.batch import ModelOutput
-from specserve.cache.storage import KVSpec
 from specserve.sequence import SequenceView
-from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.speculation.drafter import (
+    DraftContext,
+    DraftError,
+    DraftOptions,
+    Feedback,
+    NoModelDrafter,
+    Probability,
+)
 from specserve.tree import DraftTree
 from specserve_drafts.compatibility import Target, check_compatible, pretrained_draft
 from specserve_drafts.recycle.topk_table import REQUEST_RULE, TABLE_FILE, TopKTable
@@ -57,29 +63,23 @@ class _RequestTable:
 
 
 class RecycleOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    contexts: int = 2**19  # rows of a new table; a power of two
+    contexts: Annotated[int, Meta(ge=8, le=2**26)] = 2**19  # rows of a new table; a power of two
     pretrained: bool = True  # start with the pretrained table for the target, if there is one
-    min_probability: float = 0.02  # nodes of a lower path probability are not proposed
+    min_probability: Probability = 0.02  # nodes of a lower path probability are not proposed
     # File that keeps the table between runs: read at start-up, written at most once a minute.
     file: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.contexts.bit_count() != 1:
+            raise ValueError(f"contexts: {self.contexts}; expected a power of two")
 
-class RecycleDrafter:
+
+class RecycleDrafter(NoModelDrafter):
     Options: ClassVar[type[DraftOptions]] = RecycleOptions
-    aux_layers: tuple[int, ...] = ()
     needs_topk = WIDTH
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
         assert isinstance(options, RecycleOptions)
-        if not (8 <= options.contexts <= 2**26 and options.contexts.bit_count() == 1):
-            raise DraftError(
-                f"draft.options.recycle.contexts: {options.contexts}; "
-                f"expected a power of two from 8 to {2**26}"
-            )
-        if not 0.0 <= options.min_probability <= 1.0:
-            raise DraftError(
-                f"draft.options.recycle.min_probability: {options.min_probability}; use 0 to 1"
-            )
         self._min_probability = options.min_probability
         self._file = None if options.file is None else Path(options.file)
         self.target = Target.of(target)
@@ -108,9 +108,6 @@ class RecycleDrafter:
         except ValueError as error:
             raise DraftError(f"{field}: {error}") from error
         return TopKTable(contexts, vocab_size)
-
-    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
-        return None
 
     def bind(self, context: DraftContext) -> None:
         self._context = context

@@ -6,15 +6,20 @@ Oliaro et al. 2024, arXiv 2411.04975, who keep suffix trees with counts; here ha
 find the matches, and counts are taken from the texts at each proposal. All work is on the host.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
-import torch
+from msgspec import Meta
 
-from specserve.cache.storage import KVSpec
 from specserve.sequence import SequenceView, Status
-from specserve.speculation.drafter import DraftContext, DraftError, DraftOptions, Feedback
+from specserve.speculation.drafter import (
+    DraftContext,
+    DraftOptions,
+    Feedback,
+    NoModelDrafter,
+    Probability,
+)
 from specserve.tree import DraftTree
 from specserve_drafts.suffix.search import SuffixSearch
 from specserve_kernels.host.interface import END, TokenLog
@@ -23,12 +28,22 @@ _INDEXED_SIZES: Final = (4, 2)  # n-gram lengths that are indexed besides min_ma
 _LOG_OVERHEAD: Final = 64  # tokens counted against `capacity` for each log, besides its text
 
 
+MatchSize = Annotated[int, Meta(ge=1, le=64)]
+
+
 class SuffixOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
-    min_match: int = 1  # tokens that must match before anything is proposed
-    max_match: int = 16  # matches are compared up to this many tokens
+    min_match: MatchSize = 1  # tokens that must match before anything is proposed
+    max_match: MatchSize = 16  # matches are compared up to this many tokens
     shared: bool = True  # search outputs of earlier requests with the same cache_salt too
-    capacity: int = 500_000  # tokens of such outputs kept, over all salts
-    min_probability: float = 0.02  # nodes of a lower path probability are not proposed
+    # Tokens of such outputs kept, over all salts.
+    capacity: Annotated[int, Meta(ge=1_000, le=100_000_000)] = 500_000
+    min_probability: Probability = 0.02  # nodes of a lower path probability are not proposed
+
+    def __post_init__(self) -> None:
+        if self.min_match > self.max_match:
+            raise ValueError(
+                f"min_match: {self.min_match}; expected 1 to max_match ({self.max_match})"
+            )
 
 
 class PastOutputs:
@@ -62,14 +77,11 @@ class PastOutputs:
         return [logs[salt] for logs in (self._young, self._old) if salt in logs]
 
 
-class SuffixDrafter:
+class SuffixDrafter(NoModelDrafter):
     Options: ClassVar[type[DraftOptions]] = SuffixOptions
-    aux_layers: tuple[int, ...] = ()
-    needs_topk = 0
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
         assert isinstance(options, SuffixOptions)
-        _check(options)
         self._options = options
         sizes = [size for size in _INDEXED_SIZES if options.min_match < size <= options.max_match]
         self._search = SuffixSearch((*sizes, options.min_match), options.min_probability)
@@ -77,14 +89,8 @@ class SuffixDrafter:
         self._running: dict[str, SequenceView] = {}  # by sequence id; `forget` takes their outputs
         self._past = PastOutputs(options.capacity, self._search.new_log)
 
-    def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
-        return None
-
     def bind(self, context: DraftContext) -> None:
         self._drafter_id = context.drafter_id
-
-    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        return [self._propose(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def observe(self, feedback: Feedback) -> None:
         if self._options.shared:
@@ -97,7 +103,7 @@ class SuffixDrafter:
         if seq is not None and seq.status is Status.FINISHED and seq.num_output:
             self._past.add(seq.cache_salt, seq.tokens[seq.num_prompt :])
 
-    def _propose(self, seq: SequenceView, budget: int) -> DraftTree:
+    def propose_tree(self, seq: SequenceView, budget: int) -> DraftTree:
         own = self._request_logs.get(seq.id)
         if own is None:
             own = self._request_logs[seq.id] = self._search.new_log()
@@ -105,16 +111,3 @@ class SuffixDrafter:
         logs = [own, *self._past.logs(seq.cache_salt)]
         recent = seq.tokens[-self._options.max_match :]
         return self._search.tree(logs, recent, budget, self._drafter_id)
-
-
-def _check(options: SuffixOptions) -> None:
-    ranges: dict[str, tuple[float, float]] = {
-        "max_match": (1, 64),
-        "min_match": (1, options.max_match),
-        "capacity": (1_000, 100_000_000),
-        "min_probability": (0, 1),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(options, name)
-        if not low <= value <= high:
-            raise DraftError(f"draft.options.suffix.{name}: {value}; use {low} to {high}")
