@@ -18,6 +18,7 @@ from specserve_kernels.host import HOST
 
 MAX_NODES: Final = 64  # bits of an ancestor word
 
+DRAFTED_ID: Final = 1  # drafter id of proposals, until `speculation.compose` knows whose they are
 PREDICTION_ID: Final = 255  # drafter id of nodes from the request's `prediction`
 TARGET_ID: Final = 0  # drafter id of the root, and of tokens that no drafter proposed
 
@@ -108,7 +109,7 @@ def build_tree(
     tokens: Sequence[int],
     parents: Sequence[int],
     path_probs: Sequence[float],
-    drafter_id: int,
+    drafter_id: int = DRAFTED_ID,
 ) -> DraftTree:
     """Build a tree, laid out depth first, with children by descending path probability.
 
@@ -120,7 +121,7 @@ def build_tree(
 
 
 def chain_tree(
-    root: int, tokens: Sequence[int], path_probs: Sequence[float], drafter_id: int
+    root: int, tokens: Sequence[int], path_probs: Sequence[float], drafter_id: int = DRAFTED_ID
 ) -> DraftTree:
     """A tree of a single path; `path_probs[i]` is the path probability of `tokens[i]`."""
     n = len(tokens)

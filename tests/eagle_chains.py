@@ -11,7 +11,7 @@ from torch import Tensor
 from specserve.cache.storage import KVStorage
 from specserve.models.shape import ModelShape
 from specserve.sampling import Sampler
-from specserve.speculation.drafter import DraftContext
+from specserve.speculation.drafter import DraftContext, TargetLayers
 from specserve.speculation.registry import create_drafter
 from specserve_drafts.eagle.drafter import EagleDrafter
 from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
@@ -40,22 +40,15 @@ def bound_drafter(
     assert spec is not None
     context = DraftContext(
         device=CPU,
-        dtype=torch.float32,
         kernels=kernels,
-        exact=True,
-        quantization="none",
         vocab_size=ModelShape.from_dir(target).vocab_size,
         block_size=_BLOCK_SIZE,
         sampler=Sampler(kernels, CPU),
         sampling_state=nothing,
         storage=KVStorage(spec, _BLOCK_SIZE, CPU),
-        drafter_id=1,
-        cost_aware=False,
-        step_seconds=lambda: None,
-        quantized_embedding=None,
-        embed=embed,
-        final_norm=nothing,
-        unembed=unembed or nothing,
+        target=TargetLayers(embed, nothing, unembed or nothing, None),
+        load_model=nothing,
+        step_seconds=None,
     )
     drafter.bind(context)
     return drafter

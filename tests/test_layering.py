@@ -84,6 +84,7 @@ WITHIN_A_LEVEL = {
     ("specserve.hub", "specserve.text"),
     ("specserve.step", "specserve.sequence"),
     ("specserve.speculation.drafter", "specserve.batch"),
+    ("specserve.speculation.drafter", "specserve.models"),
     ("specserve.speculation.prediction", "specserve.speculation.lookup"),
     ("specserve.speculation.controller", "specserve.speculation.node_selection"),
     ("specserve.models", "specserve.batch"),

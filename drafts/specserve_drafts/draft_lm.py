@@ -21,7 +21,6 @@ from torch.nn import functional
 from specserve.batch import SegmentRows, build_batch, prefill_segments
 from specserve.cache.storage import KVSpec
 from specserve.cache.table import TableView
-from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
 from specserve.sequence import SequenceView
 from specserve.speculation.drafter import (
@@ -74,14 +73,7 @@ class DraftLM:
     def bind(self, context: DraftContext) -> None:
         assert context.storage is not None
         self._context, self._storage = context, context.storage
-        self._model = load_model(
-            self._path,
-            kernels=context.kernels,
-            dtype=context.dtype,
-            device=context.device,
-            exact=context.exact,
-            quantization=context.quantization,
-        )
+        self._model = context.load_model(self._path)
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         context = self._shape.max_position_embeddings
@@ -92,7 +84,7 @@ class DraftLM:
             if limit > 1 and self._can_read(seq)
         ]
         self._expand(expansions)
-        trees = {each.seq.id: each.tree(self._context.drafter_id) for each in expansions}
+        trees = {each.seq.id: each.tree() for each in expansions}
         return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
     def _expand(self, expansions: Sequence[TreeExpansion]) -> None:

@@ -82,7 +82,7 @@ class TreeExpansion:
                 child = Node(token, parent, path_prob, node.depth + 1, node.ancestors)
                 self.frontier.append(child)
 
-    def tree(self, drafter_id: int) -> DraftTree:
+    def tree(self) -> DraftTree:
         """The evaluated nodes and the best of the frontier, `budget` nodes at most."""
         leaves = sorted(self.frontier, key=lambda node: -node.path_prob)
         nodes = self.nodes + leaves[: self.budget - len(self.nodes)]
@@ -90,7 +90,6 @@ class TreeExpansion:
             [node.token for node in nodes],
             [node.parent for node in nodes],
             [node.path_prob for node in nodes],
-            drafter_id,
         )
 
     def _path(self, node: Node) -> tuple[int, ...]:
@@ -104,7 +103,7 @@ class TreeExpansion:
 class ExpansionThreshold:
     """The least path probability at which evaluating a node saves more time than it takes.
 
-    `floor` if `step_seconds` returns None. Otherwise `step_seconds` returns (step, row), the
+    `floor` without `step_seconds`, or if it returns None. Otherwise it returns (step, row), the
     seconds of a step without drafts and of one more verified node; with x the seconds of one more
     expansion step, the threshold is max(floor, _TOKENS / step * max(x / _GAIN, row / _BEST_CHILD)).
     So the tokens expected from evaluating a node, and from verifying its best successor, exceed the
@@ -112,7 +111,7 @@ class ExpansionThreshold:
     """
 
     def __init__(
-        self, floor: float, step_seconds: Callable[[], tuple[float, float] | None]
+        self, floor: float, step_seconds: Callable[[], tuple[float, float] | None] | None
     ) -> None:
         self._floor, self._step_seconds = floor, step_seconds
         self._num_drafts = 0
@@ -131,7 +130,7 @@ class ExpansionThreshold:
 
     @property
     def min_probability(self) -> float:
-        seconds = self._step_seconds()
+        seconds = None if self._step_seconds is None else self._step_seconds()
         if seconds is None:
             return self._floor
         step, row = seconds

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 
 from specserve.sequence import SequenceView
-from specserve.speculation.drafter import DraftContext, DraftOptions, NoModelDrafter
+from specserve.speculation.drafter import DraftOptions, NoModelDrafter
 from specserve.speculation.lookup import TextIndex, copied_text
 from specserve.tree import DraftTree, root_tree
 
@@ -37,9 +37,6 @@ class NgramDrafter(NoModelDrafter):
         self._options = options
         self._indexes: dict[str, TextIndex] = {}  # by sequence id
 
-    def bind(self, context: DraftContext) -> None:
-        self._drafter_id = context.drafter_id
-
     def forget(self, seq_id: str) -> None:
         self._indexes.pop(seq_id, None)
 
@@ -53,4 +50,4 @@ class NgramDrafter(NoModelDrafter):
         if found is None:
             return root_tree(seq.tokens[-1])
         match, position = found
-        return copied_text(seq.tokens[-1], seq.tokens, position, match, budget, self._drafter_id)
+        return copied_text(seq.tokens[-1], seq.tokens, position, match, budget)

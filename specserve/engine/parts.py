@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from specserve.models.shape import ModelShape
 from specserve.runner.runner import Runner
 from specserve.sampling import Sampler
 from specserve.speculation.cost_model import CostModel
-from specserve.speculation.drafter import DraftContext, Drafter
+from specserve.speculation.drafter import DraftContext, Drafter, TargetLayers
 from specserve.speculation.failures import loading
 from specserve.speculation.registry import create_drafters
 from specserve.text import Tokenizer
@@ -140,28 +141,29 @@ def _limits(
 def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:
     """Give every drafter its context, and memory for the KV that it wants (`kv_specs`)."""
     config, platform, model = parts.config, parts.platform, parts.model
-    for drafter_id, (name, drafter) in enumerate(parts.drafters.items(), start=1):
+    layers = TargetLayers(model.embed, model.final_norm, model.unembed, model.quantized_embedding)
+    for name, drafter in parts.drafters.items():
         kernels, storage = copy(platform.kernels), None
         if (spec := kv_specs.get(name)) is not None:
             storage = KVStorage(spec, parts.limits.num_kv_slots, platform.device)
         context = DraftContext(
             device=platform.device,
-            dtype=model.dtype,
             kernels=kernels,
-            exact=platform.exact,
-            quantization=config.target.quantization,
             vocab_size=model.shape.vocab_size,
             block_size=config.cache.block_size,
             sampler=Sampler(kernels, platform.device),
             sampling_state=lambda seq: parts.verifier.state_of(seq.id).copy(),
             storage=storage,
-            drafter_id=drafter_id,
-            cost_aware=config.draft.cost_aware,
-            step_seconds=parts.cost_model.step_seconds,
-            quantized_embedding=model.quantized_embedding,
-            embed=model.embed,
-            final_norm=model.final_norm,
-            unembed=model.unembed,
+            target=layers,
+            load_model=partial(
+                load_model,
+                kernels=kernels,
+                dtype=model.dtype,
+                device=platform.device,
+                exact=platform.exact,
+                quantization=config.target.quantization,
+            ),
+            step_seconds=parts.cost_model.step_seconds if config.draft.cost_aware else None,
         )
         with loading(name):
             drafter.bind(context)

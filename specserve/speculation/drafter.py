@@ -21,11 +21,11 @@ from torch import Tensor
 
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
+from specserve.models.model import Model
 from specserve.sampling import Sampler, SamplingState
 from specserve.sequence import SequenceView
 from specserve.step import StepPlan, VerifyResult
 from specserve.tree import MAX_NODES, DraftTree, root_tree
-from specserve.types import Quantization
 from specserve_kernels.ops import Kernels
 from specserve_kernels.quantized_weight import QuantizedWeight
 
@@ -35,28 +35,31 @@ class DraftError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class DraftContext:
-    """What the engine lends a drafter, once."""
+class TargetLayers:
+    """The layers of the target that drafters may run; rows are in the dtype of its activations."""
 
-    device: torch.device
-    dtype: torch.dtype
-    kernels: Kernels  # the drafter's own, as are the next three
-    exact: bool
-    quantization: Quantization  # of the target, as it was asked for
-    vocab_size: int
-    block_size: int
-    sampler: Sampler  # draws as the target's
-    sampling_state: Callable[[SequenceView], SamplingState]  # with every emitted token counted
-    storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
-    drafter_id: int  # of its nodes
-    cost_aware: bool  # False: every proposed node is verified, whatever time it takes
-    # Of a step without drafts, and of a node more; None: not measured.
-    step_seconds: Callable[[], tuple[float, float] | None]
-    # Of the target; rows of `hidden_size` in the dtype of its activations.
-    quantized_embedding: QuantizedWeight | None  # see `Model.quantized_embedding`
     embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
     final_norm: Callable[[Tensor], Tensor]  # [n, hidden_size] -> the same
     unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32
+    quantized_embedding: QuantizedWeight | None  # see `Model.quantized_embedding`
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What the engine lends a drafter, once. Kernels, sampler and storage are the drafter's own."""
+
+    device: torch.device
+    kernels: Kernels
+    vocab_size: int  # of the target
+    block_size: int  # of the block tables
+    sampler: Sampler  # draws as the target's
+    sampling_state: Callable[[SequenceView], SamplingState]  # with every emitted token counted
+    storage: KVStorage | None  # as `kv_spec` asked, indexed by the target's block tables
+    target: TargetLayers
+    load_model: Callable[[Path], Model]  # a draft model from its directory; settings as the target
+    # Seconds of a step without drafts and of one node more, or None until they are measured; None
+    # instead of the function: every node is verified, whatever time it takes.
+    step_seconds: Callable[[], tuple[float, float] | None] | None
 
 
 class Committed(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from specserve.tree import DraftTree, chain_tree
+from specserve.tree import DRAFTED_ID, DraftTree, chain_tree
 
 
 class TextIndex:
@@ -35,7 +35,12 @@ class TextIndex:
 
 
 def copied_text(
-    root: int, text: Sequence[int], position: int, match: int, budget: int, drafter_id: int
+    root: int,
+    text: Sequence[int],
+    position: int,
+    match: int,
+    budget: int,
+    drafter_id: int = DRAFTED_ID,
 ) -> DraftTree:
     """A chain of the tokens of `text` from `position` on, where `match` tokens before it agree.
 

@@ -130,7 +130,6 @@ class Hostile(NgramDrafter):
     def bind(self, context: DraftContext) -> None:
         super().bind(context)
         self.context, self.kept = context, []
-        self._drafter_id = 200
         modify_all(*(getattr(context, field.name) for field in fields(context)))
 
     def propose(self, seqs: Any, budgets: Any) -> Any:

@@ -141,7 +141,7 @@ def test_trees_have_the_tokens_with_the_largest_perturbed_logits(
             list(zip(*pair, strict=True))
             for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-        expected = product_tree(tokens[-1], depths, budget, 1)
+        expected = product_tree(tokens[-1], depths, budget)
         assert tree.tokens.tolist() == expected.tokens.tolist()
         assert tree.parents.tolist() == expected.parents.tolist()
         assert tree.path_probs == pytest.approx(expected.path_probs, rel=1e-3)
@@ -154,7 +154,7 @@ def test_trees_have_the_tokens_with_the_largest_perturbed_logits(
 @settings(max_examples=150, deadline=None)
 def test_the_tree_has_the_most_probable_combinations(probs: list[list[float]], budget: int) -> None:
     depths = [list(enumerate(sorted(some, reverse=True))) for some in probs]
-    tree = product_tree(9, depths, budget, 3)
+    tree = product_tree(9, depths, budget)
     tree.validate(97, budget)
     every = [
         torch.tensor([prob for _, prob in path], dtype=torch.float64).prod().item()
@@ -167,7 +167,7 @@ def test_the_tree_has_the_most_probable_combinations(probs: list[list[float]], b
         parent, depth = int(tree.parents[node]), tree.depths[node] - 1
         prob = dict(depths[depth])[int(tree.tokens[node])]
         assert tree.path_probs[node] == pytest.approx(tree.path_probs[parent] * prob, rel=1e-5)
-    assert tree.drafter_ids.tolist() == [0] + [3] * (len(tree) - 1)
+    assert tree.drafter_ids.tolist() == [0] + [1] * (len(tree) - 1)
 
 
 def test_heads_that_equal_the_target_are_always_accepted(

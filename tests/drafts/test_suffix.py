@@ -24,9 +24,7 @@ ANSWER = [30, 31, 32, 33, 34, 35]
 
 
 def drafter(**options: Any) -> SuffixDrafter:
-    made = SuffixDrafter(SuffixOptions(**options), None, Path())
-    made._drafter_id = 1
-    return made
+    return SuffixDrafter(SuffixOptions(**options), None, Path())
 
 
 def sequence(

@@ -176,7 +176,7 @@ class EagleDrafter:
         assert context.storage is not None
         self._context, self._storage = context, context.storage
         self._threshold = ExpansionThreshold(self._options.min_probability, context.step_seconds)
-        sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
+        sample = context.target.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
         self.head = self._load(sample.dtype)
         ids = self._file.token_ids
         self._token_ids = None if ids is None else ids.to(context.device)
@@ -212,9 +212,7 @@ class EagleDrafter:
         num_steps = max(tree.num_passes for tree in expanded)
         self._threshold.record(time.perf_counter() - started, num_steps)
         return {
-            task.seq.id: build_tree(
-                tree.tokens, tree.parents, tree.path_probs, self._context.drafter_id
-            )
+            task.seq.id: build_tree(tree.tokens, tree.parents, tree.path_probs)
             for task, tree in zip(tasks, expanded, strict=True)
         }
 
@@ -247,17 +245,16 @@ class EagleDrafter:
                 draft.expansion.select_next(options.beam, options.max_depth, threshold)
             num_steps += 1
         self._threshold.record(time.perf_counter() - started, num_steps)
-        drafter_id = self._context.drafter_id
-        return {draft.expansion.seq.id: draft.expansion.tree(drafter_id) for draft in drafts}
+        return {draft.expansion.seq.id: draft.expansion.tree() for draft in drafts}
 
     def _load(self, dtype: torch.dtype) -> DraftHead | QuantizedHead:
         """The head: quantized if the target is, the kernels support it and the shape allows it."""
         context, fused = self._context, fused_models(self._context.kernels)
-        embedding = context.quantized_embedding
+        embedding = context.target.quantized_embedding
         if fused is not None and embedding is not None and can_be_quantized(self._file.shape):
             if not self._file.shape.own_head:
                 num_rows = self._file.shape.vocab_size
-                if context.cost_aware:
+                if context.step_seconds is not None:
                     num_rows = min(_COST_AWARE_VOCAB, num_rows)
                 self._file = self._file.with_draft_vocab(num_rows, self._target)
             return QuantizedHead(self._file, fused, self._num_positions, embedding)
@@ -267,9 +264,9 @@ class EagleDrafter:
             dtype=dtype,
             device=context.device,
             num_positions=self._num_positions,
-            embed=context.embed,
-            final_norm=context.final_norm,
-            unembed=context.unembed,
+            embed=context.target.embed,
+            final_norm=context.target.final_norm,
+            unembed=context.target.unembed,
         )
 
     def observe(self, feedback: Feedback) -> None:

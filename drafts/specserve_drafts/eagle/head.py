@@ -94,7 +94,7 @@ def head_kv_spec(shape: HeadShape, dtype: torch.dtype) -> KVSpec:
 class DraftHead:
     """One head, with the weights of `file` converted to `dtype`.
 
-    `embed`, `final_norm` and `unembed` are the target's (see `DraftContext`).
+    `embed`, `final_norm` and `unembed` are the target's (see `TargetLayers`).
     """
 
     def __init__(

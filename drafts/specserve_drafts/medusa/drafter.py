@@ -77,7 +77,7 @@ class MedusaDrafter:
 
     def bind(self, context: DraftContext) -> None:
         self._context = context
-        sample = context.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
+        sample = context.target.embed(torch.zeros(1, dtype=torch.int64, device=context.device))
         self.heads = MedusaHeads(self._file, self._num_heads, sample.dtype, context.device)
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
@@ -89,7 +89,7 @@ class MedusaDrafter:
         depth = min(self._num_heads, max(budgets, default=1) - 1)
         found = dict(zip([seq.id for seq in ready], self._candidates(ready, depth), strict=True))
         return [
-            product_tree(seq.tokens[-1], found[seq.id], budget, self._context.drafter_id)
+            product_tree(seq.tokens[-1], found[seq.id], budget)
             if seq.id in found
             else root_tree(seq.tokens[-1])
             for seq, budget in zip(seqs, budgets, strict=True)
@@ -121,7 +121,7 @@ class MedusaDrafter:
             return []
         context = self._context
         states = torch.stack([self._last[seq.id].hidden_state for seq in seqs])
-        logits = self.heads(context.final_norm(states), depth).flatten(0, 1)
+        logits = self.heads(context.target.final_norm(states), depth).flatten(0, 1)
         width = min(self._branching, logits.shape[1])
         if (ids := self._file.token_ids) is not None:
             whole = logits.new_full((len(logits), context.vocab_size), -torch.inf)
@@ -142,9 +142,7 @@ class MedusaDrafter:
         return [candidates[start : start + depth] for start in range(0, len(candidates), depth)]
 
 
-def product_tree(
-    root: int, depths: Sequence[Candidates], budget: int, drafter_id: int
-) -> DraftTree:
+def product_tree(root: int, depths: Sequence[Candidates], budget: int) -> DraftTree:
     """The `budget` nodes of highest path probability, root included, of the tree in which every
     node of depth d has the children `depths[d]`.
 
@@ -172,4 +170,4 @@ def product_tree(
         path_probs.append(-negative)
         add_child(parent, depth, rank + 1)
         add_child(len(tokens) - 1, depth + 1, 0)
-    return build_tree(tokens, parents, path_probs, drafter_id)
+    return build_tree(tokens, parents, path_probs)

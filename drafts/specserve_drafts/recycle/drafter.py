@@ -32,14 +32,13 @@ from msgspec import Meta
 from specserve.batch import ModelOutput
 from specserve.sequence import SequenceView
 from specserve.speculation.drafter import (
-    DraftContext,
     DraftError,
     DraftOptions,
     Feedback,
     NoModelDrafter,
     Probability,
 )
-from specserve.tree import DraftTree
+from specserve.tree import DRAFTED_ID, DraftTree
 from specserve_drafts.compatibility import Target, check_compatible, pretrained_draft
 from specserve_drafts.recycle.topk_table import REQUEST_RULE, TABLE_FILE, TopKTable
 from specserve_kernels.host import HOST
@@ -109,9 +108,6 @@ class RecycleDrafter(NoModelDrafter):
             raise DraftError(f"{field}: {error}") from error
         return TopKTable(contexts, vocab_size)
 
-    def bind(self, context: DraftContext) -> None:
-        self._context = context
-
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         """Grow trees best-first by path probability.
 
@@ -119,14 +115,13 @@ class RecycleDrafter(NoModelDrafter):
         recorded in other texts are too far from the current distribution to gain from it
         (drafts/LOG.md, 2026-11-25).
         """
-        drafter_id = self._context.drafter_id
         trees = [
             self.table.grow(
                 _salts(seq.cache_salt),
                 seq.tokens[: -ORDERS - 1 : -1],
                 budget,
                 self._min_probability,
-                drafter_id,
+                DRAFTED_ID,
                 self._request_table(seq),
             )
             for seq, budget in zip(seqs, budgets, strict=True)

@@ -13,14 +13,8 @@ from typing import Annotated, ClassVar, Final
 from msgspec import Meta
 
 from specserve.sequence import SequenceView, Status
-from specserve.speculation.drafter import (
-    DraftContext,
-    DraftOptions,
-    Feedback,
-    NoModelDrafter,
-    Probability,
-)
-from specserve.tree import DraftTree
+from specserve.speculation.drafter import DraftOptions, Feedback, NoModelDrafter, Probability
+from specserve.tree import DRAFTED_ID, DraftTree
 from specserve_drafts.suffix.search import SuffixSearch
 from specserve_kernels.host.interface import END, TokenLog
 
@@ -89,9 +83,6 @@ class SuffixDrafter(NoModelDrafter):
         self._running: dict[str, SequenceView] = {}  # by sequence id; `forget` takes their outputs
         self._past = PastOutputs(options.capacity, self._search.new_log)
 
-    def bind(self, context: DraftContext) -> None:
-        self._drafter_id = context.drafter_id
-
     def observe(self, feedback: Feedback) -> None:
         if self._options.shared:
             self._running.update((seq.id, seq) for seq in feedback.seqs)
@@ -110,4 +101,4 @@ class SuffixDrafter(NoModelDrafter):
         own.extend(seq.tokens[len(own) :])
         logs = [own, *self._past.logs(seq.cache_salt)]
         recent = seq.tokens[-self._options.max_match :]
-        return self._search.tree(logs, recent, budget, self._drafter_id)
+        return self._search.tree(logs, recent, budget, DRAFTED_ID)
