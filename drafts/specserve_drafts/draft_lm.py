@@ -10,7 +10,6 @@ tokenizer but pad their vocabularies to different sizes.
 """
 
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +19,6 @@ from torch.nn import functional
 
 from specserve.batch import SegmentRows, build_batch, prefill_segments
 from specserve.cache.storage import KVSpec
-from specserve.cache.table import TableView
 from specserve.models.shape import ModelShape
 from specserve.sequence import SequenceView
 from specserve.speculation.drafter import (
@@ -32,6 +30,7 @@ from specserve.speculation.drafter import (
 )
 from specserve.text import Tokenizer, same_vocabulary
 from specserve.tree import MAX_NODES, DraftTree, root_tree
+from specserve_drafts.draft_kv import DraftKV, DraftKVState
 from specserve_drafts.expansion import TreeExpansion, add_ranked, rank_candidates
 
 _MAX_PENDING = 256  # tokens without draft KV in one forward pass of the draft model
@@ -61,10 +60,9 @@ class DraftLM:
         self._options = options
         self._path = path
         self._shape = ModelShape.from_dir(path)
-        self._num_with_kv: dict[str, int] = {}  # leading tokens with draft KV, by sequence id
+        self._kv = DraftKV()
+        self._kv_states: dict[str, DraftKVState] = {}  # by sequence id
         self._num_readable: dict[str, int] = {}  # leading tokens with an embedding row, likewise
-        # Block id -> prefix cache hash of the content whose draft KV the block holds.
-        self._block_hashes: dict[int, bytes] = {}
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         shape = self._shape
@@ -99,7 +97,7 @@ class DraftLM:
             for expansion in active:
                 expansion.select_next(self._options.beam, self._options.max_depth)
         for seq in seqs:
-            self._num_with_kv[seq.id] = seq.num_tokens  # the root has draft KV too
+            self._kv_states[seq.id].num_with_kv = seq.num_tokens  # the root has draft KV too
 
     def observe(self, feedback: Feedback) -> None:
         """Compute draft KV for prefill chunks, so that the first proposal need not process the
@@ -116,10 +114,11 @@ class DraftLM:
         if pending:
             self._forward(pending)
         for seq, end in zip(chunks, ends, strict=True):
-            self._num_with_kv[seq.id] = max(self._num_with_kv[seq.id], end)
+            state = self._kv_states[seq.id]
+            state.num_with_kv = max(state.num_with_kv, end)
 
     def forget(self, seq_id: str) -> None:
-        self._num_with_kv.pop(seq_id, None)
+        self._kv_states.pop(seq_id, None)
         self._num_readable.pop(seq_id, None)
 
     def _can_read(self, seq: SequenceView) -> bool:
@@ -140,25 +139,20 @@ class DraftLM:
         """Segments of the tokens before `end` that have no draft KV.
 
         Runs forward passes over the first of them if they exceed _MAX_PENDING; the caller
-        runs the returned rest and then updates `_num_with_kv`.
+        runs the returned rest and then updates `num_with_kv`.
         """
         table = seq.table
-        if seq.id not in self._num_with_kv:
-            self._num_with_kv[seq.id] = self._num_shared(table)
-        start = self._num_with_kv[seq.id]
-        for index in range(min(start // table.block_size, len(table.hashes))):
-            self._block_hashes[table.block_ids[index]] = table.hashes[index]
+        state = self._kv_states.get(seq.id)
+        if state is None:
+            state = self._kv_states[seq.id] = DraftKVState(self._kv.num_shared(table))
+        self._kv.record(state, table)
+        start = state.num_with_kv
+        self._kv.drop(table, start, end + 1)  # with the root
         segments = list(prefill_segments(table, start, seq.tokens[start:end]))
         while sum(len(segment.tokens) for segment in segments) > _MAX_PENDING:
             self._forward(segments[: _MAX_PENDING // MAX_NODES])
             del segments[: _MAX_PENDING // MAX_NODES]
         return segments
-
-    def _num_shared(self, table: TableView) -> int:
-        """Leading tokens of the table's blocks that already hold their draft KV."""
-        blocks = zip(table.block_ids, table.hashes, strict=False)
-        matching = takewhile(lambda block: self._block_hashes.get(block[0]) == block[1], blocks)
-        return sum(1 for _ in matching) * table.block_size
 
     def _forward(self, rows: Sequence[SegmentRows]) -> Tensor:
         """Logits [num_logit_rows, target vocab_size] float32; -inf for ids that the draft model

@@ -1,4 +1,4 @@
-"""Bookkeeping of EAGLE draft KV: which tokens of a sequence have it, and the pending hidden states.
+"""The draft inputs of EAGLE heads: which of them have draft KV, and the pending hidden states.
 
 The draft input of token i is the target's auxiliary hidden state of token i - 1 with the embedding
 of token i; its draft KV is in the slot of token i. So a block of the prefix cache depends on no
@@ -18,26 +18,23 @@ from torch import Tensor
 
 from specserve.cache.table import TableView
 from specserve.tree import MAX_NODES
+from specserve_drafts.draft_kv import DraftKV, DraftKVState
 from specserve_drafts.eagle.head import HeadSegment
 
 _CHAIN_ANCESTORS = np.array([(2 << i) - 1 for i in range(MAX_NODES)], np.uint64)
 
 
 @dataclass(slots=True)
-class DraftKVState:
-    """The draft KV state of one sequence.
+class DraftInputs(DraftKVState):
+    """The draft inputs of one sequence; there is none for token 0, and 1 <= missing[0].
 
-    Tokens [1, missing[0]) and [missing[1], num_with_kv) have draft KV; the draft inputs of tokens
-    [num_with_kv, num_observed) are pending.
+    Those of tokens [num_with_kv, num_observed) are pending.
     """
 
-    missing: tuple[int, int]  # range of tokens, 1 <= missing[0] <= missing[1] <= num_with_kv
-    num_with_kv: int
-    num_observed: int  # leading tokens up to the last one whose hidden state was observed
+    num_observed: int = 0  # leading tokens up to the last one whose hidden state was observed
     # Consecutive hidden states, each tensor [n, size], the last row that of token num_observed - 1;
     # at least those of the pending draft inputs and of the one after them.
     hidden_states: list[Tensor] = field(default_factory=list)
-    num_hashed_blocks: int = 0  # leading blocks that `BlockContents.record_hashes` has handled
     # The slot list of `slots_up_to`, as a tensor and an array of the same memory. The slots of
     # tokens before `_num_final` are final.
     _slot_list: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
@@ -107,60 +104,46 @@ class DraftKVState:
         del self.hidden_states[:-1]
 
 
-class BlockContents:
-    """Which blocks hold draft KV for which content, and each block's last hidden state.
+class HeadKV(DraftKV):
+    """The draft KV of a head, and the last hidden state of each block.
 
-    Contents are identified by the hashes of the prefix cache. The hidden state of a block's last
-    token is needed for the draft input of the token after it.
+    The hidden state of a block's last token is needed for the draft input of the token after it.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, state_size: int, like: Tensor) -> None:
-        self._block_size = block_size
-        self._hashes: dict[int, bytes] = {}
+    def __init__(self, num_blocks: int, state_size: int, like: Tensor) -> None:
+        super().__init__()
         self._last_states = like.new_zeros(num_blocks, state_size)
 
-    def start(self, table: TableView, num_cached: int) -> DraftKVState:
+    def start(self, table: TableView, num_cached: int) -> DraftInputs:
         """The state of a sequence whose first `num_cached` tokens were not observed.
 
         Leading blocks that already hold draft KV for the same content are used; unobserved tokens
         after them are the missing range.
         """
-        num_shared = 0
-        for block_id, block_hash in zip(table.block_ids, table.hashes, strict=False):
-            if num_shared >= num_cached or self._hashes.get(block_id) != block_hash:
-                break
-            num_shared += self._block_size
+        size = table.block_size
+        num_shared = min(self.num_shared(table), num_cached // size * size)
         if 0 < num_shared == num_cached:
-            last = table.block_ids[num_cached // self._block_size - 1]
+            last = table.block_ids[num_cached // size - 1]
             last_state = self._last_states[last : last + 1].clone()
-            return DraftKVState((1, 1), num_cached, num_cached, [last_state])
-        missing = (max(min(num_shared, num_cached), 1), num_cached + 1)
-        return DraftKVState(missing, num_cached + 1, num_cached)
+            return DraftInputs(
+                num_cached, (1, 1), num_observed=num_cached, hidden_states=[last_state]
+            )
+        missing = max(num_shared, 1), num_cached + 1
+        return DraftInputs(num_cached + 1, missing, num_observed=num_cached)
 
-    def record_hashes(self, state: DraftKVState, table: TableView) -> None:
-        """Record the hashes of the blocks for all of whose tokens there is draft KV."""
-        size = self._block_size
-        first, last = state.missing
-        end = min(state.num_with_kv // size, len(table.hashes))
-        for index in range(state.num_hashed_blocks, end):
-            if (index + 1) * size <= first or index * size >= last or first == last:
-                self._hashes[table.block_ids[index]] = table.hashes[index]
-            state.num_hashed_blocks = index + 1
+    def observe(self, state: DraftInputs, table: TableView, hidden_states: Tensor) -> None:
+        """Append the hidden states [n, state_size] of the sequence's next tokens to `state`.
 
-    def record_states(self, state: DraftKVState, table: TableView, hidden_states: Tensor) -> None:
-        """Store the hidden states of the sequence's next tokens that end a block, and drop the
-        recorded hashes of the blocks that these tokens are in.
-
-        hidden_states: [n, state_size].
+        Those of tokens that end a block are stored for other sequences with this block.
         """
-        size, start = self._block_size, state.num_observed
+        size, start = table.block_size, state.num_observed
         end = start + len(hidden_states)
-        # The hash of a block that an earlier call began is dropped already.
+        # The block that an earlier call began is dropped already.
         is_continued = bool(state.hidden_states) and start % size > 0
-        for index in range(start // size + is_continued, (end - 1) // size + 1):
-            self._hashes.pop(table.block_ids[index], None)
+        self.drop(table, start + size * is_continued, end)
         first = -(-(start + 1) // size) * size - 1  # the first token that ends a block
         if first < end:
             ids = table.block_ids[first // size : end // size]
             at = torch.tensor(ids, device=hidden_states.device)
             self._last_states.index_copy_(0, at, hidden_states[first - start :: size])
+        state.extend(hidden_states)

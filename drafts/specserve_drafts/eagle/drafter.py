@@ -34,7 +34,7 @@ from specserve.speculation.drafter import (
 from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.compatibility import pretrained_head
 from specserve_drafts.eagle.checkpoint import read_head
-from specserve_drafts.eagle.draft_inputs import BlockContents, DraftKVState
+from specserve_drafts.eagle.draft_inputs import DraftInputs, HeadKV
 from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
 from specserve_drafts.eagle.quantized_head import QuantizedHead, can_be_quantized
 from specserve_drafts.expansion import (
@@ -84,7 +84,7 @@ class _TreeTask:
     seq: SequenceView
     state: SamplingState
     budget: int
-    kv: DraftKVState
+    kv: DraftInputs
     slot_list: Tensor  # int32, slots of the draft inputs before the root, then of root and nodes
 
     def in_one_call(self) -> ExpansionTask:
@@ -167,7 +167,7 @@ class EagleDrafter:
             shape.max_position_embeddings, self._file.shape.max_position_embeddings
         )
         self.aux_layers: tuple[int, ...] = tuple(sorted(set(self._file.shape.aux_layers)))
-        self._kv_states: dict[str, DraftKVState] = {}  # by sequence id
+        self._inputs: dict[str, DraftInputs] = {}  # by sequence id
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return head_kv_spec(self._file.shape, dtype)
@@ -182,7 +182,7 @@ class EagleDrafter:
         self._token_ids = None if ids is None else ids.to(context.device)
         size = self._file.shape.target_hidden_size * len(self._file.shape.aux_layers)
         num_blocks = self._storage.data.shape[2] // context.block_size
-        self._contents = BlockContents(num_blocks, context.block_size, size, sample)
+        self._kv = HeadKV(num_blocks, size, sample)
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         in_one_call: list[_TreeTask] = []
@@ -279,16 +279,16 @@ class EagleDrafter:
             self._record_hidden_states(seq, committed.start, states)
 
     def forget(self, seq_id: str) -> None:
-        self._kv_states.pop(seq_id, None)
+        self._inputs.pop(seq_id, None)
 
     def _tree_task(self, seq: SequenceView, budget: int) -> _TreeTask | None:
         """The inputs for a tree; None if the hidden state of the token before the root was not
         observed."""
-        kv = self._kv_states.get(seq.id)
+        kv = self._inputs.get(seq.id)
         root = seq.num_tokens - 1
         if kv is None or not kv.hidden_states or kv.num_observed != root:
             return None
-        self._contents.record_hashes(kv, seq.table)
+        self._kv.record(kv, seq.table)
         slot_list = kv.slots_up_to(root + max(budget - 1, 1), seq.table)
         return _TreeTask(seq, self._context.sampling_state(seq), budget, kv, slot_list)
 
@@ -297,20 +297,19 @@ class EagleDrafter:
 
         states: [n, num_aux_layers * target_hidden_size].
         """
-        kv = self._kv_states.get(seq.id)
+        kv = self._inputs.get(seq.id)
         if kv is not None and kv.num_observed == start + len(states):
             return  # a repeated call: `observe` is retried if it raised for another sequence
         if kv is None or kv.num_observed != start:
-            kv = self._kv_states[seq.id] = self._contents.start(seq.table, start)
+            kv = self._inputs[seq.id] = self._kv.start(seq.table, start)
         if kv.num_pending >= _MAX_PENDING:
             slot_list = kv.slots_up_to(kv.num_observed, seq.table)
             pending = list(kv.pending_segments(seq.tokens, slot_list))
             batch = build_head_batch(pending, self._context.device)
             self.head.write_kv(batch, self.head.fuse(kv.pending_states()[:-1]), self._storage)
             kv.mark_written()
-        self._contents.record_hashes(kv, seq.table)
-        self._contents.record_states(kv, seq.table, states)
-        kv.extend(states)
+        self._kv.record(kv, seq.table)
+        self._kv.observe(kv, seq.table, states)
 
     def _forward(self, segments: Sequence[HeadSegment], hidden_states: Tensor) -> Tensor:
         """The head's output [num_rows, hidden_size]; `hidden_states` has the same shape."""
