@@ -144,8 +144,6 @@ def test_a_float_head_runs_over_a_quantized_target(
 def test_embed_norm_and_unembed_are_those_of_the_target(
     quantization: Quantization, tmp_path: Path
 ) -> None:
-    if quantization != "none" and fused_models(select_kernels(CPU)) is None:
-        pytest.skip("no native kernels")
     model = loaded(write_tiny_llama(tmp_path, seed=1, head_dim=16), quantization)
     tokens = tuple(range(TINY_VOCAB))
     states = aux_hidden_states_of(model, (0, 2), tokens)
