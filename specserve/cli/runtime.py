@@ -137,11 +137,25 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
             fix = f"specserve pull {name}" if known else f"aliases: {', '.join(sorted(ALIASES))}"
             return [free, Check("use", "target", missing, "note" if known else "broken", fix)]
         shape = ModelShape.from_dir(directory)
-        estimate = _kv_estimate(config, platform, shape, directory)
+        choice = choose_quantization(
+            config.target.quantization,
+            shape,
+            read_checkpoint(directory),
+            platform.kernels,
+            platform.device,
+            platform.quantized_kv_dtype,
+        )
+        estimate = _kv_estimate(config, platform, shape, choice.quantized)
     except (HubError, ModelError, ConfigError) as error:
         return [free, Check("use", "target", str(error), "broken")]
     words = f"{shape.architecture}, {shape.num_layers} layers, {directory}"
-    return [free, Check("use", "target", words), Check("use", "KV", estimate)]
+    weights = f"{'quantised' if choice.quantized else 'floats'}: {choice.reason}"
+    return [
+        free,
+        Check("use", "target", words),
+        Check("use", "weights", weights),
+        Check("use", "KV", estimate),
+    ]
 
 
 def local_directory(target: str) -> Path | None:
@@ -159,17 +173,9 @@ def local_directory(target: str) -> Path | None:
 
 
 def _kv_estimate(
-    config: EngineConfig, platform: Platform, shape: ModelShape, directory: Path
+    config: EngineConfig, platform: Platform, shape: ModelShape, quantized: bool
 ) -> str:
     """The size of the KV pool, estimated without drafts and before the weights are loaded."""
-    quantized = choose_quantization(
-        config.target.quantization,
-        shape,
-        read_checkpoint(directory),
-        platform.kernels,
-        platform.device,
-        platform.quantized_kv_dtype,
-    ).quantized
     dtype = platform.quantized_kv_dtype if quantized else platform.dtype
     spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     context = config.target.max_model_len or shape.max_position_embeddings

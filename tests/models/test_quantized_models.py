@@ -155,6 +155,8 @@ def test_what_cannot_be_fused_is_served_layer_by_layer(
         model = _load(directory, kernels, quantization, quantized_kv_dtype=kv_dtype)
     assert isinstance(model, LlamaModel)
     assert "layer by layer, which is slower: " in caplog.text
+    args = (ModelShape.from_dir(directory), read_checkpoint(directory), kernels, CPU)
+    assert "layer by layer: " in choose_quantization(quantization, *args, kv_dtype).reason
     floats = _load(directory, kernels, "none")
     prefill = prefill_rows(TABLE, 0, list(range(20)))
     ours, theirs = (_run(each, run_rows, prefill)[0] for each in (model, floats))

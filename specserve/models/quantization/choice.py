@@ -40,13 +40,14 @@ def choose_quantization(
         return QuantizationChoice(False, "as set")
     if setting == "auto" and not checkpoint.quantized:
         return QuantizationChoice(False, "the checkpoint's weights are floats")
+    layer_by_layer = why_not_fused(shape, kernels, kv_dtype)
     if setting == "auto":
-        reason = why_not_fused(shape, kernels, kv_dtype)
         kept = "the formats of the file are kept"
-        return QuantizationChoice(reason is None, kept if reason is None else reason)
+        return QuantizationChoice(layer_by_layer is None, layer_by_layer or kept)
     if reason := _why_impossible(shape, device):
         raise ModelError(f"quantization: {setting!r} is not possible: {reason}; use 'none'")
-    return QuantizationChoice(True, "as set")
+    slower = f"; slower, layer by layer: {layer_by_layer}" if layer_by_layer else ""
+    return QuantizationChoice(True, f"as set{slower}")
 
 
 def _why_impossible(shape: ModelShape, device: torch.device) -> str | None:
