@@ -23,6 +23,7 @@ from rich.console import Console
 
 from specserve.cli.flags import given
 from specserve.cli.main import INTERRUPTED
+from specserve.cli.parser import PROMPTS_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import DraftConfig, load_config
 from specserve.hub import resolve
@@ -252,16 +253,26 @@ def build_parser() -> argparse.ArgumentParser:
         "draft at every temperature and budget; one request at a time.",
         allow_abbrev=False,
     )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help=PROMPTS_HELP
+    )
     number = parser.add_mutually_exclusive_group()
     number.add_argument(
-        "--limit", type=at_least_one, metavar="N", help="prompts, spread over all categories"
+        "--limit",
+        type=at_least_one,
+        metavar="N",
+        help="number of prompts, spread over all categories; not given: all",
     )
     number.add_argument(
-        "--per-category", type=at_least_one, metavar="N", help="prompts of each category"
+        "--per-category", type=at_least_one, metavar="N", help="number of prompts of each category"
     )
     parser.add_argument(
-        "--temperature", nargs="+", type=temperature, default=[0.0], metavar="X", help="0 is greedy"
+        "--temperature",
+        nargs="+",
+        type=temperature,
+        default=[0.0],
+        metavar="X",
+        help="0 is greedy (default: 0)",
     )
     parser.add_argument(
         "--budget",
@@ -275,10 +286,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--cost-aware",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="leave out drafters and drafted nodes that cost more time than they save",
+        help="leave out drafters and drafted nodes that cost more time than they save "
+        "(default: no)",
     )
     parser.add_argument(
-        "--plots", action=argparse.BooleanOptionalAction, default=True, help="draw PNG files too"
+        "--plots",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw PNG files too (default: yes)",
     )
     parser.add_argument(
         "--out",

@@ -1,6 +1,6 @@
 """Fuzz test of the HTTP API: sends a server valid and invalid requests made from its schema.
 
-python -m specserve_evals.fuzz --examples 2000
+specserve eval fuzz --examples 2000
 
 schemathesis generates the requests from the server's /openapi.json: boundary values of every field
 and random data. Exit code 1 for any 5xx response, for any response that contradicts the schema, or
@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 from rich.console import Console
 
-from specserve.cli.parser import TARGET_HELP
+from specserve.cli.parser import OPTIONAL_TARGET_HELP
 from specserve.config import TargetConfig
 from specserve_evals.progress import stdout_console
 from specserve_evals.runs import at_least_one
@@ -118,14 +118,28 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m specserve_evals.fuzz",
+        prog="specserve eval fuzz",
         description="Valid and invalid requests generated from the API's description (OpenAPI).",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
-    parser.add_argument("--examples", type=at_least_one, default=2000, metavar="N", help="at least")
-    parser.add_argument("--seed", type=int, default=1, metavar="N")
-    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
+    parser.add_argument(
+        "--examples",
+        type=at_least_one,
+        default=2000,
+        metavar="N",
+        help="requests to send, at least (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="seed of the requests (default: 1)"
+    )
+    parser.add_argument(
+        "--phases",
+        nargs="+",
+        default=list(PHASES),
+        choices=PHASES,
+        help="coverage: every field at its limits; fuzzing: random requests (default: both)",
+    )
     parser.add_argument(
         "serve_flags", nargs="*", metavar="-- FLAG", help="flags of `specserve serve`, after --"
     )

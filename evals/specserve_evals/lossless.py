@@ -1,6 +1,6 @@
 """Checks that speculation changes no token id, for every draft and batch size.
 
-python -m specserve_evals.lossless --prompts spec_bench.jsonl --draft ngram
+specserve eval lossless --prompts spec_bench.jsonl --draft ngram
 
 The reference is plain decoding (`none`) at batch 1. Exit code 1 on any difference, or if the target
 does not accept the tokens that it drafts for itself (--self-draft).
@@ -18,6 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from rich.console import Console
 
+from specserve.cli.parser import PROMPTS_HELP
 from specserve.cli.progress import show_progress
 from specserve.llm import LLM
 from specserve.types import SamplingParams
@@ -198,17 +199,19 @@ def show(report: Report, console: Console) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m specserve_evals.lossless",
+        prog="specserve eval lossless",
         description="Compare generated token ids with and without speculation, id by id.",
         allow_abbrev=False,
     )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help=PROMPTS_HELP
+    )
     parser.add_argument(
         "--limit",
         type=at_least_one,
         default=24,
         metavar="N",
-        help="prompts, spread over all categories",
+        help="number of prompts, spread over all categories (default: %(default)s)",
     )
     parser.add_argument(
         "--settings",
@@ -216,14 +219,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=SETTINGS,
         default=DEFAULT_SETTINGS,
         metavar="NAME",
-        help=f"of the sampling: {', '.join(SETTINGS)} (default: {' '.join(DEFAULT_SETTINGS)})",
+        help=f"sampling settings: {', '.join(SETTINGS)} (default: {' '.join(DEFAULT_SETTINGS)})",
     )
     parser.add_argument(
         "--self-draft",
         action="store_true",
-        help="also let the target draft chains for itself, which it must accept",
+        help="also use the target as its own drafter, whose drafts it must accept",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result here")
     add_run_flags(parser, max_tokens=64)
     return parser
 

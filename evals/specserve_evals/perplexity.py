@@ -1,6 +1,6 @@
 """Measures what a weight format costs in quality: the perplexity of a text under each format.
 
-python -m specserve_evals.perplexity --text FILE --quantization none --quantization auto
+specserve eval perplexity --text FILE --quantization none --quantization auto
 
 Every format is measured on the same windows of the same tokens; the first format is the reference.
 Each window starts with an empty context, and all of its tokens but the first are predicted. The
@@ -24,6 +24,7 @@ from torch import Tensor
 from specserve.batch import build_batch, prefill_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
+from specserve.cli.parser import ENGINE_HELP, OPTIONAL_TARGET_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
@@ -121,7 +122,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
             row.kernels,
             f"{row.perplexity:.4f}",
             f"{row.ratio:.5f}",
-            f"{row.log_ratio_error:.5f}",
+            "-" if math.isnan(row.log_ratio_error) else f"{row.log_ratio_error:.5f}",
         )
     console.print(table)
     console.print(f"{num_predicted} tokens predicted in {len(windows)} windows")
@@ -207,11 +208,11 @@ def _ratio_error(sums: Sequence[float], sizes: Sequence[int]) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m specserve_evals.perplexity",
+        prog="specserve eval perplexity",
         description="Perplexity of a text by weight format, as the target is served.",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", default=TargetConfig().target, metavar="NAME|PATH")
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     parser.add_argument(
         "--text", type=Path, required=True, metavar="FILE", help="plain text, or prompts in .jsonl"
     )
@@ -220,19 +221,37 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         choices=FORMATS,
         required=True,
-        help="repeatable; the first is the reference",
+        help="weight format; repeatable, the others are compared with the first",
     )
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    parser.add_argument("--tokens", type=at_least_one, default=24576, metavar="N")
-    parser.add_argument("--window", type=at_least_two, default=1024, metavar="N")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help=ENGINE_HELP["dtype"],
+    )
+    parser.add_argument(
+        "--tokens",
+        type=at_least_one,
+        default=24576,
+        metavar="N",
+        help="tokens of the text that are predicted, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        type=at_least_two,
+        default=1024,
+        metavar="N",
+        help="the text is cut into pieces of this many tokens (default: %(default)s)",
+    )
     parser.add_argument(
         "--within",
         type=float,
         default=0.01,
         metavar="X",
-        help="exit with 1 if a ratio is farther from 1 (default: %(default)s)",
+        help="exit with 1 if a perplexity differs from the first by more than this share "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result here")
     return parser
 
 

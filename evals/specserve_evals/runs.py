@@ -9,7 +9,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.parser import ENGINE_HELP, OPTIONAL_TARGET_HELP
 from specserve.cli.progress import Report
 from specserve.config import DraftConfig, ScheduleConfig, TargetConfig
 from specserve.hub import resolve
@@ -51,7 +51,7 @@ def add_run_flags(
     `skip` names settings that get no flag here, because the program sets them itself or has its own
     flag for them.
     """
-    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     parser.add_argument(
         "--draft",
         action="append",
@@ -60,9 +60,21 @@ def add_run_flags(
         help="drafter or draft model, or several to merge; repeatable, each is measured by itself",
     )
     if "batch" not in skip:
-        default = [1, 4, 12]
-        parser.add_argument("--batch", nargs="+", type=at_least_one, default=default, metavar="N")
-    parser.add_argument("--max-tokens", type=at_least_one, default=max_tokens, metavar="N")
+        parser.add_argument(
+            "--batch",
+            nargs="+",
+            type=at_least_one,
+            default=[1, 4, 12],
+            metavar="N",
+            help="prompts generated at once; every number is measured (default: 1 4 12)",
+        )
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least_one,
+        default=max_tokens,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-prompt",
         type=at_least_one,
@@ -71,7 +83,13 @@ def add_run_flags(
         help="skip prompts that have more tokens than this with their answer "
         "(default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first prompt")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the first prompt; every further prompt has the next one (default: 0)",
+    )
     engine = parser.add_argument_group("engine")
     skip |= {"target", "max_model_len", "draft"}
     for section in (TargetConfig, DraftConfig):

@@ -1,6 +1,6 @@
 """Soak test of a server: many concurrent mixed requests, a third of them cut off by the client.
 
-python -m specserve_evals.soak --requests 2000 --concurrency 64
+specserve eval soak --requests 2000 --concurrency 64
 
 Exit code 1 if a request fails, if the server holds resources afterwards that it did not hold
 before, if the memory of its HTTP or engine process grows by more than `MAX_GROWTH`, or if an answer
@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 from rich.console import Console
 
-from specserve.cli.parser import TARGET_HELP, build_parser, engine_config
+from specserve.cli.parser import OPTIONAL_TARGET_HELP, build_parser, engine_config
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve_evals import provenance
@@ -252,22 +252,24 @@ def _cells(vitals: Vitals) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m specserve_evals.soak",
+        prog="specserve eval soak",
         description="Send many mixed requests, a third of them cut off; look for leaks and errors.",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     for flag, default, text in (
-        ("--requests", 2000, "in all"),
+        ("--requests", 2000, "requests in all"),
         ("--concurrency", 64, "requests at a time"),
         ("--repeats", 32, "requests to repeat alone afterwards"),
-        ("--max-prompt", 200, "characters of a prompt at most"),
-        ("--max-tokens", 48, "of an answer at most"),
+        ("--max-prompt", 200, "most characters of a prompt"),
+        ("--max-tokens", 48, "most tokens of an answer"),
     ):
         help_text = f"{text} (default: %(default)s)"
         parser.add_argument(flag, type=at_least_one, default=default, metavar="N", help=help_text)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the requests drawn")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random requests (default: 0)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result here")
     parser.add_argument(
         "serve_flags", nargs="*", metavar="-- FLAG", help="flags of `specserve serve`, after --"
     )

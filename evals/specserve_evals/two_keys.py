@@ -1,6 +1,6 @@
 """Measures how much one API key's attacks slow down another key: TTFT of a steady load.
 
-python -m specserve_evals.two_keys --seconds 60
+specserve eval two_keys --seconds 60
 
 Rounds alternate between the load alone and a load of the same rate beside the hostile key's
 attacks. Exit code 1 if a request of the load fails, if its p99 TTFT during the attacks is more than
@@ -29,7 +29,7 @@ import numpy as np
 from msgspec import Struct
 from rich.console import Console
 
-from specserve.cli.parser import TARGET_HELP, build_parser, engine_config
+from specserve.cli.parser import OPTIONAL_TARGET_HELP, build_parser, engine_config
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve_evals import provenance
@@ -222,27 +222,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m specserve_evals.two_keys",
+        prog="specserve eval two_keys",
         description="TTFT of one key's steady load, without and during the attacks of another key.",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     parser.add_argument(
-        "--seconds", type=float, default=60.0, metavar="S", help="of a round (default: %(default)s)"
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="length of a round (default: %(default)s)",
     )
     parser.add_argument(
         "--rounds",
         type=at_least_one,
         default=2,
         metavar="N",
-        help="alone and during the attacks, each (default: %(default)s)",
+        help="rounds without attacks, and rounds with them (default: %(default)s)",
     )
     parser.add_argument(
         "--rate",
         type=float,
         default=1.0,
         metavar="R",
-        help="requests of the load that begin per second (default: %(default)s)",
+        help="requests per second that the attacked key sends (default: %(default)s)",
     )
     parser.add_argument(
         "--attack",
@@ -251,10 +255,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"run only this attack; may be repeated (default: all of {', '.join(ATTACKS)})",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all requests (default: 0)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
     parser.add_argument(
-        "serve_flags", nargs="*", metavar="FLAG", help="of `specserve serve`, after --"
+        "serve_flags", nargs="*", metavar="-- FLAG", help="flags of `specserve serve`, after --"
     )
     return parser
 

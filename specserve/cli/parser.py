@@ -16,23 +16,29 @@ from specserve.config import (
     ENGINE_SECTIONS,
     EngineConfig,
     ServerConfig,
+    TargetConfig,
     load_config,
 )
 from specserve.types import SamplingParams, SpeculationParams
 
-TARGET_HELP: Final = "alias, model directory, .gguf file or hub id"
+TARGET_HELP: Final = "alias such as smollm2-135m, model directory, .gguf file or hub id"
+OPTIONAL_TARGET_HELP: Final = f"{TARGET_HELP} (default: {TargetConfig().target})"
+PROMPTS_HELP: Final = (
+    'one JSON value per line: "text", {"prompt": ...}, {"messages": [...]} or {"turns": [...]}, '
+    "of which the first is used"
+)
 
 SAMPLING_HELP: Final = {
     "temperature": "0 is greedy",
     "top_k": "sample among the K best tokens; 0: all",
-    "top_p": "sample among the best tokens that hold this much probability",
-    "min_p": "leave out tokens below this share of the best one's probability",
-    "presence_penalty": "subtracted once from the logit of every token already there",
-    "frequency_penalty": "subtracted per occurrence",
+    "top_p": "sample among the most likely tokens that together have this probability",
+    "min_p": "leave out tokens less likely than this share of the most likely one",
+    "presence_penalty": "subtracted from the logit of every token that the answer already has",
+    "frequency_penalty": "the same, times the number of its occurrences",
     "repetition_penalty": "divides the logits of tokens in prompt and output; above 1 discourages",
     "logit_bias": "add BIAS to a token's logit; repeatable",
     "max_tokens": "maximum number of tokens to generate",
-    "min_tokens": "no end token before this many",
+    "min_tokens": "fewest tokens before an end token or a stop",
     "stop": "end before this text; repeatable",
     "stop_token_ids": "end at this token; repeatable",
     "ignore_eos": "continue after the model's end token",
@@ -47,7 +53,7 @@ SPECULATION_PREFIX: Final = "speculation_"
 SPECULATION_HELP: Final = {
     "enabled": "use speculation; --no-speculation-enabled decodes plainly",
     "max_nodes": "tree nodes for each of these prompts, within --max-nodes",
-    "drafters": "use only this one of the loaded drafters; repeatable",
+    "drafters": "use only this one of the drafters of --draft; repeatable",
 }
 
 ENGINE_HELP: Final = {
@@ -56,13 +62,16 @@ ENGINE_HELP: Final = {
     "supported), other files not quantised",
     "device": "auto, cpu, cuda or cuda:N",
     "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
-    "exactness": "exact: a result never depends on the rest of the batch",
+    "exactness": "exact: a result never depends on the rest of the batch; fast: it may, where "
+    "two tokens are about equally likely; auto: exact on a CPU, fast on a GPU",
     "threads": "CPU threads; not given: torch's choice for this machine",
     "block_size": "tokens per KV block",
-    "kv_memory": "KV memory, such as 2GiB; not given: measured",
+    "kv_memory": "KV memory, such as 2GiB; not given: a quarter of the free memory (most of it on "
+    "a GPU), at most what --max-num-seqs full contexts need",
     "prefix_caching": "share the KV of equal prompt beginnings",
-    "draft": "none, ngram, another drafter, a draft's directory, or auto: "
-    "recycle and the pretrained head of the target; repeatable, merged into one tree",
+    "draft": "a drafter (none, ngram, suffix, recycle, eagle), the directory of a draft, or auto: "
+    "recycle and, if there is one for the target, a pretrained eagle head; repeatable: their "
+    "trees are merged",
     "max_nodes": "tree nodes per sequence and forward pass, root included",
     "cost_aware": "leave out drafters and drafted nodes that cost more time than they save "
     "(default: yes)",
@@ -73,7 +82,7 @@ ENGINE_HELP: Final = {
 
 SERVER_HELP: Final = {
     "host": "address to listen on; one that other machines reach needs API keys",
-    "port": "0: a free one",
+    "port": "port to listen on; 0: a free one",
     "served_model_name": "what clients call the model; not given: the target's name",
     "api_key_file": "one name:scopes:key per line; scopes: inference, metrics, admin. Keys may "
     "also come in the environment variable SPECSERVE_API_KEYS, separated by spaces",
@@ -89,18 +98,19 @@ SERVER_HELP: Final = {
     "one may have as many as it leaves free. An eighth more connections may be open",
     "max_queued_requests": "sequences that may wait for the engine; more get a 429. With several "
     "API keys, one may have as many waiting as it leaves free",
-    "max_queued_tokens": "prompt tokens that may wait for the engine; several keys as above",
+    "max_queued_tokens": "prompt tokens that may wait for the engine; otherwise as "
+    "--max-queued-requests",
     "max_prompt_tokens": "longest prompt; not given: what the context has room for",
     "max_output_tokens": "most tokens a request can ask for; not given: until the context is full",
     "request_timeout": "seconds from its arrival until a request is given up; it can ask for fewer",
-    "write_timeout": "seconds until a client that reads nothing is dropped",
+    "write_timeout": "seconds after which a client that reads nothing of its answer is dropped",
     "drain_timeout": "seconds accepted requests have to finish when the server is told to stop",
     "heartbeat_timeout": "seconds of silence after which the engine is restarted; while it works, "
     "as much more as its largest steps may take",
     "template_timeout": "seconds for a chat template or for tokenising a prompt",
-    "stream_interval": "tokens per event of a stream, so that sizes do not tell what was accepted; "
-    "0: the tokens of one forward pass",
-    "status_interval": "seconds between status lines; 0: none",
+    "stream_interval": "tokens per event of a stream, so that the sizes of events do not reveal "
+    "how many drafted tokens were accepted; 0: the tokens of one forward pass",
+    "status_interval": "seconds between status lines in the log; 0: none",
 }
 
 EVALS: Final = {
@@ -151,13 +161,14 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("generate", help="generate text from prompts", allow_abbrev=False)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
+    prompts.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable"
+    )
     prompts.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE.jsonl",
-        help='one JSON value per line: "text", {"prompt": ...}, {"messages": [...]} or '
-        '{"turns": [...]}, of which the first is used',
+        help=PROMPTS_HELP,
     )
     form = prompts.add_mutually_exclusive_group()
     form.add_argument(
@@ -197,9 +208,11 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         nargs="?",
         default="http://127.0.0.1:8000",
         metavar="URL",
-        help="of the server (default: %(default)s)",
+        help="address of the server (default: %(default)s)",
     )
-    parser.add_argument("--model", metavar="NAME", help="one of the server's; not given: its own")
+    parser.add_argument(
+        "--model", metavar="NAME", help="name of the model; not given: the one that is served"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument(
         "--show-speculation",
@@ -233,8 +246,9 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = commands.add_parser(
         "convert",
         help="turn the pickled weights of a draft into safetensors",
-        description="Turn the pickled weights of a draft into a directory that --draft takes. A "
-        "pickle is opened here alone, by torch's weights-only reader, in a process with limits.",
+        description="Turn the pickled weights of a draft into a directory that --draft takes. No "
+        "other command opens pickles; this one does it with torch's weights-only reader, in a "
+        "child process with limits on memory and time.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -282,10 +296,16 @@ def _add_group(
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "target", nargs="?", default=argparse.SUPPRESS, metavar="TARGET", help=TARGET_HELP
+        "target",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        metavar="TARGET",
+        help=OPTIONAL_TARGET_HELP,
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument("--config", type=Path, metavar="FILE.toml", help="flags override it")
+    engine.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="settings; flags override it"
+    )
     engine.add_argument(
         "--print-config", action="store_true", help="print the settings in force and exit"
     )

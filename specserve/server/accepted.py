@@ -6,9 +6,12 @@ to make room for a new one. The number of accepted requests is therefore bounded
 
 import asyncio
 from collections import Counter
+from typing import Final
 
 from specserve.fair_share import room
 from specserve.server.errors import APIError
+
+_RETRY_S: Final = 1.0  # seconds, for Retry-After
 
 
 class AcceptedRequests:
@@ -30,7 +33,12 @@ class AcceptedRequests:
         key, or all keys together, have too many accepted requests.
         """
         if not room(self._limit, len(self._tasks), self._by_key[key], shared=self._shared):
-            raise APIError.unavailable("too many requests are open; try again in 1 s", 1.0)
+            whose = "of this key" if self._shared else "on this server"
+            raise APIError.unavailable(
+                f"too many requests {whose} are open (max_connections {self._limit}); "
+                f"try again in {_RETRY_S:.0f} s",
+                _RETRY_S,
+            )
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

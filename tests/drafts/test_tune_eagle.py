@@ -183,7 +183,7 @@ def test_answers_can_be_made_ahead(
     assert len(state(folder / "out").passes) == 3
     with pytest.raises(SystemExit):
         eagle.main(command(folder, "--answer", "24", "--part", "3/2"))
-    assert "--part: '3/2': expected K/N" in capsys.readouterr().err
+    assert "--part: '3/2': expected K/M" in capsys.readouterr().err
 
 
 def test_the_embedding_is_exported_if_requested(folder: Path) -> None:

@@ -672,7 +672,9 @@ def test_no_key_may_hold_all_accepted_requests() -> None:
         async with serving(max_connections=8, shared=True) as served, silent(served, 20, hostile):
             while len(served.events) < 4:
                 await asyncio.sleep(0.01)
-            assert (await served.ask(hostile)).status == 503
+            refused = await served.ask(hostile)
+            assert refused.status == 503
+            assert b"too many requests of this key are open (max_connections 8)" in refused.body
             async with silent(served, 2, WAIT):
                 while len(served.events) < 6:
                     await asyncio.sleep(0.01)

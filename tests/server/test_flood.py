@@ -81,7 +81,7 @@ def test_bodies_that_never_end(server: LiveServer) -> None:
         wait_until(lambda: server.ask("/health").status == 200)
         reply = server.ask(COMPLETION, SHORT)
         assert (reply.status, reply.headers["retry-after"]) == (503, "1")
-        assert "too many requests are open" in reply.json()["error"]["message"]
+        assert "too many requests on this server are open" in reply.json()["error"]["message"]
     wait_until(lambda: server.ask(COMPLETION, SHORT).status == 200)
 
 

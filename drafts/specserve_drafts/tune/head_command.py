@@ -82,7 +82,7 @@ def head_parser(name: str, description: str, kind: type[HeadSettings]) -> argpar
         "--part",
         type=_part,
         default=(1, 1),
-        metavar="K/N",
+        metavar="K/M",
         help="with --answer: answer part K of M only, so that M processes share the work",
     )
     add_settings(parser, kind)
@@ -95,5 +95,5 @@ def _part(text: str) -> tuple[int, int]:
     except ValueError:
         part, num_parts = 0, 0
     if not 1 <= part <= num_parts:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected K/N with K from 1 to N")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected K/M with K from 1 to M")
     return part, num_parts

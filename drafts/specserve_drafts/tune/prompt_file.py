@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from specserve.cli.parser import PROMPTS_HELP
 from specserve.cli.prompts import Messages
 from specserve.config import TargetConfig
 from specserve_evals.prompts import load_prompts
@@ -29,7 +30,13 @@ class Prompts(NamedTuple):
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every method: prompts, exclusions, output directory, resuming."""
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help=f"{PROMPTS_HELP}; {HELD_OUT} of them are held out",
+    )
     parser.add_argument(
         "--exclude",
         type=Path,

@@ -15,7 +15,7 @@ from typing import Final, TextIO
 import msgspec
 
 from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.parser import ENGINE_HELP, OPTIONAL_TARGET_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig
 from specserve.llm import LLM
@@ -135,15 +135,41 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generate prompts with a target, to train its drafts on.",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--count", type=at_least_one, required=True, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.9, metavar="T")
-    parser.add_argument("--max-tokens", type=at_least_one, default=192, metavar="N")
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     parser.add_argument(
-        "--batch", type=at_least_one, default=32, metavar="N", help="prompts generated at once"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help='new file, with {"prompt": ...} on each line',
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--count", type=at_least_one, required=True, metavar="N", help="number of prompts"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.9,
+        metavar="T",
+        help="sampling temperature (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least_one,
+        default=192,
+        metavar="N",
+        help="most tokens of a prompt; longer ones are dropped (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=at_least_one,
+        default=32,
+        metavar="N",
+        help="prompts generated at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the first prompt (default: 0)"
+    )
     add_flags(
         parser.add_argument_group("target"), TargetConfig, ENGINE_HELP, skip=frozenset({"target"})
     )

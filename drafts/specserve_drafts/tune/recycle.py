@@ -204,22 +204,61 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_run_flags(parser)
     limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--minutes", type=at_least_one, default=20, metavar="N")
     limit.add_argument(
-        "--tokens", type=at_least_one, metavar="N", help="answer tokens, instead of --minutes"
+        "--minutes",
+        type=at_least_one,
+        default=20,
+        metavar="N",
+        help="minutes that the target answers prompts (default: 20)",
     )
-    parser.add_argument("--contexts", type=at_least_one, default=2**19, metavar="N")
-    parser.add_argument("--max-nodes", type=at_least_one, default=8, metavar="N")
-    parser.add_argument("--batch", type=at_least_one, default=32, metavar="N")
-    parser.add_argument("--max-tokens", type=at_least_one, default=256, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    limit.add_argument(
+        "--tokens",
+        type=at_least_one,
+        metavar="N",
+        help="tokens of answers to learn from, instead of --minutes",
+    )
+    parser.add_argument(
+        "--contexts",
+        type=at_least_one,
+        default=2**19,
+        metavar="N",
+        help="rows of the table, a power of two (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-nodes",
+        type=at_least_one,
+        default=8,
+        metavar="N",
+        help="tree nodes per sequence and forward pass, root included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=at_least_one,
+        default=32,
+        metavar="N",
+        help="prompts that the target answers at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least_one,
+        default=256,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the order of prompts and of sampling (default: 0)",
+    )
     parser.add_argument(
         "--temperature",
         type=float,
         nargs="+",
         default=[0.0, 0.7, 0.0, 1.0],
         metavar="T",
-        help="sampling temperatures of the answers, used in turn (default: %(default)s)",
+        help="sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
     )
     add_flags(
         parser.add_argument_group("target"), TargetConfig, ENGINE_HELP | {"target": TARGET_HELP}
