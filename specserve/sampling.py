@@ -95,6 +95,7 @@ class SamplingState:
 
 
 def _scales_or_filters(params: SamplingParams) -> bool:
+    """Whether the temperature or a filter changes the logits. Every filter must be named here."""
     filtered = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
     return not params.greedy and (params.temperature != 1.0 or filtered)
 
@@ -200,7 +201,8 @@ def filter_threshold(logits: Tensor, top_k: int, top_p: float, min_p: float) -> 
     """The lowest logit that passes top-k, then top-p among those, then min-p; None: no filter.
 
     logits: [vocab_size] float32, scaled by the temperature. A threshold and not a set of indices,
-    so that tokens of equal logit are treated alike and the order of a sort does not matter.
+    so that tokens of equal logit are treated alike and the order of a sort does not matter. It must
+    not exceed the largest logit, even by rounding, so that a token remains.
     """
     best = logits.max()
     thresholds: list[Tensor] = []

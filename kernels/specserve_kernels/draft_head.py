@@ -42,7 +42,11 @@ class ExpansionLimits:
 
 @dataclass(frozen=True, slots=True)
 class DraftSampling:
-    """The target's sampling parameters: candidates are ranked with the target's own noise."""
+    """The sampling parameters that the kernel applies when it ranks candidates.
+
+    It uses the target's own noise. A filter of the target that is missing here costs acceptance,
+    but never changes the output.
+    """
 
     temperature: float = 0.0  # 0: ranked by probability, without noise
     top_k: int = 0  # 0: all

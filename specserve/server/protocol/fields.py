@@ -116,6 +116,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise RequestError("prediction", "its content is empty; leave the field out instead")
 
     def sampling(self, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        """The sampling parameters; fields that were not given have the defaults."""
         given: dict[str, Any] = {
             name: value for name in _SAME_NAME if (value := getattr(self, name)) is not None
         }
@@ -137,6 +138,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
 
 
+# The fields that `sampling` passes on unchanged. A sampling field that is missing here is ignored.
 _SAME_NAME = (
     *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "min_tokens", "ignore_eos", "seed", "n"),
