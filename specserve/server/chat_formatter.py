@@ -1,10 +1,12 @@
 """Wire format of `/v1/chat/completions`: text deltas to stream chunks or to one response."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import msgspec
 from msgspec import UNSET
 
+from specserve.server.encoded import encoded
 from specserve.server.protocol.chat import (
     ChatChoice,
     ChatChunk,
@@ -37,6 +39,9 @@ class ChatFormatter:
         self._request = request
         self._prompt = prompt if request.return_token_ids else UNSET
         self._token_bytes = token_bytes
+        # Of a single response, by choice: the deltas without logprobs, and the encoded logprobs.
+        self._deltas: defaultdict[int, list[TextDelta]] = defaultdict(list)
+        self._logprobs: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
 
     def first_chunks(self) -> list[ChatChunk]:
         """The chunks that open a stream: the role of every choice, before its first delta."""
@@ -57,7 +62,11 @@ class ChatFormatter:
         choice = ChatChunkChoice(
             index=delta.choice,
             delta=ChatDelta(content=delta.text) if delta.text else ChatDelta(),
-            logprobs=self._logprobs(delta.logprobs) if delta.logprobs else None,
+            logprobs=(
+                ChatLogprobs(tuple(map(self._token_logprob, delta.logprobs)))
+                if delta.logprobs
+                else None
+            ),
             finish_reason=tokens.finish,
             stop_reason=tokens.stop_reason if tokens.finish else UNSET,
             token_ids=tokens.ids if self._request.return_token_ids else UNSET,
@@ -69,40 +78,45 @@ class ChatFormatter:
         """The last chunk, without choices; it carries the usage."""
         return self._chunk(())
 
-    def response(
-        self, choices: Sequence[Sequence[TextDelta]], usage: Usage, metrics: Metrics
-    ) -> ChatCompletion:
-        return ChatCompletion(
-            id=self._answer.id,
-            created=self._answer.created,
-            model=self._answer.model,
-            choices=tuple(map(self._choice, choices)),
-            usage=usage,
-            metrics=metrics,
-            prompt_token_ids=self._prompt,
-        )
+    def add(self, delta: TextDelta) -> None:
+        """Take the next delta of a single response and encode its logprobs."""
+        self._deltas[delta.choice].append(delta.without_logprobs())
+        self._logprobs[delta.choice] += [
+            encoded(self._token_logprob(entry)) for entry in delta.logprobs
+        ]
 
-    def _choice(self, deltas: Sequence[TextDelta]) -> ChatChoice:
+    def choice(self, index: int) -> ChatChoice:
+        """A choice of the single response, once all deltas were added."""
+        deltas = self._deltas.pop(index)
         last = deltas[-1].tokens
         assert last.finish is not None
-        logprobs = None
-        if self._request.logprobs:
-            logprobs = self._logprobs([entry for delta in deltas for entry in delta.logprobs])
+        logprobs = ChatLogprobs(tuple(self._logprobs.pop(index, ())))
         return ChatChoice(
-            index=deltas[-1].choice,
+            index=index,
             message=ChatMessage("".join(delta.text for delta in deltas)),
-            logprobs=logprobs,
+            logprobs=logprobs if self._request.logprobs else None,
             finish_reason=last.finish,
             stop_reason=last.stop_reason,
             token_ids=token_ids(deltas) if self._request.return_token_ids else UNSET,
             drafter_ids=drafter_ids(deltas) if self._request.return_drafter_ids else UNSET,
         )
 
+    def response(
+        self, choices: Sequence[ChatChoice], usage: Usage, metrics: Metrics
+    ) -> ChatCompletion:
+        """The single response; `choices` are all results of `choice`, in order."""
+        return ChatCompletion(
+            id=self._answer.id,
+            created=self._answer.created,
+            model=self._answer.model,
+            choices=tuple(choices),
+            usage=usage,
+            metrics=metrics,
+            prompt_token_ids=self._prompt,
+        )
+
     def _chunk(self, choices: tuple[ChatChunkChoice, ...]) -> ChatChunk:
         return msgspec.structs.replace(self._answer, choices=choices)
-
-    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
-        return ChatLogprobs(tuple(map(self._token_logprob, entries)))
 
     def _token_logprob(self, entry: TokenLogprobs) -> TokenLogprob:
         names, num_top = self._token_bytes, self._request.top_logprobs or 0

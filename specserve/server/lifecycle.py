@@ -39,6 +39,7 @@ from specserve.server.listener import Listener, listen, raise_file_limit
 from specserve.server.metrics import ServerMetrics
 from specserve.server.service import Service
 from specserve.server.status_line import print_status
+from specserve.server.turns import Turns
 from specserve.text.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -178,6 +179,7 @@ def _build_service(config: EngineConfig, target: Path, *, shared: bool) -> Servi
         admission=admission,
         bodies=bodies,
         accepted=AcceptedRequests(server.max_connections, shared=shared),
+        turns=Turns(shared=shared),
         metrics=metrics,
     )
 

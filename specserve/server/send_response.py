@@ -1,5 +1,6 @@
 """Sends the answer to a generation request, as one response or as a stream of events."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
@@ -10,6 +11,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from specserve.server.connections import SERVER_NAME
+from specserve.server.encoded import encoded
 from specserve.server.error_mapping import as_api_error
 from specserve.server.errors import APIError
 from specserve.server.event_stream import KEEP_ALIVE_S, EventStream, padding, with_heartbeats
@@ -31,9 +33,14 @@ class ResponseFormatter(Protocol):
 
     def usage_chunk(self) -> Struct: ...
 
-    def response(
-        self, choices: Sequence[Sequence[TextDelta]], usage: Usage, metrics: Metrics
-    ) -> Struct: ...
+    def add(self, delta: TextDelta) -> None:
+        """Take the next delta of a single response."""
+
+    def choice(self, index: int) -> Struct:
+        """A choice of the single response, once all deltas were added."""
+
+    def response(self, choices: Sequence[Any], usage: Usage, metrics: Metrics) -> Struct:
+        """The single response; `choices` are all results of `choice`, in order."""
 
 
 async def send_response(
@@ -51,10 +58,13 @@ async def send_response(
 
 async def _single_response(generation: GenerationRun, formatter: ResponseFormatter) -> web.Response:
     job = generation.job
-    choices: list[list[TextDelta]] = [[] for _ in range(len(job.prompts) * job.sampling.n)]
     async with aclosing(generation.text_deltas()) as deltas:
         async for delta in deltas:
-            choices[delta.choice].append(delta)
+            formatter.add(delta)
+    choices = []
+    for index in range(len(job.prompts) * job.sampling.n):
+        choices.append(encoded(formatter.choice(index)))
+        await asyncio.sleep(0)  # let other tasks run: there may be many long choices
     answer = formatter.response(choices, generation.usage(), generation.metrics())
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 

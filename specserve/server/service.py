@@ -17,6 +17,7 @@ from specserve.server.errors import APIError
 from specserve.server.held_bodies import HeldBodies
 from specserve.server.key_speculation import KeySpeculation
 from specserve.server.metrics import ServerMetrics
+from specserve.server.turns import Turns
 from specserve.text.token_bytes import TokenBytes
 
 RETRY_STARTING: Final = 2.0  # seconds, for Retry-After while the engine starts
@@ -36,6 +37,7 @@ class Service:
     metrics: ServerMetrics
     key_speculation: KeySpeculation = field(default_factory=KeySpeculation)
     accepted: AcceptedRequests
+    turns: Turns
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 

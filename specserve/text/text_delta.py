@@ -1,7 +1,7 @@
 """From the token chunks of a sequence to text deltas, with the logprobs whose place is final."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from specserve.text.output_text import OutputText
 from specserve.text.token_chunk import TokenChunk
@@ -23,6 +23,10 @@ class TextDelta:
     tokens: TokenChunk
     logprobs: tuple[TokenLogprobs, ...] = ()
     offsets: tuple[int, ...] = ()
+
+    def without_logprobs(self) -> "TextDelta":
+        """The same, without `logprobs`, `offsets` and the logprobs of `tokens`."""
+        return replace(self, tokens=replace(self.tokens, logprobs=()), logprobs=(), offsets=())
 
 
 class TextDeltas:

@@ -40,10 +40,16 @@ async def read_request(request: web.Request, request_type: type[T], handler: str
 
 
 async def read_bytes(request: web.Request) -> bytes:
-    """Read the body, within the configured limits. Raises APIError."""
-    config = request.app[SERVICE].config.server
+    """Read the body, within the configured limits, and wait for a turn of its key to handle it.
+
+    Raises APIError.
+    """
+    service = request.app[SERVICE]
+    config = service.config.server
     limit = parse_bytes("max_body_bytes", config.max_body_bytes)
-    return await read_body(request, limit, config.body_timeout, request[BODY].take)
+    body = await read_body(request, limit, config.body_timeout, request[BODY].take)
+    await service.turns.wait(principal(request).name)
+    return body
 
 
 async def call_tokenizer_process(request: web.Request, handler: str, body: bytes) -> bytes:
