@@ -1,7 +1,8 @@
 """What tenants get of an engine: the scheduler over a real KV manager, with simulated passes."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import hypothesis.strategies as st
@@ -35,6 +36,7 @@ class SimulatedEngine:
         num_blocks: int = 1000,
         costs: bool = True,
         per_row: float = FLAT,
+        draw: Mapping[str, float] = MappingProxyType({}),
         prefix_caching: bool = False,
         **schedule: int,
     ) -> None:
@@ -52,6 +54,7 @@ class SimulatedEngine:
         self.order: list[str] = []  # as they finished
         self.time = 0.0  # of all passes
         self.per_row = per_row
+        self.draw = draw  # ms to draw a token, by tenant
         self.rows: Counter[str] = Counter()  # by tenant
         self._num = 0
 
@@ -90,9 +93,12 @@ class SimulatedEngine:
             self.kv.commit(seq.table, entry.num_prefill, (0,) if entry.num_nodes else ())
         assert num_rows <= self.max_rows
         assert len(scheduler.running) <= self.max_seqs
+        num_drawn = Counter(entry.seq.request.tenant for entry in plan.decoding)
+        draws = {name: (self.draw.get(name, 0.0) * num, num) for name, num in num_drawn.items()}
+        scheduler.tenants.record_draws(draws)
         scheduler.commit(plan, trees, results)
         self.kv.check_integrity(seq.table for seq in scheduler.running)
-        self.time += FIXED + self.per_row * num_rows
+        self.time += FIXED + self.per_row * num_rows + sum(spent for spent, _ in draws.values())
 
     def run(self, until: Callable[[], bool] = lambda: False, most: int = 20_000) -> int:
         """Step until the condition holds or nothing is left; return the number of steps."""
@@ -167,6 +173,24 @@ def test_a_stream_beside_many_streams_gets_half_of_its_share(per_row: float) -> 
     )
     running = [seq.num_output for seq in engine.scheduler.running]
     assert max(running) - min(running) < 25, "some sequences of the other tenant make no progress"
+
+
+@pytest.mark.parametrize("draw", [5.0, 1000.0])
+def test_a_stream_beside_expensive_sampling_gets_half_of_its_share(draw: float) -> None:
+    """The time to draw a token, which depends on the sampling parameters, counts too."""
+    engine = SimulatedEngine(draw={"b": draw})
+    others = [engine.send("b", 10, 1000) for _ in range(40)]
+    for _ in range(20):
+        engine.step()
+    engine.time = 0.0
+    before = {other: len(engine.outputs.get(other, ())) for other in others}
+    name = engine.send("a", 20, 1000)
+    engine.run(engine.done(name))
+    # The first passes of both use what was saved up, and what is not known yet.
+    assert engine.time < 4 * alone(20, 1000) + 40 * draw
+    progress = [len(engine.outputs.get(other, ())) - before[other] for other in others[:31]]
+    assert sum(progress) * draw > 0.3 * engine.time, "the other tenant makes no progress"
+    assert max(progress) - min(progress) < 25, "some sequences make no progress"
 
 
 def test_prompt_chunks_are_small_while_another_tenant_may_return() -> None:

@@ -119,9 +119,9 @@ class Engine:
 
     @timed("sample")
     def _verify(self, plan: StepPlan, trees: Trees, out: ModelOutput) -> Results:
-        entries = plan.decoding
-        results = self.verifier(entries, [trees[entry.seq.id] for entry in entries], out)
-        return {entry.seq.id: result for entry, result in zip(entries, results, strict=True)}
+        results = self.verifier(plan.decoding, [trees[each.seq.id] for each in plan.decoding], out)
+        self.scheduler.tenants.record_draws(self.verifier.draws)
+        return {each.seq.id: result for each, result in zip(plan.decoding, results, strict=True)}
 
     @timed("commit")
     def _commit_kv(self, plan: StepPlan, results: Results) -> None:

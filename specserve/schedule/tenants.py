@@ -6,12 +6,13 @@ place goes to the tenant with the fewest running sequences, then to the one serv
 tenant with at least two running sequences fewer than another takes one of its places: the other's
 last sequence is preempted. (3) A tenant adds to a pass no more time than the pass takes for any
 other tenant, plus its unused time from earlier passes: its sequences decode in turns, and its
-prompts are computed in small chunks.
+prompts are computed in small chunks. The time to draw tokens counts, too: it is measured per
+tenant, because it depends on the sampling parameters.
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,6 +27,7 @@ _QUANTUM: Final = 32
 _RECOMPUTED_PER_TOKEN: Final = 8
 _FIXED_PASS_ROWS: Final = 16  # fixed cost of a pass, in rows, where costs were not measured
 _HEAVY_TENANT_FACTOR: Final = 0.5  # on the time of a tenant that runs more sequences than another
+_DRAW_MEMORY: Final = 4.0  # passes over which the time to draw a token is averaged
 _CHUNK: Final = 8  # rows: a prompt chunk that this limits is rounded down to a multiple
 _LARGEST_CHUNK: Final = 512  # most prompt rows of a tenant in a pass shared with others
 _RECENT_PASSES: Final = 256  # passes: how long a tenant that left counts as likely to return
@@ -38,6 +40,7 @@ class _Tenant:
     # By descending priority, then arrival.
     running: list[SequenceState] = field(default_factory=list)
     credit: float = math.inf  # seconds that it may add to passes shared with others
+    draw_seconds: float = 0.0  # to draw the tokens of one sequence in a pass, on average
     shares_pass: bool = False  # whether the pass being planned has rows of other tenants
     gave_way: bool = False  # whether its prompts were left out of the latest pass for shorter ones
     # Cost of that pass by number of rows that this tenant adds.
@@ -170,10 +173,11 @@ class Tenants:
             its.shares_pass, own = bool(others), roots[tenant]
             if its.shares_pass:
                 lightest = min(others, key=others.__getitem__)
-                self._add_credit(its, others[lightest], _mean_context(roots[lightest]))
-                if len(own) > others[lightest]:
+                earned = self._add_credit(its, others[lightest], _mean_context(roots[lightest]))
+                if len(own) > others[lightest] or len(own) * its.draw_seconds > earned:
                     own.sort(key=lambda seq: seq.last_turn)
-                    own = own[: self._affordable(its, others[lightest], len(own), own)]
+                    most = self._affordable(its, others[lightest], len(own), own, its.draw_seconds)
+                    own = own[:most]
                     self.spend(tenant, len(own))
             chosen += own
         for seq in chosen:
@@ -207,13 +211,22 @@ class Tenants:
                 allowances[tenant] = 0
         return allowances
 
-    def _affordable(self, its: _Tenant, beside: int, wanted: int, seqs: list[SequenceState]) -> int:
+    def _affordable(
+        self,
+        its: _Tenant,
+        beside: int,
+        wanted: int,
+        seqs: list[SequenceState],
+        draw_seconds: float = 0.0,
+    ) -> int:
         """How many of the `wanted` rows the credit pays for, in a pass with `beside` other rows.
 
-        Stores the cost of the pass with 0 .. `wanted` of these rows in `pass_seconds_by_rows`.
+        `draw_seconds`: the time to draw the tokens of one row. Stores the cost of the pass with
+        0 .. `wanted` of these rows in `pass_seconds_by_rows`.
         """
         first = max(beside, 1)
         seconds = self._cost(first, first + wanted, _mean_context(seqs))
+        seconds = [cost + rows * draw_seconds for rows, cost in enumerate(seconds)]
         its.pass_seconds_by_rows = seconds
         return bisect_right(seconds, seconds[0] + its.credit) - 1
 
@@ -224,18 +237,27 @@ class Tenants:
             seconds = its.pass_seconds_by_rows
             its.credit = max(0.0, its.credit - (seconds[rows] - seconds[0]))
 
-    def _add_credit(self, its: _Tenant, num_rows: int, context: float) -> None:
+    def record_draws(self, draws: Mapping[str, tuple[float, int]]) -> None:
+        """Learn from the latest pass: by tenant, the seconds of its draws, and its sequences."""
+        if self._costs is None:  # credits are not in seconds
+            return
+        for tenant, (seconds, num_seqs) in draws.items():
+            its = self._all[tenant]
+            its.draw_seconds += (seconds / num_seqs - its.draw_seconds) / _DRAW_MEMORY
+
+    def _add_credit(self, its: _Tenant, num_rows: int, context: float) -> float:
         """Add to the credit the seconds of a pass with `num_rows` rows of another tenant.
 
         `context`: mean context length of those rows, in tokens. The credit is capped at the cost of
-        one pass of the largest size.
+        one pass of the largest size and one sequence to draw for. Returns the seconds added.
         """
         largest = min(self._max_rows, _LARGEST_CHUNK)
-        most = self._cost(largest, largest, 0.0)[0]
+        most = self._cost(largest, largest, 0.0)[0] + its.draw_seconds
         earned = self._cost(num_rows, num_rows, context)[0]
         if len(its.running) > min(len(self._all[tenant].running) for tenant in self.present):
             earned *= _HEAVY_TENANT_FACTOR
         its.credit = min(most, its.credit + earned)
+        return earned
 
     def _cost(self, first: int, last: int, context: float) -> list[float]:
         """Cost of steps with `first` .. `last` rows: seconds, or rows if nothing was measured."""

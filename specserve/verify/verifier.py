@@ -1,10 +1,12 @@
 """Verifies all trees of a forward pass together, one `Walk` per tree.
 
 If the model returned its top-k tokens, walks of plain greedy requests use them and need no sampler.
-For the other walks, each round draws one token per unfinished walk in a single batched sampler
-call. A row that cannot be sampled fails its own request only.
+For the other walks, each round draws one token per unfinished walk, in one batched sampler call per
+tenant. A row that cannot be sampled fails its own request only.
 """
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
@@ -36,6 +38,8 @@ class Verifier:
         self._tokenizer = tokenizer
         self._states: dict[str, SamplingState] = {}
         self._stops: dict[str, StopRule] = {}
+        # Of the latest call, by tenant: the seconds of its draws, and its number of sequences.
+        self.draws: dict[str, tuple[float, int]] = {}
 
     def state(self, seq: SequenceState) -> SamplingState:
         """The sampling state of `seq`, updated with every token emitted so far."""
@@ -63,28 +67,44 @@ class Verifier:
         The logits rows of `out` are the nodes of `trees`, tree after tree.
         """
         states = [self.state(entry.seq) for entry in entries]
+        seconds = dict.fromkeys((entry.seq.request.tenant for entry in entries), 0.0)
         walks = [Walk(tree) for tree in trees]
         first_rows = list(accumulate((len(tree) for tree in trees), initial=0))
         if out.topk is not None:
             best = out.topk.cpu().numpy()[:, 0].tolist()
             for walk, state, entry, first in zip(walks, states, entries, first_rows, strict=False):
+                started = time.perf_counter()
                 while state.plain_greedy and walk.node is not None:
                     at = first + walk.node
                     drawn = best[at] if best[at] >= 0 else _NOT_NUMBERS
                     self._emit(walk, entry.seq, drawn, out.logits, at)
-        while live := [index for index, walk in enumerate(walks) if walk.node is not None]:
-            rows, picked = [], []
-            for index in live:
-                walk = walks[index]
-                assert walk.node is not None
-                path = tuple(walk.emitted)
-                rows.append(Row(states[index], entries[index].seq.num_tokens + len(path), path))
-                picked.append(first_rows[index] + walk.node)
-            at_nodes = out.logits[picked]
-            tokens = self._draw(at_nodes, rows)
-            for row, (index, token) in enumerate(zip(live, tokens, strict=True)):
-                self._emit(walks[index], entries[index].seq, token, at_nodes, row)
+                seconds[entry.seq.request.tenant] += time.perf_counter() - started
+        num_seqs = Counter(entry.seq.request.tenant for entry in entries)
+        for tenant in seconds:
+            started = time.perf_counter()
+            own = [at for at, entry in enumerate(entries) if entry.seq.request.tenant == tenant]
+            while live := [at for at in own if walks[at].node is not None]:
+                self._draw_round(
+                    [(entries[at].seq, states[at], walks[at], first_rows[at]) for at in live], out
+                )
+            seconds[tenant] += time.perf_counter() - started
+        self.draws = {tenant: (spent, num_seqs[tenant]) for tenant, spent in seconds.items()}
         return [walk.result() for walk in walks]
+
+    def _draw_round(
+        self, live: Sequence[tuple[SequenceState, SamplingState, Walk, int]], out: ModelOutput
+    ) -> None:
+        """Draw one token for each of these walks. The last number is the walk's first row."""
+        rows, picked = [], []
+        for seq, state, walk, first in live:
+            assert walk.node is not None
+            path = tuple(walk.emitted)
+            rows.append(Row(state, seq.num_tokens + len(path), path))
+            picked.append(first + walk.node)
+        at_nodes = out.logits[picked]
+        tokens = self._draw(at_nodes, rows)
+        for row, ((seq, _, walk, _), token) in enumerate(zip(live, tokens, strict=True)):
+            self._emit(walk, seq, token, at_nodes, row)
 
     def _draw(self, logits: Tensor, rows: Sequence[Row]) -> list[int | str]:
         """Sample one token per row. Returns the token, or an error message for a failed row."""
