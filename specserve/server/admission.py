@@ -9,7 +9,7 @@ import asyncio
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -88,6 +88,14 @@ class Admission:
     def capacity(self) -> int:
         """Most sequences of one key that can run and wait at once; a larger request never fits."""
         return self.window + room(self.max_queued_requests, 0, 0, shared=self._shared)
+
+    def can_hold(self, num_tokens: Sequence[int]) -> bool:
+        """Whether a request of sequences with prompts of these lengths fits if nothing else runs.
+
+        If not, it would get QueueFull however often it is sent again.
+        """
+        waiting = num_tokens[self.window :]
+        return sum(waiting) <= room(self.max_queued_tokens, 0, 0, shared=self._shared)
 
     @property
     def num_keys(self) -> int:

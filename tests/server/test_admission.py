@@ -187,3 +187,23 @@ def test_tokenizer_queue_is_fair_in_bytes_and_keeps_a_worker_free() -> None:
         assert len(queue) == 2
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_request_that_can_never_wait_is_known(shared: bool) -> None:
+    """`can_hold` tells whether an idle queue takes all sequences of a request."""
+
+    async def scenario(lengths: Sequence[int]) -> bool:
+        admission = Admission(2, 10, 100, shared=shared)
+        callers = [Caller(admission, "a", length, 0) for length in lengths]
+        await pause()
+        held = not any(caller.full for caller in callers)
+        assert admission.can_hold(lengths) == held
+        for caller in callers:
+            await caller.leave()
+        return held
+
+    limit = 50 if shared else 100
+    assert asyncio.run(scenario([1000, 1000]))
+    assert asyncio.run(scenario([1000, 1000, limit - 1, 1]))
+    assert not asyncio.run(scenario([1000, 1000, limit, 1]))

@@ -109,6 +109,13 @@ def _check_prompts(service: Service, job: GenerationJob) -> None:
             "n" if job.sampling.n > 1 else "prompt",
             f"{num_sequences} sequences exceed this server's limit of {capacity}; ask for fewer",
         )
+    prompt_lens = [len(ids) for ids in job.prompts for _ in range(job.sampling.n)]
+    if not service.admission.can_hold(prompt_lens):
+        raise RequestError(
+            "n" if job.sampling.n > 1 else "prompt",
+            "the prompts of all sequences exceed this server's queue (max_queued_tokens "
+            f"{service.admission.max_queued_tokens}); ask for fewer sequences",
+        )
     for ids in job.prompts:
         if max_prompt is not None and len(ids) > max_prompt:
             raise RequestError(
