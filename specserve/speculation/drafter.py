@@ -1,7 +1,7 @@
 """The interface of a drafter. A drafter knows nothing of the engine.
 
 The engine calls `propose` before a forward pass, `observe` after it, and `forget` when a request
-leaves. A new drafter is one file with its own Options, and one line in the registry.
+leaves. drafts/README.md says how to write a drafter.
 
 A drafter gets views and copies of the engine's state: changing them raises an error, or has no
 effect on the engine. Tensors cannot be protected, so the engine no longer uses those of a

@@ -1,6 +1,7 @@
 """Drafter names and where their code lives; nothing is imported until it is asked for.
 
-Other distributions add drafters through the entry-point group `specserve.drafters`.
+Other distributions add drafters through the entry-point group `specserve.drafters`, each as
+`name = "module:Class"`. A name of `BUILTIN` always means the built-in drafter.
 """
 
 import importlib
