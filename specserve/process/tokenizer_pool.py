@@ -211,7 +211,8 @@ class TokenizerPool:
             except TokenizerError as error:
                 if not started.done():
                     started.set_exception(error)
-                    return
+                if started.cancelled() or started.exception() is not None:
+                    return  # `start` raises it
                 logger.error("no tokenizer process: %s", error)
                 delay = min(_MAX_DELAY, 2 * delay + 0.5)
                 if not self._processes:

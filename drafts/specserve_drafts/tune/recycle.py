@@ -203,6 +203,30 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_run_flags(parser)
+    _add_amounts(parser)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the order of prompts and of sampling (default: 0)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.7, 0.0, 1.0],
+        metavar="T",
+        help="sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
+    )
+    add_flags(
+        parser.add_argument_group("target"), TargetConfig, ENGINE_HELP | {"target": TARGET_HELP}
+    )
+    return parser
+
+
+def _add_amounts(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how much is learned, and in how large parts."""
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument(
         "--minutes",
@@ -245,25 +269,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most tokens of an answer (default: %(default)s)",
     )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="seed of the order of prompts and of sampling (default: 0)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.7, 0.0, 1.0],
-        metavar="T",
-        help="sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
-    )
-    add_flags(
-        parser.add_argument_group("target"), TargetConfig, ENGINE_HELP | {"target": TARGET_HELP}
-    )
-    return parser
 
 
 if __name__ == "__main__":
