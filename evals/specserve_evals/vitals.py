@@ -67,6 +67,14 @@ def wait_until_idle(
             return vitals
 
 
+def without_replaced(vitals: Vitals, baseline: Vitals, role: str) -> Vitals:
+    """`baseline` without the processes of `role` that have ended, if as many run as then."""
+    pids, before = ({p.pid for p in v.processes if p.role == role} for v in (vitals, baseline))
+    ended = before - pids if len(pids) == len(before) else set[int]()
+    left = tuple(process for process in baseline.processes if process.pid not in ended)
+    return Vitals(left, baseline.metrics)
+
+
 def leftovers(vitals: Vitals, baseline: Vitals) -> list[str]:
     """One line for each resource that an idle server holds and did not hold at the baseline."""
     found = [f"{name} is {value:g}" for name in IDLE if (value := vitals.metrics[name])]
