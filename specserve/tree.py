@@ -14,11 +14,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from specserve_kernels.host import HOST
+from specserve_kernels.host import HOST, interface
 
 MAX_NODES: Final = 64  # bits of an ancestor word
 
-DRAFTED_ID: Final = 1  # drafter id of proposals, until `speculation.compose` knows whose they are
+# Drafter id of proposals, until `speculation.compose` knows whose they are.
+DRAFTED_ID: Final = interface.DRAFTED_ID
 PREDICTION_ID: Final = 255  # drafter id of nodes from the request's `prediction`
 TARGET_ID: Final = 0  # drafter id of the root, and of tokens that no drafter proposed
 

@@ -34,7 +34,7 @@ class Calibration:
         )
 
     def merged(self, sampled: bool, trees: Sequence[DraftTree], max_nodes: int) -> DraftTree:
-        """See `interface.Calibration.merged` of the host code."""
+        """See `reference.Calibration.merged` of the host code."""
         return DraftTree(*self._rates.merged(sampled, trees, max_nodes))
 
     def record_outcome(

@@ -138,7 +138,7 @@ def test_topk_tables(lessons: list[Lesson], num_rows: int, vocab_size: int) -> N
     compiled, python = both(lambda host: TopKTable(num_rows, vocab_size, host=host))
     own = both(lambda host: TopKTable(64, vocab_size, REQUEST_RULE, host))
     for salt, before, tree, rows in lessons:
-        # One node at a time: Python writes all rows of a call by what it found before the call.
+        # One node at a time: a difference in one node's rows, see below, may be read for another.
         root = build_tree([int(tree.tokens[0])], [-1], [1.0], 1)
         ranked = sorted(rows[0], key=lambda pair: -pair[1])
         best = np.array([[token for token, _ in ranked]], np.int64)
@@ -156,7 +156,7 @@ def test_topk_tables(lessons: list[Lesson], num_rows: int, vocab_size: int) -> N
         np.testing.assert_array_equal(own[0]._rows, own[1]._rows)
         for floor, of_texts in ((0.0, (None, None)), (0.05, (None, None)), (0.0, own)):
             grown = [
-                each.grow(salts, context, 8, floor, 2, of_text)
+                each.grow(salts, context, 8, floor, of_text)
                 for each, of_text in zip((compiled, python), of_texts, strict=True)
             ]
             assert_same(*grown)
@@ -172,10 +172,10 @@ def test_topk_tables_after_a_tree() -> None:
     logits[3] = np.nan
     for table in both(lambda host: TopKTable(2**10, 100, host=host)):
         table.learn(5, [8, 9], tree, best, logits)
-        assert table.grow([5], [7, 8, 9], 5, 0.0, 1).children(0).keys() == {0, 1, 2, 3}
-        assert table.grow([5], [1, 7, 8], 5, 0.0, 1).children(0).keys() == {4, 5, 6, 7}
-        assert len(table.grow([5], [int(tree.tokens[2]), 7, 8], 5, 0.0, 1)) == 1
-        assert len(table.grow([5], [int(tree.tokens[3])], 5, 0.0, 1)) == 1
+        assert table.grow([5], [7, 8, 9], 5, 0.0).children(0).keys() == {0, 1, 2, 3}
+        assert table.grow([5], [1, 7, 8], 5, 0.0).children(0).keys() == {4, 5, 6, 7}
+        assert len(table.grow([5], [int(tree.tokens[2]), 7, 8], 5, 0.0)) == 1
+        assert len(table.grow([5], [int(tree.tokens[3])], 5, 0.0)) == 1
         assert table.num_filled == 6
 
 
@@ -199,7 +199,7 @@ def test_trees_of_suffixes(
                 log.extend(text[start : start + pieces])
             assert len(log) == len(text)
             filled.append(log)
-        trees.append(search.tree(filled, recent, budget, 3))
+        trees.append(search.tree(filled, recent, budget))
     assert_same(*trees)
     trees[0].validate(6, budget)
 
@@ -212,7 +212,7 @@ def test_a_long_log_finds_the_latest(rng: np.random.Generator) -> None:
     for search in (compiled, python):
         log = search.new_log()
         log.extend(text)
-        trees.append([search.tree([log], text[at : at + 9], 24, 1) for at in range(0, 9000, 97)])
+        trees.append([search.tree([log], text[at : at + 9], 24) for at in range(0, 9000, 97)])
     for ours, theirs in zip(*trees, strict=True):
         assert_same(ours, theirs)
         assert len(ours) > 4

@@ -38,7 +38,7 @@ from specserve.speculation.drafter import (
     NoModelDrafter,
     Probability,
 )
-from specserve.tree import DRAFTED_ID, DraftTree
+from specserve.tree import DraftTree
 from specserve_drafts.compatibility import Target, check_compatible, pretrained_draft
 from specserve_drafts.recycle.topk_table import REQUEST_RULE, TABLE_FILE, TopKTable
 from specserve_kernels.host import HOST
@@ -121,7 +121,6 @@ class RecycleDrafter(NoModelDrafter):
                 seq.tokens[: -ORDERS - 1 : -1],
                 budget,
                 self._min_probability,
-                DRAFTED_ID,
                 self._request_table(seq),
             )
             for seq, budget in zip(seqs, budgets, strict=True)

@@ -61,7 +61,7 @@ class TopKTable:
             learning_rate=rule.learning_rate,
             weight=rule.weight,
         )
-        # See `interface.TopKTable` of the host code.
+        # See `reference.TopKTable` of the host code.
         self.learn = self._table.learn
         self.learn_text = self._table.learn_text
 
@@ -76,14 +76,11 @@ class TopKTable:
         context: Sequence[int],
         max_nodes: int,
         min_probability: float,
-        drafter_id: int,
         request_table: "TopKTable | None" = None,
     ) -> DraftTree:
-        """See `interface.TopKTable.grow` of the host code."""
+        """See `reference.TopKTable.grow` of the host code."""
         own = None if request_table is None else request_table._table
-        return DraftTree(
-            *self._table.grow(salts, context, max_nodes, min_probability, drafter_id, own)
-        )
+        return DraftTree(*self._table.grow(salts, context, max_nodes, min_probability, own))
 
     def save(self, path: Path) -> None:
         """Write the table as safetensors, atomically. Raises ValueError, naming the file."""

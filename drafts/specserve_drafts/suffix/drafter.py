@@ -14,9 +14,10 @@ from msgspec import Meta
 
 from specserve.sequence import SequenceView, Status
 from specserve.speculation.drafter import DraftOptions, Feedback, NoModelDrafter, Probability
-from specserve.tree import DRAFTED_ID, DraftTree
+from specserve.tree import DraftTree
 from specserve_drafts.suffix.search import SuffixSearch
-from specserve_kernels.host.interface import END, TokenLog
+from specserve_kernels.host.interface import END
+from specserve_kernels.host.reference import TokenLog
 
 _INDEXED_SIZES: Final = (4, 2)  # n-gram lengths that are indexed besides min_match
 _LOG_OVERHEAD: Final = 64  # tokens counted against `capacity` for each log, besides its text
@@ -101,4 +102,4 @@ class SuffixDrafter(NoModelDrafter):
         own.extend(seq.tokens[len(own) :])
         logs = [own, *self._past.logs(seq.cache_salt)]
         recent = seq.tokens[-self._options.max_match :]
-        return self._search.tree(logs, recent, budget, DRAFTED_ID)
+        return self._search.tree(logs, recent, budget)

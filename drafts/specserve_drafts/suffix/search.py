@@ -7,7 +7,7 @@ from typing import Final
 
 from specserve.tree import DraftTree
 from specserve_kernels.host import HOST, HostCode
-from specserve_kernels.host.interface import TokenLog
+from specserve_kernels.host.reference import TokenLog
 
 _MAX_MATCHES: Final = 32  # matches used per proposal; also positions checked per n-gram and log
 _MAX_MATCHED: Final = 64  # the search stops once its matches have this many matched tokens in all
@@ -38,12 +38,10 @@ class SuffixSearch:
         """An empty log for this search."""
         return self._host.TokenLog(self._sizes)
 
-    def tree(
-        self, logs: Sequence[TokenLog], recent: Sequence[int], max_nodes: int, drafter_id: int
-    ) -> DraftTree:
+    def tree(self, logs: Sequence[TokenLog], recent: Sequence[int], max_nodes: int) -> DraftTree:
         """The tree of at most `max_nodes` nodes, root included.
 
         logs: made by `new_log`, in order of preference. recent: the text's last tokens, as many as
         may match; the last one is the root.
         """
-        return DraftTree(*self._search.tree(logs, recent, max_nodes, drafter_id))
+        return DraftTree(*self._search.tree(logs, recent, max_nodes))

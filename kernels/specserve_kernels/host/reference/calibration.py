@@ -28,7 +28,7 @@ class _Counts:
 
 
 class Calibration:
-    """Implements `interface.Calibration`.
+    """Observed acceptance rates of all drafters.
 
     Nodes at `max_depth` or deeper share their counts. prior_ratio: acceptances per estimated
     acceptance, before anything was observed. prior_weight: the observations that a prior counts
@@ -44,14 +44,18 @@ class Calibration:
         # By drafter id: accepted nodes, in relation to the sum of their estimates.
         self._ratios: defaultdict[int, _Counts] = defaultdict(_Counts)
 
-    def merged(self, sampled: bool, trees: Sequence[TreeView], max_nodes: int) -> TreeFields:
-        """See `interface.Calibration.merged`."""
+    def merged(self, sampled: bool, trees: Sequence[TreeView], max_nodes: int, /) -> TreeFields:
+        """Merge trees with the same root into one with calibrated path probabilities.
+
+        A node that several drafters proposed has the largest of their probabilities. The tree has
+        the `max_nodes` nodes of the largest path probability. `sampled`: temperature > 0.
+        """
         return merge_trees(trees, [self._rates(sampled, tree) for tree in trees], max_nodes)
 
     def record_outcome(
-        self, sampled: bool, trees: Sequence[TreeView], emitted: Sequence[int]
+        self, sampled: bool, trees: Sequence[TreeView], emitted: Sequence[int], /
     ) -> None:
-        """See `interface.Calibration.record_outcome`."""
+        """Count the nodes of the proposed `trees` whose parents were emitted."""
         for tree in trees:
             keys = self._keys(sampled, tree)
             for node, hit in _reached(tree.tokens.tolist(), tree.parents.tolist(), emitted):

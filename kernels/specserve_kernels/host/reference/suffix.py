@@ -12,11 +12,12 @@ _Match = tuple[float, int, Sequence[int]]  # weight, number of matched tokens, t
 
 
 class SuffixSearch:
-    """Implements `interface.SuffixSearch`.
+    """Finds earlier occurrences of a text's last tokens.
 
-    max_matches: matches used per proposal; also positions checked per n-gram and log. The search
-    stops once its matches have `max_matched` matched tokens in all. A match of n tokens has the
-    weight weight_base ** n. m matched tokens scale a probability by m / (m + pseudo_count).
+    sizes: n-gram lengths, descending. max_matches: matches used per proposal; also positions
+    checked per n-gram and log. The search stops once its matches have `max_matched` matched tokens
+    in all. A match of n tokens has the weight weight_base ** n. m matched tokens scale a
+    probability by m / (m + pseudo_count).
     """
 
     def __init__(
@@ -37,13 +38,16 @@ class SuffixSearch:
         self._min_probability = min_probability
 
     def tree(
-        self, logs: Sequence[TokenLog], recent: Sequence[int], max_nodes: int, drafter_id: int
+        self, logs: Sequence[TokenLog], recent: Sequence[int], max_nodes: int, /
     ) -> TreeFields:
-        """See `interface.SuffixSearch.tree`."""
+        """A tree of the tokens that followed them, of at most `max_nodes` nodes, root included.
+
+        logs: of the same host code, in order of preference. recent: the text's last tokens, as many
+        as may match; the last one is the root.
+        """
         matches = self._matches(logs, recent, max_nodes - 1)
         expand = partial(_branches, self._pseudo_count)
-        floor = self._min_probability
-        return grow_best_first(recent[-1], matches, expand, max_nodes, floor, drafter_id)
+        return grow_best_first(recent[-1], matches, expand, max_nodes, self._min_probability)
 
     def _matches(
         self, logs: Sequence[TokenLog], recent: Sequence[int], length: int

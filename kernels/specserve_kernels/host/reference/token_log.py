@@ -12,7 +12,7 @@ class TokenLog:
     sizes: the n-gram lengths to index. An occurrence is indexed once a token follows it.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], /) -> None:
         self._text = array("i", [END])  # the first END stops every match at the text's beginning
         # By n-gram length: hash -> latest position, and position -> previous one of the same hash,
         # 0: none. Hashes may collide; callers compare the tokens with `num_common`.
@@ -23,7 +23,7 @@ class TokenLog:
     def __len__(self) -> int:
         return len(self._text) - 1
 
-    def extend(self, tokens: Sequence[int]) -> None:
+    def extend(self, tokens: Sequence[int], /) -> None:
         """Append tokens."""
         self._text.extend(tokens)
         for size, (latest, earlier) in self._chains.items():

@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from specserve_kernels.host.interface import TreeFields, TreeView
+from specserve_kernels.host.interface import DRAFTED_ID, TreeFields, TreeView
 
 P = TypeVar("P")
 
 
-def validate(tree: TreeView, vocab_size: int, max_nodes: int) -> None:
-    """See `HostCode.validate`."""
+def validate(tree: TreeView, vocab_size: int, max_nodes: int, /) -> None:
+    """See `specserve.tree.DraftTree.validate`."""
     n = len(tree.tokens)
     if not 1 <= n <= max_nodes:
         raise ValueError(f"tree has {n} nodes; expected 1 to {max_nodes}")
@@ -35,9 +35,9 @@ def validate(tree: TreeView, vocab_size: int, max_nodes: int) -> None:
 
 
 def build_tree(
-    tokens: Sequence[int], parents: Sequence[int], path_probs: Sequence[float], drafter_id: int
+    tokens: Sequence[int], parents: Sequence[int], path_probs: Sequence[float], drafter_id: int, /
 ) -> TreeFields:
-    """See `HostCode.build_tree`."""
+    """See `specserve.tree.build_tree`."""
     return _lay_out(tokens, parents, path_probs, [0] + [drafter_id] * (len(tokens) - 1))
 
 
@@ -102,8 +102,12 @@ def merge_trees(
     )
 
 
-def select_nodes(trees: Sequence[TreeView], seconds: Sequence[float]) -> list[TreeFields | None]:
-    """See `HostCode.select_nodes`."""
+def select_nodes(trees: Sequence[TreeView], seconds: Sequence[float], /) -> list[TreeFields | None]:
+    """Prune the trees to the nodes worth verifying; None stands for a whole tree.
+
+    Of all drafted nodes, by descending path probability, the number is kept that maximises
+    (roots + sum of path probabilities) / seconds[number].
+    """
     drafted = sorted(
         (
             (prob, index)
@@ -131,7 +135,6 @@ def grow_best_first(
     expand: Callable[[P, int], Iterable[tuple[int, float, P]]],
     max_nodes: int,
     min_probability: float,
-    drafter_id: int,
 ) -> TreeFields:
     """Expand a tree whose expansion step is a lookup, not a forward pass.
 
@@ -158,7 +161,7 @@ def grow_best_first(
         tokens.append(token)
         parents.append(parent)
         path_probs.append(-negative)
-    return build_tree(tokens, parents, path_probs, drafter_id)
+    return build_tree(tokens, parents, path_probs, DRAFTED_ID)
 
 
 def _lay_out(
