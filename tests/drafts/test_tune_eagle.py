@@ -17,11 +17,12 @@ from specserve.speculation.registry import create_drafter
 from specserve.types import SamplingParams
 from specserve_drafts.eagle.drafter import EagleDrafter
 from specserve_drafts.tune import answers, eagle, head_run, head_training, prompt_file
-from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.eagle import EagleMethod, EagleSettings
 from specserve_drafts.tune.head_card import HeadMade
+from specserve_drafts.tune.head_command import head_parser
 from specserve_drafts.tune.head_run import Run
-from specserve_drafts.tune.head_settings import read_settings
 from specserve_drafts.tune.head_state import State
+from specserve_drafts.tune.settings import read_settings
 from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import read_texts
 
@@ -303,8 +304,8 @@ def test_an_experiment_is_a_file_of_settings(
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*-eagle.toml")), ids=lambda f: f.stem)
 def test_the_experiment_files_are_valid(file: Path) -> None:
-    line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
-    settings, _ = read_settings(eagle.build_parser().parse_args(line), EagleSettings)
+    line = ["--prompts", "prompts.jsonl", "--out", "out"]
+    settings, _ = read_settings(head_parser(EagleMethod).parse_args(line), EagleSettings, file)
     assert settings.minutes is not None
 
 

@@ -16,12 +16,11 @@ from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.eagle.checkpoint import read_head
 from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
-from specserve_drafts.tune.eagle import EagleMethod
+from specserve_drafts.tune.eagle import EagleMethod, EagleSettings
 from specserve_drafts.tune.eagle_batch import build_chains
 from specserve_drafts.tune.eagle_export import write_head
 from specserve_drafts.tune.eagle_init import head_shape, start_from_target
-from specserve_drafts.tune.eagle_model import EagleChains, EagleHead
-from specserve_drafts.tune.eagle_settings import EagleSettings
+from specserve_drafts.tune.eagle_model import EagleHead
 from specserve_drafts.tune.head_loss import Wanted, head_loss
 from specserve_drafts.tune.head_training import Trainer, chain_acceptance, schedule
 from specserve_drafts.tune.muon import MuonAdamW, orthogonalised
@@ -52,7 +51,7 @@ def teacher(tiny_model: Path) -> Teacher:
 def made_head(tiny_model: Path, teacher: Teacher) -> EagleHead:
     """A head initialised from the target and then changed at random, norms included."""
     shape = ModelShape.from_dir(tiny_model)
-    head = EagleHead(head_shape(shape, AUX_LAYERS, len(DRAFT_IDS)), CPU)
+    head = EagleHead(head_shape(shape, AUX_LAYERS, len(DRAFT_IDS)), 4, CPU)
     last = teacher.read(texts((4, 12))).last
     start_from_target(head, read_checkpoint(tiny_model), shape, last, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -88,8 +87,9 @@ def test_training_computes_what_serving_computes(
         unembed=model.unembed,
     )
     with torch.no_grad():
-        batch, lesson = build_chains(some, CPU, per_group), teacher.read(some)
-        steps = list(head(EagleChains(batch, lesson.aux_hidden_states, teacher.embed, 4)))
+        lesson = teacher.read(some)
+        batch = build_chains(some, lesson.aux_hidden_states, teacher.embed, per_group)
+        steps = list(head(batch))
         logits = [out @ rows.T for out in steps]
     pair = chain = 0
     for text in some:
@@ -101,7 +101,7 @@ def test_training_computes_what_serving_computes(
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
         pair, chain = pair + text.num_draft_inputs, chain + text.num_answer
     assert chain == len(batch.starts) == 15
-    assert pair == len(batch.next_ids)
+    assert pair == len(batch.positions)
 
 
 def served_chain(head: DraftHead, text: Text, states: Tensor, start: int, depth: int) -> Tensor:
@@ -266,16 +266,10 @@ def test_the_loss_falls(
     settings = EagleSettings(
         depth=3, aux_layers=AUX_LAYERS, precision=precision, matrix_lr=0.02, other_lr=0.01
     )
-    shape, some = ModelShape.from_dir(tiny_model), texts((4, 40), (4, 40))
+    some = texts((4, 40), (4, 40))
     checkpoint, method = read_checkpoint(tiny_model), EagleMethod(settings)
-    trainer = Trainer(
-        settings,
-        method.begin(checkpoint, shape, teacher, teacher.read(some).last, len(DRAFT_IDS)),
-        lambda texts, lesson: method.lay_out(texts, lesson, teacher),
-        teacher,
-        DRAFT_IDS,
-        head_rows(checkpoint, shape, DRAFT_IDS),
-    )
+    last = teacher.read(some).last
+    trainer = Trainer(settings, method, teacher, checkpoint, last, DRAFT_IDS)
     steps = [trainer.step(some, step / 80 * 0.29) for step in range(80)]
     assert steps[-1].loss < 0.5 * steps[0].loss
     assert all(b > a + 0.1 for a, b in zip(steps[0].accepted, steps[-1].accepted, strict=True))
@@ -284,15 +278,11 @@ def test_the_loss_falls(
 
 
 def test_a_wider_mlp_starts_as_that_of_the_target(tiny_model: Path, teacher: Teacher) -> None:
-    shape, checkpoint, some = (
-        ModelShape.from_dir(tiny_model),
-        read_checkpoint(tiny_model),
-        texts((3, 9), (2, 5)),
-    )
-    lesson, chains = teacher.read(some), build_chains(some, CPU)
+    checkpoint, some = read_checkpoint(tiny_model), texts((3, 9), (2, 5))
+    lesson = teacher.read(some)
     rows = []
     for mlp_size in (None, 100):
-        method = EagleMethod(EagleSettings(aux_layers=AUX_LAYERS, mlp_size=mlp_size))
-        head = method.begin(checkpoint, shape, teacher, lesson.last, len(DRAFT_IDS))
-        rows += [*head(EagleChains(chains, lesson.aux_hidden_states, teacher.embed, 1))]
+        method = EagleMethod(EagleSettings(aux_layers=AUX_LAYERS, mlp_size=mlp_size, depth=1))
+        head = method.begin(checkpoint, teacher, lesson.last, len(DRAFT_IDS))
+        rows += [*head(method.lay_out(some, lesson, teacher))]
     torch.testing.assert_close(rows[1], rows[0], atol=1e-5, rtol=1e-5)

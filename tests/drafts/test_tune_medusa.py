@@ -25,12 +25,12 @@ from specserve_drafts.medusa.checkpoint import read_medusa
 from specserve_drafts.medusa.drafter import MedusaDrafter
 from specserve_drafts.tune import answers, head_run, medusa, prompt_file
 from specserve_drafts.tune.head_card import HeadMade
+from specserve_drafts.tune.head_command import head_parser
 from specserve_drafts.tune.head_run import Run
-from specserve_drafts.tune.head_settings import read_settings
 from specserve_drafts.tune.head_state import State
-from specserve_drafts.tune.medusa_export import write_heads
+from specserve_drafts.tune.medusa import MedusaMethod, MedusaSettings, write_heads
 from specserve_drafts.tune.medusa_model import MedusaHeads, lay_out
-from specserve_drafts.tune.medusa_settings import MedusaSettings
+from specserve_drafts.tune.settings import read_settings
 from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text
 from specserve_drafts.tune.vocabulary import head_rows
@@ -193,8 +193,8 @@ def test_a_stopped_run_is_resumed(
 
 @pytest.mark.parametrize("file", sorted(EXPERIMENTS.glob("*-medusa.toml")), ids=lambda f: f.stem)
 def test_the_experiment_files_are_valid(file: Path) -> None:
-    line = ["--prompts", "prompts.jsonl", "--out", "out", "--experiment", str(file)]
-    settings, _ = read_settings(medusa.build_parser().parse_args(line), MedusaSettings)
+    line = ["--prompts", "prompts.jsonl", "--out", "out"]
+    settings, _ = read_settings(head_parser(MedusaMethod).parse_args(line), MedusaSettings, file)
     assert settings.minutes is not None
 
 

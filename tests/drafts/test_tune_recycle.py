@@ -13,9 +13,9 @@ from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.recycle.topk_table import TABLE_FILE, TopKTable
 from specserve_drafts.tune import prompt_file, recycle
-from specserve_drafts.tune.card import Made
 from specserve_drafts.tune.claim import LOCK, claimed
 from specserve_drafts.tune.prompt_file import NGRAM, training_prompts
+from specserve_drafts.tune.recycle import TableMade
 
 FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--max-tokens", "12"]
 
@@ -37,8 +37,8 @@ def command(folder: Path, *arguments: str) -> list[str]:
     return [*line, "--contexts", "4096", *arguments]
 
 
-def made(folder: Path) -> Made:
-    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=Made)
+def made(folder: Path) -> TableMade:
+    return msgspec.json.decode((folder / "out" / "provenance.json").read_bytes(), type=TableMade)
 
 
 def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from specserve.cli.prompts import Messages
 from specserve.llm import LLM
 from specserve.speculation.drafter import Feedback
-from specserve.types import RequestError, SamplingParams
+from specserve.types import RequestError
 from specserve_drafts.atomic_write import write_json
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.teacher import Teacher
@@ -26,6 +26,10 @@ from specserve_drafts.tune.texts import Text, read_texts, write_texts
 SHARD_PROMPTS: Final = 64  # prompts of a shard, which take less than a minute to answer
 _COUNTED_PROMPTS: Final = 4000  # prompts whose tokens `prompt_counts` counts
 _SETTINGS: Final = "settings.json"
+_DEPENDS_ON: Final = (
+    *("max_tokens", "max_len", "temperature", "seed"),
+    *("prompts", "exclude", "target", "quantization", "dtype"),
+)
 
 
 class Answers:
@@ -44,7 +48,7 @@ class Answers:
         settings: HeadSettings,
         folder: Path,
         teacher: Teacher | None,
-        made_with: Mapping[str, Any],  # the settings that answers depend on, as JSON types
+        lasting: Mapping[str, Any],  # see `settings.lasting_settings`
     ) -> None:
         self._llm, self._prompts, self._settings = llm, prompts, settings
         self._folder, self._teacher = folder, teacher
@@ -53,6 +57,7 @@ class Answers:
         if teacher is not None and llm.engine.platform.exact:
             llm.engine.observe(teacher.layers, self._observe)
         folder.mkdir(parents=True, exist_ok=True)
+        made_with = {name: lasting[name] for name in _DEPENDS_ON if name in lasting}
         _check_settings(folder / _SETTINGS, made_with)
 
     def has(self, index: int) -> bool:
@@ -72,7 +77,7 @@ class Answers:
             for index in shards
             for number in range(index * SHARD_PROMPTS, (index + 1) * SHARD_PROMPTS)
         ]
-        answers = self._answer(self._prompts, numbers)
+        answers = self._answer(self._settings, self._prompts, numbers)
         for place, index in enumerate(shards):
             own = answers[place * SHARD_PROMPTS : (place + 1) * SHARD_PROMPTS]
             write_texts(self._path(index), [text for text in own if text is not None])
@@ -84,7 +89,8 @@ class Answers:
         """Greedy answers to the held-out prompts, from disk if they are there."""
         path = self._folder / "held_out.safetensors"
         if not path.exists():
-            answers = self._answer(prompts, range(len(prompts)), temperature=0.0)
+            greedy = msgspec.structs.replace(self._settings, temperature=(0.0,))
+            answers = self._answer(greedy, prompts, range(len(prompts)))
             write_texts(path, [text for text in answers if text is not None])
         return read_texts(path)
 
@@ -100,19 +106,10 @@ class Answers:
         return counts / counts.sum().clamp_min(1)
 
     def _answer(
-        self, prompts: Sequence[Messages], numbers: Sequence[int], temperature: float | None = None
+        self, settings: HeadSettings, prompts: Sequence[Messages], numbers: Sequence[int]
     ) -> list[Text | None]:
         """The answers to prompts of these numbers; None where there is no room for an answer."""
-        settings = self._settings
-        mix = settings.temperature if temperature is None else (temperature,)
-        sampling = [
-            SamplingParams(
-                temperature=mix[number % len(mix)],
-                max_tokens=settings.max_tokens,
-                seed=settings.seed + number,
-            )
-            for number in numbers
-        ]
+        sampling = [settings.sampling(number) for number in numbers]
         answers = self._llm.generate([prompts[n % len(prompts)] for n in numbers], sampling)
         for ids, rows in self._rows.values():
             assert self._teacher is not None

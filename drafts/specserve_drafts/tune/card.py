@@ -1,5 +1,6 @@
-"""The files beside a recycling table: config, provenance, model card, learning curve."""
+"""The files beside the weights of a draft: provenance, model card, learning curve."""
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -7,69 +8,48 @@ from typing import Any, Final
 from msgspec import Struct
 
 from specserve_drafts.atomic_write import atomic_write, write_json
-from specserve_drafts.compatibility import DraftConfig
 from specserve_evals import provenance
 
 CURVE: Final = "curve.png"
-PROVENANCE: Final = "provenance.json"
-
-
-class Point(Struct, frozen=True):
-    """The progress of a run after a chunk of answers."""
-
-    num_tokens: int  # answer tokens so far
-    seconds: int
-    num_contexts: int  # rows in use in the table
-    tau: float  # tokens per forward pass of the chunk's greedy answers, measured while answering
 
 
 class Made(Struct, frozen=True):
-    """How a draft was made; the contents of provenance.json."""
+    """How a draft was made; a method's subclass is the contents of provenance.json."""
 
     method: str
     provenance: provenance.Provenance
     settings: dict[str, Any]
     num_prompts: int
     num_excluded: int
-    num_tokens: int
-    seconds: int
-    held_out_tau: float
-    curve: tuple[Point, ...]
 
 
-def write_draft(folder: Path, config: DraftConfig, made: Made) -> None:
-    """Write config.json, provenance.json, README.md and the learning curve to `folder`."""
-    write_json(folder / "config.json", config)
-    write_json(folder / PROVENANCE, made)
-    with atomic_write(folder / "README.md") as part:
-        part.write_text(model_card(config, made), encoding="utf-8")
-    draw_curve(made.curve, folder / CURVE)
+def write_card(
+    folder: Path, made: Made, kind: str, about: str, facts: Sequence[str], note: str
+) -> None:
+    """Write provenance.json and README.md to `folder`, atomically per file.
 
-
-def model_card(config: DraftConfig, made: Made) -> str:
-    target = config.target
-    return "\n".join(
-        [
-            f"# A draft for {made.settings['target']}: {config.specserve_method}",
-            "",
-            f"Made for a target of {target.num_layers} layers, hidden size {target.hidden_size} "
-            f"and a vocabulary of {target.vocab_size} tokens.",
-            "",
-            f"- learned from {made.num_tokens} tokens: the target's own answers to "
-            f"{made.num_prompts} prompts, temperatures {made.settings['temperature']}",
-            f"- excluded: {made.num_excluded} prompts that share 13 words in a row with "
-            f"{', '.join(made.settings['exclude']) or 'nothing'}",
-            f"- {made.held_out_tau:.2f} tokens per forward pass on held-out prompts, greedy, with "
-            f"at most {made.settings['max_nodes']} nodes ({CURVE}: over the course of the run)",
-            f"- made in {made.seconds / 60:.0f} minutes",
-            "",
-            "It affects only the speed, never the output. It holds token ids and their "
-            "probabilities, taken from the target's answers.",
-            "",
-            provenance.markdown(made.provenance),
-            "",
-        ]
+    kind: of draft, for the title. about and note: sentences above and below the list of `facts`.
+    """
+    settings = made.settings
+    excluded = (
+        f"excluded: {made.num_excluded} prompts that share 13 words in a row with "
+        f"{', '.join(settings['exclude']) or 'nothing'}"
     )
+    lines = [
+        f"# A draft for {settings['target']}: {kind}",
+        "",
+        about,
+        "",
+        *(f"- {fact}" for fact in (*facts, excluded)),
+        "",
+        note,
+        "",
+        provenance.markdown(made.provenance),
+        "",
+    ]
+    write_json(folder / "provenance.json", made)
+    with atomic_write(folder / "README.md") as part:
+        part.write_text("\n".join(lines), encoding="utf-8")
 
 
 def check_curve() -> None:
@@ -81,15 +61,27 @@ def check_curve() -> None:
         )
 
 
-def draw_curve(curve: tuple[Point, ...], path: Path) -> None:
-    """Plot the acceptance on new answers over the course of a run. Needs matplotlib."""
+def draw_curve(
+    folder: Path,
+    x: tuple[str, Sequence[float]],
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+) -> None:
+    """Draw the learning curve of a run so far, atomically.
+
+    x: the label and the values of the x axis. panels: by the label of a y axis, lines by name; a
+    line of the name "" is not in the legend.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([point.num_tokens for point in curve], [point.tau for point in curve], marker=".")
-    axes.set_xlabel("tokens learned from")
-    axes.set_ylabel("tokens per forward pass, greedy answers")
-    axes.grid(alpha=0.3)
-    with atomic_write(path) as part:
-        figure.savefig(part, dpi=150, format="png")
+    figure = Figure(figsize=(7, 1 + 2.5 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for each, (label, lines) in zip(axes, panels.items(), strict=True):
+        for name, values in lines.items():
+            each.plot(x[1], values, marker=".", label=name or None)
+        each.set_ylabel(label)
+        each.grid(alpha=0.3)
+        if any(lines):
+            each.legend()
+    axes[-1].set_xlabel(x[0])
+    with atomic_write(folder / CURVE) as part:
+        figure.savefig(part, dpi=120, format="png")

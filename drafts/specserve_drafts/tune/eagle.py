@@ -1,36 +1,54 @@
-"""Train an EAGLE-3.1 head for a target on the target's own answers.
+"""`specserve tune eagle`: trains an EAGLE-3.1 head on the target's own answers."""
 
-specserve tune eagle --prompts train.jsonl --exclude spec_bench.jsonl --out DIR --minutes 120
-
-Generating answers and training alternate. A run can be killed at any time and continued with
---resume.
-"""
-
-import argparse
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.shape import ModelShape
-from specserve_drafts.tune.eagle_batch import build_chains
+from specserve_drafts.tune.eagle_batch import ChainBatch, build_chains
 from specserve_drafts.tune.eagle_export import write_head, write_token_order
 from specserve_drafts.tune.eagle_init import default_aux_layers, head_shape, start_from_target
-from specserve_drafts.tune.eagle_model import EagleChains, EagleHead
-from specserve_drafts.tune.eagle_settings import EagleSettings
-from specserve_drafts.tune.head_card import Description, HeadMade
-from specserve_drafts.tune.head_command import head_parser, train
+from specserve_drafts.tune.eagle_model import EagleHead
+from specserve_drafts.tune.head_command import train
+from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.head_training import Trainer
 from specserve_drafts.tune.teacher import Lesson, Teacher
 from specserve_drafts.tune.texts import Text
 
 
-class EagleMethod:
-    name = "eagle"
+class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
+    HELP: ClassVar[dict[str, str]] = HeadSettings.HELP | {
+        "aux_layers": "target layers whose input hidden states the head reads; default: 2, the "
+        "middle layer, and the third from the end",
+        "mlp_size": "intermediate size of the head's MLP; default: the target's",
+        "depth": "steps of the training-time test: tokens that the head learns to draft ahead",
+        "embedding": "own: the checkpoint holds a copy of the target's embedding, which the "
+        "speculators package needs and engines do not",
+    }
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = HeadSettings.RANGES | {
+        "mlp_size": (1, 2**20),
+        "depth": (1, 16),
+    }
+    FREE: ClassVar[frozenset[str]] = HeadSettings.FREE | {"embedding"}
 
-    def __init__(self, settings: EagleSettings) -> None:
+    aux_layers: tuple[int, ...] | None = None
+    mlp_size: int | None = None
+    depth: int = 4
+    embedding: Literal["target", "own"] = "target"
+
+
+class EagleMethod:
+    Settings: ClassVar[type[HeadSettings]] = EagleSettings
+    name = "eagle"
+    kind = "EAGLE-3.1"
+    layout = "The layout is that of vllm-project/speculators."
+
+    def __init__(self, settings: HeadSettings) -> None:
+        assert isinstance(settings, EagleSettings)
         self._settings = settings
 
     def aux_layers(self, target: ModelShape) -> tuple[int, ...]:
@@ -42,22 +60,16 @@ class EagleMethod:
         return layers
 
     def begin(
-        self,
-        checkpoint: Checkpoint,
-        target: ModelShape,
-        teacher: Teacher,
-        last: Tensor,
-        draft_vocab: int,
+        self, checkpoint: Checkpoint, teacher: Teacher, last: Tensor, draft_vocab: int
     ) -> EagleHead:
-        settings = self._settings
+        settings, target = self._settings, teacher.model.shape
         shape = head_shape(target, self.aux_layers(target), draft_vocab, settings.mlp_size)
-        head = EagleHead(shape, teacher.device)
+        head = EagleHead(shape, settings.depth, teacher.device)
         start_from_target(head, checkpoint, target, last, settings.seed)
         return head
 
-    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> EagleChains:
-        batch = build_chains(texts, teacher.device)
-        return EagleChains(batch, lesson.aux_hidden_states, teacher.embed, self._settings.depth)
+    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> ChainBatch:
+        return build_chains(texts, lesson.aux_hidden_states, teacher.embed)
 
     def export(self, folder: Path, target: Path, trainer: Trainer, counts: Tensor) -> None:
         head, settings = trainer.average, self._settings
@@ -78,30 +90,17 @@ class EagleMethod:
         if head.shape.draft_vocab_size == head.shape.vocab_size:
             write_token_order(folder, counts)
 
-    def describe(self, trainer: Trainer, made: HeadMade) -> Description:
+    def about(self, trainer: Trainer, target: str, coverage: float) -> str:
         head = trainer.average
         assert isinstance(head, EagleHead)
-        shape, target = head.shape, made.settings["target"]
-        return Description(
-            kind="EAGLE-3.1",
-            about=f"A head of one layer of width {shape.hidden_size}. It reads the hidden states "
-            f"that enter layers {', '.join(map(str, shape.aux_layers))} of {target}. It uses the "
-            f"target's LM head for {shape.draft_vocab_size} of {shape.vocab_size} tokens, which "
-            f"have {made.coverage:.1%} of the target's probability mass. Embedding and LM head are "
-            "the target's and were not trained.",
-            layout="The layout is that of vllm-project/speculators.",
+        shape, layers = head.shape, ", ".join(map(str, head.shape.aux_layers))
+        return (
+            f"A head of one layer of width {shape.hidden_size}. It reads the hidden states that "
+            f"enter layers {layers} of {target}. It uses the target's LM head for "
+            f"{shape.draft_vocab_size} of {shape.vocab_size} tokens, which have {coverage:.1%} of "
+            "the target's probability mass. Embedding and LM head are the target's and were not "
+            "trained."
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return train(build_parser(), EagleSettings, EagleMethod, argv)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    return head_parser(
-        "eagle", "Train an EAGLE-3.1 head for a target on the target's own answers.", EagleSettings
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = partial(train, EagleMethod)

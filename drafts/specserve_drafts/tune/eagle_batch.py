@@ -7,7 +7,7 @@ predicts the first answer token. Chain a predicts answer token a at step 0; at s
 the target model's distribution of answer token a + k, which is row a + k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,10 +35,10 @@ class Group:
 class ChainBatch:
     """N draft inputs and M chains, one text after the other; a chain per answer token."""
 
-    next_ids: Tensor  # [N] int64, the token of each draft input
+    aux_hidden_states: Tensor  # [N, num_aux_layers * hidden_size]
+    embeds: Tensor  # [N, hidden_size], the target's embedding of the token of each draft input
     positions: Tensor  # [N] int64, RoPE positions of the draft inputs in their texts
     starts: Tensor  # [M] int64, the draft input that each chain starts from
-    ids: Tensor  # [M] int64, the token of that draft input
     left: Tensor  # [M] int64, answer tokens from the chain's first to the text's end
     groups: tuple[Group, ...]
 
@@ -50,12 +50,16 @@ class ChainBatch:
 
 
 def build_chains(
-    texts: Sequence[Text], device: torch.device, per_group: int | None = None
+    texts: Sequence[Text],
+    aux_hidden_states: Tensor,  # [N, num_aux_layers * hidden_size]
+    embed: Callable[[Tensor], Tensor],  # the target's, [n] int64 -> [n, hidden_size]
+    per_group: int | None = None,
 ) -> ChainBatch:
     """The batch of `texts`. Each prompt must have at least two tokens, each answer at least one.
 
     per_group: texts of a group; None: 1 on a CPU, _GPU_GROUP on a GPU.
     """
+    device = aux_hidden_states.device
     draft_inputs = np.array([text.num_draft_inputs for text in texts])
     chains = np.array([text.num_answer for text in texts])
     prompts = np.array([text.num_prompt for text in texts])
@@ -65,28 +69,18 @@ def build_chains(
     # A GPU is faster with few large products; a CPU without padding, and with attention scores that
     # stay in its cache.
     size = per_group or (1 if device.type == "cpu" else _GPU_GROUP)
-    groups = [
-        _group(about[:, start : start + size], device) for start in range(0, len(texts), size)
-    ]
     starts = [
         first + text.num_prompt - 2 + np.arange(text.num_answer)
         for first, text in zip(first_input, texts, strict=True)
     ]
-    flat = (
-        np.concatenate([text.tokens[1:-1] for text in texts]).astype(np.int64),
-        np.concatenate([np.arange(n) for n in draft_inputs]),
-        np.concatenate(starts),
-        np.concatenate([t.tokens[t.num_prompt - 1 : -1] for t in texts]).astype(np.int64),
-        np.concatenate([np.arange(n, 0, -1) for n in chains]),
-    )
-    next_ids, positions, first, ids, left = (_copy(array, device) for array in flat)
+    next_ids = np.concatenate([text.tokens[1:-1] for text in texts]).astype(np.int64)
     return ChainBatch(
-        next_ids,
-        positions,
-        first,
-        ids,
-        left,
-        tuple(groups),
+        aux_hidden_states,
+        embed(_copy(next_ids, device)),
+        _copy(np.concatenate([np.arange(n) for n in draft_inputs]), device),
+        _copy(np.concatenate(starts), device),
+        _copy(np.concatenate([np.arange(n, 0, -1) for n in chains]), device),
+        tuple(_group(about[:, i : i + size], device) for i in range(0, len(texts), size)),
     )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specserve.models.fields import read_json
+from specserve_drafts.atomic_write import atomic_write
 from specserve_drafts.eagle.checkpoint import TOKEN_ORDER
 from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.export import CONFIG, public_name, write_checkpoint
@@ -59,9 +60,8 @@ def write_token_order(folder: Path, counts: Tensor) -> None:
     counts: [vocab_size]. Equal counts are ordered by id, as BPE merges frequent tokens first.
     """
     order = counts.argsort(descending=True, stable=True).to(torch.int32)
-    part = folder / f"{TOKEN_ORDER}.part"
-    save_file({"token_ids": order.contiguous()}, part)
-    part.replace(folder / TOKEN_ORDER)
+    with atomic_write(folder / TOKEN_ORDER) as part:
+        save_file({"token_ids": order.contiguous()}, part)
 
 
 def head_config(

@@ -7,8 +7,7 @@ inputs with the target's hidden states up to the start of its chain and to its o
 serving.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,36 +16,11 @@ from torch import Tensor, nn
 from specserve.models.layers.rotary import Rotary, rotate
 from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.eagle_batch import ChainBatch, Group
-from specserve_drafts.tune.eagle_settings import MAX_DEPTH
-
-Embed = Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
 
 
-@dataclass(frozen=True, slots=True)
-class EagleChains:
-    """The inputs of `depth` steps of M chains over N draft inputs; see `ChainBatch`."""
-
-    batch: ChainBatch
-    aux_hidden_states: Tensor  # [N, num_aux_layers * hidden_size], of the draft inputs
-    embed: Embed  # the target's
-    depth: int  # steps
-
-    @property
-    def left(self) -> Tensor:  # [M] int64
-        return self.batch.left
-
-    def step_rows(self, step: int) -> Tensor:  # [M] int64
-        return self.batch.step_rows(step)
-
-
-class Norm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self._eps = eps
-
+class Norm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:  # [..., size] -> float32 of the same shape
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self._eps)
+        return super().forward(x.float())
 
 
 class Attention(nn.Module):
@@ -104,15 +78,11 @@ class Layer(nn.Module):
 
 
 class EagleHead(nn.Module):
-    """The head. `shape` must be EAGLE-3.1's: `aux_norm` "each", `norm_before_residual` and
-    `norm_output`."""
+    """The head. `shape` is one of `eagle_init.head_shape`; `depth` is the number of chain steps."""
 
-    def __init__(self, shape: HeadShape, device: torch.device) -> None:
+    def __init__(self, shape: HeadShape, depth: int, device: torch.device) -> None:
         super().__init__()
-        assert shape.aux_norm == "each"
-        assert shape.norm_before_residual
-        assert shape.norm_output
-        self.shape = shape
+        self.shape, self._depth = shape, depth
         sizes = [shape.target_hidden_size] * len(shape.aux_layers)
         self.fc_norm = nn.ModuleList(Norm(size, shape.rms_norm_eps) for size in sizes)
         self.fc = nn.Linear(sum(sizes), shape.hidden_size, bias=False)
@@ -120,7 +90,7 @@ class EagleHead(nn.Module):
         self.norm = Norm(shape.hidden_size, shape.rms_norm_eps)
         self.to(device)
         # Chains that start near the end of a text continue past it.
-        num_positions = shape.max_position_embeddings + MAX_DEPTH
+        num_positions = shape.max_position_embeddings + depth
         self._rotary = Rotary(shape.rope, shape.head_dim, num_positions, device)
 
     def fuse(self, states: Tensor) -> Tensor:  # [n, num_aux * hidden_size] -> [n, hidden_size]
@@ -129,23 +99,19 @@ class EagleHead(nn.Module):
         rows: Tensor = self.fc(torch.cat(normed, -1))
         return rows
 
-    def forward(self, chains: EagleChains) -> Iterator[Tensor]:
+    def forward(self, batch: ChainBatch) -> Iterator[Tensor]:
         """Hidden states [M, hidden_size] of steps 0 to depth - 1, the inputs of the LM head."""
         (layer,) = self.layers
         assert isinstance(layer, Layer)
-        batch, embed = chains.batch, chains.embed
-        wide, residual = layer.wide(embed(batch.next_ids), self.fuse(chains.aux_hidden_states))
-        angles = self._rotary.angles(batch.positions)
-        true = layer.self_attn.key_value(wide, angles)
-        seen = _Seen(batch, *true)
-        positions = batch.positions[batch.starts]
+        wide, residual = layer.wide(batch.embeds, self.fuse(batch.aux_hidden_states))
+        seen = _Seen(batch, *layer.self_attn.key_value(wide, self._rotary.angles(batch.positions)))
         # Only K and V are needed of draft inputs before a chain, as there is no second layer.
         wide, rows = wide[batch.starts], residual[batch.starts]
-        for step in range(chains.depth):
+        embeds, positions = batch.embeds[batch.starts], batch.positions[batch.starts]
+        for step in range(self._depth):
             angles = self._rotary.angles(positions + step)
             if step:
-                ids = batch.ids[batch.step_rows(step)]
-                wide, rows = layer.wide(embed(ids), rows)
+                wide, rows = layer.wide(embeds[batch.step_rows(step)], rows)
                 seen.extend(*layer.self_attn.key_value(wide, angles))
             mixed = seen.attend(layer.self_attn.query(wide, angles), self.shape.head_dim**-0.5)
             x = rows + layer.self_attn.o_proj(mixed)

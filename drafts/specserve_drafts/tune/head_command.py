@@ -1,71 +1,52 @@
-"""The command line of methods that train heads: parses flags, performs one run, writes the card."""
+"""The commands that train heads: flags, one run, the card."""
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from specserve_drafts.tune.claim import claimed
-from specserve_drafts.tune.head_card import HeadMade, write_card
-from specserve_drafts.tune.head_run import Method, Run, answer
-from specserve_drafts.tune.head_settings import (
-    HeadSettings,
-    Settings,
-    add_settings,
-    read_settings,
-)
-from specserve_drafts.tune.prompt_file import add_run_flags
+from specserve_drafts.tune.command import add_run_flags, new_parser, run_command
+from specserve_drafts.tune.head_card import HeadMade, write_head_card
+from specserve_drafts.tune.head_run import Run, answer
+from specserve_drafts.tune.head_training import Method
+from specserve_drafts.tune.settings import add_settings, read_settings
 from specserve_evals import provenance
 from specserve_evals.runs import at_least_one
 
 
-def train(
-    parser: argparse.ArgumentParser,
-    kind: type[Settings],
-    make: Callable[[Settings], Method],
-    argv: Sequence[str] | None,
-) -> int:
-    """Run the command; the exit code is 0, or 2 for wrong usage.
+def train(kind: type[Method], argv: Sequence[str]) -> int:
+    """Run the command of a method; the exit code is 0, or 2 after an error."""
 
-    kind: the method's settings; make: creates the method from them; argv: None: sys.argv.
-    """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(arguments)
-    try:
-        settings, target = read_settings(args, kind)
-        method = make(settings)
+    def run(args: argparse.Namespace) -> str | None:
+        settings, target = read_settings(args, kind.Settings, args.experiment)
+        method = kind(settings)
         if args.answer:
             answer(args, settings, target)
-            return 0
+            return None
         with claimed(args.out):
             run = Run(args, settings, target, method)
             run.learn()
-    except ValueError as error:
-        print(f"{parser.prog.removeprefix('specserve ')}: error: {error}", file=sys.stderr)
-        return 2
-    made = HeadMade(
-        method=method.name,
-        provenance=provenance.collect(
-            "specserve.cli",
-            ["tune", method.name, *arguments],
-            run.llm.engine.platform,
-            args.prompts,
-        ),
-        settings=run.state.settings,
-        num_prompts=run.num_prompts,
-        num_excluded=run.num_excluded,
-        best=max(run.state.curve, key=lambda point: point.tau),
-        curve=run.state.curve,
-    )
-    write_card(args.out, method.describe(run.trainer, made), made)
-    print(f"{args.out}: {made.best.tau:.2f} tokens per forward pass on held-out prompts")
-    return 0
+        command, platform = ["tune", method.name, *argv], run.llm.engine.platform
+        made = HeadMade(
+            method=method.name,
+            provenance=provenance.collect("specserve.cli", command, platform, args.prompts),
+            settings=run.state.settings,
+            num_prompts=run.num_prompts,
+            num_excluded=run.num_excluded,
+            best=max(run.state.curve, key=lambda point: point.tau),
+            curve=run.state.curve,
+        )
+        about = method.about(run.trainer, made.settings["target"], made.coverage)
+        write_head_card(args.out, made, method.kind, about, method.layout)
+        return f"{args.out}: {made.best.tau:.2f} tokens per forward pass on held-out prompts"
+
+    return run_command(head_parser(kind), argv, run)
 
 
-def head_parser(name: str, description: str, kind: type[HeadSettings]) -> argparse.ArgumentParser:
-    """The parser of `specserve tune NAME`, with the settings of `kind` as flags."""
-    parser = argparse.ArgumentParser(
-        prog=f"specserve tune {name}", description=description, allow_abbrev=False
+def head_parser(kind: type[Method]) -> argparse.ArgumentParser:
+    """The parser of the command of a method, with its settings as flags."""
+    parser = new_parser(
+        kind.name, f"Train heads ({kind.kind}) for a target on the target's own answers."
     )
     add_run_flags(parser)
     parser.add_argument(
@@ -85,7 +66,7 @@ def head_parser(name: str, description: str, kind: type[HeadSettings]) -> argpar
         metavar="K/M",
         help="with --answer: answer part K of M only, so that M processes share the work",
     )
-    add_settings(parser, kind)
+    add_settings(parser, kind.Settings)
     return parser
 
 

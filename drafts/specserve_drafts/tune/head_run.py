@@ -8,82 +8,40 @@ the same steps after resuming.
 import argparse
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Final, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, Literal
 
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specserve.cli.progress import show_progress
-from specserve.config import ScheduleConfig, TargetConfig
+from specserve.config import TargetConfig
 from specserve.hub import resolve
 from specserve.llm import LLM
-from specserve.models.checkpoint import Checkpoint, read_checkpoint
+from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.atomic_write import write_json
 from specserve_drafts.tune.answers import SHARD_PROMPTS, Answers
-from specserve_drafts.tune.card import CURVE, check_curve
-from specserve_drafts.tune.head_card import Description, HeadMade, HeadPoint, draw_curve
+from specserve_drafts.tune.card import check_curve
+from specserve_drafts.tune.command import open_llm
+from specserve_drafts.tune.head_card import HeadPoint, draw_head_curve
 from specserve_drafts.tune.head_settings import HeadSettings
-from specserve_drafts.tune.head_state import (
-    STATE,
-    answer_settings,
-    begun,
-    lasting_settings,
-    load_tensors,
-    resumed,
-    save,
-)
-from specserve_drafts.tune.head_training import Chains, Stepped, Trainer
+from specserve_drafts.tune.head_state import State, load_tensors, save
+from specserve_drafts.tune.head_training import Method, Stepped, Trainer
 from specserve_drafts.tune.prompt_file import training_prompts
-from specserve_drafts.tune.teacher import Lesson, Teacher
+from specserve_drafts.tune.run_state import STATE, open_state
+from specserve_drafts.tune.settings import lasting_settings
+from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text, batches, whole_texts
-from specserve_drafts.tune.vocabulary import draft_vocabulary, head_rows
+from specserve_drafts.tune.vocabulary import draft_vocabulary
 from specserve_evals.progress import track
 
 SAVE_EVERY_S: Final = 30.0
 DATA: Final = "data"  # subdirectory of the output directory with the answers
 _BATCHES_AT_ONCE: Final = 2  # batches answered between two saves with --answer
-
-
-class Method(Protocol):
-    """The interface of a method, such as EAGLE or Medusa, that trains heads."""
-
-    name: str  # of the subcommand
-
-    def aux_layers(self, target: ModelShape) -> tuple[int, ...]:
-        """The layers whose input hidden states the heads read; num_layers: the output of the last
-        one. Raises ValueError."""
-        ...
-
-    def begin(
-        self,
-        checkpoint: Checkpoint,  # the target's
-        target: ModelShape,
-        teacher: Teacher,
-        last: Tensor,  # [n, hidden_size], some outputs of the target's last layer
-        draft_vocab: int,
-    ) -> nn.Module:
-        """The initial heads, on the teacher's device; `Trainer` defines how they are called."""
-        ...
-
-    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> Chains:
-        """The input of the heads for some texts."""
-        ...
-
-    def export(self, folder: Path, target: Path, trainer: Trainer, counts: Tensor) -> None:
-        """Write weights and config of `trainer.average` to `folder`, atomically per file.
-
-        counts: [vocab_size] int64, occurrences of each token in all training texts.
-        """
-        ...
-
-    def describe(self, trainer: Trainer, made: HeadMade) -> Description:
-        """The method's part of the model card."""
-        ...
 
 
 class Run:
@@ -93,7 +51,7 @@ class Run:
         self,
         args: argparse.Namespace,
         settings: HeadSettings,
-        target: dict[str, Any],
+        target: TargetConfig,
         method: Method,
     ) -> None:
         self.settings, self._out, self._method = settings, args.out, method
@@ -101,38 +59,27 @@ class Run:
         prompts = training_prompts(args.prompts, args.exclude, settings.seed)
         self.num_excluded, self._num_prompts = prompts.num_excluded, len(prompts.learned)
         lasting = lasting_settings(args, settings, target)
-        self.state = resumed(args.out, lasting) if args.resume else begun(args.out, lasting)
+        self.state = open_state(State, args.out, lasting, resume=args.resume)
         self.llm = open_target(settings, target)
-        self._target = resolve(target.get("target", TargetConfig().target))
-        self._teacher = Teacher(
-            self._target,
-            self.llm.engine.platform,
-            self.llm.config.target.quantization,
-            method.aux_layers(self.llm.engine.shape),
-            settings.max_len,
-        )
+        self._target, platform = resolve(target.target), self.llm.engine.platform
+        shape, quantization = self.llm.engine.shape, self.llm.config.target.quantization
+        layers = method.aux_layers(shape)
+        self._teacher = Teacher(self._target, platform, quantization, layers, settings.max_len)
         if not args.resume:
             write_json(args.out / STATE, self.state)
-        self._answers = Answers(
-            self.llm,
-            prompts.learned,
-            settings,
-            args.out / DATA,
-            self._teacher,
-            answer_settings(lasting),
-        )
-        started = time.perf_counter()
-        held_out = self._answers.held_out(prompts.held_out)
-        self._counts = torch.zeros(self.llm.engine.shape.vocab_size, dtype=torch.int64)
-        for index in range(len(self.state.passes)):
-            self._count_tokens(self._answers.shard(index))
-        if not self.state.passes:
-            self._add_shard()
-            while self._answers.has(len(self.state.passes)):  # answered by an earlier run
+        folder = args.out / DATA
+        self._answers = Answers(self.llm, prompts.learned, settings, folder, self._teacher, lasting)
+        with self._timed("answering"):
+            held_out = self._answers.held_out(prompts.held_out)
+            self._counts = torch.zeros(shape.vocab_size, dtype=torch.int64)
+            for index in range(len(self.state.passes)):
+                self._count_tokens(self._answers.shard(index))
+            if not self.state.passes:
                 self._add_shard()
+                while self._answers.has(len(self.state.passes)):  # answered by an earlier run
+                    self._add_shard()
         if not held_out:
             raise ValueError(f"max_len: {settings.max_len} has no room for the prompts' answers")
-        self._count(answering=time.perf_counter() - started)
         self.trainer = self._trainer()
         self._held_out = self.trainer.hold_out(held_out)
         self._recent: list[Stepped] = []
@@ -153,9 +100,11 @@ class Run:
                 self._check()  # of the untrained heads
             while (before := self._done) < limit:
                 if self._wants_answers():
-                    self._answer()
+                    with self._timed("answering"):
+                        self._add_shard()
                 else:
-                    self._train(before / limit)
+                    with self._timed("training"):
+                        self._train(before / limit)
                     if self.state.num_steps % self.settings.check_every == 0:
                         self._check()
                 if time.monotonic() - saved >= SAVE_EVERY_S:
@@ -181,11 +130,6 @@ class Run:
         share = settings.share * (state.answering + state.training)
         return settings.share > 0 and (learned or state.answering < share)
 
-    def _answer(self) -> None:
-        started = time.perf_counter()
-        self._add_shard()
-        self._count(answering=time.perf_counter() - started)
-
     def _add_shard(self) -> None:
         """Answer the next shard, or read it from disk, and count its tokens."""
         index = len(self.state.passes)
@@ -205,7 +149,6 @@ class Run:
             self._counts += torch.bincount(tokens, minlength=len(self._counts))
 
     def _train(self, progress: float) -> None:
-        started = time.perf_counter()
         if self.state.shard < 0:  # choose at random among those with the fewest passes
             passes = self.state.passes
             least = [index for index, count in enumerate(passes) if count == min(passes)]
@@ -224,7 +167,6 @@ class Run:
             shard=-1 if last else state.shard,
             cursor=0 if last else state.cursor + 1,
         )
-        self._count(training=time.perf_counter() - started)
 
     def _batches(self, shard: int, number: int) -> list[list[Text]]:
         if self._loaded is None or self._loaded[0] != (shard, number):
@@ -238,23 +180,28 @@ class Run:
     def _check(self) -> None:
         """Measure the averaged weights on the held-out answers; export them if they are the best
         so far. Raises ValueError if a loss since the last check was not finite."""
-        started = time.perf_counter()
         recent, state = self._recent, self.state
-        if not all(math.isfinite(step.loss) for step in recent):
+        loss, coverage, accepted = None, None, ()
+        if recent:
+            loss = float(np.mean([float(step.loss) for step in recent]))
+            coverage = float(np.mean([float(step.coverage) for step in recent]))
+            accepted = tuple(np.mean([step.accepted.tolist() for step in recent], 0).tolist())
+        if loss is not None and not math.isfinite(loss):
             raise ValueError(
                 f"matrix_lr: at {self.settings.matrix_lr} (other_lr {self.settings.other_lr}) the "
                 f"loss is no number by step {state.num_steps}; {self._out} has the best head so "
                 "far, begin another with lower ones"
             )
-        checked = self.trainer.check(self._held_out)
+        with self._timed("training"):
+            checked = self.trainer.check(self._held_out)
         point = HeadPoint(
             num_steps=state.num_steps,
             num_tokens=state.num_tokens,
             num_answered=state.num_answered,
             seconds=round(state.answering + state.training),
-            loss=float(np.mean([step.loss for step in recent])) if recent else None,
-            accepted=tuple(np.mean([s.accepted for s in recent], 0).tolist()) if recent else (),
-            coverage=float(np.mean([s.coverage for s in recent])) if recent else None,
+            loss=loss,
+            accepted=accepted,
+            coverage=coverage,
             tau=checked.tau,
             conditional=checked.conditional,
         )
@@ -262,25 +209,16 @@ class Run:
             self._method.export(self._out, self._target, self.trainer, self._counts)
         self._recent = []
         self._update(curve=(*state.curve, point))
-        draw_curve(self.state.curve, self._out / CURVE)
-        self._count(training=time.perf_counter() - started)
+        draw_head_curve(self._out, self.state.curve)
 
     def _save(self) -> None:
         self.state = save(self._out, self.state, self.trainer.tensors())
 
     def _trainer(self) -> Trainer:
-        shape, texts = self.llm.engine.shape, self._answers.shard(0)
-        saved = load_tensors(self._out, self.state)
+        texts, saved = self._answers.shard(0), load_tensors(self._out, self.state)
         token_ids = saved["vocab.ids"] if saved else self._vocabulary(texts)
         checkpoint, last = read_checkpoint(self._target), self._teacher.read(texts[:8]).last
-        trainer = Trainer(
-            self.settings,
-            self._method.begin(checkpoint, shape, self._teacher, last, len(token_ids)),
-            lambda texts, lesson: self._method.lay_out(texts, lesson, self._teacher),
-            self._teacher,
-            token_ids,
-            head_rows(checkpoint, shape, token_ids),
-        )
+        trainer = Trainer(self.settings, self._method, self._teacher, checkpoint, last, token_ids)
         if saved:
             trainer.load(saved, self.state.num_steps)
         return trainer
@@ -294,21 +232,25 @@ class Run:
         label = f"step {self.state.num_steps}, held-out tau {point.tau:.2f}"
         return f"{label}, c_1 {point.conditional[0]:.2f}"
 
-    def _count(self, answering: float = 0.0, training: float = 0.0) -> None:
-        state = self.state
-        self._update(answering=state.answering + answering, training=state.training + training)
+    @contextmanager
+    def _timed(self, what: Literal["answering", "training"]) -> Iterator[None]:
+        """Add the time of the context to `state.answering` or `state.training`."""
+        started = time.perf_counter()
+        yield
+        seconds = getattr(self.state, what) + time.perf_counter() - started
+        self._update(**{what: seconds})
 
     def _update(self, **changes: Any) -> None:
         self.state = msgspec.structs.replace(self.state, **changes)
 
 
-def answer(args: argparse.Namespace, settings: HeadSettings, target: dict[str, Any]) -> None:
+def answer(args: argparse.Namespace, settings: HeadSettings, target: TargetConfig) -> None:
     """Answer the first `args.answer` prompts, or this process's part of them, without training.
     Raises ValueError."""
     prompts = training_prompts(args.prompts, args.exclude, settings.seed)
-    made_with = answer_settings(lasting_settings(args, settings, target))
+    lasting = lasting_settings(args, settings, target)
     llm = open_target(settings, target)
-    answers = Answers(llm, prompts.learned, settings, args.out / DATA, None, made_with)
+    answers = Answers(llm, prompts.learned, settings, args.out / DATA, None, lasting)
     part, num_parts = args.part
     if part == 1:
         answers.held_out(prompts.held_out)
@@ -321,17 +263,11 @@ def answer(args: argparse.Namespace, settings: HeadSettings, target: dict[str, A
             advance(len(missing[start : start + step]) * SHARD_PROMPTS, "answering")
 
 
-def open_target(settings: HeadSettings, target: dict[str, Any]) -> LLM:
+def open_target(settings: HeadSettings, target: TargetConfig) -> LLM:
     """An engine that runs `settings.batch` sequences together, each as long as training needs."""
-    with show_progress() as progress:
-        directory = resolve(target.get("target", TargetConfig().target), progress=progress)
-        room = ModelShape.from_dir(directory).max_position_embeddings
-        target = {"max_model_len": min(room, settings.max_len + settings.max_tokens)} | target
-        return LLM(
-            draft="none",
-            max_num_seqs=settings.batch,
-            max_num_batched_tokens=max(settings.batch, ScheduleConfig().max_num_batched_tokens),
-            prefix_caching=False,
-            progress=progress,
-            **target,
-        )
+    if target.max_model_len is None:
+        with show_progress() as progress:
+            shape = ModelShape.from_dir(resolve(target.target, progress=progress))
+        needed = min(shape.max_position_embeddings, settings.max_len + settings.max_tokens)
+        target = msgspec.structs.replace(target, max_model_len=needed)
+    return open_llm(target, settings.batch, draft="none")

@@ -1,14 +1,14 @@
 """Training steps, the moving average of the weights, and the check on held-out answers.
 
-Knows no files, no time and no method: the progress of the run is passed to each step as a fraction,
-and heads are any module that maps `Chains` to inputs of the target's LM head.
+Knows no time and no progress on disk: the progress of the run is passed to each step as a fraction.
 """
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from pathlib import Path
+from typing import ClassVar, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,14 @@ import torch
 from msgspec import Struct
 from torch import Tensor, nn
 
+from specserve.models.checkpoint import Checkpoint
+from specserve.models.shape import ModelShape
 from specserve_drafts.tune.head_loss import Wanted, head_loss
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.muon import MuonAdamW
 from specserve_drafts.tune.teacher import Lesson, Teacher
 from specserve_drafts.tune.texts import Text
+from specserve_drafts.tune.vocabulary import head_rows
 
 _STEP_WEIGHT: Final = 0.8  # ratio of the loss weights of consecutive chain steps (EAGLE-3)
 _WARM_UP: Final = 0.04  # fraction of the run in which learning rates rise
@@ -29,30 +32,17 @@ _EMA: Final = 0.999  # decay of the moving average per step
 _LOGIT_ROWS: Final = 512  # rows whose logits exist at once in a check
 
 
-@dataclass(frozen=True, slots=True)
-class Stepped:
+class Stepped(NamedTuple):
     """Measurements of a training step, from before its update.
 
-    Reading a figure waits for the device; until then the host can prepare the next step while a GPU
-    computes this one.
+    They stay on the device: reading one waits for it, and until then the host can prepare the next
+    step while a GPU computes this one.
     """
 
     num_tokens: int  # answer tokens trained on
-    _figures: Tensor  # [2 + depth] float32: loss, coverage, acceptance per chain step
-
-    @property
-    def loss(self) -> float:
-        return float(self._figures[0])
-
-    @property
-    def coverage(self) -> float:
-        """The target's mean probability mass on the draft vocabulary."""
-        return float(self._figures[1])
-
-    @property
-    def accepted(self) -> tuple[float, ...]:
-        """Mean acceptance probability sum_v min(p, q) per chain step, at temperature 1."""
-        return tuple(self._figures[2:].tolist())
+    loss: Tensor  # scalar
+    coverage: Tensor  # scalar, the target's mean probability mass on the draft vocabulary
+    accepted: Tensor  # [depth], mean of sum_v min(p, q) per chain step, at temperature 1
 
 
 class Checked(Struct, frozen=True):
@@ -73,7 +63,50 @@ class Chains(Protocol):
         past the end of a text its last one."""
 
 
-LayOut = Callable[[Sequence[Text], Lesson], Chains]
+class Method(Protocol):
+    """The interface of a method, such as EAGLE or Medusa, that trains heads."""
+
+    Settings: ClassVar[type[HeadSettings]]
+    name: str  # of the command
+    kind: str  # of heads, for the model card
+    layout: str  # a sentence on the layout of the checkpoints
+
+    def __init__(self, settings: HeadSettings) -> None: ...
+
+    def aux_layers(self, target: ModelShape) -> tuple[int, ...]:
+        """The layers whose input hidden states the heads read; num_layers: the output of the last
+        one. Raises ValueError."""
+        ...
+
+    def begin(
+        self,
+        checkpoint: Checkpoint,  # the target's
+        teacher: Teacher,
+        last: Tensor,  # [n, hidden_size], some outputs of the target's last layer
+        draft_vocab: int,
+    ) -> nn.Module:
+        """The initial heads, on the teacher's device. Called with `Chains`, they yield hidden
+        states [M, hidden_size] for each chain step, inputs of the target's LM head."""
+        ...
+
+    def lay_out(self, texts: Sequence[Text], lesson: Lesson, teacher: Teacher) -> Chains:
+        """The input of the heads for some texts."""
+        ...
+
+    def export(self, folder: Path, target: Path, trainer: "Trainer", counts: Tensor) -> None:
+        """Write weights and config of `trainer.average` to `folder`, atomically per file.
+
+        target: the target's directory. counts: [vocab_size] int64, occurrences of each token in all
+        training texts.
+        """
+        ...
+
+    def about(self, trainer: "Trainer", target: str, coverage: float) -> str:
+        """Inputs and weights of the heads, in sentences.
+
+        coverage: the target's probability mass on the draft vocabulary.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +118,26 @@ class HeldOut:
 
 
 class Trainer:
-    """Trains `head`, a module that, called with `Chains`, yields hidden states [M, hidden_size] for
-    each chain step. `rows` are the target's LM head rows for `token_ids`; they are not trained."""
+    """Trains the heads of `method`. The rows of the target's LM head are not trained."""
 
     def __init__(
         self,
         settings: HeadSettings,
-        head: nn.Module,
-        lay_out: LayOut,
+        method: Method,
         teacher: Teacher,
+        checkpoint: Checkpoint,  # the target's
+        last: Tensor,  # [n, hidden_size], see `Method.begin`
         token_ids: Tensor,  # [draft_vocab] int64
-        rows: Tensor,  # [draft_vocab, hidden_size] float32
     ) -> None:
-        self._settings, self._teacher, self._lay_out = settings, teacher, lay_out
-        self.device = teacher.device
-        self.head = head
-        self.average = copy.deepcopy(head).requires_grad_(False)
+        self._settings, self._method, self._teacher = settings, method, teacher
+        shape, self.device = teacher.model.shape, teacher.device
+        self.head = method.begin(checkpoint, teacher, last, len(token_ids))
+        self.average = copy.deepcopy(self.head).requires_grad_(False)
         self.token_ids = token_ids.to(self.device)
-        whole = len(token_ids) == teacher.model.shape.vocab_size
+        whole = len(token_ids) == shape.vocab_size
         self._drafted_ids = None if whole else self.token_ids
-        self.rows = rows.to(self.device)
+        # Of the target's LM head, for `token_ids`: [draft_vocab, hidden_size] float32.
+        self.rows = head_rows(checkpoint, shape, token_ids).to(self.device)
         dtype = torch.float32 if settings.precision == "float32" else torch.bfloat16
         self._rows = self.rows.to(dtype)
         self._autocast = dtype != torch.float32
@@ -117,7 +150,7 @@ class Trainer:
         settings = self._settings
         lesson = self._teacher.read(texts)
         wanted = Wanted.of(self._teacher.likely(lesson.last, self._drafted_ids))
-        chains = self._lay_out(texts, lesson)
+        chains = self._method.lay_out(texts, lesson, self._teacher)
         hybrid = progress >= settings.kl_first
         loss, accepted = torch.zeros((), device=self.device), []
         with self._cast():
@@ -136,20 +169,17 @@ class Trainer:
         self.head.zero_grad()
         self.num_steps += 1
         self._follow()
-        figures = torch.stack((loss.detach(), wanted.mass.mean(), *accepted))
-        return Stepped(len(lesson.last), figures)
+        accepted_rates = torch.stack(accepted)
+        return Stepped(len(lesson.last), loss.detach(), wanted.mass.mean(), accepted_rates)
 
     def hold_out(self, texts: Sequence[Text]) -> list[HeldOut]:
         """Prepare held-out texts for `check`, in batches of the size of a training step."""
-        held, part = [], list[Text]()
-        for index, text in enumerate(texts):
-            part.append(text)
-            if sum(t.num_answer for t in part) >= self._settings.step_tokens or (
-                index + 1 == len(texts)
-            ):
-                held.append(self._hold(part))
-                part = []
-        return held
+        parts: list[list[Text]] = [[]]
+        for text in texts:
+            if sum(other.num_answer for other in parts[-1]) >= self._settings.step_tokens:
+                parts.append([])
+            parts[-1].append(text)
+        return [self._hold(part) for part in parts]
 
     @torch.no_grad()
     def check(self, held: Sequence[HeldOut]) -> Checked:
@@ -197,10 +227,8 @@ class Trainer:
 
     def _hold(self, texts: Sequence[Text]) -> HeldOut:
         answers = np.concatenate([text.tokens[text.num_prompt :] for text in texts])
-        return HeldOut(
-            self._lay_out(texts, self._teacher.read(texts)),
-            torch.from_numpy(answers.astype(np.int64)).to(self.device),
-        )
+        chains = self._method.lay_out(texts, self._teacher.read(texts), self._teacher)
+        return HeldOut(chains, torch.from_numpy(answers.astype(np.int64)).to(self.device))
 
     def _guesses(self, out: Tensor) -> Tensor:
         """The most likely tokens: [n, hidden_size] -> [n] int64."""

@@ -1,24 +1,19 @@
 """Training prompts: those of a file, without prompts that overlap with an evaluation's."""
 
-import argparse
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
-from specserve.cli.parser import PROMPTS_HELP
 from specserve.cli.prompts import Messages
-from specserve.config import TargetConfig
 from specserve_evals.prompts import load_prompts
-from specserve_evals.provenance import DataFile
 
 # Words in a row shared with an evaluation prompt that exclude a prompt (Brown et al. 2020, app. C).
 NGRAM: Final = 13
 HELD_OUT: Final = 32  # prompts that are never trained on
-DATA_SETTINGS: Final = ("prompts", "exclude", "target", "quantization", "dtype")
 _WORDS: Final = re.compile(r"\w+")
 
 
@@ -26,41 +21,6 @@ class Prompts(NamedTuple):
     learned: list[Messages]  # the training prompts, in random order
     held_out: list[Messages]
     num_excluded: int
-
-
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of every method: prompts, exclusions, output directory, resuming."""
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE.jsonl",
-        help=f"{PROMPTS_HELP}; {HELD_OUT} of them are held out",
-    )
-    parser.add_argument(
-        "--exclude",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE.jsonl",
-        help="leave out prompts that share 13 words in a row with one of these; repeatable",
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory of the draft"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in DIR")
-
-
-def data_settings(args: argparse.Namespace, target: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `DATA_SETTINGS`, which identify prompts and target, as JSON types."""
-    default = TargetConfig()
-    return {
-        "prompts": DataFile.of(args.prompts).label,
-        "exclude": [DataFile.of(path).label for path in args.exclude],
-        "target": Path(target.get("target", default.target)).name,
-        "quantization": target.get("quantization", default.quantization),
-        "dtype": target.get("dtype", default.dtype),
-    }
 
 
 def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> Prompts:

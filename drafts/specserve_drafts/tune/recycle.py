@@ -1,6 +1,4 @@
-"""Fill a recycling table from the target's answers to training prompts.
-
-specserve tune recycle --prompts train.jsonl --exclude spec_bench.jsonl --out DIR --minutes 20
+"""`specserve tune recycle`: fills a recycling table from the target's answers to training prompts.
 
 The engine answers the prompts with the `recycle` drafter enabled. Every forward pass updates the
 table, rejected nodes included, and the acceptance length of an answer is measured before the table
@@ -8,55 +6,92 @@ contains that answer.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import ClassVar, Final
 
-import msgspec
 from msgspec import Struct
 
-from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
-from specserve.cli.progress import show_progress
-from specserve.config import ScheduleConfig, TargetConfig
-from specserve.llm import LLM
+from specserve.config import TargetConfig
 from specserve.types import SamplingParams, SpecStats
 from specserve_drafts.atomic_write import write_json
 from specserve_drafts.compatibility import DraftConfig
 from specserve_drafts.recycle.drafter import RecycleDrafter
 from specserve_drafts.recycle.topk_table import TABLE_FILE, TopKTable
-from specserve_drafts.tune.card import Made, Point, check_curve, write_draft
+from specserve_drafts.tune.card import CURVE, Made, check_curve, draw_curve, write_card
 from specserve_drafts.tune.claim import claimed
-from specserve_drafts.tune.prompt_file import add_run_flags, data_settings, training_prompts
+from specserve_drafts.tune.command import add_run_flags, new_parser, open_llm, run_command
+from specserve_drafts.tune.prompt_file import training_prompts
+from specserve_drafts.tune.run_state import STATE, RunState, open_state
+from specserve_drafts.tune.settings import (
+    RunSettings,
+    add_settings,
+    lasting_settings,
+    read_settings,
+)
 from specserve_evals import provenance
 from specserve_evals.progress import track
-from specserve_evals.runs import at_least_one
 
-STATE: Final = "state.json"
 CHUNK: Final = 96  # prompts answered between two saves, which takes less than a minute
 
 
-class State(Struct, frozen=True):
+class RecycleSettings(RunSettings, frozen=True, forbid_unknown_fields=True):
+    HELP: ClassVar[dict[str, str]] = RunSettings.HELP | {
+        "contexts": "rows of the table, a power of two",
+        "max_nodes": "tree nodes per sequence and forward pass, root included",
+    }
+
+    contexts: int = 2**19
+    max_nodes: int = 8
+
+
+class Point(Struct, frozen=True):
+    """The progress of a run after a chunk of answers."""
+
+    num_tokens: int  # answer tokens so far
+    seconds: int
+    num_contexts: int  # rows in use in the table
+    tau: float  # tokens per forward pass of the chunk's greedy answers, measured while answering
+
+
+class State(RunState, frozen=True):
     """The progress of a run; together with the table, all that is needed to resume."""
 
-    settings: dict[str, Any]
     num_prompts: int = 0  # submitted so far, repeats counted
     num_tokens: int = 0  # of the answers
     seconds: float = 0.0  # of answering
     curve: tuple[Point, ...] = ()
 
 
+class TableMade(Made, frozen=True):
+    num_tokens: int
+    seconds: int
+    held_out_tau: float
+    curve: tuple[Point, ...]
+
+
 class Run:
     """One run, new or resumed. Raises ValueError."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+    def __init__(
+        self, args: argparse.Namespace, settings: RecycleSettings, target: TargetConfig
+    ) -> None:
+        self._out, self._settings = args.out, settings
         check_curve()
-        prompts = training_prompts(args.prompts, args.exclude, args.seed)
+        prompts = training_prompts(args.prompts, args.exclude, settings.seed)
         self._prompts, self._held_out, self.num_excluded = prompts
-        self.state = _resumed(args) if args.resume else _begun(args)
-        self.llm = _open(args)
+        lasting = lasting_settings(args, settings, target)
+        self.state = open_state(State, args.out, lasting, resume=args.resume)
+        self.llm = open_llm(
+            target,
+            settings.batch,
+            settings.max_nodes,
+            draft="recycle",
+            options={"recycle": {"contexts": settings.contexts, "pretrained": False}},
+            cost_aware=False,
+            max_nodes=settings.max_nodes,
+        )
         drafter = self.llm.engine.drafter.drafters["recycle"]
         assert isinstance(drafter, RecycleDrafter)
         self.drafter = drafter
@@ -65,19 +100,19 @@ class Run:
 
     def learn(self) -> None:
         """Answer prompts until the limit of time or tokens; saves after every chunk."""
-        limit = self._args.tokens or round(60 * self._args.minutes)
+        limit = self._settings.tokens or self._settings.seconds
         with track(limit) as advance:
             advance(min(self._done, limit), "learning")
             while (before := self._done) < limit:
                 self._answer_chunk()
-                self.drafter.table.save(self._args.out / TABLE_FILE)
-                write_json(self._args.out / STATE, self.state)
+                self.drafter.table.save(self._out / TABLE_FILE)
+                write_json(self._out / STATE, self.state)
                 tau = f"greedy answers: tau {self.state.curve[-1].tau:.2f}"
                 advance(min(self._done, limit) - before, tau)
 
     def held_out_tau(self) -> float:
         """Tokens per forward pass of greedy answers to the held-out prompts."""
-        greedy = SamplingParams(temperature=0.0, max_tokens=self._args.max_tokens)
+        greedy = SamplingParams(temperature=0.0, max_tokens=self._settings.max_tokens)
         answers = self.llm.generate(self._held_out, greedy)
         return _pooled_tau([answer.stats for answer in answers if answer.error is None])
 
@@ -88,19 +123,13 @@ class Run:
 
     @property
     def _done(self) -> int:
-        return self.state.num_tokens if self._args.tokens else round(self.state.seconds)
+        """Progress in the unit of the limit: tokens, else seconds."""
+        return self.state.num_tokens if self._settings.tokens else round(self.state.seconds)
 
     def _answer_chunk(self) -> None:
-        args, state = self._args, self.state
+        state = self.state
         numbers = range(state.num_prompts, state.num_prompts + CHUNK)
-        sampling = [
-            SamplingParams(
-                temperature=args.temperature[number % len(args.temperature)],
-                max_tokens=args.max_tokens,
-                seed=args.seed + number,
-            )
-            for number in numbers
-        ]
+        sampling = [self._settings.sampling(number) for number in numbers]
         started = time.perf_counter()
         prompts = [self._prompts[number % len(self._prompts)] for number in numbers]
         answers = list(zip(self.llm.generate(prompts, sampling), sampling, strict=True))
@@ -121,65 +150,23 @@ def _pooled_tau(stats: Sequence[SpecStats]) -> float:
     return sum(s.num_emitted_tokens for s in stats) / max(sum(s.num_spec_steps for s in stats), 1)
 
 
-def _begun(args: argparse.Namespace) -> State:
-    if (args.out / STATE).exists():
-        raise ValueError(f"out: {args.out} holds a run; add --resume, or give another directory")
-    args.out.mkdir(parents=True, exist_ok=True)
-    return State(_settings(args))
+def main(argv: Sequence[str]) -> int:
+    parser = new_parser(
+        "recycle", "Fill a top-k table for `recycle` from the target's answers to prompts."
+    )
+    add_run_flags(parser)
+    add_settings(parser, RecycleSettings)
 
-
-def _resumed(args: argparse.Namespace) -> State:
-    path = args.out / STATE
-    try:
-        state = msgspec.json.decode(path.read_bytes(), type=State)
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ValueError(f"resume: {path} cannot be read: {error}") from error
-    for name, value in _settings(args).items():
-        if (before := state.settings.get(name)) != value:
-            raise ValueError(f"{name}: {value!r} goes on with a run that had {before!r}; leave it")
-    return state
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that must not change on resuming, as JSON types."""
-    names = ("temperature", "max_tokens", "max_nodes", "contexts", "seed")
-    chosen = {name: getattr(args, name) for name in names}
-    return chosen | data_settings(args, given(args, TargetConfig))
-
-
-def _open(args: argparse.Namespace) -> LLM:
-    with show_progress() as progress:
-        return LLM(
-            draft=("recycle",),
-            options={"recycle": {"contexts": args.contexts, "pretrained": False}},
-            cost_aware=False,
-            max_nodes=args.max_nodes,
-            max_num_seqs=args.batch,
-            max_num_batched_tokens=max(
-                args.batch * args.max_nodes, ScheduleConfig().max_num_batched_tokens
-            ),
-            prefix_caching=False,
-            progress=progress,
-            **given(args, TargetConfig),
-        )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 0, or 2 for wrong usage."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(arguments)
-    try:
+    def run(args: argparse.Namespace) -> str:
+        settings, target = read_settings(args, RecycleSettings)
         with claimed(args.out):
-            run = Run(args)
+            run = Run(args, settings, target)
             run.learn()
-            made = Made(
+            command = ["tune", "recycle", *argv]
+            platform = run.llm.engine.platform
+            made = TableMade(
                 method="recycle",
-                provenance=provenance.collect(
-                    "specserve.cli",
-                    ["tune", "recycle", *arguments],
-                    run.llm.engine.platform,
-                    args.prompts,
-                ),
+                provenance=provenance.collect("specserve.cli", command, platform, args.prompts),
                 settings=run.state.settings,
                 num_prompts=run.num_prompts,
                 num_excluded=run.num_excluded,
@@ -189,87 +176,34 @@ def main(argv: Sequence[str] | None = None) -> int:
                 curve=run.state.curve,
             )
             write_draft(args.out, DraftConfig("recycle", run.drafter.target), made)
-    except ValueError as error:
-        print(f"tune recycle: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {made.held_out_tau:.2f} tokens per forward pass on held-out prompts")
-    return 0
+        return f"{args.out}: {made.held_out_tau:.2f} tokens per forward pass on held-out prompts"
+
+    return run_command(parser, argv, run)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="specserve tune recycle",
-        description="Fill a top-k table for `recycle` from the target's answers to prompts.",
-        allow_abbrev=False,
+def write_draft(folder: Path, config: DraftConfig, made: TableMade) -> None:
+    """Write config.json, model card and learning curve to `folder`, beside the table."""
+    target, settings = config.target, made.settings
+    write_json(folder / "config.json", config)
+    write_card(
+        folder,
+        made,
+        kind=config.specserve_method,
+        about=f"Made for a target of {target.num_layers} layers, hidden size {target.hidden_size} "
+        f"and a vocabulary of {target.vocab_size} tokens.",
+        facts=(
+            f"learned from {made.num_tokens} tokens: the target's own answers to "
+            f"{made.num_prompts} prompts, temperatures {settings['temperature']}",
+            f"{made.held_out_tau:.2f} tokens per forward pass on held-out prompts, greedy, with at "
+            f"most {settings['max_nodes']} nodes ({CURVE}: over the course of the run)",
+            f"made in {made.seconds / 60:.0f} minutes",
+        ),
+        note="It affects only the speed, never the output. It holds token ids and their "
+        "probabilities, taken from the target's answers.",
     )
-    add_run_flags(parser)
-    _add_amounts(parser)
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="seed of the order of prompts and of sampling (default: 0)",
+    tau = [point.tau for point in made.curve]
+    draw_curve(
+        folder,
+        ("tokens learned from", [point.num_tokens for point in made.curve]),
+        {"tokens per forward pass, greedy answers": {"": tau}},
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.7, 0.0, 1.0],
-        metavar="T",
-        help="sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
-    )
-    add_flags(
-        parser.add_argument_group("target"), TargetConfig, ENGINE_HELP | {"target": TARGET_HELP}
-    )
-    return parser
-
-
-def _add_amounts(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how much is learned, and in how large parts."""
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument(
-        "--minutes",
-        type=at_least_one,
-        default=20,
-        metavar="N",
-        help="minutes that the target answers prompts (default: 20)",
-    )
-    limit.add_argument(
-        "--tokens",
-        type=at_least_one,
-        metavar="N",
-        help="tokens of answers to learn from, instead of --minutes",
-    )
-    parser.add_argument(
-        "--contexts",
-        type=at_least_one,
-        default=2**19,
-        metavar="N",
-        help="rows of the table, a power of two (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-nodes",
-        type=at_least_one,
-        default=8,
-        metavar="N",
-        help="tree nodes per sequence and forward pass, root included (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=at_least_one,
-        default=32,
-        metavar="N",
-        help="prompts that the target answers at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=at_least_one,
-        default=256,
-        metavar="N",
-        help="most tokens of an answer (default: %(default)s)",
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The settings of training runs, from flags or from an experiment file in TOML."""
+
+import argparse
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Final, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from specserve.cli.flags import add_flags, given
+from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.config import TargetConfig
+from specserve.types import SamplingParams
+from specserve_evals.provenance import DataFile
+
+_LISTS: Final = {"temperature": float, "aux_layers": int}  # flags that take several values
+_LIMITS: Final = frozenset({"minutes", "tokens"})
+
+
+class RunSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings common to all methods; a method's subclass adds its own. Raises ValueError if a
+    value is out of range."""
+
+    HELP: ClassVar[dict[str, str]] = {
+        "minutes": "minutes of the run; 20 if neither this nor --tokens is given",
+        "tokens": "answer tokens to learn from, repeats counted; instead of --minutes",
+        "batch": "prompts that the target answers at once",
+        "max_tokens": "most tokens of an answer",
+        "temperature": "sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
+        "seed": "seed of the order of prompts, of sampling and of initial weights",
+    }
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
+        "minutes": (1, 10**6),
+        "tokens": (1, 10**12),
+        "batch": (1, 4096),
+        "max_tokens": (1, 2**20),
+        "seed": (0, 2**31),
+    }
+    FREE: ClassVar[frozenset[str]] = _LIMITS | {"batch"}  # may change on resuming
+
+    minutes: int | None = None
+    tokens: int | None = None
+    batch: int = 32
+    max_tokens: int = 256
+    temperature: tuple[float, ...] = (0.0, 0.7, 0.0, 1.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in self.RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}: {value} is out of range; expected {low} to {high}")
+        if self.minutes is not None and self.tokens is not None:
+            raise ValueError("minutes: not together with tokens; give one of them")
+        if not self.temperature or any(not 0 <= t <= 2 for t in self.temperature):
+            raise ValueError(f"temperature: {list(self.temperature)}; expected some of 0 to 2")
+
+    @property
+    def seconds(self) -> int:
+        """The time limit of a run without `tokens`."""
+        return 60 * (self.minutes or 20)
+
+    def sampling(self, number: int) -> SamplingParams:
+        """How prompt `number` is answered."""
+        temperature = self.temperature[number % len(self.temperature)]
+        return SamplingParams(
+            temperature=temperature, max_tokens=self.max_tokens, seed=self.seed + number
+        )
+
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def add_settings(parser: argparse.ArgumentParser, kind: type[RunSettings]) -> None:
+    """Add the flags of `kind` and of the target to `parser`."""
+    for name, each in _LISTS.items():
+        if name in kind.__struct_fields__:
+            parser.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=each,
+                nargs="+",
+                default=argparse.SUPPRESS,
+                metavar="N" if each is int else "T",
+                help=kind.HELP[name],
+            )
+    add_flags(parser.add_argument_group("recipe"), kind, kind.HELP, skip=frozenset(_LISTS))
+    target_help = ENGINE_HELP | {"target": TARGET_HELP}
+    add_flags(parser.add_argument_group("target"), TargetConfig, target_help)
+
+
+def read_settings(
+    args: argparse.Namespace, kind: type[Settings], file: Path | None = None
+) -> tuple[Settings, TargetConfig]:
+    """The settings of the experiment file, overridden by flags, and those of the target. Raises
+    ValueError."""
+    values = {} if file is None else _read_toml(file, kind)
+    flags = given(args, kind)
+    if _LIMITS & set(flags):
+        values = {name: value for name, value in values.items() if name not in _LIMITS}
+    values |= flags | given(args, TargetConfig)
+    target = {name: values.pop(name) for name in TargetConfig.__struct_fields__ if name in values}
+    try:
+        return msgspec.convert(values, kind), msgspec.convert(target, TargetConfig)
+    except msgspec.ValidationError as error:
+        reason = error.__cause__ or error  # the message of `__post_init__`, if that raised
+        raise ValueError(f"{'' if file is None else f'{file}: '}{reason}") from error
+
+
+def lasting_settings(
+    args: argparse.Namespace, settings: RunSettings, target: TargetConfig
+) -> dict[str, Any]:
+    """What must not change on resuming, as JSON types: settings, prompts and target."""
+    values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(settings))
+    lasting = {name: value for name, value in values.items() if name not in settings.FREE}
+    return lasting | {
+        "prompts": DataFile.of(args.prompts).label,
+        "exclude": [DataFile.of(path).label for path in args.exclude],
+        "target": Path(target.target).name,
+        "quantization": target.quantization,
+        "dtype": target.dtype,
+    }
+
+
+def _read_toml(file: Path, kind: type[RunSettings]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"experiment: {file} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"experiment: {file} is not valid TOML: {error}") from error
+    known = (*kind.__struct_fields__, *TargetConfig.__struct_fields__)
+    for name in values:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{file}: {name}: unknown setting; {hint}")
+    return values
