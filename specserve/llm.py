@@ -20,8 +20,8 @@ from msgspec import Struct
 
 from specserve.config import llm_config
 from specserve.engine.engine import Engine
+from specserve.engine.measure import measure_costs
 from specserve.engine.parts import load_parts
-from specserve.engine.warm_up import measure
 from specserve.hub import resolve
 from specserve.text import Tokenizer
 from specserve.text.output_text import OutputText
@@ -120,7 +120,7 @@ class LLM:
         self.tokenizer = Tokenizer(directory)
         self.tokenizer.prepare()
         parts = load_parts(self.config, directory, self.tokenizer, find)
-        measure(parts)
+        measure_costs(parts)
         self.engine = Engine(parts)
         self._num_requests = 0
 

@@ -8,7 +8,7 @@ import pytest
 from tiny import write_tiny_llama
 from tiny_text import BOS, CHATML, END, START, write_byte_tokenizer
 
-from specserve.engine.end_tokens import end_tokens
+from specserve.engine.parts import end_tokens
 from specserve.llm import LLM
 from specserve.models.fields import ModelError
 from specserve.models.shape import ModelShape

@@ -14,7 +14,7 @@ def check_feedback(engine: Engine) -> int:
     """Run PROMPTS and check every feedback. Returns how many accepted paths were no first nodes."""
     texts: dict[str, list[int]] = {}
     num_moved = 0
-    model = engine.runner._model
+    model = engine.runner.model
 
     def check(feedback: Feedback) -> None:
         nonlocal num_moved

@@ -5,24 +5,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specserve.speculation.calibration import Calibration
-from specserve.speculation.cost_model import ContextCost, CostModel
-from specserve.speculation.node_selection import NodeSelection
+from specserve.speculation.calibration import new_calibration
+from specserve.speculation.cost_model import CostModel
+from specserve.speculation.node_selection import select_nodes
 from specserve.tree import MAX_NODES, DraftTree, build_tree, chain_tree
+from specserve_kernels.host.reference import Calibration
 
 FLAT = CostModel({1: 1.0, 64: 1.0})
 STEEP = CostModel({1: 1.0, 2: 2.0, 4: 4.0})
 
 
-def measured(samples: dict[int, float], context: int, context_cost: ContextCost) -> CostModel:
+def measured(samples: dict[int, float], context: int, fixed: float, per_row: float) -> CostModel:
     costs = CostModel()
     assert not costs.is_measured
-    costs.measure(samples, context, context_cost)
+    costs.measure(samples, context, fixed, per_row)
     return costs
 
 
 def select(trees: dict[str, DraftTree], num_rows: int, costs: CostModel) -> dict[str, DraftTree]:
-    return NodeSelection(costs).select(trees, num_rows)
+    return select_nodes(trees, costs, num_rows)
 
 
 def chain(*chances: float) -> DraftTree:
@@ -37,7 +38,7 @@ def test_costs_are_interpolated_and_never_decrease() -> None:
 
 
 def test_costs_follow_the_passes_of_a_run() -> None:
-    costs = measured({1: 1.0, 4: 1.5, 8: 2.0}, 100, ContextCost(0.001, 0.0))
+    costs = measured({1: 1.0, 4: 1.5, 8: 2.0}, 100, 0.001, 0.0)
     costs.record_host(0.5)
     for step in range(3200):
         expected = 2.0 + (3.0 if step % 50 else 30.0)  # now and then a pass is interrupted
@@ -53,15 +54,14 @@ def test_sizes_that_are_not_seen_are_scaled_too() -> None:
 
 
 def test_context_adds_to_the_cost() -> None:
-    costs = measured({1: 1.0, 8: 2.0}, 100, ContextCost(0.002, 0.001))
+    costs = measured({1: 1.0, 8: 2.0}, 100, 0.002, 0.001)
     assert costs.seconds(1, 8)[::7] == pytest.approx([1.0, 2.0])
     assert costs.seconds(1, 8, 100)[::7] == pytest.approx([1.0, 2.0])
     assert costs.seconds(1, 8, 1100)[::7] == pytest.approx([1.0 + 2 + 1, 2.0 + 2 + 8])
     # A node that is worth its row after little text is not after much.
     trees = {"a": chain(0.25)}
-    selection = NodeSelection(costs)
-    assert len(selection.select(trees, 1, 100)["a"]) == 2
-    assert len(selection.select(trees, 1, 1100)["a"]) == 1
+    assert len(select_nodes(trees, costs, 1, 100)["a"]) == 2
+    assert len(select_nodes(trees, costs, 1, 1100)["a"]) == 1
 
 
 def test_free_nodes_are_all_kept_and_expensive_ones_are_not() -> None:
@@ -118,11 +118,11 @@ def test_no_other_number_of_nodes_gives_more_tokens_per_second(
 
 
 def rates(calibration: Calibration, sampled: bool, tree: DraftTree) -> list[float]:
-    return list(calibration.merged(sampled, [tree], MAX_NODES).acceptance_probs)
+    return list(DraftTree(*calibration.merged(sampled, [tree], MAX_NODES)).acceptance_probs)
 
 
 def test_acceptance_rates_follow_what_is_emitted() -> None:
-    calibration = Calibration()
+    calibration = new_calibration()
     tree = chain(0.9, 0.9)
     before = rates(calibration, False, tree)
     assert before[0] == 1.0
@@ -136,7 +136,7 @@ def test_acceptance_rates_follow_what_is_emitted() -> None:
 
 
 def test_a_node_whose_parent_was_rejected_is_not_counted() -> None:
-    calibration = Calibration()
+    calibration = new_calibration()
     tree = chain(0.9, 0.7)
     before = rates(calibration, False, tree)
     for _ in range(9):

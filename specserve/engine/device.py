@@ -9,31 +9,29 @@ from specserve_kernels.ops import Kernels
 
 
 class Platform(Struct, frozen=True):
-    """The device, dtypes and kernels that the settings select on this machine.
-
-    `exact`: a row's result does not depend on the other rows of its forward pass. `reasons`
-    explains the choice of device, dtype, kernels and exactness.
-    """
+    """The device, dtypes and kernels that the settings select on this machine."""
 
     device: torch.device
     dtype: torch.dtype
     quantized_kv_dtype: torch.dtype  # of K and V, for models with quantized weights
     kernels: Kernels
-    exact: bool
-    reasons: dict[str, str]
+    exact: bool  # a row's result does not depend on the other rows of its forward pass
+    reasons: dict[str, str]  # for the choice of device, dtype, kernels and exactness
 
 
 def choose_platform(config: TargetConfig) -> Platform:
     """Raises ConfigError if this machine cannot provide what a setting requires."""
     reasons: dict[str, str] = {}
     device = _device(config, reasons)
-    dtype = _dtype(config, device, reasons)
+    dtype = kv_dtype = _dtype(config, device, reasons)
+    if config.dtype == "auto" and device.type == "cpu":
+        # Half the bytes of float32. The kernels of models with quantized weights only load K and V,
+        # which needs no bfloat16 instructions.
+        kv_dtype = torch.bfloat16
     kernels = select_kernels(device)
     reasons["kernels"] = f"{kernels.name}, the backend for {device.type}"
     exact = _exactness(config, device, kernels, reasons)
-    return Platform(
-        device, dtype, _quantized_kv_dtype(config, device, dtype), kernels, exact, reasons
-    )
+    return Platform(device, dtype, kv_dtype, kernels, exact, reasons)
 
 
 def _device(config: TargetConfig, reasons: dict[str, str]) -> torch.device:
@@ -75,17 +73,6 @@ def _dtype(config: TargetConfig, device: torch.device, reasons: dict[str, str]) 
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def _quantized_kv_dtype(
-    config: TargetConfig, device: torch.device, dtype: torch.dtype
-) -> torch.dtype:
-    """The dtype of K and V for models with quantized weights.
-
-    On a CPU `auto` is bfloat16, half the bytes of float32: the kernels of these models only load
-    K and V, which needs no bfloat16 instructions.
-    """
-    return torch.bfloat16 if config.dtype == "auto" and device.type == "cpu" else dtype
-
-
 def _exactness(
     config: TargetConfig, device: torch.device, kernels: Kernels, reasons: dict[str, str]
 ) -> bool:
@@ -98,9 +85,7 @@ def _exactness(
     if config.exactness == "fast":
         reasons["exactness"] = "fast, as set: near ties may fall differently in another batch"
         return False
-    reasons["exactness"] = (
-        "exact: a row's result never depends on the rows beside it"
-        if possible
-        else "fast: these kernels may round differently in another batch"
-    )
+    exact = "exact: a row's result never depends on the rows beside it"
+    fast = "fast: these kernels may round differently in another batch"
+    reasons["exactness"] = exact if possible else fast
     return possible

@@ -1,21 +1,20 @@
 """Measures how long a forward pass takes, by number of rows and by context length.
 
-Times the runner alone, on one probe sequence, with this model on this machine. Knows no drafters.
+Times the runner alone, on one probe sequence.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Final
 
 from specserve.cache.table import BlockTable
 from specserve.engine.parts import EngineParts
 from specserve.runner.runner import Runner
-from specserve.runner.warmup import probe_request
 from specserve.sequence import SequenceState
-from specserve.speculation.cost_model import ContextCost
 from specserve.step import Entry
 from specserve.tree import MAX_NODES, chain_tree
+from specserve.types import Request, SamplingParams
 
 _Point = tuple[int, int]  # rows, context length in tokens
 _SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows, measured at _CONTEXT
@@ -27,15 +26,19 @@ _SECONDS: Final = 2.0  # time budget; sizes that it leaves out are extrapolated 
 _MIN_POINTS: Final = len(_LONG_SIZES) + _SIZES.index(max(_LONG_SIZES)) + 1  # points always measured
 
 
-def measure_costs(parts: EngineParts, room: int) -> None:
+def measure_costs(parts: EngineParts, on_stage: Callable[[str], None] = lambda stage: None) -> None:
     """Give the cost model of `parts` the median seconds of forward passes over one tree.
 
-    The context of the probe sequence is at most `room` tokens. Overwrites KV slots, so no engine
-    may have requests meanwhile.
+    Engines made afterwards verify only nodes that are worth their cost. Does nothing if all nodes
+    are verified anyway. Overwrites KV slots, so no engine may have requests meanwhile.
     """
+    room = parts.max_context - MAX_NODES
+    if not parts.config.draft.cost_aware or room <= 0:
+        return
+    on_stage("measuring what a pass costs")
     context, far = min(_CONTEXT, room), min(_LONG_CONTEXT, room)
     kv = parts.new_kv_manager()
-    request = probe_request(far)
+    request = Request("probe", (0,) * far, SamplingParams())
     seq = SequenceState(request, list(request.prompt_ids), BlockTable(kv.block_size))
     kv.reserve(seq.table, far + MAX_NODES)
     points = [(size, context) for size in _SIZES]
@@ -43,20 +46,20 @@ def measure_costs(parts: EngineParts, room: int) -> None:
         points[:0] = [(size, far) for size in _LONG_SIZES]
     medians = _medians(parts.runner, seq, points)
     samples = {size: seconds for (size, before), seconds in medians.items() if before == context}
-    context_cost = ContextCost()
+    fixed = per_row = 0.0
     if far > context:
         few, many = (medians[size, far] - samples[size] for size in _LONG_SIZES)
         more = far - context
         per_row = max(0.0, (many - few) / (_LONG_SIZES[1] - _LONG_SIZES[0]) / more)
-        context_cost = ContextCost(max(0.0, few / more - per_row), per_row)
-    parts.cost_model.measure(samples, context, context_cost)
+        fixed = max(0.0, few / more - per_row)
+    parts.cost_model.measure(samples, context, fixed, per_row)
 
 
 def _medians(runner: Runner, seq: SequenceState, points: Sequence[_Point]) -> dict[_Point, float]:
     """The median seconds of each point, for as many points as the time budget allows.
 
-    The first round is a warm-up and decides how many points are measured. The points are then
-    timed round by round, so that a temporary slowdown of the machine affects all of them alike.
+    The first round is a warm-up and decides how many points are measured. All points are timed
+    round by round, so that a temporary slowdown of the machine affects them alike.
     """
     end = time.perf_counter() + _SECONDS
     known: dict[_Point, list[float]] = {}

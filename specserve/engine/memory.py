@@ -9,7 +9,6 @@ from specserve.config import CacheConfig, ConfigError, parse_bytes
 
 CPU_SHARE: Final = 0.25  # fraction of the memory that is free when the pool is sized
 CUDA_SHARE: Final = 0.85  # the same on a GPU
-_GIB: Final = 2**30
 
 
 def free_memory(device: torch.device) -> int:
@@ -28,8 +27,8 @@ def count_blocks(
 ) -> int:
     """The number of blocks of the KV pool. `bytes_per_slot` covers the target and every draft.
 
-    Without `kv_memory` the budget is a fraction of the free memory, and at most what `max_num_seqs`
-    sequences of `max_model_len` tokens can use. Raises ConfigError if not even one block fits.
+    Without `kv_memory` the budget is a fraction of the free memory, at most what `max_num_seqs`
+    sequences of `max_model_len` tokens need. Raises ConfigError if not even one block fits.
     """
     bytes_per_block = bytes_per_slot * config.block_size
     if config.kv_memory is not None:

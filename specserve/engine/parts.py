@@ -12,9 +12,9 @@ from specserve.cache.manager import KVCacheManager
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import ConfigError, EngineConfig
 from specserve.engine.device import Platform, choose_platform
-from specserve.engine.end_tokens import end_tokens
 from specserve.engine.limits import Limits
 from specserve.engine.memory import count_blocks
+from specserve.models.fields import ModelError
 from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.shape import ModelShape
@@ -30,7 +30,7 @@ from specserve.verify.verifier import Verifier
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What engines share that are built from the same settings: everything but their requests."""
+    """What engines with the same settings share: everything but their requests."""
 
     config: EngineConfig
     platform: Platform
@@ -42,17 +42,11 @@ class EngineParts:
     cost_model: CostModel  # not measured yet
     limits: Limits
 
-    @property
-    def num_blocks(self) -> int:
-        """Of the KV pool."""
-        return self.limits.num_kv_slots // self.config.cache.block_size
-
     def new_kv_manager(self) -> KVCacheManager:
-        """An empty KV cache of `num_blocks` blocks."""
-        cache = self.config.cache
-        return KVCacheManager(
-            self.num_blocks, cache.block_size, prefix_caching=cache.prefix_caching
-        )
+        """An empty KV cache of `limits.num_kv_slots` tokens."""
+        size, prefix_caching = self.config.cache.block_size, self.config.cache.prefix_caching
+        num_blocks = self.limits.num_kv_slots // size
+        return KVCacheManager(num_blocks, size, prefix_caching=prefix_caching)
 
     @property
     def max_context(self) -> int:
@@ -117,9 +111,19 @@ def _limits(
     drafters: Mapping[str, Drafter],
     tokenizer: Tokenizer | None,
 ) -> tuple[Limits, dict[str, KVSpec]]:
-    """What the engine can serve, and the KV that drafters want, by name."""
-    max_model_len = _context(config.target.max_model_len, model.shape)
-    kv_specs = _draft_kv_specs(drafters, model.dtype)
+    """What the engine can serve, and the KV that drafters need, by name."""
+    longest = model.shape.max_position_embeddings
+    max_model_len = config.target.max_model_len or longest
+    if max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len: {max_model_len} is more than the model was built for; "
+            f"use at most {longest}"
+        )
+    kv_specs = {}
+    for name, drafter in drafters.items():
+        with loading(name):
+            if (spec := drafter.kv_spec(model.dtype)) is not None:
+                kv_specs[name] = spec
     num_blocks = count_blocks(
         config.cache,
         sum(spec.bytes_per_slot for spec in [model.kv_spec, *kv_specs.values()]),
@@ -130,7 +134,7 @@ def _limits(
     limits = Limits(
         vocab_size=model.shape.vocab_size,
         max_model_len=max_model_len,
-        max_position_embeddings=model.shape.max_position_embeddings,
+        max_position_embeddings=longest,
         num_kv_slots=num_blocks * config.cache.block_size,
         stop_strings=tokenizer is not None,
         drafters=tuple(drafters),
@@ -139,7 +143,7 @@ def _limits(
 
 
 def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:
-    """Give every drafter its context, and memory for the KV that it wants (`kv_specs`)."""
+    """Give every drafter its context, and memory for the KV that it needs (`kv_specs`)."""
     config, platform, model = parts.config, parts.platform, parts.model
     layers = TargetLayers(model.embed, model.final_norm, model.unembed, model.quantized_embedding)
     for name, drafter in parts.drafters.items():
@@ -169,22 +173,19 @@ def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:
             drafter.bind(context)
 
 
-def _context(max_model_len: int | None, shape: ModelShape) -> int:
-    if max_model_len is None:
-        return shape.max_position_embeddings
-    if max_model_len > shape.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len: {max_model_len} is more than the model was built for; "
-            f"use at most {shape.max_position_embeddings}"
-        )
-    return max_model_len
+def end_tokens(shape: ModelShape, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The ids in config.json and generation_config.json and those that the tokenizer's files name.
 
-
-def _draft_kv_specs(drafters: Mapping[str, Drafter], dtype: torch.dtype) -> dict[str, KVSpec]:
-    """The KV that drafters want, by name; those that want none are left out."""
-    specs = {}
-    for name, drafter in drafters.items():
-        with loading(name):
-            if (spec := drafter.kv_spec(dtype)) is not None:
-                specs[name] = spec
-    return specs
+    The union, because the files of a fine-tuned model often disagree. Raises `ModelError` if an end
+    token of the tokenizer is outside the model's vocabulary.
+    """
+    if tokenizer is None:
+        return shape.eos_token_ids
+    for token in tokenizer.eos_ids:
+        if token >= shape.vocab_size:
+            raise ModelError(
+                f"{tokenizer.directory}/tokenizer_config.json: the end token has id {token}, and "
+                f"vocab_size is {shape.vocab_size} in config.json; use the tokenizer that belongs "
+                f"to the weights"
+            )
+    return tuple(dict.fromkeys((*shape.eos_token_ids, *tokenizer.eos_ids)))

@@ -3,7 +3,10 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Concatenate, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(slots=True)
@@ -39,27 +42,18 @@ class StepTimes:
         return self.draft.last
 
 
-class HasTimes(Protocol):
-    times: StepTimes
-
-
-Self = TypeVar("Self", bound=HasTimes)
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-Method = Callable[Concatenate[Self, Arguments], Result]
-
-
 def timed(
     stage: Literal["draft", "forward", "sample", "commit"],
-) -> Callable[[Method[Self, Arguments, Result]], Method[Self, Arguments, Result]]:
-    """A decorator that adds the time of each call of a method to `self.times`."""
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that adds the time of each call of a method to `self.times`, a `StepTimes`."""
 
-    def decorate(method: Method[Self, Arguments, Result]) -> Method[Self, Arguments, Result]:
-        def call(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            time_of: StageTime = getattr(self.times, stage)
+    def decorate(method: Callable[P, R]) -> Callable[P, R]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            owner: Any = args[0]
+            time_of: StageTime = getattr(owner.times, stage)
             started = time.perf_counter()
             try:
-                return method(self, *args, **kwargs)
+                return method(*args, **kwargs)
             finally:
                 time_of.last = time.perf_counter() - started
                 time_of.seconds += time_of.last

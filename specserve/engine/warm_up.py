@@ -1,4 +1,4 @@
-"""Warm-up: forward passes of every kind once, before the first request, and what they cost.
+"""Warm-up: forward passes of every kind once, before the first request.
 
 The first pass of a shape is slow, because kernels are compiled or chosen and memory is allocated.
 """
@@ -13,16 +13,14 @@ from specserve.engine.parts import EngineParts
 from specserve.models.fields import ModelError
 from specserve.runner.warmup import STEPS_PER_ROUND, warmup_rounds
 from specserve.speculation.cost_model import CostModel
-from specserve.tree import MAX_NODES
 from specserve.types import StepOutput
 
 
 def warm_up(parts: EngineParts, on_stage: Callable[[str], None] = lambda stage: None) -> float:
-    """Run every kind of forward pass once on an engine of its own, then `measure`.
+    """Run every kind of forward pass once on an engine of its own, then `measure_costs`.
 
-    Returns the seconds of the slowest step; the steps of the first two rounds, which build kernels,
-    count only as long as no later step was run. Raises ModelError if the model cannot run the
-    largest passes.
+    Returns the seconds of the slowest step, if possible of the third round or a later one, because
+    the first two build kernels. Raises ModelError if the model cannot run the largest passes.
     """
     config, engine = parts.config, Engine(replace(parts, cost_model=CostModel()))
     rounds = list(
@@ -55,16 +53,5 @@ def warm_up(parts: EngineParts, on_stage: Callable[[str], None] = lambda stage: 
                 f"warm-up: {errors[0]}; if memory is short, lower kv_memory or "
                 f"max_num_batched_tokens ({config.schedule.max_num_batched_tokens})"
             )
-    measure(parts, on_stage)
+    measure_costs(parts, on_stage)
     return slowest
-
-
-def measure(parts: EngineParts, on_stage: Callable[[str], None] = lambda stage: None) -> None:
-    """Measure what forward passes cost, unless there are no drafters or all nodes are verified.
-
-    Engines made afterwards leave drafted nodes out of a pass that are not worth their cost.
-    """
-    room = parts.max_context - MAX_NODES
-    if parts.drafters and parts.config.draft.cost_aware and room > 0:
-        on_stage("measuring what a pass costs")
-        measure_costs(parts, room)

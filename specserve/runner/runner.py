@@ -5,7 +5,7 @@ No other module of the engine runs the target model or touches its KV.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,24 +19,15 @@ from specserve_kernels.ops import Kernels
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Runner:
-    def __init__(
-        self,
-        model: Model,
-        storage: KVStorage,
-        block_size: int,
-        device: torch.device,
-        kernels: Kernels,
-        num_top: int = 1,
-        aux_layers: tuple[int, ...] = (),
-    ) -> None:
-        self._model = model
-        self._storage = storage
-        self._block_size = block_size
-        self._device = device
-        self._kernels = kernels
-        self._num_top = num_top  # top tokens wanted per logits row, see `Model`
-        self.aux_layers = aux_layers  # layers whose hidden states are wanted, see `Model`
+    model: Model
+    storage: KVStorage
+    block_size: int
+    device: torch.device
+    kernels: Kernels
+    num_top: int = 1  # top tokens wanted per logits row, see `Model`
+    aux_layers: tuple[int, ...] = ()  # layers whose hidden states are wanted, see `Model`
 
     def forward(self, entries: Sequence[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
         """Run the prompt chunks and the trees (by sequence id) of `entries` in one forward pass.
@@ -45,8 +36,8 @@ class Runner:
         states per token of the pass, without padding.
         """
         rows = list(plan_segments(entries, trees))
-        batch = build_batch(rows, self._block_size, self._model.row_multiple, self._device)
-        out = self._model(batch, self._storage, aux_layers=self.aux_layers, num_top=self._num_top)
+        batch = build_batch(rows, self.block_size, self.model.row_multiple, self.device)
+        out = self.model(batch, self.storage, aux_layers=self.aux_layers, num_top=self.num_top)
         num_rows = batch.segments.cu_rows[-1]
         if out.aux_hidden_states is None or len(out.aux_hidden_states) == num_rows:
             return out
@@ -55,8 +46,8 @@ class Runner:
     def move_kv(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy K and V of all layers from slot to slot; `moves` are (source, destination)."""
         if moves:
-            source, destination = torch.tensor(moves, device=self._device).T.contiguous()
-            self._kernels.kv_commit(self._storage.data, source, destination)
+            source, destination = torch.tensor(moves, device=self.device).T.contiguous()
+            self.kernels.kv_commit(self.storage.data, source, destination)
 
     def forward_isolated(
         self, entries: Sequence[Entry], trees: dict[str, DraftTree]
@@ -72,13 +63,12 @@ class Runner:
             logger.exception("a forward pass over %d requests failed; isolating", len(entries))
         survivors: list[Entry] = []
         errors: dict[str, str] = {}
-        outputs = [ModelOutput(torch.empty(0, self._model.shape.vocab_size, device=self._device))]
+        outputs = [ModelOutput(torch.empty(0, self.model.shape.vocab_size, device=self.device))]
         for entry in entries:
             try:
                 outputs.append(self.forward([entry], trees))
                 survivors.append(entry)
             except Exception as error:
-                errors[entry.seq.id] = (
-                    f"the model failed on this request: {type(error).__name__}: {error}"
-                )
+                reason = f"{type(error).__name__}: {error}"
+                errors[entry.seq.id] = f"the model failed on this request: {reason}"
         return tuple(survivors), joined(outputs), errors

@@ -1,8 +1,4 @@
-"""Warm-up requests: they make an engine run forward passes of every size it will meet.
-
-The first pass of a shape is slow, because kernels are compiled or chosen and memory is allocated.
-This module makes the requests; the engine runs them and discards the results.
-"""
+"""Warm-up requests: they make an engine run forward passes of every size it will meet."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -47,11 +43,6 @@ def warmup_rounds(
             _request(index, prompt_len, min(2 * max_nodes + 2, max_tokens - prompt_len))
             for index in range(num_seqs)
         ]
-
-
-def probe_request(prompt_len: int) -> Request:
-    """A request for timing forward passes; it is never run to completion."""
-    return _request(0, prompt_len, 2)
 
 
 def _prompts(num_rows: int, max_seqs: int, longest: int) -> list[Request]:

@@ -1,18 +1,17 @@
 """Merges the proposals of several drafters into one tree per sequence.
 
-Every proposal is calibrated before it is merged, and the nodes of the largest path probability are
-kept, whichever drafter proposed them. Errors of drafters do not leave this module; see `failures`.
+Of all calibrated proposals the nodes of the largest path probability are kept, whichever drafter
+proposed them. Errors of drafters do not leave this module; see `failures`.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
 from specserve.sequence import SequenceView
-from specserve.speculation.calibration import Calibration
+from specserve.speculation.calibration import new_calibration
 from specserve.speculation.controller import SpeculationController
 from specserve.speculation.counts import DrafterCounts
 from specserve.speculation.drafter import Drafter, Feedback
@@ -28,13 +27,8 @@ class _Proposals:
     seq: SequenceView
     budget: int
     trees: list[DraftTree] = field(default_factory=list)
-    merged: DraftTree | None = None  # of `trees`, until another one is added
     # Expensive drafters that were used, and the merged tree before each.
     expensive: list[tuple[str, DraftTree]] = field(default_factory=list)
-
-    def add(self, tree: DraftTree) -> None:
-        self.trees.append(tree)
-        self.merged = None
 
 
 class ComposedDrafter:
@@ -46,7 +40,8 @@ class ComposedDrafter:
         self.names = tuple(drafters)
         self.drafters = drafters
         self.counts = DrafterCounts(len(drafters))
-        self._controller = controller if len(drafters) > 1 else None
+        # An only drafter is never left out.
+        self._controller = controller if len(drafters) > 1 else SpeculationController(0, None)
         # Drafters that need hidden states of the target, of every token of a text.
         self._followers = {name for name, drafter in drafters.items() if drafter.aux_layers}
         self._drafter_ids = {
@@ -55,7 +50,7 @@ class ComposedDrafter:
         }
         self._vocab_size = vocab_size
         self._failures = Failures()
-        self._calibration = Calibration()
+        self._calibration = new_calibration()
         self._predictions = None if set(drafters) == {"none"} else PredictedTexts()
         self._proposals: dict[str, _Proposals] = {}  # in this step, by sequence id
         self._unused: dict[str, frozenset[str]] = {}  # drafters that skip a request, by its id
@@ -71,9 +66,9 @@ class ComposedDrafter:
         return {name: self._failures.counts[name] for name in self.names}
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        """Return one merged tree per sequence, of at most `budgets[i]` nodes, root included.
+        """Return one merged, calibrated tree per sequence, of at most `budgets[i]` nodes.
 
-        Path probabilities are calibrated. A sequence of budget 1 is not drafted for.
+        The root counts, so a sequence of budget 1 is not drafted for.
         """
         proposals = [_Proposals(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         drafted_for = [each for each in proposals if each.budget > 1]
@@ -98,38 +93,32 @@ class ComposedDrafter:
             if result is not None and (proposals := self._proposals[seq.id]).trees:
                 self._calibration.record_outcome(not seq.greedy, proposals.trees, result.emitted)
                 self._record_gains(proposals, feedback.trees[seq.id], result.emitted)
-        seqs = feedback.seqs
         for name in self.active:
-            if self._observes(name, seqs):
+            if self._observes(name, feedback.seqs):
                 started = time.perf_counter()
                 self._call_observe(name, feedback)
-                if self._controller is not None:
-                    seconds = (time.perf_counter() - started) / len(seqs)
-                    for sampled in {not seq.greedy for seq in seqs}:
-                        self._controller.record_observe_time(name, sampled, seconds)
+                _record_time(self._controller.record_observe_time, name, started, feedback.seqs)
 
     def forget(self, seq_id: str) -> None:
         """Drop everything kept for a sequence that was finished or preempted."""
         self._unused.pop(seq_id, None)
         if self._predictions is not None:
             self._predictions.forget(seq_id)
-        for name, drafter in self.drafters.items():
-            self._failures.call(name, "forget", [seq_id], partial(_forget, drafter))
+        for name in self.drafters:
+            self._call_forget(name, seq_id)
         self._failures.forget(seq_id)
 
     def _uses(self, name: str, proposals: _Proposals) -> bool:
-        seq, controller = proposals.seq, self._controller
+        seq = proposals.seq
         if self._failures.leaves_out(name, seq.id):
             return False
         if seq.speculation.drafters is not None:
             return name in seq.speculation.drafters
-        if controller is None:
-            return True
         if name in self._unused_by(seq):
             return False
-        if not controller.is_expensive(name, not seq.greedy):
+        if not self._controller.is_expensive(name, not seq.greedy):
             return True
-        if controller.is_paused(name, not seq.greedy):
+        if self._controller.is_paused(name, not seq.greedy):
             return False
         proposals.expensive.append((name, self._merged(proposals)))
         return True
@@ -140,28 +129,21 @@ class ComposedDrafter:
         Only drafters that need the hidden states of every token: copying these takes time as well,
         and a drafter that missed some of them cannot join later.
         """
-        unused = self._unused.get(seq.id)
-        if unused is None:
-            paused: list[str] = []
-            if self._controller is not None and seq.speculation.drafters is None:
-                sampled = not seq.greedy
-                paused = [n for n in self._followers if self._controller.is_paused(n, sampled)]
-            unused = self._unused[seq.id] = frozenset(paused)
-        return unused
+        if seq.id not in self._unused:
+            candidates = self._followers if seq.speculation.drafters is None else ()
+            paused = [n for n in candidates if self._controller.is_paused(n, not seq.greedy)]
+            self._unused[seq.id] = frozenset(paused)
+        return self._unused[seq.id]
 
     def _observes(self, name: str, seqs: Sequence[SequenceView]) -> bool:
         return any(name not in self._unused_by(seq) for seq in seqs)
 
     def _merged(self, proposals: _Proposals) -> DraftTree:
         """The trees proposed so far as one."""
-        if proposals.merged is None:
-            seq = proposals.seq
-            proposals.merged = (
-                self._calibration.merged(not seq.greedy, proposals.trees, proposals.budget)
-                if proposals.trees
-                else root_tree(seq.tokens[-1])
-            )
-        return proposals.merged
+        seq, trees = proposals.seq, proposals.trees
+        if not trees:
+            return root_tree(seq.tokens[-1])
+        return DraftTree(*self._calibration.merged(not seq.greedy, trees, proposals.budget))
 
     def _record_gains(self, proposals: _Proposals, tree: DraftTree, emitted: Sequence[int]) -> None:
         """Record how many tokens each expensive drafter added.
@@ -169,8 +151,6 @@ class ComposedDrafter:
         That is the number emitted less what the tree before it would have emitted, pruned to the
         size of the verified `tree`.
         """
-        if self._controller is None:
-            return
         sampled, num_emitted = not proposals.seq.greedy, len(emitted)
         for name, before in reversed(proposals.expensive):
             without = _num_emitted(before, len(tree), emitted)
@@ -183,7 +163,7 @@ class ComposedDrafter:
         for each in drafted_for:
             if (tree := self._predictions.propose(each.seq, each.budget)) is not None:
                 self.counts.propose([tree])
-                each.add(tree)
+                each.trees.append(tree)
 
     def _call_propose(self, name: str, proposals: dict[str, _Proposals]) -> None:
         """Add the trees of one drafter; `proposals` are by sequence id."""
@@ -200,11 +180,8 @@ class ComposedDrafter:
             self.counts.propose(trees)
             for each, tree in zip(chosen, trees, strict=True):
                 if len(tree) > 1:
-                    each.add(tree)
-            if self._controller is not None:
-                seconds = (time.perf_counter() - started) / len(seqs)
-                for sampled in {not seq.greedy for seq in seqs}:
-                    self._controller.record_draft_time(name, sampled, seconds)
+                    each.trees.append(tree)
+            _record_time(self._controller.record_draft_time, name, started, seqs)
 
         self._failures.call(name, "propose", tuple(proposals), call)
 
@@ -226,19 +203,25 @@ class ComposedDrafter:
         return copy
 
     def _call_observe(self, name: str, feedback: Feedback) -> None:
-        def call(seq_ids: Sequence[str]) -> None:
-            self.drafters[name].observe(feedback.only(seq_ids))
-
-        seq_ids = tuple(
-            seq.id for seq in feedback.seqs if not self._failures.leaves_out(name, seq.id)
-        )
+        observe, failures = self.drafters[name].observe, self._failures
+        seq_ids = [seq.id for seq in feedback.seqs if not failures.leaves_out(name, seq.id)]
         if seq_ids:
-            self._failures.call(name, "observe", seq_ids, call)
+            failures.call(name, "observe", seq_ids, lambda ids: observe(feedback.only(ids)))
+
+    def _call_forget(self, name: str, seq_id: str) -> None:
+        drafter = self.drafters[name]
+        self._failures.call(name, "forget", [seq_id], lambda _: drafter.forget(seq_id))
 
 
-def _forget(drafter: Drafter, seq_ids: Sequence[str]) -> None:
-    for seq_id in seq_ids:
-        drafter.forget(seq_id)
+def _record_time(
+    record: Callable[[str, bool, float], None],
+    name: str,
+    started: float,
+    seqs: Sequence[SequenceView],
+) -> None:
+    seconds = (time.perf_counter() - started) / len(seqs)
+    for sampled in {not seq.greedy for seq in seqs}:
+        record(name, sampled, seconds)
 
 
 def _num_emitted(tree: DraftTree, num_nodes: int, emitted: Sequence[int]) -> int:

@@ -2,8 +2,7 @@
 
 In the order of a step: `budgets` says for which sequences trees are drafted, `is_paused` which
 drafters are left out, `select_nodes` which drafted nodes are verified; the `record` methods learn
-from what became of them. Without a cost model every sequence is drafted for, by all drafters, and
-all nodes are verified. Host only.
+from the outcome. Host only.
 
 A gain is a number of tokens per step. It is compared with the tokens that the whole batch would
 have emitted in the time that was spent.
@@ -16,7 +15,7 @@ from typing import Final, Protocol
 
 from specserve.sequence import SequenceState
 from specserve.speculation.cost_model import CostModel
-from specserve.speculation.node_selection import NodeSelection
+from specserve.speculation.node_selection import select_nodes
 from specserve.step import Entry, StepPlan, VerifyResult
 from specserve.tree import DraftTree
 
@@ -33,18 +32,17 @@ _MARGIN: Final = 1.1  # the gain that a drafter needs, relative to its cost; at 
 _FREE: Final = 0.02  # of the time of a step: a drafter that takes less is always used
 
 
+@dataclass(slots=True)
 class Mean:
-    """The mean of all values while they are few, then one in which old values fade."""
+    """The mean of the first `memory` values, then one in which old values fade."""
 
-    __slots__ = ("_memory", "count", "value")
-
-    def __init__(self, memory: int) -> None:
-        self._memory = memory
-        self.value, self.count = 0.0, 0
+    memory: int
+    value: float = 0.0
+    count: int = 0
 
     def add(self, value: float) -> None:
         self.count += 1
-        self.value += (value - self.value) / min(self.count, self._memory)
+        self.value += (value - self.value) / min(self.count, self.memory)
 
 
 @dataclass(slots=True)
@@ -89,14 +87,14 @@ class StepSeconds(Protocol):
 
 
 class SpeculationController:
-    """`max_nodes` is the largest tree, root included. Without `costs` nothing is left out."""
+    """`max_nodes` is the largest tree, root included. Without `costs` nothing is left out, neither
+    a sequence, nor a drafter, nor a node."""
 
     def __init__(self, max_nodes: int, costs: CostModel | None) -> None:
         self._max_nodes = max_nodes
         self._costs = costs
-        self._selection = None if costs is None else NodeSelection(costs)
         self._sequences: dict[str, _SequenceRecord] = {}
-        self._gain = 1.0  # mean over all sequences; before the first draft, any
+        self._gain = 1.0  # mean over all sequences; before the first draft, an arbitrary value
         self._draft_seconds = 0.0  # of drafting for one sequence, by all drafters
         self._drafted_for: set[str] = set()  # sequences, in this step
         self._context = 0.0  # mean number of tokens of the sequences of this step
@@ -108,9 +106,9 @@ class SpeculationController:
     def budgets(self, seqs: Sequence[SequenceState], spare_rows: int) -> list[int]:
         """The largest tree per sequence, in nodes, root included; 1 if it is not drafted for.
 
-        `spare_rows` is the number of rows that all drafted nodes may take together. It is divided
-        evenly. A sequence is drafted for if its earlier drafts gained more than the batch would
-        have emitted in the time of drafting; otherwise it is tried again after a pause.
+        `spare_rows`, the rows of all drafted nodes together, are divided evenly. A sequence is
+        drafted for if its earlier drafts gained more than the batch would have emitted in the time
+        of drafting; otherwise it is tried again after a pause.
         """
         share = spare_rows // len(seqs) if seqs else 0
         budgets = [1 + min(self._max_nodes - 1, share, _useful_nodes(seq)) for seq in seqs]
@@ -139,13 +137,13 @@ class SpeculationController:
 
     def select_nodes(self, plan: StepPlan, trees: dict[str, DraftTree]) -> dict[str, DraftTree]:
         """The trees, by sequence id, without the nodes that are not worth verifying."""
-        if self._selection is None:
+        if self._costs is None:
             return trees
         num_rows = sum(entry.num_prefill + (entry.num_nodes > 0) for entry in plan.entries)
-        return self._selection.select(trees, num_rows, _mean_context(plan.decoding))
+        return select_nodes(trees, self._costs, num_rows, _mean_context(plan.decoding))
 
     def record_draft_time(self, drafter: str, sampled: bool, seconds: float) -> None:
-        """Learn from the time of drafting for one sequence."""
+        """Learn from the time that a drafter needs to draft for one sequence."""
         self._drafters[drafter, sampled].draft_seconds.add(seconds)
 
     def record_observe_time(self, drafter: str, sampled: bool, seconds: float) -> None:

@@ -8,18 +8,10 @@ from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
-from msgspec import Struct
 
 _HOST_MEMORY: Final = 32.0  # steps over which the host time is averaged
 _PASSES_PER_UPDATE: Final = 32  # forward passes whose durations are averaged before an update
 _MAX_RATIO: Final = 2.0  # measured to expected seconds; above it the process was interrupted
-
-
-class ContextCost(Struct, frozen=True):
-    """Seconds that every token of context adds to a forward pass."""
-
-    fixed: float = 0.0
-    per_row: float = 0.0
 
 
 class CostModel:
@@ -31,8 +23,7 @@ class CostModel:
 
     def __init__(self, samples: Mapping[int, float] | None = None) -> None:
         self._rows = self._samples = np.empty(0)
-        self._context = 0
-        self._context_cost = ContextCost()
+        self._context, self._fixed, self._per_row = 0, 0.0, 0.0
         self._seconds: list[float] = []  # of forward passes by rows, as far as asked for
         self._host = 0.0
         self._ratios: list[float] = []  # of passes: measured to expected seconds
@@ -43,14 +34,18 @@ class CostModel:
         self,
         samples: Mapping[int, float],
         context: int = 0,
-        context_cost: ContextCost | None = None,
+        fixed: float = 0.0,
+        per_row: float = 0.0,
     ) -> None:
-        """Set the measured seconds of forward passes, by number of rows, at `context` tokens."""
+        """Set the measured seconds of forward passes, by number of rows, at `context` tokens.
+
+        Every further token of context adds `fixed` seconds, and `per_row` seconds for each row.
+        """
         assert samples, "nothing was measured"
         rows = sorted(samples)
         self._rows = np.array(rows, np.float64)
         self._samples = np.array([samples[count] for count in rows])
-        self._context, self._context_cost = context, context_cost or ContextCost()
+        self._context, self._fixed, self._per_row = context, fixed, per_row
         self._seconds = []
 
     @property
@@ -66,8 +61,7 @@ class CostModel:
         if len(self._seconds) <= last:
             self._seconds = self._computed(2 * last)
         more = 0.0 if context is None else max(context - self._context, 0.0)
-        fixed = self._host + more * self._context_cost.fixed
-        per_row = more * self._context_cost.per_row
+        fixed, per_row = self._host + more * self._fixed, more * self._per_row
         return [
             fixed + per_row * rows + seconds
             for rows, seconds in enumerate(self._seconds[first : last + 1], start=first)

@@ -1,12 +1,9 @@
 """The interface of a drafter. A drafter knows nothing of the engine.
 
-The engine calls `propose` before a forward pass, `observe` after it, and `forget` when a request
-leaves. drafts/README.md says how to write a drafter.
-
-A drafter gets views and copies of the engine's state: changing them raises an error, or has no
-effect on the engine. Tensors cannot be protected, so the engine no longer uses those of a
-`Feedback` when drafters get it. It does use the weights that a `DraftContext` lends: a drafter must
-not write to those.
+drafts/README.md says how to write one. A drafter gets views and copies of the engine's state:
+changing them raises an error, or has no effect on the engine. Tensors cannot be protected, so the
+engine no longer uses those of a `Feedback` when drafters get it. But a drafter must not write to
+the weights that a `DraftContext` lends.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,12 +33,12 @@ class DraftError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TargetLayers:
-    """The layers of the target that drafters may run; rows are in the dtype of its activations."""
+    """The layers of the target that drafters may run, see `Model`."""
 
     embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
     final_norm: Callable[[Tensor], Tensor]  # [n, hidden_size] -> the same
     unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32
-    quantized_embedding: QuantizedWeight | None  # see `Model.quantized_embedding`
+    quantized_embedding: QuantizedWeight | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +71,11 @@ class Committed(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Which rows of a forward pass belong to one sequence."""
+    """The rows of one sequence in a forward pass: its prefill chunk, then its tree."""
 
-    start: int  # position of its first token in this forward pass
+    start: int  # position of its first token
     num_prefill: int
-    first: int  # its first row; prefill chunk first, then the tree
+    first: int  # its first row
     nodes: slice  # the logit rows of its tree
 
 
@@ -120,8 +117,7 @@ class Feedback:
         return cls(seqs, *views, output, aux_layers, MappingProxyType(rows))
 
     def committed(self, seq: SequenceView) -> Committed:
-        """What this forward pass committed of `seq`: the tokens of its prefill chunk, then the root
-        and the accepted nodes of its tree."""
+        """The tokens of the prefill chunk, then the root and the accepted nodes of the tree."""
         start, num_prefill, first, _ = self._rows[seq.id]
         root = first + num_prefill
         if (result := self.results.get(seq.id)) is None:
@@ -152,8 +148,7 @@ class Feedback:
         return torch.cat([states[:, first : first + size] for first in first_columns], dim=-1)
 
     def node_rows(self, seq: SequenceView) -> slice:
-        """The rows of `output.logits` and `output.topk` that belong to the nodes of its tree,
-        rejected ones included; none without a tree."""
+        """The rows of `output.logits` and `output.topk` for all nodes of its tree, if any."""
         return self._rows[seq.id].nodes
 
     def only(self, seq_ids: Collection[str]) -> "Feedback":
@@ -178,39 +173,42 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Drafter(Protocol):
-    """A call that raises is made again for one sequence at a time, and a drafter that raises there
-    too is left out of that request. What it began in the first attempt must not count."""
+    """What the engine calls: `propose` before a forward pass, `observe` after it.
+
+    A call that raises is made again for one sequence at a time, and a drafter that raises there too
+    is left out of that request. What it began in the first attempt must not count.
+    """
 
     Options: ClassVar[type[DraftOptions]]
-    aux_layers: tuple[int, ...]  # target layers whose hidden states it wants, see `Model`
-    needs_topk: int  # top successors per row it wants from the LM head; 0: none
+    aux_layers: tuple[int, ...]  # target layers whose hidden states it needs, see `Model`
+    needs_topk: int  # most likely next tokens per logits row that it needs
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
         """`path` is the draft checkpoint, `target` the target's directory. Raises DraftError."""
         ...
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
-        """KV it wants beside the target's, kept in `dtype`."""
+        """The draft KV that it needs, in `dtype`."""
         ...
 
     def bind(self, context: DraftContext) -> None: ...
 
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        """One tree per sequence, at most `budgets[i]` nodes with the root.
+        """One tree per sequence, of at most `budgets[i]` nodes; the root is the last token.
 
-        KV slots up to num_tokens - 1 + budget - 1 are reserved. The root is the last token.
+        KV slots up to num_tokens - 1 + budget - 1 are reserved.
         """
         ...
 
     def observe(self, feedback: Feedback) -> None:
-        """After every pass, prompt chunks included.
+        """Learn from a forward pass, which may have had prompt chunks only.
 
         What was emitted is in the results; the sequences' tokens still end with the root.
         """
         ...
 
     def forget(self, seq_id: str) -> None:
-        """Finished, aborted or preempted: drop everything kept for it."""
+        """Drop everything kept for a sequence that finished or was preempted."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""Drafters that fail: whose failure it is, and what becomes of the drafter.
+"""Drafters that fail: a broken draft costs speed, never an answer.
 
-A call that fails is made again for one sequence at a time, and whoever fails alone is left out of
-that request. A drafter whose calls fail again and again, request after request, is switched off.
-So a broken draft costs speed, never an answer, and a request never costs another its draft.
+A call that fails is made again for one sequence at a time, and a drafter that fails for one alone
+is left out of that request. After `MAX_FAILURES` failed calls of one method in a row the drafter is
+switched off.
 """
 
 import logging
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class Failures:
-    """Of all drafters. A drafter may raise anything, SystemExit as well."""
+    """The failures of all drafters. A drafter may raise anything, even SystemExit."""
 
     def __init__(self) -> None:
-        self.off: set[str] = set()  # drafters that are not asked any more
+        self.off: set[str] = set()  # drafters that are switched off
         self.counts: Counter[str] = Counter()  # calls that failed, by drafter
         self._in_a_row: Counter[tuple[str, str]] = Counter()  # calls, by drafter and method
         self._left_out: defaultdict[str, set[str]] = defaultdict(set)  # sequences, by drafter
@@ -70,10 +70,10 @@ class Failures:
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """Where a drafter is made ready: whatever it raises becomes an error that names it."""
+    """Whatever a drafter raises while it is loaded becomes an error that names the drafter."""
     try:
         yield
-    except ValueError:  # ours say what is wrong
+    except ValueError:  # its message says what is wrong
         raise
     except BaseException as error:
         raise_interrupt(error)
@@ -83,31 +83,20 @@ def loading(name: str) -> Iterator[None]:
 
 
 def raise_interrupt(error: BaseException) -> None:
-    """Raise what a drafter has raised if it is not the drafter's own but the user's Ctrl-C, or
-    whatever else a signal handler of this process may have raised."""
-    if _may_be_from_a_signal(error):
-        raise error
+    """Raise `error` again if it may come from a signal handler of this process, such as Ctrl-C.
 
-
-def _may_be_from_a_signal(error: BaseException) -> bool:
-    """Handlers run in the main thread, whatever it is doing. Python's own raises KeyboardInterrupt
-    between two instructions, whereas a drafter needs one to raise it; of other handlers nothing is
-    known."""
+    Handlers run in the main thread, whatever it is doing. Python's own one raises KeyboardInterrupt
+    between two instructions, whereas a drafter raises it by one; of others nothing is known.
+    """
     if isinstance(error, Exception) or threading.current_thread() is not threading.main_thread():
-        return False
+        return
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     if any(callable(h) and h is not signal.default_int_handler for h in handlers):
-        return True
+        raise error
     if isinstance(error, KeyboardInterrupt) and signal.default_int_handler in handlers:
-        return not _was_raised_by_an_instruction(error)
-    return False
-
-
-def _was_raised_by_an_instruction(error: BaseException) -> bool:
-    innermost = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    if innermost is None:
-        return False
-    code = innermost.tb_frame.f_code.co_code
-    return opname[code[innermost.tb_lasti]] == "RAISE_VARARGS"
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        code = b"" if trace is None else trace.tb_frame.f_code.co_code[trace.tb_lasti :]
+        if not code or opname[code[0]] != "RAISE_VARARGS":
+            raise error

@@ -4,12 +4,12 @@ Other distributions add drafters through the entry-point group `specserve.drafte
 `name = "module:Class"`. A name of `BUILTIN` always means the built-in drafter.
 """
 
-import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast, get_args, get_type_hints
 
 import msgspec
@@ -42,7 +42,9 @@ def drafter_names() -> list[str]:
 
 def expanded(specs: Sequence[str], target: Path) -> list[str]:
     """The same with the drafters that "auto" stands for in its place, each once."""
-    automatic = [name for name, finder in AUTO.items() if not finder or _load(finder)(target)]
+    automatic = [
+        name for name, finder in AUTO.items() if not finder or resolve_name(finder)(target)
+    ]
     names = [name for spec in specs for name in (automatic if spec == "auto" else (spec,))]
     return [
         name for index, name in enumerate(names) if name not in AUTO or name not in names[:index]
@@ -52,20 +54,20 @@ def expanded(specs: Sequence[str], target: Path) -> list[str]:
 def load_drafter(name: str) -> type[Drafter]:
     """The class registered under `name`. Raises DraftError if there is none."""
     if name in BUILTIN:
-        return cast(type[Drafter], _load(BUILTIN[name]))
+        return cast(type[Drafter], resolve_name(BUILTIN[name]))
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         return cast(type[Drafter], point.load())
-    close = get_close_matches(name, ["auto", *drafter_names()], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    known = ["auto", *drafter_names()]
+    hint = _hint(name, known, "")
     raise DraftError(
-        f"draft: {name!r} is neither a drafter ({', '.join(['auto', *drafter_names()])}) "
-        f"nor a checkpoint directory{hint}"
+        f"draft: {name!r} is neither a drafter ({', '.join(known)}) "
+        f"nor a checkpoint directory{hint and '; '}{hint}"
     )
 
 
-def _load(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def _hint(name: str, known: Collection[str], otherwise: str) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def public_names(specs: Sequence[str]) -> list[str]:
@@ -79,9 +81,9 @@ def public_names(specs: Sequence[str]) -> list[str]:
 
 
 def find_drafter(spec: str, resolve: Callable[[str], Path]) -> tuple[str, Path | None]:
-    """The registered name that `spec` stands for, and the directory if it is a checkpoint.
+    """The registered name that `spec` stands for, and its directory if it is a checkpoint.
 
-    `resolve` finds a checkpoint's directory. Raises DraftError.
+    `resolve` finds that directory. Raises DraftError.
     """
     if spec in drafter_names():
         return spec, None
@@ -99,11 +101,9 @@ def check_options(options: Mapping[str, Any], running: Collection[str]) -> None:
         if name in running:
             continue
         reason = "does not run here" if name in drafter_names() else "is no drafter"
-        close = get_close_matches(name, running, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "remove its options"
         raise DraftError(
             f"draft.options.{name[:80]}: {name[:80]!r} {reason}, where these run: "
-            f"{', '.join(sorted(running))}; {hint}"
+            f"{', '.join(sorted(running))}; {_hint(name, running, 'remove its options')}"
         )
 
 
@@ -113,7 +113,7 @@ def create_drafters(
     target: Path,
     resolve: Callable[[str], Path],
 ) -> dict[str, Drafter]:
-    """The drafters of a configuration, by what clients call each. Raises DraftError."""
+    """The drafters of a configuration, by public name. Raises DraftError."""
     specs = expanded(specs, target)
     check_options(options, {find_drafter(spec, resolve)[0] for spec in specs})
     return {
@@ -128,9 +128,9 @@ def create_drafter(
     target: Path,
     resolve: Callable[[str], Path],
 ) -> Drafter:
-    """A drafter from its registered name, or from a checkpoint, which names its own method.
+    """The drafter of that name or checkpoint; `options` are by registered name.
 
-    `options` maps a drafter name to its options. Raises DraftError, naming the option at fault.
+    Raises DraftError, naming the option at fault.
     """
     name, path = find_drafter(spec, resolve)
     with loading(name):
@@ -143,10 +143,7 @@ def _read_options(name: str, given: dict[str, Any], kind: type[DraftOptions]) ->
     known = kind.__struct_fields__
     for key in given:
         if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = (
-                f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
-            )
+            hint = _hint(key, known, f"known: {', '.join(known) or 'none'}")
             raise DraftError(f"draft.options.{name}.{key[:80]}: unknown option; {hint}")
     try:
         return msgspec.convert(given, kind)
@@ -205,8 +202,8 @@ def checkpoint_method(path: Path) -> str:
 
 
 def _is_eagle(path: Path, config: dict[str, Any], architecture: str) -> bool:
-    """Files of EAGLE-3 say what they are, or have a vocabulary of their own. EAGLE-1 and 2 may
-    claim to be a language model of any family; but their fc no such model has."""
+    """Files of EAGLE-3 say what they are, or have a vocabulary of their own. Those of EAGLE-1 and 2
+    may claim to be a language model of any family, but none of these has their fc."""
     if "speculators_model_type" in config or "draft_vocab_size" in config:
         return True
     if "eagle" in f"{architecture} {config.get('model_type')}".lower():

@@ -1,8 +1,8 @@
 """Verifies all trees of a forward pass together, one `Walk` per tree.
 
-If the model returned its top-k tokens, walks of plain greedy requests use them and need no sampler.
-For the other walks, each round draws one token per unfinished walk, in one batched sampler call per
-tenant. A row that cannot be sampled fails its own request only.
+Walks of plain greedy requests use the model's top tokens, if it returned some. For the others, each
+round draws one token per unfinished walk, in one sampler call per tenant. A row that cannot be
+sampled fails its own request only.
 """
 
 import time
@@ -62,10 +62,7 @@ class Verifier:
     def __call__(
         self, entries: Sequence[Entry], trees: Sequence[DraftTree], out: ModelOutput
     ) -> list[VerifyResult]:
-        """Return one verification result per entry.
-
-        The logits rows of `out` are the nodes of `trees`, tree after tree.
-        """
+        """One result per entry. The logits rows of `out` are the nodes of `trees`, in order."""
         states = [self.state(entry.seq) for entry in entries]
         seconds = dict.fromkeys((entry.seq.request.tenant for entry in entries), 0.0)
         walks = [Walk(tree) for tree in trees]
@@ -98,8 +95,7 @@ class Verifier:
         rows, picked = [], []
         for seq, state, walk, first in live:
             assert walk.node is not None
-            path = tuple(walk.emitted)
-            rows.append(Row(state, seq.num_tokens + len(path), path))
+            rows.append(Row(state, seq.num_tokens + len(walk.emitted), tuple(walk.emitted)))
             picked.append(first + walk.node)
         at_nodes = out.logits[picked]
         tokens = self._draw(at_nodes, rows)

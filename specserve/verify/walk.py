@@ -1,8 +1,8 @@
 """The verification rule for one tree: replay the target's sampler along it.
 
 At the current node the sampler draws a token, which is emitted. If a child has this token, the walk
-continues there; otherwise it ends. Each draw has the same position and history as in plain
-decoding, so the emitted tokens are those of plain decoding, whatever the tree proposes.
+continues there; otherwise it ends. Each draw has the position and history that it has in plain
+decoding, so the emitted tokens are the same, whatever the tree proposes.
 """
 
 from dataclasses import dataclass, field
@@ -24,11 +24,6 @@ class Walk:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: FinishInfo | None = None
     error: str | None = None
-
-    @property
-    def num_accepted(self) -> int:
-        """Number of emitted tokens that the tree proposed."""
-        return sum(drafter_id != TARGET_ID for drafter_id in self.drafter_ids)
 
     def emit(self, token: int, finish: FinishInfo | None) -> None:
         """Emit `token`, drawn at the current node; the walk ends there if `finish` is given."""
@@ -53,7 +48,7 @@ class Walk:
             path=tuple(self.path),
             emitted=tuple(self.emitted),
             drafter_ids=tuple(self.drafter_ids),
-            num_accepted=self.num_accepted,
+            num_accepted=len(self.drafter_ids) - self.drafter_ids.count(TARGET_ID),
             logprobs=tuple(self.logprobs),
             finish=self.finish,
             error=self.error,

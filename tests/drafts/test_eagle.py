@@ -133,7 +133,7 @@ def test_a_float_head_runs_over_a_quantized_target(
     """The head is not quantised, because its width is no multiple of 32."""
     target = write_tiny_llama(tmp_path, seed=1, head_dim=16)
     engine = make_engine(str(one_head.path), target=target, max_nodes=6, quantization="int8")
-    model = engine.runner._model
+    model = engine.runner.model
     assert isinstance(model, FusedModel)
     seen = record_evaluated(engine)
     run(engine, PROMPTS, SAMPLED)

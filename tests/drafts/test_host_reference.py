@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specserve.speculation.calibration import Calibration
+from specserve.speculation.calibration import new_calibration
 from specserve.speculation.cost_model import CostModel
-from specserve.speculation.node_selection import NodeSelection
+from specserve.speculation.node_selection import select_nodes
 from specserve.tree import MAX_NODES, DraftTree, build_tree
 from specserve_drafts.recycle.topk_table import REQUEST_RULE, TopKTable
 from specserve_drafts.suffix.search import SuffixSearch
@@ -68,9 +68,11 @@ Step = tuple[bool, list[DraftTree], list[int], int]
     )
 )
 def test_calibrated_trees(steps: list[Step]) -> None:
-    compiled, python = both(Calibration)
+    compiled, python = both(new_calibration)
     for sampled, proposed, emitted, budget in steps:
-        ours, theirs = (each.merged(sampled, proposed, budget) for each in (compiled, python))
+        ours, theirs = (
+            DraftTree(*each.merged(sampled, proposed, budget)) for each in (compiled, python)
+        )
         assert_same(ours, theirs)
         ours.validate(6, budget)
         for each in (compiled, python):
@@ -80,9 +82,8 @@ def test_calibrated_trees(steps: list[Step]) -> None:
 @given(st.lists(trees(), max_size=4), st.lists(st.floats(0.1, 9.0), min_size=1, max_size=5))
 def test_selected_nodes(proposed: list[DraftTree], prices: list[float]) -> None:
     costs = CostModel({1 + 8 * at: price for at, price in enumerate(prices)})
-    compiled, python = both(lambda host: NodeSelection(costs, host))
     named = {str(index): tree for index, tree in enumerate(proposed)}
-    ours, theirs = (each.select(named, len(proposed)) for each in (compiled, python))
+    ours, theirs = both(lambda host: select_nodes(named, costs, len(proposed), host=host))
     assert ours.keys() == theirs.keys()
     for name, tree in ours.items():
         assert_same(tree, theirs[name])
