@@ -1,15 +1,12 @@
 """Cached directories: each is built once and reused by later calls.
 
-Owns the layout of the cache folder. A finished directory contains a manifest of its inputs, is put
-in place by a single rename, and is rebuilt when the manifest differs from the expected one. Knows
-nothing about models.
+A finished directory contains a manifest of its inputs and is put in place by a single rename.
 """
 
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -27,18 +24,18 @@ def default_cache_dir() -> Path:
 
 
 def build_once(directory: Path, manifest: Manifest, build: Callable[[Path], None]) -> Path:
-    """Return `directory`; call `build(empty_directory)` first unless it is already built.
+    """Return `directory`; call `build(empty_directory)` first unless its manifest is `manifest`.
 
-    It is already built if the manifest stored in it equals `manifest`. Safe for concurrent
-    processes: one builds while the others wait for a file lock. Raises `HubError` for an
-    `OSError`, such as an unwritable cache folder. Other exceptions from `build` propagate. A
-    failed build leaves no partial directory.
+    Safe for concurrent processes: one builds while the others wait for a file lock. Raises
+    `HubError` for an `OSError`, such as an unwritable cache folder. Other exceptions from `build`
+    propagate. A failed build leaves no partial directory.
     """
     if _is_built(directory, manifest):
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(directory.with_name(f".{directory.name}.lock")):
+        with directory.with_name(f".{directory.name}.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_built(directory, manifest):  # another process may have built it meanwhile
                 _build(directory, manifest, build)
     except OSError as error:
@@ -69,10 +66,3 @@ def _build(directory: Path, manifest: Manifest, build: Callable[[Path], None]) -
         partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,7 +1,6 @@
 """Converts the metadata of a GGUF file to the JSON files of a model directory.
 
-The weights are not converted; they are read from the GGUF file itself. All checks of the GGUF file
-are made before the first output file is written.
+The weights are read from the GGUF file itself. It is checked before the first file is written.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,6 @@
 """Builds the content of config.json from GGUF metadata.
 
-Owns the translation of field names and of RoPE scaling. Of the tensors it uses only the names, the
-shape of the embedding, and the values of rope_freqs.weight.
+Of the tensors it uses only the names, the shape of the embedding, and rope_freqs.weight.
 """
 
 import math
@@ -25,19 +24,11 @@ _MAX_NUMBER = 1e12
 # Metadata keys that may stay unread: these at any value, those of `_NEUTRAL` at the listed value
 # only. Some of these matter to certain configurations, which read them explicitly.
 _HARMLESS = frozenset(
-    [
-        "vocab_size",
-        "expert_used_count",
-        "tensor_data_layout",
-        "use_parallel_residual",
-        "pooling_type",
-        "decoder_start_token_id",
-        "attention.layer_norm_epsilon",
-        "rope.scaling.finetuned",
-        "rope.scaling.original_context_length",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-    ]
+    """
+    vocab_size expert_used_count tensor_data_layout use_parallel_residual pooling_type
+    decoder_start_token_id attention.layer_norm_epsilon rope.scaling.finetuned
+    rope.scaling.original_context_length rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+    """.split()
 )
 _NEUTRAL: Mapping[str, Any] = {
     "logit_scale": 1.0,
@@ -50,10 +41,10 @@ _NEUTRAL: Mapping[str, Any] = {
 
 
 class GgufFields:
-    """Typed access to the metadata of one file.
+    """Typed access to the metadata of one file, which records the keys that were read.
 
-    Errors name the file and the key. Keys that were read are recorded, so that `reject_unread` can
-    reject the others.
+    In a key `{arch}` stands for the architecture. Getters raise `HubError`, naming the file and the
+    key, if the value has another type or is absent without a default.
     """
 
     def __init__(self, file: GgufFile) -> None:
@@ -62,11 +53,6 @@ class GgufFields:
         self.architecture = self.text("general.architecture")
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The value of `key`, or `default` if the key is absent.
-
-        `{arch}` in the key stands for the architecture. Raises `HubError` if the value is not of
-        type `kind`, or if the key is absent and there is no default.
-        """
         key = self._full(key)
         self._read.add(key)
         value = self._file.metadata.get(key, default)
@@ -85,10 +71,7 @@ class GgufFields:
     def integer(
         self, key: str, default: Any = _REQUIRED, *, low: int = 0, high: int = _MAX_INTEGER
     ) -> Any:
-        """An integer, or a per-layer list whose elements are all the same integer.
-
-        Raises `HubError` if it is not from `low` to `high`.
-        """
+        """An integer from `low` to `high`, or a list per layer whose elements all are the same."""
         value = self.get(key, (int, list), default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
@@ -155,10 +138,12 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     if not fields.get("{arch}.attention.causal", bool, True):
         raise fields.value_error("{arch}.attention.causal", "only true is supported")
     num_heads = fields.integer("{arch}.attention.head_count", low=1)
+    if "token_embd.weight" not in file.tensors:
+        raise fields.error("token_embd.weight is missing; fetch a complete file")
     config = {
         "architectures": [ARCHITECTURES[fields.architecture]],
         "model_type": fields.architecture,
-        "vocab_size": _vocab_size(file, fields),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": fields.integer("{arch}.embedding_length", low=1),
         "intermediate_size": fields.integer("{arch}.feed_forward_length", low=1),
         "num_hidden_layers": fields.integer("{arch}.block_count", low=1),
@@ -197,12 +182,6 @@ def _head_dim(fields: GgufFields, num_heads: int) -> int:
     return head_dim
 
 
-def _vocab_size(file: GgufFile, fields: GgufFields) -> int:
-    if "token_embd.weight" not in file.tensors:
-        raise fields.error("token_embd.weight is missing; fetch a complete file")
-    return file.tensors["token_embd.weight"].shape[0]
-
-
 def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
     """The `rope_scaling` section of config.json, or None.
 
@@ -217,9 +196,8 @@ def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
     factor = factor or older or 1.0
     if "rope_freqs.weight" in file.tensors:
         if factor != 1.0 and kind != "none":
-            raise fields.value_error(
-                "{arch}.rope.scaling.factor", "rope_freqs.weight scales as well"
-            )
+            key = "{arch}.rope.scaling.factor"
+            raise fields.value_error(key, "rope_freqs.weight scales as well")
         return _llama3_scaling(file, fields)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
@@ -228,24 +206,22 @@ def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
         return scaling
     if kind != "yarn":
         raise fields.error(f"rope scaling {quoted(kind)} is not supported (linear and yarn are)")
-    for key, neutral in (("attn_factor", 1), ("yarn_attn_factor", 1), ("yarn_ext_factor", 1)):
-        if fields.number(f"{{arch}}.rope.scaling.{key}", neutral) != neutral:
-            raise fields.error(f"{key} other than {neutral} is not supported")
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor"):
+        if fields.number(f"{{arch}}.rope.scaling.{key}", 1) != 1:
+            raise fields.error(f"{key} other than 1 is not supported")
     original = fields.integer("{arch}.rope.scaling.original_context_length", low=1)
     scaling["original_max_position_embeddings"] = original
-    for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
-        value = fields.number(f"{{arch}}.rope.scaling.{theirs}", None)
-        if value is not None:
-            scaling[ours] = value
+    for name in ("beta_fast", "beta_slow"):
+        if (value := fields.number(f"{{arch}}.rope.scaling.yarn_{name}", None)) is not None:
+            scaling[name] = value
     return scaling
 
 
 def _llama3_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any]:
     """Recover the parameters of Llama 3's RoPE scaling from rope_freqs.weight.
 
-    GGUF stores the resulting divisor of each frequency; the largest divisor is the factor. The
-    other parameters are assumed to have the values used by all published models. Raises
-    `HubError` if these parameters do not reproduce the stored divisors.
+    It has the divisor of each frequency; the largest one is the factor. The other parameters are
+    those of all published models. Raises `HubError` if they do not reproduce the divisors.
     """
     divisors = np.concatenate([*file.float_rows(file.tensors["rope_freqs.weight"])], axis=None)
     num_pairs = _head_dim(fields, fields.integer("{arch}.attention.head_count", low=1)) // 2

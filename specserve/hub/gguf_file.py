@@ -1,8 +1,7 @@
 """Reads a GGUF file: its metadata and the location of each tensor.
 
-Owns the file layout (GGUF versions 2 and 3, little-endian). Knows nothing about models. Invariant:
-every length and offset is checked against the file size before use, and every tensor has a type
-that can be dequantised to floats.
+Owns the file layout (GGUF versions 2 and 3, little-endian). Every length and offset is checked
+against the file size before use, and every tensor has a type that can be dequantised to floats.
 """
 
 import math
@@ -22,19 +21,8 @@ from specserve.files import FileError, check_file, quoted, short
 from specserve.hub.errors import HubError
 
 WEIGHTS_NAME: Final = "model.gguf"  # file name in a model directory
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+# Value types; the letters are those of `struct`.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
 _LENGTH: Final = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
@@ -46,7 +34,6 @@ _CHUNK_VALUES = 2**22  # values that `float_rows` dequantises at a time; limits 
 class GgufTensor(Struct, frozen=True):
     """Type and location of one tensor. `shape` is row-major: [out_features, in_features]."""
 
-    name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     offset: int  # bytes from the start of the file
@@ -54,11 +41,7 @@ class GgufTensor(Struct, frozen=True):
 
 
 class GgufFile:
-    """One memory-mapped GGUF file.
-
-    The constructor raises `HubError` for a file that is truncated or damaged, or that has an
-    unknown version or type.
-    """
+    """One memory-mapped GGUF file. Raises `HubError` if it is damaged or of an unknown version."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -106,19 +89,14 @@ class GgufFile:
             self._fail(f"it claims {count} items in {len(self._data)} bytes")
         return range(count)
 
-    def _take(self, num_bytes: int) -> int:
-        """Advance the read position by `num_bytes`; returns the position before."""
-        start = self._at
-        if num_bytes > len(self._data) - start:
-            self._fail(f"{num_bytes} bytes at {start} end past its {len(self._data)} bytes")
-        self._at += num_bytes
-        return start
-
     def _scalar(self, code: str) -> Any:
         return self._scalars(code, 1)[0]
 
     def _scalars(self, code: str, count: int) -> tuple[Any, ...]:
-        start = self._take(count * struct.calcsize(f"<{code}"))
+        start, num_bytes = self._at, count * struct.calcsize(f"<{code}")
+        if num_bytes > len(self._data) - start:
+            self._fail(f"{num_bytes} bytes at {start} end past its {len(self._data)} bytes")
+        self._at += num_bytes
         return struct.unpack_from(f"<{count}{code}", self._data, start)
 
     def _string(self) -> str:
@@ -163,12 +141,12 @@ class GgufFile:
         return name, self._scalars("Q", num_dims)[::-1], self._scalar("I"), self._scalar("Q")
 
     def _check_kinds(self) -> None:
-        for tensor in self.tensors.values():
+        for name, tensor in self.tensors.items():
             try:
                 dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.kind][1]), np.uint8), tensor.kind)
             except NotImplementedError:
                 raise HubError(
-                    f"{self.path}: {short(tensor.name)} is quantised as {tensor.kind.name}, which "
+                    f"{self.path}: {short(name)} is quantised as {tensor.kind.name}, which "
                     f"cannot be read; use a file of another quantisation, such as Q8_0 or Q4_K"
                 ) from None
 
@@ -183,7 +161,8 @@ class GgufFile:
                 self._fail(f"{short(name)} is there twice")
             if kind not in GGML_QUANT_SIZES:
                 self._fail(f"{short(name)} has the unknown type {kind}")
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            kind = GGMLQuantizationType(kind)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
             if 0 in shape:
                 self._fail(f"{short(name)} is empty: {list(shape)}")
             if shape[-1] % block:
@@ -192,5 +171,5 @@ class GgufFile:
             first, last = start + offset, start + offset + num_bytes
             if last > len(self._data):
                 self._fail(f"{short(name)} ends at byte {last} of {len(self._data)}")
-            tensors[name] = GgufTensor(name, shape, GGMLQuantizationType(kind), first, num_bytes)
+            tensors[name] = GgufTensor(shape, kind, first, num_bytes)
         return tensors

@@ -1,7 +1,6 @@
 """Maps the tensors of a GGUF file to checkpoint names and row order.
 
-Rejects unknown tensor names, and query and key weights whose number of rows is not
-num_heads * head_dim. `models/weight_check.py` finds missing tensors and other wrong shapes.
+`models/weight_check.py` finds missing tensors and wrong shapes.
 """
 
 from collections.abc import Iterator
@@ -15,11 +14,7 @@ from specserve.files import listed
 from specserve.hub.errors import HubError
 from specserve.hub.gguf_file import GgufFile, GgufTensor
 
-_TOP = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -37,20 +32,17 @@ _COMPUTED = {"rope_freqs.weight"}  # `gguf_config` converts it to rope_scaling i
 
 
 class SourceTensor(Struct, frozen=True):
-    """A tensor of the file and its row permutation.
-
-    Row i in the checkpoint is row `row_order[i]` in the file; None means the same order.
-    """
+    """A tensor of the file. Row i of the checkpoint's tensor is its row `row_order[i]`."""
 
     tensor: GgufTensor
-    row_order: npt.NDArray[np.int64] | None
+    row_order: npt.NDArray[np.int64] | None  # None: the same order
 
 
 def source_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, SourceTensor]:
     """The tensors of `file` by checkpoint name. `config` is the result of `read_config(file)`.
 
-    Raises `HubError` naming the unknown tensors, or a query or key weight with a wrong number of
-    rows.
+    Raises `HubError` naming the unknown tensors, or a query or key weight whose number of rows is
+    not num_heads * head_dim.
     """
     return {
         ours: SourceTensor(file.tensors[theirs], _row_order(file, theirs, config))
@@ -59,7 +51,7 @@ def source_tensors(file: GgufFile, config: dict[str, Any]) -> dict[str, SourceTe
 
 
 def _names(file: GgufFile) -> Iterator[tuple[str, str]]:
-    """Yield pairs of GGUF name and checkpoint name; raises `HubError` for unknown names."""
+    """Yield pairs of GGUF name and checkpoint name."""
     unknown = []
     for name in file.tensors:
         if name in _COMPUTED:
@@ -81,10 +73,10 @@ def _names(file: GgufFile) -> Iterator[tuple[str, str]]:
 
 
 def _row_order(file: GgufFile, name: str, config: dict[str, Any]) -> npt.NDArray[np.int64] | None:
-    """The row permutation from GGUF to checkpoint order, or None if there is none.
+    """See `SourceTensor`.
 
-    For the llama architecture GGUF stores the two rows of a rotary pair next to each other in the
-    query and key weights; in a checkpoint they are head_dim / 2 rows apart.
+    In the query and key weights of the llama architecture GGUF stores the two rows of a rotary pair
+    next to each other; in a checkpoint they are head_dim / 2 rows apart.
     """
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     part, shape = name.split(".")[-2], file.tensors[name].shape

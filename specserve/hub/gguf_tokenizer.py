@@ -1,7 +1,7 @@
 """Builds tokenizer.json and tokenizer_config.json from GGUF metadata.
 
-Supports byte-level BPE only. Owns the table of known pre-tokenizers. A pre-tokenizer that is not in
-the table is rejected, because a wrong one gives plausible but wrong tokens.
+Supports byte-level BPE only. A pre-tokenizer that is not in the table of known ones is rejected,
+because a wrong one gives plausible but wrong tokens.
 """
 
 from typing import Any, Final
@@ -82,12 +82,18 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
         if not {left, right, left + right} <= vocab.keys():
             raise fields.error(f"the merge {quoted(merge)} does not join two tokens to a third")
         merges.append((left, right))
-    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges))
-    _set_pre_tokenizer(tokenizer, PRE_TOKENIZERS[pre])
+    spec = PRE_TOKENIZERS[pre]
+    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=spec.ignore_merges))
+    _set_pre_tokenizer(tokenizer, spec)
     _add_tokens(tokenizer, tokens, kinds)
-    config = _tokenizer_config(fields, tokens, PRE_TOKENIZERS[pre])
+    config = _tokenizer_config(fields, tokens, spec)
     if config["add_bos_token"]:
-        _prepend_bos(tokenizer, config["bos_token"])
+        bos = config["bos_token"]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B:1",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
+        )
     return tokenizer, config
 
 
@@ -108,8 +114,7 @@ def _set_pre_tokenizer(tokenizer: Tokenizer, spec: PreTokenizerSpec) -> None:
 def end_tokens(file: GgufFile) -> list[int]:
     """Ids of the tokens that end a text or a turn, for generation_config.json.
 
-    Many files have no key for the end of a turn. Then the tokens spelled as in `END_OF_TURN` are
-    used.
+    Without a key for the end of a turn, the tokens spelled as in `END_OF_TURN` are used.
     """
     fields = GgufFields(file)
     tokens = fields.texts("tokenizer.ggml.tokens")
@@ -121,10 +126,7 @@ def end_tokens(file: GgufFile) -> list[int]:
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """Register in `tokenizer` the tokens that are matched whole in text.
-
-    They are in the vocabulary already, so their ids do not change.
-    """
+    """Register the tokens that are matched whole in text. They have ids in the vocabulary."""
     for token, kind in zip(tokens, kinds, strict=True):
         special = kind == TokenType.CONTROL or token in END_OF_TURN
         if special or kind == TokenType.USER_DEFINED:
@@ -141,15 +143,13 @@ def _tokenizer_config(
         "clean_up_tokenization_spaces": False,
     }
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = _token_id(fields, theirs, tokens)
-        if index is not None:
+        if (index := _token_id(fields, theirs, tokens)) is not None:
             config[f"{ours}_token"] = tokens[index]
     default = spec.add_bos_default and "bos_token" in config
     config["add_bos_token"] = fields.get("tokenizer.ggml.add_bos_token", bool, default)
     if config["add_bos_token"] and "bos_token" not in config:
         raise fields.error("tokenizer.ggml.add_bos_token is set without a bos_token_id")
-    template = fields.text("tokenizer.chat_template", None)
-    if template is not None:
+    if (template := fields.text("tokenizer.chat_template", None)) is not None:
         config["chat_template"] = template
     return config
 
@@ -160,11 +160,3 @@ def _token_id(fields: GgufFields, name: str, tokens: list[str]) -> int | None:
     if index is not None and not 0 <= index < len(tokens):
         raise fields.error(f"{key} = {index} is no token; there are {len(tokens)}")
     return index
-
-
-def _prepend_bos(tokenizer: Tokenizer, bos: str) -> None:
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos} $B:1",
-        special_tokens=[(bos, tokenizer.token_to_id(bos))],
-    )

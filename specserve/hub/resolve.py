@@ -1,7 +1,6 @@
 """Resolves the model name that a user gives to a local model directory.
 
-A target is a directory, a .gguf file, an alias or a hub id, tried in that order. The content of an
-existing directory is not examined here.
+A target is a directory, a .gguf file, an alias or a hub id, tried in that order.
 """
 
 import hashlib
@@ -33,6 +32,7 @@ ALIASES = {
     ),
 }
 
+_KNOWN_TARGETS = f"aliases: {', '.join(sorted(ALIASES))}; a hub id looks like org/name"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 _HUB_IGNORED = ["consolidated*", "original/*"]  # the same weights in another layout
@@ -43,9 +43,8 @@ def resolve(
 ) -> Path:
     """The local model directory of `target`, downloaded and converted if necessary.
 
-    `cache_dir` holds converted models; the default is `default_cache_dir()`.
-    `progress(stage, fraction)` is called with a description of the current stage and the fraction
-    of it that is done, from 0 to 1. Raises `HubError`.
+    `cache_dir` holds converted models; the default is `default_cache_dir()`. `progress` is called
+    with the name of a stage and the fraction of it that is done, from 0 to 1. Raises `HubError`.
     """
     report = progress or (lambda stage, fraction: None)
     _check_name(target)
@@ -61,8 +60,13 @@ def resolve(
         return _resolve_hub_id(target, report)
     raise HubError(
         f"target: {target!r} is no directory or .gguf file here and no known model; "
-        f"{_known_targets()}"
+        f"{_KNOWN_TARGETS}"
     )
+
+
+def base_name(spec: str) -> str:
+    """The last component of a path or hub id. '.' and '..' are resolved to real names first."""
+    return Path(os.path.abspath(spec)).name
 
 
 def is_hub_id(target: str) -> bool:
@@ -80,10 +84,6 @@ def _check_name(target: str) -> None:
             f"target: {target!a} is no path in the encoding of the locale "
             f"({sys.getfilesystemencoding()}); set PYTHONUTF8=1, or give the directory another name"
         ) from None
-
-
-def _known_targets() -> str:
-    return f"aliases: {', '.join(sorted(ALIASES))}; a hub id looks like org/name"
 
 
 def _resolve_file(path: Path, cache: Path, report: Progress) -> Path:
@@ -126,7 +126,7 @@ def _resolve_hub_id(name: str, report: Progress) -> Path:
         raise HubError(
             f"target: {name!r} is no directory here, and the model hub could not give it "
             f"({reason}); check the name and the network, log in if the model is gated, or give "
-            f"a directory; {_known_targets()}"
+            f"a directory; {_KNOWN_TARGETS}"
         ) from error
     report(f"downloading {name}", 1.0)
     return Path(directory)

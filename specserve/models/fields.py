@@ -1,11 +1,11 @@
 """Reads a JSON object field by field, with errors that tell the user what to do.
 
-Owns the form of the messages: "file: field = value: what is wrong; what to do". Records which
-fields were read, so that unread ones can be rejected. Knows nothing about models.
+Messages have the form "file: field = value: what is wrong; what to do".
 """
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -36,29 +36,19 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(content, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        found = _read_python_json(content)
-        if found is None:
-            raise ModelError(f"{path}: not a JSON object ({error}); fetch the file again") from None
-        return found
-
-
-def _read_python_json(content: bytes) -> dict[str, Any] | None:
-    """Parse JSON with NaN and Infinity, which Python writes although the standard forbids them.
-
-    Returns None if that fails too. The getters for numbers reject such values.
-    """
-    try:
-        found = json.loads(content.decode())
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        # Python writes NaN and Infinity, which the standard forbids; the getters reject them.
+        with suppress(ValueError, RecursionError):
+            found = json.loads(content.decode())
+            if isinstance(found, dict):
+                return found
+        raise ModelError(f"{path}: not a JSON object ({error}); fetch the file again") from None
 
 
 class Fields:
-    """Typed access to one JSON object. `source` names it in messages.
+    """Typed access to one JSON object, which records the fields that were read.
 
-    Typed getters treat null as absent and raise `ModelError` naming the field. `integer` and
-    `number` without a default require the field.
+    `source` names the object in messages. Typed getters treat null as absent and raise `ModelError`
+    naming the field. `integer` and `number` without a default require the field.
     """
 
     def __init__(self, values: dict[str, Any], source: str) -> None:

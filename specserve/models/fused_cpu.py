@@ -1,7 +1,6 @@
 """A forward pass of a `LlamaModel` with int4 and int8 weights as one native call on the CPU.
 
-Takes the weights from a model that could serve layer by layer. Knows no checkpoint. Invariant: the
-result of a row never depends on the other rows.
+Takes the weights from a model that could serve layer by layer. Knows no checkpoint.
 """
 
 from typing import Final
@@ -59,7 +58,7 @@ class FusedModel:
         self.quantized_embedding = weights.embed
         self._decoder = fused.decoder(weights)
 
-    def forward(
+    def __call__(
         self,
         batch: ForwardBatch,
         kv: KVStorage,
@@ -67,7 +66,7 @@ class FusedModel:
         aux_layers: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
-        """See `Model.__call__`."""
+        """See `Model`."""
         out = self._decoder(
             DecoderPass(
                 batch.input_ids,
@@ -86,8 +85,6 @@ class FusedModel:
             aux_hidden_states=out.aux_hidden_states.flatten(1) if aux_layers else None,
         )
 
-    __call__ = forward
-
     def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
         """See `Model`."""
         return self._decoder.head(x)
@@ -103,13 +100,8 @@ def why_not_fused(shape: ModelShape, kernels: Kernels, kv_dtype: torch.dtype) ->
         return f"the {kernels.name} kernels have no forward pass with quantised weights"
     if kv_dtype not in _KV_DTYPES:
         return f"its K and V need dtype float32 or bfloat16, not {kv_dtype}"
-    return why_not_quantized(
-        shape.hidden_size,
-        shape.intermediate_size,
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-    )
+    heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    return why_not_quantized(shape.hidden_size, shape.intermediate_size, *heads)
 
 
 def _decoder_weights(model: LlamaModel) -> DecoderWeights:

@@ -1,8 +1,7 @@
 """A GGUF file as a `Checkpoint`, read without converting it on disk.
 
-Owns the conversion of quantised blocks to floats or `QuantizedWeight`. Tensor names and row order
-come from `hub.gguf_tensors`. Invariant: the data of every tensor is in the file and has a type that
-can be dequantised.
+Owns the conversion of quantised blocks to `QuantizedWeight`. Tensor names and row order come from
+`hub.gguf_tensors`.
 """
 
 import os

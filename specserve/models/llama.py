@@ -1,12 +1,10 @@
 """The decoder-only transformer of Llama, Mistral, SmolLM, Qwen2 and Qwen3, layer by layer.
 
 Owns the order of operations of a forward pass, and which module of the checkpoint is which layer. A
-forward pass gets all its inputs as arguments and leaves no state in the model. Knows nothing about
-sequences, trees, block tables or weight formats. Invariant: if the scheme is exact, the result of a
-row does not depend on the other rows.
+forward pass gets all its inputs as arguments and leaves no state in the model.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,7 +57,10 @@ class LlamaModel:
     @property
     def num_bytes(self) -> int:
         """See `Model`."""
-        return sum(linear.method.num_bytes for linear in self._linears())
+        linears = [self.head]
+        for layer in self.layers:
+            linears += [layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down]
+        return sum(linear.method.num_bytes for linear in linears)
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -67,7 +68,7 @@ class LlamaModel:
         return KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.dtype)
 
     @torch.inference_mode()
-    def forward(
+    def __call__(
         self,
         batch: ForwardBatch,
         kv: KVStorage,
@@ -75,7 +76,7 @@ class LlamaModel:
         aux_layers: tuple[int, ...] = (),
         num_top: int = 0,
     ) -> ModelOutput:
-        """See `Model.__call__`. `num_top` is ignored: `ModelOutput.topk` is always None."""
+        """See `Model`. `num_top` is ignored: `ModelOutput.topk` is always None."""
         shape = self.shape
         assert batch.input_ids.shape[0] % self.row_multiple == 0, "rows must be padded"
         inputs = AttentionInputs(
@@ -91,14 +92,8 @@ class LlamaModel:
                 states[index] = x
             x = layer(x, kv.layer(index), inputs)
         states[shape.num_layers] = x
-        return ModelOutput(
-            logits=self.logits(x[batch.logit_rows]),
-            aux_hidden_states=torch.cat([states[index] for index in aux_layers], dim=-1)
-            if aux_layers
-            else None,
-        )
-
-    __call__ = forward
+        aux = torch.cat([states[index] for index in aux_layers], dim=-1) if aux_layers else None
+        return ModelOutput(self.logits(x[batch.logit_rows]), aux_hidden_states=aux)
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
@@ -121,46 +116,37 @@ class LlamaModel:
         """See `Model`."""
         return self.head(x).float()
 
-    def _linears(self) -> Iterator[Linear]:
-        """Every linear map of a forward pass with logits."""
-        for layer in self.layers:
-            yield from (layer.attention.qkv, layer.attention.out)
-            yield from (layer.mlp.gate_up, layer.mlp.down)
-        yield self.head
 
-
+@dataclass(frozen=True, slots=True)
 class _LayerReader:
     """Reads the modules of one layer from a checkpoint."""
 
-    def __init__(
-        self, shape: ModelShape, checkpoint: Checkpoint, scheme: QuantScheme, device: torch.device
-    ) -> None:
-        self._shape = shape
-        self._checkpoint = checkpoint
-        self._scheme = scheme
-        self._device = device
+    shape: ModelShape
+    checkpoint: Checkpoint
+    scheme: QuantScheme
+    device: torch.device
 
     def layer(self, index: int) -> DecoderLayer:
-        prefix, exact = f"model.layers.{index}", self._scheme.exact
+        prefix, with_bias = f"model.layers.{index}", self.shape.mlp_bias
         mlp = Mlp(
-            self._linear(f"{prefix}.mlp", ["gate_proj", "up_proj"], self._shape.mlp_bias),
-            self._linear(f"{prefix}.mlp", ["down_proj"], self._shape.mlp_bias),
-            exact=exact,
+            self._linear(f"{prefix}.mlp", ["gate_proj", "up_proj"], with_bias),
+            self._linear(f"{prefix}.mlp", ["down_proj"], with_bias),
+            exact=self.scheme.exact,
         )
         return DecoderLayer(
             self.norm(f"{prefix}.input_layernorm"),
-            self._attention(f"{prefix}.self_attn", self._shape.windows[index]),
+            self._attention(f"{prefix}.self_attn", self.shape.windows[index]),
             self.norm(f"{prefix}.post_attention_layernorm"),
             mlp,
         )
 
     def norm(self, name: str) -> RMSNorm:
-        stored = self._checkpoint.floats(f"{name}.weight")
-        weight = stored.to(self._device, torch.float32, copy=True)  # never a view into the file
-        return RMSNorm(weight, self._shape.rms_norm_eps)
+        stored = self.checkpoint.floats(f"{name}.weight")
+        weight = stored.to(self.device, torch.float32, copy=True)  # never a view into the file
+        return RMSNorm(weight, self.shape.rms_norm_eps)
 
     def _attention(self, name: str, window: int) -> Attention:
-        shape = self._shape
+        shape = self.shape
         return Attention(
             self._linear(name, ["q_proj", "k_proj", "v_proj"], shape.qkv_bias),
             self._linear(name, ["o_proj"], shape.o_bias),
@@ -173,4 +159,4 @@ class _LayerReader:
         )
 
     def _linear(self, prefix: str, names: list[str], with_bias: bool) -> Linear:
-        return self._scheme.linear([f"{prefix}.{name}" for name in names], with_bias=with_bias)
+        return self.scheme.linear([f"{prefix}.{name}" for name in names], with_bias=with_bias)

@@ -1,8 +1,7 @@
 """Loads a model from a model directory.
 
-Tensors are read one at a time, so memory use peaks at one model plus one tensor; that tensor is
-float32 if it has to be converted to another format. Names, shapes and dtypes are checked before
-the weights are loaded; values that are NaN or infinite are found while loading.
+Tensors are read one at a time, so memory use peaks at one model plus one tensor, in float32 if it
+has to be converted. Names, shapes and dtypes are checked before, values while the weights are read.
 """
 
 import logging
@@ -12,11 +11,11 @@ import torch
 
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fused_cpu import FusedModel, NotFusedError
+from specserve.models.llama import LlamaModel
 from specserve.models.model import Model
 from specserve.models.quantization.choice import choose_quantization
 from specserve.models.quantization.dense import DenseScheme
 from specserve.models.quantization.int_groups import IntGroupScheme
-from specserve.models.registry import BUILDERS
 from specserve.models.shape import ModelShape
 from specserve.models.weight_check import check_room, check_weights
 from specserve.types import Quantization
@@ -44,16 +43,15 @@ def load_model(
     field or tensors at fault.
     """
     shape, checkpoint = check_weights(path, ModelShape.from_dir(path), read_checkpoint(path))
-    build = BUILDERS[shape.architecture]
     kv_dtype = quantized_kv_dtype or dtype
     choice = choose_quantization(quantization, shape, checkpoint, kernels, device, kv_dtype)
     if not choice.quantized:
         check_room(shape, dtype.itemsize, device)
         dense = DenseScheme(checkpoint, dtype=dtype, device=device, exact=exact)
-        return build(shape, checkpoint, dense, kernels, kv_dtype=dtype, device=device)
+        return LlamaModel(shape, checkpoint, dense, kernels, kv_dtype=dtype, device=device)
     check_room(shape, _LEAST_BYTES_PER_WEIGHT, device)
     groups = IntGroupScheme(checkpoint, kernels, quantization)
-    model = build(shape, checkpoint, groups, kernels, kv_dtype=kv_dtype, device=device)
+    model = LlamaModel(shape, checkpoint, groups, kernels, kv_dtype=kv_dtype, device=device)
     try:
         return FusedModel(model)
     except NotFusedError as reason:

@@ -1,8 +1,6 @@
 """The safetensors files of a model directory as a `Checkpoint`.
 
-Owns the checks of the file layout: which files there are, and the place and size of each tensor.
-They are made before a tensor is read. Knows nothing about models. Invariant: the data of every
-tensor in `entries` is in its file.
+The layout of the files is checked before a tensor is read: the place and size of each tensor.
 """
 
 import math
@@ -65,18 +63,17 @@ class SafetensorsCheckpoint:
 
     def _add(self, name: str, entry: TensorEntry) -> None:
         other = self.entries.setdefault(name, entry)
-        if other is not entry and not self._same(name, entry, other):
-            meant = self.index.get(name)
-            hint = f"; the index says {short(meant)}" if meant else ""
-            raise ModelError(
-                f"{entry.file}: {short(name)} is also in {other.file.name}, with other "
-                f"values{hint}; fetch the checkpoint again"
-            )
-
-    def _same(self, name: str, a: TensorEntry, b: TensorEntry) -> bool:
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
-        return torch.equal(self._read(a, name), self._read(b, name))
+        if other is entry or (
+            (entry.dtype, entry.shape) == (other.dtype, other.shape)
+            and torch.equal(self._read(entry, name), self._read(other, name))
+        ):
+            return
+        meant = self.index.get(name)
+        hint = f"; the index says {short(meant)}" if meant else ""
+        raise ModelError(
+            f"{entry.file}: {short(name)} is also in {other.file.name}, with other "
+            f"values{hint}; fetch the checkpoint again"
+        )
 
     def _read(self, entry: TensorEntry, name: str) -> Tensor:
         if entry.file not in self._open:

@@ -1,7 +1,7 @@
 """Reads a model's shape from its directory: every number that the forward pass needs.
 
-The forward pass depends on this shape and never on a model's name. Architecture names select the
-defaults in `FAMILIES` and the class in `registry.BUILDERS`, and nothing else.
+The forward pass depends on this shape, never on a model's name. The name of the architecture only
+selects the defaults in `FAMILIES`; one that differs in shape alone needs no more than a line there.
 """
 
 from collections.abc import Mapping

@@ -25,7 +25,7 @@ from specserve.config import (
     parse_bytes,
 )
 from specserve.engine.metrics import EngineInfo
-from specserve.hub.names import base_name
+from specserve.hub.resolve import base_name
 from specserve.process.engine_process import EngineFailed
 from specserve.server import tokenizer_worker
 from specserve.server.accepted import AcceptedRequests

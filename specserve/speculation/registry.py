@@ -16,7 +16,7 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from specserve.files import FileError, check_file, quoted
-from specserve.hub.names import base_name
+from specserve.hub.resolve import base_name
 from specserve.models.fields import ModelError, read_json
 from specserve.speculation.drafter import Drafter, DraftError, DraftOptions
 from specserve.speculation.failures import loading

@@ -8,7 +8,7 @@ import pytest
 from live import start_server
 
 from specserve.config import ConfigError, ServerConfig, load_config
-from specserve.hub.names import base_name
+from specserve.hub.resolve import base_name
 from specserve.speculation.registry import public_names
 
 LONGEST = 256

@@ -21,32 +21,18 @@ class AttentionInputs:
     slots: Tensor  # [num_rows] int64, KV slot of each row; -1: K and V are not written
 
 
+@dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention (Ainslie et al. 2023) with a fused q, k and v projection.
+    """Grouped-query attention (Ainslie et al. 2023) with a fused q, k and v projection."""
 
-    `window` > 0 is a sliding window in positions; q and k may have a norm of their own.
-    """
-
-    def __init__(
-        self,
-        qkv: Linear,  # hidden_size -> (num_heads + 2 * num_kv_heads) * head_dim
-        out: Linear,  # num_heads * head_dim -> hidden_size
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        window: int = 0,
-        q_norm: RMSNorm | None = None,
-        k_norm: RMSNorm | None = None,
-    ) -> None:
-        self.qkv = qkv
-        self.out = out
-        self.window = window
-        self.q_norm = q_norm
-        self.k_norm = k_norm
-        self._num_heads = num_heads
-        self._num_kv_heads = num_kv_heads
-        self._head_dim = head_dim
+    qkv: Linear  # hidden_size -> (num_heads + 2 * num_kv_heads) * head_dim
+    out: Linear  # num_heads * head_dim -> hidden_size
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0  # sliding window in positions; 0: none
+    q_norm: RMSNorm | None = None  # both or neither
+    k_norm: RMSNorm | None = None
 
     def __call__(
         self,
@@ -59,14 +45,14 @@ class Attention:
         dtype = cache[0].dtype
         inputs.kernels.kv_write(k.to(dtype), v.to(dtype), *cache, inputs.slots)
         attended = inputs.kernels.paged_tree_attention(
-            q.contiguous(), *cache, inputs.plan, scale=self._head_dim**-0.5, window=self.window
+            q.contiguous(), *cache, inputs.plan, scale=self.head_dim**-0.5, window=self.window
         )
         return self.out(attended.flatten(1))
 
     def _heads(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q and k, and v, each [num_rows, heads, head_dim]."""
-        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
-        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             return rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles), v

@@ -1,5 +1,7 @@
 """One layer of a decoder-only transformer."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from specserve.models.layers.attention import Attention, AttentionInputs
@@ -7,16 +9,14 @@ from specserve.models.layers.mlp import Mlp
 from specserve.models.layers.norm import RMSNorm
 
 
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """Attention and an MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(
-        self, attention_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: Mlp
-    ) -> None:
-        self.attention_norm = attention_norm
-        self.attention = attention
-        self.mlp_norm = mlp_norm
-        self.mlp = mlp
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: Mlp
 
     def __call__(
         self,

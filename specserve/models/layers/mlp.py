@@ -1,25 +1,25 @@
 """The SwiGLU MLP of a transformer layer."""
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from specserve.models.layers.linear import Linear
 
 
+@dataclass(frozen=True, slots=True)
 class Mlp:
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020), with gate and up fused in one `Linear`.
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), with gate and up fused in one `Linear`."""
 
-    If `exact`, a row's bits do not depend on the other rows, provided that the products are exact.
-    """
-
-    def __init__(self, gate_up: Linear, down: Linear, *, exact: bool) -> None:
-        self.gate_up = gate_up  # hidden_size -> 2 * intermediate_size
-        self.down = down  # intermediate_size -> hidden_size
-        self._swiglu = swiglu_exact if exact else swiglu
+    gate_up: Linear  # hidden_size -> 2 * intermediate_size
+    down: Linear  # intermediate_size -> hidden_size
+    exact: bool  # a row's bits do not depend on the other rows if this holds for the products
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_rows, hidden_size], the result has the same shape and dtype."""
-        return self.down(self._swiglu(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        return self.down(swiglu_exact(gate_up) if self.exact else swiglu(gate_up))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:  # [num_rows, 2 * size] -> [num_rows, size]
@@ -31,9 +31,8 @@ def swiglu(gate_up: Tensor) -> Tensor:  # [num_rows, 2 * size] -> [num_rows, siz
 def swiglu_exact(gate_up: Tensor) -> Tensor:  # [num_rows, 2 * size] -> [num_rows, size]
     """`swiglu` whose bits for an element do not depend on the element's place in the tensor.
 
-    On a CPU `F.silu` uses a different formula for the elements left over after whole SIMD vectors,
-    and which elements those are depends on the shape and the number of threads. `exp` uses the
-    same formula for all elements.
+    On a CPU `F.silu` has another formula for elements left over after whole SIMD vectors; which
+    these are depends on the shape and the number of threads. `exp` has one formula for all.
     """
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (gate / gate.neg().exp_().add_(1.0)).mul_(up).to(gate_up.dtype)

@@ -1,8 +1,4 @@
-"""Decides whether a model is served with float weights or with int4 and int8 weights.
-
-`auto` serves a checkpoint of floats as floats, and a quantised GGUF file as it is stored where the
-whole forward pass can be one kernel call. Reads no weights.
-"""
+"""Decides whether a model is served with float weights or with int4 and int8 weights."""
 
 import torch
 from msgspec import Struct
@@ -17,7 +13,7 @@ from specserve_kernels.quantized_weight import GROUP
 
 
 class QuantizationChoice(Struct, frozen=True):
-    """The decision for one model. If `quantized` is False, the weights are served as floats."""
+    """The decision for one model: its weights are quantised, or served as floats."""
 
     quantized: bool
     reason: str
@@ -31,10 +27,11 @@ def choose_quantization(
     device: torch.device,
     kv_dtype: torch.dtype,
 ) -> QuantizationChoice:
-    """Decide whether the weights are quantised. `kv_dtype` is the dtype of K and V if they are.
+    """Decide without reading weights. `kv_dtype` is the dtype of K and V if they are quantised.
 
-    Where the forward pass cannot be one kernel call, `auto` selects floats, which are faster then,
-    and `int8` and `int4` are served layer by layer. Raises `ModelError` if that is not possible.
+    `auto` quantises only what the checkpoint stores so, and only if a forward pass can be one
+    kernel call; otherwise floats are faster. `int8` and `int4` are then served layer by layer.
+    Raises `ModelError` if that is not possible either.
     """
     if setting == "none":
         return QuantizationChoice(False, "as set")

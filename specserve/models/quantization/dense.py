@@ -1,6 +1,7 @@
 """Float weights: no quantisation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -11,31 +12,29 @@ from specserve.models.checkpoint import Checkpoint
 from specserve.models.layers.linear import Linear
 from specserve.models.row_tiles import BASE_ROWS, RowTiles, probe_row_tiles
 
-_ProbeKey = tuple[torch.Size, torch.dtype, bool]
 
-
+@dataclass(frozen=True, slots=True)
 class DenseMethod:
     """A `QuantMethod` that holds the weight in floats.
 
     With `tiles`, a row's bits do not depend on the other rows if the number of rows is a multiple
-    of `BASE_ROWS`: see `row_tiles`.
+    of `BASE_ROWS`.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,  # [num_outputs, num_inputs], any float dtype
-        tiles: RowTiles | None = None,
-    ) -> None:
-        self.weight = weight
-        self.num_bytes = weight.nbytes
-        self._tiles = tiles
+    weight: Tensor  # [num_outputs, num_inputs], any float dtype
+    tiles: RowTiles | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """See `QuantMethod`."""
+        return self.weight.nbytes
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `QuantMethod.apply`; computed in the weight's dtype, which `bias` has too."""
         rows = x.to(self.weight.dtype)
-        if self._tiles is None or len(rows) % BASE_ROWS:
+        if self.tiles is None or len(rows) % BASE_ROWS:
             return F.linear(rows, self.weight, bias).to(x.dtype)
-        return self._tiles.linear(rows, self.weight, bias).to(x.dtype)
+        return self.tiles.linear(rows, self.weight, bias).to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """See `EmbeddingMethod.rows`; in the weight's dtype."""
@@ -45,7 +44,7 @@ class DenseMethod:
 class DenseScheme:
     """A `QuantScheme` that converts every weight to floats of `dtype` on `device`.
 
-    If `exact`, it looks for safe row tiles once per shape: see `row_tiles`.
+    If `exact`, it looks for safe row tiles once per shape.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class DenseScheme:
         self.row_multiple: Final = BASE_ROWS if exact else 1
         self._checkpoint = checkpoint
         self._device = device
-        self._probed: dict[_ProbeKey, RowTiles] = {}
+        self._probed: dict[tuple[torch.Size, bool], RowTiles] = {}
 
     def linear(self, names: Sequence[str], *, with_bias: bool = False) -> Linear:
         """See `QuantScheme.linear`."""
@@ -82,7 +81,7 @@ class DenseScheme:
     def _tiles(self, weight: Tensor, bias: Tensor | None) -> RowTiles | None:
         if not self.exact:
             return None
-        key = (weight.shape, weight.dtype, bias is not None)
+        key = weight.shape, bias is not None
         if key not in self._probed:
             self._probed[key] = probe_row_tiles(weight, bias)
         return self._probed[key]

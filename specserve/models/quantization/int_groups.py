@@ -81,20 +81,14 @@ class IntGroupScheme:
         """See `QuantScheme.embedding`."""
         return IntGroupMethod([self._read(name, self._head_format)], self._kernels)
 
-    def _read(self, name: str, wanted: WeightFormat | None) -> QuantizedWeight:
-        weight = read_quantized(self._checkpoint, f"{name}.weight", wanted)
+    def _read(self, module: str, wanted: WeightFormat | None) -> QuantizedWeight:
+        """The weight of a module, quantised again unless it is stored in the `wanted` format.
+
+        None keeps the stored format, or selects int8 if that is neither Q4_0, Q4_1 nor Q8_0.
+        """
+        name = f"{module}.weight"
+        weight = self._checkpoint.quantized_weight(name)
+        if weight is None or wanted not in (None, weight.format):
+            floats = self._checkpoint.floats(name) if weight is None else dequantize(weight)
+            weight = quantize_int4(floats) if wanted is WeightFormat.INT4 else quantize_int8(floats)
         return replace(weight, panels=self._arena.copy(weight.panels))
-
-
-def read_quantized(
-    checkpoint: Checkpoint, name: str, wanted: WeightFormat | None
-) -> QuantizedWeight:
-    """Read the matrix `name` in the `wanted` format, requantising it if necessary.
-
-    None keeps the stored format, or selects int8 if that is neither Q4_0, Q4_1 nor Q8_0.
-    """
-    stored = checkpoint.quantized_weight(name)
-    if stored is not None and wanted in (None, stored.format):
-        return stored
-    floats = checkpoint.floats(name) if stored is None else dequantize(stored)
-    return quantize_int4(floats) if wanted is WeightFormat.INT4 else quantize_int8(floats)

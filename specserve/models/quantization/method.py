@@ -18,8 +18,7 @@ class QuantMethod(Protocol):
         x: Tensor,  # [num_rows, num_inputs]
         bias: Tensor | None,  # [num_outputs], as `QuantScheme.linear` made it
     ) -> Tensor:  # [num_rows, num_outputs] in x's dtype
-        """x W^T + bias. If the scheme is exact and the number of rows is a multiple of its
-        `row_multiple`, a row's bits do not depend on the other rows."""
+        """x W^T + bias, exact as `QuantScheme` says."""
         ...
 
 

@@ -16,7 +16,7 @@ from specserve.models.quantization.method import EmbeddingMethod
 class QuantScheme(Protocol):
     """Reads the weights of one checkpoint, ready for use, on the model's device.
 
-    Tensors are read one at a time: beside the weights themselves, at most one tensor is in memory.
+    Beside the weights themselves, at most one tensor is in memory.
     """
 
     @property
@@ -26,13 +26,12 @@ class QuantScheme(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether a row of a product has bits that do not depend on the other rows."""
+        """Whether the bits of a row of a product do not depend on the other rows, if the number of
+        rows is a multiple of `row_multiple`."""
         ...
 
     @property
-    def row_multiple(self) -> int:
-        """Products are exact only for a number of rows that is a multiple of it."""
-        ...
+    def row_multiple(self) -> int: ...
 
     def linear(self, names: Sequence[str], *, with_bias: bool = False) -> Linear:
         """Read linear maps of the same input, such as gate and up, as one.
