@@ -1,7 +1,6 @@
 """The speculation controller: sequences that are drafted for, and drafters that are used."""
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,15 +18,6 @@ from specserve.types import Request, SamplingParams, SpeculationParams
 
 COSTS = {1: 1.0, 2: 1.0, 4: 1.2, 8: 2.0}  # seconds by rows
 EMITTED_ONE = VerifyResult((0,), (5,), (0,), 0)
-
-
-@dataclass
-class Seconds:
-    """What an engine has spent so far."""
-
-    host_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    propose_seconds: float = 0.0
 
 
 def sequence(
@@ -58,7 +48,7 @@ def run(
 
     The forward pass of a step takes as long as the cost model expects of it.
     """
-    times, found = Seconds(), []
+    spent, found = {"forward": 0.0}, []
     for _ in range(num_steps):
         budgets = controller.budgets(seqs, 64)
         drafted = [budget > 1 for budget in budgets]
@@ -68,10 +58,10 @@ def run(
         }
         num_rows = sum(map(len, trees.values()))
         assert controller._costs is not None
-        times.forward_seconds += controller._costs.seconds(num_rows, num_rows)[0]
-        times.propose_seconds = seconds * sum(drafted)
+        spent["forward"] += controller._costs.seconds(num_rows, num_rows)[0]
         plan = StepPlan(tuple(Entry(seq, 0, 4) for seq in seqs))
-        controller.record_step(plan, trees, dict.fromkeys(trees, EMITTED_ONE), times)
+        results = dict.fromkeys(trees, EMITTED_ONE)
+        controller.record_step(plan, trees, results, spent, seconds * sum(drafted))
         found.append(drafted)
     return found
 
@@ -140,15 +130,16 @@ class Gate:
 
     def __init__(self) -> None:
         self.controller = adaptive({1: STEP_S})
-        self._seq, self._times = sequence(), Seconds()
+        self._seq, self._spent = sequence(), {"forward": 0.0}
 
     def step(self) -> None:
-        self._times.forward_seconds += STEP_S
+        self._spent["forward"] += STEP_S
         self.controller.record_step(
             StepPlan((Entry(self._seq, 0, 1),)),
             {"a": root_tree(7)},
             {"a": EMITTED_TWO},
-            self._times,
+            self._spent,
+            0.0,
         )
         self.controller.budgets([self._seq], 0)
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from tiny import EngineFactory, ids, run
 
 from specserve.engine.engine import Engine
-from specserve.engine.warm_up import warm_up
+from specserve.engine.warm_up import warm_up, warmup_rounds
 from specserve.models.fields import ModelError
-from specserve.runner.warmup import warmup_rounds
 from specserve.speculation.counts import DrafterCounts
 from specserve.speculation.failures import MAX_FAILURES
 from specserve.step import VerifyResult
@@ -68,7 +67,8 @@ def test_totals_are_the_sum_over_the_requests(tiny_model: str, make_engine: Engi
     assert total.generation_tokens == sum(len(ids(own)) for own in outputs) == 160
     assert total.num_draft_tokens == sum(s.num_draft_tokens for s in each if s)
     assert total.num_accepted_tokens == sum(s.num_accepted_draft_tokens for s in each if s)
-    assert total.num_drafts == total.drafted_by_depth[0] <= total.speculation.num_spec_steps
+    drafts = total.speculation.drafted_by_depth
+    assert total.num_drafts == drafts[0] <= total.speculation.num_spec_steps
     used = [each for own in outputs for output in own for each in output.drafter_ids]
     for drafter_id, drafter in enumerate(total.drafters, start=1):
         assert drafter.num_accepted == used.count(drafter_id) > 0
@@ -85,12 +85,12 @@ def test_nodes_are_counted_by_drafter_and_depth() -> None:
     tree = replace(tree, drafter_ids=np.array([0, 1, PREDICTION_ID, 1, 2], np.uint8))
     counts = DrafterCounts(2)
     counts.propose([chain_tree(9, [1, 2], [0.9, 0.8], 1), chain_tree(9, [1], [0.9], PREDICTION_ID)])
-    assert counts.proposed == [0, 2, 0, 1]
+    assert list(counts.proposed.values()) == [0, 2, 0, 1]
     counts.record_outcome([tree], [VerifyResult((0, 1, 2), (1, 2, 7), (1, PREDICTION_ID, 0), 2)])
-    assert [row[1:3] for row in counts.verified] == [[0, 0], [1, 1], [1, 0], [0, 1]]
-    assert [row[1:3] for row in counts.accepted] == [[0, 0], [1, 0], [0, 0], [0, 1]]
+    assert [row[1:3] for row in counts.verified.values()] == [[0, 0], [1, 1], [1, 0], [0, 1]]
+    assert [row[1:3] for row in counts.accepted.values()] == [[0, 0], [1, 0], [0, 0], [0, 1]]
     counts.record_outcome([], [])
-    assert sum(map(sum, counts.verified)) == 4
+    assert sum(map(sum, counts.verified.values())) == 4
 
 
 def test_predicted_nodes_count_for_the_prediction(make_engine: EngineFactory) -> None:

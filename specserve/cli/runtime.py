@@ -10,11 +10,12 @@ from specserve.cli.check import Check
 from specserve.cli.machine import first_line, gib
 from specserve.config import ConfigError, EngineConfig
 from specserve.engine.device import Platform, choose_platform
-from specserve.engine.memory import count_blocks, free_memory
+from specserve.engine.memory import count_blocks
 from specserve.hub import ALIASES, HubError, is_hub_id, resolve
 from specserve.hub.cache import default_cache_dir
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
+from specserve.models.memory import free_memory
 from specserve.models.quantization.choice import choose_quantization
 from specserve.models.shape import ModelShape
 from specserve.speculation.registry import drafter_names

@@ -1,7 +1,6 @@
 """The engine: takes requests and runs them to their end, one `step` at a time.
 
 A failure of one request ends that request; the others in the batch continue unaffected.
-`parts.py` loads what an engine is made of.
 """
 
 from collections.abc import Callable, Sequence
@@ -130,7 +129,8 @@ class Engine:
     @timed("draft")
     def _observe(self, plan: StepPlan, trees: Trees, results: Results, out: ModelOutput) -> None:
         """Tell controller and drafters what became of the trees. The engine is done with `out`."""
-        self.controller.record_step(plan, trees, results, self.times)
+        propose_seconds = self.times.latest["draft"]  # this method will replace it
+        self.controller.record_step(plan, trees, results, self.times.seconds, propose_seconds)
         feedback = Feedback.of_step(plan, trees, results, out, self.runner.aux_layers)
         self.drafter.observe(feedback)
         if self._observer is not None:

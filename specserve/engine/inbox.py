@@ -34,10 +34,7 @@ class Inbox:
         self._messages.append(Abort(request_id))
 
     def deliver(self, scheduler: Scheduler) -> list[StepOutput]:
-        """Add requests, end those that were aborted or whose deadline has passed.
-
-        Returns the last outputs of those that ended.
-        """
+        """Add requests; end those aborted or past their deadline, and return their last outputs."""
         outputs: list[StepOutput] = []
         while self._messages:
             message = self._messages.popleft()

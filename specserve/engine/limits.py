@@ -30,10 +30,8 @@ class Limits(Struct, frozen=True):
         self._check_tokens("prediction", request.speculation.prediction)
         max_nodes = request.speculation.max_nodes
         if max_nodes is not None and not 1 <= max_nodes <= MAX_NODES:
-            raise RequestError(
-                "speculation.max_nodes",
-                f"{max_nodes} is out of range; expected 1 to {MAX_NODES}",
-            )
+            reason = f"{max_nodes} is out of range; expected 1 to {MAX_NODES}"
+            raise RequestError("speculation.max_nodes", reason)
         for index, name in enumerate(request.speculation.drafters or ()):
             if name not in self.drafters:
                 raise RequestError(
@@ -47,32 +45,23 @@ class Limits(Struct, frozen=True):
         if num_prompt >= context:
             more = self.max_position_embeddings > context
             hint = f" or raise max_model_len (the model allows {self.max_position_embeddings})"
-            raise RequestError(
-                "prompt",
-                f"{num_prompt} tokens leave no room in the context of {context}; shorten it"
-                + (hint if more else ""),
-            )
+            reason = f"{num_prompt} tokens leave no room in the context of {context}; shorten it"
+            raise RequestError("prompt", reason + (hint if more else ""))
 
     def _check_tokens(self, field: str, tokens: Sequence[int]) -> None:
         for bad in (min(tokens, default=0), max(tokens, default=0)):
             if not 0 <= bad < self.vocab_size:
-                raise RequestError(
-                    field,
-                    f"token id {bad} is not in the vocabulary; expected 0 to {self.vocab_size - 1}",
-                )
+                expected = f"expected 0 to {self.vocab_size - 1}"
+                raise RequestError(field, f"token id {bad} is not in the vocabulary; {expected}")
 
     def _check_room(self, num_prompt: int, max_tokens: int) -> None:
         context, slots = self.max_model_len, self.num_kv_slots
         self.check_prompt_len(num_prompt)
+        size = f"{num_prompt} prompt tokens and {max_tokens} new ones exceed"
         if num_prompt + max_tokens > context:
-            raise RequestError(
-                "max_tokens",
-                f"{num_prompt} prompt tokens and {max_tokens} new ones exceed the context of "
-                f"{context}; ask for at most {context - num_prompt}",
-            )
+            reason = f"the context of {context}; ask for at most {context - num_prompt}"
+            raise RequestError("max_tokens", f"{size} {reason}")
         if num_prompt + max_tokens > slots:
-            raise RequestError(
-                "prompt" if num_prompt >= slots else "max_tokens",
-                f"{num_prompt} prompt tokens and {max_tokens} new ones exceed the KV pool of "
-                f"{slots} tokens; shorten the request or raise kv_memory",
-            )
+            field = "prompt" if num_prompt >= slots else "max_tokens"
+            reason = f"the KV pool of {slots} tokens; shorten the request or raise kv_memory"
+            raise RequestError(field, f"{size} {reason}")

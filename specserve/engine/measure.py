@@ -1,7 +1,4 @@
-"""Measures how long a forward pass takes, by number of rows and by context length.
-
-Times the runner alone, on one probe sequence.
-"""
+"""Measures how long a forward pass takes, by number of rows and by context length."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,21 +1,14 @@
 """Sizes the KV pool: from the budget in the settings, or from the memory that is free."""
 
-import os
 from typing import Final
 
 import torch
 
 from specserve.config import CacheConfig, ConfigError, parse_bytes
+from specserve.models.memory import free_memory
 
 CPU_SHARE: Final = 0.25  # fraction of the memory that is free when the pool is sized
 CUDA_SHARE: Final = 0.85  # the same on a GPU
-
-
-def free_memory(device: torch.device) -> int:
-    """Free memory of the device, in bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def count_blocks(

@@ -7,7 +7,7 @@ from specserve.types import SpecStats
 
 
 class EngineInfo(Struct, frozen=True):
-    """The properties of a running engine."""
+    """What does not change while an engine runs."""
 
     limits: Limits
     block_size: int
@@ -63,11 +63,6 @@ class EngineStats(Struct, frozen=True):
     predictions: DrafterStats  # nodes drafted from the `prediction` of requests
 
     @property
-    def kv_utilisation(self) -> float:
-        """Slots in use / slots allocated; 1.0 if none is allocated."""
-        return self.kv_slots_used / self.kv_slots_allocated if self.kv_slots_allocated else 1.0
-
-    @property
     def generation_tokens(self) -> int:
         return self.speculation.num_emitted_tokens
 
@@ -84,13 +79,3 @@ class EngineStats(Struct, frozen=True):
     @property
     def num_accepted_tokens(self) -> int:
         return self.speculation.num_accepted_draft_tokens
-
-    @property
-    def drafted_by_depth(self) -> tuple[int, ...]:
-        """Index d: verifications whose tree reached depth d + 1."""
-        return self.speculation.drafted_by_depth
-
-    @property
-    def accepted_by_depth(self) -> tuple[int, ...]:
-        """Index d: verifications that accepted d + 1 tokens or more."""
-        return self.speculation.accepted_by_depth

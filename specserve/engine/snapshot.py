@@ -7,10 +7,10 @@ from specserve.engine.step_times import StepTimes
 from specserve.schedule.scheduler import Scheduler
 from specserve.speculation.compose import ComposedDrafter
 from specserve.speculation.counts import DrafterCounts
+from specserve.tree import PREDICTION_ID
 
 
 def describe(parts: EngineParts) -> EngineInfo:
-    """The properties that do not change while the engine runs."""
     config = parts.config
     return EngineInfo(
         limits=parts.limits,
@@ -26,10 +26,7 @@ def describe(parts: EngineParts) -> EngineInfo:
 def take_snapshot(
     scheduler: Scheduler, kv: KVCacheManager, drafter: ComposedDrafter, times: StepTimes
 ) -> EngineStats:
-    """Take a snapshot between two steps.
-
-    It is cheap enough for every step: it loops over sequences and drafters, not over tokens.
-    """
+    """Take a snapshot between two steps. It loops over sequences and drafters, not over tokens."""
     tables = [seq.table for seq in scheduler.running]
     # Only full blocks are shared, so each further user of a block counts `block_size` slots twice.
     num_doubled = sum(len(table.block_ids) for table in tables) - kv.pool.num_used
@@ -47,16 +44,16 @@ def take_snapshot(
         kv_slots_allocated=kv.pool.num_used * kv.block_size,
         kv_slots_used=num_committed - num_doubled * kv.block_size,
         kv_blocks_idle=kv.pool.num_idle,
-        draft_seconds=times.draft.seconds,
-        forward_seconds=times.forward.seconds,
-        sample_seconds=times.sample.seconds,
-        commit_seconds=times.commit.seconds,
+        draft_seconds=times.seconds["draft"],
+        forward_seconds=times.seconds["forward"],
+        sample_seconds=times.seconds["sample"],
+        commit_seconds=times.seconds["commit"],
         speculation=scheduler.counts.freeze(),
         drafters=tuple(
             _drafter_stats(name, name in active, failures[name], counts, drafter_id)
             for drafter_id, name in enumerate(drafter.names, start=1)
         ),
-        predictions=_drafter_stats("prediction", True, 0, counts, counts.num_drafters + 1),
+        predictions=_drafter_stats("prediction", True, 0, counts, PREDICTION_ID),
     )
 
 

@@ -3,60 +3,34 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclass(slots=True)
-class StageTime:
-    """Seconds spent in one stage of a step: in all, and in the latest call."""
-
-    seconds: float = 0.0
-    last: float = 0.0
+Stage = Literal["draft", "forward", "sample", "commit"]
 
 
 @dataclass(slots=True)
 class StepTimes:
-    """The number of steps, and the time spent in each stage."""
+    """The number of steps, and the seconds spent in each stage."""
 
     num_steps: int = 0
-    draft: StageTime = field(default_factory=StageTime)
-    forward: StageTime = field(default_factory=StageTime)
-    sample: StageTime = field(default_factory=StageTime)
-    commit: StageTime = field(default_factory=StageTime)
-
-    @property
-    def host_seconds(self) -> float:
-        """Seconds spent in all stages but the forward pass."""
-        return self.draft.seconds + self.sample.seconds + self.commit.seconds
-
-    @property
-    def forward_seconds(self) -> float:
-        return self.forward.seconds
-
-    @property
-    def propose_seconds(self) -> float:
-        """Seconds of the latest proposal, until drafters observe the step."""
-        return self.draft.last
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(get_args(Stage), 0.0))
+    latest: dict[str, float] = field(default_factory=dict)  # of the latest call of each stage
 
 
-def timed(
-    stage: Literal["draft", "forward", "sample", "commit"],
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def timed(stage: Stage) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that adds the time of each call of a method to `self.times`, a `StepTimes`."""
 
     def decorate(method: Callable[P, R]) -> Callable[P, R]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             owner: Any = args[0]
-            time_of: StageTime = getattr(owner.times, stage)
             started = time.perf_counter()
             try:
                 return method(*args, **kwargs)
             finally:
-                time_of.last = time.perf_counter() - started
-                time_of.seconds += time_of.last
+                owner.times.latest[stage] = time.perf_counter() - started
+                owner.times.seconds[stage] += owner.times.latest[stage]
 
         return call
 

@@ -1,8 +1,4 @@
-"""Finds, downloads and converts models, and reads GGUF files.
-
-`resolve` maps the model name a user gives to a local model directory. `specserve.models` imports
-the GGUF readers directly.
-"""
+"""Finds, downloads and converts models (`resolve`), and reads GGUF files."""
 
 from specserve.hub.errors import HubError
 from specserve.hub.resolve import ALIASES, is_hub_id, resolve

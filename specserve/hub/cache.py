@@ -1,7 +1,4 @@
-"""Cached directories: each is built once and reused by later calls.
-
-A finished directory contains a manifest of its inputs and is put in place by a single rename.
-"""
+"""Cached directories: each is built once, put in place by a single rename, and reused."""
 
 import fcntl
 import os
@@ -47,10 +44,8 @@ def build_once(directory: Path, manifest: Manifest, build: Callable[[Path], None
 
 def _is_built(directory: Path, manifest: Manifest) -> bool:
     try:
-        return (
-            msgspec.json.decode((directory / _MANIFEST).read_bytes(), type=dict[str, str | int])
-            == manifest
-        )
+        stored = (directory / _MANIFEST).read_bytes()
+        return msgspec.json.decode(stored, type=dict[str, str | int]) == manifest
     except (OSError, msgspec.MsgspecError):
         return False
 

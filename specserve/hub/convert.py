@@ -1,7 +1,4 @@
-"""Converts the metadata of a GGUF file to the JSON files of a model directory.
-
-The weights are read from the GGUF file itself. It is checked before the first file is written.
-"""
+"""Converts the metadata of a GGUF file, but not the weights, to the files of a model directory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +18,7 @@ Progress = Callable[[str, float], None]  # (stage, fraction done from 0 to 1)
 def convert_gguf(path: Path, output: Path, report: Progress) -> None:
     """Write the JSON configs and tokenizer.json for the GGUF file `path` to directory `output`.
 
-    Raises `HubError` if the file is damaged or the model is not supported.
+    Raises `HubError`, before anything is written, if the file or the model is not usable.
     """
     report(f"reading {path.name}", 0.0)
     file = GgufFile(path)

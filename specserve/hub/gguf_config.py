@@ -1,7 +1,4 @@
-"""Builds the content of config.json from GGUF metadata.
-
-Of the tensors it uses only the names, the shape of the embedding, and rope_freqs.weight.
-"""
+"""Builds the content of config.json from GGUF metadata."""
 
 import math
 from collections.abc import Mapping
@@ -23,13 +20,12 @@ _MAX_INTEGER = 2**31 - 1
 _MAX_NUMBER = 1e12
 # Metadata keys that may stay unread: these at any value, those of `_NEUTRAL` at the listed value
 # only. Some of these matter to certain configurations, which read them explicitly.
-_HARMLESS = frozenset(
-    """
+_NAMES = """
     vocab_size expert_used_count tensor_data_layout use_parallel_residual pooling_type
     decoder_start_token_id attention.layer_norm_epsilon rope.scaling.finetuned
     rope.scaling.original_context_length rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
-    """.split()
-)
+"""
+_HARMLESS = frozenset(_NAMES.split())
 _NEUTRAL: Mapping[str, Any] = {
     "logit_scale": 1.0,
     "residual_scale": 1.0,
@@ -52,21 +48,18 @@ class GgufFields:
         self._read: set[str] = set()
         self.architecture = self.text("general.architecture")
 
-    def get(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+    def get(self, key: str, kinds: tuple[type, ...], default: Any = _REQUIRED) -> Any:
         key = self._full(key)
         self._read.add(key)
         value = self._file.metadata.get(key, default)
         if value is _REQUIRED:
-            raise HubError(f"{self._file.path}: {key} is missing; fetch a complete file")
-        # bool is a subclass of int in Python, but a bool in the file is not a number.
-        if value is not default and (
-            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-        ):
+            raise self.error(f"{key} is missing; fetch a complete file")
+        if value is not default and type(value) not in kinds:
             raise self.value_error(key)
         return value
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
-        return self.get(key, str, default)
+        return self.get(key, (str,), default)
 
     def integer(
         self, key: str, default: Any = _REQUIRED, *, low: int = 0, high: int = _MAX_INTEGER
@@ -83,10 +76,11 @@ class GgufFields:
         value = self.get(key, (int, float), default)
         if value is not default and not 0 <= value <= _MAX_NUMBER:  # also rejects NaN
             raise self.value_error(key, f"expected a number from 0 to {_MAX_NUMBER:g}")
-        return _short(value) if isinstance(value, float) else value
+        # The shortest decimal with the same float32 value: 1e-05, not 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def texts(self, key: str) -> list[str]:
-        values: list[str] = self.get(key, list)
+        values: list[str] = self.get(key, (list,))
         if not all(isinstance(value, str) for value in values):
             raise self.error(f"{key} is not a list of strings")
         return values
@@ -135,9 +129,10 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         raise fields.error("it is one part of several; merge them with llama-gguf-split first")
     if fields.integer("{arch}.expert_count", 0):
         raise fields.error("mixtures of experts are not supported")
-    if not fields.get("{arch}.attention.causal", bool, True):
+    if not fields.get("{arch}.attention.causal", (bool,), True):
         raise fields.value_error("{arch}.attention.causal", "only true is supported")
     num_heads = fields.integer("{arch}.attention.head_count", low=1)
+    head_dim = _head_dim(fields, num_heads)
     if "token_embd.weight" not in file.tensors:
         raise fields.error("token_embd.weight is missing; fetch a complete file")
     config = {
@@ -149,12 +144,12 @@ def read_config(file: GgufFile) -> dict[str, Any]:
         "num_hidden_layers": fields.integer("{arch}.block_count", low=1),
         "num_attention_heads": num_heads,
         "num_key_value_heads": fields.integer("{arch}.attention.head_count_kv", num_heads, low=1),
-        "head_dim": _head_dim(fields, num_heads),
+        "head_dim": head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": fields.number("{arch}.attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": fields.integer("{arch}.context_length", low=2),
         "rope_theta": fields.number("{arch}.rope.freq_base", 10000.0),
-        "rope_scaling": _rope_scaling(file, fields),
+        "rope_scaling": _rope_scaling(file, fields, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
@@ -182,23 +177,21 @@ def _head_dim(fields: GgufFields, num_heads: int) -> int:
     return head_dim
 
 
-def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
+def _rope_scaling(file: GgufFile, fields: GgufFields, head_dim: int) -> dict[str, Any] | None:
     """The `rope_scaling` section of config.json, or None.
 
     As in llama.cpp, a factor without a type means linear scaling, and `rope.scale_linear` is an
     older key for the factor.
     """
     kind = fields.text("{arch}.rope.scaling.type", "linear")
-    factor, older = (
-        fields.number(key, 0.0)
-        for key in ("{arch}.rope.scaling.factor", "{arch}.rope.scale_linear")
-    )
+    factor = fields.number("{arch}.rope.scaling.factor", 0.0)
+    older = fields.number("{arch}.rope.scale_linear", 0.0)
     factor = factor or older or 1.0
     if "rope_freqs.weight" in file.tensors:
         if factor != 1.0 and kind != "none":
             key = "{arch}.rope.scaling.factor"
             raise fields.value_error(key, "rope_freqs.weight scales as well")
-        return _llama3_scaling(file, fields)
+        return _llama3_scaling(file, fields, head_dim)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return None
     scaling = {"rope_type": kind, "factor": factor}
@@ -217,16 +210,15 @@ def _rope_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any] | None:
     return scaling
 
 
-def _llama3_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any]:
+def _llama3_scaling(file: GgufFile, fields: GgufFields, head_dim: int) -> dict[str, Any]:
     """Recover the parameters of Llama 3's RoPE scaling from rope_freqs.weight.
 
     It has the divisor of each frequency; the largest one is the factor. The other parameters are
     those of all published models. Raises `HubError` if they do not reproduce the divisors.
     """
     divisors = np.concatenate([*file.float_rows(file.tensors["rope_freqs.weight"])], axis=None)
-    num_pairs = _head_dim(fields, fields.integer("{arch}.attention.head_count", low=1)) // 2
-    if len(divisors) != num_pairs:
-        raise fields.error(f"rope_freqs.weight has {len(divisors)} values, not {num_pairs}")
+    if len(divisors) != head_dim // 2:
+        raise fields.error(f"rope_freqs.weight has {len(divisors)} values, not {head_dim // 2}")
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
     theta = fields.number("{arch}.rope.freq_base", 10000.0)
     turns = original / (2 * math.pi) * theta ** -(np.arange(len(divisors)) / len(divisors))
@@ -241,8 +233,3 @@ def _llama3_scaling(file: GgufFile, fields: GgufFields) -> dict[str, Any]:
         "high_freq_factor": high,
         "original_max_position_embeddings": original,
     }
-
-
-def _short(value: float) -> float:
-    """The shortest decimal with the same float32 value: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

@@ -1,7 +1,4 @@
-"""Maps the tensors of a GGUF file to checkpoint names and row order.
-
-`models/weight_check.py` finds missing tensors and wrong shapes.
-"""
+"""Maps the tensors of a GGUF file to checkpoint names and row order."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -70,7 +70,7 @@ def read_tokenizer(file: GgufFile) -> tuple[Tokenizer, dict[str, Any]]:
             f"tokenizer.json"
         )
     tokens = fields.texts("tokenizer.ggml.tokens")
-    kinds = fields.get("tokenizer.ggml.token_type", list)
+    kinds = fields.get("tokenizer.ggml.token_type", (list,))
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or len(kinds) != len(tokens):
         raise fields.error(
@@ -146,7 +146,7 @@ def _tokenizer_config(
         if (index := _token_id(fields, theirs, tokens)) is not None:
             config[f"{ours}_token"] = tokens[index]
     default = spec.add_bos_default and "bos_token" in config
-    config["add_bos_token"] = fields.get("tokenizer.ggml.add_bos_token", bool, default)
+    config["add_bos_token"] = fields.get("tokenizer.ggml.add_bos_token", (bool,), default)
     if config["add_bos_token"] and "bos_token" not in config:
         raise fields.error("tokenizer.ggml.add_bos_token is set without a bos_token_id")
     if (template := fields.text("tokenizer.chat_template", None)) is not None:

@@ -1,7 +1,4 @@
-"""Resolves the model name that a user gives to a local model directory.
-
-A target is a directory, a .gguf file, an alias or a hub id, tried in that order.
-"""
+"""Resolves the model name that a user gives to a local model directory."""
 
 import hashlib
 import os
@@ -43,6 +40,7 @@ def resolve(
 ) -> Path:
     """The local model directory of `target`, downloaded and converted if necessary.
 
+    `target` is a directory, a .gguf file, an alias or a hub id, tried in that order.
     `cache_dir` holds converted models; the default is `default_cache_dir()`. `progress` is called
     with the name of a stage and the fraction of it that is done, from 0 to 1. Raises `HubError`.
     """

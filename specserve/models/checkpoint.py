@@ -1,7 +1,4 @@
-"""Access to the weights in a model directory, independent of their file format.
-
-Owns the choice between safetensors and GGUF, and the interface that both implement.
-"""
+"""Access to the weights in a model directory, whether they are safetensors or GGUF files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,17 +24,11 @@ class Checkpoint(Protocol):
     `ModelError` if it has values that are NaN or infinite.
     """
 
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """Every tensor of the checkpoint."""
+    index: Mapping[str, str]  # tensor name -> file name, as the index file says, if there is one
+    quantized: bool  # whether any tensor is quantised
 
     @property
-    def index(self) -> Mapping[str, str]:
-        """Tensor name to file name, as the index file says; empty if there is no index file."""
-
-    @property
-    def quantized(self) -> bool:
-        """Whether any tensor is quantised."""
+    def entries(self) -> Mapping[str, TensorEntry]: ...
 
     def floats(self, name: str) -> Tensor:
         """The tensor [*shape] in its stored dtype, or dequantised to float32."""
@@ -53,10 +44,9 @@ class Renamed:
         self._checkpoint = checkpoint
         self._names = names
         self.entries = {ours: checkpoint.entries[theirs] for ours, theirs in names.items()}
-        self.index = {
-            ours: checkpoint.index[theirs]
-            for ours, theirs in names.items()
-            if theirs in checkpoint.index
+        files = checkpoint.index
+        self.index: Mapping[str, str] = {
+            ours: files[theirs] for ours, theirs in names.items() if theirs in files
         }
         self.quantized = checkpoint.quantized
 

@@ -1,7 +1,4 @@
-"""Reads a JSON object field by field, with errors that tell the user what to do.
-
-Messages have the form "file: field = value: what is wrong; what to do".
-"""
+"""Reads a JSON object field by field, with errors that tell the user what to do."""
 
 import json
 from collections.abc import Callable
@@ -72,7 +69,7 @@ class Fields:
         self, name: str, default: int | None = None, *, low: int = 1, high: int = MAX_INTEGER
     ) -> int:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if type(value) is not int or not low <= value <= high:
             self.fail(name, f"expected an integer from {low} to {high}")
         return value
 
@@ -85,11 +82,7 @@ class Fields:
         high: float = _LARGEST,
     ) -> float:
         value = self._get(name, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not low <= value <= high
-        ):
+        if type(value) not in (int, float) or not low <= value <= high:
             self.fail(name, f"expected a number from {low:g} to {high:g}")
         return float(value)
 
@@ -112,7 +105,7 @@ class Fields:
         """The ids in a field that holds one token id, a list of them, or null."""
         value = self.get(name)
         ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        if any(type(i) is not int or i < 0 for i in ids):
             self.fail(name, "expected a token id or a list of token ids")
         return ids
 

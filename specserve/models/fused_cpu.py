@@ -1,7 +1,4 @@
-"""A forward pass of a `LlamaModel` with int4 and int8 weights as one native call on the CPU.
-
-Takes the weights from a model that could serve layer by layer. Knows no checkpoint.
-"""
+"""A forward pass of a `LlamaModel` with int4 and int8 weights as one native call on the CPU."""
 
 from typing import Final
 
@@ -55,8 +52,9 @@ class FusedModel:
         self.num_bytes = model.num_bytes
         self.embed, self.final_norm = model.embed, model.final_norm
         weights = _decoder_weights(model)
-        self.quantized_embedding = weights.embed
+        self.quantized_embedding: QuantizedWeight | None = weights.embed
         self._decoder = fused.decoder(weights)
+        self.logits, self.unembed = self._decoder.head, self._decoder.unembed
 
     def __call__(
         self,
@@ -67,31 +65,10 @@ class FusedModel:
         num_top: int = 0,
     ) -> ModelOutput:
         """See `Model`."""
-        out = self._decoder(
-            DecoderPass(
-                batch.input_ids,
-                batch.positions,
-                batch.slots,
-                batch.segments,
-                kv.data,
-                batch.logit_rows,
-                num_top,
-                aux_layers,
-            )
-        )
-        return ModelOutput(
-            out.logits,
-            topk=out.top if num_top else None,
-            aux_hidden_states=out.aux_hidden_states.flatten(1) if aux_layers else None,
-        )
-
-    def logits(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
-        """See `Model`."""
-        return self._decoder.head(x)
-
-    def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] float32 -> [n, vocab_size] float32
-        """See `Model`."""
-        return self._decoder.unembed(x)
+        rows = batch.input_ids, batch.positions, batch.slots, batch.segments
+        out = self._decoder(DecoderPass(*rows, kv.data, batch.logit_rows, num_top, aux_layers))
+        aux = out.aux_hidden_states.flatten(1) if aux_layers else None
+        return ModelOutput(out.logits, out.top if num_top else None, aux)
 
 
 def why_not_fused(shape: ModelShape, kernels: Kernels, kv_dtype: torch.dtype) -> str | None:

@@ -5,7 +5,7 @@ Owns the conversion of quantised blocks to `QuantizedWeight`. Tensor names and r
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +31,7 @@ _UNQUANTISED: Final[Mapping[Kind, torch.dtype]] = {
     Kind.F16: torch.float16,
     Kind.BF16: torch.bfloat16,
 }
+_SCALE_BYTES: Final[Mapping[Kind, int]] = {Kind.Q4_0: 2, Kind.Q4_1: 4, Kind.Q8_0: 2}
 
 
 class GgufCheckpoint:
@@ -77,36 +78,24 @@ class GgufCheckpoint:
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
         source = self._sources[name]
         tensor = source.tensor
-        if tensor.kind not in _PACK or len(tensor.shape) != 2:
+        if tensor.kind not in _SCALE_BYTES or len(tensor.shape) != 2:
             return None
         rows = self._file.rows(tensor)
         if source.row_order is not None:
             rows = rows[source.row_order]
         blocks = rows.reshape(len(rows), tensor.shape[1] // GROUP, -1)
         check_finite(self.entries[name], name, _halves(blocks[..., : _SCALE_BYTES[tensor.kind]]))
-        return _PACK[tensor.kind](blocks)
+        return _pack(tensor.kind, blocks)
 
 
-def _pack_q4_0(blocks: Bytes) -> QuantizedWeight:  # float16 d, 32 nibbles q; (q - 8) * d
+def _pack(kind: Kind, blocks: Bytes) -> QuantizedWeight:
     scales = _halves(blocks[..., :2])
-    return pack_int4(_nibbles(blocks[..., 2:]), scales, -8 * scales)
-
-
-def _pack_q4_1(blocks: Bytes) -> QuantizedWeight:  # float16 d and m, 32 nibbles q; q * d + m
-    return pack_int4(_nibbles(blocks[..., 4:]), _halves(blocks[..., :2]), _halves(blocks[..., 2:4]))
-
-
-def _pack_q8_0(blocks: Bytes) -> QuantizedWeight:  # float16 d, 32 int8 q; q * d
-    values = blocks[..., 2:].copy().view(np.int8)
-    return pack_int8(torch.from_numpy(values).flatten(1), _halves(blocks[..., :2]))
-
-
-_PACK: Final[Mapping[Kind, Callable[[Bytes], QuantizedWeight]]] = {
-    Kind.Q4_0: _pack_q4_0,
-    Kind.Q4_1: _pack_q4_1,
-    Kind.Q8_0: _pack_q8_0,
-}
-_SCALE_BYTES: Final[Mapping[Kind, int]] = {Kind.Q4_0: 2, Kind.Q4_1: 4, Kind.Q8_0: 2}
+    if kind == Kind.Q4_0:  # float16 d, 32 nibbles q; (q - 8) * d
+        return pack_int4(_nibbles(blocks[..., 2:]), scales, -8 * scales)
+    if kind == Kind.Q4_1:  # float16 d and m, 32 nibbles q; q * d + m
+        return pack_int4(_nibbles(blocks[..., 4:]), scales, _halves(blocks[..., 2:4]))
+    values = blocks[..., 2:].copy().view(np.int8)  # float16 d, 32 int8 q; q * d
+    return pack_int8(torch.from_numpy(values).flatten(1), scales)
 
 
 def _nibbles(packed: Bytes) -> Tensor:  # [n, g, 16] -> [n, 32 * g] uint8; low nibbles first

@@ -22,6 +22,7 @@ from specserve.models.quantization.scheme import QuantScheme
 from specserve.models.row_tiles import pad_rows
 from specserve.models.shape import ModelShape
 from specserve_kernels.ops import Kernels
+from specserve_kernels.quantized_weight import QuantizedWeight
 
 
 class LlamaModel:
@@ -30,7 +31,7 @@ class LlamaModel:
     K and V have the dtype `kv_dtype`. Raises `ModelError` if a weight is NaN or infinite.
     """
 
-    quantized_embedding: None = None
+    quantized_embedding: QuantizedWeight | None = None
 
     def __init__(
         self,
@@ -53,19 +54,12 @@ class LlamaModel:
         self.rotary = Rotary(shape.rope, shape.head_dim, shape.max_position_embeddings, device)
         self.layers = [layers.layer(index) for index in range(shape.num_layers)]
         self.norm = layers.norm("model.norm")
-
-    @property
-    def num_bytes(self) -> int:
-        """See `Model`."""
+        self.embed, self.final_norm = self.embedding.rows, self.norm
+        self.kv_spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, kv_dtype)
         linears = [self.head]
         for layer in self.layers:
             linears += [layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down]
-        return sum(linear.method.num_bytes for linear in linears)
-
-    @property
-    def kv_spec(self) -> KVSpec:
-        shape = self.shape
-        return KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, self.dtype)
+        self.num_bytes = sum(linear.method.num_bytes for linear in linears)
 
     @torch.inference_mode()
     def __call__(
@@ -102,16 +96,6 @@ class LlamaModel:
         return self.head(self.norm(padded))[: x.shape[0]].float()
 
     @torch.inference_mode()
-    def embed(self, ids: Tensor) -> Tensor:  # [n] int64 -> [n, hidden_size]
-        """See `Model`."""
-        return self.embedding.rows(ids)
-
-    @torch.inference_mode()
-    def final_norm(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> the same shape
-        """See `Model`."""
-        return self.norm(x)
-
-    @torch.inference_mode()
     def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
         """See `Model`."""
         return self.head(x).float()
@@ -133,12 +117,10 @@ class _LayerReader:
             self._linear(f"{prefix}.mlp", ["down_proj"], with_bias),
             exact=self.scheme.exact,
         )
-        return DecoderLayer(
-            self.norm(f"{prefix}.input_layernorm"),
-            self._attention(f"{prefix}.self_attn", self.shape.windows[index]),
-            self.norm(f"{prefix}.post_attention_layernorm"),
-            mlp,
-        )
+        attention_norm = self.norm(f"{prefix}.input_layernorm")
+        attention = self._attention(f"{prefix}.self_attn", self.shape.windows[index])
+        mlp_norm = self.norm(f"{prefix}.post_attention_layernorm")
+        return DecoderLayer(attention_norm, attention, mlp_norm, mlp)
 
     def norm(self, name: str) -> RMSNorm:
         stored = self.checkpoint.floats(f"{name}.weight")

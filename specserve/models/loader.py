@@ -1,7 +1,7 @@
 """Loads a model from a model directory.
 
 Tensors are read one at a time, so memory use peaks at one model plus one tensor, in float32 if it
-has to be converted. Names, shapes and dtypes are checked before, values while the weights are read.
+has to be converted.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Checks whether something fits in memory before it is allocated."""
+"""Free memory, and a check whether something fits in it before it is allocated."""
 
 import os
 from pathlib import Path
@@ -27,14 +27,18 @@ def check_memory(num_bytes: int, device: torch.device, what: str, fix: str) -> N
         )
 
 
-def _available(device: torch.device) -> int:
-    """Free memory of `device` in bytes. On the host, free swap and file caches count as free."""
+def free_memory(device: torch.device) -> int:
+    """Free memory of the device, in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _available(device: torch.device) -> int:
+    """The same, but on the host free swap and file caches count too."""
+    if device.type == "cuda" or not _MEMINFO.exists():
+        return free_memory(device)
+    lines = _MEMINFO.read_text(encoding="utf-8").splitlines()
     kib = {
         name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)
     }

@@ -12,31 +12,17 @@ from specserve_kernels.quantized_weight import QuantizedWeight
 
 
 class Model(Protocol):
-    """A target or draft model with its weights loaded.
+    """A target or draft model with its weights loaded."""
 
-    If `exact` is true, the result of a row does not depend on the other rows of its forward pass.
-    The number of rows of a forward pass must be a multiple of `row_multiple`. `dtype` is that of K
-    and V. `num_bytes` is the size of the weights that a forward pass with logits reads.
-    """
-
-    @property
-    def shape(self) -> ModelShape: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def exact(self) -> bool: ...
-    @property
-    def row_multiple(self) -> int: ...
-    @property
-    def num_bytes(self) -> int: ...
-    @property
-    def quantized_embedding(self) -> QuantizedWeight | None:
-        """The embedding [vocab_size, hidden_size] of a model that runs in one native call, for a
-        draft head that does too; None for a model that runs layer by layer."""
-        ...
-
-    @property
-    def kv_spec(self) -> KVSpec: ...
+    shape: ModelShape
+    dtype: torch.dtype  # of K and V
+    kv_spec: KVSpec
+    exact: bool  # the result of a row does not depend on the other rows of its forward pass
+    row_multiple: int  # the number of rows of a forward pass must be a multiple of it
+    num_bytes: int  # of the weights that a forward pass with logits reads
+    # The embedding [vocab_size, hidden_size] of a model that runs in one native call, for a draft
+    # head that does too; None for a model that runs layer by layer.
+    quantized_embedding: QuantizedWeight | None
 
     def __call__(
         self,
@@ -48,11 +34,10 @@ class Model(Protocol):
     ) -> ModelOutput:
         """Run one forward pass; writes the K and V of its rows to `kv`.
 
-        `aux_layers` selects auxiliary hidden states: i is the residual stream before layer i, and
-        num_layers the one after the last layer, before the final norm. The output has them
-        concatenated in this order. `num_top` requests the best tokens of each row of
-        logits: `ModelOutput.topk` has at least that many, or is None for a model that cannot find
-        them cheaply.
+        `aux_layers` selects auxiliary hidden states, in the order of the output: i is the residual
+        stream before layer i, and num_layers the one before the final norm. `num_top` is the number
+        of best tokens wanted per row of logits: `ModelOutput.topk` has as many or more, or is None
+        for a model that cannot find them cheaply.
         """
         ...
 
@@ -69,5 +54,5 @@ class Model(Protocol):
         ...
 
     def unembed(self, x: Tensor) -> Tensor:  # [n, hidden_size] -> [n, vocab_size] float32
-        """Apply the head without the final norm. A row may depend on the others even if `exact`."""
+        """Apply the head. A row may depend on the others even if `exact`."""
         ...

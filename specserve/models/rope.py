@@ -1,7 +1,7 @@
 """Rotary position embedding (RoPE): reads its parameters and computes its table of angles.
 
-Uses the half-rotation form: dimension i is paired with i + head_dim / 2. The float32 table is
-computed once per model, so the angles of a position never depend on the batch.
+Dimension i is paired with i + head_dim / 2. The table is computed once per model, so the angles of
+a position never depend on the batch.
 """
 
 import math
@@ -47,8 +47,6 @@ def read_rope(config: Fields, max_positions: int) -> RopeShape:
     `max_positions` is the default of the original context. Raises `ModelError` for unsupported
     parameters, or if `rope_parameters` and `rope_scaling` differ.
     """
-    if config.number("partial_rotary_factor", 1.0) != 1.0:
-        config.fail("partial_rotary_factor", "only 1.0 (all dimensions) is supported")
     names = ("rope_parameters", "rope_scaling")
     sections = [section for section in map(config.section, names) if section.values]
     empty = Fields({}, config.source)
@@ -62,8 +60,9 @@ def _read_section(config: Fields, section: Fields, max_positions: int) -> RopeSh
     theta = section.number("rope_theta", config.number("rope_theta", 10000.0))
     if theta <= 1.0:
         (section if section.has("rope_theta") else config).fail("rope_theta", "must be above 1")
-    if section.number("partial_rotary_factor", 1.0) != 1.0:
-        section.fail("partial_rotary_factor", "only 1.0 (all dimensions) is supported")
+    for fields in (config, section):
+        if fields.number("partial_rotary_factor", 1.0) != 1.0:
+            fields.fail("partial_rotary_factor", "only 1.0 (all dimensions) is supported")
     name = "rope_type" if section.has("rope_type") else "type"
     kind = section.get(name, "default")
     if kind not in get_args(RopeKind):
@@ -73,25 +72,17 @@ def _read_section(config: Fields, section: Fields, max_positions: int) -> RopeSh
         if not section.has(name) and section.number("factor", 1.0) != 1.0:
             section.fail("factor", "nothing says how it is used; set rope_type, or remove it")
         return RopeShape(theta)
-    original = section.integer(
-        "original_max_position_embeddings", max_positions, high=MAX_POSITIONS
-    )
+    name = "original_max_position_embeddings"
+    original = section.integer(name, max_positions, high=MAX_POSITIONS)
     if kind == "yarn":
         return _read_yarn(section, theta, original, max_positions)
     factor = _factor(section)
     if kind == "linear":
-        return RopeShape(theta, "linear", factor=factor)
+        return RopeShape(theta, "linear", factor)
     low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
     if high - low < 1e-6 * high:
         section.fail("low_freq_factor", f"must be below high_freq_factor ({high:g})")
-    return RopeShape(
-        theta,
-        "llama3",
-        factor=factor,
-        original_context=original,
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
+    return RopeShape(theta, "llama3", factor, original, low, high)
 
 
 def _factor(section: Fields, default: float | None = None) -> float:
@@ -160,8 +151,8 @@ def _inverse_frequencies(rope: RopeShape, head_dim: int) -> Tensor:  # [head_dim
 def _yarn_keep(rope: RopeShape, head_dim: int) -> Tensor:  # [head_dim / 2] float32
     """The weight of the unscaled frequency per dimension, before clamping to 0..1.
 
-    It is at least 1 for dimensions that rotate `beta_fast` times or more within the original
-    context, and falls linearly to 0 for those that rotate `beta_slow` times.
+    It falls linearly from 1 for dimensions that rotate `beta_fast` times within the original
+    context to 0 for those that rotate `beta_slow` times.
     """
 
     def dimension_turning(times: float) -> float:

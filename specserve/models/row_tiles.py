@@ -1,9 +1,8 @@
 """Matrix products in which the bits of a row do not depend on the number of rows.
 
 A library chooses its kernel, and with it the order of summation, by the number of rows, so a row
-computed alone often differs in the last bit from the same row among eight. Here a product is split
-into row tiles. A tile size is used only if a probe at load time, on this machine and this weight,
-showed that it gives every row the same bits as a tile of `BASE_ROWS` rows.
+computed alone often differs in the last bit from the same row among eight. So a product is split
+into row tiles, of sizes that a probe at load time found safe for this machine and this weight.
 """
 
 from collections.abc import Iterator
@@ -53,9 +52,8 @@ def probe_row_tiles(weight: Tensor, bias: Tensor | None) -> RowTiles:
     """Find the tile sizes that are safe for a loaded `weight`.
 
     A size is safe if a tile that repeats `BASE_ROWS` random rows gives each of them the same bits
-    as a tile of these rows alone. The result is valid for the current number of threads and version
-    of the library. Raises `ModelError` if even in a tile of `BASE_ROWS` the bits of a row depend on
-    its place.
+    as a tile of these rows alone, with the current number of threads. Raises `ModelError` if even
+    in a tile of `BASE_ROWS` the bits of a row depend on its place.
     """
     out_features, in_features = weight.shape
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
 """The safetensors files of a model directory as a `Checkpoint`.
 
-The layout of the files is checked before a tensor is read: the place and size of each tensor.
+The place and size of each tensor are checked before one is read.
 """
 
 import math

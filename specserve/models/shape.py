@@ -145,10 +145,8 @@ def _family(config: Fields) -> tuple[str, Family]:
 def _refuse_unsupported(config: Fields) -> None:
     for name in ("quantization_config", "quantization", "compression_config"):
         if config.get(name):
-            config.fail(
-                name,
-                "pre-quantised checkpoints are not supported; use the float16 or bfloat16 one",
-            )
+            reason = "pre-quantised checkpoints are not supported; use the float16 or bfloat16 one"
+            config.fail(name, reason)
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         config.fail("hidden_act", "only silu is supported")
     for name, neutral in NEUTRAL.items():
@@ -162,10 +160,8 @@ def _num_kv_heads(config: Fields, family: Family, num_heads: int) -> int:
     default = family.num_kv_heads if absent and family.num_kv_heads else num_heads
     num_kv_heads = config.integer("num_key_value_heads", default)
     if num_heads % num_kv_heads:
-        config.fail(
-            "num_key_value_heads",
-            f"{num_kv_heads} must divide num_attention_heads ({num_heads})",
-        )
+        reason = f"{num_kv_heads} must divide num_attention_heads ({num_heads})"
+        config.fail("num_key_value_heads", reason)
     return num_kv_heads
 
 
@@ -208,9 +204,8 @@ def _window(config: Fields, family: Family) -> int:
     """
     by_layer = family.window == "by_layer"
     used = config.flag("use_sliding_window", not by_layer)
-    size = (
-        config.integer("sliding_window", 4096) if config.get("sliding_window", 0) is not None else 0
-    )
+    none = config.get("sliding_window", 0) is None
+    size = 0 if none else config.integer("sliding_window", 4096)
     if family.window == "none" or (by_layer and not used):
         return 0
     if not used and size:

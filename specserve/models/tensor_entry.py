@@ -10,10 +10,10 @@ from specserve.models.fields import ModelError
 
 
 class TensorEntry(Struct, frozen=True):
-    """The file, dtype and shape of a tensor. `dtype` is the file format's name: BF16, Q4_1."""
+    """A tensor as the header of its file describes it."""
 
     file: Path
-    dtype: str
+    dtype: str  # as the file format calls it: BF16, Q4_1
     shape: tuple[int, ...]
     readable: bool = True  # whether `Checkpoint.floats` supports the dtype
 

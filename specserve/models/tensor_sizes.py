@@ -10,10 +10,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TensorSize(Struct, frozen=True):
-    """The size of a tensor; `fields` names the config.json fields that determine it."""
-
     size: tuple[int, ...]
-    fields: str
+    fields: str  # of config.json that determine the size
 
 
 def tensor_sizes(shape: ModelShape) -> dict[str, TensorSize]:
@@ -29,10 +27,8 @@ def tensor_sizes(shape: ModelShape) -> dict[str, TensorSize]:
 
 
 def _layer(shape: ModelShape) -> Iterator[tuple[str, TensorSize]]:
-    hidden, inner = (
-        (shape.hidden_size, "hidden_size"),
-        (shape.intermediate_size, "intermediate_size"),
-    )
+    hidden = (shape.hidden_size, "hidden_size")
+    inner = (shape.intermediate_size, "intermediate_size")
     head = (shape.head_dim, "head_dim")
     heads = (shape.num_heads * shape.head_dim, "num_attention_heads x head_dim")
     kv_heads = (shape.num_kv_heads * shape.head_dim, "num_key_value_heads x head_dim")

@@ -1,8 +1,7 @@
 """Checks that a checkpoint holds the weights that config.json describes.
 
-Owns the rules for tensors that may be missing or superfluous. Reports all missing and unexpected
-names in one error; otherwise the first tensor with an unsupported dtype or a wrong shape. Of the
-values it reads only those of embedding and head, if the two should be equal.
+One error names all missing and unexpected tensors; otherwise, the first one with an unsupported
+dtype or a wrong shape. The only values read are those of embedding and head, if they may be equal.
 """
 
 import logging
@@ -41,9 +40,9 @@ def check_weights(
 ) -> tuple[ModelShape, Checkpoint]:
     """Check `checkpoint` against `shape`; returns both, adjusted to the actual head.
 
-    If config.json says that the head is the embedding, but the file holds a different head, the
-    returned shape has `tied_head` False; if it holds the head alone, that is renamed to the
-    embedding. Raises `ModelError` if tensors are missing, unexpected or do not fit `shape`.
+    If the head should be the embedding, but the file has a different head, the returned shape has
+    `tied_head` False; if it has the head alone, that is renamed to the embedding. Raises
+    `ModelError` if tensors are missing, unexpected or do not fit `shape`.
     """
     if shape.tied_head:
         shape, checkpoint = _read_head(shape, checkpoint)
@@ -67,7 +66,7 @@ def check_room(shape: ModelShape, bytes_per_weight: float, device: torch.device)
 
 
 def _read_head(shape: ModelShape, checkpoint: Checkpoint) -> tuple[ModelShape, Checkpoint]:
-    """For a model whose head is said to be its embedding: the file may hold either or both."""
+    """For a head that should be the embedding: the file may have either or both."""
     entries = checkpoint.entries
     if HEAD not in entries:
         return shape, checkpoint
@@ -78,12 +77,8 @@ def _read_head(shape: ModelShape, checkpoint: Checkpoint) -> tuple[ModelShape, C
         head, embedding = checkpoint.floats(HEAD), checkpoint.floats(EMBEDDING)
         if torch.equal(head, embedding.to(head.dtype)):
             return shape, checkpoint
-    logger.warning(
-        "%s: tie_word_embeddings is true, but %s differs from %s; both are used",
-        entries[HEAD].file,
-        HEAD,
-        EMBEDDING,
-    )
+    text = "%s: tie_word_embeddings is true, but %s differs from %s; both are used"
+    logger.warning(text, entries[HEAD].file, HEAD, EMBEDDING)
     return replace(shape, tied_head=False), checkpoint
 
 
@@ -96,12 +91,8 @@ def _check_layers(path: Path, shape: ModelShape, names: Iterable[str]) -> None:
             f"{num_layers} layers; fetch what is missing, or correct it"
         )
     if num_layers > shape.num_layers:
-        logger.warning(
-            "%s: the weights have %d layers, num_hidden_layers is %d: the last ones are not used",
-            path,
-            num_layers,
-            shape.num_layers,
-        )
+        text = "%s: the weights have %d layers, num_hidden_layers is %d: the last ones are not used"
+        logger.warning(text, path, num_layers, shape.num_layers)
 
 
 def _check_names(
@@ -115,17 +106,12 @@ def _check_names(
         unexpected = [name for name in unexpected if name in index]
     if unused := sorted(name for name in extra if name not in unexpected and name != HEAD):
         logger.info("%s: tensors that are not used: %s", path, listed(unused))
-    if not missing and not unexpected:
-        return
-    problems = [
-        f"{len(names)} {kind}: {listed(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    raise ModelError(
-        f"{path}: the weights do not fit config.json; {'; '.join(problems)}"
-        f"{_fix(missing, unexpected, checkpoint)}"
-    )
+    both = (("missing", missing), ("unexpected", unexpected))
+    if problems := [f"{len(names)} {kind}: {listed(names)}" for kind, names in both if names]:
+        raise ModelError(
+            f"{path}: the weights do not fit config.json; {'; '.join(problems)}"
+            f"{_fix(missing, unexpected, checkpoint)}"
+        )
 
 
 def _fix(missing: list[str], unexpected: list[str], checkpoint: Checkpoint) -> str:

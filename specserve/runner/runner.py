@@ -1,7 +1,4 @@
-"""Runs forward passes of the target for the entries of a step.
-
-No other module of the engine runs the target model or touches its KV.
-"""
+"""Runs forward passes of the target. No other module of the engine does, or touches its KV."""
 
 import logging
 from collections.abc import Sequence

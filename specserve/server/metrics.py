@@ -40,12 +40,12 @@ TOTALS_BY_POSITION: Final[tuple[tuple[str, str, Callable[[EngineStats], Sequence
     (
         "vllm:spec_decode_num_accepted_tokens_per_pos",
         "Drafts accepted to this depth, 0 first, or deeper.",
-        lambda s: s.accepted_by_depth,
+        lambda s: s.speculation.accepted_by_depth,
     ),
     (
         "specserve:spec_decode_num_drafts_per_pos",
         "Drafts that reached this depth, 0 first, or deeper.",
-        lambda s: s.drafted_by_depth,
+        lambda s: s.speculation.drafted_by_depth,
     ),
 )
 TOTALS_BY_DRAFTER: Final[tuple[tuple[str, str, Callable[[DrafterStats], int]], ...]] = (

@@ -62,9 +62,10 @@ def format_status(
         return line
     drafted = growth(lambda s: s.num_draft_tokens)
     accepted = growth(lambda s: s.num_accepted_tokens)
-    known = () if before is None else before.accepted_by_depth
-    depths = range(min(len(after.drafted_by_depth), MAX_POSITIONS))
-    rates = [(_at(after.accepted_by_depth, d) - _at(known, d)) / drafts for d in depths]
+    known = () if before is None else before.speculation.accepted_by_depth
+    reached, total = after.speculation.drafted_by_depth, after.speculation.accepted_by_depth
+    depths = range(min(len(reached), MAX_POSITIONS))
+    rates = [(_at(total, d) - _at(known, d)) / drafts for d in depths]
     return (
         f"{line}, SpecDecoding metrics: Mean acceptance length: {1 + accepted / drafts:.2f}, "
         f"Accepted throughput: {accepted / seconds:.2f} tokens/s, "

@@ -1,8 +1,7 @@
-"""Turns the probabilities that drafters claim into observed acceptance rates.
+"""Turns the acceptance probabilities that drafters estimate into observed acceptance rates.
 
-A drafter estimates for each node how likely it is accepted once its parent is. The quality of these
-estimates differs between drafters, so observed rates replace them before trees are merged: of all
-proposed nodes whose parent was emitted, verified or not. Knows no costs.
+The quality of the estimates differs between drafters, so observed rates replace them before trees
+are merged: of all proposed nodes whose parent was emitted, verified or not.
 """
 
 from typing import Final

@@ -146,11 +146,8 @@ class ComposedDrafter:
         return DraftTree(*self._calibration.merged(not seq.greedy, trees, proposals.budget))
 
     def _record_gains(self, proposals: _Proposals, tree: DraftTree, emitted: Sequence[int]) -> None:
-        """Record how many tokens each expensive drafter added.
-
-        That is the number emitted less what the tree before it would have emitted, pruned to the
-        size of the verified `tree`.
-        """
+        """Record how many tokens each expensive drafter added: those emitted, less what the tree
+        before it, pruned to the size of the verified `tree`, would have emitted."""
         sampled, num_emitted = not proposals.seq.greedy, len(emitted)
         for name, before in reversed(proposals.expensive):
             without = _num_emitted(before, len(tree), emitted)
@@ -186,10 +183,8 @@ class ComposedDrafter:
         self._failures.call(name, "propose", tuple(proposals), call)
 
     def _checked(self, name: str, proposals: _Proposals, tree: DraftTree) -> DraftTree:
-        """A copy of a drafter's tree, because the drafter may keep and change its own.
-
-        Raises ValueError unless it is a valid tree for the sequence.
-        """
+        """A copy of a drafter's tree, which the drafter cannot change. Raises ValueError if it is
+        not valid for the sequence."""
         tokens = np.array(tree.tokens, np.int32)
         copy = DraftTree(
             tokens,

@@ -11,7 +11,7 @@ have emitted in the time that was spent.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from specserve.sequence import SequenceState
 from specserve.speculation.cost_model import CostModel
@@ -75,17 +75,6 @@ class _DrafterRecord:
     pause: _Pause = field(default_factory=lambda: _Pause(*_DRAFTER_PAUSES))
 
 
-class StepSeconds(Protocol):
-    """Seconds that the engine has spent so far, see `engine.step_times.StepTimes`."""
-
-    @property
-    def host_seconds(self) -> float: ...
-    @property
-    def forward_seconds(self) -> float: ...
-    @property
-    def propose_seconds(self) -> float: ...
-
-
 class SpeculationController:
     """`max_nodes` is the largest tree, root included. Without `costs` nothing is left out, neither
     a sequence, nor a drafter, nor a node."""
@@ -101,7 +90,7 @@ class SpeculationController:
         self._drafters: defaultdict[tuple[str, bool], _DrafterRecord] = defaultdict(_DrafterRecord)
         self._step_seconds = Mean(_DRAFTER_MEMORY)
         self._step_tokens = Mean(_DRAFTER_MEMORY)
-        self._host_seconds = self._forward_seconds = 0.0  # of all steps before this one
+        self._seconds = self._forward_seconds = 0.0  # of all steps before this one
 
     def budgets(self, seqs: Sequence[SequenceState], spare_rows: int) -> list[int]:
         """The largest tree per sequence, in nodes, root included; 1 if it is not drafted for.
@@ -173,24 +162,29 @@ class SpeculationController:
         plan: StepPlan,
         trees: Mapping[str, DraftTree],
         results: Mapping[str, VerifyResult],
-        times: StepSeconds,
+        seconds: Mapping[str, float],
+        propose_seconds: float,
     ) -> None:
-        """Learn from a verified step; `trees` and `results` are by sequence id."""
+        """Learn from a verified step; `trees` and `results` are by sequence id.
+
+        `seconds` is the time spent so far in all steps, by stage; one stage is "forward".
+        """
         if self._costs is None:
             return
-        host = times.host_seconds - self._host_seconds
-        forward = times.forward_seconds - self._forward_seconds
-        self._host_seconds, self._forward_seconds = times.host_seconds, times.forward_seconds
+        step = sum(seconds.values()) - self._seconds
+        forward = seconds["forward"] - self._forward_seconds
+        self._seconds, self._forward_seconds = sum(seconds.values()), seconds["forward"]
+        host = step - forward
         self._costs.record_host(host)
         entries = plan.decoding
         if entries and not any(entry.num_prefill for entry in plan.entries):
             num_rows = sum(len(trees[entry.seq.id]) for entry in entries)
             self._costs.record_pass(num_rows, _mean_context(entries), forward)
-            self._step_seconds.add(host + forward)
+            self._step_seconds.add(step)
             self._step_tokens.add(sum(len(result.emitted) for result in results.values()))
         drafted_for = [seq_id for seq_id in self._drafted_for if seq_id in results]
         if drafted_for:
-            self._record_drafts(self._costs, trees, drafted_for, times.propose_seconds)
+            self._record_drafts(self._costs, trees, drafted_for, propose_seconds)
 
     def forget(self, seq_id: str) -> None:
         self._sequences.pop(seq_id, None)

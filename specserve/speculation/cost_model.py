@@ -17,8 +17,8 @@ _MAX_RATIO: Final = 2.0  # measured to expected seconds; above it the process wa
 class CostModel:
     """Seconds of a step: host time plus the forward pass.
 
-    Between two measured numbers of rows the seconds are interpolated, above the last one they are
-    extrapolated. Without samples nothing is known until `measure` is called.
+    Between measured numbers of rows the seconds are interpolated, above them extrapolated. Without
+    `samples` nothing is known until `measure` is called.
     """
 
     def __init__(self, samples: Mapping[int, float] | None = None) -> None:
@@ -55,8 +55,8 @@ class CostModel:
     def seconds(self, first: int, last: int, context: float | None = None) -> list[float]:
         """Seconds of steps with `first`, `first` + 1, .., `last` rows.
 
-        `context` is the mean number of tokens before the rows. Below the context of the
-        measurement, or without one, it makes no difference.
+        `context` is the mean number of tokens before the rows; without it, or below that of the
+        measurement, it makes no difference.
         """
         if len(self._seconds) <= last:
             self._seconds = self._computed(2 * last)
@@ -81,8 +81,7 @@ class CostModel:
     def record_pass(self, rows: int, context: float, seconds: float) -> None:
         """Learn from the seconds of a forward pass, for all numbers of rows alike.
 
-        A pass between others finds less in the caches than a measured one, and the speed of a
-        machine changes.
+        It finds less in the caches than a measured one, and the speed of a machine changes.
         """
         expected = self.seconds(rows, rows, context)[0] - self._host
         self._ratios.append(min(seconds / expected, _MAX_RATIO))

@@ -1,7 +1,7 @@
 """Selects which drafted nodes are verified: as many as give the most expected tokens per second.
 
-Greedy over all sequences together, by descending path probability. Path probabilities never
-increase along a path, so what is kept of a tree is a tree. Host only.
+Those of the largest path probability of all trees together. Path probabilities never increase along
+a path, so what is kept of a tree is a tree. Host only.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,4 @@
-"""Drafts from the `prediction` of a request: a text that its caller expects as the answer.
-
-The first draft begins with the text; later ones continue it after the place where the last tokens
-of the output occur in it.
-"""
+"""Drafts from the `prediction` of a request: a text that its caller expects as the answer."""
 
 from typing import Final
 
@@ -20,9 +16,9 @@ class PredictedTexts:
         self._indexes: dict[str, TextIndex] = {}  # by sequence id
 
     def propose(self, seq: SequenceView, budget: int) -> DraftTree | None:
-        """A chain that continues the prediction, or None.
+        """What follows the last tokens of the output in the prediction, at first its beginning.
 
-        None if the request has no prediction, or the last tokens of the output are not in it.
+        None if the request has no prediction, or these tokens are not in it.
         """
         text = seq.speculation.prediction
         if not text:

@@ -41,14 +41,12 @@ def drafter_names() -> list[str]:
 
 
 def expanded(specs: Sequence[str], target: Path) -> list[str]:
-    """The same with the drafters that "auto" stands for in its place, each once."""
+    """The same, each once, with the drafters that "auto" stands for in its place."""
     automatic = [
         name for name, finder in AUTO.items() if not finder or resolve_name(finder)(target)
     ]
     names = [name for spec in specs for name in (automatic if spec == "auto" else (spec,))]
-    return [
-        name for index, name in enumerate(names) if name not in AUTO or name not in names[:index]
-    ]
+    return list(dict.fromkeys(names))
 
 
 def load_drafter(name: str) -> type[Drafter]:
@@ -81,10 +79,8 @@ def public_names(specs: Sequence[str]) -> list[str]:
 
 
 def find_drafter(spec: str, resolve: Callable[[str], Path]) -> tuple[str, Path | None]:
-    """The registered name that `spec` stands for, and its directory if it is a checkpoint.
-
-    `resolve` finds that directory. Raises DraftError.
-    """
+    """The registered name that `spec` stands for, and the directory that `resolve` finds if it is a
+    checkpoint. Raises DraftError."""
     if spec in drafter_names():
         return spec, None
     try:
@@ -128,10 +124,7 @@ def create_drafter(
     target: Path,
     resolve: Callable[[str], Path],
 ) -> Drafter:
-    """The drafter of that name or checkpoint; `options` are by registered name.
-
-    Raises DraftError, naming the option at fault.
-    """
+    """The drafter of that name or checkpoint; `options` are by drafter. Raises DraftError."""
     name, path = find_drafter(spec, resolve)
     with loading(name):
         drafter = load_drafter(name)

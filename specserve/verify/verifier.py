@@ -8,6 +8,7 @@ sampled fails its own request only.
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
@@ -26,28 +27,26 @@ from specserve.verify.walk import Walk
 _NOT_NUMBERS: Final = "the model produced logits that are not numbers"
 
 
+@dataclass(eq=False)
 class Verifier:
     """Owns the sampling state and the stop rule of every running request."""
 
-    def __init__(
-        self, sampler: Sampler, eos_ids: Sequence[int], vocab_size: int, tokenizer: Tokenizer | None
-    ) -> None:
-        self._sampler = sampler
-        self._eos_ids = tuple(eos_ids)
-        self._vocab_size = vocab_size
-        self._tokenizer = tokenizer
-        self._states: dict[str, SamplingState] = {}
-        self._stops: dict[str, StopRule] = {}
-        # Of the latest call, by tenant: the seconds of its draws, and its number of sequences.
-        self.draws: dict[str, tuple[float, int]] = {}
+    sampler: Sampler
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    # Of the latest call, by tenant: the seconds of its draws, and its number of sequences.
+    draws: dict[str, tuple[float, int]] = field(default_factory=dict)
+    _states: dict[str, SamplingState] = field(default_factory=dict)
+    _stops: dict[str, StopRule] = field(default_factory=dict)
 
     def state(self, seq: SequenceState) -> SamplingState:
         """The sampling state of `seq`, updated with every token emitted so far."""
         if seq.id not in self._states:
             self._states[seq.id] = SamplingState(
-                seq.request, self._eos_ids, self._vocab_size, self._sampler.device
+                seq.request, self.eos_ids, self.vocab_size, self.sampler.device
             )
-            self._stops[seq.id] = StopRule(seq.request, self._eos_ids, self._tokenizer)
+            self._stops[seq.id] = StopRule(seq.request, self.eos_ids, self.tokenizer)
         self._states[seq.id].advance(seq.tokens)
         return self._states[seq.id]
 
@@ -106,7 +105,7 @@ class Verifier:
         """Sample one token per row. Returns the token, or an error message for a failed row."""
         try:
             finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-            tokens = self._sampler.draw(self._sampler.process(logits, rows), rows).tolist()
+            tokens = self.sampler.draw(self.sampler.process(logits, rows), rows).tolist()
         except Exception as error:
             if len(rows) == 1:
                 return [f"sampling failed: {type(error).__name__}: {error}"]

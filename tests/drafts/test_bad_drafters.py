@@ -92,7 +92,7 @@ def test_invalid_trees_do_not_change_the_output(
         assert engine.drafter.active == ["ngram"]
         assert [ids(outputs) for outputs in run(engine, PROMPTS, SAMPLED)] == plain
     assert engine.drafter.active == []
-    assert not any(engine.drafter.counts.proposed)
+    assert not any(engine.drafter.counts.proposed.values())
 
 
 @pytest.mark.parametrize("trees", [None, [], 5])

@@ -19,8 +19,8 @@ from specserve.batch import SegmentRows, build_batch, prefill_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.engine.device import Platform
-from specserve.engine.memory import free_memory
 from specserve.models.loader import load_model
+from specserve.models.memory import free_memory
 from specserve.types import Quantization
 from specserve_drafts.tune.texts import Ids, Text
 

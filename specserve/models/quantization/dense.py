@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,10 @@ from specserve.models.row_tiles import BASE_ROWS, RowTiles, probe_row_tiles
 
 @dataclass(frozen=True, slots=True)
 class DenseMethod:
-    """A `QuantMethod` that holds the weight in floats.
-
-    With `tiles`, a row's bits do not depend on the other rows if the number of rows is a multiple
-    of `BASE_ROWS`.
-    """
+    """A `QuantMethod` that holds the weight in floats."""
 
     weight: Tensor  # [num_outputs, num_inputs], any float dtype
-    tiles: RowTiles | None = None
+    tiles: RowTiles | None = None  # exact if given
 
     @property
     def num_bytes(self) -> int:
@@ -42,17 +37,14 @@ class DenseMethod:
 
 
 class DenseScheme:
-    """A `QuantScheme` that converts every weight to floats of `dtype` on `device`.
-
-    If `exact`, it looks for safe row tiles once per shape.
-    """
+    """A `QuantScheme` that converts every weight to floats of `dtype` on `device`."""
 
     def __init__(
         self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, exact: bool
     ) -> None:
-        self.activation_dtype: Final = dtype
-        self.exact: Final = exact
-        self.row_multiple: Final = BASE_ROWS if exact else 1
+        self.activation_dtype = dtype
+        self.exact = exact
+        self.row_multiple = BASE_ROWS if exact else 1
         self._checkpoint = checkpoint
         self._device = device
         self._probed: dict[tuple[torch.Size, bool], RowTiles] = {}

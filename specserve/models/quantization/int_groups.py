@@ -6,7 +6,6 @@ kernels quantise the activations, which are float32, to 8 bits in groups of 32 t
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -56,11 +55,11 @@ class IntGroupScheme:
     With `int4`, embedding and head are int8, because int4 would cost the most quality there.
     """
 
-    activation_dtype: Final = torch.float32
-    row_multiple: Final = 1
+    activation_dtype = torch.float32
+    row_multiple = 1
 
     def __init__(self, checkpoint: Checkpoint, kernels: Kernels, setting: Quantization) -> None:
-        self.exact: Final = kernels.exact
+        self.exact = kernels.exact
         self._checkpoint = checkpoint
         self._kernels = kernels
         self._arena = Arena()

@@ -19,19 +19,11 @@ class QuantScheme(Protocol):
     Beside the weights themselves, at most one tensor is in memory.
     """
 
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        """The dtype of the activations between the layers."""
-        ...
-
-    @property
-    def exact(self) -> bool:
-        """Whether the bits of a row of a product do not depend on the other rows, if the number of
-        rows is a multiple of `row_multiple`."""
-        ...
-
-    @property
-    def row_multiple(self) -> int: ...
+    activation_dtype: torch.dtype  # of the activations between the layers
+    # If exact, the bits of a row of a product do not depend on the other rows, as long as their
+    # number is a multiple of `row_multiple`.
+    exact: bool
+    row_multiple: int
 
     def linear(self, names: Sequence[str], *, with_bias: bool = False) -> Linear:
         """Read linear maps of the same input, such as gate and up, as one.
