@@ -27,7 +27,7 @@ def select_kernels(device: torch.device) -> Kernels:
 
 def fused_models(kernels: Kernels) -> FusedModels | None:
     """Whole models as one kernel, on the backend of `kernels`; None: it has none."""
-    return kernels.fused if isinstance(kernels, CpuKernels) else None
+    return kernels if isinstance(kernels, CpuKernels) else None
 
 
 def named_kernels(name: str) -> Kernels:

@@ -3,7 +3,6 @@
 Operations without a native kernel, or of a shape it does not support, run in the torch reference.
 """
 
-import ctypes
 from functools import partial
 
 from torch import Tensor
@@ -12,29 +11,12 @@ from specserve_kernels.cpu import attention, linear, sampler
 from specserve_kernels.cpu.decoder import CpuDecoder
 from specserve_kernels.cpu.draft_head import CpuDraftHead
 from specserve_kernels.cpu.native import load
-from specserve_kernels.decoder import DecoderWeights
-from specserve_kernels.draft_head import DraftHeadWeights
 from specserve_kernels.ops import Plan
 from specserve_kernels.torch_ref import TorchKernels
 
 
-class CpuFusedModels:
-    """Implements `FusedModels` with one native library."""
-
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-
-    def decoder(self, weights: DecoderWeights) -> CpuDecoder:
-        """See `FusedModels.decoder`."""
-        return CpuDecoder(self._library, weights)
-
-    def draft_head(self, weights: DraftHeadWeights) -> CpuDraftHead:
-        """See `FusedModels.draft_head`."""
-        return CpuDraftHead(self._library, weights)
-
-
 class CpuKernels:
-    """Implements `Kernels` with one of `native.runnable_builds`; exact."""
+    """Implements `Kernels` and `FusedModels` with one of `native.runnable_builds`; exact."""
 
     exact: bool = True
 
@@ -47,7 +29,8 @@ class CpuKernels:
         self.name = f"cpu-{build}"
         self._library = load(build)
         self._reference = TorchKernels()
-        self.fused = CpuFusedModels(self._library)
+        self.decoder = partial(CpuDecoder, self._library)
+        self.draft_head = partial(CpuDraftHead, self._library)
         self.quantized_linear = partial(linear.quantized_linear, self._library)
         self.gumbel_noise = partial(sampler.gumbel_noise, self._library)
         self.gumbel_argmax = partial(sampler.gumbel_argmax, self._library)

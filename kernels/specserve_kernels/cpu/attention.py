@@ -14,6 +14,43 @@ from specserve_kernels.torch_ref.tiles import AttentionPlan
 _LANES = 16
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 32
+_ADDRESS = ctypes.c_void_p
+_SIZE = ctypes.c_int64
+
+
+class CSegments(ctypes.Structure):
+    """The C structure, field by field as in attention.h, of `segments`, which the caller keeps."""
+
+    _fields_ = [
+        ("cu_rows", _ADDRESS),
+        ("context_lens", _ADDRESS),
+        ("ancestors", _ADDRESS),
+        ("block_tables", _ADDRESS),
+        ("num_segments", _SIZE),
+        ("max_blocks", _SIZE),
+        ("block_size", _SIZE),
+    ]
+
+    @classmethod
+    def of(cls, segments: Segments) -> "CSegments":
+        return cls(
+            segments.cu_rows.ctypes.data,
+            segments.context_lens.ctypes.data,
+            segments.ancestors.ctypes.data,
+            segments.block_tables.ctypes.data,
+            *segments.block_tables.shape,
+            segments.block_size,
+        )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        ("num_kv_heads", _SIZE),
+        ("group_size", _SIZE),
+        ("head_dim", _SIZE),
+        ("scale", ctypes.c_float),
+        ("window", _SIZE),
+    ]
 
 
 @dataclass(frozen=True)
@@ -48,22 +85,11 @@ def paged_tree_attention(
     """See `Kernels.paged_tree_attention`; `supports` must hold."""
     assert k_cache.is_contiguous(), "the cache must be contiguous"
     assert v_cache.is_contiguous(), "the cache must be contiguous"
-    segments = plan.segments
     queries = q.float().contiguous()
     out = torch.zeros_like(queries)
     library.specserve_attention(
-        segments.cu_rows.ctypes.data,
-        segments.context_lens.ctypes.data,
-        segments.ancestors.ctypes.data,
-        segments.block_tables.ctypes.data,
-        len(segments.context_lens),
-        segments.block_tables.shape[1],
-        segments.block_size,
-        plan.num_kv_heads,
-        plan.group_size,
-        q.shape[2],
-        scale,
-        window,
+        ctypes.byref(CSegments.of(plan.segments)),
+        ctypes.byref(_Shape(plan.num_kv_heads, plan.group_size, q.shape[2], scale, window)),
         queries.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),

@@ -1,12 +1,12 @@
 """A forward pass in one native call. Defines the C structures, field by field as in decoder.h."""
 
 import ctypes
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specserve_kernels.cpu.attention import CSegments
 from specserve_kernels.cpu.linear import quantized_linear
 from specserve_kernels.cpu.native import num_threads
 from specserve_kernels.decoder import (
@@ -67,29 +67,27 @@ class _Decoder(ctypes.Structure):
     ]
 
 
-class _Segments(ctypes.Structure):
-    _fields_ = [
-        ("cu_rows", _ADDRESS),
-        ("context_lens", _ADDRESS),
-        ("ancestors", _ADDRESS),
-        ("block_tables", _ADDRESS),
-        ("num_segments", _SIZE),
-        ("max_blocks", _SIZE),
-        ("block_size", _SIZE),
-    ]
+class CCache(ctypes.Structure):
+    """The C structure of the tensor that holds K and V."""
+
+    _fields_ = [("address", _ADDRESS), ("num_slots", _SIZE), ("is_float", _SIZE)]
+
+    def __init__(self, kv: Tensor) -> None:
+        assert kv.is_contiguous(), "the cache must be contiguous"
+        assert kv.dtype in (torch.float32, torch.bfloat16), f"K and V are {kv.dtype}"
+        super().__init__(kv.data_ptr(), kv.shape[2], kv.dtype == torch.float32)
+        self.kv = kv
 
 
 class _Pass(ctypes.Structure):
     _fields_ = [
-        ("segments", _Segments),
+        ("segments", CSegments),
         ("num_rows", _SIZE),
         ("input_ids", _ADDRESS),
         ("positions", _ADDRESS),
         ("slots", _ADDRESS),
         ("hidden_in", _ADDRESS),
-        ("kv", _ADDRESS),
-        ("num_slots", _SIZE),
-        ("kv_is_float", _SIZE),
+        ("cache", CCache),
         ("aux_layers", _ADDRESS),
         ("num_aux_layers", _SIZE),
         ("aux_hidden", _ADDRESS),
@@ -107,22 +105,6 @@ class _Head(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheView:
-    """What the native code needs to know about the tensor that holds K and V."""
-
-    kv: Tensor
-    address: int
-    num_slots: int
-    is_float: bool  # float32, else bfloat16
-
-    @classmethod
-    def of(cls, kv: Tensor) -> "CacheView":
-        assert kv.is_contiguous(), "the cache must be contiguous"
-        assert kv.dtype in (torch.float32, torch.bfloat16), f"K and V are {kv.dtype}"
-        return cls(kv, kv.data_ptr(), kv.shape[2], kv.dtype == torch.float32)
-
-
 class CpuDecoder:
     """Implements `QuantizedDecoder`; a row's bits do not depend on the other rows."""
 
@@ -131,7 +113,7 @@ class CpuDecoder:
         self._weights = weights
         self._kept: list[Tensor] = []  # keeps alive what the structures point to
         # Created once: right after a forward pass the CPU caches are cold and torch calls are slow.
-        self._cache: CacheView | None = None
+        self._cache: CCache | None = None
         self._aux_layers: dict[tuple[int, ...], Tensor] = {}
         self._residual = torch.empty(0, weights.hidden_size)
         self._layers = (_Layer * len(weights.layers))(*map(self._layer, weights.layers))
@@ -159,7 +141,7 @@ class CpuDecoder:
         assert num_rows == segments.num_rows == segments.cu_rows[-1], "every row has a segment"
         assert 0 <= batch.num_top <= min(MAX_TOP, weights.vocab_size), "num_top is out of range"
         if self._cache is None or self._cache.kv is not batch.kv:
-            self._cache = CacheView.of(batch.kv)
+            self._cache = CCache(batch.kv)
         if batch.aux_layers not in self._aux_layers:
             self._aux_layers[batch.aux_layers] = torch.tensor(batch.aux_layers, dtype=torch.int64)
         if num_rows > len(self._residual):
@@ -167,23 +149,13 @@ class CpuDecoder:
         states = torch.empty(num_rows, len(batch.aux_layers), weights.hidden_size)
         logits, top, head = self._head(batch.logit_rows, batch.num_top)
         task = _Pass(
-            _Segments(
-                segments.cu_rows.ctypes.data,
-                segments.context_lens.ctypes.data,
-                segments.ancestors.ctypes.data,
-                segments.block_tables.ctypes.data,
-                len(segments.context_lens),
-                segments.block_tables.shape[1],
-                segments.block_size,
-            ),
+            CSegments.of(segments),
             num_rows,
             batch.input_ids.data_ptr(),
             batch.positions.data_ptr(),
             batch.slots.data_ptr(),
             None if batch.hidden_in is None else batch.hidden_in.data_ptr(),
-            self._cache.address,
-            self._cache.num_slots,
-            self._cache.is_float,
+            self._cache,
             self._aux_layers[batch.aux_layers].data_ptr(),
             len(batch.aux_layers),
             states.data_ptr(),

@@ -2,16 +2,13 @@
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from specserve_kernels.cpu.decoder import CacheView, CLinear, CpuDecoder
+from specserve_kernels.cpu.decoder import CCache, CLinear, CpuDecoder
 from specserve_kernels.cpu.native import num_threads
-from specserve_kernels.decoder import DecoderPass
 from specserve_kernels.draft_head import (
     MAX_BRANCHING,
     DraftHeadWeights,
@@ -19,6 +16,7 @@ from specserve_kernels.draft_head import (
     ExpansionLimits,
     ExpansionTask,
 )
+from specserve_kernels.torch_ref.draft_head import TorchDraftHead
 
 _ADDRESS = ctypes.c_void_p
 _SIZE = ctypes.c_int64
@@ -72,10 +70,6 @@ class _ExpansionTask(ctypes.Structure):
     ]
 
 
-class _DraftCache(ctypes.Structure):
-    _fields_ = [("kv", _ADDRESS), ("num_slots", _SIZE), ("is_float", _SIZE)]
-
-
 class _Output:
     """The buffers that one expanded tree is written to."""
 
@@ -86,12 +80,12 @@ class _Output:
         self.addresses = tuple(ctypes.addressof(part) for part in parts)
 
 
-class CpuDraftHead:
-    """Implements `QuantizedDraftHead`."""
+class CpuDraftHead(TorchDraftHead):
+    """Implements `QuantizedDraftHead`; forward passes, `fuse` and `expand` are native."""
 
     def __init__(self, library: ctypes.CDLL, weights: DraftHeadWeights) -> None:
+        super().__init__(weights)
         self._library = library
-        self._weights = weights
         self._decoder = decoder = CpuDecoder(library, weights.decoder)
         norms = torch.cat([norm.float() for norm in weights.aux_norms] or [torch.empty(0)])
         self._head = _DraftHead(
@@ -106,7 +100,7 @@ class CpuDraftHead:
         )
         # Created once: right after a forward pass the CPU caches are cold and Python is slow.
         self._limits: tuple[ExpansionLimits, _ExpansionLimits] | None = None
-        self._cache: tuple[Tensor, _DraftCache] | None = None
+        self._cache: CCache | None = None
         self._outputs: list[_Output] = []
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
@@ -118,22 +112,6 @@ class CpuDraftHead:
         )
         return fused[:, : self._weights.fc.weight.num_outputs]
 
-    def __call__(self, batch: DecoderPass) -> Tensor:
-        """See `QuantizedDraftHead`."""
-        weights = self._weights
-        batch = replace(batch, aux_layers=(len(weights.decoder.layers),))
-        out = self._decoder(batch).aux_hidden_states[:, 0]
-        return self._norm(out) if weights.norm_output else out
-
-    def write_kv(self, batch: DecoderPass) -> None:
-        """See `QuantizedDraftHead.write_kv`."""
-        self._decoder(batch)
-
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """See `QuantizedDraftHead.logits`."""
-        normed = hidden_states if self._weights.norm_output else self._norm(hidden_states)
-        return self._decoder.unembed(normed) * self._weights.logit_scale
-
     def expand(
         self, limits: ExpansionLimits, kv: Tensor, tasks: Sequence[ExpansionTask]
     ) -> list[ExpandedTree]:
@@ -142,9 +120,8 @@ class CpuDraftHead:
             assert 1 <= limits.branching <= MAX_BRANCHING, "branching is out of range"
             fields = (limits.branching, limits.beam, limits.max_depth, limits.min_probability)
             self._limits = limits, _ExpansionLimits(*fields)
-        if self._cache is None or self._cache[0] is not kv:
-            view = CacheView.of(kv)
-            self._cache = kv, _DraftCache(view.address, view.num_slots, view.is_float)
+        if self._cache is None or self._cache.kv is not kv:
+            self._cache = CCache(kv)
         while len(self._outputs) < len(tasks):
             self._outputs.append(_Output())
         kept: list[Any] = []
@@ -154,7 +131,7 @@ class CpuDraftHead:
         self._library.specserve_expand(
             ctypes.byref(self._head),
             ctypes.byref(self._limits[1]),
-            ctypes.byref(self._cache[1]),
+            ctypes.byref(self._cache),
             c_tasks,
             len(tasks),
             num_threads(),
@@ -201,7 +178,3 @@ class CpuDraftHead:
             0,
             *output.addresses,
         )
-
-    def _norm(self, x: Tensor) -> Tensor:
-        weight = self._weights.decoder.norm
-        return F.rms_norm(x, weight.shape, weight, self._weights.decoder.rms_norm_eps)

@@ -15,30 +15,14 @@ import torch
 _ADDRESS = ctypes.c_void_p
 _SIZE = ctypes.c_int64
 _INT = ctypes.c_int32
-_FLOAT = ctypes.c_float
 
 # In ascending order: each build needs the CPU features of those before it and more.
 BUILDS: Final = ("portable", "avx2", "avx512", "avx512bf16")
 _SIGNATURES: Final = {
-    "specserve_quantize": [_ADDRESS, _SIZE, _SIZE, *[_ADDRESS] * 3],
     "specserve_linear": [_ADDRESS, _INT, _SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _INT],
-    "specserve_attention": [
-        *[_ADDRESS] * 4,
-        *[_SIZE] * 6,
-        _FLOAT,
-        _SIZE,
-        *[_ADDRESS] * 3,
-        _INT,
-        _ADDRESS,
-        _INT,
-    ],
+    "specserve_attention": [*[_ADDRESS] * 5, _INT, _ADDRESS, _INT],
     "specserve_gumbel_noise": [*[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _INT],
-    "specserve_gumbel_argmax": [
-        *(_ADDRESS, _SIZE),
-        *[_ADDRESS] * 3,
-        *(_SIZE, _SIZE),
-        *(_ADDRESS, _INT),
-    ],
+    "specserve_gumbel_argmax": [_ADDRESS, _SIZE, *[_ADDRESS] * 3, _SIZE, _SIZE, _ADDRESS, _INT],
     "specserve_decode": [*[_ADDRESS] * 4, _INT],
     "specserve_decode_head": [*[_ADDRESS] * 3, _INT],
     "specserve_fuse": [_ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _INT],

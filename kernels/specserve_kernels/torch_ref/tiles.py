@@ -8,7 +8,7 @@ one; from that chunk on every row is a group of its own.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,16 +43,12 @@ class Tile:
         return self.shape[2]
 
     def to(self, device: torch.device) -> "Tile":
-        hidden = None if self.hidden is None else self.hidden.to(device)
-        return Tile(
-            self.query_rows.to(device),
-            self.rows.to(device),
-            self.slots.to(device),
-            hidden,
-            self.first_hidden,
-            self.num_groups,
-            self.shape,
-            self.continues,
+        return replace(
+            self,
+            query_rows=self.query_rows.to(device),
+            rows=self.rows.to(device),
+            slots=self.slots.to(device),
+            hidden=None if self.hidden is None else self.hidden.to(device),
         )
 
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "api.h"
 #include "attention_unit.h"
 #include "lanes.h"
 
@@ -62,16 +63,14 @@ void fetch_context(const Segments& segments, const Element* k, const Element* v,
 }
 
 template <typename Element>
-void attend(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
-            const Element* k, const Element* v, int64_t segment, int64_t kv_head,
-            int64_t first_row, int64_t last_row, float* out, int64_t out_stride) {
-    const int64_t dim = shape.head_dim, group_size = shape.group_size;
-    Unit<Element> unit(segments, shape, q, stride, k + kv_head * dim, v + kv_head * dim, segment,
-                       first_row, last_row);
+void attend(const AttentionInputs<Element>& inputs, const UnitRows& rows, float* out,
+            int64_t out_stride) {
+    const int64_t dim = inputs.shape.head_dim, group_size = inputs.shape.group_size;
+    Unit<Element> unit(inputs, rows);
     Query totals[Scratch<Element>::kMaxQueries];
     for (int row = 0; row < unit.num_rows(); ++row)
         std::fill_n(out + row * out_stride, group_size * dim, 0.0f);
-    for (int64_t split = 0; split < num_splits(segments, segment); ++split) {
+    for (int64_t split = 0; split < num_splits(inputs.segments, rows.segment); ++split) {
         unit.run(split * kSplit);
         for (int row = 0; row < unit.num_rows(); ++row)
             if (unit.row(row).sees(split * kSplit, (split + 1) * kSplit))
@@ -90,19 +89,16 @@ void attend(const Segments& segments, const AttentionShape& shape, const float* 
 }
 
 template <typename Element>
-void attend_split(const Segments& segments, const AttentionShape& shape, const float* q,
-                  int64_t stride, const Element* k, const Element* v, int64_t segment,
-                  int64_t kv_head, int64_t first_row, int64_t last_row, int64_t split,
+void attend_split(const AttentionInputs<Element>& inputs, const UnitRows& rows, int64_t split,
                   const Partials& partials) {
-    const int64_t dim = shape.head_dim;
-    Unit<Element> unit(segments, shape, q, stride, k + kv_head * dim, v + kv_head * dim, segment,
-                       first_row, last_row);
+    const int64_t dim = inputs.shape.head_dim, group_size = inputs.shape.group_size;
+    Unit<Element> unit(inputs, rows);
     unit.run(split * kSplit);
-    for (int64_t row = first_row; row < last_row; ++row)
-        for (int64_t g = 0; g < shape.group_size; ++g) {
-            const int64_t query = (row - first_row) * shape.group_size + g;
-            float* part = partials.at(segments.cu_rows[segment] + row,
-                                      kv_head * shape.group_size + g, split);
+    for (int row = 0; row < unit.num_rows(); ++row)
+        for (int64_t g = 0; g < group_size; ++g) {
+            const int64_t query = row * group_size + g;
+            float* part = partials.at(inputs.segments.cu_rows[rows.segment] + rows.first + row,
+                                      rows.kv_head * group_size + g, split);
             std::copy_n(unit.out(query), dim, part);
             part[dim] = unit.query(query).top;
             part[dim + 1] = unit.query(query).sum;
@@ -122,16 +118,47 @@ void merge_splits(const Segments& segments, const AttentionShape& shape, int64_t
     for (int64_t d = 0; d < dim; ++d) out[d] /= total.sum;
 }
 
-#define SPECSERVE_ATTENTION_OF(Element)                                                           \
-    template void fetch_context<Element>(const Segments&, const Element*, const Element*,         \
-                                         int64_t, int64_t, int64_t);                              \
-    template void attend<Element>(const Segments&, const AttentionShape&, const float*, int64_t,  \
-                                  const Element*, const Element*, int64_t, int64_t, int64_t,      \
-                                  int64_t, float*, int64_t);                                      \
-    template void attend_split<Element>(const Segments&, const AttentionShape&, const float*,     \
-                                        int64_t, const Element*, const Element*, int64_t, int64_t, \
-                                        int64_t, int64_t, int64_t, const Partials&);
+#define SPECSERVE_ATTENTION_OF(Element)                                                        \
+    template void fetch_context(const Segments&, const Element*, const Element*, int64_t, int64_t, \
+                                int64_t);                                                      \
+    template void attend(const AttentionInputs<Element>&, const UnitRows&, float*, int64_t);   \
+    template void attend_split(const AttentionInputs<Element>&, const UnitRows&, int64_t,      \
+                               const Partials&);
 SPECSERVE_ATTENTION_OF(float)
 SPECSERVE_ATTENTION_OF(bfloat16)
+
+namespace {
+
+template <typename Element>
+void attention(const Segments& segments, const AttentionShape& shape, const float* q, const void* k,
+               const void* v, float* out, int num_threads) {
+    const int64_t size = shape.group_size * shape.head_dim, stride = shape.num_kv_heads * size;
+    const AttentionInputs<Element> inputs{segments,
+                                          shape,
+                                          q,
+                                          stride,
+                                          static_cast<const Element*>(k),
+                                          static_cast<const Element*>(v)};
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < num_units(segments, shape.num_kv_heads); ++unit) {
+        const UnitRows rows = unit_rows(segments, shape.num_kv_heads, unit);
+        const int64_t row = segments.cu_rows[rows.segment] + rows.first;
+        if (rows.first < rows.last)
+            attend(inputs, rows, out + row * stride + rows.kv_head * size, stride);
+    }
+}
+
+}  // namespace
+
+// out [num_rows][heads][head_dim], zeroed by the caller; kv_is_float: K and V are float, else
+// bfloat16.
+SPECSERVE_API void specserve_attention(const Segments& segments, const AttentionShape& shape,
+                                       const float* q, const void* k, const void* v,
+                                       int32_t kv_is_float, float* out, int32_t num_threads) {
+    if (kv_is_float)
+        attention<float>(segments, shape, q, k, v, out, num_threads);
+    else
+        attention<bfloat16>(segments, shape, q, k, v, out, num_threads);
+}
 
 }  // namespace specserve

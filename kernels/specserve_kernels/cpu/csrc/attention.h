@@ -3,6 +3,7 @@
 // products at once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace specserve {
@@ -33,14 +34,39 @@ constexpr int64_t kMaxHeads = 32;     // query heads per KV head
 constexpr int64_t kMaxUnitRows = 16;  // rows of a segment that a thread processes together
 constexpr int64_t kSplit = 128;       // positions of a split, which begins at a multiple of this
 
-// Attention of rows first_row .. last_row - 1 of a segment, at most kMaxUnitRows, for one KV head.
-// q: this head's queries, all rows of the forward pass, `stride` floats apart. K and V:
-// [num_slots][num_kv_heads][head_dim]. out: these rows only, [group_size][head_dim] each,
-// `out_stride` floats apart.
+// The queries, K and V of one layer. Element, the type of K and V, is float or bfloat16.
 template <typename Element>
-void attend(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
-            const Element* k, const Element* v, int64_t segment, int64_t kv_head,
-            int64_t first_row, int64_t last_row, float* out, int64_t out_stride);
+struct AttentionInputs {
+    const Segments& segments;
+    const AttentionShape& shape;
+    const float* q;  // [num_rows][num_kv_heads][group_size][head_dim], rows `stride` floats apart
+    int64_t stride;
+    const Element* k;  // [num_slots][num_kv_heads][head_dim], as v
+    const Element* v;
+};
+
+// Rows first .. last - 1 of a segment for one KV head: what a thread computes at a time.
+struct UnitRows {
+    int64_t segment, kv_head, first, last;
+};
+
+// Units of a forward pass; some of them have no rows.
+inline int64_t num_units(const Segments& segments, int64_t num_kv_heads) {
+    return segments.num_segments * (kMaxSegmentRows / kMaxUnitRows) * num_kv_heads;
+}
+
+inline UnitRows unit_rows(const Segments& segments, int64_t num_kv_heads, int64_t unit) {
+    constexpr int64_t kPerSegment = kMaxSegmentRows / kMaxUnitRows;
+    const int64_t part = unit / num_kv_heads, segment = part / kPerSegment;
+    const int64_t num_rows = segments.cu_rows[segment + 1] - segments.cu_rows[segment];
+    const int64_t first = part % kPerSegment * kMaxUnitRows;
+    return {segment, unit % num_kv_heads, first, std::min(first + kMaxUnitRows, num_rows)};
+}
+
+// Attention of a unit. out: its rows only, [group_size][head_dim] each, `out_stride` floats apart.
+template <typename Element>
+void attend(const AttentionInputs<Element>& inputs, const UnitRows& rows, float* out,
+            int64_t out_stride);
 
 // Loads part `part` of `num_parts` of the K and V of all contexts, `size` elements per slot, into
 // the CPU caches. Called while products are computed, before attention needs them.
@@ -57,21 +83,19 @@ struct Partials {
         return data + ((row * num_heads + head) * max_splits + split) * size;
     }
 
-    float* data;         // [num_rows][num_heads][max_splits][size]
+    float* data;  // [num_rows][num_heads][max_splits][size]
     int64_t num_heads;
     int64_t max_splits;
-    int64_t size;        // partial_size: output [head_dim], maximum, sum, padding
+    int64_t size;  // partial_size: output [head_dim], maximum, sum, padding
 };
 
 constexpr int64_t partial_size(int64_t head_dim) { return head_dim + 16; }
 
 // `attend` in units that several threads can share, with the same bits. `attend_split` computes one
-// split; when all are computed, `merge_splits` merges them for one row and head into out
-// [head_dim]. Its `row` is a row of the forward pass.
+// split; when all are computed, `merge_splits` merges them for one row of the forward pass and one
+// head into out [head_dim].
 template <typename Element>
-void attend_split(const Segments& segments, const AttentionShape& shape, const float* q,
-                  int64_t stride, const Element* k, const Element* v, int64_t segment,
-                  int64_t kv_head, int64_t first_row, int64_t last_row, int64_t split,
+void attend_split(const AttentionInputs<Element>& inputs, const UnitRows& rows, int64_t split,
                   const Partials& partials);
 void merge_splits(const Segments& segments, const AttentionShape& shape, int64_t segment,
                   int64_t row, int64_t head, const Partials& partials, float* out);

@@ -93,25 +93,24 @@ struct Scratch {
 template <typename Element>
 class Unit {
    public:
-    Unit(const Segments& segments, const AttentionShape& shape, const float* q, int64_t stride,
-         const Element* k, const Element* v, int64_t segment, int64_t first_row, int64_t last_row)
-        : shape_(shape),
-          keys_(k),
-          values_(v),
-          stride_(shape.num_kv_heads * shape.head_dim),
-          num_rows_(int(last_row - first_row)),
-          table_(segments.block_tables + segment * segments.max_blocks),
-          block_size_(segments.block_size),
-          context_(segments.context_lens[segment]),
+    Unit(const AttentionInputs<Element>& inputs, const UnitRows& rows)
+        : shape_(inputs.shape),
+          keys_(inputs.k + rows.kv_head * shape_.head_dim),
+          values_(inputs.v + rows.kv_head * shape_.head_dim),
+          stride_(shape_.num_kv_heads * shape_.head_dim),
+          num_rows_(int(rows.last - rows.first)),
+          table_(inputs.segments.block_tables + rows.segment * inputs.segments.max_blocks),
+          block_size_(inputs.segments.block_size),
+          context_(inputs.segments.context_lens[rows.segment]),
           tail_(context_ / kChunk * kChunk) {
-        const int64_t size = shape.group_size * shape.head_dim;
+        const int64_t size = shape_.group_size * shape_.head_dim;
         for (int64_t at = 0; at < num_rows_; ++at) {
-            const int64_t row = segments.cu_rows[segment] + first_row + at;
-            rows_[at] = Row(segments, shape, segment, row);
+            const int64_t row = inputs.segments.cu_rows[rows.segment] + rows.first + at;
+            rows_[at] = Row(inputs.segments, shape_, rows.segment, row);
             seen_ |= rows_[at].nodes;
+            const float* q = inputs.q + row * inputs.stride + rows.kv_head * size;
             for (int64_t i = 0; i < size; i += kLanes)
-                store_factors_of<Element>(load(q + row * stride + i),
-                                          scratch_.queries + at * size + i);
+                store_factors_of<Element>(load(q + i), scratch_.queries + at * size + i);
         }
     }
 

@@ -50,26 +50,6 @@ float quotients(float* x, const float* y, int64_t count) {
     return result;
 }
 
-// Finds the indices of the `wanted` largest values, the largest first, the lowest index first among
-// equals; returns how many there are.
-int64_t best_of(const float* values, int64_t count, int64_t wanted, int64_t* best) {
-    int64_t found = 0;
-    auto offer = [&](int64_t i) {
-        if (found == wanted && !(values[i] > values[best[found - 1]])) return;
-        int64_t at = found < wanted ? found++ : found - 1;
-        for (; at > 0 && values[i] > values[best[at - 1]]; --at) best[at] = best[at - 1];
-        best[at] = i;
-    };
-    constexpr int64_t kBlock = 64;
-    for (int64_t first = 0; first < count; first += kBlock) {
-        const int64_t last = std::min(first + kBlock, count);
-        if (found == wanted && !(largest(values + first, last - first) > values[best[found - 1]]))
-            continue;
-        for (int64_t i = first; i < last; ++i) offer(i);
-    }
-    return found;
-}
-
 bool is_filtered(const Sampling& sampling) {
     return sampling.temperature > 0.0f &&
            (sampling.top_k > 0 || sampling.top_p < 1.0f || sampling.min_p > 0.0f);
@@ -177,6 +157,24 @@ class Search {
 };
 
 }  // namespace
+
+int64_t best_of(const float* values, int64_t count, int64_t wanted, int64_t* best) {
+    int64_t found = 0;
+    auto offer = [&](int64_t i) {
+        if (found == wanted && !(values[i] > values[best[found - 1]])) return;
+        int64_t at = found < wanted ? found++ : found - 1;
+        for (; at > 0 && values[i] > values[best[at - 1]]; --at) best[at] = best[at - 1];
+        best[at] = i;
+    };
+    constexpr int64_t kBlock = 64;
+    for (int64_t first = 0; first < count; first += kBlock) {
+        const int64_t last = std::min(first + kBlock, count);
+        if (found == wanted && !(largest(values + first, last - first) > values[best[found - 1]]))
+            continue;
+        for (int64_t i = first; i < last; ++i) offer(i);
+    }
+    return found;
+}
 
 std::vector<Candidates> find_candidates(const DraftVocabulary& vocabulary, const float* logits,
                                         int64_t stride, const std::vector<Sampling>& sampling,

@@ -11,6 +11,10 @@ namespace specserve {
 
 constexpr int64_t kMaxCandidates = 64;
 
+// Finds the indices of the `wanted` largest values, the largest first, the lowest index first among
+// equals; returns how many there are.
+int64_t best_of(const float* values, int64_t count, int64_t wanted, int64_t* best);
+
 // Tokens are ranked by log q at temperature 0, else by log q / T + g with noise g. Top-k, top-p and
 // min-p are applied before the noise.
 struct Sampling {

@@ -1,6 +1,7 @@
-// The best build that this CPU can run, as an index into `native.BUILDS`.
+#include "api.h"
 
-extern "C" __attribute__((visibility("default"))) int specserve_cpu_level() {
+// The best build that this CPU can run, as an index into `native.BUILDS`.
+SPECSERVE_API int specserve_cpu_level() {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");

@@ -69,9 +69,10 @@ class PassOf {
             normalise(residual_.at(row), l.attention_norm, row);
         });
         const int64_t q_size = d_.num_heads * d_.head_dim, kv_size = d_.num_kv_heads * d_.head_dim;
-        const int64_t q_units = units(l.q), kv_units = units(l.k);
-        Element* keys = static_cast<Element*>(pass_.kv) + 2 * index * pass_.num_slots * kv_size;
-        Element* values = keys + pass_.num_slots * kv_size;
+        const int64_t q_units = num_units(l.q), kv_units = num_units(l.k);
+        const int64_t plane = pass_.cache.num_slots * kv_size;
+        Element* keys = static_cast<Element*>(pass_.cache.kv) + 2 * index * plane;
+        Element* values = keys + plane;
         team.share(q_units + 2 * kv_units, [&](int64_t unit) {
             if (pass_.num_rows <= kRowBlock)
                 fetch_context(pass_.segments, keys, values, kv_size, unit, q_units + 2 * kv_units);
@@ -92,11 +93,11 @@ class PassOf {
         if (x.num_rows == 0) return;
         if (wanted_only) move_wanted(team, residual_, x);
         attention(team, l, keys, values, wanted_only);
-        team.share(units(l.o),
+        team.share(num_units(l.o),
                    [&](int64_t unit) { add(l.o, activations_.attention_out, unit, x); });
         team.share(x.num_rows, [&](int64_t row) { normalise(x.at(row), l.mlp_norm, row); });
-        team.share(units(l.gate), [&](int64_t unit) { gate(l, unit, x.num_rows); });
-        team.share(units(l.down), [&](int64_t unit) { add(l.down, activations_.gated, unit, x); });
+        team.share(num_units(l.gate), [&](int64_t unit) { gate(l, unit, x.num_rows); });
+        team.share(num_units(l.down), [&](int64_t unit) { add(l.down, activations_.gated, unit, x); });
         if (wanted_only) move_wanted(team, x, residual_);
     }
 
@@ -108,10 +109,6 @@ class PassOf {
             std::memcpy(to.at(back ? row : index), from.at(back ? index : row),
                         d_.hidden_size * sizeof *to.x);
         });
-    }
-
-    static int64_t units(const Linear& linear) {
-        return (linear.weight.num_outputs + kColumns - 1) / kColumns;
     }
 
     void copy_aux_hidden(int64_t row, int64_t index) {
@@ -144,49 +141,31 @@ class PassOf {
         quantize_row(y.data(), activations_.normed.rows(), row);
     }
 
-    // Computes the columns of a unit for all rows; calls finish(row, column, out) for each vector.
-    template <typename Finish>
-    void product(const Linear& linear, const RowBuffer& rows, int64_t num_rows, int64_t unit,
-                 const Finish& finish) {
-        alignas(64) float y[kRowBlock * kColumns];
-        const int64_t first = unit * kPanels;
-        const int64_t last = std::min(first + kPanels, linear.weight.num_outputs / kPanel);
-        for (int64_t top = 0; top < num_rows; top += kRowBlock) {
-            const int64_t count = std::min(kRowBlock, num_rows - top);
-            linear_panels(linear.weight, rows.rows().from(top), count, first, last, y, kColumns);
-            for (int64_t row = 0; row < count; ++row)
-                for (int64_t c = 0; c < (last - first) * kPanel; c += kLanes) {
-                    Floats out = load(y + row * kColumns + c);
-                    const int64_t column = first * kPanel + c;
-                    if (linear.bias) out = specserve::add(out, load(linear.bias + column));
-                    finish(top + row, column, out);
-                }
-        }
-    }
-
     void project(const Linear& linear, const RowBuffer& rows, int64_t unit, float* y,
                  int64_t stride) {
-        product(linear, rows, pass_.num_rows, unit, [&](int64_t row, int64_t column, Floats out) {
-            store(y + row * stride + column, out);
-        });
+        multiply_unit(linear, rows.rows(), pass_.num_rows, unit,
+                      [&](int64_t row, int64_t column, Floats out) {
+                          store(y + row * stride + column, out);
+                      });
     }
 
     void add(const Linear& linear, const RowBuffer& rows, int64_t unit, const Residual& x) {
-        product(linear, rows, x.num_rows, unit, [&](int64_t row, int64_t column, Floats out) {
-            float* to = x.at(row) + column;
-            store(to, specserve::add(load(to), out));
-        });
+        multiply_unit(linear, rows.rows(), x.num_rows, unit,
+                      [&](int64_t row, int64_t column, Floats out) {
+                          float* to = x.at(row) + column;
+                          store(to, specserve::add(load(to), out));
+                      });
     }
 
     // SwiGLU (Shazeer 2020): silu(gate) * up, quantized at once, since a unit is one group.
     void gate(const Layer& l, int64_t unit, int64_t num_rows) {
         alignas(64) float gates[kRowBlock * kColumns], ups[kRowBlock * kColumns];
-        const int64_t first = unit * kPanels, column = unit * kColumns;
+        const int64_t column = unit * kColumns;
         for (int64_t top = 0; top < num_rows; top += kRowBlock) {
             const int64_t count = std::min(kRowBlock, num_rows - top);
             const Rows rows = activations_.normed.rows().from(top);
-            linear_panels(l.gate.weight, rows, count, first, first + kPanels, gates, kColumns);
-            linear_panels(l.up.weight, rows, count, first, first + kPanels, ups, kColumns);
+            multiply_unit(l.gate.weight, rows, count, unit, gates);
+            multiply_unit(l.up.weight, rows, count, unit, ups);
             for (int64_t row = 0; row < count; ++row) {
                 float* g = gates + row * kColumns;
                 for (int64_t c = 0; c < kColumns; c += kLanes)
@@ -230,34 +209,29 @@ class PassOf {
         const AttentionShape shape{d_.num_kv_heads, d_.num_heads / d_.num_kv_heads, d_.head_dim,
                                    1.0f / std::sqrt(float(d_.head_dim)), l.window};
         const Segments& segments = pass_.segments;
-        constexpr int64_t kBlocks = kMaxSegmentRows / kMaxUnitRows;
+        const AttentionInputs<Element> inputs{
+            segments, shape, activations_.heads.get(), activations_.heads_size, keys, values};
         const int64_t num_pieces = parts_ ? partials_.max_splits : 1;
-        team.share(segments.num_segments * kBlocks * d_.num_kv_heads * num_pieces, [&](int64_t unit) {
-            const int64_t piece = unit % num_pieces, kv_head = unit / num_pieces % d_.num_kv_heads;
-            const int64_t block = unit / num_pieces / d_.num_kv_heads, segment = block / kBlocks;
-            if (wanted_only && !wanted_.has_segment(segment)) return;
-            const int64_t first = block % kBlocks * kMaxUnitRows;
-            const int64_t begin = segments.cu_rows[segment];
-            const int64_t last =
-                std::min(first + kMaxUnitRows, int64_t(segments.cu_rows[segment + 1]) - begin);
-            if (first >= last) return;
-            const int64_t size = shape.group_size * d_.head_dim;
-            const float* q = activations_.heads.get() + kv_head * size;
+        team.share(num_units(segments, d_.num_kv_heads) * num_pieces, [&](int64_t unit) {
+            const int64_t piece = unit % num_pieces;
+            const UnitRows rows = unit_rows(segments, d_.num_kv_heads, unit / num_pieces);
+            if (rows.first >= rows.last || (wanted_only && !wanted_.has_segment(rows.segment)))
+                return;
             if (parts_) {
-                if (piece < num_splits(segments, segment))
-                    attend_split(segments, shape, q, activations_.heads_size, keys, values, segment,
-                                 kv_head, first, last, piece, partials_);
+                if (piece < num_splits(segments, rows.segment))
+                    attend_split(inputs, rows, piece, partials_);
                 return;
             }
+            const int64_t size = shape.group_size * d_.head_dim;
             thread_local std::vector<float> out;
             out.resize(kMaxUnitRows * size);
-            attend(segments, shape, q, activations_.heads_size, keys, values, segment, kv_head,
-                   first, last, out.data(), size);
-            for (int64_t row = first; row < last; ++row) {
-                const int64_t index = wanted_only ? wanted_.index_of(begin + row) : begin + row;
+            attend(inputs, rows, out.data(), size);
+            for (int64_t at = rows.first; at < rows.last; ++at) {
+                const int64_t row = segments.cu_rows[rows.segment] + at;
+                const int64_t index = wanted_only ? wanted_.index_of(row) : row;
                 if (index >= 0)
-                    quantize_attention_output(index, kv_head, size,
-                                              out.data() + (row - first) * size);
+                    quantize_attention_output(index, rows.kv_head, size,
+                                              out.data() + (at - rows.first) * size);
             }
         });
         if (parts_) merge(team, shape, wanted_only);
@@ -314,17 +288,12 @@ void decode_as(const Decoder& decoder, const Pass& pass, const Head& head, float
 
 }  // namespace
 
-void decode(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
-            int num_threads) {
-    if (pass.kv_is_float)
+SPECSERVE_API void specserve_decode(const Decoder& decoder, const Pass& pass, const Head& head,
+                                    float* residual, int32_t num_threads) {
+    if (pass.cache.is_float)
         decode_as<float>(decoder, pass, head, residual, num_threads);
     else
         decode_as<bfloat16>(decoder, pass, head, residual, num_threads);
-}
-
-void decode_head(const Decoder& decoder, const Head& head, const float* residual, int num_threads) {
-    Unembedding end(decoder, head, residual);
-    run_team(Unembedding::kPhases, num_threads, [&](Team& team) { end.run(team); });
 }
 
 }  // namespace specserve

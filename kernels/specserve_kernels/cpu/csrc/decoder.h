@@ -3,17 +3,13 @@
 
 #include <cstdint>
 
+#include "api.h"
 #include "attention.h"
 #include "linear.h"
 
 namespace specserve {
 
 // decoder.py fills all structs of this file, field by field.
-struct Linear {
-    Weight weight;
-    const float* bias;  // [num_outputs] or null
-};
-
 struct Layer {
     const float* attention_norm;  // [hidden_size]
     const float* mlp_norm;        // [hidden_size]
@@ -44,6 +40,12 @@ struct Decoder {
     int64_t normed_residual;   // 1: the residual stream starts as the normalized hidden_in
 };
 
+struct Cache {
+    void* kv;  // [num_layers][2][num_slots][num_kv_heads][head_dim]
+    int64_t num_slots;
+    int64_t is_float;  // else bfloat16
+};
+
 struct Pass {
     Segments segments;
     int64_t num_rows;
@@ -51,9 +53,7 @@ struct Pass {
     const int64_t* positions;  // [num_rows]
     const int64_t* slots;      // [num_rows], -1: K and V are not written
     const float* hidden_in;    // [num_rows][hidden_size], for a draft head only
-    void* kv;                  // [num_layers][2][num_slots][num_kv_heads][head_dim]
-    int64_t num_slots;
-    int64_t kv_is_float;        // else bfloat16
+    Cache cache;
     const int64_t* aux_layers;  // layers whose input to copy; num_layers: the last output
     int64_t num_aux_layers;
     float* aux_hidden;  // [num_rows][num_aux_layers][hidden_size]
@@ -73,10 +73,7 @@ constexpr int64_t kMaxTop = 64;
 
 // `residual` [pass.num_rows][hidden_size] is the buffer of the residual stream. On return, the rows
 // that `head` names hold the last layer's output; all rows do if aux_layers contains num_layers.
-void decode(const Decoder& decoder, const Pass& pass, const Head& head, float* residual,
-            int num_threads);
-
-// Final norm and unembedding only, of rows of `residual`.
-void decode_head(const Decoder& decoder, const Head& head, const float* residual, int num_threads);
+SPECSERVE_API void specserve_decode(const Decoder& decoder, const Pass& pass, const Head& head,
+                                    float* residual, int32_t num_threads);
 
 }  // namespace specserve

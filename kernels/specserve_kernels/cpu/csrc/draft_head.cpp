@@ -5,7 +5,6 @@
 
 #include "candidates.h"
 #include "norm.h"
-#include "team.h"
 
 namespace specserve {
 namespace {
@@ -135,9 +134,25 @@ struct Batch {
     }
 };
 
+}  // namespace
+
+// Auxiliary hidden states [num_rows][inputs of fc] -> fused [num_rows][outputs of fc].
+SPECSERVE_API void specserve_fuse(const DraftHead& head, const float* aux_hidden, int64_t num_rows,
+                                  float* fused, int32_t num_threads) {
+    const int64_t num_inputs = head.fc.weight.num_inputs;
+    std::vector<float> normed(head.num_norms ? num_rows * num_inputs : 0);
+    const int64_t size = head.num_norms ? num_inputs / head.num_norms : 0;
+    for (int64_t part = 0; part < num_rows * head.num_norms; ++part)
+        rms_norm(aux_hidden + part * size, head.aux_norms + part % head.num_norms * size, size,
+                 head.decoder->eps, normed.data() + part * size);
+    multiply(head.fc, head.num_norms ? normed.data() : aux_hidden, num_rows, fused, num_threads);
+}
+
+namespace {
+
 class TreeExpander {
    public:
-    TreeExpander(const DraftHead& head, const ExpansionLimits& limits, const DraftCache& cache,
+    TreeExpander(const DraftHead& head, const ExpansionLimits& limits, const Cache& cache,
                  int num_threads)
         : head_(head),
           d_(*head.decoder),
@@ -179,7 +194,7 @@ class TreeExpander {
                               tasks[i].aux_hidden + (tasks[i].num_pending + 1) * width);
         const auto num_rows = int64_t(aux_hidden.size()) / width;
         std::vector<float> fused_rows(num_rows * d_.hidden_size);
-        fuse(head_, aux_hidden.data(), num_rows, fused_rows.data(), num_threads_);
+        specserve_fuse(head_, aux_hidden.data(), num_rows, fused_rows.data(), num_threads_);
         return fused_rows;
     }
 
@@ -209,14 +224,13 @@ class TreeExpander {
         const Pass pass{batch.segments(),   num_rows,
                         batch.ids.data(),   batch.positions.data(),
                         batch.slots.data(), batch.hidden_in.data(),
-                        cache_.kv,          cache_.num_slots,
-                        cache_.is_float,    nullptr,
+                        cache_,             nullptr,
                         0,                  nullptr};
         stride_ = d_.head.weight.num_outputs;
         logits_.resize(num_new * stride_);
         residual_.resize(num_rows * size);
         const Head head{num_new, wanted.data(), head_.vocab_size, logits_.data(), 0, nullptr};
-        decode(d_, pass, head, residual_.data(), num_threads_);
+        specserve_decode(d_, pass, head, residual_.data(), num_threads_);
         if (head_.norm_output)
             for (int64_t row : wanted) {
                 float* out = residual_.data() + row * size;
@@ -265,7 +279,7 @@ class TreeExpander {
     const DraftHead& head_;
     const Decoder& d_;
     const ExpansionLimits& limits_;
-    const DraftCache& cache_;
+    const Cache& cache_;
     int num_threads_;
     int64_t stride_ = 0;
     std::vector<float> logits_, residual_;
@@ -273,37 +287,10 @@ class TreeExpander {
 
 }  // namespace
 
-void fuse(const DraftHead& head, const float* aux_hidden, int64_t num_rows, float* fused,
-          int num_threads) {
-    const Weight& weight = head.fc.weight;
-    const int64_t num_inputs = weight.num_inputs, num_panels = weight.num_outputs / kPanel;
-    const RowBuffer buffer(num_rows, num_inputs);
-    run_team(2, num_threads, [&](Team& team) {
-        team.share(num_rows, [&](int64_t row) {
-            const float* x = aux_hidden + row * num_inputs;
-            thread_local std::vector<float> y;
-            y.resize(num_inputs);
-            const int64_t size = head.num_norms ? num_inputs / head.num_norms : 0;
-            for (int64_t i = 0; i < head.num_norms; ++i)
-                rms_norm(x + i * size, head.aux_norms + i * size, size, head.decoder->eps,
-                         y.data() + i * size);
-            quantize_row(head.num_norms ? y.data() : x, buffer.rows(), row);
-        });
-        team.share((num_panels + kPanels - 1) / kPanels, [&](int64_t unit) {
-            const int64_t first = unit * kPanels;
-            const int64_t last = std::min(first + kPanels, num_panels);
-            float* y = fused + first * kPanel;
-            linear_panels(weight, buffer.rows(), num_rows, first, last, y, weight.num_outputs);
-            if (!head.fc.bias) return;
-            for (int64_t row = 0; row < num_rows; ++row)
-                for (int64_t c = 0; c < (last - first) * kPanel; ++c)
-                    y[row * weight.num_outputs + c] += head.fc.bias[first * kPanel + c];
-        });
-    });
-}
-
-void expand(const DraftHead& head, const ExpansionLimits& limits, const DraftCache& cache,
-            ExpansionTask* tasks, int64_t num_tasks, int num_threads) {
+// Expands all trees together and fills in their results.
+SPECSERVE_API void specserve_expand(const DraftHead& head, const ExpansionLimits& limits,
+                                    const Cache& cache, ExpansionTask* tasks, int64_t num_tasks,
+                                    int32_t num_threads) {
     TreeExpander(head, limits, cache, num_threads).run(tasks, num_tasks);
 }
 

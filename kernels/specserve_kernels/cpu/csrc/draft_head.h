@@ -53,18 +53,4 @@ struct ExpansionTask {
     double* path_probs;  // [budget]
 };
 
-struct DraftCache {
-    void* kv;  // as `Pass::kv`
-    int64_t num_slots;
-    int64_t is_float;  // else bfloat16
-};
-
-// Auxiliary hidden states [num_rows][inputs of fc] -> fused [num_rows][outputs of fc].
-void fuse(const DraftHead& head, const float* aux_hidden, int64_t num_rows, float* fused,
-          int num_threads);
-
-// Expands all trees together and fills in their results.
-void expand(const DraftHead& head, const ExpansionLimits& limits, const DraftCache& cache,
-            ExpansionTask* tasks, int64_t num_tasks, int num_threads);
-
 }  // namespace specserve

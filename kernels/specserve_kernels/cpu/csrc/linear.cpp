@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "lanes.h"
+#include "api.h"
+#include "team.h"
 
 namespace specserve {
 namespace {
 
 constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
-constexpr int kRowsInCache = 5 * kRowsTogether;  // rows that all panels are multiplied with in turn
 // Prefetch distance in bytes (measured: benchmarks/LOG.md). Hardware prefetch stops at page ends.
 constexpr int64_t kAhead = 4096;
 
@@ -88,7 +88,7 @@ inline void int8_tile(const uint8_t* tile, const GroupOfRows& x, Floats (&y)[kRo
 
 // Multiplies one panel with the first kRows rows of a block.
 template <Format kFormat, int kRows>
-__attribute__((noinline)) void panel_rows(const uint8_t* panel, const Rows& x, float* y, int64_t stride) {
+__attribute__((noinline)) void panel_rows(const uint8_t* panel, const Rows& x, float* y) {
     Floats sums[kRows][kParts];
     for (auto& row : sums)
         for (Floats& sum : row) sum = zero_floats();
@@ -103,50 +103,60 @@ __attribute__((noinline)) void panel_rows(const uint8_t* panel, const Rows& x, f
     }
     for (int r = 0; r < kRows; ++r)
         for (int part = 0; part < kParts; ++part)
-            store(y + r * stride + part * kLanes, sums[r][part]);
+            store(y + r * kColumns + part * kLanes, sums[r][part]);
 }
 
 template <Format kFormat>
-void panel_block(const uint8_t* panel, const Rows& x, int64_t num_rows, float* y, int64_t stride) {
+void panel_block(const uint8_t* panel, const Rows& x, int64_t num_rows, float* y) {
     switch (num_rows) {
-        case 1: return panel_rows<kFormat, 1>(panel, x, y, stride);
-        case 2: return panel_rows<kFormat, 2>(panel, x, y, stride);
-        case 3: return panel_rows<kFormat, 3>(panel, x, y, stride);
-        case 4: return panel_rows<kFormat, 4>(panel, x, y, stride);
-        case 5: return panel_rows<kFormat, 5>(panel, x, y, stride);
-        case 6: return panel_rows<kFormat, 6>(panel, x, y, stride);
-        case 7: return panel_rows<kFormat, 7>(panel, x, y, stride);
-        case 8: return panel_rows<kFormat, 8>(panel, x, y, stride);
-        case 9: return panel_rows<kFormat, 9>(panel, x, y, stride);
-        case 10: return panel_rows<kFormat, 10>(panel, x, y, stride);
-        case 11: return panel_rows<kFormat, 11>(panel, x, y, stride);
-        default: return panel_rows<kFormat, kRowsTogether>(panel, x, y, stride);
+        case 1: return panel_rows<kFormat, 1>(panel, x, y);
+        case 2: return panel_rows<kFormat, 2>(panel, x, y);
+        case 3: return panel_rows<kFormat, 3>(panel, x, y);
+        case 4: return panel_rows<kFormat, 4>(panel, x, y);
+        case 5: return panel_rows<kFormat, 5>(panel, x, y);
+        case 6: return panel_rows<kFormat, 6>(panel, x, y);
+        case 7: return panel_rows<kFormat, 7>(panel, x, y);
+        case 8: return panel_rows<kFormat, 8>(panel, x, y);
+        case 9: return panel_rows<kFormat, 9>(panel, x, y);
+        case 10: return panel_rows<kFormat, 10>(panel, x, y);
+        case 11: return panel_rows<kFormat, 11>(panel, x, y);
+        default: return panel_rows<kFormat, kRowsTogether>(panel, x, y);
     }
 }
 
 template <Format kFormat>
-void panels_of(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
-               int64_t last_panel, float* y, int64_t stride) {
-    const int64_t panel_bytes = rows.num_groups * tile_bytes(kFormat);
-    for (int64_t top = 0; top < num_rows; top += kRowsInCache) {
-        const int64_t bottom = std::min<int64_t>(top + kRowsInCache, num_rows);
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            const uint8_t* weights = weight.panels + panel * panel_bytes;
-            for (int64_t row = top; row < bottom; row += kRowsTogether)
-                panel_block<kFormat>(weights, rows.from(row), bottom - row,
-                                     y + row * stride + (panel - first_panel) * kPanel, stride);
-        }
-    }
+void unit_of(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t unit, float* y) {
+    const int64_t panel_bytes = rows.num_groups * tile_bytes(kFormat), first = unit * kPanels;
+    const int64_t last = std::min(first + kPanels, weight.num_outputs / kPanel);
+    for (int64_t panel = first; panel < last; ++panel, y += kPanel)
+        for (int64_t row = 0; row < num_rows; row += kRowsTogether)
+            panel_block<kFormat>(weight.panels + panel * panel_bytes, rows.from(row),
+                                 num_rows - row, y + row * kColumns);
 }
 
 }  // namespace
 
-void linear_panels(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
-                   int64_t last_panel, float* y, int64_t stride) {
+void multiply_unit(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t unit, float* y) {
     if (weight.format == Format::kInt4)
-        panels_of<Format::kInt4>(weight, rows, num_rows, first_panel, last_panel, y, stride);
+        unit_of<Format::kInt4>(weight, rows, num_rows, unit, y);
     else
-        panels_of<Format::kInt8>(weight, rows, num_rows, first_panel, last_panel, y, stride);
+        unit_of<Format::kInt8>(weight, rows, num_rows, unit, y);
+}
+
+void multiply(const Linear& linear, const float* x, int64_t num_rows, float* y, int num_threads) {
+    const int64_t num_inputs = linear.weight.num_inputs, num_outputs = linear.weight.num_outputs;
+    const RowBuffer rows(num_rows, num_inputs);
+    run_team(2, num_threads, [&](Team& team) {
+        team.share(num_rows, [&](int64_t row) {
+            quantize_row(x + row * num_inputs, rows.rows(), row);
+        });
+        team.share(num_units(linear), [&](int64_t unit) {
+            multiply_unit(linear, rows.rows(), num_rows, unit,
+                          [&](int64_t row, int64_t column, Floats out) {
+                              store(y + row * num_outputs + column, out);
+                          });
+        });
+    });
 }
 
 void dequantize_group(const Weight& weight, int64_t output, int64_t group,
@@ -173,6 +183,14 @@ void dequantize_group(const Weight& weight, int64_t output, int64_t group,
         const int nibble = i % 8 < 4 ? byte & 15 : byte >> 4;
         values[i] = float(nibble) * scale + minimum;
     }
+}
+
+// y [num_rows][num_outputs] = x W^T; x [num_rows][num_inputs].
+SPECSERVE_API void specserve_linear(const uint8_t* panels, int32_t format, int64_t num_inputs,
+                                    int64_t num_outputs, const float* x, int64_t num_rows, float* y,
+                                    int32_t num_threads) {
+    const Weight weight{panels, Format(format), num_inputs, num_outputs};
+    multiply({weight, nullptr}, x, num_rows, y, num_threads);
 }
 
 }  // namespace specserve

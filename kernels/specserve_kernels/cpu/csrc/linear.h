@@ -1,8 +1,10 @@
-// y = x W^T for quantized weights. The bits of a row of y do not depend on the other rows.
+// y = x W^T + b for quantized weights. The bits of a row of y do not depend on the other rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "lanes.h"
 #include "quantize.h"
 
 namespace specserve {
@@ -24,16 +26,47 @@ struct Weight {
     int64_t num_outputs;  // a multiple of 16
 };
 
-// Computes the outputs of panels first_panel .. last_panel - 1 for all rows. y points to the first
-// panel's outputs of the first row; rows of y are `stride` floats apart.
-void linear_panels(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t first_panel,
-                   int64_t last_panel, float* y, int64_t stride);
+struct Linear {
+    Weight weight;
+    const float* bias;  // [num_outputs] or null
+};
 
-// Threads share a product in units of kPanels panels, computed for kRowBlock rows at a time.
+// Threads share a product in units of kPanels panels, computed for kRowBlock rows at a time, which
+// stay in the cache.
 constexpr int64_t kPanels = 2;
 constexpr int64_t kColumns = kPanels * kPanel;
 constexpr int64_t kRowBlock = 5 * kRowsTogether;
 static_assert(kColumns == kGroup);  // so a unit's outputs can be quantized as one group
+
+inline int64_t num_units(const Linear& linear) {
+    return (linear.weight.num_outputs + kColumns - 1) / kColumns;
+}
+
+// Computes a unit's outputs without the bias, [num_rows][kColumns], for at most kRowBlock rows. The
+// last unit may have one panel only.
+void multiply_unit(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t unit, float* y);
+
+// Computes a unit's outputs for all rows; calls finish(row, column, out) for each vector of them.
+template <typename Finish>
+void multiply_unit(const Linear& linear, const Rows& rows, int64_t num_rows, int64_t unit,
+                   const Finish& finish) {
+    alignas(64) float y[kRowBlock * kColumns];
+    const int64_t first = unit * kColumns;
+    const int64_t width = std::min(kColumns, linear.weight.num_outputs - first);
+    for (int64_t top = 0; top < num_rows; top += kRowBlock) {
+        const int64_t count = std::min(kRowBlock, num_rows - top);
+        multiply_unit(linear.weight, rows.from(top), count, unit, y);
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t c = 0; c < width; c += kLanes) {
+                Floats out = load(y + row * kColumns + c);
+                if (linear.bias) out = add(out, load(linear.bias + first + c));
+                finish(top + row, first + c, out);
+            }
+    }
+}
+
+// x [num_rows][num_inputs] -> y [num_rows][num_outputs].
+void multiply(const Linear& linear, const float* x, int64_t num_rows, float* y, int num_threads);
 
 // Dequantizes the weights of one output for the inputs of one group.
 void dequantize_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]);

@@ -4,11 +4,14 @@
 #include <cmath>
 #include <cstring>
 
+#include "api.h"
+
 namespace specserve {
 namespace {
 
 constexpr int kBlocks = 16;        // counters computed together, so that the compiler vectorizes
 constexpr int kTokens = 4 * kBlocks;
+constexpr int64_t kPiece = 512;  // tokens whose words are computed before they are used
 constexpr float kMostNoise = 22.9f;  // -log(-log(1 - 2^-33)) is 22.87
 constexpr float kLog2 = 0.693148f;   // rounded up
 
@@ -37,13 +40,6 @@ void philox(const Key& key, const uint32_t (&counters)[kBlocks], uint32_t (&word
     }
     for (int i = 0; i < 4; ++i)
         for (int b = 0; b < kBlocks; ++b) words[i][b] = uint32_t(w[i][b]);
-}
-
-// The same for the consecutive counters that begin with `first`.
-void philox(const Key& key, uint32_t first, uint32_t (&words)[4][kBlocks]) {
-    uint32_t counters[kBlocks];
-    for (int b = 0; b < kBlocks; ++b) counters[b] = first + uint32_t(b);
-    philox(key, counters, words);
 }
 
 float noise_of(uint32_t word) {
@@ -89,55 +85,51 @@ float exponential_of(uint32_t word) {
     return either(high, log, -exponent - log);
 }
 
-}  // namespace
-
-void exponentials(const Key& key, const int64_t* tokens, int64_t count, float* values) {
-    constexpr int64_t kPiece = 512;
-    uint32_t of_token[kPiece], words[4][kBlocks], counters[kBlocks] = {};
+// words [count]: the Philox words of the given tokens, at most kPiece.
+void words_of(const Key& key, const int64_t* tokens, int64_t count, uint32_t* words) {
+    uint32_t by_block[4][kBlocks], counters[kBlocks] = {};
     uint8_t block[kPiece];
-    for (int64_t first = 0; first < count; first += kPiece) {
-        const int64_t last = std::min(first + kPiece, count);
-        for (int64_t i = first; i < last;) {
-            const int64_t from = i;
-            int used = 0;
-            for (; i < last; ++i) {
-                const auto counter = uint32_t(tokens[i] >> 2);
-                if (!used || counters[used - 1] != counter) {
-                    if (used == kBlocks) break;
-                    counters[used++] = counter;
-                }
-                block[i - first] = uint8_t(used - 1);
+    for (int64_t i = 0; i < count;) {
+        const int64_t from = i;
+        int used = 0;
+        for (; i < count; ++i) {
+            const auto counter = uint32_t(tokens[i] >> 2);
+            if (!used || counters[used - 1] != counter) {
+                if (used == kBlocks) break;
+                counters[used++] = counter;
             }
-            philox(key, counters, words);
-            for (int64_t j = from; j < i; ++j)
-                of_token[j - first] = words[tokens[j] & 3][block[j - first]];
+            block[i] = uint8_t(used - 1);
         }
-        for (int64_t i = first; i < last; ++i) values[i] = exponential_of(of_token[i - first]);
+        philox(key, counters, by_block);
+        for (int64_t j = from; j < i; ++j) words[j] = by_block[tokens[j] & 3][block[j]];
     }
 }
 
-void gumbel_noise(const Key& key, const int64_t* tokens, int64_t count, float* noise) {
-    uint32_t words[4][kBlocks];
-    int64_t first = -1;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t block = tokens[i] >> 2, from = block / kBlocks * kBlocks;
-        if (from != first) philox(key, uint32_t(first = from), words);
-        noise[i] = noise_of(words[tokens[i] & 3][block - from]);
+// values [count]: kFunction of the words of the given tokens.
+template <float (*kFunction)(uint32_t)>
+void evaluate(const Key& key, const int64_t* tokens, int64_t count, float* values) {
+    uint32_t words[kPiece];
+    for (; count > 0; tokens += kPiece, values += kPiece, count -= kPiece) {
+        const int64_t size = std::min(count, kPiece);
+        words_of(key, tokens, size, words);
+        for (int64_t i = 0; i < size; ++i) values[i] = kFunction(words[i]);
     }
 }
 
+// The token with the largest logit + noise, the lowest id among equals.
 int64_t gumbel_argmax(const Key& key, const float* logits, int64_t vocab_size) {
     int64_t best = std::max_element(logits, logits + vocab_size) - logits;
     float noise;
-    gumbel_noise(key, &best, 1, &noise);
+    evaluate<noise_of>(key, &best, 1, &noise);
     float most = logits[best] + noise;  // a lower bound, which few other tokens can exceed
-    uint32_t words[4][kBlocks];
+    uint32_t words[4][kBlocks], counters[kBlocks];
     for (int64_t first = 0; first < vocab_size; first += kTokens) {
         const int64_t last = std::min(first + kTokens, vocab_size);
         float largest = logits[first];
         for (int64_t token = first; token < last; ++token) largest = std::max(largest, logits[token]);
         if (!(largest + kMostNoise >= most)) continue;
-        philox(key, uint32_t(first >> 2), words);
+        for (int b = 0; b < kBlocks; ++b) counters[b] = uint32_t(first >> 2) + uint32_t(b);
+        philox(key, counters, words);
         for (int64_t token = first; token < last; ++token) {
             const uint32_t word = words[token & 3][(token - first) >> 2];
             if (!(logits[token] + noise_bound(word) >= most)) continue;
@@ -146,6 +138,42 @@ int64_t gumbel_argmax(const Key& key, const float* logits, int64_t vocab_size) {
         }
     }
     return best;
+}
+
+}  // namespace
+
+void exponentials(const Key& key, const int64_t* tokens, int64_t count, float* values) {
+    evaluate<exponential_of>(key, tokens, count, values);
+}
+
+// noise [num_rows][num_tokens] of token_ids [num_rows][num_tokens].
+SPECSERVE_API void specserve_gumbel_noise(const int64_t* seeds, const int64_t* positions,
+                                          const int64_t* token_ids, int64_t num_rows,
+                                          int64_t num_tokens, float* noise, int32_t num_threads) {
+    const int64_t num_pieces = (num_tokens + kPiece - 1) / kPiece;
+#pragma omp parallel for num_threads(num_threads) if (num_rows * num_pieces > 1)
+    for (int64_t piece = 0; piece < num_rows * num_pieces; ++piece) {
+        const int64_t row = piece / num_pieces, first = piece % num_pieces * kPiece;
+        const int64_t at = row * num_tokens + first;
+        evaluate<noise_of>({uint64_t(seeds[row]), uint64_t(positions[row])}, token_ids + at,
+                           std::min(kPiece, num_tokens - first), noise + at);
+    }
+}
+
+// tokens [num_rows]; logits [num_rows][vocab_size], rows `stride` floats apart; sampled [num_rows],
+// 0: argmax without noise.
+SPECSERVE_API void specserve_gumbel_argmax(const float* logits, int64_t stride,
+                                           const int64_t* seeds, const int64_t* positions,
+                                           const uint8_t* sampled, int64_t num_rows,
+                                           int64_t vocab_size, int64_t* tokens,
+                                           int32_t num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_rows > 1) schedule(dynamic, 1)
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const float* of_row = logits + row * stride;
+        const Key key{uint64_t(seeds[row]), uint64_t(positions[row])};
+        tokens[row] = sampled[row] ? gumbel_argmax(key, of_row, vocab_size)
+                                   : std::max_element(of_row, of_row + vocab_size) - of_row;
+    }
 }
 
 }  // namespace specserve

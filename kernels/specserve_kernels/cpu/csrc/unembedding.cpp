@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "lanes.h"
+#include "candidates.h"
 #include "norm.h"
 
 namespace specserve {
@@ -15,29 +15,20 @@ namespace {
 void find_top(const float* logits, const float* unit_best, int64_t vocab_size, int64_t num_top,
               int64_t* top) {
     const int64_t num_units = (vocab_size + kColumns - 1) / kColumns;
-    int64_t best_units[kMaxTop];
-    auto find_best = [](int64_t count, int64_t wanted, const auto& value, int64_t* best) {
-        int64_t found = 0;  // insertion into a short sorted list; equal values keep their order
-        for (int64_t i = 0; i < count; ++i) {
-            if (found == wanted && !(value(i) > value(best[found - 1]))) continue;
-            int64_t at = found < wanted ? found++ : found - 1;
-            for (; at > 0 && value(i) > value(best[at - 1]); --at) best[at] = best[at - 1];
-            best[at] = i;
+    int64_t units[kMaxTop], tokens[kMaxTop * kColumns], best[kMaxTop];
+    float values[kMaxTop * kColumns];
+    const int64_t found = best_of(unit_best, num_units, num_top, units);
+    std::sort(units, units + found);
+    int64_t count = 0;
+    for (int64_t u = 0; u < found; ++u) {
+        const int64_t last = std::min((units[u] + 1) * kColumns, vocab_size);
+        for (int64_t token = units[u] * kColumns; token < last; ++token) {
+            values[count] = logits[token];
+            tokens[count++] = token;
         }
-        return found;
-    };
-    const int64_t found = find_best(
-        num_units, num_top, [&](int64_t i) { return unit_best[i]; }, best_units);
-    std::sort(best_units, best_units + found);
-    int64_t candidates[kMaxTop * kColumns];
-    int64_t num_candidates = 0;
-    for (int64_t u = 0; u < found; ++u)
-        for (int64_t c = 0; c < kColumns && best_units[u] * kColumns + c < vocab_size; ++c)
-            candidates[num_candidates++] = best_units[u] * kColumns + c;
-    int64_t best[kMaxTop];
-    const int64_t count = find_best(
-        num_candidates, num_top, [&](int64_t i) { return logits[candidates[i]]; }, best);
-    for (int64_t i = 0; i < count; ++i) top[i] = candidates[best[i]];
+    }
+    const int64_t num_best = best_of(values, count, num_top, best);
+    for (int64_t i = 0; i < num_best; ++i) top[i] = tokens[best[i]];
 }
 
 }  // namespace
@@ -47,7 +38,7 @@ Unembedding::Unembedding(const Decoder& decoder, const Head& head, const float* 
       head_(head),
       x_(residual),
       normed_(head.num_rows, decoder.hidden_size),
-      num_units_((decoder.head.weight.num_outputs + kColumns - 1) / kColumns),
+      num_units_(num_units(decoder.head)),
       best_(new float[head.num_rows * num_units_]) {}
 
 void Unembedding::run(Team& team) {
@@ -63,19 +54,13 @@ void Unembedding::run(Team& team) {
 }
 
 void Unembedding::compute_unit(int64_t unit) {
-    const int64_t stride = d_.head.weight.num_outputs, first = unit * kPanels;
-    const int64_t last = std::min(first + kPanels, stride / kPanel);
-    for (int64_t top = 0; top < head_.num_rows; top += kRowBlock) {
-        const int64_t count = std::min(kRowBlock, head_.num_rows - top);
-        float* logits = head_.logits + top * stride + first * kPanel;
-        linear_panels(d_.head.weight, normed_.rows().from(top), count, first, last, logits, stride);
-        for (int64_t row = top; row < top + count; ++row, logits += stride) {
-            if (d_.head.bias)
-                for (int64_t c = 0; c < (last - first) * kPanel; ++c)
-                    logits[c] += d_.head.bias[first * kPanel + c];
-            best_[row * num_units_ + unit] = largest_logit(logits, unit * kColumns);
-        }
-    }
+    const int64_t stride = d_.head.weight.num_outputs, first = unit * kColumns;
+    multiply_unit(d_.head, normed_.rows(), head_.num_rows, unit,
+                  [&](int64_t row, int64_t column, Floats out) {
+                      store(head_.logits + row * stride + column, out);
+                  });
+    for (int64_t row = 0; row < head_.num_rows; ++row)
+        best_[row * num_units_ + unit] = largest_logit(head_.logits + row * stride + first, first);
 }
 
 // The largest logit of a unit; NaN if any of them is not finite.
@@ -103,6 +88,13 @@ void Unembedding::find_top_tokens(int64_t row) {
         if (std::isnan(unit_best[unit])) return std::fill(top, top + head_.num_top, -1);
     find_top(head_.logits + row * d_.head.weight.num_outputs, unit_best, head_.vocab_size,
              head_.num_top, top);
+}
+
+// The final norm and the unembedding only, of rows of `residual`.
+SPECSERVE_API void specserve_decode_head(const Decoder& decoder, const Head& head,
+                                         const float* residual, int32_t num_threads) {
+    Unembedding end(decoder, head, residual);
+    run_team(Unembedding::kPhases, num_threads, [&](Team& team) { end.run(team); });
 }
 
 }  // namespace specserve
