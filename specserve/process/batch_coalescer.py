@@ -6,9 +6,10 @@ of them waits for a whole forward pass.
 """
 
 import time
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 from specserve.process.frames import FrameSocket
+from specserve.process.messages import ToEngine
 from specserve.types import Request
 
 # One delay is min(_DELAY_FRACTION * duration of the last step, _MAX_DELAY_S) seconds. This is the
@@ -17,13 +18,11 @@ _DELAY_FRACTION: Final = 0.1
 _MAX_DELAY_S: Final = 0.005
 _MAX_BURST_DELAYS: Final = 10  # most delays in a row for a burst while no sequence is running
 
-T = TypeVar("T")
 
-
-class BatchCoalescer(Generic[T]):
+class BatchCoalescer:
     """Receives the messages to the engine between two steps."""
 
-    def __init__(self, frames: FrameSocket[T], idle_s: float) -> None:
+    def __init__(self, frames: FrameSocket[ToEngine], idle_s: float) -> None:
         self._frames = frames
         self._idle_s = idle_s
         self._delay_s = 0.0
@@ -32,7 +31,7 @@ class BatchCoalescer(Generic[T]):
         """Set the duration of the last step, which determines the delay."""
         self._delay_s = min(_DELAY_FRACTION * seconds, _MAX_DELAY_S)
 
-    def receive(self, *, running: bool, num_free_slots: int) -> list[T] | None:
+    def receive(self, *, running: bool, num_free_slots: int) -> list[ToEngine] | None:
         """The messages that have arrived; None if the peer has closed the connection.
 
         With `running` (the engine has work): waits until `num_free_slots` requests have arrived,

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from specserve.process.frames import FrameStream
@@ -18,12 +19,12 @@ T = TypeVar("T")
 _POLL_S: Final = 0.01  # seconds between checks whether the child has ended
 
 
+@dataclass(frozen=True, slots=True)
 class Child(Generic[T]):
     """A running child; `frames` carries the messages. Create with `start`, end with `reap`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], frames: FrameStream[T]) -> None:
-        self._process = process
-        self.frames = frames
+    process: subprocess.Popen[bytes]
+    frames: FrameStream[T]
 
     @classmethod
     async def start(cls, module: str, message_type: Any) -> "Child[T]":
@@ -31,22 +32,25 @@ class Child(Generic[T]):
         our_end, child_end = socket.socketpair()
         with child_end:
             frames: FrameStream[T] = await FrameStream.open(our_end, message_type)
+            # PYTHONPATH and -P give the child this process's import path, without the working
+            # directory that -m would add. A process group of its own keeps a Ctrl-C in the terminal
+            # from the child. A session of its own would, too, but Linux may divide the processors
+            # among sessions first (sched_autogroup_enabled). The child is killed when the thread
+            # that starts it ends (parent_death.py): that of the event loop, which in `serve` is the
+            # main thread.
+            path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             try:
-                process = _spawn(module, child_end)
+                process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", module, str(child_end.fileno())],
+                    env=os.environ | {"PYTHONPATH": path},
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[child_end.fileno()],
+                    process_group=0,
+                )
             except BaseException:
                 await frames.close()
                 raise
         return cls(process, frames)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def kill(self) -> None:
-        self._process.kill()
 
     async def reap(self, timeout: float) -> int:
         """Close the socket, wait until the child ends, and return its exit code.
@@ -62,25 +66,8 @@ class Child(Generic[T]):
     async def _reap(self, timeout: float) -> int:
         deadline = time.monotonic() + timeout
         await self.frames.close()
-        while (code := self._process.poll()) is None:
+        while (code := self.process.poll()) is None:
             if time.monotonic() >= deadline:
-                self._process.kill()
+                self.process.kill()
             await asyncio.sleep(_POLL_S)
         return code
-
-
-def _spawn(module: str, sock: socket.socket) -> subprocess.Popen[bytes]:
-    # PYTHONPATH and -P give the child this process's import path, without the working directory
-    # that -m would add. A process group of its own keeps a Ctrl-C in the terminal from the child. A
-    # session of its own would, too, but Linux may divide the processors among sessions before it
-    # divides them among threads (sched_autogroup_enabled): one busy tokenizer process would get as
-    # much time as all threads of the engine. The child is killed when the thread that starts it
-    # ends (parent_death.py): that of the event loop, which in `serve` is the main thread.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, str(sock.fileno())],
-        env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
-        pass_fds=[sock.fileno()],
-        process_group=0,
-    )

@@ -80,7 +80,7 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
     configure, *early = messages
     assert isinstance(configure, Configure), "the first message says what to load"
     try:
-        engine, slowest_step = _load(configure, _Progress(frames))
+        engine, slowest_step = _load(configure, frames)
     except (ConfigError, DraftError, HubError, ModelError, TokenizerError) as error:
         frames.send(Failed(str(error)))
         return 1
@@ -103,19 +103,23 @@ def _serve(frames: FrameSocket[ToEngine]) -> int:
         num_free = max(0, num_finished - stats.num_waiting)
 
 
-def _load(configure: Configure, progress: "_Progress") -> tuple[Engine, float]:
+def _load(configure: Configure, frames: FrameSocket[ToEngine]) -> tuple[Engine, float]:
     """A warm engine, and the duration of its slowest warm-up step in seconds."""
+
+    def progress(*_: object) -> None:
+        frames.send(Loading())
+
     target = Path(configure.target)
-    progress.stage("reading the tokenizer")
+    progress()
     tokenizer = Tokenizer(target)
     parts = load_parts(
         configure.config,
         target,
         tokenizer,
-        lambda spec: resolve(spec, progress=progress.fraction),
-        progress.stage,
+        lambda spec: resolve(spec, progress=progress),
+        progress,
     )
-    slowest_step = warm_up(parts, progress.stage)
+    slowest_step = warm_up(parts, progress)
     engine = Engine(parts)
     gc.freeze()  # garbage collection over these permanent objects took 1 % of the time
     return engine, slowest_step
@@ -130,22 +134,6 @@ def _handle(engine: Engine, frames: FrameSocket[ToEngine], messages: list[ToEngi
                 frames.send(Refused(message.id, error.param, error.message))
         elif isinstance(message, Abort):
             engine.abort(message.id)
-
-
-class _Progress:
-    """Reports the stages of the start to the parent, which also shows that it makes progress."""
-
-    def __init__(self, frames: FrameSocket[ToEngine]) -> None:
-        self._frames = frames
-        self._last_stage = ""
-
-    def stage(self, stage: str) -> None:
-        if stage != self._last_stage:
-            self._last_stage = stage
-            self._frames.send(Loading(stage))
-
-    def fraction(self, stage: str, fraction: float) -> None:
-        self.stage(f"{stage} ({fraction:.0%})")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from specserve.process.messages import (
     Configure,
     Failed,
     FromEngine,
-    Loading,
     Ready,
     Refused,
     Stepped,
@@ -77,12 +76,10 @@ class EngineProcess:
         a starting one after `start_timeout`, which also bounds the former (see `_allowed_silence`).
         """
         self.state: State = "stopped"
-        self.stage = ""  # what a starting engine does, for users
         self.info: EngineInfo | None = None  # of the latest engine that became ready
         self.stats: EngineStats | None = None  # of the current engine
         self.num_restarts = 0
-        self.last_seen = 0.0  # time.monotonic() of the latest frame
-        self.on_stats: Callable[[EngineStats], None] | None = None
+        self.on_stats: Callable[[EngineStats], None] = lambda stats: None
         self._configure = Configure(config, str(target))
         self._heartbeat_timeout = heartbeat_timeout
         self._start_timeout = start_timeout
@@ -100,7 +97,7 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        return None if self._child is None else self._child.pid
+        return None if self._child is None else self._child.process.pid
 
     @property
     def num_open_streams(self) -> int:
@@ -123,10 +120,8 @@ class EngineProcess:
             await self._start_decided.wait()
             if self.state == "failed":
                 raise EngineFailed(self._error)
-            if self.state == "stopped":
-                raise self._unavailable()
-            if self.state == "ready" and self.info is not None:
-                return self.info
+            if self.state in ("ready", "stopped"):
+                return self.ready_info()
 
     def ready_info(self) -> EngineInfo:
         """The properties of the ready engine. Raises EngineUnavailable if there is none."""
@@ -193,7 +188,7 @@ class EngineProcess:
 
     async def _run(self) -> str:
         """Run one engine process from start to end; returns how it ended, in words."""
-        self.stage, self._settings_error = "starting a process", ""
+        self._settings_error = ""
         self._starts_at, self._ready_at = time.monotonic(), inf
         try:
             child: Child[FromEngine] = await Child.start(_MODULE, FromEngine)
@@ -205,9 +200,9 @@ class EngineProcess:
             await self._listen(child)
         except Exception:
             logger.exception("the engine process sent an invalid message")
-            child.kill()
+            child.process.kill()
         except asyncio.CancelledError:
-            child.terminate()
+            child.process.terminate()
             raise
         finally:
             self._child = self.stats = None
@@ -232,13 +227,12 @@ class EngineProcess:
                 silent_s += _TICK_S
                 if silent_s >= self._allowed_silence():
                     logger.error("no message from the engine for %g s; killing it", silent_s)
-                    child.kill()
+                    child.process.kill()
                     return
                 continue
             if messages is None:
                 return
             silent_s = 0.0
-            self.last_seen = time.monotonic()
             for message in messages:
                 self._handle(message)
 
@@ -260,8 +254,6 @@ class EngineProcess:
 
     def _handle(self, message: FromEngine) -> None:
         match message:
-            case Loading():
-                self.stage = message.stage
             case Ready():
                 self.info, self._ready_at = message.info, time.monotonic()
                 self._start_s = self._ready_at - self._starts_at
@@ -282,11 +274,10 @@ class EngineProcess:
 
     def _record_stats(self, stats: EngineStats) -> None:
         self.stats = stats
-        if self.on_stats is not None:
-            try:
-                self.on_stats(stats)
-            except Exception:
-                logger.exception("the engine's statistics could not be recorded")
+        try:
+            self.on_stats(stats)
+        except Exception:
+            logger.exception("the engine's statistics could not be recorded")
 
     def _deliver(self, request_id: str, output: StepOutput | Exception, *, last: bool) -> None:
         """Pass an output to the request's stream, or drop it if the stream is closed."""
@@ -310,10 +301,9 @@ class EngineProcess:
             self._start_decided.set()
 
     def _unavailable(self) -> EngineUnavailable:
-        if self.state in ("failed", "stopped"):
-            return EngineUnavailable(_REASONS[self.state], _MAX_DELAY_S)
-        left = self._starts_at + self._start_s - time.monotonic()
-        return EngineUnavailable(_REASONS[self.state], max(1.0, left))
+        left = max(1.0, self._starts_at + self._start_s - time.monotonic())
+        over = self.state in ("failed", "stopped")
+        return EngineUnavailable(_REASONS[self.state], _MAX_DELAY_S if over else left)
 
 
 def _check_encodable(request: Request) -> None:

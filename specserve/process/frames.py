@@ -43,20 +43,19 @@ class FrameDecoder(Generic[T]):
         """The messages that `data` completes, in order. Raises FrameError."""
         self._buffer += data
         messages: list[T] = []
-        at = 0
-        while len(self._buffer) - at >= _LENGTH:
-            size = int.from_bytes(self._buffer[at : at + _LENGTH], "big")
+        end = 0
+        while len(self._buffer) >= (begin := end + _LENGTH):
+            size = int.from_bytes(self._buffer[end:begin], "big")
             if size > MAX_FRAME:
                 raise FrameError(f"a message of {size} bytes is longer than {MAX_FRAME}")
-            if len(self._buffer) - at - _LENGTH < size:
+            if len(self._buffer) < begin + size:
                 break
-            body = bytes(self._buffer[at + _LENGTH : at + _LENGTH + size])
-            at += _LENGTH + size
+            end = begin + size
             try:
-                messages.append(self._decoder.decode(body))
+                messages.append(self._decoder.decode(self._buffer[begin:end]))
             except msgspec.MsgspecError as error:
                 raise FrameError(f"not a message: {error}") from error
-        del self._buffer[:at]
+        del self._buffer[:end]
         return messages
 
 

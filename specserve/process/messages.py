@@ -22,7 +22,7 @@ class Configure(Struct, frozen=True, tag=True):
 
 
 class Loading(Struct, frozen=True, tag=True):
-    stage: str  # a description for users
+    """The start of the engine has made progress."""
 
 
 class Ready(Struct, frozen=True, tag=True):

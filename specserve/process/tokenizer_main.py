@@ -13,7 +13,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from specserve.engine.limits import Limits
@@ -24,7 +23,6 @@ from specserve.process.tokenizer_messages import (
     Chat,
     Encode,
     Failed,
-    Ids,
     Ready,
     Refused,
     Result,
@@ -44,7 +42,7 @@ _GRACE: Final = 1.0  # seconds beyond a job's time limit until SIGALRM ends the 
 Handler = Callable[[Tokenizer, bytes, Limits], bytes]  # raises RequestError
 
 
-def main(fd: int, handlers: Mapping[str, Handler] = MappingProxyType({})) -> None:
+def main(fd: int, handlers: Mapping[str, Handler]) -> None:
     """Serve the peer at the other end of the socket `fd`; `Call` messages name the `handlers`."""
     set_parent_death_signal()
     # One job at a time needs no threads, whose memory would use up much of the limit.
@@ -112,13 +110,13 @@ def _messages(peer: FrameSocket[ToTokenizer]) -> Iterator[ToTokenizer]:
 
 def _run(
     tokenizer: Tokenizer, job: TokenizerJob, handlers: Mapping[str, Handler]
-) -> Ids | Result | Refused:
+) -> Result | Refused:
     try:
         match job:
             case Call(name, body, limits):
                 return Result(handlers[name](tokenizer, body, limits))
-            case Encode(text, allow_special, add_special):
-                ids = tokenizer.encode(text, allow_special=allow_special, add_special=add_special)
+            case Encode(text, add_special):
+                ids = tokenizer.encode(text, add_special=add_special)
             case Chat(messages, add_generation_prompt, continue_final_message):
                 ids = tokenizer.chat(messages, add_generation_prompt, continue_final_message)
     except RequestError as error:
@@ -126,7 +124,7 @@ def _run(
         return Refused(job.param if isinstance(job, Encode) else error.param, error.message)
     except MemoryError:
         return Refused(job.param, "it needs too much memory; send less")
-    return Ids(tuple(ids))
+    return Result(tuple(ids))
 
 
 def _limit_memory(size: int) -> None:
@@ -141,4 +139,4 @@ def _limit_memory(size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), {})

@@ -1,8 +1,8 @@
 """The messages between the HTTP process and a tokenizer process. Imports no torch.
 
 To the tokenizer process: `Setup` once, then one job at a time, the next one after the answer. From
-it: each `Stage` of its start, `Ready` (or `Failed`, after which it ends), then one `Ids`, `Result`
-or `Refused` per job.
+it: each `Stage` of its start, `Ready` (or `Failed`, after which it ends), then one `Result` or
+`Refused` per job.
 """
 
 from typing import Final
@@ -26,7 +26,6 @@ class Encode(Struct, frozen=True, tag=True):
     """`Tokenizer.encode` of the text in the request field `param`."""
 
     text: str
-    allow_special: bool
     add_special: bool
     param: str
 
@@ -79,14 +78,10 @@ class Failed(Struct, frozen=True, tag=True):
     error: str
 
 
-class Ids(Struct, frozen=True, tag=True):
-    ids: tuple[int, ...]
-
-
 class Result(Struct, frozen=True, tag=True):
-    """The bytes that a handler returned."""
+    """Token ids, or the bytes that a handler returned."""
 
-    data: bytes
+    value: tuple[int, ...] | bytes
 
 
 class Refused(Struct, frozen=True, tag=True):
@@ -98,4 +93,4 @@ class Refused(Struct, frozen=True, tag=True):
 
 TokenizerJob = Encode | Chat | Call
 ToTokenizer = Setup | TokenizerJob
-FromTokenizer = Stage | Ready | Failed | Ids | Result | Refused
+FromTokenizer = Stage | Ready | Failed | Result | Refused

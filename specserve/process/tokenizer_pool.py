@@ -18,7 +18,6 @@ from specserve.process.tokenizer_messages import (
     Call,
     Chat,
     Encode,
-    Ids,
     Refused,
     Result,
     Setup,
@@ -116,7 +115,6 @@ class TokenizerPool:
         self,
         text: str,
         *,
-        allow_special: bool = False,
         add_special: bool = True,
         param: str = "prompt",
         max_tokens: int | None = None,
@@ -128,7 +126,7 @@ class TokenizerPool:
         result may still be longer than `max_tokens`.
         """
         check_text(param, text)
-        return await self._ids(Encode(text, allow_special, add_special, param), max_tokens, tenant)
+        return await self._ids(Encode(text, add_special, param), max_tokens, tenant)
 
     async def chat(
         self,
@@ -153,31 +151,26 @@ class TokenizerPool:
         Raises RequestError or TokenizerUnavailable.
         """
         answer = await self._submit(Call(name, body, limits), tenant)
-        assert isinstance(answer, Result)
-        return answer.data
+        assert isinstance(answer, bytes)
+        return answer
 
     async def _ids(
         self, job: Encode | Chat, max_tokens: int | None, tenant: str
     ) -> tuple[int, ...]:
-        self._check_size(job, max_tokens)
-        answer = await self._submit(job, tenant)
-        assert isinstance(answer, Ids)
-        return answer.ids
-
-    def _check_size(self, job: Encode | Chat, max_tokens: int | None) -> None:
-        size = job.num_bytes
+        size, longest = job.num_bytes, self._max_token_bytes
         if size > _MAX_TEXT_BYTES:
             raise RequestError(
                 job.param, f"{size} bytes given; at most {_MAX_TEXT_BYTES} are allowed"
             )
-        if max_tokens is None or self._max_token_bytes is None:
-            return
-        if size > max_tokens * self._max_token_bytes:
+        if max_tokens is not None and longest is not None and size > max_tokens * longest:
             raise RequestError(
                 job.param, f"{size} bytes cannot fit the context of {max_tokens} tokens"
             )
+        answer = await self._submit(job, tenant)
+        assert isinstance(answer, tuple)
+        return answer
 
-    async def _submit(self, job: TokenizerJob, tenant: str) -> Ids | Result:
+    async def _submit(self, job: TokenizerJob, tenant: str) -> tuple[int, ...] | bytes:
         if not self._tasks:
             raise TokenizerUnavailable("the tokenizer processes are not running")
         if not self._queue.has_room(tenant):
@@ -271,8 +264,8 @@ class TokenizerPool:
             await process.end()
             return
         match answer:
-            case Ids() | Result():
-                pending.succeed(answer)
+            case Result(value):
+                pending.succeed(value)
             case Refused(field, message):
                 pending.fail(RequestError(field, message))
             case _:
@@ -288,10 +281,7 @@ class TokenizerPool:
         pending.num_attempts += 1
         # Every process may have been dead when it got the job: allow one attempt more than that.
         if pending.num_attempts > self._num_processes:
-            pending.fail(
-                TokenizerUnavailable(
-                    f"tokenizing it failed {pending.num_attempts} times; see the server's log"
-                )
-            )
+            reason = f"tokenizing it failed {pending.num_attempts} times; see the server's log"
+            pending.fail(TokenizerUnavailable(reason))
         else:
             self._queue.put(pending)

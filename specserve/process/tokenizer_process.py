@@ -30,7 +30,7 @@ class TokenizerProcess:
 
     def __init__(self, child: Child[FromTokenizer]) -> None:
         self._child = child
-        self.pid = child.pid
+        self.pid = child.process.pid
         self._received: list[FromTokenizer] = []
         self.incoming = asyncio.create_task(self._receive())
 
@@ -79,7 +79,7 @@ class TokenizerProcess:
 
     async def end(self) -> int:
         """Kill the process unless it has ended; returns its exit status."""
-        self._child.kill()
+        self._child.process.kill()
         status = await self._child.reap(0.0)
         self.incoming.cancel()
         await asyncio.wait({self.incoming})

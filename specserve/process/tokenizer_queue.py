@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from specserve.fair_share import ServiceCounters, room
-from specserve.process.tokenizer_messages import LONG_JOB, Ids, Result, TokenizerJob
+from specserve.process.tokenizer_messages import LONG_JOB, TokenizerJob
 
 _MIN_CHARGE: Final = 2**10  # bytes; the least that a job is charged
 
@@ -17,7 +17,7 @@ class PendingJob:
 
     job: TokenizerJob
     tenant: str
-    answer: "asyncio.Future[Ids | Result]"
+    answer: "asyncio.Future[tuple[int, ...] | bytes]"
     num_attempts: int = 0  # that ended their process
     num_bytes: int = field(init=False)
     long: bool = field(init=False)
@@ -26,27 +26,13 @@ class PendingJob:
         self.num_bytes = self.job.num_bytes
         self.long = self.num_bytes >= LONG_JOB
 
-    def succeed(self, answer: Ids | Result) -> None:
+    def succeed(self, answer: tuple[int, ...] | bytes) -> None:
         if not self.answer.done():
             self.answer.set_result(answer)
 
     def fail(self, error: Exception) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """The waiting jobs of one tenant: short and long ones, each in order of arrival."""
-
-    short: deque[PendingJob] = field(default_factory=deque)
-    long: deque[PendingJob] = field(default_factory=deque)
-
-    def __len__(self) -> int:
-        return len(self.short) + len(self.long)
-
-    def queue_of(self, pending: PendingJob) -> deque[PendingJob]:
-        return self.long if pending.long else self.short
 
 
 class TokenizerQueue:
@@ -64,7 +50,8 @@ class TokenizerQueue:
         self._num_long = 0  # running long jobs
         self._running: Counter[str] = Counter()  # running jobs by tenant
         self._num_waiting = 0
-        self._tenants: dict[str, _Waiting] = {}  # those with waiting jobs
+        # Of every tenant with waiting jobs: the short and the long ones, in order of arrival.
+        self._tenants: dict[str, tuple[deque[PendingJob], deque[PendingJob]]] = {}
         self._service = ServiceCounters()
         self._changed = asyncio.Event()
 
@@ -73,14 +60,14 @@ class TokenizerQueue:
 
     def has_room(self, tenant: str) -> bool:
         held = self._num_waiting + self._running.total()
-        own = len(self._tenants.get(tenant, ())) + self._running[tenant]
+        own = sum(map(len, self._tenants.get(tenant, ()))) + self._running[tenant]
         return room(self._max_jobs, held, own, shared=self._shared) > 0
 
     def put(self, pending: PendingJob) -> None:
         if pending.tenant not in self._tenants:
             self._service.join(pending.tenant, self._tenants)
-            self._tenants[pending.tenant] = _Waiting()
-        self._tenants[pending.tenant].queue_of(pending).append(pending)
+            self._tenants[pending.tenant] = (deque(), deque())
+        self._tenants[pending.tenant][pending.long].append(pending)
         self._num_waiting += 1
         self._changed.set()
 
@@ -108,23 +95,23 @@ class TokenizerQueue:
     def discard(self, pending: PendingJob) -> None:
         """Remove a job if it still waits."""
         waiting = self._tenants.get(pending.tenant)
-        if waiting is not None and pending in waiting.queue_of(pending):
+        if waiting is not None and pending in waiting[pending.long]:
             self._remove(pending)
 
     def _next(self) -> PendingJob | None:
         first_jobs = {}
-        for tenant, waiting in self._tenants.items():
+        for tenant, (short, long) in self._tenants.items():
             if self._shared and self._running[tenant] >= self._max_workers:
                 continue
-            if waiting.short:
-                first_jobs[tenant] = waiting.short[0]
+            if short:
+                first_jobs[tenant] = short[0]
             elif self._num_long < self._max_workers:
-                first_jobs[tenant] = waiting.long[0]
+                first_jobs[tenant] = long[0]
         return first_jobs[min(first_jobs, key=self._service.served)] if first_jobs else None
 
     def _remove(self, pending: PendingJob) -> None:
         waiting = self._tenants[pending.tenant]
-        waiting.queue_of(pending).remove(pending)
+        waiting[pending.long].remove(pending)
         self._num_waiting -= 1
-        if not waiting:
+        if not any(waiting):
             del self._tenants[pending.tenant]

@@ -5,7 +5,6 @@ to make room for a new one. The number of accepted requests is therefore bounded
 """
 
 import asyncio
-from collections import Counter
 from typing import Final
 
 from specserve.fair_share import room
@@ -20,11 +19,10 @@ class AcceptedRequests:
     def __init__(self, limit: int, *, shared: bool) -> None:
         self._limit = limit
         self._shared = shared
-        self._by_key: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._keys: dict[asyncio.Task[object], str] = {}
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._keys)
 
     def add(self, key: str) -> None:
         """Accept the request that the current task handles; it counts until that task is done.
@@ -32,7 +30,8 @@ class AcceptedRequests:
         The task is done when the last byte of the answer is written. Raises APIError (503) if this
         key, or all keys together, have too many accepted requests.
         """
-        if not room(self._limit, len(self._tasks), self._by_key[key], shared=self._shared):
+        own = list(self._keys.values()).count(key)
+        if not room(self._limit, len(self), own, shared=self._shared):
             whose = "of this key" if self._shared else "on this server"
             raise APIError.unavailable(
                 f"too many requests {whose} are open (max_connections {self._limit}); "
@@ -41,15 +40,10 @@ class AcceptedRequests:
             )
         task = asyncio.current_task()
         assert task is not None
-        self._tasks.add(task)
-        self._by_key[key] += 1
-        task.add_done_callback(lambda task: self._remove(task, key))
+        self._keys[task] = key
+        task.add_done_callback(self._keys.pop)
 
     async def all_answered(self) -> None:
         """Return when no accepted request is left."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _remove(self, task: "asyncio.Task[object]", key: str) -> None:
-        self._tasks.discard(task)
-        self._by_key[key] -= 1
+        while self._keys:
+            await asyncio.wait(self._keys)

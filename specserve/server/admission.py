@@ -172,9 +172,7 @@ class Admission:
             sequence.admitted = True
             if not self._completions:
                 self._completions.append(time.monotonic())
-            if (
-                not sequence.granted.done()
-            ):  # if cancelled, its task calls `_release` when it resumes
+            if not sequence.granted.done():  # else cancelled: its task will call `_release`
                 sequence.granted.set_result(None)
 
     def _next(self) -> str | None:

@@ -1,72 +1,47 @@
 """Builds the aiohttp application: its routes and its middlewares. Starts nothing."""
 
 import time
-from collections.abc import Awaitable, Callable
+from typing import Final, cast
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from specserve.server.auth import (
-    PRINCIPAL,
-    Keyring,
-    Scope,
-    authorise,
-    check_routes,
-    principal,
-    required_scope,
-)
-from specserve.server.connections import protect_connection
+from specserve.server.auth import PRINCIPAL, SCOPE, Keyring, Scope, authorise
+from specserve.server.connections import Connection
 from specserve.server.error_mapping import as_api_error
-from specserve.server.held_bodies import BODY
+from specserve.server.held_bodies import TAKE_BYTES
 from specserve.server.routes import chat, completions, models, status, tokens
 from specserve.server.service import ARRIVED, REQUEST_ID, SERVICE, Service, request_id
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+# Every route, and the scope that its API key must have; None: it needs no key.
+ROUTES: Final[tuple[tuple[web.RouteDef, Scope | None], ...]] = (
+    (web.post("/v1/chat/completions", chat.chat_completions), Scope.INFERENCE),
+    (web.post("/v1/completions", completions.completions), Scope.INFERENCE),
+    (web.get("/v1/models", models.list_models), Scope.INFERENCE),
+    (web.get("/v1/models/{model:.+}", models.get_model), Scope.INFERENCE),
+    (web.post("/tokenize", tokens.tokenize), Scope.INFERENCE),
+    (web.post("/detokenize", tokens.detokenize), Scope.INFERENCE),
+    (web.get("/health", status.health), None),
+    (web.get("/ready", status.ready), None),
+    (web.get("/version", status.version), None),
+    (web.get("/metrics", status.metrics), Scope.METRICS),
+    (web.get("/v1/speculation", status.speculation), Scope.INFERENCE),
+    (web.get("/openapi.json", status.openapi_json), None),
+)
 
 
 def build_app(service: Service, keyring: Keyring) -> web.Application:
     """The application. aiohttp's `client_max_size` is not used: `read_body` bounds the body."""
-    app = web.Application(middlewares=[render_errors, authorise(keyring), accept, hold_body])
+    scopes: dict[object, Scope | None] = {route.handler: scope for route, scope in ROUTES}
+    app = web.Application(middlewares=[render_errors, authorise(keyring, scopes), accept])
     app[SERVICE] = service
-    app.router.add_post("/v1/chat/completions", chat.chat_completions)
-    app.router.add_post("/v1/completions", completions.completions)
-    app.router.add_get("/v1/models", models.list_models)
-    app.router.add_get("/v1/models/{model:.+}", models.get_model)
-    app.router.add_post("/tokenize", tokens.tokenize)
-    app.router.add_post("/detokenize", tokens.detokenize)
-    app.router.add_get("/health", status.health)
-    app.router.add_get("/ready", status.ready)
-    app.router.add_get("/version", status.version)
-    app.router.add_get("/metrics", status.metrics)
-    app.router.add_get("/v1/speculation", status.speculation)
-    app.router.add_get("/openapi.json", status.openapi_json)
-    check_routes(app)
+    app.add_routes([route for route, _ in ROUTES])
     return app
 
 
 @web.middleware
-async def accept(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Count the request as accepted; runs after `authorise`.
-
-    A drain waits for the answers to accepted requests, and their connections are not closed to make
-    room for others. Requests for public routes are not counted. Raises APIError (503) if too many
-    requests are accepted and, on routes with the scope `inference`, during a drain.
-    """
-    service, required = request.app[SERVICE], required_scope(request)
-    if required is not None:
-        if required is Scope.INFERENCE and (error := service.shutting_down()) is not None:
-            raise error
-        service.accepted.add(principal(request).name)
-        protect_connection(request)
-    return await handler(request)
-
-
-@web.middleware
 async def render_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost middleware: turns every exception into an error response of OpenAI's form.
-
-    It also adds the common response headers and counts the request in the metrics.
-    """
-    service = request.app[SERVICE]
+    """Turn every exception into an error response, add common headers, and count the request."""
     request[REQUEST_ID] = request_id(request)
     request[ARRIVED] = started = time.monotonic()
     try:
@@ -76,19 +51,26 @@ async def render_errors(request: web.Request, handler: Handler) -> web.StreamRes
     if not response.prepared:
         response.headers["X-Request-Id"] = request[REQUEST_ID]
         response.headers["X-Content-Type-Options"] = "nosniff"
-    route = request.match_info.route.resource
-    service.metrics.answered(
-        route.canonical if route is not None else "none",
-        response.status,
-        time.monotonic() - started,
-    )
+    resource = request.match_info.route.resource
+    route = "none" if resource is None else resource.canonical
+    request.app[SERVICE].metrics.answered(route, response.status, time.monotonic() - started)
     return response
 
 
 @web.middleware
-async def hold_body(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Count the bytes of the request's body as held until the request is over."""
-    if PRINCIPAL not in request:  # no route matched
+async def accept(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Count the request as accepted and its body as held, unless its route is public.
+
+    Raises APIError (503) if too many requests are accepted and, on routes with the scope
+    `inference`, during a drain.
+    """
+    required = request.get(SCOPE)
+    if required is None:
         return await handler(request)
-    with request.app[SERVICE].bodies.hold(request[PRINCIPAL].name) as request[BODY]:
+    service, key = request.app[SERVICE], request[PRINCIPAL].name
+    if required is Scope.INFERENCE and (error := service.shutting_down()) is not None:
+        raise error
+    service.accepted.add(key)
+    cast(Connection, request.protocol).protect()
+    with service.bodies.hold(key) as request[TAKE_BYTES]:
         return await handler(request)

@@ -1,8 +1,7 @@
 """Authentication and authorisation: API keys, their scopes, and the scope each route requires.
 
 Keys are stored only as SHA-256 digests, and no message contains a key. Authorisation depends on
-the handler that the router matched, never on the request's path; a handler that has neither
-`@scope` nor `@public` is refused.
+the handler that the router matched, never on the request's path.
 """
 
 import hashlib
@@ -12,11 +11,11 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -30,9 +29,6 @@ KEYS_VARIABLE: Final = "SPECSERVE_API_KEYS"
 _MIN_KEY: Final = 16  # bytes
 _MAX_KEY: Final = 1024  # bytes
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SCOPE_ATTR: Final = "required_scope"
-
-H = TypeVar("H", bound=Callable[..., Any])
 
 
 class Scope(StrEnum):
@@ -52,6 +48,7 @@ class Principal:
 
 ANONYMOUS: Final = Principal("anonymous", frozenset({Scope.INFERENCE, Scope.METRICS}))
 PRINCIPAL: Final = web.RequestKey("principal", Principal)
+SCOPE: Final = web.RequestKey("scope", Scope)  # that the route requires; absent if it is public
 
 
 class Keyring:
@@ -93,11 +90,8 @@ class Keyring:
         else:
             return None
         digest = hashlib.sha256(key).digest()
-        found = None
-        for known, principal in self._keys:
-            if hmac.compare_digest(known, digest):
-                found = principal
-        return found
+        found = [who for known, who in self._keys if hmac.compare_digest(known, digest)]
+        return found[0] if found else None
 
 
 def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.environ) -> Keyring:
@@ -124,79 +118,40 @@ def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.en
     return keyring
 
 
-def scope(required: Scope) -> Callable[[H], H]:
-    """Decorator: the handler requires an API key with this scope."""
+def authorise(keyring: Keyring, scopes: Mapping[object, Scope | None]) -> Middleware:
+    """A middleware that sets `request[PRINCIPAL]` and `request[SCOPE]`, or raises APIError.
 
-    def mark(handler: H) -> H:
-        vars(handler)[_SCOPE_ATTR] = required
-        return handler
-
-    return mark
-
-
-def public(handler: H) -> H:
-    """Decorator: the handler needs no API key."""
-    vars(handler)[_SCOPE_ATTR] = None
-    return handler
-
-
-def check_routes(app: web.Application) -> None:
-    """Assert that every handler is marked with `@scope` or `@public`."""
-    unmarked = [
-        str(route) for route in app.router.routes() if not hasattr(route.handler, _SCOPE_ATTR)
-    ]
-    assert not unmarked, f"mark these handlers with @scope or @public: {unmarked}"
-
-
-def required_scope(request: web.Request) -> Scope | None:
-    """The scope that the matched route requires; None if it is public or no route matched."""
-    required: Scope | None = getattr(request.match_info.handler, _SCOPE_ATTR, None)
-    return required
-
-
-def authorise(keyring: Keyring) -> Middleware:
-    """A middleware that sets `request[PRINCIPAL]`, or raises APIError (401 or 403)."""
+    `scopes`: for every handler the scope that it requires; None if it needs no API key. The error
+    is a 401 without a known API key and a 403 for a key without the scope.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         match = request.match_info
         if match.http_exception is None:  # otherwise no route matched: 404 or 405
-            request[PRINCIPAL] = _authorised(keyring, request, match.handler)
+            required = scopes[match.handler]
+            if required is None:
+                request[PRINCIPAL] = ANONYMOUS
+            else:
+                request[SCOPE] = required
+                request[PRINCIPAL] = _authorised(keyring, request, required)
         return await handler(request)
 
     return middleware
 
 
-def principal(request: web.Request) -> Principal:
-    """The caller of the request; available after `authorise`."""
-    return request[PRINCIPAL]
-
-
-def _authorised(keyring: Keyring, request: web.Request, matched: object) -> Principal:
-    if not hasattr(matched, _SCOPE_ATTR):
-        raise APIError(403, "this route has no scope, so that no key may use it")
-    required: Scope | None = getattr(matched, _SCOPE_ATTR)
-    if required is None:
-        return ANONYMOUS
+def _authorised(keyring: Keyring, request: web.Request, required: Scope) -> Principal:
     authorization = request.headers.get("Authorization")
     api_key = request.headers.get("x-api-key")
     caller = keyring.authenticate(authorization, api_key)
     if caller is None:
-        given = authorization is not None or api_key is not None
-        raise APIError(
-            401,
-            "unknown API key"
-            if given
-            else "no API key given; send the header 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        message = "unknown API key"
+        if authorization is None and api_key is None:
+            message = "no API key given; send the header 'Authorization: Bearer KEY'"
+        raise APIError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     if required not in caller.scopes:
-        raise APIError(
-            403,
-            f"this needs an API key with the scope {required.value!r}",
-            code="insufficient_scope",
-        )
+        message = f"this needs an API key with the scope {required.value!r}"
+        raise APIError(403, message, code="insufficient_scope")
     return caller
 
 
@@ -207,14 +162,13 @@ def _parse(where: str, entry: str) -> tuple[bytes, Principal]:
     name, scopes, key = entry.split(":", 2)
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{where}: a name is up to 64 letters, digits, dots, dashes and _")
-    known = {scope.value: scope for scope in Scope}
-    wanted = [word.strip() for word in scopes.split(",")]
-    if not all(word in known for word in wanted):
-        raise ConfigError(f"{where}: a scope is not known; use {', '.join(known)}")
+    wanted = {word.strip() for word in scopes.split(",")}
+    if not wanted <= set(Scope):
+        raise ConfigError(f"{where}: a scope is not known; use {', '.join(Scope)}")
     secret = key.encode()
     if not _MIN_KEY <= len(secret) <= _MAX_KEY or any(letter.isspace() for letter in key):
         raise ConfigError(f"{where}: a key has {_MIN_KEY} to {_MAX_KEY} bytes, and no spaces")
-    allowed = set(Scope) if Scope.ADMIN in wanted else {known[word] for word in wanted}
+    allowed = Scope if Scope.ADMIN in wanted else map(Scope, wanted)
     digest = hashlib.sha256(secret).digest()
     salt = hmac.digest(digest, b"specserve cache salt", "sha256").hex()
     return digest, Principal(name, frozenset(allowed), salt)
@@ -230,10 +184,9 @@ def _read_file(file: Path) -> list[tuple[str, str]]:
         raise ConfigError(f"api_key_file: {file} is not UTF-8 text") from None
     if mode & 0o077:
         logger.warning("api_key_file: other users can read %s; run chmod 600 on it", file)
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
     entries = [
         (f"api_key_file: {file} line {number}", line)
-        for number, line in lines
+        for number, line in enumerate(map(str.strip, text.splitlines()), 1)
         if line and not line.startswith("#")
     ]
     if not entries:

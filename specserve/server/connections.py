@@ -10,7 +10,7 @@ import math
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, cast
 
 from aiohttp import EMPTY_PAYLOAD, HttpVersion11, web
 
@@ -22,29 +22,18 @@ logger = logging.getLogger(__name__)
 SERVER_NAME: Final = "specserve"  # aiohttp's default would reveal its version
 # Seconds that a body is still read after an early answer, so that the client can read that answer.
 _LINGER_S: Final = 1.0
-_SHUTDOWN_S: Final = 2.0  # seconds that handlers get to end their answers after a drain
 _POLL_S: Final = 0.02  # seconds between checks whether an answer has been sent entirely
 _FIRST_PROBE_S: Final = 0.05  # seconds from a client's FIN to the first check that it is alive
 _MAX_PROBE_S: Final = 5.0  # seconds; the interval of these checks doubles up to this
 _INTERIM: Final = b"HTTP/1.1 100 Continue\r\n\r\n"  # HTTP clients must skip interim responses
 _ACKNOWLEDGED: Final = slice(120, 128)  # bytes of tcpi_bytes_acked in Linux's struct tcp_info
-_CLOSE: Final = {"Connection": "close"}
+# Options for `web.AppRunner`: a client that disconnects cancels its handler; seconds that handlers
+# get to end their answers after a drain.
+RUNNER_OPTIONS: Final[dict[str, Any]] = {"handler_cancellation": True, "shutdown_timeout": 2.0}
+# Open connections, and whether they have an accepted request, which protects them from replacement.
+# Of those that have none, the first has had none for the longest.
+OpenConnections = dict[asyncio.Transport, bool]
 _CHARSETS: Final = {None, "utf-8", "utf8", "us-ascii"}
-
-
-def runner_options(config: ServerConfig) -> dict[str, Any]:
-    """Options for `web.AppRunner`. A client that disconnects cancels its handler."""
-    return {
-        "handler_cancellation": True,
-        "shutdown_timeout": _SHUTDOWN_S,
-        **_connection_options(config),
-    }
-
-
-def protect_connection(request: web.Request) -> None:
-    """Do not close the request's connection for a new one before its answer is sent."""
-    if isinstance(request.protocol, Connection):
-        request.protocol.protect()
 
 
 async def read_body(
@@ -69,9 +58,8 @@ async def read_body(
                 take(len(piece))
                 body += piece
     except TimeoutError:
-        raise APIError(
-            408, f"Request body timed out after {timeout:g} s", headers=dict(_CLOSE)
-        ) from None
+        message = f"Request body timed out after {timeout:g} s"
+        raise APIError(408, message, headers={"Connection": "close"}) from None
     except web.RequestPayloadError:
         raise APIError(400, "malformed HTTP: the body is cut or garbled") from None
     return bytes(body)
@@ -82,41 +70,20 @@ def _check_headers(request: web.Request, max_bytes: int) -> None:
         raise _too_large(max_bytes)
     for encoding in request.headers.getall("Content-Encoding", []):
         if encoding.strip().lower() != "identity":
-            raise APIError(
-                415, f"Content-Encoding: {encoding[:40]!r} is not supported; send plain JSON"
-            )
+            message = f"Content-Encoding: {encoding[:40]!r} is not supported; send plain JSON"
+            raise APIError(415, message)
     if "Content-Type" in request.headers and (
         request.content_type != "application/json"
         or (request.charset and request.charset.lower()) not in _CHARSETS
     ):
         given = request.headers["Content-Type"][:80]
-        raise APIError(
-            415, f"Content-Type: {given!r} is not supported; send application/json in UTF-8"
-        )
+        message = f"Content-Type: {given!r} is not supported; send application/json in UTF-8"
+        raise APIError(415, message)
 
 
 def _too_large(max_bytes: int) -> APIError:
-    return APIError(413, f"the body is larger than {max_bytes} bytes", headers=dict(_CLOSE))
-
-
-def _connection_options(config: ServerConfig) -> dict[str, Any]:
-    """aiohttp's own limits on headers are kept: 8190 bytes per line, 128 lines."""
-    return {
-        "keepalive_timeout": config.keepalive_timeout,
-        "lingering_time": _LINGER_S,
-        "auto_decompress": False,  # `read_body` refuses compressed bodies
-        "access_log": None,
-    }
-
-
-class ConnectionSlots(Protocol):
-    """The open connections. At the limit, a new one replaces the oldest unprotected one."""
-
-    def protect(self, raw: asyncio.Transport) -> None: ...
-
-    def unprotect(self, raw: asyncio.Transport) -> None: ...
-
-    def remove(self, raw: asyncio.Transport) -> None: ...
+    message = f"the body is larger than {max_bytes} bytes"
+    return APIError(413, message, headers={"Connection": "close"})
 
 
 class Connection(web.RequestHandler):
@@ -128,24 +95,32 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
+        "_connections",
         "_half_closed",
         "_last_body",
         "_progress_timer",
         "_raw",
-        "_slots",
         "_write_timeout",
     )
 
     def __init__(
         self,
         server: web.Server,
-        slots: ConnectionSlots,
+        connections: OpenConnections,
         raw: asyncio.Transport,
         config: ServerConfig,
     ) -> None:
         """`raw` is the TCP transport, also below TLS."""
-        super().__init__(server, loop=asyncio.get_running_loop(), **_connection_options(config))
-        self._slots = slots
+        # aiohttp's own limits on headers are kept: 8190 bytes per line, 128 lines.
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=config.keepalive_timeout,
+            lingering_time=_LINGER_S,
+            auto_decompress=False,  # `read_body` refuses compressed bodies
+            access_log=cast(logging.Logger, None),  # None: no log
+        )
+        self._connections = connections
         self._raw = raw
         self._write_timeout = config.write_timeout
         self._progress_timer: asyncio.TimerHandle | None = None
@@ -163,29 +138,31 @@ class Connection(web.RequestHandler):
         """Protect the connection from replacement until the current task has sent its answer."""
         task = asyncio.current_task()
         assert task is not None
-        self._slots.protect(self._raw)
-        task.add_done_callback(lambda _: self._slots.unprotect(self._raw))
+        if self._raw in self._connections:
+            self._connections[self._raw] = True
+        task.add_done_callback(self._unprotect)
+
+    def _unprotect(self, _: object) -> None:
+        if self._raw in self._connections:
+            del self._connections[self._raw]
+            self._connections[self._raw] = False  # behind the others
 
     def data_received(self, data: bytes) -> None:
-        """Parse the bytes and remember the body of the latest request."""
         super().data_received(data)
         if self._messages:
             self._last_body = self._messages[-1][1]
 
     def pause_writing(self) -> None:
-        """The write buffer is not empty: start to check that the client reads."""
         super().pause_writing()
         self._check_progress(-math.inf)
 
     def resume_writing(self) -> None:
-        """The write buffer is empty again: stop checking."""
         super().resume_writing()
         self._stop_checking()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection is closed, by either side."""
         self._stop_checking()
-        self._slots.remove(self._raw)
+        self._connections.pop(self._raw, None)
         super().connection_lost(exc)
 
     def _check_progress(self, before: float) -> None:

@@ -9,7 +9,6 @@ from specserve.process.engine_process import EngineUnavailable
 from specserve.process.tokenizer_pool import TokenizerUnavailable
 from specserve.server.admission import QueueFull
 from specserve.server.errors import APIError
-from specserve.server.generation import DeadlineExceeded
 from specserve.types import RequestError
 
 logger = logging.getLogger(__name__)
@@ -21,14 +20,11 @@ def as_api_error(error: Exception) -> APIError:
         case APIError():
             return error
         case RequestError():
-            return APIError.bad_request(error)
+            return APIError(400, str(error), param=error.param)
         case QueueFull():
             return APIError.unavailable(str(error), error.retry_after, status=429)
         case EngineUnavailable() | TokenizerUnavailable():
             return APIError.unavailable(str(error), error.retry_after)
-        case DeadlineExceeded():
-            status = 408 if error.by_client else 504  # 408 if the client set the deadline
-            return APIError(status, str(error), code="deadline_exceeded")
         case GenerationFailed():
             return APIError(500, str(error), code="generation_failed")
         case web.HTTPNotFound():

@@ -8,7 +8,6 @@ import msgspec
 from aiohttp import web
 
 from specserve.server.protocol.others import ErrorDetail, ErrorResponse
-from specserve.types import RequestError
 
 MAX_MESSAGE = 500  # characters
 
@@ -36,7 +35,6 @@ class APIError(Exception):
         status: int,
         message: str,
         *,
-        type: str | None = None,
         param: str | None = None,
         code: str | None = None,
         headers: dict[str, str] | None = None,
@@ -44,21 +42,23 @@ class APIError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.type = type or TYPES.get(status, "api_error")
         self.param = param
         self.code = code
         self.headers = headers or {}
-
-    @classmethod
-    def bad_request(cls, error: RequestError) -> "APIError":
-        return cls(400, str(error), param=error.param)
 
     @classmethod
     def unavailable(cls, message: str, retry_after: float, status: int = 503) -> "APIError":
         return cls(status, message, headers={"Retry-After": str(max(1, round(retry_after)))})
 
     def body(self) -> bytes:
-        return error_body(self.message, self.type, self.param, self.code)
+        """The JSON of the error, with the message cut to `MAX_MESSAGE` characters."""
+        message = self.message
+        if len(message) > MAX_MESSAGE:
+            message = message[:MAX_MESSAGE] + "..."
+        # A JSON string can hold lone surrogates, which UTF-8 cannot encode.
+        message = message.encode(errors="replace").decode()
+        kind = TYPES.get(self.status, "api_error")
+        return msgspec.json.encode(ErrorResponse(ErrorDetail(message, kind, self.param, self.code)))
 
     def response(self) -> web.Response:
         return web.Response(
@@ -67,12 +67,3 @@ class APIError(Exception):
             content_type="application/json",
             headers=self.headers,
         )
-
-
-def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> bytes:
-    """The JSON of one error, with the message cut to `MAX_MESSAGE` characters."""
-    if len(message) > MAX_MESSAGE:
-        message = message[:MAX_MESSAGE] + "..."
-    # A JSON string can hold lone surrogates, which UTF-8 cannot encode.
-    message = message.encode(errors="replace").decode()
-    return msgspec.json.encode(ErrorResponse(ErrorDetail(message, type, param, code)))

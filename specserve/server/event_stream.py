@@ -12,7 +12,6 @@ KEEP_ALIVE_S: Final = 15.0  # seconds without an event before a comment is sent
 _PAD_TO: Final = 512  # bytes; the JSON of obfuscated events is padded to a multiple of this
 
 T = TypeVar("T")
-_encoder = msgspec.json.Encoder()
 
 
 class EventStream:
@@ -33,12 +32,9 @@ class EventStream:
             }
         )
 
-    async def send(self, *messages: msgspec.Struct) -> None:
-        """One event per message, in one write."""
-        await self._write(b"".join(b"data: %b\n\n" % _encoder.encode(m) for m in messages))
-
-    async def send_json(self, body: bytes) -> None:
-        await self._write(b"data: %b\n\n" % body)
+    async def send(self, *messages: bytes) -> None:
+        """One event per message (JSON), in one write."""
+        await self._write(b"".join(b"data: %b\n\n" % message for message in messages))
 
     async def comment(self, text: str) -> None:
         await self._write(f": {text}\n\n".encode())
@@ -58,18 +54,16 @@ def padding(message: msgspec.Struct) -> str:
 
     This hides the length of the text. `message` must hold an empty `obfuscation`.
     """
-    return secrets.token_hex(_PAD_TO)[: -len(_encoder.encode(message)) % _PAD_TO]
+    return secrets.token_hex(_PAD_TO)[: -len(msgspec.json.encode(message)) % _PAD_TO]
 
 
 async def with_heartbeats(
     source: AsyncIterator[T], seconds: float
 ) -> AsyncGenerator[T | None, None]:
     """The items of `source`, and None whenever none arrives for `seconds`."""
-    pending: asyncio.Task[T] | None = None
+    pending = asyncio.ensure_future(anext(source))
     try:
         while True:
-            if pending is None:
-                pending = asyncio.ensure_future(_next(source))
             done, _ = await asyncio.wait({pending}, timeout=seconds)
             if not done:
                 yield None
@@ -78,13 +72,8 @@ async def with_heartbeats(
                 item = pending.result()
             except StopAsyncIteration:
                 return
-            pending = None
             yield item
+            pending = asyncio.ensure_future(anext(source))
     finally:
-        if pending is not None:  # if done, `gather` retrieves its exception
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-
-
-async def _next(source: AsyncIterator[T]) -> T:
-    return await anext(source)
+        pending.cancel()
+        await asyncio.gather(pending, return_exceptions=True)  # also if it has ended with an error

@@ -1,7 +1,7 @@
 """Bounds the bytes of all request bodies that the HTTP process holds at one time."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -13,6 +13,9 @@ from specserve.server.errors import APIError
 _NUM_LARGEST_BODIES: Final = 8  # bodies of `max_body_bytes` that fit at one time
 _MIN_LIMIT: Final = 2**26  # bytes; lower bound of the limit for a small `max_body_bytes`
 _RETRY_S: Final = 1.0  # seconds, for Retry-After
+
+# Counts bytes of the request's body before they are stored. Raises APIError (429).
+TAKE_BYTES: Final = web.RequestKey[Callable[[int], None]]("take_bytes")
 
 
 class HeldBodies:
@@ -31,42 +34,30 @@ class HeldBodies:
         return self._by_key.total()
 
     @contextmanager
-    def hold(self, key: str) -> Iterator["HeldBody"]:
-        """Count the body of one request of `key` inside the `with` block."""
-        body = HeldBody(self, key)
+    def hold(self, key: str) -> Iterator[Callable[[int], None]]:
+        """The `TAKE_BYTES` of a request of `key`; its bytes count until the `with` block ends."""
+        held = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal held
+            if num_bytes > room(self.limit, self.num_bytes, self._by_key[key], shared=self._shared):
+                raise self._too_many()
+            self._by_key[key] += num_bytes
+            held += num_bytes
+
         try:
-            yield body
+            yield take
         finally:
-            self._by_key[key] -= body.num_bytes
+            self._by_key[key] -= held
             self._by_key += Counter()  # drops zeros
 
-    def take(self, key: str, num_bytes: int) -> None:
-        """Count `num_bytes` more bytes for `key`. Raises APIError (429) above the limit."""
-        if num_bytes > room(self.limit, self.num_bytes, self._by_key[key], shared=self._shared):
-            whose = "of this key" if self._shared else "on this server"
-            error = APIError.unavailable(
-                f"open requests {whose} hold too many bytes (limit {self.limit} for all keys); "
-                f"try again in {_RETRY_S:.0f} s",
-                _RETRY_S,
-                status=429,
-            )
-            error.headers["Connection"] = "close"  # the rest of the body is not read
-            raise error
-        self._by_key[key] += num_bytes
-
-
-class HeldBody:
-    """The counted bytes of one request's body."""
-
-    def __init__(self, bodies: HeldBodies, key: str) -> None:
-        self.num_bytes = 0
-        self._bodies = bodies
-        self._key = key
-
-    def take(self, num_bytes: int) -> None:
-        """Count a part of the body before it is stored. Raises APIError (429)."""
-        self._bodies.take(self._key, num_bytes)
-        self.num_bytes += num_bytes
-
-
-BODY: Final = web.RequestKey("body", HeldBody)
+    def _too_many(self) -> APIError:
+        whose = "of this key" if self._shared else "on this server"
+        error = APIError.unavailable(
+            f"open requests {whose} hold too many bytes (limit {self.limit} for all keys); "
+            f"try again in {_RETRY_S:.0f} s",
+            _RETRY_S,
+            status=429,
+        )
+        error.headers["Connection"] = "close"  # the rest of the body is not read
+        return error

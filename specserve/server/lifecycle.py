@@ -9,42 +9,24 @@ import logging
 import signal
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
-from specserve.async_engine import AsyncEngine
-from specserve.config import (
-    ConfigError,
-    EngineConfig,
-    ServerConfig,
-    check_model_name,
-    parse_bytes,
-)
+from specserve.config import ConfigError, EngineConfig, ServerConfig
 from specserve.engine.metrics import EngineInfo
-from specserve.hub.resolve import base_name
-from specserve.process.engine_process import EngineFailed
-from specserve.server import tokenizer_worker
-from specserve.server.accepted import AcceptedRequests
-from specserve.server.admission import Admission
 from specserve.server.app import build_app
 from specserve.server.auth import load_keyring
-from specserve.server.connections import runner_options
+from specserve.server.connections import RUNNER_OPTIONS
 from specserve.server.event_loop_lag import watch_lag
-from specserve.server.held_bodies import HeldBodies
-from specserve.server.listener import Listener, listen, raise_file_limit
-from specserve.server.metrics import ServerMetrics
+from specserve.server.listener import listen, raise_file_limit
 from specserve.server.service import Service
 from specserve.server.status_line import print_status
-from specserve.server.turns import Turns
-from specserve.text.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
-# Sequences admitted beyond `max_num_seqs`, so that the engine never waits for the next one.
-_EXTRA_SEQUENCES: Final = 4
 # Seconds within which a repeated signal counts as the same one: `timeout` and similar programs
 # signal a process and then its whole group.
 _SAME_SIGNAL_S: Final = 0.25
@@ -56,7 +38,7 @@ async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:
     """Serve until a signal. Returns whether every accepted request was answered.
 
     Calls `on_ready(url, model_name, info)` once the engine is ready. Raises ConfigError,
-    TokenizerError or OSError if the server cannot start.
+    TokenizerError, EngineFailed or OSError if the server cannot start.
     """
     async with open_server(config, target) as (service, url):
         signals = _Signals()
@@ -68,8 +50,6 @@ async def serve(config: EngineConfig, target: Path, on_ready: OnReady) -> bool:
                 on_ready(url, service.model_name, ready.result())
                 await stopped
             return await _drain(service, signals)
-        except EngineFailed as error:
-            raise ConfigError(str(error)) from error
         finally:
             ready.cancel()
             stopped.cancel()
@@ -80,36 +60,25 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
     """Yields the service of a listening server, whose engine is still starting, and its URL."""
     keyring = load_keyring(config.server)
     raise_file_limit(config.server)
-    service = _build_service(config, target, shared=len(keyring) > 1)
-    runner = web.AppRunner(build_app(service, keyring), **runner_options(config.server))
-    tasks: list[asyncio.Task[None]] = []
-    listener: Listener | None = None
-    try:
+    service = Service(config, target, shared=len(keyring) > 1)
+    runner = web.AppRunner(build_app(service, keyring), **RUNNER_OPTIONS)
+    async with AsyncExitStack() as stack:  # calls the following in reverse order
+        stack.push_async_callback(runner.cleanup)
+        # Open requests end with an error; `cleanup` gives their handlers time to send it.
+        stack.push_async_callback(service.stop)
         await service.engine.start()
         await runner.setup()
-        server = config.server
-        tls = _tls(server)
+        server, tls = config.server, _tls(config.server)
         listener = await listen(runner, server, tls)
-        metrics, pool = service.metrics, service.engine.tokenizer_pool
-        metrics.connections.set_function(partial(len, listener))
-        metrics.body_bytes.set_function(lambda: service.bodies.num_bytes)
-        metrics.tokenizer_jobs_waiting.set_function(lambda: pool.num_waiting)
-        tasks.append(asyncio.create_task(watch_lag(metrics)))
+        stack.callback(listener.close)
+        service.metrics.connections.set_function(partial(len, listener))
+        stack.callback(asyncio.create_task(watch_lag(service.metrics)).cancel)
         if server.status_interval:
-            tasks.append(asyncio.create_task(print_status(service, server.status_interval)))
+            status = asyncio.create_task(print_status(service, server.status_interval))
+            stack.callback(status.cancel)
         host, port = listener.address
         host = f"[{host}]" if ":" in host else host
         yield service, f"{'http' if tls is None else 'https'}://{host}:{port}"
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        service.draining = True
-        if listener is not None:
-            listener.close()
-        # Open requests now end with an error; `cleanup` gives their handlers time to send it.
-        await service.engine.stop()
-        await runner.cleanup()
 
 
 class _Signals:
@@ -143,45 +112,9 @@ async def _drain(service: Service, signals: _Signals) -> bool:
     if num_cut:
         why = "second signal" if now.done() else f"drain_timeout ({timeout:g} s) has passed"
         logger.warning("%s: %d accepted requests are cut off", why, num_cut)
-    for task in (idle, now):
-        task.cancel()
-    await asyncio.gather(idle, now, return_exceptions=True)
+    idle.cancel()
+    now.cancel()
     return not num_cut
-
-
-def _build_service(config: EngineConfig, target: Path, *, shared: bool) -> Service:
-    """`shared`: the server has several API keys."""
-    server = config.server
-    model_name = server.served_model_name or base_name(config.target.target)
-    check_model_name(model_name)
-    metrics = ServerMetrics(model_name)
-    engine = AsyncEngine(
-        config,
-        target,
-        tokenizer_module=tokenizer_worker.MODULE,
-        shared=shared,
-        on_tokenized=metrics.tokenize_seconds.observe,
-    )
-    engine.process.on_stats = metrics.on_stats
-    admission = Admission(
-        config.schedule.max_num_seqs + _EXTRA_SEQUENCES,
-        server.max_queued_requests,
-        server.max_queued_tokens,
-        shared=shared,
-    )
-    bodies = HeldBodies(parse_bytes("max_body_bytes", server.max_body_bytes), shared=shared)
-    metrics.watch(engine.process, lambda: admission.num_waiting)
-    return Service(
-        config=config,
-        model_name=model_name,
-        engine=engine,
-        token_bytes=TokenBytes(engine.tokenizer),
-        admission=admission,
-        bodies=bodies,
-        accepted=AcceptedRequests(server.max_connections, shared=shared),
-        turns=Turns(shared=shared),
-        metrics=metrics,
-    )
 
 
 def _tls(server: ServerConfig) -> ssl.SSLContext | None:

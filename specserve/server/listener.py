@@ -15,7 +15,7 @@ from typing import Final, cast
 from aiohttp import web
 
 from specserve.config import ConfigError, ServerConfig
-from specserve.server.connections import Connection
+from specserve.server.connections import Connection, OpenConnections
 
 logger = logging.getLogger(__name__)
 
@@ -53,67 +53,42 @@ class Listener:
         self._server = server
         self._config = config
         self._tls = tls
-        self._limit = connection_limit(config)
-        self._protected: set[asyncio.Transport] = set()  # with an accepted request
-        self._replaceable: dict[asyncio.Transport, None] = {}  # no accepted request; oldest first
+        self._connections: OpenConnections = {}
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._tcp_server: asyncio.Server | None = None
+        self.tcp_server: asyncio.Server | None = None
 
     @property
     def address(self) -> tuple[str, int]:
         """The host and port that the server listens on."""
-        assert self._tcp_server is not None
-        host, port = self._tcp_server.sockets[0].getsockname()[:2]
+        assert self.tcp_server is not None
+        host, port = self.tcp_server.sockets[0].getsockname()[:2]
         return host, port
 
     def __len__(self) -> int:
         """Number of open connections."""
-        return len(self._protected) + len(self._replaceable)
-
-    async def open(self) -> None:
-        self._tcp_server = await asyncio.get_running_loop().create_server(
-            lambda: _PendingConnection(self), self._config.host, self._config.port
-        )
+        return len(self._connections)
 
     def close(self) -> None:
         """Stop listening and cancel pending TLS handshakes; other connections stay open."""
-        assert self._tcp_server is not None
-        self._tcp_server.close()
+        assert self.tcp_server is not None
+        self.tcp_server.close()
         for task in self._handshakes:
             task.cancel()
 
     def on_connection(self, raw: asyncio.Transport, pending: "_PendingConnection") -> None:
-        if len(self) >= self._limit:
-            if not self._replaceable:
-                raw.abort()
-                return
-            oldest = next(iter(self._replaceable))
-            del self._replaceable[oldest]
+        if len(self) >= connection_limit(self._config):
+            oldest = next((each for each, busy in self._connections.items() if not busy), raw)
+            self._connections.pop(oldest, None)
             oldest.abort()
-        self._replaceable[raw] = None
+            if oldest is raw:
+                return
+        self._connections[raw] = False
         if self._tls is None:
             self._attach(raw, raw, pending)
             return
         task = asyncio.create_task(self._handshake(raw, pending, self._tls))
         self._handshakes.add(task)
         task.add_done_callback(self._handshakes.discard)
-
-    def protect(self, raw: asyncio.Transport) -> None:
-        """Protect a connection that has an accepted request. No effect if it was closed already."""
-        if raw in self._replaceable:
-            del self._replaceable[raw]
-            self._protected.add(raw)
-
-    def unprotect(self, raw: asyncio.Transport) -> None:
-        """End the protection: the connection has no accepted request any more."""
-        if raw in self._protected:
-            self._protected.remove(raw)
-            self._replaceable[raw] = None
-
-    def remove(self, raw: asyncio.Transport) -> None:
-        """Remove a connection that is closed."""
-        self._protected.discard(raw)
-        self._replaceable.pop(raw, None)
 
     async def _handshake(
         self, raw: asyncio.Transport, pending: "_PendingConnection", tls: ssl.SSLContext
@@ -125,8 +100,8 @@ class Listener:
         except OSError as error:
             logger.debug("no TLS handshake: %s", error)
         finally:
-            if transport is None or transport.is_closing() or raw not in self._replaceable:
-                self.remove(raw)
+            if transport is None or transport.is_closing() or raw not in self._connections:
+                self._connections.pop(raw, None)
                 raw.abort()
             else:
                 self._attach(raw, transport, pending)
@@ -134,7 +109,7 @@ class Listener:
     def _attach(
         self, raw: asyncio.Transport, transport: asyncio.Transport, pending: "_PendingConnection"
     ) -> None:
-        connection = Connection(self._server, self, raw, self._config)
+        connection = Connection(self._server, self._connections, raw, self._config)
         transport.set_protocol(connection)
         connection.connection_made(transport)
         if received := pending.pop_received():
@@ -150,7 +125,9 @@ async def listen(
     """
     assert runner.server is not None
     listener = Listener(runner.server, config, tls)
-    await listener.open()
+    listener.tcp_server = await asyncio.get_running_loop().create_server(
+        lambda: _PendingConnection(listener), config.host, config.port
+    )
     return listener
 
 

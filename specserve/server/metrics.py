@@ -7,9 +7,11 @@ scrape. An engine counts from 0 again after a restart; the counters here never d
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from functools import partial
+from typing import Final
 
-from specserve.engine.metrics import DrafterStats, EngineInfo, EngineStats
+from specserve.engine.metrics import DrafterStats, EngineStats
+from specserve.process.engine_process import EngineProcess
 from specserve.server.metric_registry import MetricRegistry
 from specserve.server.request_timer import SECONDS, SIZES, RequestMetrics, RequestTimer
 
@@ -53,20 +55,23 @@ TOTALS_BY_DRAFTER: Final[tuple[tuple[str, str, Callable[[DrafterStats], int]], .
     ("specserve:nodes_verified", "Nodes of merged trees.", lambda d: d.num_verified),
     ("specserve:nodes_accepted", "Nodes accepted.", lambda d: d.num_accepted),
 )
+# Values of the latest snapshot of a ready engine, else 0.
+GAUGES: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
+    ("vllm:num_requests_running", "Sequences in the batch.", lambda s: s.num_running),
+    (
+        "vllm:kv_cache_usage_perc",
+        "Share of the KV pool held by running sequences, 0 to 1.",
+        lambda s: s.kv_slots_allocated / max(s.kv_slots_total, 1),
+    ),
+    ("specserve:kv_slots_total", "Token slots of the KV pool.", lambda s: s.kv_slots_total),
+    (
+        "specserve:kv_slots_allocated",
+        "Slots in blocks held by running sequences.",
+        lambda s: s.kv_slots_allocated,
+    ),
+    ("specserve:kv_slots_used", "Of those, with valid KV.", lambda s: s.kv_slots_used),
+)
 Totals = dict[tuple[str, tuple[str, ...]], float]  # by metric name and label values
-
-
-class Engine(Protocol):
-    """The attributes of an engine process that are read when metrics are scraped."""
-
-    @property
-    def state(self) -> str: ...
-    @property
-    def info(self) -> EngineInfo | None: ...
-    @property
-    def num_restarts(self) -> int: ...
-    @property
-    def num_open_streams(self) -> int: ...
 
 
 class ServerMetrics:
@@ -80,21 +85,19 @@ class ServerMetrics:
         self._registry = registry = MetricRegistry(model_name)
         self._clock = clock
         self._requests = RequestMetrics(registry)
-        self._engine: Engine | None = None
+        self._engine: EngineProcess | None = None
         self._num_queued: Callable[[], int] = lambda: 0
         self._num_restarts = 0  # engine restarts counted so far
         self._stats: EngineStats | None = None  # latest snapshot of this engine process
         self._totals: Totals = {}  # of that snapshot
         self._counters = {
-            **{name: registry.counters(name, help) for name, help, _ in TOTALS},
-            **{
-                name: registry.counters(name, help, "position")
-                for name, help, _ in TOTALS_BY_POSITION
-            },
-            **{
-                name: registry.counters(name, help, "drafter")
-                for name, help, _ in TOTALS_BY_DRAFTER
-            },
+            name: registry.counters(name, help, *labels)
+            for labels, table in (
+                ((), TOTALS),
+                (("position",), TOTALS_BY_POSITION),
+                (("drafter",), TOTALS_BY_DRAFTER),
+            )
+            for name, help, _ in table
         }
         self._restarts = registry.counter("specserve:engine_restarts", "Restarts of the engine.")
         self._iteration_tokens = registry.histogram(
@@ -128,68 +131,39 @@ class ServerMetrics:
         )
 
     def _add_gauges(self) -> None:
-        """Register the gauges read at each scrape; those of an engine that is not ready are 0."""
-
-        def now(read: Callable[[EngineStats], float]) -> float:
-            return read(self._stats) if self._stats is not None and self._is_up() else 0.0
-
-        def add(name: str, help: str, read: Callable[[EngineStats], float]) -> None:
-            self._registry.gauge(name, help).set_function(lambda: now(read))
-
-        add("vllm:num_requests_running", "Sequences in the batch.", lambda s: s.num_running)
-        add(
-            "vllm:kv_cache_usage_perc",
-            "Share of the KV pool held by running sequences, 0 to 1.",
-            lambda s: s.kv_slots_allocated / s.kv_slots_total if s.kv_slots_total else 0.0,
-        )
-        add("specserve:kv_slots_total", "Token slots of the KV pool.", lambda s: s.kv_slots_total)
-        add(
-            "specserve:kv_slots_allocated",
-            "Slots in blocks held by running sequences.",
-            lambda s: s.kv_slots_allocated,
-        )
-        add("specserve:kv_slots_used", "Of those, with valid KV.", lambda s: s.kv_slots_used)
+        """Register the gauges that are read at each scrape."""
         gauge = self._registry.gauge
+        for name, help, read in GAUGES:
+            gauge(name, help).set_function(partial(self._now, read))
         gauge(
             "vllm:num_requests_waiting", "Sequences that wait, in the server or the engine."
-        ).set_function(lambda: self._num_queued() + now(lambda s: s.num_waiting))
+        ).set_function(lambda: self._num_queued() + self._now(lambda s: s.num_waiting))
         gauge("specserve:engine_up", "1 while it takes requests.").set_function(self._is_up)
         gauge("specserve:open_streams", "Sequences whose engine stream is open.").set_function(
             lambda: self._engine.num_open_streams if self._engine else 0
         )
         gauge("specserve:tasks", "Tasks of the event loop.").set_function(_num_tasks)
 
-    def watch(self, engine: Engine, num_queued: Callable[[], int]) -> None:
+    def _now(self, read: Callable[[EngineStats], float]) -> float:
+        return read(self._stats) if self._stats is not None and self._is_up() else 0.0
+
+    def watch(self, engine: EngineProcess, num_queued: Callable[[], int]) -> None:
         """Set the engine whose state and restarts are shown, and the length of the queue."""
         self._engine = engine
         self._num_queued = num_queued
 
     def on_stats(self, stats: EngineStats) -> None:
-        """Record the latest snapshot. Counters grow by the difference to the one before.
-
-        A smaller `num_steps` than before means a new engine process, which counts from 0.
-        """
+        """Record the latest snapshot. Counters grow by the difference to the one before."""
         self._notice_restarts()
-        if self._stats is not None and stats.num_steps < self._stats.num_steps:
-            self._forget_engine()
-        before, totals = self._stats, engine_totals(stats)
-        for key, total in totals.items():
-            if total != (known := self._totals.get(key)):
-                name, labels = key
-                self._counters[name](*labels).inc(max(0.0, total - (known or 0.0)))
+        before, totals = self._stats, _totals(stats)
+        for (name, labels), total in totals.items():
+            if total != (known := self._totals.get((name, labels))):
+                self._counters[name](*labels).inc(total - (known or 0.0))
         self._stats, self._totals = stats, totals
         for drafter in stats.drafters:
             self._drafter_active(drafter.name).set(drafter.active)
         if before is not None and stats.num_steps == before.num_steps + 1:
             self._iteration_tokens.observe(_num_tokens(stats) - _num_tokens(before))
-
-    def on_engine_restart(self) -> None:
-        """Count one restart; the new engine process counts from 0.
-
-        Called automatically for the engine that `watch` set.
-        """
-        self._restarts.inc()
-        self._forget_engine()
 
     def request(self, num_prompt_tokens: int, max_tokens: int, n: int) -> RequestTimer:
         """A timer for a request that arrives now."""
@@ -211,19 +185,17 @@ class ServerMetrics:
         return self._registry.render(accept)
 
     def _notice_restarts(self) -> None:
-        if self._engine is not None:
-            for _ in range(self._engine.num_restarts - self._num_restarts):
-                self.on_engine_restart()
+        """Count the restarts since the last call; a new engine process counts from 0."""
+        if self._engine is not None and self._engine.num_restarts > self._num_restarts:
+            self._restarts.inc(self._engine.num_restarts - self._num_restarts)
             self._num_restarts = self._engine.num_restarts
-
-    def _forget_engine(self) -> None:
-        self._stats, self._totals = None, {}
+            self._stats, self._totals = None, {}
 
     def _is_up(self) -> bool:
         return self._engine is None or self._engine.state == "ready"
 
 
-def engine_totals(stats: EngineStats) -> Totals:
+def _totals(stats: EngineStats) -> Totals:
     """The totals of a snapshot by metric name. `drafter` is a drafter's name or "prediction"."""
     totals: Totals = {(name, ()): read(stats) for name, _, read in TOTALS}
     for name, _, read_depths in TOTALS_BY_POSITION:

@@ -13,16 +13,16 @@ from msgspec import inspect
 from specserve.types import RequestError
 
 T = TypeVar("T", bound=msgspec.Struct)
+_type_info = cache(inspect.type_info)
 
-_STRUCTURED_OUTPUT: Final = "structured output is not supported yet; leave it out"
 UNSUPPORTED: Final = {
     **dict.fromkeys(
-        ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"),
-        _STRUCTURED_OUTPUT,
-    ),
-    **dict.fromkeys(
-        ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
-        _STRUCTURED_OUTPUT,
+        (
+            *("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"),
+            *("response_format", "structured_outputs", "guided_json", "guided_regex"),
+            "guided_choice",
+        ),
+        "structured output is not supported yet; leave it out",
     ),
     "chat_template": "requests cannot bring a template; the model's own is used",
     "chat_template_kwargs": "the model's template takes no arguments here; leave it out",
@@ -53,7 +53,7 @@ _MAX_QUOTED: Final = 40  # characters of a string value that a message quotes
 
 def decode(body: bytes, request_type: type[T]) -> T:
     """The request in `body`. Raises RequestError, also for unknown and unsupported fields."""
-    fields = decode_object(body)
+    fields = _decode_object(body)
     known = request_type.__struct_fields__
     for name in list(fields):
         if name in known:
@@ -79,8 +79,7 @@ def convert(value: object, wanted: Any, name: str = "") -> Any:
         raise _request_error(str(error), name, value, wanted) from None
 
 
-def decode_object(body: bytes) -> dict[str, Any]:
-    """Decode a JSON object. Raises RequestError for anything else."""
+def _decode_object(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
     except RecursionError:
@@ -134,11 +133,6 @@ def _request_error(message: str, name: str, value: object, wanted: Any) -> Reque
     elif "..." not in steps:
         message = _GOT.sub("", message) + f", got {_quoted(_value_at(value, steps), message)}"
     return RequestError(_shortened(path), message)
-
-
-@cache
-def _type_info(wanted: Any) -> inspect.Type:
-    return inspect.type_info(wanted)
 
 
 def _allowed(kind: inspect.Type, steps: list[str]) -> list[str]:

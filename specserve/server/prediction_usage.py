@@ -29,15 +29,10 @@ class PredictionUsage:
             if self._next < len(self._prediction) and self._prediction[self._next] == token:
                 position = self._next
             elif drafter_id == PREDICTION_ID:  # drafted from another place of the prediction
-                position = self._find(token)
+                # Its first position from the current one on, else the first of all.
+                begin = self._next if token in self._prediction[self._next :] else 0
+                position = self._prediction.index(token, begin)
             else:
                 continue
             self._num_matched += 1
             self._next = position + 1
-
-    def _find(self, token: int) -> int:
-        """The first position of `token` from the current one on, else the first of all."""
-        try:
-            return self._prediction.index(token, self._next)
-        except ValueError:
-            return self._prediction.index(token)

@@ -88,28 +88,35 @@ class RequestTimer:
         self._num_prompt_tokens = num_prompt_tokens
         self._max_tokens = max_tokens
         self._n = n
-        self._arrived = clock()
-        self._scheduled: float | None = None
         self._choices: dict[int, _Choice] = {}
         self._finished = False
+        self.num_chunks = 0
+        self.num_tokens = 0
+        # Times by `clock`: the first admission of a choice, the first and the last token chunk.
+        self.arrived = self.last = clock()
+        self.admitted: float | None = None
+        self.first: float | None = None
 
     def scheduled(self) -> None:
         """The request was admitted to the engine; only the first call counts."""
-        if self._scheduled is None:
-            self._scheduled = self._clock()
+        if self.admitted is None:
+            self.admitted = self._clock()
 
     def tokens(self, count: int, choice: int = 0) -> None:
         """A token chunk of `count` > 0 tokens of one choice is sent."""
-        now = self._clock()
+        self.last = now = self._clock()
+        self.num_chunks += 1
+        self.num_tokens += count
+        if self.first is None:
+            self.first = now
+            self._metrics.first_token(now - self.arrived)
         seen = self._choices.get(choice)
         if seen is not None:
             self._metrics.inter_token(now - seen.last)
             seen.last = now
             seen.num_tokens += count
-            return
-        if not self._choices:
-            self._metrics.first_token(now - self._arrived)
-        self._choices[choice] = _Choice(now, now, count)
+        else:
+            self._choices[choice] = _Choice(now, now, count)
 
     def finish(self, reason: FinishReason) -> None:
         """The request is over, with all its choices; only the first call counts."""
@@ -118,22 +125,20 @@ class RequestTimer:
         self._finished = True
         metrics = self._metrics
         metrics.finished(reason).inc()
-        metrics.end_to_end(self._clock() - self._arrived)
+        metrics.end_to_end(self._clock() - self.arrived)
         metrics.prompt_tokens(self._num_prompt_tokens)
         metrics.max_tokens(self._max_tokens)
         metrics.n(self._n)
-        if self._scheduled is not None:
-            metrics.queue(self._scheduled - self._arrived)
+        if self.admitted is not None:
+            metrics.queue(self.admitted - self.arrived)
         for each in self._choices.values():
             metrics.generation_tokens(each.num_tokens)
             if each.num_tokens > 1:
                 metrics.per_token((each.last - each.first) / (each.num_tokens - 1))
-        if self._scheduled is not None and self._choices:
-            first = min(each.first for each in self._choices.values())
-            last = max(each.last for each in self._choices.values())
-            metrics.prefill(first - self._scheduled)
-            metrics.decode(last - first)
-            metrics.inference(last - self._scheduled)
+        if self.admitted is not None and self.first is not None:
+            metrics.prefill(self.first - self.admitted)
+            metrics.decode(self.last - self.first)
+            metrics.inference(self.last - self.admitted)
 
     def rejected(self, reason: str) -> None:
         """A full queue refused the request: it counts as rejected and not as finished."""

@@ -2,106 +2,89 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from aiohttp import web
 from msgspec import Struct
 
+from specserve.server.chat_formatter import ChatFormatter
+from specserve.server.completion_formatter import CompletionFormatter
 from specserve.server.connections import SERVER_NAME
 from specserve.server.encoded import encoded
 from specserve.server.error_mapping import as_api_error
-from specserve.server.errors import APIError
 from specserve.server.event_stream import KEEP_ALIVE_S, EventStream, padding, with_heartbeats
 from specserve.server.generation import GenerationRun
-from specserve.server.protocol.fields import GenerationFields, StreamOptions
-from specserve.server.protocol.usage import Metrics, Usage
+from specserve.server.protocol.fields import StreamOptions
 from specserve.server.service import REQUEST_ID
 from specserve.text.text_delta import TextDelta
 
 logger = logging.getLogger(__name__)
-
-
-class ResponseFormatter(Protocol):
-    """How a route formats its answers. Chunks have the fields `usage` and `metrics`."""
-
-    def first_chunks(self) -> Sequence[Struct]: ...
-
-    def delta_chunk(self, delta: TextDelta) -> Struct | None: ...
-
-    def usage_chunk(self) -> Struct: ...
-
-    def add(self, delta: TextDelta) -> None:
-        """Take the next delta of a single response."""
-
-    def choice(self, index: int) -> Struct:
-        """A choice of the single response, once all deltas were added."""
-
-    def response(self, choices: Sequence[Any], usage: Usage, metrics: Metrics) -> Struct:
-        """The single response; `choices` are all results of `choice`, in order."""
+ResponseFormatter = ChatFormatter | CompletionFormatter
 
 
 async def send_response(
-    request: web.Request,
-    fields: GenerationFields,
-    generation: GenerationRun,
-    formatter: ResponseFormatter,
+    request: web.Request, generation: GenerationRun, formatter: ResponseFormatter
 ) -> web.StreamResponse:
     """Send the answer. Before its first byte, raises what `GenerationRun.text_deltas` raises."""
-    if fields.stream:
-        options = fields.stream_options or StreamOptions()
-        return await _send_stream(request, options, generation, formatter)
+    if formatter.request.stream:
+        return await _send_stream(request, _chunks(generation, formatter), generation.id)
     return await _single_response(generation, formatter)
 
 
 async def _single_response(generation: GenerationRun, formatter: ResponseFormatter) -> web.Response:
-    job = generation.job
-    async with aclosing(generation.text_deltas()) as deltas:
-        async for delta in deltas:
-            formatter.add(delta)
-    choices = []
-    for index in range(len(job.prompts) * job.sampling.n):
-        choices.append(encoded(formatter.choice(index)))
+    deltas: defaultdict[int, list[TextDelta]] = defaultdict(list)  # by choice
+    logprobs: defaultdict[int, list[Any]] = defaultdict(list)
+    async with aclosing(generation.text_deltas()) as arriving:
+        async for delta in arriving:
+            logprobs[delta.choice].append(formatter.logprobs(delta))
+            deltas[delta.choice].append(delta.without_logprobs())
+    choices: list[Any] = []
+    for index in range(generation.num_choices):
+        choices.append(encoded(formatter.choice(deltas.pop(index), logprobs.pop(index))))
         await asyncio.sleep(0)  # let other tasks run: there may be many long choices
     answer = formatter.response(choices, generation.usage(), generation.metrics())
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
 async def _send_stream(
-    request: web.Request,
-    options: StreamOptions,
-    generation: GenerationRun,
-    formatter: ResponseFormatter,
+    request: web.Request, chunks: AsyncGenerator[list[Struct], None], generation_id: str
 ) -> web.StreamResponse:
     headers = {"X-Request-Id": request[REQUEST_ID], "Server": SERVER_NAME}
     events = EventStream(request, headers)
     try:
         async with (
-            aclosing(_chunks(options, generation, formatter)) as chunks,
+            aclosing(chunks),
             aclosing(with_heartbeats(chunks, KEEP_ALIVE_S)) as batches,
         ):
             async for batch in batches:
                 if batch is None:
                     await events.comment("keep-alive")
                 else:
-                    await events.send(*batch)
+                    await events.send(*map(msgspec.json.encode, batch))
         await events.end()
     except ConnectionError:
-        logger.info("%s: the client has disconnected", generation.job.id)
+        logger.info("%s: the client has disconnected", generation_id)
     except Exception as error:
         if not events.response.prepared:
             raise
-        await _end_with_error(events, as_api_error(error))
+        with suppress(ConnectionError):  # the status can no longer change
+            await events.send(as_api_error(error).body())
+            await events.end()
     return events.response
 
 
 async def _chunks(
-    options: StreamOptions, generation: GenerationRun, formatter: ResponseFormatter
+    generation: GenerationRun, formatter: ResponseFormatter
 ) -> AsyncGenerator[list[Struct], None]:
     """The chunks of each write, in order."""
-    num_unfinished = len(generation.job.prompts) * generation.job.sampling.n
+    fields = formatter.request
+    options = fields.stream_options or StreamOptions()
+    shows_tokens = fields.return_token_ids or fields.return_drafter_ids
+    num_unfinished = generation.num_choices
     started = False
 
     def complete(chunk: Struct, **more: Any) -> Struct:
@@ -118,20 +101,15 @@ async def _chunks(
         async for delta in deltas:
             batch = [] if started else [complete(chunk) for chunk in formatter.first_chunks()]
             started = True
-            num_unfinished -= delta.tokens.finish is not None
-            chunk = formatter.delta_chunk(delta)
-            if chunk is not None:
+            tokens = delta.tokens
+            num_unfinished -= tokens.finish is not None
+            if delta.text or tokens.finish or delta.logprobs or (shows_tokens and tokens.ids):
                 last = num_unfinished == 0 and not options.include_usage
-                batch.append(complete(chunk, **({"metrics": generation.metrics()} if last else {})))
+                more = {"metrics": generation.metrics()} if last else {}
+                choices = (formatter.chunk_choice(delta),)
+                batch.append(complete(formatter.answer, choices=choices, **more))
             if batch:
                 yield batch
     if options.include_usage:
         usage, metrics = generation.usage(), generation.metrics()
-        yield [complete(formatter.usage_chunk(), usage=usage, metrics=metrics)]
-
-
-async def _end_with_error(events: EventStream, error: APIError) -> None:
-    """End a stream that has begun with an error event; its status can no longer change."""
-    with suppress(ConnectionError):
-        await events.send_json(error.body())
-        await events.end()
+        yield [complete(formatter.answer, usage=usage, metrics=metrics)]

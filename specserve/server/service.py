@@ -3,51 +3,76 @@
 import re
 import secrets
 import time
-from dataclasses import dataclass, field
+from collections import defaultdict
+from pathlib import Path
 from typing import Final
 
 from aiohttp import web
 
 from specserve.async_engine import AsyncEngine
-from specserve.config import EngineConfig
+from specserve.config import EngineConfig, check_model_name, parse_bytes
 from specserve.engine.metrics import EngineInfo
+from specserve.hub.resolve import base_name
+from specserve.server import tokenizer_worker
 from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
 from specserve.server.errors import APIError
 from specserve.server.held_bodies import HeldBodies
-from specserve.server.key_speculation import KeySpeculation
+from specserve.server.key_speculation import KeyTotals
 from specserve.server.metrics import ServerMetrics
 from specserve.server.turns import Turns
 from specserve.text.token_bytes import TokenBytes
 
 RETRY_STARTING: Final = 2.0  # seconds, for Retry-After while the engine starts
+# Sequences admitted beyond `max_num_seqs`, so that the engine never waits for the next one.
+_EXTRA_SEQUENCES: Final = 4
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-@dataclass(slots=True, kw_only=True)
 class Service:
     """The parts of one server."""
 
-    config: EngineConfig
-    model_name: str
-    engine: AsyncEngine
-    token_bytes: TokenBytes
-    admission: Admission
-    bodies: HeldBodies
-    metrics: ServerMetrics
-    key_speculation: KeySpeculation = field(default_factory=KeySpeculation)
-    accepted: AcceptedRequests
-    turns: Turns
-    draining: bool = False
-    created: int = field(default_factory=lambda: int(time.time()))
+    def __init__(self, config: EngineConfig, target: Path, *, shared: bool) -> None:
+        """`target` is the model directory; `shared`: the server has several API keys.
 
-    def now(self) -> int:
-        """Unix seconds, for `created`."""
-        return int(time.time())
+        Raises ConfigError, and TokenizerError if the tokenizer cannot be read.
+        """
+        server = config.server
+        self.config = config
+        self.model_name = server.served_model_name or base_name(config.target.target)
+        check_model_name(self.model_name)
+        self.created = int(time.time())
+        self.draining = False
+        self.metrics = ServerMetrics(self.model_name)
+        self.engine = AsyncEngine(
+            config,
+            target,
+            tokenizer_module=tokenizer_worker.__name__,
+            shared=shared,
+            on_tokenized=self.metrics.tokenize_seconds.observe,
+        )
+        self.engine.process.on_stats = self.metrics.on_stats
+        self.token_bytes = TokenBytes(self.engine.tokenizer)
+        self.accepted = AcceptedRequests(server.max_connections, shared=shared)
+        self.max_body_bytes = parse_bytes("max_body_bytes", server.max_body_bytes)
+        self.bodies = HeldBodies(self.max_body_bytes, shared=shared)
+        self.turns = Turns(shared=shared)
+        self.admission = Admission(
+            config.schedule.max_num_seqs + _EXTRA_SEQUENCES,
+            server.max_queued_requests,
+            server.max_queued_tokens,
+            shared=shared,
+        )
+        self.key_totals: defaultdict[str, KeyTotals] = defaultdict(KeyTotals)
+        self.metrics.watch(self.engine.process, lambda: self.admission.num_waiting)
+        self.metrics.body_bytes.set_function(lambda: self.bodies.num_bytes)
+        pool = self.engine.tokenizer_pool
+        self.metrics.tokenizer_jobs_waiting.set_function(lambda: pool.num_waiting)
 
-    def not_ready(self) -> APIError | None:
-        """Why the server takes no new request now: a 503 with Retry-After, or None if it does."""
-        return self.shutting_down() or self.no_engine()
+    async def stop(self) -> None:
+        """Refuse new requests and end the engine."""
+        self.draining = True
+        await self.engine.stop()
 
     def shutting_down(self) -> APIError | None:
         """The 503 for new requests during a drain, else None."""
@@ -75,12 +100,8 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
-            raise APIError(
-                404,
-                f"model: {name!r} is not served here; this server has {self.model_name!r}",
-                param="model",
-                code="model_not_found",
-            )
+            message = f"model: {name!r} is not served here; this server has {self.model_name!r}"
+            raise APIError(404, message, param="model", code="model_not_found")
 
 
 SERVICE: Final = web.AppKey("service", Service)

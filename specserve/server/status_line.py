@@ -3,20 +3,19 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from itertools import islice, zip_longest
+from typing import Final
 
 from specserve.engine.metrics import EngineStats
-
-if TYPE_CHECKING:
-    from specserve.server.service import Service
+from specserve.server.service import Service
 
 MAX_POSITIONS: Final = 16  # depths whose acceptance rate is printed
 
 logger = logging.getLogger(__name__)
 
 
-async def print_status(service: "Service", interval: float) -> None:
+async def print_status(service: Service, interval: float) -> None:
     """Log the status every `interval` seconds, until cancelled."""
     before, since = service.engine.stats, time.monotonic()
     while True:
@@ -64,8 +63,8 @@ def format_status(
     accepted = growth(lambda s: s.num_accepted_tokens)
     known = () if before is None else before.speculation.accepted_by_depth
     reached, total = after.speculation.drafted_by_depth, after.speculation.accepted_by_depth
-    depths = range(min(len(reached), MAX_POSITIONS))
-    rates = [(_at(total, d) - _at(known, d)) / drafts for d in depths]
+    by_depth = zip_longest(reached, total, known, fillvalue=0)
+    rates = [(now - past) / drafts for _, now, past in islice(by_depth, MAX_POSITIONS)]
     return (
         f"{line}, SpecDecoding metrics: Mean acceptance length: {1 + accepted / drafts:.2f}, "
         f"Accepted throughput: {accepted / seconds:.2f} tokens/s, "
@@ -74,11 +73,6 @@ def format_status(
         f"Per-position acceptance rate: {', '.join(f'{rate:.3f}' for rate in rates)}, "
         f"Avg Draft acceptance rate: {_percent(accepted, drafted)}"
     )
-
-
-def _at(totals: Sequence[int], depth: int) -> int:
-    """The total at `depth`; 0 for depths without an entry."""
-    return totals[depth] if depth < len(totals) else 0
 
 
 def _percent(part: int, whole: int) -> str:

@@ -6,7 +6,6 @@ Run as `python -m specserve.server.tokenizer_worker FD`.
 """
 
 import sys
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -29,7 +28,6 @@ from specserve.text.chat_messages import read_messages
 from specserve.text.token_bytes import TokenBytes
 from specserve.types import RequestError
 
-MODULE: Final = "specserve.server.tokenizer_worker"
 MAX_TOKENS: Final = 2**20  # token ids in one request or answer: 8 MB of JSON
 
 
@@ -40,7 +38,7 @@ class Answer(Struct, frozen=True):
     body: bytes
 
 
-def read_completion(body: bytes, limits: Limits) -> bytes:
+def read_completion(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
     """Decode a `CompletionRequest` and re-encode it as msgpack.
 
     Raises RequestError, also if a prompt of token ids exceeds the context.
@@ -54,7 +52,7 @@ def read_completion(body: bytes, limits: Limits) -> bytes:
     return msgspec.msgpack.encode(request)
 
 
-def read_chat(body: bytes) -> bytes:
+def read_chat(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
     """Decode a `ChatRequest` and re-encode it as msgpack, its messages in plain form.
 
     Raises RequestError.
@@ -78,11 +76,12 @@ def tokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
         assert request.prompt is not None
         tokens = tokenizer.encode(request.prompt, add_special=request.add_special_tokens)
     _check_count("prompt" if request.messages is None else "messages", len(tokens))
+    names = map(_token_bytes(tokenizer).text, tokens) if request.return_token_strs else None
     response = TokenizeResponse(
         count=len(tokens),
         max_model_len=limits.max_model_len,
         tokens=tuple(tokens),
-        token_strs=_names(tokenizer, tokens) if request.return_token_strs else UNSET,
+        token_strs=UNSET if names is None else tuple(names),
     )
     return _answer(request.model, response)
 
@@ -100,25 +99,15 @@ def detokenize_body(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
 
 
 HANDLERS: Final[dict[str, Handler]] = {
-    read_completion.__name__: lambda tokenizer, body, limits: read_completion(body, limits),
-    read_chat.__name__: lambda tokenizer, body, limits: read_chat(body),
-    tokenize_body.__name__: tokenize_body,
-    detokenize_body.__name__: detokenize_body,
+    handler.__name__: handler
+    for handler in (read_completion, read_chat, tokenize_body, detokenize_body)
 }
+_token_bytes = lru_cache(maxsize=1)(TokenBytes)
 
 
 def _check_count(name: str, num_tokens: int) -> None:
     if num_tokens > MAX_TOKENS:
         raise RequestError(name, f"{num_tokens} tokens given; at most {MAX_TOKENS} are allowed")
-
-
-def _names(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, ...]:
-    return tuple(map(_token_bytes(tokenizer).text, tokens))
-
-
-@lru_cache(maxsize=1)
-def _token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    return TokenBytes(tokenizer)
 
 
 def _answer(model: str | None, response: Struct) -> bytes:

@@ -25,7 +25,7 @@ class Peer:
         self.socks = our_end, engine_end
         self.frames: FrameSocket[ToEngine] = FrameSocket(our_end, ToEngine)
         frames: FrameSocket[ToEngine] = FrameSocket(engine_end, ToEngine)
-        self.coalescer: BatchCoalescer[ToEngine] = BatchCoalescer(frames, idle_s=0.2)
+        self.coalescer: BatchCoalescer = BatchCoalescer(frames, idle_s=0.2)
         self.coalescer.record_step(LONG_STEP)
 
     def send(self, name: str) -> None:

@@ -142,7 +142,7 @@ def test_info_and_stats(
     answer = ids(runner.run(collect(engine, request(20))))
     engine.on_stats = lambda stats: seen.append(1 // 0)  # an error in the callback
     assert ids(runner.run(collect(engine, request(20)))) == answer
-    engine.on_stats = None
+    engine.on_stats = lambda stats: None
     assert seen[-1] == before.generation_tokens + len(answer)
     assert engine.stats is not None
     assert engine.stats.prompt_tokens == before.prompt_tokens + 50

@@ -60,7 +60,7 @@ def test_garbage_is_a_frame_error(body: bytes) -> None:
 def test_a_message_of_the_other_direction_is_a_frame_error() -> None:
     decoder: FrameDecoder[ToEngine] = FrameDecoder(ToEngine)
     with pytest.raises(FrameError, match="Loading"):
-        decoder.feed(encode_frame(Loading("weights")))
+        decoder.feed(encode_frame(Loading()))
 
 
 def test_a_frame_that_is_too_long_is_refused_before_it_arrives(

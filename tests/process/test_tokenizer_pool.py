@@ -111,11 +111,11 @@ def both(directory: Path) -> Iterator[Callable[..., Any]]:
 
 
 @settings(deadline=None)
-@given(text=texts, allow_special=st.booleans())
+@given(text=texts, add_special=st.booleans())
 def test_encode_returns_the_ids_of_the_tokenizer(
-    both: Callable[..., Any], text: str, allow_special: bool
+    both: Callable[..., Any], text: str, add_special: bool
 ) -> None:
-    ours, direct = both("encode", text, allow_special=allow_special)
+    ours, direct = both("encode", text, add_special=add_special)
     assert ours == direct
 
 
@@ -516,7 +516,6 @@ def test_text_without_tokens_does_not_end_a_process(tmp_path: Path) -> None:
             pids = pool.pids
             for ask, param in (
                 (pool.encode("an unheard word"), "prompt"),
-                (pool.encode("an unheard word", allow_special=True), "prompt"),
                 (pool.encode("unheard", param="prediction"), "prediction"),
                 (pool.chat(HI), "messages"),
             ):

@@ -157,7 +157,7 @@ def test_tokenizer_queue_is_fair_in_bytes_and_keeps_a_worker_free() -> None:
         loop = asyncio.get_running_loop()
 
         def put(tenant: str, num_bytes: int) -> PendingJob:
-            job = Encode("a" * num_bytes, False, False, "prompt")
+            job = Encode("a" * num_bytes, False, "prompt")
             pending = PendingJob(job, tenant, loop.create_future())
             queue.put(pending)
             return pending

@@ -1,6 +1,7 @@
 """Clients that leave, stall or never read, and too much at once: 45, 46, 51 to 59 of
 BAD_INPUTS.md. What it is that ends a request, nothing of it stays."""
 
+import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from refusal import COMPLETION, assert_error, assert_refused, scrape, vital_sign
 from tiny_chat import write_byte_chat
 from wire import Wire, dial, get, post
 
-from specserve.server.error_mapping import as_api_error
-from specserve.server.generation import DeadlineExceeded
+from specserve.server.deadline import Deadline
+from specserve.server.errors import APIError
 
 RUNNING: Final = "vllm:num_requests_running"
 WAITING: Final = "vllm:num_requests_waiting"
@@ -311,7 +312,14 @@ def test_deadlines(pressed: LiveServer, num_busy: int | None) -> None:
             assert last["error"]["code"] == "deadline_exceeded"
 
 
-def test_the_status_tells_whose_deadline_passed() -> None:
+@pytest.mark.parametrize(("by_client", "status"), [(True, 408), (False, 504)])
+def test_the_status_tells_whose_deadline_passed(by_client: bool, status: int) -> None:
     """56: 408 if the client set it, else 504."""
-    assert as_api_error(DeadlineExceeded("", by_client=True)).status == 408
-    assert as_api_error(DeadlineExceeded("", by_client=False)).status == 504
+
+    async def wait() -> None:
+        async with Deadline(0.0, by_client).enforced():
+            await asyncio.sleep(60)
+
+    with pytest.raises(APIError) as caught:
+        asyncio.run(wait())
+    assert caught.value.status == status

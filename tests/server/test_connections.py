@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvloop
@@ -18,7 +18,7 @@ from aiohttp import web
 from specserve.config import ServerConfig
 from specserve.server import listener as listener_module
 from specserve.server.accepted import AcceptedRequests
-from specserve.server.connections import protect_connection, read_body, runner_options
+from specserve.server.connections import RUNNER_OPTIONS, Connection, read_body
 from specserve.server.errors import APIError
 from specserve.server.listener import Listener, connection_limit, listen
 
@@ -166,7 +166,7 @@ async def serving(
     ) -> web.StreamResponse:
         if request.path != "/public":
             accepted.add(request.headers.get("x-key", "nobody"))
-            protect_connection(request)
+            cast(Connection, request.protocol).protect()
         return await handler(request)
 
     config = ServerConfig(port=0, **settings)
@@ -179,7 +179,7 @@ async def serving(
     app.router.add_get("/wait", wait)
     app.router.add_get("/fail", fail)
     app.router.add_get("/large", large)
-    runner = web.AppRunner(app, **runner_options(config))
+    runner = web.AppRunner(app, **RUNNER_OPTIONS)
     await runner.setup()
     listener = await listen(runner, config, tls)
     served = Served(listener, accepted)

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import pytest
@@ -37,7 +36,7 @@ def delta(choice: int, at: int) -> TextDelta:
 class Generation:
     """Stands for a `GenerationRun` of four choices."""
 
-    job = SimpleNamespace(prompts=[(1,)], sampling=SimpleNamespace(n=NUM_CHOICES), id="id")
+    id, num_choices = "id", NUM_CHOICES
 
     async def text_deltas(self) -> AsyncGenerator[TextDelta, None]:
         for at in range(NUM_TOKENS):
@@ -60,7 +59,7 @@ def chat(names: TokenBytes) -> ResponseFormatter:
 def completion(names: TokenBytes) -> ResponseFormatter:
     request = CompletionRequest(prompt="a", n=NUM_CHOICES, logprobs=NUM_TOP)
     answer = Completion(id="i", created=1, model="m", choices=())
-    return CompletionFormatter(answer, request, [(1,)], [], names)
+    return CompletionFormatter(answer, request, [(1,)], [""], names)
 
 
 MAKERS: Final = [chat, completion]
@@ -83,9 +82,8 @@ def test_the_event_loop_is_never_blocked_for_long(
 
     async def scenario() -> Any:
         watching = asyncio.create_task(watch())
-        fields = cast(Any, SimpleNamespace(stream=False))
         generation = cast(GenerationRun, Generation())
-        answer = await send_response(cast(Any, None), fields, generation, formatter)
+        answer = await send_response(cast(Any, None), generation, formatter)
         watching.cancel()
         return answer
 

@@ -38,11 +38,12 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
     continue_final_message: bool | None = None
     store: Literal[False] | None = None  # completions are never stored
 
-    @property
-    def names(self) -> dict[str, str]:
-        """Maps the engine's field names to the names that this request uses."""
-        newer = self.max_completion_tokens is not None
-        return {"prompt": "messages", **({"max_tokens": "max_completion_tokens"} if newer else {})}
+    def renamed(self, error: RequestError) -> RequestError:
+        """An error of the engine, with the name that the field has in this request."""
+        names = {"prompt": "messages"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return RequestError(names.get(error.param, error.param), error.message)
 
     @property
     def requested_max_tokens(self) -> int | None:
@@ -64,7 +65,7 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class TopLogprob(Struct, frozen=True):
-    """One alternative token. `token` is the token's text, or `bytes:\\xe4` if that is not a whole
+    """One token. `token` is the token's text, or `bytes:\\xe4` if that is not a whole
     character, or `token_id:7` if the text is not unique. `bytes` are the token's bytes."""
 
     token: str
@@ -72,10 +73,7 @@ class TopLogprob(Struct, frozen=True):
     bytes: tuple[int, ...]
 
 
-class TokenLogprob(Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: tuple[int, ...]
+class TokenLogprob(TopLogprob, frozen=True):
     top_logprobs: tuple[TopLogprob, ...]
 
 

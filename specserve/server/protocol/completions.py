@@ -30,6 +30,14 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
     logprobs: TopLogprobs | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
 
+    @property
+    def requested_max_tokens(self) -> int | None:
+        return self.max_tokens or DEFAULT_MAX_TOKENS
+
+    @property
+    def requested_logprobs(self) -> int | None:
+        return self.logprobs
+
     def check(self) -> None:
         super().check()
         n = self.n or 1
@@ -52,7 +60,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
             return [prompt]
         if not isinstance(prompt, list) or not prompt:
             raise RequestError("prompt", "expected text, token ids, or a list of either; not empty")
-        if _is_int(prompt[0]):
+        if type(prompt[0]) is int:  # not a bool
             return [_token_ids("prompt", prompt)]
         if len(prompt) > MAX_PROMPTS:
             raise RequestError("prompt", f"{len(prompt)} prompts; at most {MAX_PROMPTS}")
@@ -109,7 +117,3 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
         raise RequestError(name, "expected a list of token ids; not empty")
     ids: tuple[int, ...] = convert(value, tuple[TokenId, ...], name)
     return ids
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

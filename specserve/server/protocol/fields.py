@@ -4,7 +4,7 @@ A field that is null counts as not given. Bounds that depend on the model (token
 checked by `engine.limits`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -102,12 +102,6 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     service_tier: Literal["auto", "default"] | None = None
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
     def check(self) -> None:
         """Raise `RequestError` for fields that contradict each other, or an empty prediction."""
         if self.stream_options is not None and not self.stream:
@@ -117,18 +111,16 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def sampling(self, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """The sampling parameters; fields that were not given have the defaults."""
-        given: dict[str, Any] = {
-            name: value for name in _SAME_NAME if (value := getattr(self, name)) is not None
+        given = {name: getattr(self, name, None) for name in SamplingParams.__struct_fields__}
+        given |= {
+            "top_k": max(self.top_k or 0, 0),
+            "logit_bias": _token_biases(self.logit_bias or {}),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "max_tokens": max_tokens,
+            "logprobs": logprobs,
         }
-        return SamplingParams(
-            top_k=max(self.top_k or 0, 0),
-            logit_bias=_token_biases(self.logit_bias or {}),
-            stop=self.stops,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            **given,
-        )
+        return SamplingParams(**{name: each for name, each in given.items() if each is not None})
 
     def speculation_params(self, prediction: tuple[int, ...]) -> SpeculationParams:
         wanted = self.speculation or SpeculationOptions()
@@ -136,14 +128,6 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return SpeculationParams(
             wanted.enabled is not False, wanted.max_nodes, prediction, drafters
         )
-
-
-# The fields that `sampling` passes on unchanged. A sampling field that is missing here is ignored.
-_SAME_NAME = (
-    *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "min_tokens", "ignore_eos", "seed", "n"),
-    *("skip_special_tokens", "include_stop_str_in_output"),
-)
 
 
 def _token_biases(biases: dict[str, float]) -> dict[int, float]:

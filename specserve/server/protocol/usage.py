@@ -1,6 +1,7 @@
 """The cost of a response: OpenAI's `usage` and vLLM's `metrics`."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -62,14 +63,12 @@ def speculative_decoding(stats: Sequence[SpecStats], max_nodes: int) -> Speculat
     steps = sum(s.num_spec_steps for s in stats)
     drafted = sum(s.num_draft_tokens for s in stats)
     accepted = sum(s.num_accepted_draft_tokens for s in stats)
-    histogram = [0] * max([max_nodes, *(len(s.acceptance_histogram) for s in stats)])
-    for each in stats:
-        for length, count in enumerate(each.acceptance_histogram):
-            histogram[length] += count
+    histograms = ([0] * max_nodes, *(s.acceptance_histogram for s in stats))
+    histogram = tuple(map(sum, zip_longest(*histograms, fillvalue=0)))
     return SpeculativeDecoding(
         mean_acceptance_length=1 + accepted / steps if steps else 0.0,
         draft_acceptance_rate=accepted / drafted if drafted else 0.0,
-        acceptance_histogram=tuple(histogram),
+        acceptance_histogram=histogram,
         num_spec_steps=steps,
         num_accepted_draft_tokens=accepted,
         num_draft_tokens=drafted,

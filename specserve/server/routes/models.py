@@ -2,18 +2,15 @@
 
 from aiohttp import web
 
-from specserve.server.auth import Scope, scope
 from specserve.server.protocol.others import Model, ModelList
 from specserve.server.routes.reply import reply
 from specserve.server.service import SERVICE, Service
 
 
-@scope(Scope.INFERENCE)
 async def list_models(request: web.Request) -> web.Response:
     return reply(ModelList((_model(request.app[SERVICE]),)))
 
 
-@scope(Scope.INFERENCE)
 async def get_model(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     service.check_model(request.match_info["model"])

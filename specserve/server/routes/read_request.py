@@ -6,13 +6,12 @@ from typing import Final, TypeVar
 import msgspec
 from aiohttp import web
 
-from specserve.config import parse_bytes
-from specserve.server.auth import principal
+from specserve.server.auth import PRINCIPAL
 from specserve.server.connections import read_body
-from specserve.server.held_bodies import BODY
+from specserve.server.deadline import deadline
+from specserve.server.held_bodies import TAKE_BYTES
 from specserve.server.parse import decode
 from specserve.server.protocol.fields import GenerationFields
-from specserve.server.routes.deadline import within_deadline
 from specserve.server.service import SERVICE
 
 # Bytes; a longer body is decoded by a tokenizer process. Decoding this many in the event loop takes
@@ -45,25 +44,20 @@ async def read_bytes(request: web.Request) -> bytes:
     Raises APIError.
     """
     service = request.app[SERVICE]
-    config = service.config.server
-    limit = parse_bytes("max_body_bytes", config.max_body_bytes)
-    body = await read_body(request, limit, config.body_timeout, request[BODY].take)
-    await service.turns.wait(principal(request).name)
+    timeout = service.config.server.body_timeout
+    body = await read_body(request, service.max_body_bytes, timeout, request[TAKE_BYTES])
+    await service.turns.wait(request[PRINCIPAL].name)
     return body
 
 
 async def call_tokenizer_process(request: web.Request, handler: str, body: bytes) -> bytes:
     """Run the function `handler` of a tokenizer process on the body; returns its result.
 
-    Raises APIError, RequestError, TokenizerUnavailable or DeadlineExceeded.
+    Raises APIError, RequestError or TokenizerUnavailable.
     """
     service = request.app[SERVICE]
-    limits, tenant = service.engine_info().limits, principal(request).name
-    async with within_deadline(request, _find_timeout(body)):
-        return await service.engine.tokenizer_pool.call(handler, body, limits, tenant=tenant)
-
-
-def _find_timeout(body: bytes) -> float | None:
-    """The `request_timeout` of a body that is not decoded yet; decoding may have to wait, too."""
+    limits, tenant = service.engine_info().limits, request[PRINCIPAL].name
+    # The body is not decoded yet, and this may have to wait, too.
     found = _TIMEOUT.match(body, max(0, body.rfind(b'"request_timeout"')))
-    return float(found[1]) if found else None
+    async with deadline(request, float(found[1]) if found else None).enforced():
+        return await service.engine.tokenizer_pool.call(handler, body, limits, tenant=tenant)

@@ -1,15 +1,12 @@
 """GET /health, /ready, /version, /metrics, /v1/speculation, /openapi.json"""
 
-from typing import Literal
-
-import msgspec
 from aiohttp import web
+from msgspec import structs
 
 from specserve import __version__
-from specserve.engine.metrics import DrafterStats, EngineInfo, EngineStats
-from specserve.server.auth import Scope, principal, public, scope
+from specserve.engine.metrics import DrafterStats, EngineStats
+from specserve.server.auth import PRINCIPAL, Scope
 from specserve.server.errors import APIError
-from specserve.server.key_speculation import KeyTotals
 from specserve.server.openapi import openapi
 from specserve.server.protocol.others import (
     DrafterReport,
@@ -19,10 +16,9 @@ from specserve.server.protocol.others import (
     Version,
 )
 from specserve.server.routes.reply import reply
-from specserve.server.service import SERVICE
+from specserve.server.service import RETRY_STARTING, SERVICE
 
 
-@public
 async def health(request: web.Request) -> web.Response:
     """Liveness: 503 only if the engine cannot be started; a dead engine is restarted here."""
     state = request.app[SERVICE].engine.state
@@ -30,11 +26,10 @@ async def health(request: web.Request) -> web.Response:
     return reply(Health("failed" if failed else "ok", state), status=503 if failed else 200)
 
 
-@public
 async def ready(request: web.Request) -> web.Response:
     """Readiness: 200 if the engine is warm, the queue has room and the server is not draining."""
     service = request.app[SERVICE]
-    error = service.not_ready()
+    error = service.shutting_down() or service.no_engine()
     if error is None and service.admission.full:
         error = APIError.unavailable("the queue is full", service.admission.retry_after)
     if error is None:
@@ -42,44 +37,28 @@ async def ready(request: web.Request) -> web.Response:
     return reply(Readiness(False, error.message), status=503, headers=error.headers)
 
 
-@public
 async def version(request: web.Request) -> web.Response:
     return reply(Version(__version__))
 
 
-@public
 async def openapi_json(request: web.Request) -> web.Response:
     return web.json_response(openapi())
 
 
-@scope(Scope.METRICS)
 async def metrics(request: web.Request) -> web.Response:
     body, content_type = request.app[SERVICE].metrics.render(request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
-@scope(Scope.INFERENCE)
 async def speculation(request: web.Request) -> web.Response:
     """Totals of all requests for a key with the scope `metrics`, else those of the caller's key."""
-    service, caller = request.app[SERVICE], principal(request)
-    info = service.engine_info()
-    if Scope.METRICS not in caller.scopes:
-        return reply(_report(info, "own", service.key_speculation.of(caller.name)))
-    stats = service.engine.stats
-    assert stats is not None, "an engine that is ready has sent its first numbers"
-    report = msgspec.structs.replace(
-        _report(info, "all", stats),
-        num_running=stats.num_running,
-        by_drafter=tuple(map(_drafter_report, (*stats.drafters, stats.predictions))),
-    )
-    return reply(report)
-
-
-def _report(
-    info: EngineInfo, requests: Literal["all", "own"], counts: EngineStats | KeyTotals
-) -> SpeculationReport:
-    return SpeculationReport(
-        requests=requests,
+    service, caller = request.app[SERVICE], request[PRINCIPAL]
+    info, every = service.engine_info(), Scope.METRICS in caller.scopes
+    counts = service.engine.stats if every else service.key_totals[caller.name]
+    if counts is None:  # the engine is being restarted
+        raise APIError.unavailable(f"the engine is {service.engine.state}", RETRY_STARTING)
+    report = SpeculationReport(
+        requests="all" if every else "own",
         drafters=info.limits.drafters,
         exactness="exact" if info.exact else "fast",
         max_nodes=info.max_nodes,
@@ -88,17 +67,16 @@ def _report(
         num_accepted_tokens=counts.num_accepted_tokens,
         mean_acceptance_length=1 + counts.num_accepted_tokens / max(counts.num_drafts, 1),
     )
+    if isinstance(counts, EngineStats):
+        by_drafter = tuple(map(_drafter_report, (*counts.drafters, counts.predictions)))
+        report = structs.replace(report, num_running=counts.num_running, by_drafter=by_drafter)
+    return reply(report)
 
 
 def _drafter_report(drafter: DrafterStats) -> DrafterReport:
     return DrafterReport(
-        name=drafter.name,
-        active=drafter.active,
-        num_failures=drafter.num_failures,
-        num_proposed=drafter.num_proposed,
+        **structs.asdict(drafter),
         num_verified=drafter.num_verified,
         num_accepted=drafter.num_accepted,
         acceptance_rate=drafter.num_accepted / max(drafter.num_verified, 1),
-        verified_by_depth=drafter.verified_by_depth,
-        accepted_by_depth=drafter.accepted_by_depth,
     )

@@ -3,18 +3,15 @@
 import msgspec
 from aiohttp import web
 
-from specserve.server.auth import Scope, scope
 from specserve.server.routes.read_request import call_tokenizer_process, read_bytes
 from specserve.server.service import SERVICE
 from specserve.server.tokenizer_worker import Answer, detokenize_body, tokenize_body
 
 
-@scope(Scope.INFERENCE)
 async def tokenize(request: web.Request) -> web.Response:
     return await _answer(request, tokenize_body.__name__)
 
 
-@scope(Scope.INFERENCE)
 async def detokenize(request: web.Request) -> web.Response:
     return await _answer(request, detokenize_body.__name__)
 
