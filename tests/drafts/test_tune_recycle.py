@@ -13,9 +13,9 @@ from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.recycle.topk_table import TABLE_FILE, TopKTable
 from specserve_drafts.tune import prompt_file, recycle
-from specserve_drafts.tune.claim import LOCK, claimed
 from specserve_drafts.tune.prompt_file import NGRAM, training_prompts
 from specserve_drafts.tune.recycle import TableMade
+from specserve_drafts.tune.run_state import LOCK, claimed
 
 FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--max-tokens", "12"]
 

@@ -43,8 +43,7 @@ class ChainBatch:
     groups: tuple[Group, ...]
 
     def step_rows(self, step: int) -> Tensor:
-        """[M] int64: the answer token that each chain predicts at `step`, of all texts' answer
-        tokens; past the end of a text its last one."""
+        """See `head_training.Chains`."""
         rows = torch.arange(len(self.starts), device=self.starts.device)
         return rows + (self.left - 1).clamp_max(step)
 

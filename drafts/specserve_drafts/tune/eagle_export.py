@@ -40,18 +40,17 @@ def write_head(
     Without `embedding` the file has no embedding, and no LM head if that covers the whole
     vocabulary. `depth` is the number of tokens to draft that the config recommends.
     """
-    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
+    tensors = dict(weights)
     if embedding is not None:
-        tensors["embed_tokens.weight"] = embedding.to("cpu", dtype)
+        tensors["embed_tokens.weight"] = embedding
     is_part = len(ids := token_ids.cpu()) < shape.vocab_size
     if is_part or embedding is not None:
-        tensors["lm_head.weight"] = head.to("cpu", dtype)
+        tensors["lm_head.weight"] = head
     if is_part:
         tensors["d2t"] = ids - torch.arange(len(ids))
         tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
-    name = public_name(target)
-    config = head_config(shape, read_json(target / CONFIG), name, depth, dtype)
-    write_checkpoint(folder, tensors, config)
+    config = head_config(shape, read_json(target / CONFIG), public_name(target), depth)
+    write_checkpoint(folder, tensors, config, dtype)
 
 
 def write_token_order(folder: Path, counts: Tensor) -> None:
@@ -65,7 +64,7 @@ def write_token_order(folder: Path, counts: Tensor) -> None:
 
 
 def head_config(
-    shape: HeadShape, target: Mapping[str, Any], name: str, depth: int, dtype: torch.dtype
+    shape: HeadShape, target: Mapping[str, Any], name: str, depth: int
 ) -> dict[str, Any]:
     """config.json of the checkpoint. target: the target's config.json; name: its public name."""
     layer = {
@@ -109,5 +108,4 @@ def head_config(
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": name, "architectures": target["architectures"]},
         },
-        "torch_dtype": str(dtype).removeprefix("torch."),
     }

@@ -1,9 +1,9 @@
 """The initial weights of an EAGLE head: the target's last layer, reading its last hidden state.
 
 `fc` passes the last auxiliary hidden state through and ignores the others. The head's layer has the
-weights of the target's last layer for that half of its input, and random weights for the half with
-the token embedding. If the last auxiliary hidden state is the output of the last layer, this is
-close to EAGLE-1 (Li et al. 2024).
+weights of the target's last layer for that half of its input, and random weights of the same
+standard deviation for the half with the token embedding. If the last auxiliary hidden state is the
+output of the last layer, this is close to EAGLE-1 (Li et al. 2024).
 """
 
 import torch
@@ -14,8 +14,6 @@ from specserve.models.shape import ModelShape
 from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.eagle_model import EagleHead
 
-# Standard deviation of the random weights on the embedding, relative to that of the other half.
-_EMBEDDING_SHARE = 1.0
 # Scale of the initial output norm. An untrained head predicts the token that the target has
 # predicted already, which is wrong; a small scale makes it less confident of that token
 # (drafts/LOG.md, 2026-11-25).
@@ -98,7 +96,7 @@ def start_from_target(
     for kind in "qkv":
         name = f"self_attn.{kind}_proj"
         own = floats(name) * floats("input_layernorm")
-        noise = torch.randn(own.shape, generator=generator) * own.std() * _EMBEDDING_SHARE
+        noise = torch.randn(own.shape, generator=generator) * own.std()
         weights[f"layers.0.{name}.weight"] = torch.cat((noise, own), -1)
     for kind in ("gate", "up"):
         weights[f"layers.0.mlp.{kind}_proj.weight"] = _fitted(

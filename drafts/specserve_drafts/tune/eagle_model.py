@@ -161,8 +161,7 @@ def _attend(
     q: Tensor,  # [M, num_kv, heads each, head_dim]
     own: Tensor,  # [M, num_kv, heads each, steps], attention scores of the chain's own steps
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the group's chains over the target's draft inputs k, v [B, num_kv, longest,
-    head_dim] and over their own steps.
+    """Attention of the group's chains over the target's draft inputs and over their own steps.
 
     Returns the weighted sum over the former [m, num_kv, heads each, head_dim], and the attention
     weights of the latter [m, num_kv, heads each, steps].

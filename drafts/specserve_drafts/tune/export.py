@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,12 +15,17 @@ CONFIG: Final = "config.json"
 
 
 def write_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
-    """Write model.safetensors and config.json to `folder`. Raises ValueError."""
+    """Write model.safetensors, with float tensors in `dtype`, and config.json to `folder`. Raises
+    ValueError."""
+    stored = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
     with atomic_write(folder / WEIGHTS) as part:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-    write_json(folder / CONFIG, config)
+        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, part)
+    write_json(folder / CONFIG, {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 def public_name(target: Path) -> str:

@@ -39,7 +39,7 @@ class HeadMade(Made, frozen=True):
 
 
 def write_head_card(folder: Path, made: HeadMade, kind: str, about: str, layout: str) -> None:
-    """Write provenance.json, README.md and the learning curve to `folder`.
+    """Write provenance.json and README.md to `folder`.
 
     kind: of heads, for the title. about: their inputs and weights, in sentences. layout: a sentence
     on the layout of the checkpoint.
@@ -66,7 +66,6 @@ def write_head_card(folder: Path, made: HeadMade, kind: str, about: str, layout:
     )
     note = f"{layout} It affects only the speed, never the output."
     write_card(folder, made, kind, about, facts, note)
-    draw_head_curve(folder, made.curve)
 
 
 def draw_head_curve(folder: Path, curve: Sequence[HeadPoint]) -> None:

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.command import add_run_flags, new_parser, run_command
 from specserve_drafts.tune.head_card import HeadMade, write_head_card
 from specserve_drafts.tune.head_run import Run, answer
 from specserve_drafts.tune.head_training import Method
+from specserve_drafts.tune.run_state import claimed
 from specserve_drafts.tune.settings import add_settings, read_settings
 from specserve_evals import provenance
 from specserve_evals.runs import at_least_one

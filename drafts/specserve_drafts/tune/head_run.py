@@ -83,7 +83,7 @@ class Run:
         self.trainer = self._trainer()
         self._held_out = self.trainer.hold_out(held_out)
         self._recent: list[Stepped] = []
-        self._loaded: tuple[tuple[int, int], list[list[Text]]] | None = None
+        self._parts: list[list[Text]] = []  # batches of the shard that is trained on
 
     @property
     def num_prompts(self) -> int:
@@ -144,9 +144,8 @@ class Run:
         self._update(passes=(*self.state.passes, 0), num_answered=num_answered)
 
     def _count_tokens(self, texts: Sequence[Text]) -> None:
-        for text in texts:
-            tokens = torch.from_numpy(text.tokens.astype(np.int64))
-            self._counts += torch.bincount(tokens, minlength=len(self._counts))
+        tokens = np.concatenate([text.tokens for text in texts]).astype(np.int64)
+        self._counts += torch.bincount(torch.from_numpy(tokens), minlength=len(self._counts))
 
     def _train(self, progress: float) -> None:
         if self.state.shard < 0:  # choose at random among those with the fewest passes
@@ -157,10 +156,12 @@ class Run:
             counted = (*passes[:shard], passes[shard] + 1, *passes[shard + 1 :])
             self._update(shard=shard, cursor=0, passes=counted)
         state = self.state
-        parts = self._batches(state.shard, state.passes[state.shard])
-        result = self.trainer.step(parts[state.cursor], progress)
+        if not self._parts:
+            self._parts = self._batches(state.shard, state.passes[state.shard])
+        result = self.trainer.step(self._parts[state.cursor], progress)
         self._recent.append(result)
-        last = state.cursor + 1 == len(parts)
+        if last := state.cursor + 1 == len(self._parts):
+            self._parts = []
         self._update(
             num_steps=self.trainer.num_steps,
             num_tokens=state.num_tokens + result.num_tokens,
@@ -169,13 +170,11 @@ class Run:
         )
 
     def _batches(self, shard: int, number: int) -> list[list[Text]]:
-        if self._loaded is None or self._loaded[0] != (shard, number):
-            texts = self._answers.shard(shard)
-            if self.settings.learn == "texts":
-                texts = whole_texts(texts)
-            seed = (self.settings.seed, shard, number)
-            self._loaded = ((shard, number), batches(texts, self.settings.step_tokens, seed))
-        return self._loaded[1]
+        """The batches of pass `number` over a shard."""
+        texts = self._answers.shard(shard)
+        if self.settings.learn == "texts":
+            texts = whole_texts(texts)
+        return batches(texts, self.settings.step_tokens, (self.settings.seed, shard, number))
 
     def _check(self) -> None:
         """Measure the averaged weights on the held-out answers; export them if they are the best

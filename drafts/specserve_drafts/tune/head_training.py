@@ -6,7 +6,6 @@ Knows no time and no progress on disk: the progress of the run is passed to each
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple, Protocol
 
@@ -30,6 +29,7 @@ _WARM_UP: Final = 0.04  # fraction of the run in which learning rates rise
 _CLIP: Final = 1.0  # limit of the norm of all gradients together
 _EMA: Final = 0.999  # decay of the moving average per step
 _LOGIT_ROWS: Final = 512  # rows whose logits exist at once in a check
+_OPTIMISER: Final = "optimiser."  # prefix of the names of its tensors in a saved state
 
 
 class Stepped(NamedTuple):
@@ -109,12 +109,7 @@ class Method(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """A batch of held-out texts: the heads' inputs and the answers."""
-
-    chains: Chains
-    answers: Tensor  # [num_answer_tokens] int64
+HeldOut = tuple[Chains, Tensor]  # some held-out texts; their answers: [num_answer_tokens] int64
 
 
 class Trainer:
@@ -133,6 +128,7 @@ class Trainer:
         shape, self.device = teacher.model.shape, teacher.device
         self.head = method.begin(checkpoint, teacher, last, len(token_ids))
         self.average = copy.deepcopy(self.head).requires_grad_(False)
+        self._heads = nn.ModuleDict({"head": self.head, "average": self.average})
         self.token_ids = token_ids.to(self.device)
         whole = len(token_ids) == shape.vocab_size
         self._drafted_ids = None if whole else self.token_ids
@@ -185,41 +181,28 @@ class Trainer:
     def check(self, held: Sequence[HeldOut]) -> Checked:
         """Measure the averaged weights on held-out answers."""
         hits, left = [], []
-        for part in held:
+        for chains, answers in held:
             with self._cast():
-                steps = [self._guesses(out) for out in self.average(part.chains)]
+                steps = [self._guesses(out) for out in self.average(chains)]
             right = [
-                (guess == part.answers[part.chains.step_rows(k)]) & (part.chains.left > k)
+                (guess == answers[chains.step_rows(k)]) & (chains.left > k)
                 for k, guess in enumerate(steps)
             ]
             hits.append(torch.stack(right, 1).cpu().numpy())
-            left.append(part.chains.left.cpu().numpy())
+            left.append(chains.left.cpu().numpy())
         return chain_acceptance(np.concatenate(hits), np.concatenate(left))
 
     def tensors(self) -> dict[str, Tensor]:
         """The complete state, for `load`, on the CPU."""
-        parts = {
-            "head": self.head.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self._optimiser.tensors(),
-            "vocab": {"ids": self.token_ids},
-        }
-        return {
-            f"{kind}.{name}": tensor.detach().cpu().contiguous()
-            for kind, tensors in parts.items()
-            for name, tensor in tensors.items()
-        }
+        tensors = self._heads.state_dict() | {"vocab.ids": self.token_ids}
+        tensors |= {f"{_OPTIMISER}{n}": tensor for n, tensor in self._optimiser.tensors().items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def load(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
         """Restore the state that `tensors` returned after `num_steps` steps."""
-
-        def of(kind: str) -> dict[str, Tensor]:
-            prefix = f"{kind}."
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-        self.head.load_state_dict(of("head"))
-        self.average.load_state_dict(of("average"))
-        self._optimiser.load(of("optimiser"))
+        self._heads.load_state_dict({name: tensors[name] for name in self._heads.state_dict()})
+        parts = {name.removeprefix(_OPTIMISER): tensor for name, tensor in tensors.items()}
+        self._optimiser.load(parts)
         self.num_steps = num_steps
 
     def _cast(self) -> torch.autocast:
@@ -228,7 +211,7 @@ class Trainer:
     def _hold(self, texts: Sequence[Text]) -> HeldOut:
         answers = np.concatenate([text.tokens[text.num_prompt :] for text in texts])
         chains = self._method.lay_out(texts, self._teacher.read(texts), self._teacher)
-        return HeldOut(chains, torch.from_numpy(answers.astype(np.int64)).to(self.device))
+        return chains, torch.from_numpy(answers.astype(np.int64)).to(self.device)
 
     def _guesses(self, out: Tensor) -> Tensor:
         """The most likely tokens: [n, hidden_size] -> [n] int64."""

@@ -77,9 +77,7 @@ def write_heads(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write the checkpoint to `folder`, atomically per file. target: the target's directory."""
-    tensors = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
-    if len(token_ids) < vocab_size:
-        tensors["token_map"] = token_ids.cpu()
+    tensors = {**weights, "token_map": token_ids} if len(token_ids) < vocab_size else weights
     unembeddings = [tensor for name, tensor in tensors.items() if name.startswith("lm_heads.")]
     config = {
         "architectures": ["MedusaModel"],
@@ -91,9 +89,8 @@ def write_heads(
         "num_hidden_layers": 1,
         "medusa_fc_bias": True,
         "base_model_name_or_path": public_name(target),
-        "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    write_checkpoint(folder, tensors, config)
+    write_checkpoint(folder, tensors, config, dtype)
 
 
 main = partial(train, MedusaMethod)

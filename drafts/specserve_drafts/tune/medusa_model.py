@@ -37,8 +37,7 @@ class MedusaChains:
     left: Tensor  # [M] int64, answer tokens from a + 1 to the text's end
 
     def step_rows(self, step: int) -> Tensor:
-        """[M] int64: the answer token that head `step` predicts for each chain, counted over all
-        texts; past the end of a text its last one."""
+        """See `head_training.Chains`."""
         return self.places + 1 + torch.minimum(self.left - 1, self.left.new_tensor(step))
 
 

@@ -20,10 +20,9 @@ from specserve_drafts.compatibility import DraftConfig
 from specserve_drafts.recycle.drafter import RecycleDrafter
 from specserve_drafts.recycle.topk_table import TABLE_FILE, TopKTable
 from specserve_drafts.tune.card import CURVE, Made, check_curve, draw_curve, write_card
-from specserve_drafts.tune.claim import claimed
 from specserve_drafts.tune.command import add_run_flags, new_parser, open_llm, run_command
 from specserve_drafts.tune.prompt_file import training_prompts
-from specserve_drafts.tune.run_state import STATE, RunState, open_state
+from specserve_drafts.tune.run_state import STATE, RunState, claimed, open_state
 from specserve_drafts.tune.settings import (
     RunSettings,
     add_settings,

@@ -1,5 +1,8 @@
-"""The progress of a run on disk, from which it is resumed."""
+"""The directory of a run: a lock on it, and the progress from which the run is resumed."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -7,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 STATE: Final = "state.json"
+LOCK: Final = ".running"
 
 
 class RunState(Struct, frozen=True):
@@ -35,3 +39,32 @@ def open_state(kind: type[State], out: Path, settings: dict[str, Any], *, resume
         if (before := state.settings.get(name)) != value:
             raise ValueError(f"{name}: {value!r} goes on with a run that had {before!r}; leave it")
     return state
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `directory`, which is created if missing: two runs in it would
+    remove each other's state.
+
+    Raises ValueError if another run holds the lock, or if the directory cannot be used. The system
+    releases the lock when a process dies, even if the lock file remains.
+    """
+    path = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"out: {directory} cannot be used: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"out: another run is at work in {directory}; wait for its end, or give another"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                directory.rmdir()  # succeeds only if the run left nothing in it

@@ -68,11 +68,8 @@ class Teacher:
         shape = self.model.shape
         # The layers whose hidden states are kept: `aux_layers`, and the output of the last layer.
         self.layers = tuple(sorted({*aux_layers, shape.num_layers}))
-        size = shape.hidden_size
         places = [self.layers.index(layer) for layer in aux_layers]
-        self._columns = torch.cat([torch.arange(size) + place * size for place in places])
-        self._columns = self._columns.to(self.device)
-        self._last = slice(len(self.layers) * size - size, None)
+        self._places = torch.tensor(places, device=self.device)
         num_slots = max(_PASS_ROWS[self.device.type], max_len + _BLOCK)
         self._storage = KVStorage(self.model.kv_spec, num_slots, self.device)
         self._kept: dict[bytes, Tensor] = {}  # by `_key`, the oldest first
@@ -99,10 +96,11 @@ class Teacher:
             for text, own in zip(part, torch.split(read, lengths), strict=True):
                 rows[_key(text)] = own[:-1]
                 self.keep(text.tokens[:-1], own[:-1])
-        pairs = [(text, rows[_key(text)]) for text in texts]
-        states = [own[: text.num_draft_inputs, self._columns].float() for text, own in pairs]
-        last = [own[text.num_prompt - 1 :, self._last] for text, own in pairs]
-        return Lesson(torch.cat(states), torch.cat(last))
+        layers = (-1, len(self.layers), self.model.shape.hidden_size)
+        pairs = [(text, rows[_key(text)].view(layers)) for text in texts]
+        states = [own[: text.num_draft_inputs, self._places].flatten(1) for text, own in pairs]
+        last = [own[text.num_prompt - 1 :, -1] for text, own in pairs]
+        return Lesson(torch.cat(states).float(), torch.cat(last))
 
     def keep(self, tokens: Ids, rows: Tensor) -> None:
         """Keep hidden states in memory; the oldest ones are dropped beyond the limit.
