@@ -14,8 +14,7 @@ from specserve.sampling import Sampler
 from specserve.speculation.drafter import DraftContext, TargetLayers
 from specserve.speculation.registry import create_drafter
 from specserve_drafts.eagle.drafter import EagleDrafter
-from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
-from specserve_drafts.eagle.quantized_head import QuantizedHead
+from specserve_drafts.eagle.head import HeadSegment, build_head_batch
 from specserve_kernels.dispatch import select_kernels
 
 CPU = torch.device("cpu")
@@ -55,7 +54,7 @@ def bound_drafter(
 
 
 def chain_logits(
-    head: DraftHead | QuantizedHead,
+    drafter: EagleDrafter,
     ids: Tensor,  # [n] int64
     states: Tensor,  # [n, num_aux_layers * target_hidden_size]
     num_steps: int,
@@ -66,12 +65,14 @@ def chain_logits(
     i + k and the head's own output.
     """
     n, tokens = len(ids), ids.tolist()
-    kv = KVStorage(head_kv_spec(head.shape, torch.float32), n * num_steps, CPU)
+    head, spec = drafter.head, drafter.kv_spec(torch.float32)
+    assert spec is not None
+    kv = KVStorage(spec, n * num_steps, CPU)
     ancestors = np.array([(2 << i) - 1 for i in range(max(n, num_steps))], np.uint64)
     slots = torch.arange(n * num_steps, dtype=torch.int32)
     own = slots[n:].reshape(n, -1)  # slots of each chain after its first draft input
     inputs = HeadSegment(slots[:n], 0, 0, tokens, np.arange(n), ancestors[:n])
-    rows = head(build_head_batch([inputs], CPU), head.fuse(states), kv)
+    rows = head(build_head_batch([inputs], head.fuse(states), kv))
     logits = [head.logits(rows)]
     for step in range(1, num_steps):
         nodes = [
@@ -85,6 +86,6 @@ def chain_logits(
             )
             for i in range(n - step)
         ]
-        rows = head(build_head_batch(nodes, CPU), rows[: n - step], kv)
+        rows = head(build_head_batch(nodes, rows[: n - step], kv))
         logits.append(head.logits(rows))
     return logits

@@ -72,16 +72,6 @@ class TreeExpansion:
             for node in self.selected
         ]
 
-    def add_candidates(self, index: int, tokens: list[int], probabilities: list[float]) -> None:
-        """Add successors of selected node `index`, given their conditional probabilities."""
-        parent = self.num_evaluated + index
-        node = self.nodes[parent]
-        for token, probability in zip(tokens, probabilities, strict=True):
-            if probability > 0.0:
-                path_prob = node.path_prob * probability
-                child = Node(token, parent, path_prob, node.depth + 1, node.ancestors)
-                self.frontier.append(child)
-
     def tree(self) -> DraftTree:
         """The evaluated nodes and the best of the frontier, `budget` nodes at most."""
         leaves = sorted(self.frontier, key=lambda node: -node.path_prob)
@@ -170,5 +160,8 @@ def add_ranked(expansions: Sequence[TreeExpansion], tokens: Tensor, log_probs: T
     """
     rows = zip(tokens.tolist(), log_probs.exp().tolist(), strict=True)
     for expansion in expansions:
-        for index in range(len(expansion.selected)):
-            expansion.add_candidates(index, *next(rows))
+        for index, node in enumerate(expansion.selected, expansion.num_evaluated):
+            for token, prob in zip(*next(rows), strict=True):
+                if prob > 0.0:
+                    path_prob, depth = node.path_prob * prob, node.depth + 1
+                    expansion.frontier.append(Node(token, index, path_prob, depth, node.ancestors))

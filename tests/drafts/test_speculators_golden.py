@@ -45,7 +45,7 @@ def test_logits_are_those_of_speculators(name: str) -> None:
     """Of every chain of three steps with given tokens, loaded as `--draft` loads it."""
     expected = load_file(GOLDEN / name / "expected.safetensors")
     drafter = bound_drafter(GOLDEN / name, TARGET, embed)
-    logits = chain_logits(drafter.head, expected["input_ids"], expected["aux_hidden_states"], STEPS)
+    logits = chain_logits(drafter, expected["input_ids"], expected["aux_hidden_states"], STEPS)
     for step in range(STEPS):
         torch.testing.assert_close(logits[step], expected[f"logits.{step}"], atol=1e-4, rtol=0.0)
 

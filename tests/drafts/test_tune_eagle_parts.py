@@ -14,8 +14,10 @@ from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
+from specserve.speculation.drafter import TargetLayers
 from specserve_drafts.eagle.checkpoint import read_head
 from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
+from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.eagle import EagleMethod, EagleSettings
 from specserve_drafts.tune.eagle_batch import build_chains
 from specserve_drafts.tune.eagle_export import write_head
@@ -76,16 +78,8 @@ def test_training_computes_what_serving_computes(
     assert file.token_ids.equal(DRAFT_IDS)
     assert file.shape == head.shape
     model = teacher.model
-    served = DraftHead(
-        file,
-        PLATFORM.kernels,
-        dtype=torch.float32,
-        device=CPU,
-        num_positions=64,
-        embed=model.embed,
-        final_norm=model.final_norm,
-        unembed=model.unembed,
-    )
+    target = TargetLayers(model.embed, model.final_norm, model.unembed, None)
+    served = DraftHead(file, PLATFORM.kernels, target, 64, torch.float32, CPU)
     with torch.no_grad():
         lesson = teacher.read(some)
         batch = build_chains(some, lesson.aux_hidden_states, teacher.embed, per_group)
@@ -96,7 +90,9 @@ def test_training_computes_what_serving_computes(
         states = lesson.aux_hidden_states[pair : pair + text.num_draft_inputs]
         for answer in range(text.num_answer):
             depth = min(4, text.num_answer - answer)
-            expected = served_chain(served, text, states, text.num_prompt - 2 + answer, depth)
+            expected = served_chain(
+                served, file.shape, text, states, text.num_prompt - 2 + answer, depth
+            )
             ours = torch.stack([logits[step][chain + answer] for step in range(depth)])
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
         pair, chain = pair + text.num_draft_inputs, chain + text.num_answer
@@ -104,21 +100,23 @@ def test_training_computes_what_serving_computes(
     assert pair == len(batch.positions)
 
 
-def served_chain(head: DraftHead, text: Text, states: Tensor, start: int, depth: int) -> Tensor:
+def served_chain(
+    head: DraftHead, shape: HeadShape, text: Text, states: Tensor, start: int, depth: int
+) -> Tensor:
     """[depth, draft_vocab] logits of the chain from draft input `start`, computed as in serving."""
-    kv = KVStorage(head_kv_spec(head.shape, torch.float32), 64, CPU)
+    kv = KVStorage(head_kv_spec(shape, torch.float32), 64, CPU)
     slot_list = torch.arange(64, dtype=torch.int32)
     words = np.array([(2 << i) - 1 for i in range(start + 1)], np.uint64)
     tokens = text.tokens.tolist()
     rows = head.fuse(states[: start + 1])
     true = HeadSegment(slot_list, 0, 0, tokens[1 : start + 2], np.arange(start + 1), words)
-    out = head(build_head_batch([true], CPU), rows, kv)[-1:]
+    out = head(build_head_batch([true], rows, kv))[-1:]
     logits = [head.logits(out)]
     for step in range(1, depth):  # nodes under the root, whose pair is node 0 of the tree
         word = np.array([(2 << step) - 1], np.uint64)
         token, position = tokens[start + 1 + step], np.array([start + step])
         node = HeadSegment(slot_list, start, step, [token], position, word)
-        out = head(build_head_batch([node], CPU), out, kv)
+        out = head(build_head_batch([node], out, kv))
         logits.append(head.logits(out))
     return torch.cat(logits)
 

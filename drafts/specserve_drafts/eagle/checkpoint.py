@@ -47,9 +47,7 @@ class HeadCheckpoint:
     token_ids: Tensor | None
     _checkpoint: SafetensorsCheckpoint
     _names: Mapping[str, str]  # internal name -> name in the file
-    _target: Path | None = (
-        None  # directory of the target whose LM head rows are used; see `with_draft_vocab`
-    )
+    _target: Path | None = None  # directory of the target whose LM head rows are used
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of an internal name in its stored dtype; of `lm_head.weight` the rows of the
@@ -79,15 +77,11 @@ class HeadCheckpoint:
             )
         if shape.own_head:
             ids = None if self.token_ids is None else self.token_ids[:draft_vocab]
-            return dataclasses.replace(
-                self, shape=replace(shape, draft_vocab_size=draft_vocab), token_ids=ids
-            )
-        return dataclasses.replace(
-            self,
-            shape=replace(shape, draft_vocab_size=draft_vocab, own_head=True),
-            token_ids=self._frequent(draft_vocab),
-            _target=target,
-        )
+            shape = replace(shape, draft_vocab_size=draft_vocab)
+            return dataclasses.replace(self, shape=shape, token_ids=ids)
+        ids = self._frequent(draft_vocab)
+        shape = replace(shape, draft_vocab_size=draft_vocab, own_head=True)
+        return dataclasses.replace(self, shape=shape, token_ids=ids, _target=target)
 
     def _frequent(self, count: int) -> Tensor:
         """The `count` most frequent tokens: [count] int64, ascending."""
@@ -108,10 +102,7 @@ class HeadCheckpoint:
 
 
 def read_head(
-    path: Path,
-    target: ModelShape,
-    *,
-    aux_layers: tuple[int, ...] | None = None,
+    path: Path, target: ModelShape, *, aux_layers: tuple[int, ...] | None = None
 ) -> HeadCheckpoint:
     """Open the head in the directory `path` and check it against the target.
 

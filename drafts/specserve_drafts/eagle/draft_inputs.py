@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,10 +34,8 @@ class DraftInputs(DraftKVState):
     # Consecutive hidden states, each tensor [n, size], the last row that of token num_observed - 1;
     # at least those of the pending draft inputs and of the one after them.
     hidden_states: list[Tensor] = field(default_factory=list)
-    # The slot list of `slots_up_to`, as a tensor and an array of the same memory. The slots of
-    # tokens before `_num_final` are final.
+    # The slot list of `slots_up_to`. The slots of tokens before `_num_final` are final.
     _slot_list: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
-    _slot_array: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     _num_final: int = 0
 
     def extend(self, states: Tensor) -> None:
@@ -69,14 +66,15 @@ class DraftInputs(DraftKVState):
         if self.num_inputs(end) > len(self._slot_list):
             longer = torch.empty(max(2 * self.num_inputs(end), 256), dtype=torch.int32)
             longer[: len(self._slot_list)] = self._slot_list
-            self._slot_list, self._slot_array = longer, longer.numpy()
+            self._slot_list = longer
+        array = self._slot_list.numpy()
         first, last = self.missing
         start = max(self._num_final, 1)
         if start < first:
-            self._slot_array[start - 1 : first - 1] = table.slots(start, first - start)
+            array[start - 1 : first - 1] = table.slots(start, first - start)
         start = max(start, last)
         own = slice(self.num_inputs(start), self.num_inputs(end))
-        self._slot_array[own] = table.slots(start, end - start)
+        array[own] = table.slots(start, end - start)
         self._num_final = min(table.num_committed, end)
         return self._slot_list
 

@@ -1,8 +1,6 @@
 """The `eagle` drafter: an EAGLE head proposes a dynamic tree (EAGLE, Li et al. 2024 and 2025).
 
-A published head of EAGLE-1, 2, 3 or 3.1 (`checkpoint`) reads draft inputs (`draft_inputs`): an
-auxiliary hidden state of the target and the token after it. For committed tokens these are the
-target's own hidden states; from the root's successors on the head's output takes their place. The
+A published head of EAGLE-1, 2, 3 or 3.1 (`checkpoint`) reads draft inputs (`draft_inputs`). The
 tree is grown best-first by path probability: EAGLE-2's dynamic tree (arXiv 2406.16858, section 4),
 cut to the budget during expansion. Candidates are ranked by log q at temperature 0, else by
 log q / T + g with the target's Gumbel noise g.
@@ -36,7 +34,7 @@ from specserve_drafts.compatibility import pretrained_head
 from specserve_drafts.eagle.checkpoint import read_head
 from specserve_drafts.eagle.draft_inputs import DraftInputs, HeadKV
 from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
-from specserve_drafts.eagle.quantized_head import QuantizedHead, can_be_quantized
+from specserve_drafts.eagle.quantized_head import can_be_quantized, read_weights
 from specserve_drafts.expansion import (
     ExpansionThreshold,
     TreeExpansion,
@@ -48,6 +46,7 @@ from specserve_kernels.draft_head import (
     DraftSampling,
     ExpansionLimits,
     ExpansionTask,
+    QuantizedDraftHead,
 )
 
 # LM head rows that a quantized head takes from the target with cost-aware verification. All 49152
@@ -89,7 +88,7 @@ class _TreeTask:
 
     def in_one_call(self) -> ExpansionTask:
         """The task for the kernel that expands the whole tree in one call."""
-        tokens, params, kv = self.seq.tokens, self.state.params, self.kv
+        tokens, kv, by = self.seq.tokens, self.kv, self.state.params
         root = len(tokens) - 1
         return ExpansionTask(
             self.slot_list,
@@ -99,34 +98,30 @@ class _TreeTask:
             tokens[root],
             root - 1,
             self.budget,
-            DraftSampling(
-                params.temperature, params.top_k, params.top_p, params.min_p, self.state.seed
-            ),
+            DraftSampling(by.temperature, by.top_k, by.top_p, by.min_p, self.state.seed),
             root + 1,
         )
 
 
-class _StepwiseDraft:
-    """One tree that is expanded by one forward pass per expansion step.
-
-    root_state: [hidden_size], the hidden state of the root's draft input.
-    """
+class _StepwiseExpansion(TreeExpansion):
+    """A tree that is expanded by one forward pass per expansion step."""
 
     def __init__(self, task: _TreeTask, root_state: Tensor) -> None:
-        self.expansion = TreeExpansion(task.seq, task.state, task.budget)
+        """root_state: [hidden_size], the hidden state of the root's draft input."""
+        super().__init__(task.seq, task.state, task.budget)
         self._kv, self._slot_list, self._root_state = task.kv, task.slot_list, root_state
         self._outputs: list[Tensor] = []  # of the evaluated nodes, each [hidden_size]
 
     def segment(self) -> HeadSegment:
         """The segment of the selected nodes."""
-        selected, root = self.expansion.selected, self.expansion.seq.num_tokens - 1
+        root = self.seq.num_tokens - 1
         return HeadSegment(
             self._slot_list,
             self._kv.num_inputs(root),
-            self.expansion.num_evaluated,
-            [node.token for node in selected],
-            root - 1 + np.array([node.depth for node in selected], np.int64),
-            np.array([node.ancestors for node in selected], np.uint64),
+            self.num_evaluated,
+            [node.token for node in self.selected],
+            root - 1 + np.array([node.depth for node in self.selected], np.int64),
+            np.array([node.ancestors for node in self.selected], np.uint64),
         )
 
     def hidden_states(self) -> list[Tensor]:
@@ -134,12 +129,12 @@ class _StepwiseDraft:
         parent."""
         return [
             self._root_state if node.parent < 0 else self._outputs[node.parent]
-            for node in self.expansion.selected
+            for node in self.selected
         ]
 
     def store(self, outputs: Iterator[Tensor]) -> None:
         """Store the head's output [hidden_size] of every selected node."""
-        self._outputs += [next(outputs) for _ in self.expansion.selected]
+        self._outputs += [next(outputs) for _ in self.selected]
 
 
 class EagleDrafter:
@@ -187,7 +182,7 @@ class EagleDrafter:
     def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
         in_one_call: list[_TreeTask] = []
         stepwise: list[_TreeTask] = []
-        in_kernel = isinstance(self.head, QuantizedHead) and not self._options.static
+        in_kernel = not isinstance(self.head, DraftHead) and not self._options.static
         for seq, budget in zip(seqs, budgets, strict=True):
             task = self._tree_task(seq, budget)
             if task is not None:
@@ -204,11 +199,11 @@ class EagleDrafter:
         """Trees by sequence id, expanded in one kernel call."""
         if not tasks:
             return {}
-        assert isinstance(self.head, QuantizedHead)
+        assert not isinstance(self.head, DraftHead)
         options, threshold = self._options, self._threshold.min_probability
         limits = ExpansionLimits(options.branching, options.beam, options.max_depth, threshold)
         inputs, started = [task.in_one_call() for task in tasks], time.perf_counter()
-        expanded = self.head.expand(limits, self._storage, inputs)
+        expanded = self.head.expand(limits, self._storage.data, inputs)
         num_steps = max(tree.num_passes for tree in expanded)
         self._threshold.record(time.perf_counter() - started, num_steps)
         return {
@@ -222,7 +217,7 @@ class EagleDrafter:
             return {}
         options, started, num_steps = self._options, time.perf_counter(), 0
         threshold = self._threshold.min_probability
-        drafts: list[_StepwiseDraft] = []
+        expansions: list[_StepwiseExpansion] = []
         pending: list[HeadSegment] = []
         pending_states: list[Tensor] = []
         fused = self.head.fuse(torch.cat([task.kv.pending_states() for task in tasks]))
@@ -230,24 +225,23 @@ class EagleDrafter:
         for task, states in zip(tasks, torch.split(fused, sizes), strict=True):
             pending += task.kv.pending_segments(task.seq.tokens, task.slot_list)
             pending_states.append(states[:-1])
-            drafts.append(_StepwiseDraft(task, states[-1]))
-        while active := [draft for draft in drafts if draft.expansion.selected]:
-            inputs = [state for draft in active for state in draft.hidden_states()]
-            out = self._forward(
-                pending + [draft.segment() for draft in active],
-                torch.cat([*pending_states, torch.stack(inputs)]),
-            )[-len(inputs) :]
+            expansions.append(_StepwiseExpansion(task, states[-1]))
+        while active := [expansion for expansion in expansions if expansion.selected]:
+            inputs = [state for expansion in active for state in expansion.hidden_states()]
+            segments = pending + [expansion.segment() for expansion in active]
+            states = torch.cat([*pending_states, torch.stack(inputs)])
+            out = self.head(build_head_batch(segments, states, self._storage))[-len(inputs) :]
             pending, pending_states = [], []
-            self._add_candidates([draft.expansion for draft in active], self.head.logits(out))
+            self._add_candidates(active, self.head.logits(out))
             outputs = iter(out.unbind())
-            for draft in active:
-                draft.store(outputs)
-                draft.expansion.select_next(options.beam, options.max_depth, threshold)
+            for expansion in active:
+                expansion.store(outputs)
+                expansion.select_next(options.beam, options.max_depth, threshold)
             num_steps += 1
         self._threshold.record(time.perf_counter() - started, num_steps)
-        return {draft.expansion.seq.id: draft.expansion.tree() for draft in drafts}
+        return {expansion.seq.id: expansion.tree() for expansion in expansions}
 
-    def _load(self, dtype: torch.dtype) -> DraftHead | QuantizedHead:
+    def _load(self, dtype: torch.dtype) -> DraftHead | QuantizedDraftHead:
         """The head: quantized if the target is, the kernels support it and the shape allows it."""
         context, fused = self._context, fused_models(self._context.kernels)
         embedding = context.target.quantized_embedding
@@ -257,17 +251,9 @@ class EagleDrafter:
                 if context.step_seconds is not None:
                     num_rows = min(_COST_AWARE_VOCAB, num_rows)
                 self._file = self._file.with_draft_vocab(num_rows, self._target)
-            return QuantizedHead(self._file, fused, self._num_positions, embedding)
-        return DraftHead(
-            self._file,
-            context.kernels,
-            dtype=dtype,
-            device=context.device,
-            num_positions=self._num_positions,
-            embed=context.target.embed,
-            final_norm=context.target.final_norm,
-            unembed=context.target.unembed,
-        )
+            return fused.draft_head(read_weights(self._file, self._num_positions, embedding))
+        target, num_positions = context.target, self._num_positions
+        return DraftHead(self._file, context.kernels, target, num_positions, dtype, context.device)
 
     def observe(self, feedback: Feedback) -> None:
         """Store the hidden states of all committed tokens until the next proposal."""
@@ -276,7 +262,15 @@ class EagleDrafter:
             states = feedback.hidden_states(self._file.shape.aux_layers, committed.rows)
             if states is None:
                 return  # these tokens become a missing range
-            self._record_hidden_states(seq, committed.start, states)
+            start, kv = committed.start, self._inputs.get(seq.id)
+            if kv is not None and kv.num_observed == start + len(states):
+                continue  # a repeated call: `observe` is retried if it raised for another sequence
+            if kv is None or kv.num_observed != start:
+                kv = self._inputs[seq.id] = self._kv.start(seq.table, start)
+            if kv.num_pending >= _MAX_PENDING:
+                self._write_pending(seq, kv)
+            self._kv.record(kv, seq.table)
+            self._kv.observe(kv, seq.table, states)
 
     def forget(self, seq_id: str) -> None:
         self._inputs.pop(seq_id, None)
@@ -292,29 +286,13 @@ class EagleDrafter:
         slot_list = kv.slots_up_to(root + max(budget - 1, 1), seq.table)
         return _TreeTask(seq, self._context.sampling_state(seq), budget, kv, slot_list)
 
-    def _record_hidden_states(self, seq: SequenceView, start: int, states: Tensor) -> None:
-        """Store the hidden states of tokens start, start + 1, ... that the target has computed.
-
-        states: [n, num_aux_layers * target_hidden_size].
-        """
-        kv = self._inputs.get(seq.id)
-        if kv is not None and kv.num_observed == start + len(states):
-            return  # a repeated call: `observe` is retried if it raised for another sequence
-        if kv is None or kv.num_observed != start:
-            kv = self._inputs[seq.id] = self._kv.start(seq.table, start)
-        if kv.num_pending >= _MAX_PENDING:
-            slot_list = kv.slots_up_to(kv.num_observed, seq.table)
-            pending = list(kv.pending_segments(seq.tokens, slot_list))
-            batch = build_head_batch(pending, self._context.device)
-            self.head.write_kv(batch, self.head.fuse(kv.pending_states()[:-1]), self._storage)
-            kv.mark_written()
-        self._kv.record(kv, seq.table)
-        self._kv.observe(kv, seq.table, states)
-
-    def _forward(self, segments: Sequence[HeadSegment], hidden_states: Tensor) -> Tensor:
-        """The head's output [num_rows, hidden_size]; `hidden_states` has the same shape."""
-        batch = build_head_batch(segments, self._context.device)
-        return self.head(batch, hidden_states, self._storage)
+    def _write_pending(self, seq: SequenceView, kv: DraftInputs) -> None:
+        """Compute the draft KV of the pending draft inputs."""
+        slot_list = kv.slots_up_to(kv.num_observed, seq.table)
+        pending = list(kv.pending_segments(seq.tokens, slot_list))
+        states = self.head.fuse(kv.pending_states()[:-1])
+        self.head.write_kv(build_head_batch(pending, states, self._storage))
+        kv.mark_written()
 
     def _add_candidates(self, expansions: Sequence[TreeExpansion], logits: Tensor) -> None:
         """Add successors of the selected nodes; logits: [num_selected, draft_vocab_size]."""

@@ -3,11 +3,10 @@
 A draft input is one position: the target's fused auxiliary hidden states of a token, and the next
 token. For positions that the target has not computed, the head's own output takes the place of the
 fused hidden states (Li et al. 2025, EAGLE-3, section 3; EAGLE-1 does the same with the target's
-last hidden state). Knows no sequences: rows come with their KV slots. Rounding may differ between
-batch shapes, as a draft need not be exact.
+last hidden state). Rounding may differ between batch shapes, as a draft need not be exact.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +22,14 @@ from specserve.models.layers.mlp import Mlp
 from specserve.models.layers.norm import RMSNorm
 from specserve.models.layers.rotary import Rotary
 from specserve.models.quantization.dense import DenseMethod
+from specserve.speculation.drafter import TargetLayers
 from specserve_drafts.eagle.checkpoint import HeadCheckpoint
-from specserve_drafts.eagle.head_shape import HeadShape
+from specserve_drafts.eagle.head_shape import HeadShape, aux_norm_names
+from specserve_kernels.decoder import DecoderPass
 from specserve_kernels.ops import Kernels
 from specserve_kernels.segments import Segments
+
+_NO_ROWS = torch.empty(0, dtype=torch.int64)  # whose logits the pass computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +46,17 @@ class HeadSegment:
     ancestors: npt.NDArray[np.uint64]  # [n] words, as in `DraftTree`
 
 
-@dataclass(frozen=True, slots=True)
-class HeadBatch:
-    input_ids: Tensor  # [num_rows] int64
-    positions: Tensor  # [num_rows] int64
-    slots: Tensor  # [num_rows] int64
-    segments: Segments
-
-
-def build_head_batch(segments: Sequence[HeadSegment], device: torch.device) -> HeadBatch:
-    """The tensors of one forward pass over `segments`.
+def build_head_batch(
+    segments: Sequence[HeadSegment],
+    hidden_states: Tensor,  # [num_rows, hidden_size], results of `fuse` or of a forward pass
+    kv: KVStorage,
+) -> DecoderPass:
+    """The input of one forward pass over `segments`.
 
     Slot lists are passed as block tables with a block size of 1, so a missing range leaves no gap
     in what attention reads.
     """
+    device = hidden_states.device
     lengths = [len(segment.tokens) for segment in segments]
     cu_rows = np.zeros(len(segments) + 1, np.int32)
     np.cumsum(lengths, out=cu_rows[1:])
@@ -71,7 +71,7 @@ def build_head_batch(segments: Sequence[HeadSegment], device: torch.device) -> H
         tables[index, :end] = slot_list[:end]
         slots[cu_rows[index] : cu_rows[index + 1]] = slot_list[end - length : end]
     ids = np.concatenate([np.asarray(segment.tokens, np.int64) for segment in segments])
-    return HeadBatch(
+    return DecoderPass(
         torch.from_numpy(ids).to(device),
         torch.from_numpy(np.concatenate([segment.positions for segment in segments])).to(device),
         torch.from_numpy(slots).to(device),
@@ -84,6 +84,9 @@ def build_head_batch(segments: Sequence[HeadSegment], device: torch.device) -> H
             num_rows=int(cu_rows[-1]),
             block_size=1,
         ),
+        kv.data,
+        _NO_ROWS,
+        hidden_in=hidden_states.contiguous(),
     )
 
 
@@ -92,37 +95,26 @@ def head_kv_spec(shape: HeadShape, dtype: torch.dtype) -> KVSpec:
 
 
 class DraftHead:
-    """One head, with the weights of `file` converted to `dtype`.
-
-    `embed`, `final_norm` and `unembed` are the target's (see `TargetLayers`).
-    """
+    """One head, with the weights of `file` converted to `dtype`. Its methods are those of
+    `QuantizedDraftHead`, in `dtype` instead of float32."""
 
     def __init__(
         self,
         file: HeadCheckpoint,
         kernels: Kernels,
-        *,
+        target: TargetLayers,
+        num_positions: int,
         dtype: torch.dtype,
         device: torch.device,
-        num_positions: int,
-        embed: Callable[[Tensor], Tensor],
-        final_norm: Callable[[Tensor], Tensor],
-        unembed: Callable[[Tensor], Tensor],
     ) -> None:
-        self.shape = shape = file.shape
-        self._kernels = kernels
-        self._dtype = dtype
-        self._embed, self._final_norm, self._unembed = embed, final_norm, unembed
+        self._shape = shape = file.shape
+        self._kernels, self._target, self._dtype = kernels, target, dtype
         weights = _Weights(file, dtype, device)
         self._rotary = Rotary(shape.rope, shape.head_dim, num_positions, device)
         if shape.own_embedding:
             self._embedding = weights.tensor("embed_tokens.weight")
         self._fc = weights.linear("fc", bias=shape.fc_bias)
-        self._aux_norms: list[RMSNorm] = []
-        if shape.aux_norm == "each":
-            self._aux_norms = [weights.norm(f"fc_norm.{i}") for i in range(len(shape.aux_layers))]
-        if shape.aux_norm == "joint":
-            self._aux_norms = [weights.norm("input_norm")]
+        self._aux_norms = [weights.norm(name) for name in aux_norm_names(shape)]
         self._layers = [
             _Layer(shape, weights, f"layers.{index}", first=index == 0)
             for index in range(shape.num_layers)
@@ -133,50 +125,46 @@ class DraftHead:
     def fuse(self, states: Tensor) -> Tensor:
         """Auxiliary hidden states [n, num_aux_layers * target_hidden_size], in the order of
         `shape.aux_layers`, -> fused [n, hidden_size]."""
-        shape = self.shape
+        shape = self._shape
         if shape.kind == "eagle1":
-            return self._final_norm(states).to(self._dtype)
+            return self._target.final_norm(states).to(self._dtype)
         parts = states.to(self._dtype).chunk(max(1, len(self._aux_norms)), dim=-1)
         normed = [norm(part) for norm, part in zip(self._aux_norms, parts, strict=False)]
         return self._fc(torch.cat(normed, dim=-1) if normed else parts[0])
 
-    def __call__(
-        self,
-        batch: HeadBatch,
-        hidden_states: Tensor,  # [num_rows, hidden_size], results of `fuse` or of this method
-        kv: KVStorage,
-    ) -> Tensor:
-        """Output hidden states [num_rows, hidden_size]; writes the draft inputs' K and V to
-        `kv`."""
-        shape = self.shape
+    def __call__(self, batch: DecoderPass) -> Tensor:
+        """Output hidden states [num_rows, hidden_size]; writes the draft inputs' K and V."""
+        assert batch.hidden_in is not None
+        shape = self._shape
         embeds = (
             F.embedding(batch.input_ids, self._embedding)
             if shape.own_embedding
-            else self._embed(batch.input_ids).to(self._dtype)
+            else self._target.embed(batch.input_ids).to(self._dtype)
         )
-        x = hidden_states
+        x = batch.hidden_in
         if shape.kind == "eagle1":
-            x = self._fc(torch.cat((embeds, hidden_states), dim=-1))
+            x = self._fc(torch.cat((embeds, x), dim=-1))
         plan = self._kernels.plan_attention(
             batch.segments, shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
         )
         angles = self._rotary.angles(batch.positions)
         inputs = AttentionInputs(self._kernels, plan, angles, batch.slots)
         for index, layer in enumerate(self._layers):
-            x = layer(x, embeds, kv.layer(index), inputs)
+            x = layer(x, embeds, (batch.kv[index, 0], batch.kv[index, 1]), inputs)
         return self._norm(x) if self._norm is not None and shape.norm_output else x
 
-    def write_kv(self, batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> None:
-        """Write the draft inputs' K and V to `kv`; the output is not needed."""
-        self(batch, hidden_states, kv)
+    def write_kv(self, batch: DecoderPass) -> None:
+        """Write the draft inputs' K and V; the output is not needed."""
+        self(batch)
 
     def logits(self, outputs: Tensor) -> Tensor:
         """Logits of the token after each draft input: [n, hidden_size], outputs of the forward
         pass, -> [n, draft_vocab_size] float32."""
-        if self._norm is not None and not self.shape.norm_output:
+        if self._norm is not None and not self._shape.norm_output:
             outputs = self._norm(outputs)
-        logits = self._unembed(outputs) if self._head is None else self._head(outputs).float()
-        return logits * self.shape.logit_scale
+        head = self._head
+        logits = self._target.unembed(outputs) if head is None else head(outputs).float()
+        return logits * self._shape.logit_scale
 
 
 class _Weights:

@@ -51,6 +51,13 @@ class HeadShape(Struct, frozen=True):
         return 2 * self.hidden_size if self.kind == "eagle3" else self.hidden_size
 
 
+def aux_norm_names(shape: HeadShape) -> list[str]:
+    """The norms of the `fc` inputs, by internal name."""
+    if shape.aux_norm == "each":
+        return [f"fc_norm.{index}" for index in range(len(shape.aux_layers))]
+    return ["input_norm"] if shape.aux_norm == "joint" else []
+
+
 def tensor_sizes(shape: HeadShape) -> dict[str, tuple[int, ...]]:
     """The size of every tensor of such a head, by internal name."""
     hidden, num_aux = shape.hidden_size, len(shape.aux_layers)
@@ -60,10 +67,9 @@ def tensor_sizes(shape: HeadShape) -> dict[str, tuple[int, ...]]:
         sizes["fc.bias"] = (hidden,)
     if shape.kind == "eagle3":
         sizes["norm.weight"] = (hidden,)
-    if shape.aux_norm == "each":
-        sizes |= {f"fc_norm.{i}.weight": (shape.target_hidden_size,) for i in range(num_aux)}
-    if shape.aux_norm == "joint":
-        sizes["input_norm.weight"] = (fc_inputs,)
+    for name in aux_norm_names(shape):
+        each = shape.aux_norm == "each"
+        sizes[f"{name}.weight"] = (shape.target_hidden_size if each else fc_inputs,)
     if shape.own_embedding:
         sizes["embed_tokens.weight"] = (shape.vocab_size, hidden)
     if shape.own_head:

@@ -1,37 +1,23 @@
-"""An EAGLE-3 head (see `head`) with int4 weights, run by the kernels of a backend that has them.
+"""The int4 weights of an EAGLE-3 head, for backends with kernels for them.
 
 Reading weights takes most of the time of a forward pass over one or two nodes, and int4 weights
-have an eighth of the bytes of float32. Owns the mapping from the checkpoint's tensors to the
-kernels' weights. EAGLE-3 only, and the head file must have its own LM head rows.
+have an eighth of the bytes of float32.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from specserve.cache.storage import KVStorage
 from specserve.models.rope import rotary_table
 from specserve_drafts.eagle.checkpoint import HeadCheckpoint
-from specserve_drafts.eagle.head import HeadBatch
-from specserve_drafts.eagle.head_shape import HeadShape
+from specserve_drafts.eagle.head_shape import HeadShape, aux_norm_names
 from specserve_kernels.decoder import (
-    DecoderPass,
     DecoderWeights,
     LayerWeights,
     QuantizedLinear,
     why_not_quantized,
 )
-from specserve_kernels.draft_head import (
-    DraftHeadWeights,
-    ExpandedTree,
-    ExpansionLimits,
-    ExpansionTask,
-)
-from specserve_kernels.fused import FusedModels
+from specserve_kernels.draft_head import DraftHeadWeights
 from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, quantize_int4
-
-_NO_ROWS = torch.empty(0, dtype=torch.int64)
 
 
 def can_be_quantized(shape: HeadShape) -> bool:
@@ -47,52 +33,13 @@ def can_be_quantized(shape: HeadShape) -> bool:
     return shape.kind == "eagle3" and reason is None and fits_groups
 
 
-class QuantizedHead:
-    """As `head.DraftHead`, and `expand` builds whole trees in one call. `can_be_quantized` of the
-    file's shape must be True."""
-
-    def __init__(
-        self,
-        file: HeadCheckpoint,
-        fused: FusedModels,
-        num_positions: int,
-        embedding: QuantizedWeight,  # the target's, [vocab_size, hidden_size]
-    ) -> None:
-        self.shape = file.shape
-        self._head = fused.draft_head(_read_weights(file, num_positions, embedding))
-        self.fuse = self._head.fuse
-        self.logits = self._head.logits
-
-    def __call__(self, batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> Tensor:
-        """See `head.DraftHead`."""
-        return self._head(_decoder_pass(batch, hidden_states, kv))
-
-    def write_kv(self, batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> None:
-        """See `head.DraftHead`."""
-        self._head.write_kv(_decoder_pass(batch, hidden_states, kv))
-
-    def expand(
-        self, limits: ExpansionLimits, kv: KVStorage, tasks: Sequence[ExpansionTask]
-    ) -> list[ExpandedTree]:
-        """See `QuantizedDraftHead.expand`."""
-        return self._head.expand(limits, kv.data, tasks)
-
-
-def _decoder_pass(batch: HeadBatch, hidden_states: Tensor, kv: KVStorage) -> DecoderPass:
-    return DecoderPass(
-        batch.input_ids,
-        batch.positions,
-        batch.slots,
-        batch.segments,
-        kv.data,
-        _NO_ROWS,
-        hidden_in=hidden_states.contiguous(),
-    )
-
-
-def _read_weights(
-    file: HeadCheckpoint, num_positions: int, embedding: QuantizedWeight
+def read_weights(
+    file: HeadCheckpoint,
+    num_positions: int,
+    embedding: QuantizedWeight,  # the target's, [vocab_size, hidden_size]
 ) -> DraftHeadWeights:
+    """The weights of a head as int4. `can_be_quantized` of its shape must be True, and it must have
+    LM head rows."""
     shape = file.shape
 
     def norm(name: str) -> Tensor:
@@ -136,16 +83,11 @@ def _read_weights(
         hidden_norm=norm("layers.0.hidden_norm"),
         normed_residual=shape.norm_before_residual,
     )
-    aux_norms: list[Tensor] = []
-    if shape.aux_norm == "each":
-        aux_norms = [norm(f"fc_norm.{index}") for index in range(len(shape.aux_layers))]
-    if shape.aux_norm == "joint":
-        aux_norms = [norm("input_norm")]
     ids = file.token_ids
     return DraftHeadWeights(
         decoder,
         linear("fc", shape.fc_bias),
-        aux_norms,
+        [norm(name) for name in aux_norm_names(shape)],
         shape.norm_output,
         shape.logit_scale,
         torch.arange(shape.draft_vocab_size) if ids is None else ids.to(torch.int64).contiguous(),

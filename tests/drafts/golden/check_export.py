@@ -65,7 +65,7 @@ def main() -> int:
     states = torch.randn(NUM_TOKENS, model.fc.in_features, generator=generator)
     theirs = reference_logits(model, ids, states, STEPS)
     drafter = bound_drafter(args.head, target, embed, unembed)
-    ours = chain_logits(drafter.head, ids, states, STEPS)
+    ours = chain_logits(drafter, ids, states, STEPS)
     worst = 0.0
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.isfinite(other).all()
