@@ -73,57 +73,50 @@ def long_answers(folder: Path, tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-class Tasks:
+def tasks(passages: Sequence[str], answers: Sequence[str], own: Sequence[str]) -> Iterator[str]:
     """Prompts over one to three texts."""
+    random = Random(0)
+    choice = random.choice
+    passages, answers = list(passages), list(answers)
+    random.shuffle(passages)
+    random.shuffle(answers)
 
-    def __init__(self, passages: Sequence[str], answers: Sequence[str], own: Sequence[str]) -> None:
-        self._random = Random(0)
-        self._passages, self._answers, self._own = list(passages), list(answers), own
-        self._random.shuffle(self._passages)
-        self._random.shuffle(self._answers)
-
-    def all(self) -> Iterator[str]:
-        choice = self._random.choice
-        for passage in self._passages[:2000]:
-            yield choice(SUM_UP).format(passage)
-        for _ in range(2500):
-            yield choice(SUM_UP).format(self._texts((1, 2, 2, 3)))
-        for _ in range(2500):
-            task, question = choice(ASK), choice(self._own)
-            texts = self._texts((1, 2, 2, 3))
-            yield task.format(texts, *[question] * (task.count("{}") - 1))
-        for _ in range(900):
-            yield choice(EXTRACT).format(self._texts((1, 2)))
-        for _ in range(1200):
-            sentence = choice(choice(self._answers).split(". ")).strip()
-            if 30 < len(sentence) < 300:
-                yield choice(TRANSLATE).format(choice(LANGUAGES), sentence)
-
-    def _texts(self, counts: Sequence[int]) -> str:
-        choice = self._random.choice
+    def texts(*counts: int) -> str:
         return "\n\n".join(
-            choice(self._passages if self._random.random() < 0.55 else self._answers)
-            for _ in range(choice(counts))
+            choice(passages if random.random() < 0.55 else answers) for _ in range(choice(counts))
         )
+
+    for passage in passages[:2000]:
+        yield choice(SUM_UP).format(passage)
+    for _ in range(2500):
+        yield choice(SUM_UP).format(texts(1, 2, 2, 3))
+    for _ in range(2500):
+        task, question = choice(ASK), choice(own)
+        yield task.format(texts(1, 2, 2, 3), *[question] * (task.count("{}") - 1))
+    for _ in range(900):
+        yield choice(EXTRACT).format(texts(1, 2))
+    for _ in range(1200):
+        sentence = choice(choice(answers).split(". ")).strip()
+        if 30 < len(sentence) < 300:
+            yield choice(TRANSLATE).format(choice(LANGUAGES), sentence)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--own", type=Path, nargs="+", required=True)
-    parser.add_argument("--others", type=Path, required=True)
-    parser.add_argument("--answers", type=Path, required=True)
+    for name in ("--others", "--answers", "--out"):
+        parser.add_argument(name, type=Path, required=True)
     parser.add_argument("--target", required=True)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     own = [row.prompt for file in sorted(args.own) for row in read_rows(file)]
     others = read_rows(args.others)
-    prompts = list(own)
+    prompts = own.copy()
     for source, every in EVERY.items():
         prompts += [row.prompt for row in others if row.source == source][::every]
     prompts += [row.prompt for row in others if row.source == TWICE]
     passages = [r.prompt for r in others if r.source == LONG and len(r.prompt) > LONG_CHARS]
     answers = long_answers(args.answers, Tokenizer(resolve(args.target)))
-    prompts += Tasks(passages, answers, own).all()
+    prompts += tasks(passages, answers, own)
     args.out.write_text(
         "".join(msgspec.json.encode({"prompt": p}).decode() + "\n" for p in prompts)
     )

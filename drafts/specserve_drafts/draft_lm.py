@@ -81,39 +81,32 @@ class DraftLM:
             for seq, limit in zip(seqs, limits, strict=True)
             if limit > 1 and self._can_read(seq)
         ]
-        self._expand(expansions)
-        trees = {each.seq.id: each.tree() for each in expansions}
-        return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
-
-    def _expand(self, expansions: Sequence[TreeExpansion]) -> None:
-        seqs = [expansion.seq for expansion in expansions]
-        pending = [row for seq in seqs for row in self._missing_segments(seq, seq.num_tokens - 1)]
+        drafted = [expansion.seq for expansion in expansions]
+        pending = [row for s in drafted for row in self._missing_segments(s, s.num_tokens - 1)]
         while active := [expansion for expansion in expansions if expansion.selected]:
             logits = self._forward(pending + [_selected_rows(expansion) for expansion in active])
             pending = []
-            branching = self._options.branching
-            ranked = rank_candidates(active, logits, self._context.sampler, branching)
-            add_ranked(active, *ranked)
+            sampler, options = self._context.sampler, self._options
+            add_ranked(active, *rank_candidates(active, logits, sampler, options.branching))
             for expansion in active:
-                expansion.select_next(self._options.beam, self._options.max_depth)
-        for seq in seqs:
+                expansion.select_next(options.beam, options.max_depth)
+        for seq in drafted:
             self._kv_states[seq.id].num_with_kv = seq.num_tokens  # the root has draft KV too
+        trees = {expansion.seq.id: expansion.tree() for expansion in expansions}
+        return [trees.get(seq.id) or root_tree(seq.tokens[-1]) for seq in seqs]
 
     def observe(self, feedback: Feedback) -> None:
         """Compute draft KV for prefill chunks, so that the first proposal need not process the
         whole prompt."""
         chunks = [
-            seq for seq in feedback.seqs if seq.id not in feedback.results and self._can_read(seq)
+            (seq, min(seq.num_committed, self._shape.max_position_embeddings))
+            for seq in feedback.seqs
+            if seq.id not in feedback.results and self._can_read(seq)
         ]
-        ends = [min(seq.num_committed, self._shape.max_position_embeddings) for seq in chunks]
-        pending = [
-            segment
-            for seq, end in zip(chunks, ends, strict=True)
-            for segment in self._missing_segments(seq, end)
-        ]
+        pending = [row for seq, end in chunks for row in self._missing_segments(seq, end)]
         if pending:
             self._forward(pending)
-        for seq, end in zip(chunks, ends, strict=True):
+        for seq, end in chunks:
             state = self._kv_states[seq.id]
             state.num_with_kv = max(state.num_with_kv, end)
 

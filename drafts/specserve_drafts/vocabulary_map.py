@@ -31,7 +31,13 @@ def token_ids_of(d2t: Tensor, t2d: Tensor | None, num_rows: int, vocab_size: int
     if not torch.equal(offsets.to(torch.float64), d2t.to(torch.float64)):
         raise ValueError(f"d2t holds numbers that are not whole; {_AGAIN}")
     ids = offsets + torch.arange(num_rows)
-    marked = None if t2d is None else _marked(t2d, vocab_size)
+    if t2d is not None and t2d.shape != (vocab_size,):
+        raise ValueError(
+            f"t2d has shape {list(t2d.shape)}; expected a mark for each of the target's "
+            f"{vocab_size} tokens; use the draft that was made for this target"
+        )
+    # The tokens that have a row: [n] int64, ascending.
+    marked = None if t2d is None else t2d.nonzero().flatten()
     problem = _problem(ids, marked, vocab_size)
     if _could_be_tokens(offsets, marked, vocab_size) and (
         problem is not None or (marked is None and _has_no_neighbours(offsets, vocab_size))
@@ -46,16 +52,6 @@ def token_ids_of(d2t: Tensor, t2d: Tensor | None, num_rows: int, vocab_size: int
     return ids
 
 
-def _marked(t2d: Tensor, vocab_size: int) -> Tensor:
-    """The tokens that have a row: [n] int64, ascending."""
-    if t2d.shape != (vocab_size,):
-        raise ValueError(
-            f"t2d has shape {list(t2d.shape)}; expected a mark for each of the target's "
-            f"{vocab_size} tokens; use the draft that was made for this target"
-        )
-    return t2d.nonzero().flatten()
-
-
 def _problem(ids: Tensor, marked: Tensor | None, vocab_size: int) -> str | None:
     """Why `ids` cannot be the token ids of the rows; None: they can."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
@@ -67,11 +63,9 @@ def _problem(ids: Tensor, marked: Tensor | None, vocab_size: int) -> str | None:
     ordered = ids.sort().values
     if not _is_ascending(ordered):
         return f"d2t names a token twice; {_AGAIN}"
-    if marked is None:
-        if not torch.equal(ordered, ids):
-            return f"d2t names tokens out of order, and there is no t2d to check it by; {_AGAIN}"
-        return None
-    if not torch.equal(ordered, marked):
+    if marked is None and not torch.equal(ordered, ids):
+        return f"d2t names tokens out of order, and there is no t2d to check it by; {_AGAIN}"
+    if marked is not None and not torch.equal(ordered, marked):
         return (
             f"d2t names {len(ids)} tokens and t2d marks {len(marked)}, not all the same; {_AGAIN}"
         )

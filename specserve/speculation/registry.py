@@ -22,7 +22,7 @@ from specserve.speculation.drafter import Drafter, DraftError, DraftOptions
 from specserve.speculation.failures import loading
 
 BUILTIN = {
-    "none": "specserve_drafts.none:NoDrafter",
+    "none": "specserve.speculation.drafter:NoModelDrafter",
     "ngram": "specserve_drafts.ngram:NgramDrafter",
     "suffix": "specserve_drafts.suffix.drafter:SuffixDrafter",
     "recycle": "specserve_drafts.recycle.drafter:RecycleDrafter",

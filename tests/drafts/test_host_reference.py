@@ -13,7 +13,7 @@ from specserve.speculation.cost_model import CostModel
 from specserve.speculation.node_selection import select_nodes
 from specserve.tree import MAX_NODES, DraftTree, build_tree
 from specserve_drafts.recycle.topk_table import REQUEST_RULE, TopKTable
-from specserve_drafts.suffix.search import SuffixSearch
+from specserve_drafts.suffix.drafter import new_search
 from specserve_kernels.host import COMPILED, HostCode, reference
 from specserve_kernels.host.interface import END, WIDTH
 
@@ -190,17 +190,17 @@ def test_topk_tables_after_a_tree() -> None:
 def test_trees_of_suffixes(
     logs: list[list[int]], pieces: int, sizes: Sequence[int], recent: list[int], budget: int
 ) -> None:
-    searches = both(lambda host: SuffixSearch(sizes, 0.02, host))
+    searches = both(lambda host: (host.TokenLog, new_search(sizes, 0.02, host)))
     trees = []
-    for search in searches:
+    for new_log, search in searches:
         filled = []
         for text in [*logs, recent]:
-            log = search.new_log()
+            log = new_log(sizes)
             for start in range(0, len(text), pieces):
                 log.extend(text[start : start + pieces])
             assert len(log) == len(text)
             filled.append(log)
-        trees.append(search.tree(filled, recent, budget))
+        trees.append(DraftTree(*search.tree(filled, recent, budget)))
     assert_same(*trees)
     trees[0].validate(6, budget)
 
@@ -208,12 +208,12 @@ def test_trees_of_suffixes(
 def test_a_long_log_finds_the_latest(rng: np.random.Generator) -> None:
     """With more n-grams than the hash table has room for at first."""
     text = rng.integers(0, 30, 20_000).tolist()
-    compiled, python = both(lambda host: SuffixSearch((4, 2, 1), 0.02, host))
+    searches = both(lambda host: (host.TokenLog((4, 2, 1)), new_search((4, 2, 1), 0.02, host)))
     trees = []
-    for search in (compiled, python):
-        log = search.new_log()
+    for log, search in searches:
         log.extend(text)
-        trees.append([search.tree([log], text[at : at + 9], 24) for at in range(0, 9000, 97)])
+        grown = [search.tree([log], text[at : at + 9], 24) for at in range(0, 9000, 97)]
+        trees.append([DraftTree(*fields) for fields in grown])
     for ours, theirs in zip(*trees, strict=True):
         assert_same(ours, theirs)
         assert len(ours) > 4

@@ -15,7 +15,7 @@ from specserve.speculation.drafter import DraftError, Feedback
 from specserve.speculation.registry import create_drafter
 from specserve.tree import DraftTree
 from specserve.types import Request, SamplingParams
-from specserve_drafts.suffix import search
+from specserve_drafts.suffix import drafter as suffix
 from specserve_drafts.suffix.drafter import PastOutputs, SuffixDrafter, SuffixOptions
 from specserve_kernels.host.reference import TokenLog
 
@@ -101,7 +101,7 @@ def test_the_tree_has_the_most_probable_of_all_paths(
     """Compared with a search over every position and every path."""
     options = {"min_match": min_match, "max_match": min_match + more, "min_probability": 0.0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_MAX_MATCHED", 10_000)  # all of them count
+        patch.setattr(suffix, "_MAX_MATCHED", 10_000)  # all of them count
         found = paths(propose(drafter(**options), text, budget))
     expected = all_paths(text, budget - 1, min_match, min_match + more)
     for path, path_prob in found.items():

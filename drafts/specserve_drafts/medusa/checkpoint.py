@@ -93,8 +93,7 @@ def read_medusa(path: Path, target: ModelShape) -> MedusaCheckpoint:
             checkpoint,
             names,
         )
-        _check_names(path, file, set(names))
-        _check_sizes(path, file, target)
+        _check_tensors(path, file, target)
     except ModelError as error:
         raise DraftError(f"draft: {error}") from error
     return file
@@ -112,7 +111,7 @@ def _internal_name(name: str, num_layers: int) -> str:
 
 def _check_config(config: Fields, target: ModelShape) -> None:
     """Check the sizes in config.json, if given. The authors' configs have neither field; there
-    `_check_sizes` decides by the tensors."""
+    `_check_tensors` decides."""
     for name, wanted in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
         if (value := config.integer(name, wanted)) != wanted:
             raise DraftError(
@@ -135,42 +134,36 @@ def _count_heads(config: Fields, names: Mapping[str, str]) -> int:
     return num_heads
 
 
-def _check_names(path: Path, file: MedusaCheckpoint, found: set[str]) -> None:
-    layers = [
-        f"{head}.{layer}.linear"
-        for head in range(file.num_heads)
-        for layer in range(file.num_layers)
-    ]
-    unembeddings = [f"{head}.{file.num_layers}.weight" for head in range(file.num_heads)]
-    wanted = {f"{layer}.weight" for layer in layers}
-    wanted |= set(unembeddings[:1] if file.shared_unembedding else unembeddings)
-    allowed = wanted | {f"{layer}.bias" for layer in layers} | {*unembeddings, _TOKEN_MAP}
+def _check_tensors(path: Path, file: MedusaCheckpoint, target: ModelShape) -> None:
+    """Raises DraftError unless the tensors have the names and sizes of such heads."""
+    hidden, vocab, num_layers = target.hidden_size, target.vocab_size, file.num_layers
+    unembedding = [(vocab, hidden)]
+    if file.token_ids is not None:
+        unembedding.append((len(file.token_ids), hidden))
+    required: dict[str, list[tuple[int, ...]]] = {}  # possible sizes by internal name
+    optional: dict[str, list[tuple[int, ...]]] = {}
+    for head in range(file.num_heads):
+        for layer in range(num_layers):
+            required[f"{head}.{layer}.linear.weight"] = [(hidden, hidden)]
+            optional[f"{head}.{layer}.linear.bias"] = [(hidden,)]
+        shared = file.shared_unembedding and head > 0
+        (optional if shared else required)[f"{head}.{num_layers}.weight"] = [*unembedding]
+    found = set(file._names) - {_TOKEN_MAP}
+    missing, unexpected = required.keys() - found, found - required.keys() - optional.keys()
     lists = [
         f"{kind}: {', '.join(sorted(some)[:4])}{', ...' if len(some) > 4 else ''}"
-        for kind, some in (("missing", wanted - found), ("unexpected", found - allowed))
+        for kind, some in (("missing", missing), ("unexpected", unexpected))
         if some
     ]
     if lists:
         raise DraftError(
             f"draft: {path}: the weights are not {file.num_heads} Medusa heads of "
-            f"{file.num_layers} layers; {'; '.join(lists)}; correct medusa_num_layers in "
+            f"{num_layers} layers; {'; '.join(lists)}; correct medusa_num_layers in "
             f"config.json, or {_AGAIN}"
         )
-
-
-def _check_sizes(path: Path, file: MedusaCheckpoint, target: ModelShape) -> None:
-    hidden, vocab = target.hidden_size, target.vocab_size
-    for name, theirs in file._names.items():
-        if name == _TOKEN_MAP:
-            continue
-        sizes: list[tuple[int, ...]] = [(hidden, hidden)]
-        if name.endswith(".bias"):
-            sizes = [(hidden,)]
-        elif ".linear." not in name:
-            sizes = [(vocab, hidden)]
-            if file.token_ids is not None:
-                sizes.append((len(file.token_ids), hidden))
-        if (size := file._checkpoint.entries[theirs].shape) not in sizes:
+    for name, sizes in (required | optional).items():
+        theirs = file._names.get(name)
+        if theirs and (size := file._checkpoint.entries[theirs].shape) not in sizes:
             raise DraftError(
                 f"draft: {path}: {theirs} has shape {list(size)}; for the target, of hidden size "
                 f"{hidden} and {vocab} tokens, it is {' or '.join(str(list(s)) for s in sizes)}; "

@@ -1,13 +1,12 @@
 """The `medusa` drafter: several heads over the target's last hidden state (Medusa, Cai et al. 2024,
 arXiv 2401.10774).
 
-The heads read the hidden state of the last committed token after the target's final norm, the same
-input from which the target's LM head predicted the root. Head i (from 0) predicts the token i + 1
-positions after the root, independently of the tokens in between. So all nodes of one depth have the
-same candidate children; the tree is grown best-first by the product of the heads' probabilities,
-where the authors use a fixed tree shape. At temperature T > 0 candidates are ranked by
-log q / T + g with the target's Gumbel noise g. There is no draft KV; the only state of a sequence
-is its last hidden state.
+The heads read the hidden state of the last committed token after the target's final norm, from
+which the target's LM head predicted the root. Head i (from 0) predicts the token i + 1 positions
+after the root, independently of the tokens in between. So all nodes of one depth have the same
+candidate children; the tree is grown best-first by the product of the heads' probabilities, where
+the authors use a fixed tree shape. At temperature T > 0 candidates are ranked by log q / T + g with
+the target's Gumbel noise g.
 """
 
 import heapq
@@ -31,7 +30,7 @@ from specserve.speculation.drafter import (
     Feedback,
     NodeCount,
 )
-from specserve.tree import DraftTree, build_tree, root_tree
+from specserve.tree import DraftTree, build_tree
 from specserve_drafts.medusa.checkpoint import read_medusa
 from specserve_drafts.medusa.heads import MedusaHeads
 
@@ -89,9 +88,7 @@ class MedusaDrafter:
         depth = min(self._num_heads, max(budgets, default=1) - 1)
         found = dict(zip([seq.id for seq in ready], self._candidates(ready, depth), strict=True))
         return [
-            product_tree(seq.tokens[-1], found[seq.id], budget)
-            if seq.id in found
-            else root_tree(seq.tokens[-1])
+            product_tree(seq.tokens[-1], found.get(seq.id, ()), budget)
             for seq, budget in zip(seqs, budgets, strict=True)
         ]
 
@@ -144,10 +141,7 @@ class MedusaDrafter:
 
 def product_tree(root: int, depths: Sequence[Candidates], budget: int) -> DraftTree:
     """The `budget` nodes of highest path probability, root included, of the tree in which every
-    node of depth d has the children `depths[d]`.
-
-    A path's probability is the product of its candidates' probabilities.
-    """
+    node of depth d has the children `depths[d]`."""
     tokens, parents, path_probs = [root], [-1], [1.0]
     # Frontier: the next unused child of each node, as (negative path probability, insertion number,
     # parent, depth, rank among the candidates); heapq pops the smallest.

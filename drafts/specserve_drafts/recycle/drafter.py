@@ -2,24 +2,20 @@
 
 Every verification pass yields the target's most likely next tokens at each tree node, rejected
 nodes included. A top-k table (`topk_table`) stores them by the last one to three tokens, and a tree
-is grown from the table best-first (after Luo et al. 2024, "Turning Trash into Treasure:
-Accelerating Inference of Large Language Models with Token Recycling", arXiv 2408.08696, whose table
-is keyed by the last token alone).
+is grown from the table best-first (after Luo et al. 2024, arXiv 2408.08696, whose table is keyed by
+the last token alone).
 
-One table is shared by all requests. Each request also has a table of its own, which is filled with
-its prompt first and has a higher learning rate, as texts repeat themselves. Prompt text is added to
-the request's own table only.
+One table is shared by all requests. Each request also has a table of its own, which begins with its
+prompt and has a higher learning rate, as texts repeat themselves.
 
 Entries learned under one `cache_salt` are not read under another. Entries learned without a salt,
 including those of a tuned table, are read by all requests. Requests for which this drafter was not
-called are not learned from, as learning takes time and would not speed them up. All work is on the
-host.
+called are not learned from, as learning takes time and would not speed them up.
 """
 
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,8 +45,6 @@ _REQUEST_CONTEXTS: Final = 2**14
 _SAVE_INTERVAL: Final = 60.0  # seconds
 
 logger = logging.getLogger(__name__)
-
-_TopSuccessors = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
 @dataclass(slots=True)
@@ -108,25 +102,18 @@ class RecycleDrafter(NoModelDrafter):
             raise DraftError(f"{field}: {error}") from error
         return TopKTable(contexts, vocab_size)
 
-    def propose(self, seqs: Sequence[SequenceView], budgets: Sequence[int]) -> list[DraftTree]:
-        """Grow trees best-first by path probability.
+    def propose_tree(self, seq: SequenceView, budget: int) -> DraftTree:
+        """Grow a tree best-first by path probability.
 
         At temperature > 0 candidates are ranked without the target's noise: probabilities that were
         recorded in other texts are too far from the current distribution to gain from it
         (drafts/LOG.md, 2026-11-25).
         """
-        trees = [
-            self.table.grow(
-                _salts(seq.cache_salt),
-                seq.tokens[: -ORDERS - 1 : -1],
-                budget,
-                self._min_probability,
-                self._request_table(seq),
-            )
-            for seq, budget in zip(seqs, budgets, strict=True)
-        ]
-        self._proposed_for.update(seq.id for seq in seqs)
-        return trees
+        recent, own = seq.tokens[: -ORDERS - 1 : -1], self._request_table(seq)
+        salts = _salts(seq.cache_salt)
+        tree = self.table.grow(salts, recent, budget, self._min_probability, own)
+        self._proposed_for.add(seq.id)
+        return tree
 
     def observe(self, feedback: Feedback) -> None:
         if not self._proposed_for:
@@ -146,18 +133,14 @@ class RecycleDrafter(NoModelDrafter):
         self._proposed_for.clear()
         if self._file is not None and time.monotonic() - self._saved_at >= _SAVE_INTERVAL:
             self._saved_at = time.monotonic()
-            self._save(self._file)
+            try:
+                self.table.save(self._file)
+            except ValueError as error:  # drafting continues
+                logger.warning("draft.options.recycle.file: %s", error)
 
     def forget(self, seq_id: str) -> None:
         """Drop the request's own table; the shared table keeps what was learned."""
         self._request_tables.pop(seq_id, None)
-
-    def _save(self, file: Path) -> None:
-        """Write the table to `file`; a failure is logged, and drafting continues."""
-        try:
-            self.table.save(file)
-        except ValueError as error:
-            logger.warning("draft.options.recycle.file: %s", error)
 
     def _request_table(self, seq: SequenceView) -> TopKTable:
         own = self._request_tables.get(seq.id)
@@ -170,7 +153,9 @@ class RecycleDrafter(NoModelDrafter):
             own.num_learned = seq.num_tokens
         return own.table
 
-    def _top_successors(self, output: ModelOutput) -> _TopSuccessors:
+    def _top_successors(
+        self, output: ModelOutput
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """The WIDTH most likely next tokens of each logit row and their logits, [rows, WIDTH]."""
         top = output.topk
         if top is None:

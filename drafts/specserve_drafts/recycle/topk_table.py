@@ -1,7 +1,4 @@
-"""The top-k table of `recycle`: its memory, its files, and the constants that were measured for it.
-
-`specserve_kernels.host` reads and writes the rows. Knows no requests.
-"""
+"""The top-k table of `recycle`: its memory, its files, and its measured constants."""
 
 from collections.abc import Sequence
 from pathlib import Path

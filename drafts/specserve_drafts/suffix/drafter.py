@@ -6,7 +6,8 @@ Oliaro et al. 2024, arXiv 2411.04975, who keep suffix trees with counts; here ha
 find the matches, and counts are taken from the texts at each proposal. All work is on the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Final
 
@@ -15,13 +16,16 @@ from msgspec import Meta
 from specserve.sequence import SequenceView, Status
 from specserve.speculation.drafter import DraftOptions, Feedback, NoModelDrafter, Probability
 from specserve.tree import DraftTree
-from specserve_drafts.suffix.search import SuffixSearch
+from specserve_kernels.host import HOST, HostCode
 from specserve_kernels.host.interface import END
-from specserve_kernels.host.reference import TokenLog
+from specserve_kernels.host.reference import SuffixSearch, TokenLog
 
+_MAX_MATCHES: Final = 32  # matches used per proposal; also positions checked per n-gram and log
+_MAX_MATCHED: Final = 64  # the search stops once its matches have this many matched tokens in all
+_WEIGHT_BASE: Final = 4.0  # factor in the weight of a match for each matched token
+_PSEUDO_COUNT: Final = 1.0  # m matched tokens scale a probability by m / (m + _PSEUDO_COUNT)
 _INDEXED_SIZES: Final = (4, 2)  # n-gram lengths that are indexed besides min_match
 _LOG_OVERHEAD: Final = 64  # tokens counted against `capacity` for each log, besides its text
-
 
 MatchSize = Annotated[int, Meta(ge=1, le=64)]
 
@@ -79,10 +83,12 @@ class SuffixDrafter(NoModelDrafter):
         assert isinstance(options, SuffixOptions)
         self._options = options
         sizes = [size for size in _INDEXED_SIZES if options.min_match < size <= options.max_match]
-        self._search = SuffixSearch((*sizes, options.min_match), options.min_probability)
+        sizes.append(options.min_match)
+        self._search = new_search(sizes, options.min_probability)
+        self._new_log = partial(HOST.TokenLog, sizes)
         self._request_logs: dict[str, TokenLog] = {}  # prompt and output, by sequence id
         self._running: dict[str, SequenceView] = {}  # by sequence id; `forget` takes their outputs
-        self._past = PastOutputs(options.capacity, self._search.new_log)
+        self._past = PastOutputs(options.capacity, self._new_log)
 
     def observe(self, feedback: Feedback) -> None:
         if self._options.shared:
@@ -98,8 +104,24 @@ class SuffixDrafter(NoModelDrafter):
     def propose_tree(self, seq: SequenceView, budget: int) -> DraftTree:
         own = self._request_logs.get(seq.id)
         if own is None:
-            own = self._request_logs[seq.id] = self._search.new_log()
+            own = self._request_logs[seq.id] = self._new_log()
         own.extend(seq.tokens[len(own) :])
         logs = [own, *self._past.logs(seq.cache_salt)]
         recent = seq.tokens[-self._options.max_match :]
-        return self._search.tree(logs, recent, budget)
+        return DraftTree(*self._search.tree(logs, recent, budget))
+
+
+def new_search(sizes: Sequence[int], min_probability: float, host: HostCode = HOST) -> SuffixSearch:
+    """A search for occurrences of a text's last tokens.
+
+    sizes: lengths of the n-grams by which matches are found, descending; the last one is the
+    shortest match. Nodes of a path probability below `min_probability` are not proposed.
+    """
+    return host.SuffixSearch(
+        sizes,
+        max_matches=_MAX_MATCHES,
+        max_matched=_MAX_MATCHED,
+        weight_base=_WEIGHT_BASE,
+        pseudo_count=_PSEUDO_COUNT,
+        min_probability=min_probability,
+    )
