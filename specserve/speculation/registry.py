@@ -141,13 +141,13 @@ def _read_options(name: str, given: dict[str, Any], kind: type[DraftOptions]) ->
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        raise DraftError(f"draft.options.{name}.{_reason(error, given, kind)}") from error
+        raise DraftError(f"draft.options.{name}.{invalid_field(error, given, kind)}") from error
 
 
-def _reason(
-    error: msgspec.ValidationError, given: Mapping[str, Any], kind: type[DraftOptions]
+def invalid_field(
+    error: msgspec.ValidationError, given: Mapping[str, Any], kind: type[msgspec.Struct]
 ) -> str:
-    """The option at fault, its value, and what is expected instead."""
+    """The field of `kind` at fault, its value, and what is expected instead."""
     expected, _, place = str(error).replace("`", "").partition(" - at $.")
     if not place:  # from `__post_init__`
         return expected
@@ -160,7 +160,7 @@ def _reason(
     return f"{place}: {quoted(given[place])}; {expected}"
 
 
-def _range(kind: type[DraftOptions], option: str) -> tuple[float, float] | None:
+def _range(kind: type[msgspec.Struct], option: str) -> tuple[float, float] | None:
     """The least and the largest value of an option, if its annotation has both."""
     hint = get_type_hints(kind, include_extras=True)[option]
     for part in (hint, *get_args(hint)):  # an option may be `Annotated[...] | None`

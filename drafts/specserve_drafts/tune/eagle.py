@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from msgspec import Meta
 from torch import Tensor
 
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
@@ -16,6 +17,7 @@ from specserve_drafts.tune.eagle_model import EagleHead
 from specserve_drafts.tune.head_command import train
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.head_training import Trainer
+from specserve_drafts.tune.settings import Count
 from specserve_drafts.tune.teacher import Lesson, Teacher
 from specserve_drafts.tune.texts import Text
 
@@ -29,15 +31,11 @@ class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
         "embedding": "own: the checkpoint holds a copy of the target's embedding, which the "
         "speculators package needs and engines do not",
     }
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = HeadSettings.RANGES | {
-        "mlp_size": (1, 2**20),
-        "depth": (1, 16),
-    }
     FREE: ClassVar[frozenset[str]] = HeadSettings.FREE | {"embedding"}
 
     aux_layers: tuple[int, ...] | None = None
-    mlp_size: int | None = None
-    depth: int = 4
+    mlp_size: Count | None = None
+    depth: Annotated[int, Meta(ge=1, le=16)] = 4
     embedding: Literal["target", "own"] = "target"
 
 

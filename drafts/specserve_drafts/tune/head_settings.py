@@ -1,8 +1,11 @@
 """The settings of a training run of heads. The defaults are for a CPU; see drafts/experiments."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from specserve_drafts.tune.settings import RunSettings
+from msgspec import Meta
+
+from specserve.speculation.drafter import Probability
+from specserve_drafts.tune.settings import Count, RunSettings
 
 
 class HeadSettings(RunSettings, frozen=True, forbid_unknown_fields=True):
@@ -22,30 +25,18 @@ class HeadSettings(RunSettings, frozen=True, forbid_unknown_fields=True):
         "precision": "data type of the matrix products in training",
         "learn": "answers: train on the tokens of answers only; texts: on those of prompts too",
     }
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = RunSettings.RANGES | {
-        "max_tokens": (2, 2**20),
-        "draft_vocab": (2, 2**24),
-        "max_len": (8, 2**20),
-        "step_tokens": (1, 2**20),
-        "share": (0.0, 0.95),
-        "repeats": (1, 1000),
-        "matrix_lr": (0.0, 1.0),
-        "other_lr": (0.0, 1.0),
-        "weight_decay": (0.0, 1.0),
-        "kl_first": (0.0, 1.0),
-        "check_every": (1, 10**6),
-    }
     FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"check_every"}
 
-    draft_vocab: int = 8192
-    max_len: int = 512
-    step_tokens: int = 1024
-    share: float = 0.35
-    repeats: int = 2
-    matrix_lr: float = 6e-3
-    other_lr: float = 1e-3
-    weight_decay: float = 0.01
-    kl_first: float = 0.3
-    check_every: int = 25
+    max_tokens: Annotated[int, Meta(ge=2, le=2**20)] = 256
+    draft_vocab: Annotated[int, Meta(ge=2, le=2**24)] = 8192
+    max_len: Annotated[int, Meta(ge=8, le=2**20)] = 512
+    step_tokens: Count = 1024
+    share: Annotated[float, Meta(ge=0, le=0.95)] = 0.35
+    repeats: Annotated[int, Meta(ge=1, le=1000)] = 2
+    matrix_lr: Probability = 6e-3
+    other_lr: Probability = 1e-3
+    weight_decay: Probability = 0.01
+    kl_first: Probability = 0.3
+    check_every: Annotated[int, Meta(ge=1, le=10**6)] = 25
     precision: Literal["float32", "bfloat16"] = "float32"
     learn: Literal["answers", "texts"] = "answers"

@@ -6,9 +6,10 @@ The file has vLLM's layout (see `medusa.checkpoint`): the authors' layout has no
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from specserve.models.checkpoint import Checkpoint
@@ -27,9 +28,8 @@ class MedusaSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
         "heads": "number of heads; head i (from 0) predicts the token i + 1 positions after the "
         "target's next token",
     }
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = HeadSettings.RANGES | {"heads": (1, 16)}
 
-    heads: int = 3
+    heads: Annotated[int, Meta(ge=1, le=16)] = 3
 
 
 class MedusaMethod:

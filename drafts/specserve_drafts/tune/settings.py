@@ -4,14 +4,15 @@ import argparse
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from specserve.cli.flags import add_flags, given
 from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
 from specserve.config import TargetConfig
+from specserve.speculation.registry import invalid_field
 from specserve.types import SamplingParams
 from specserve_evals.provenance import DataFile
 
@@ -19,9 +20,12 @@ _LISTS: Final = {"temperature": float, "aux_layers": int}  # flags that take sev
 _LIMITS: Final = frozenset({"minutes", "tokens"})
 
 
+Count = Annotated[int, Meta(ge=1, le=2**20)]
+
+
 class RunSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings common to all methods; a method's subclass adds its own. Raises ValueError if a
-    value is out of range."""
+    """Settings common to all methods; a method's subclass adds its own. Ranges are annotations,
+    which `read_settings` checks."""
 
     HELP: ClassVar[dict[str, str]] = {
         "minutes": "minutes of the run; 20 if neither this nor --tokens is given",
@@ -31,27 +35,16 @@ class RunSettings(Struct, frozen=True, forbid_unknown_fields=True):
         "temperature": "sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
         "seed": "seed of the order of prompts, of sampling and of initial weights",
     }
-    RANGES: ClassVar[dict[str, tuple[float, float]]] = {
-        "minutes": (1, 10**6),
-        "tokens": (1, 10**12),
-        "batch": (1, 4096),
-        "max_tokens": (1, 2**20),
-        "seed": (0, 2**31),
-    }
     FREE: ClassVar[frozenset[str]] = _LIMITS | {"batch"}  # may change on resuming
 
-    minutes: int | None = None
-    tokens: int | None = None
-    batch: int = 32
-    max_tokens: int = 256
+    minutes: Annotated[int, Meta(ge=1, le=10**6)] | None = None
+    tokens: Annotated[int, Meta(ge=1, le=10**12)] | None = None
+    batch: Annotated[int, Meta(ge=1, le=4096)] = 32
+    max_tokens: Count = 256
     temperature: tuple[float, ...] = (0.0, 0.7, 0.0, 1.0)
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
     def __post_init__(self) -> None:
-        for name, (low, high) in self.RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}: {value} is out of range; expected {low} to {high}")
         if self.minutes is not None and self.tokens is not None:
             raise ValueError("minutes: not together with tokens; give one of them")
         if not self.temperature or any(not 0 <= t <= 2 for t in self.temperature):
@@ -104,7 +97,7 @@ def read_settings(
     try:
         return msgspec.convert(values, kind), msgspec.convert(target, TargetConfig)
     except msgspec.ValidationError as error:
-        reason = error.__cause__ or error  # the message of `__post_init__`, if that raised
+        reason = invalid_field(error, values | target, kind)
         raise ValueError(f"{'' if file is None else f'{file}: '}{reason}") from error
 
 
