@@ -194,10 +194,11 @@ class AsyncEngine:
         cancelling the task that iterates over it, ends the request in the engine.
 
         `prediction` is an expected output text, which affects speed only. Of the waiting requests
-        of a `tenant`, those with the highest `priority` run first; tenants share the engine evenly.
-        Cached prefixes are shared at equal `cache_salt` only. Raises RequestError if the request
-        cannot be served, EngineUnavailable or TokenizerUnavailable (with `retry_after` in seconds),
-        GenerationFailed, and TimeoutError after `timeout` seconds.
+        of a `tenant`, those with the highest `priority` run first; tenants share the engine evenly,
+        and all tenants so far have equal parts of the prefix cache. Cached prefixes are shared at
+        equal `cache_salt` only. Raises RequestError if the request cannot be served,
+        EngineUnavailable or TokenizerUnavailable (with `retry_after` in seconds), GenerationFailed,
+        and TimeoutError after `timeout` seconds.
         """
         if self._stopping:
             raise EngineUnavailable("the engine is being stopped", _RETRY_STOPPED)

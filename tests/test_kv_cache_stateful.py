@@ -1,8 +1,11 @@
 """The KV cache under random sequences of operations: no block leaks or is shared by mistake.
 
-The test records with which tokens each slot was last written. The committed slots of a table must
-always hold its own tokens, however blocks were shared, moved or evicted.
+Every salt belongs to a tenant of its own. The test records with which tokens each slot was last
+written. The committed slots of a table must always hold its own tokens, however blocks were shared,
+moved or evicted.
 """
+
+from collections import Counter
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -22,7 +25,7 @@ from specserve.cache.prefix import prefix_hashes
 from specserve.cache.table import BlockTable
 
 BLOCK = 8
-SALTS = ("", "tenant")
+SALTS = ("", "alice", "bob")
 
 
 class Owner:
@@ -43,11 +46,12 @@ class KVCacheMachine(RuleBasedStateMachine):
     owners: Bundle[Owner] = Bundle("owners")
     waiting: Bundle[Owner] = Bundle("waiting")
 
-    @initialize(num_blocks=st.integers(2, 12))
+    @initialize(num_blocks=st.integers(2, 24))
     def start(self, num_blocks: int) -> None:
         self.kv = KVCacheManager(num_blocks, BLOCK)
         self.written: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot -> what its KV stands for
         self.live: list[Owner] = []
+        self.tenants: set[str] = set()  # admitted so far
 
     def write(self, owner: Owner, first_slot: int, tokens: list[int], context: list[int]) -> None:
         """KV of `tokens` behind `context`, at consecutive slots of the owner's table."""
@@ -74,7 +78,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     def admitted(self, owner: Owner, spare: int) -> Owners:
         available = self.kv.pool.num_available
         hashes = prefix_hashes(owner.tokens, BLOCK, owner.salt)
-        table = self.kv.admit(len(owner.tokens), hashes, spare_blocks=spare)
+        table = self.kv.admit(len(owner.tokens), hashes, tenant=owner.salt, spare_blocks=spare)
         if isinstance(table, Denied):
             assert self.kv.pool.num_available == available, "a denial took blocks"
             return multiple()
@@ -82,6 +86,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         assert table.num_committed < len(owner.tokens), "nothing left to compute"
         owner.table = table
         self.live.append(owner)
+        self.tenants.add(owner.salt)
         return owner
 
     @rule(owner=owners, rows=st.integers(1, 20))
@@ -102,9 +107,11 @@ class KVCacheMachine(RuleBasedStateMachine):
             return
         table, num_prefill = owner.table, owner.pending - 1
         before = (list(table.block_ids), table.num_committed)
-        if not self.kv.reserve(table, num_prefill + num_nodes):
+        if not self.kv.reserve(table, num_prefill + 1):
             assert (list(table.block_ids), table.num_committed) == before
             return
+        if not self.kv.reserve_tree(table, num_prefill + num_nodes):
+            num_nodes = 1
         start = table.num_committed
         self.write(owner, start, owner.tokens[start:], owner.tokens[:start])
         later = data.draw(st.sets(st.integers(1, num_nodes - 1)) if num_nodes > 1 else st.just({0}))
@@ -155,6 +162,26 @@ class KVCacheMachine(RuleBasedStateMachine):
             for position, slot in enumerate(owner.table.slots(0, committed)):
                 expected = (owner.salt, tuple(owner.tokens[: position + 1]))
                 assert self.written[slot] == expected, "a committed slot holds another's KV"
+
+    @invariant()
+    def cached_within_shares(self) -> None:
+        if not hasattr(self, "kv") or not self.tenants:
+            return
+        pool, num_tenants = self.kv.pool, len(self.tenants)
+        share = pool.num_blocks if num_tenants == 1 else pool.num_blocks // (2 * num_tenants)
+        used: dict[str, set[int]] = {tenant: set() for tenant in self.tenants}
+        for owner in self.live:
+            used[owner.salt].update(owner.table.block_ids)
+        idle = Counter(
+            self.written[block_id * BLOCK][0]
+            for block_id in range(pool.num_blocks)
+            if pool.is_idle(block_id)
+        )
+        assert idle.total() == pool.num_idle
+        for tenant, blocks in used.items():
+            assert not idle[tenant] or len(blocks) + idle[tenant] <= share
+        if sum(max(share, len(blocks)) for blocks in used.values()) > pool.num_blocks:
+            assert not idle, "blocks are cached though used ones reach into shares of others"
 
     def teardown(self) -> None:
         if hasattr(self, "kv"):

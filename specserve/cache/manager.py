@@ -35,14 +35,14 @@ class KVCacheManager:
         return self.pool.num_blocks * self.block_size
 
     def admit(
-        self, num_tokens: int, hashes: Sequence[bytes], *, spare_blocks: int
+        self, num_tokens: int, hashes: Sequence[bytes], *, tenant: str = "", spare_blocks: int
     ) -> BlockTable | Denied:
         """Return a block table with room for `num_tokens`, its cached prefix already committed.
 
-        `hashes` are the `prefix_hashes` of the tokens. Returns `Denied.NO_ROOM` if fewer than
-        `spare_blocks` available blocks would remain. Returns `Denied.IN_FLIGHT` if the first block
-        that is not cached is pending: a running sequence is about to publish it, and waiting avoids
-        computing and storing that block twice.
+        `hashes` are the `prefix_hashes` of the tokens. New blocks belong to `tenant`. Returns
+        `Denied.NO_ROOM` if fewer than `spare_blocks` available blocks would remain. Returns
+        `Denied.IN_FLIGHT` if the first block that is not cached is pending: a running sequence is
+        about to publish it, and waiting avoids computing and storing that block twice.
         """
         if not self.prefix_caching:
             hashes = ()
@@ -57,12 +57,13 @@ class KVCacheManager:
             return Denied.IN_FLIGHT
         num_cached = len(shared) * self.block_size
         table = BlockTable(self.block_size, list(shared), list(hashes[: len(shared)]), num_cached)
+        table.tenant = tenant
         idle = sum(self.pool.is_idle(block_id) for block_id in shared)
         if self.pool.num_available - idle - table.blocks_for(num_tokens) < spare_blocks:
             return Denied.NO_ROOM
         for block_id in shared:
             self.pool.share(block_id)
-        reserved = table.reserve(num_tokens - table.num_committed, self.pool)
+        reserved = table.reserve(num_tokens - table.num_committed, self.pool.take)
         assert reserved, "admission counted the blocks wrongly"
         table.pending_hashes.update(set(missing) - self._pending_hashes)
         self._pending_hashes |= table.pending_hashes
@@ -70,7 +71,11 @@ class KVCacheManager:
 
     def reserve(self, table: BlockTable, num_slots: int) -> bool:
         """Reserve `num_slots` slots past the commit point; False if the pool has too few blocks."""
-        return table.reserve(num_slots, self.pool)
+        return table.reserve(num_slots, self.pool.take)
+
+    def reserve_tree(self, table: BlockTable, num_slots: int) -> bool:
+        """Like `reserve`, with the slots of a tree. With several tenants it evicts no block."""
+        return table.reserve(num_slots, self.pool.take_for_tree)
 
     def commit(
         self, table: BlockTable, num_prefill: int, path: Sequence[int]
@@ -92,9 +97,13 @@ class KVCacheManager:
         return moves
 
     def publish(self, table: BlockTable, tokens: Sequence[int], salt: str) -> None:
-        """Hash the committed blocks that have become full, and add them to the prefix cache."""
+        """Hash the committed blocks that have become full, and add them to the prefix cache.
+
+        Call it when the commits of the step have released the tree blocks of all sequences.
+        """
         if not self.prefix_caching:
             return
+        self.pool.settle(table.tenant)
         size = self.block_size
         while (start := len(table.hashes) * size) + size <= table.num_committed:
             parent = table.hashes[-1] if table.hashes else root_hash(salt)

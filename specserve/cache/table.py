@@ -5,6 +5,7 @@ hold valid KV; slots up to `capacity` are reserved, with undefined content. Only
 blocks have a hash.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from specserve.cache.pool import BlockPool
@@ -18,6 +19,7 @@ class BlockTable:
     hashes: list[bytes] = field(default_factory=list)  # hashes of the leading full committed blocks
     num_committed: int = 0  # tokens whose KV is valid
     pending_hashes: set[bytes] = field(default_factory=set)  # to be published
+    tenant: str = ""  # to which the blocks belong
 
     @property
     def capacity(self) -> int:
@@ -28,15 +30,19 @@ class BlockTable:
         """Number of additional blocks needed for a capacity of `num_slots`."""
         return max(0, -(-num_slots // self.block_size) - len(self.block_ids))
 
-    def reserve(self, num_slots: int, pool: BlockPool) -> bool:
+    def reserve(self, num_slots: int, take: Callable[[str, int], list[int] | None]) -> bool:
         """Grow the capacity to at least `num_committed + num_slots`.
 
-        Returns False and changes nothing if the pool has too few blocks.
+        `take` is a method of the pool, such as `BlockPool.take`. Returns False and changes nothing
+        if the pool has too few blocks.
         """
         missing = self.blocks_for(self.num_committed + num_slots)
-        if missing > pool.num_available:
+        if not missing:
+            return True
+        taken = take(self.tenant, missing)
+        if taken is None:
             return False
-        self.block_ids.extend(pool.take() for _ in range(missing))
+        self.block_ids.extend(taken)
         return True
 
     def commit(self, num_tokens: int) -> None:

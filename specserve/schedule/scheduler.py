@@ -118,7 +118,7 @@ class Scheduler:
         budgets = self._controller.budgets(with_tree, spare_rows)
         entries = []
         for seq, nodes in zip(with_tree, budgets, strict=True):
-            if nodes > 1 and not self._kv.reserve(seq.table, seq.num_pending + nodes - 1):
+            if nodes > 1 and not self._kv.reserve_tree(seq.table, seq.num_pending + nodes - 1):
                 nodes = 1
             entries.append(Entry(seq, seq.num_pending - 1, nodes))
         entries += [Entry(seq, rows, 0) for seq, rows in chunks.items() if rows < seq.num_pending]
@@ -288,7 +288,10 @@ class Scheduler:
             )
         # One spare block per running sequence, so that the next step does not have to preempt.
         admitted = self._kv.admit(
-            len(seq.tokens), seq.prefix_hashes, spare_blocks=len(self.running)
+            len(seq.tokens),
+            seq.prefix_hashes,
+            tenant=seq.request.tenant,
+            spare_blocks=len(self.running),
         )
         if isinstance(admitted, Denied):
             return admitted
