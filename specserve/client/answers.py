@@ -5,7 +5,7 @@ field keeps its default, so answers of other servers with OpenAI's API are decod
 """
 
 from itertools import repeat
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -25,12 +25,9 @@ T = TypeVar("T")
 Byte = Annotated[int, Meta(ge=0, le=255)]
 
 
-class _PromptDetails(Struct, frozen=True):
-    cached_tokens: int | None = None
-
-
-class _CompletionDetails(Struct, frozen=True):
-    accepted_prediction_tokens: int | None = None
+class _Details(Struct, frozen=True):
+    cached_tokens: int | None = None  # of the prompt
+    accepted_prediction_tokens: int | None = None  # this and the next: of the completion
     rejected_prediction_tokens: int | None = None
 
 
@@ -38,8 +35,8 @@ class _Usage(Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
-    prompt_tokens_details: _PromptDetails | None = None
-    completion_tokens_details: _CompletionDetails | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
 
 
 class _Top(Struct, frozen=True):
@@ -90,23 +87,14 @@ class Answer(Struct, frozen=True):
     error: ErrorDetail | None = None
 
 
-_decoder: Final = msgspec.json.Decoder(Answer)
-
-
-def read_answer(data: bytes) -> Answer:
-    """Decode a whole answer or a stream chunk. Raises UnexpectedAnswer."""
-    try:
-        return _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise _unexpected(data, error) from None
-
-
 def read_json(data: bytes, kind: type[T]) -> T:
-    """Decode the answer of another route as `kind`. Raises UnexpectedAnswer."""
+    """Decode the JSON of an answer or a stream chunk as `kind`. Raises UnexpectedAnswer."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise _unexpected(data, error) from None
+        raise UnexpectedAnswer(
+            f"the answer is not one of a specserve server ({error}): {quote(data)!r}"
+        ) from None
 
 
 def whole(answer: Answer) -> Completion:
@@ -208,8 +196,8 @@ def _raw(wire: tuple[Byte, ...] | None) -> bytes | None:
 
 
 def _usage(wire: _Usage) -> Usage:
-    prompt = wire.prompt_tokens_details or _PromptDetails()
-    completion = wire.completion_tokens_details or _CompletionDetails()
+    prompt = wire.prompt_tokens_details or _Details()
+    completion = wire.completion_tokens_details or _Details()
     return Usage(
         prompt_tokens=wire.prompt_tokens,
         completion_tokens=wire.completion_tokens,
@@ -217,10 +205,4 @@ def _usage(wire: _Usage) -> Usage:
         cached_tokens=prompt.cached_tokens or 0,
         accepted_prediction_tokens=completion.accepted_prediction_tokens or 0,
         rejected_prediction_tokens=completion.rejected_prediction_tokens or 0,
-    )
-
-
-def _unexpected(data: bytes, error: Exception) -> UnexpectedAnswer:
-    return UnexpectedAnswer(
-        f"the answer is not one of a specserve server ({error}): {quote(data)!r}"
     )

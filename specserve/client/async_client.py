@@ -1,14 +1,13 @@
 """The asynchronous client: one method per route of the server."""
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Final, Self, Unpack
+from typing import Final, Self, TypeVar, Unpack
 
 from msgspec import Struct
 
-from specserve.client.answers import read_answer, read_json, whole
+from specserve.client.answers import Answer, read_json, whole
 from specserve.client.async_stream import AsyncStream
-from specserve.client.connection import Call, Connection
+from specserve.client.connection import Call, Connection, Settings
 from specserve.client.errors import ConnectionFailed, TimedOut, Unavailable
 from specserve.client.request import (
     Messages,
@@ -21,6 +20,7 @@ from specserve.client.request import (
 )
 from specserve.client.types import Completion, Model, SpeculationReport
 
+T = TypeVar("T")
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 _COMPLETIONS: Final = "/v1/completions"
 _CHAT: Final = "/v1/chat/completions"
@@ -33,30 +33,19 @@ class AsyncClient:
     Use it as an async context manager, or call `close` at the end.
     """
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        timeout: float | None = 600.0,
-        connect_timeout: float = 5.0,
-        max_retries: int = 2,
-    ) -> None:
-        self._connection = Connection(url, api_key, timeout, connect_timeout, max_retries)
-
-    @property
-    def url(self) -> str:
-        return self._connection.url
+    def __init__(self, url: str = DEFAULT_URL, **settings: Unpack[Settings]) -> None:
+        self._connection = Connection(url, **settings)
+        self.url = self._connection.url
 
     async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a text or token ids."""
         body = completion_body(prompt, options, stream=False)
-        return whole(read_answer(await self._connection.fetch(_call(_COMPLETIONS, body, options))))
+        return whole(await self._fetch(Answer, _call(_COMPLETIONS, body, options)))
 
     async def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
         """Answer a chat. A string stands for one user message."""
         body = chat_body(messages, options, stream=False)
-        return whole(read_answer(await self._connection.fetch(_call(_CHAT, body, options))))
+        return whole(await self._fetch(Answer, _call(_CHAT, body, options)))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
         """`complete` as a stream of deltas. The request is sent when the stream is first used."""
@@ -70,16 +59,17 @@ class AsyncClient:
 
     async def models(self) -> tuple[Model, ...]:
         """The models of the server."""
-        return read_json(await self._get("/v1/models"), _ModelList).data
+        return (await self._fetch(_ModelList, Call("/v1/models"))).data
 
     async def tokenize(self, text: str | Messages) -> tuple[int, ...]:
         """The token ids of a text, or of a chat in the model's chat template."""
         name, value = ("prompt", text) if isinstance(text, str) else ("messages", as_messages(text))
-        return read_json(await self._post("/tokenize", {name: value}), _Tokens).tokens
+        return (await self._fetch(_Tokens, Call("/tokenize", encode_body({name: value})))).tokens
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of token ids."""
-        return read_json(await self._post("/detokenize", {"tokens": list(token_ids)}), _Text).prompt
+        body = encode_body({"tokens": list(token_ids)})
+        return (await self._fetch(_Text, Call("/detokenize", body))).prompt
 
     async def health(self) -> bool:
         """Whether the server answers and its engine has not failed; it may still be starting.
@@ -94,15 +84,15 @@ class AsyncClient:
 
     async def version(self) -> str:
         """The version of specserve on the server."""
-        return read_json(await self._get("/version"), _Version).version
+        return (await self._fetch(_Version, Call("/version"))).version
 
     async def speculation(self) -> SpeculationReport:
         """The drafters, and how many of their proposals were verified and accepted."""
-        return read_json(await self._get("/v1/speculation"), SpeculationReport)
+        return await self._fetch(SpeculationReport, Call("/v1/speculation"))
 
     async def metrics(self) -> str:
         """The metrics of the server, in the text format of Prometheus."""
-        return (await self._get("/metrics")).decode(errors="replace")
+        return (await self._connection.fetch(Call("/metrics"))).decode(errors="replace")
 
     async def close(self) -> None:
         """Abort all calls in progress. The client cannot be used afterwards."""
@@ -111,23 +101,15 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    async def _get(self, path: str) -> bytes:
-        return await self._connection.fetch(Call("GET", path))
-
-    async def _post(self, path: str, fields: dict[str, object]) -> bytes:
-        return await self._connection.fetch(Call("POST", path, encode_body(fields)))
+    async def _fetch(self, kind: type[T], call: Call) -> T:
+        return read_json(await self._connection.fetch(call), kind)
 
     async def _probe(self, path: str) -> bool:
         try:
-            await self._connection.fetch(Call("GET", path, timeout=_PROBE_S, retried=False))
+            await self._connection.fetch(Call(path, timeout=_PROBE_S, retried=False))
         except (Unavailable, ConnectionFailed, TimedOut):
             return False
         return True
@@ -150,6 +132,4 @@ class _Version(Struct, frozen=True):
 
 
 def _call(path: str, body: bytes, options: Options) -> Call:
-    request_id = options.get("request_id")
-    headers = {} if request_id is None else {"X-Request-Id": request_id}
-    return Call("POST", path, body, headers, options.get("timeout"))
+    return Call(path, body, options.get("request_id"), options.get("timeout"))

@@ -4,12 +4,11 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
 from typing import Final, Self
 
 import aiohttp
 
-from specserve.client.answers import Collector, read_answer
+from specserve.client.answers import Answer, Collector, read_json
 from specserve.client.connection import Call, Connection, Deadline
 from specserve.client.errors import (
     GenerationFailed,
@@ -25,16 +24,7 @@ _LAST_BYTES_S: Final = 0.1  # seconds to wait for the end of the body after [DON
 
 
 class AsyncStream:
-    """A streamed answer: iterate over its deltas; `result` then returns the whole answer.
-
-    async with client.stream("Once upon a time") as stream:
-        async for delta in stream:
-            print(delta.text, end="")
-
-    The request is sent on first use. Leaving the context, `aclose` and the deletion of the object
-    close the connection, so that the server stops generating. The last delta has `usage` and
-    `stats`. Iteration raises SpecserveError.
-    """
+    """`Stream` for asyncio, used in `async with` and `async for`; it is closed by `aclose`."""
 
     def __init__(self, connection: Connection, call: Call) -> None:
         self._connection = connection
@@ -96,13 +86,8 @@ class AsyncStream:
         await self.open()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
+    async def __aexit__(self, *error: object) -> None:
+        self.abandon()
 
     def __del__(self) -> None:
         response, loop = self._response, self._connection.loop
@@ -170,7 +155,7 @@ class AsyncStream:
         if data == b"[DONE]":
             self._complete = True
             return
-        answer = read_answer(data)
+        answer = read_json(data, Answer)
         if answer.error is not None:
             detail = answer.error
             message = detail.message or "the server gave no reason"

@@ -5,11 +5,11 @@ A request is retried only as long as no answer with status 200 has begun.
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
-from typing import Final, Literal
+from typing import Final, TypedDict
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -61,14 +61,22 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request. `retried`: whether it may be retried."""
+    """One HTTP request: POST if it has a body, else GET. `retried`: whether it may be retried."""
 
-    method: Literal["GET", "POST"]
     path: str
-    body: bytes | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None  # JSON
+    request_id: str | None = None
     timeout: float | None = None  # seconds; None: that of the connection
     retried: bool = True
+
+
+class Settings(TypedDict, total=False):
+    """Keyword arguments of the clients, see `Client`."""
+
+    api_key: str | None
+    timeout: float | None
+    connect_timeout: float
+    max_retries: int
 
 
 class Connection:
@@ -80,10 +88,11 @@ class Connection:
     def __init__(
         self,
         url: str,
-        api_key: str | None,
-        timeout: float | None,
-        connect_timeout: float,
-        max_retries: int,
+        *,
+        api_key: str | None = None,
+        timeout: float | None = 600.0,
+        connect_timeout: float = 5.0,
+        max_retries: int = 2,
     ) -> None:
         self.url = base_url(url)
         self._headers = {"Accept-Encoding": "identity"} | _authorization(api_key)
@@ -141,13 +150,17 @@ class Connection:
             await self._session.close()
 
     async def _attempt(self, call: Call) -> aiohttp.ClientResponse:
-        session = self._open_session()
+        session, headers = self._open_session(), dict(self._headers)
+        if call.body is not None:
+            headers["Content-Type"] = "application/json"
+        if call.request_id is not None:
+            headers["X-Request-Id"] = call.request_id
         try:
             response = await session.request(
-                call.method,
+                "GET" if call.body is None else "POST",
                 self.url + call.path,
                 data=None if call.body is None else BytesIO(call.body),
-                headers={**self._headers, **_content_type(call), **call.headers},
+                headers=headers,
                 allow_redirects=False,
             )
         except aiohttp.ClientResponseError as error:
@@ -228,10 +241,6 @@ def _authorization(api_key: str | None) -> dict[str, str]:
     if not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise ValueError("api_key: empty, or with characters that no HTTP header can carry")
     return {"Authorization": f"Bearer {api_key.strip()}"}
-
-
-def _content_type(call: Call) -> dict[str, str]:
-    return {} if call.body is None else {"Content-Type": "application/json"}
 
 
 def _positive(name: str, seconds: float | None) -> float | None:

@@ -101,7 +101,6 @@ class ErrorDetail(Struct, frozen=True):
     """The `error` object in the JSON of an answer or event."""
 
     message: str = ""
-    type: str | None = None
     param: str | None = None
     code: str | int | None = None
 

@@ -24,14 +24,6 @@ class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_d
     drafters: tuple[str, ...] | None = None  # the drafters to use; None: all
 
 
-class SpeculationDict(TypedDict, total=False):
-    """`SpeculationOptions` written as a dictionary."""
-
-    enabled: bool
-    max_nodes: int | None
-    drafters: Sequence[str] | None
-
-
 class Options(TypedDict, total=False):
     """Keyword arguments of all generation calls. Missing or None: the default of the server.
 
@@ -61,7 +53,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     n: int | None
     logprobs: int | None
-    speculation: SpeculationOptions | SpeculationDict | None
+    speculation: SpeculationOptions | Mapping[str, Any] | None
     prediction: str | None
     cache_salt: str | None
     priority: int | None
@@ -130,13 +122,11 @@ def _body(options: Options, stream: bool) -> dict[str, Any]:
     return body | dict(options.get("extra") or {})
 
 
-def _speculation(options: SpeculationOptions | SpeculationDict) -> Any:
-    if not isinstance(options, SpeculationOptions):
-        try:
-            options = msgspec.convert(options, SpeculationOptions)
-        except msgspec.ValidationError as error:
-            raise ValueError(f"speculation: {error}") from None
-    return msgspec.to_builtins(options)
+def _speculation(options: SpeculationOptions | Mapping[str, Any]) -> Any:
+    try:
+        return msgspec.to_builtins(msgspec.convert(options, SpeculationOptions))
+    except msgspec.ValidationError as error:
+        raise ValueError(f"speculation: {error}") from None
 
 
 _AS_JSON: Final[dict[str, Any]] = {

@@ -5,57 +5,59 @@ event loop itself (Jupyter), and Ctrl-C cancels the request in progress.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Self, Unpack
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 from specserve.client.async_client import DEFAULT_URL, AsyncClient
 from specserve.client.async_stream import AsyncStream
+from specserve.client.connection import Settings
 from specserve.client.loop_thread import LoopThread
 from specserve.client.request import Messages, Options, Prompt
-from specserve.client.types import Completion, Delta, Model, SpeculationReport
+from specserve.client.types import Completion, Delta
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _blocking(
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate["Client", P], T]:
+    """The method of `Client` that runs `method` of its AsyncClient and waits for the result."""
+
+    @wraps(method)
+    def run(client: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return client._thread.run(method(client._client, *args, **kwargs))
+
+    return run
 
 
 class Client:
     """A client of a specserve server, or of another server with OpenAI's API. It is thread-safe.
 
-    `timeout` limits a whole call, including retries and the stream, and `connect_timeout` each
-    connection attempt, both in seconds (`timeout` None: no limit). After a refused or lost
-    connection or a status 408, 429, 502, 503 or 504, a call is retried up to `max_retries` times,
-    after the wait that Retry-After gives, if that fits in the timeout; never after an answer with
-    status 200 has begun. Errors are `SpecserveError`s; invalid arguments raise ValueError or
-    TypeError.
+    `timeout` (default 600) limits a whole call, including retries and the stream, and
+    `connect_timeout` (default 5) each connection attempt, both in seconds (`timeout` None: no
+    limit). After a refused or lost connection or a status 408, 429, 502, 503 or 504, a call is
+    retried up to `max_retries` times (default 2), after the wait that Retry-After gives, if that
+    fits in the timeout; never after an answer with status 200 has begun. Errors are
+    `SpecserveError`s; invalid arguments raise ValueError or TypeError.
     """
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        timeout: float | None = 600.0,
-        connect_timeout: float = 5.0,
-        max_retries: int = 2,
-    ) -> None:
-        self._client = AsyncClient(
-            url,
-            api_key=api_key,
-            timeout=timeout,
-            connect_timeout=connect_timeout,
-            max_retries=max_retries,
-        )
+    def __init__(self, url: str = DEFAULT_URL, **settings: Unpack[Settings]) -> None:
+        self._client = AsyncClient(url, **settings)
+        self.url = self._client.url
         self._thread = LoopThread(self._client.close)
 
-    @property
-    def url(self) -> str:
-        return self._client.url
-
-    def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Continue a text or token ids."""
-        return self._thread.run(self._client.complete(prompt, **options))
-
-    def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
-        """Answer a chat. A string stands for one user message."""
-        return self._thread.run(self._client.chat(messages, **options))
+    complete = _blocking(AsyncClient.complete)
+    chat = _blocking(AsyncClient.chat)
+    models = _blocking(AsyncClient.models)
+    tokenize = _blocking(AsyncClient.tokenize)
+    detokenize = _blocking(AsyncClient.detokenize)
+    health = _blocking(AsyncClient.health)
+    ready = _blocking(AsyncClient.ready)
+    version = _blocking(AsyncClient.version)
+    speculation = _blocking(AsyncClient.speculation)
+    metrics = _blocking(AsyncClient.metrics)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> "Stream":
         """`complete` as a stream of deltas. The request is sent when the stream is first used."""
@@ -65,41 +67,6 @@ class Client:
         """`chat` as a stream of deltas. The request is sent when the stream is first used."""
         return Stream(self._thread, self._client.stream_chat(messages, **options))
 
-    def models(self) -> tuple[Model, ...]:
-        """The models of the server."""
-        return self._thread.run(self._client.models())
-
-    def tokenize(self, text: str | Messages) -> tuple[int, ...]:
-        """The token ids of a text, or of a chat in the model's chat template."""
-        return self._thread.run(self._client.tokenize(text))
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        return self._thread.run(self._client.detokenize(token_ids))
-
-    def health(self) -> bool:
-        """Whether the server answers and its engine has not failed; it may still be starting.
-
-        Raises SpecserveError if the answer is an error other than 502, 503 or 504.
-        """
-        return self._thread.run(self._client.health())
-
-    def ready(self) -> bool:
-        """Whether the server accepts requests now. Raises like `health`."""
-        return self._thread.run(self._client.ready())
-
-    def version(self) -> str:
-        """The version of specserve on the server."""
-        return self._thread.run(self._client.version())
-
-    def speculation(self) -> SpeculationReport:
-        """The drafters, and how many of their proposals were verified and accepted."""
-        return self._thread.run(self._client.speculation())
-
-    def metrics(self) -> str:
-        """The metrics of the server, in the text format of Prometheus."""
-        return self._thread.run(self._client.metrics())
-
     def close(self) -> None:
         """Abort all calls in progress, also in other threads. Further calls have no effect."""
         self._thread.close()
@@ -107,12 +74,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -156,12 +118,7 @@ class Stream:
         self._thread.run(self._stream.open())
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
