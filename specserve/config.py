@@ -182,6 +182,9 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
             parse_bytes("kv_memory", self.cache.kv_memory)
 
 
+SECTION_TYPES: Final[Mapping[str, type[Struct]]] = {
+    section.name: section.type for section in msgspec.structs.fields(EngineConfig)
+}
 ALL_SECTIONS: Final = EngineConfig.__struct_fields__
 ENGINE_SECTIONS: Final = tuple(name for name in ALL_SECTIONS if name != "server")
 
@@ -199,9 +202,7 @@ def load_config(
     """
     merged: dict[str, dict[str, Any]] = {} if file is None else _read_toml(file)
     section_of = {
-        name: section.name
-        for section in msgspec.structs.fields(EngineConfig)
-        for name in section.type.__struct_fields__
+        name: section for section, kind in SECTION_TYPES.items() for name in kind.__struct_fields__
     }
     for name, value in settings.items():
         if name not in section_of:
@@ -255,15 +256,15 @@ def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"config: {file} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {file} is not valid TOML: {error}") from error
-    types = {section.name: section.type for section in msgspec.structs.fields(EngineConfig)}
     for name, values in sections.items():
-        if name not in types:
-            raise _unknown(f"{file}: {name}", name, types)
+        if name not in SECTION_TYPES:
+            raise _unknown(f"{file}: {name}", name, SECTION_TYPES)
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: {name}: is a section; write [{name}] and its keys below")
+        known = SECTION_TYPES[name].__struct_fields__
         for key in values:
-            if key not in types[name].__struct_fields__:
-                raise _unknown(f"{file}: {name}.{key}", key, types[name].__struct_fields__)
+            if key not in known:
+                raise _unknown(f"{file}: {name}.{key}", key, known)
     return sections
 
 

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
-from typing import Final, Protocol
+from typing import Final
 
 from rich.console import Console
 
@@ -21,24 +21,8 @@ _CONTROLS: Final = {
 }
 
 
-class Screen(Protocol):
-    """The output interface of a chat."""
-
-    def show(self, delta: Delta) -> None:
-        """Show the next part of the answer."""
-
-    def end_answer(self) -> None:
-        """End the answer, complete or not."""
-
-    def note(self, text: str) -> None:
-        """Show a message about the chat itself."""
-
-    def error(self, text: str) -> None:
-        """Show an error on one line."""
-
-
 class PlainScreen:
-    """Writes answers to stdout unchanged, everything else to stderr."""
+    """Writes answers to stdout unchanged, notes and errors (on one line) to stderr."""
 
     def show(self, delta: Delta) -> None:
         print(delta.text, end="", flush=True)
@@ -99,6 +83,9 @@ class TerminalScreen:
     def _write(self, text: str, style: str | None = None) -> None:
         self._console.out(text.translate(_CONTROLS), style=style, end="", highlight=False)
         self._console.file.flush()
+
+
+Screen = PlainScreen | TerminalScreen
 
 
 class DrafterRuns:

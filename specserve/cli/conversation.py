@@ -4,11 +4,17 @@ It takes input as lines and writes to a `Screen`; it does not know the terminal.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, Final
 
 from specserve.cli.chat_screen import Screen
-from specserve.client import Client, Completion, Options, SpecserveError, SpeculationReport
+from specserve.client import (
+    Client,
+    Completion,
+    Options,
+    SpecserveError,
+    SpeculationReport,
+    SpeculativeDecoding,
+)
 
 HELP: Final = """\
 /retry        generate the last answer again
@@ -47,12 +53,23 @@ class Conversation:
             if line.strip():
                 self._ask(line.strip())
             return
-        word, _, rest = line.strip().partition(" ")
-        command = _COMMANDS.get(word)
-        if command is None:
-            self._screen.note(f"{word} is not a command; /help lists all")
-        else:
-            command(self, rest.strip())
+        command, _, text = line.strip().partition(" ")
+        match command:
+            case "/retry":
+                self._retry()
+            case "/clear":
+                self._clear()
+            case "/system":
+                self._system = text.strip() or None
+                self._screen.note("system message set" if self._system else "no system message")
+            case "/stats":
+                self._stats()
+            case "/help":
+                self._screen.note(HELP)
+            case "/exit" | "/quit":
+                raise Left
+            case _:
+                self._screen.note(f"{command} is not a command; /help lists all")
 
     def _ask(self, prompt: str) -> None:
         self._asked, self._answered, self._last = prompt, False, None
@@ -77,7 +94,7 @@ class Conversation:
         said.append(("user", prompt))
         return [{"role": role, "content": content} for role, content in said]
 
-    def _retry(self, rest: str) -> None:
+    def _retry(self) -> None:
         if self._asked is None:
             self._screen.note("nothing has been asked yet")
             return
@@ -85,16 +102,12 @@ class Conversation:
             self._turns.pop()
         self._ask(self._asked)
 
-    def _clear(self, rest: str) -> None:
+    def _clear(self) -> None:
         self._turns.clear()
         self._asked, self._answered, self._last = None, False, None
         self._screen.note("history deleted")
 
-    def _set_system(self, rest: str) -> None:
-        self._system = rest or None
-        self._screen.note("system message set" if rest else "no system message")
-
-    def _stats(self, rest: str) -> None:
+    def _stats(self) -> None:
         if self._last is None:
             self._screen.note("there is no complete answer yet")
             return
@@ -104,35 +117,19 @@ class Conversation:
             report = SpeculationReport(())
         self._screen.note(describe(self._last, report))
 
-    def _help(self, rest: str) -> None:
-        self._screen.note(HELP)
-
-    def _leave(self, rest: str) -> None:
-        raise Left
-
-
-_COMMANDS: Final[dict[str, Callable[[Conversation, str], None]]] = {
-    "/retry": Conversation._retry,
-    "/clear": Conversation._clear,
-    "/system": Conversation._set_system,
-    "/stats": Conversation._stats,
-    "/help": Conversation._help,
-    "/exit": Conversation._leave,
-    "/quit": Conversation._leave,
-}
-
 
 def describe(answer: Completion, report: SpeculationReport) -> str:
     """Speed, acceptance and tokens per drafter of an answer, as far as the server reports them."""
-    stats, speculation = answer.stats, answer.stats.speculative_decoding
+    stats = answer.stats
+    speculation = stats.speculative_decoding or SpeculativeDecoding()
     said = [f"{answer.usage.completion_tokens} tokens"]
     if stats.tokens_per_second is not None:
         said.append(f"{stats.tokens_per_second:.1f} tokens/s")
     if stats.time_to_first_token_ms is not None:
         said.append(f"the first after {stats.time_to_first_token_ms:.0f} ms")
-    if speculation is not None and speculation.mean_acceptance_length is not None:
+    if speculation.mean_acceptance_length is not None:
         said.append(f"{speculation.mean_acceptance_length:.2f} tokens per forward pass")
-    if speculation is not None and speculation.num_draft_tokens:
+    if speculation.num_draft_tokens:
         accepted, drafted = speculation.num_accepted_draft_tokens, speculation.num_draft_tokens
         said.append(f"{accepted} of {drafted} drafted tokens accepted ({accepted / drafted:.0%})")
     by_drafter = sorted(Counter(answer.drafter_ids).items())

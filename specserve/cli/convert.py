@@ -22,6 +22,9 @@ _TIME_LIMIT: Final = 600.0  # seconds
 class ConvertError(ValueError):
     """The checkpoint cannot be converted. The message gives the reason and the fix."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(f"convert: {message}")
+
 
 def run(args: argparse.Namespace) -> int:
     convert(args.source, args.out)
@@ -39,10 +42,10 @@ def convert(source: Path, out: Path, *, time_limit: float = _TIME_LIMIT) -> None
     config = weights.parent / "config.json"
     if not config.is_file():
         raise ConvertError(
-            f"convert: {weights.parent} has no config.json; a draft needs the one it came with"
+            f"{weights.parent} has no config.json; a draft needs the one it came with"
         )
     if os.path.lexists(out):
-        raise ConvertError(f"convert: {out} exists; give a new directory, or remove it")
+        raise ConvertError(f"{out} exists; give a new directory, or remove it")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
@@ -52,7 +55,7 @@ def convert(source: Path, out: Path, *, time_limit: float = _TIME_LIMIT) -> None
         converted.chmod(copy.stat().st_mode)  # the mode of safetensors' files is 0600
         partial.rename(out)
     except OSError as error:
-        raise ConvertError(f"convert: {out} cannot be written ({error.strerror})") from error
+        raise ConvertError(f"{out} cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -62,24 +65,22 @@ def _find(source: Path) -> Path:
     if source.is_file():
         if source.suffix not in _SUFFIXES:
             raise ConvertError(
-                f"convert: {source} is no {', '.join(_SUFFIXES)} file; there is nothing to convert"
+                f"{source} is no {', '.join(_SUFFIXES)} file; there is nothing to convert"
             )
         return source
     if not source.is_dir():
-        raise ConvertError(f"convert: {source} does not exist; give a directory or a weights file")
+        raise ConvertError(f"{source} does not exist; give a directory or a weights file")
     try:
         found = sorted(file.name for file in source.iterdir() if file.suffix in _SUFFIXES)
     except OSError as error:
-        raise ConvertError(f"convert: {source} cannot be read ({error.strerror})") from error
+        raise ConvertError(f"{source} cannot be read ({error.strerror})") from error
     named = [name for name in found if name in _NAMES]
     chosen = named if len(named) == 1 else found
     if len(chosen) == 1:
         return source / chosen[0]
     if chosen:
-        raise ConvertError(
-            f"convert: {source} has {', '.join(chosen)}; give the one file to convert"
-        )
-    raise ConvertError(f"convert: {source} has no {', '.join(_SUFFIXES)} file to convert")
+        raise ConvertError(f"{source} has {', '.join(chosen)}; give the one file to convert")
+    raise ConvertError(f"{source} has no {', '.join(_SUFFIXES)} file to convert")
 
 
 def _convert_weights(weights: Path, out: Path, time_limit: float) -> None:
@@ -99,13 +100,12 @@ def _convert_weights(weights: Path, out: Path, time_limit: float) -> None:
         )
     except subprocess.TimeoutExpired:
         raise ConvertError(
-            f"convert: {weights}: it took longer than {time_limit:g} s; nothing was written"
+            f"{weights}: it took longer than {time_limit:g} s; nothing was written"
         ) from None
     if done.returncode == 1 and done.stdout.strip():
-        raise ConvertError(f"convert: {weights}: {done.stdout.strip()}")
+        raise ConvertError(f"{weights}: {done.stdout.strip()}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ConvertError(
-            f"convert: {weights}: the process that reads it ended with status {done.returncode} "
-            f"({last})"
+            f"{weights}: the process that reads it ended with status {done.returncode} ({last})"
         )

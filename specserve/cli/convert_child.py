@@ -36,8 +36,8 @@ def main(source: Path, out: Path, memory: int, seconds: int) -> int:
     torch.set_num_threads(1)  # every thread takes up some of the memory limit
     _limit(memory, seconds)
     try:
-        tensors = _separate(_tensors(_read(source)))
-        save_file(tensors, out)
+        content: object = torch.load(source, map_location="cpu", weights_only=True)
+        save_file(_separate(_tensors(content)), out)
     except Exception as error:  # a damaged or hostile file can cause any
         print(_reason(error, memory))
         return 1
@@ -61,11 +61,6 @@ def _lower(kind: int, limit: int) -> None:
     _, hard = resource.getrlimit(kind)
     soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(kind, (soft, hard))
-
-
-def _read(source: Path) -> object:
-    content: object = torch.load(source, map_location="cpu", weights_only=True)
-    return content
 
 
 def _tensors(content: object) -> dict[str, Tensor]:

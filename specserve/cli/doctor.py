@@ -13,8 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from specserve.cli.check import Check
-from specserve.cli.machine import cache_folder, compilers, processor, versions
+from specserve.cli.machine import Check, cache_folder, compilers, processor, versions
 from specserve.cli.parser import engine_config
 
 STYLES = {"ok": "", "note": "yellow", "broken": "bold red"}

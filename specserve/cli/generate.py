@@ -4,32 +4,37 @@ import argparse
 import sys
 import time
 
-import msgspec
-
 from specserve.cli.flags import given
-from specserve.cli.parser import SPECULATION_PREFIX, engine_config
+from specserve.cli.parser import SPECULATION_PREFIX, settings
 from specserve.cli.progress import show_progress
-from specserve.cli.prompts import Messages, as_chat, as_text, read_prompts
+from specserve.cli.prompts import as_chat, as_text, read_prompts
 from specserve.cli.results import json_lines, summary
-from specserve.config import ENGINE_SECTIONS, EngineConfig
 from specserve.llm import LLM, Generation
 from specserve.types import SamplingParams, SpeculationParams
 
 
 def run(args: argparse.Namespace) -> int:
-    config = engine_config(args)
     sampling = SamplingParams(**given(args, SamplingParams))
     speculation = SpeculationParams(**given(args, SpeculationParams, SPECULATION_PREFIX))
     prompts = read_prompts(args.prompt, args.prompts)
     if args.raw:
         prompts = [as_text(prompt) for prompt in prompts]
-    llm = _load(config)
+    with show_progress() as report:
+        llm = LLM(config_file=args.config, progress=report, **settings(args))
     if args.chat or (not args.raw and llm.tokenizer.has_chat_template):
         prompts = [as_chat(prompt) for prompt in prompts]
     streamed = len(prompts) == 1 and sampling.n == 1 and not args.json
     started = time.perf_counter()
-    generations = _generate(llm, prompts, sampling, speculation, args.prediction, streamed)
+    generations = llm.generate(
+        prompts,
+        sampling,
+        speculation=speculation,
+        predictions=[args.prediction] * len(prompts),
+        on_text=_print_delta if streamed else None,
+    )
     seconds = time.perf_counter() - started
+    if streamed and generations[0].error is None:
+        print()
     for index, generation in enumerate(generations):
         if args.json:
             print(*json_lines(index, generation), sep="\n")
@@ -43,37 +48,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _load(config: EngineConfig) -> LLM:
-    settings = {
-        name: value
-        for section in ENGINE_SECTIONS
-        for name, value in msgspec.structs.asdict(getattr(config, section)).items()
-    }
-    with show_progress() as report:
-        return LLM(progress=report, **settings)
-
-
-def _generate(
-    llm: LLM,
-    prompts: list[str | Messages],
-    sampling: SamplingParams,
-    speculation: SpeculationParams,
-    prediction: str | None,
-    streamed: bool,
-) -> list[Generation]:
-    predictions = None if prediction is None else [prediction] * len(prompts)
-    if not streamed:
-        return llm.generate(prompts, sampling, speculation=speculation, predictions=predictions)
-    generations = llm.generate(
-        prompts,
-        sampling,
-        speculation=speculation,
-        predictions=predictions,
-        on_text=lambda _, piece: print(piece, end="", flush=True),
-    )
-    if generations[0].error is None:
-        print()
-    return generations
+def _print_delta(index: int, delta: str) -> None:
+    print(delta, end="", flush=True)
 
 
 def _print_text(index: int, generation: Generation) -> None:

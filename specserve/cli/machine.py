@@ -1,4 +1,4 @@
-"""Checks that need no torch: package versions, processor, compilers, cache folder."""
+"""Checks of `specserve doctor` that need no torch: versions, processor, compilers, cache folder."""
 
 import os
 import platform
@@ -7,18 +7,18 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
+
+from msgspec import Struct
 
 from specserve import __version__
-from specserve.cli.check import Check
 from specserve.hub.cache import default_cache_dir
 
-REQUIRED: Final = ("torch", "numpy", "msgspec", "safetensors", "tokenizers", "huggingface-hub")
-REQUIRED_TOO: Final = ("gguf", "jinja2", "rich")
-OPTIONAL: Final = {
-    "triton": "GPU kernels",
-    "transformers": "the parity tests",
-}
+REQUIRED: Final = (
+    *("torch", "numpy", "msgspec", "safetensors", "tokenizers", "huggingface-hub"),
+    *("gguf", "jinja2", "rich"),
+)
+OPTIONAL: Final = {"triton": "GPU kernels", "transformers": "the parity tests"}
 # Instruction sets that the torch and native kernels use, and the flags in /proc/cpuinfo of which
 # at least one is set if the CPU has them.
 CPU_FEATURES: Final = {
@@ -32,27 +32,33 @@ CPUINFO: Final = Path("/proc/cpuinfo")
 _TIMEOUT_S: Final = 20  # seconds that a command may take
 
 
+class Check(Struct, frozen=True, omit_defaults=True):
+    """A finding and its `fix`, if one is known.
+
+    `status` "note": something optional is missing. "broken": specserve fails until this is fixed.
+    """
+
+    section: str
+    name: str
+    value: str
+    status: Literal["ok", "note", "broken"] = "ok"
+    fix: str | None = None
+
+
 def versions() -> list[Check]:
     """Python, specserve, and the required and optional packages."""
-    checks = [
+    missing = [
+        Check("versions", name, "not installed", "broken", f"pip install {name}")
+        for name in REQUIRED
+    ] + [
+        Check("versions", name, f"not installed; only needed for {purpose}", "note")
+        for name, purpose in OPTIONAL.items()
+    ]
+    return [
         Check("versions", "python", platform.python_version()),
         Check("versions", "specserve", __version__),
+        *(_installed(check.name) or check for check in missing),
     ]
-    for name in REQUIRED + REQUIRED_TOO:
-        found = _version(name)
-        if found is None:
-            checks.append(Check("versions", name, "not installed", "broken", f"pip install {name}"))
-        else:
-            checks.append(Check("versions", name, found))
-    for name, purpose in OPTIONAL.items():
-        found = _version(name)
-        if found is None:
-            checks.append(
-                Check("versions", name, f"not installed; only needed for {purpose}", "note")
-            )
-        else:
-            checks.append(Check("versions", name, found))
-    return checks
 
 
 def processor(cpuinfo: Path = CPUINFO) -> list[Check]:
@@ -108,9 +114,9 @@ def first_line(command: Sequence[str]) -> str | None:
     return next(iter(done.stdout.splitlines()), None)
 
 
-def _version(name: str) -> str | None:
+def _installed(name: str) -> Check | None:
     try:
-        return version(name)
+        return Check("versions", name, version(name))
     except PackageNotFoundError:
         return None
 

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, "print_config", False):
             print(show_config(engine_config(args)))
             status = 0
+        elif hasattr(args, "package"):  # of a layer above this one, so imported by name
+            status = int(import_module(f"{args.package}.{args.name}").main(args.arguments))
         else:
             status = int(import_module(f"specserve.cli.{args.command}").run(args))
         sys.stdout.flush()

@@ -5,15 +5,14 @@
 
 import argparse
 from pathlib import Path
-from typing import Final
-
-import msgspec
+from typing import Any, Final, TypeAlias
 
 from specserve import __version__
 from specserve.cli.flags import add_flags, given
 from specserve.config import (
     ALL_SECTIONS,
     ENGINE_SECTIONS,
+    SECTION_TYPES,
     EngineConfig,
     ServerConfig,
     TargetConfig,
@@ -21,6 +20,7 @@ from specserve.config import (
 )
 from specserve.types import SamplingParams, SpeculationParams
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 TARGET_HELP: Final = "alias such as smollm2-135m, model directory, .gguf file or hub id"
 OPTIONAL_TARGET_HELP: Final = f"{TARGET_HELP} (default: {TargetConfig().target})"
 PROMPTS_HELP: Final = (
@@ -94,12 +94,10 @@ SERVER_HELP: Final = {
     "body_timeout": "seconds for a request's body to arrive",
     "keepalive_timeout": "seconds an idle connection stays open, and seconds that a request's "
     "headers may take",
-    "max_connections": "requests that are read, served or answered at once; of several API keys, "
-    "one may have as many as it leaves free. An eighth more connections may be open",
-    "max_queued_requests": "sequences that may wait for the engine; more get a 429. With several "
-    "API keys, one may have as many waiting as it leaves free",
-    "max_queued_tokens": "prompt tokens that may wait for the engine; otherwise as "
-    "--max-queued-requests",
+    "max_connections": "requests that are read, served or answered at once; an eighth more "
+    "connections may be open. Of several API keys, one may have as many as it leaves free",
+    "max_queued_requests": "sequences that may wait for the engine; keys share them in the same way",
+    "max_queued_tokens": "prompt tokens that may wait for the engine; keys share them as well",
     "max_prompt_tokens": "longest prompt; not given: what the context has room for",
     "max_output_tokens": "most tokens a request can ask for; not given: until the context is full",
     "request_timeout": "seconds from its arrival until a request is given up; it can ask for fewer",
@@ -113,7 +111,7 @@ SERVER_HELP: Final = {
     "status_interval": "seconds between status lines in the log; 0: none",
 }
 
-EVALS: Final = {
+EVALS: Final = {  # modules of specserve_evals
     "acceptance": "tokens per forward pass of every draft, by budget and category; speed",
     "lossless": "whether a draft changes any token",
     "perplexity": "perplexity of a text by weight format",
@@ -122,7 +120,7 @@ EVALS: Final = {
     "fuzz": "whether requests generated from the API's description break a server",
 }
 
-TUNES: Final = {
+TUNES: Final = {  # modules of specserve_drafts.tune
     "recycle": "a table of the likely next tokens after the last tokens",
     "eagle": "a head that reads hidden states of the target, trained on its answers",
     "medusa": "heads that read the target's last hidden state, trained on its answers",
@@ -143,33 +141,31 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pull(commands)
     _add_convert(commands)
     _add_doctor(commands)
-    _add_group(commands, "eval", "measure acceptance, correctness and quality", EVALS)
-    _add_group(commands, "tune", "make a draft for a target", TUNES)
+    _add_group(
+        commands, "eval", "measure acceptance, correctness and quality", EVALS, "specserve_evals"
+    )
+    _add_group(commands, "tune", "make a draft for a target", TUNES, "specserve_drafts.tune")
     return parser
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags give, by field name."""
+    sections = [given(args, section) for section in SECTION_TYPES.values()]
+    return {name: value for section in sections for name, value in section.items()}
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The settings of the file given by --config, overridden by flags. Raises ConfigError."""
-    settings = {
-        name: value
-        for section in msgspec.structs.fields(EngineConfig)
-        for name, value in given(args, section.type).items()
-    }
-    return load_config(settings, args.config, sections=ALL_SECTIONS)
+    return load_config(settings(args), args.config, sections=ALL_SECTIONS)
 
 
-def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_generate(commands: Commands) -> None:
     parser = commands.add_parser("generate", help="generate text from prompts", allow_abbrev=False)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable"
     )
-    prompts.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE.jsonl",
-        help=PROMPTS_HELP,
-    )
+    prompts.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help=PROMPTS_HELP)
     form = prompts.add_mutually_exclusive_group()
     form.add_argument(
         "--chat",
@@ -193,7 +189,7 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_engine_flags(parser)
 
 
-def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_serve(commands: Commands) -> None:
     parser = commands.add_parser(
         "serve", help="serve a model over HTTP, as OpenAI's API", allow_abbrev=False
     )
@@ -201,7 +197,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_engine_flags(parser)
 
 
-def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_chat(commands: Commands) -> None:
     parser = commands.add_parser("chat", help="talk to a running server", allow_abbrev=False)
     parser.add_argument(
         "url",
@@ -237,12 +233,12 @@ def _add_chat(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     add_flags(sampling, SamplingParams, SAMPLING_HELP, skip=not_here)
 
 
-def _add_pull(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_pull(commands: Commands) -> None:
     parser = commands.add_parser("pull", help="fetch a model and print its directory")
     parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
 
 
-def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_convert(commands: Commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="turn the pickled weights of a draft into safetensors",
@@ -260,7 +256,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to make")
 
 
-def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="show what this machine has, what will be used and why, and what is broken",
@@ -271,12 +267,12 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_group(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    purpose: str,
-    members: dict[str, str],
+    commands: Commands, name: str, purpose: str, members: dict[str, str], package: str
 ) -> None:
-    """Add a command that runs one of `members` (name -> help), each with its own flags."""
+    """Add a command that runs a module of `package`; each has its own flags.
+
+    `members` maps the names of the modules to help texts.
+    """
     width = max(map(len, members))
     listed = "\n".join(f"  {member:<{width}}  {text}" for member, text in members.items())
     parser = commands.add_parser(
@@ -292,6 +288,7 @@ def _add_group(
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="those of NAME"
     )
+    parser.set_defaults(package=package)
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -309,11 +306,10 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--print-config", action="store_true", help="print the settings in force and exit"
     )
-    types = {section.name: section.type for section in msgspec.structs.fields(EngineConfig)}
     for name in ENGINE_SECTIONS:
         add_flags(
             engine,
-            types[name],
+            SECTION_TYPES[name],
             ENGINE_HELP,
             skip=frozenset({"target"}),
             aliases={"max_num_seqs": "--batch"},

@@ -1,63 +1,34 @@
 """Output formats of completions: the JSON object of `--json` and the one-line summary."""
 
 from collections.abc import Sequence
+from typing import Any, Final
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
 
-from specserve.llm import Completion, Generation, Timing
-from specserve.types import FinishReason, SpecStats, TokenLogprobs
+from specserve.llm import Completion, Generation
 
-
-class Usage(Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    cached_tokens: int  # of the prompt, taken from the prefix cache
-
-
-class Speculation(Struct, frozen=True):
-    """The fields of `SpecStats` that `--json` shows."""
-
-    num_spec_steps: int
-    num_draft_tokens: int
-    num_accepted_draft_tokens: int
-    mean_acceptance_length: float
-    acceptance_histogram: tuple[int, ...]
-
-    @classmethod
-    def of(cls, stats: SpecStats) -> "Speculation":
-        return cls(**{name: getattr(stats, name) for name in cls.__struct_fields__})
-
-
-class Result(Struct, frozen=True):
-    """One completion, a line of `--json`.
-
-    `sample` is set if the prompt has several completions, `logprobs` if they were requested, and
-    `error` if the completion failed or was aborted.
-    """
-
-    index: int  # of the prompt
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    usage: Usage
-    speculation: Speculation
-    timing: Timing
-    sample: int | UnsetType = UNSET
-    logprobs: tuple[TokenLogprobs, ...] | UnsetType = UNSET
-    error: str | UnsetType = UNSET
+# The fields of `SpecStats` that `--json` shows.
+_SPECULATION: Final = (
+    "num_spec_steps",
+    "num_draft_tokens",
+    "num_accepted_draft_tokens",
+    "mean_acceptance_length",
+    "acceptance_histogram",
+)
 
 
 def json_lines(index: int, generation: Generation) -> list[str]:
-    """The JSON objects of one prompt, one per completion."""
+    """The JSON objects of prompt number `index`, one per completion.
+
+    `sample` is there if the prompt has several completions, `logprobs` if they were requested, and
+    `error` if the completion failed or was aborted.
+    """
     several = len(generation.completions) > 1
-    return [
-        msgspec.json.encode(
-            _result(index, sample if several else UNSET, len(generation.prompt_ids), completion)
-        ).decode()
+    results = [
+        _result(index, sample if several else None, len(generation.prompt_ids), completion)
         for sample, completion in enumerate(generation.completions)
     ]
+    return [msgspec.json.encode(result).decode() for result in results]
 
 
 def summary(completions: Sequence[Completion], seconds: float) -> str:
@@ -75,17 +46,23 @@ def summary(completions: Sequence[Completion], seconds: float) -> str:
     return f"{line}, {tokens / seconds:.1f} tokens/s"
 
 
-def _result(index: int, sample: int | UnsetType, num_prompt: int, completion: Completion) -> Result:
+def _result(
+    index: int, sample: int | None, num_prompt: int, completion: Completion
+) -> dict[str, Any]:
     num_tokens = len(completion.token_ids)
-    return Result(
-        index=index,
-        sample=sample,
-        text=completion.text,
-        token_ids=completion.token_ids,
-        finish_reason=completion.finish_reason,
-        usage=Usage(num_prompt, num_tokens, num_prompt + num_tokens, completion.num_cached_tokens),
-        speculation=Speculation.of(completion.stats),
-        timing=completion.timing,
-        logprobs=UNSET if completion.logprobs is None else completion.logprobs,
-        error=UNSET if completion.error is None else completion.error,
-    )
+    result = {
+        "index": index,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "usage": {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+            "cached_tokens": completion.num_cached_tokens,
+        },
+        "speculation": {name: getattr(completion.stats, name) for name in _SPECULATION},
+        "timing": completion.timing,
+    }
+    optional = {"sample": sample, "logprobs": completion.logprobs, "error": completion.error}
+    return result | {name: value for name, value in optional.items() if value is not None}

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from specserve.cache.storage import KVSpec
-from specserve.cli.check import Check
-from specserve.cli.machine import first_line, gib
+from specserve.cli.machine import Check, first_line, gib
 from specserve.config import ConfigError, EngineConfig
 from specserve.engine.device import Platform, choose_platform
 from specserve.engine.memory import count_blocks
@@ -29,7 +28,9 @@ def runtime_checks(config: EngineConfig) -> list[Check]:
         platform = choose_platform(config.target)
     except (ValueError, ImportError) as error:
         return [*checks, Check("use", "settings", str(error), "broken")]
-    return [*checks, *_use(platform), *_target(config, platform)]
+    free = f"{gib(free_memory(platform.device))} on {platform.device}"
+    use = [*_use(platform), Check("use", "free memory", free)]
+    return [*checks, *use, *_target(config, platform)]
 
 
 def gpus() -> list[Check]:
@@ -58,10 +59,7 @@ def driver() -> list[Check]:
 
 
 def check_driver(
-    found: str | None,
-    known: tuple[int, int] | None,
-    built: str | None,
-    torch_version: str,
+    found: str | None, known: tuple[int, int] | None, built: str | None, torch_version: str
 ) -> list[Check]:
     """Compares the driver with torch. Arguments are None for what is missing.
 
@@ -104,11 +102,10 @@ def _use(platform: Platform) -> list[Check]:
         "kernels": platform.kernels.name,
         "exactness": "exact" if platform.exact else "fast",
     }
+    # A reason may begin with the value.
+    reasons = {n: platform.reasons[n].removeprefix(v).lstrip(":, ") for n, v in chosen.items()}
     return [
-        *(
-            Check("use", name, f"{value}: {_reason(platform.reasons[name], value)}")
-            for name, value in chosen.items()
-        ),
+        *(Check("use", name, f"{value}: {reasons[name]}") for name, value in chosen.items()),
         Check("use", "threads", f"{torch.get_num_threads()} on the CPU"),
         Check("use", "drafters", ", ".join(drafter_names())),
         _host_kernels(),
@@ -122,13 +119,7 @@ def _host_kernels() -> Check:
     return Check("use", "drafting", "in Python, which takes three times as long", "note", fix)
 
 
-def _reason(reason: str, value: str) -> str:
-    """The reason, without the value if it starts with that."""
-    return reason.removeprefix(value).lstrip(":, ")
-
-
 def _target(config: EngineConfig, platform: Platform) -> list[Check]:
-    free = Check("use", "free memory", f"{gib(free_memory(platform.device))} on {platform.device}")
     name = config.target.target
     try:
         directory = local_directory(name)
@@ -136,7 +127,7 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
             known = name in ALIASES or is_hub_id(name)
             missing = f"{name}: not fetched yet" if known else f"{name}: unknown"
             fix = f"specserve pull {name}" if known else f"aliases: {', '.join(sorted(ALIASES))}"
-            return [free, Check("use", "target", missing, "note" if known else "broken", fix)]
+            return [Check("use", "target", missing, "note" if known else "broken", fix)]
         shape = ModelShape.from_dir(directory)
         choice = choose_quantization(
             config.target.quantization,
@@ -148,11 +139,10 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
         )
         estimate = _kv_estimate(config, platform, shape, choice.quantized)
     except (HubError, ModelError, ConfigError) as error:
-        return [free, Check("use", "target", str(error), "broken")]
+        return [Check("use", "target", str(error), "broken")]
     words = f"{shape.architecture}, {shape.num_layers} layers, {directory}"
     weights = f"{'quantised' if choice.quantized else 'floats'}: {choice.reason}"
     return [
-        free,
         Check("use", "target", words),
         Check("use", "weights", weights),
         Check("use", "KV", estimate),
@@ -180,13 +170,8 @@ def _kv_estimate(
     dtype = platform.quantized_kv_dtype if quantized else platform.dtype
     spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     context = config.target.max_model_len or shape.max_position_embeddings
-    num_blocks = count_blocks(
-        config.cache,
-        spec.bytes_per_slot,
-        context,
-        config.schedule.max_num_seqs,
-        platform.device,
-    )
+    max_num_seqs, device = config.schedule.max_num_seqs, platform.device
+    num_blocks = count_blocks(config.cache, spec.bytes_per_slot, context, max_num_seqs, device)
     num_slots = num_blocks * config.cache.block_size
     return (
         f"{num_slots} tokens in {gib(num_slots * spec.bytes_per_slot)}, "
