@@ -2,19 +2,15 @@
 
 The model runs in a process of its own, and so do tokenizer and chat template (`process/`). This
 process only turns token ids into text and imports no torch. It does not know HTTP.
-
-async with AsyncEngine.load("smollm2-135m") as engine:
-    async for delta in engine.generate("Once upon a time", SamplingParams(max_tokens=40)):
-        print(delta.text, end="", flush=True)
 """
 
 import asyncio
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import msgspec
@@ -25,14 +21,15 @@ from specserve.hub import resolve
 from specserve.process.engine_process import EngineProcess, EngineUnavailable, State
 from specserve.process.tokenizer_pool import TokenizerPool
 from specserve.text import Tokenizer
-from specserve.text.text_delta import TextDelta, TextDeltas
+from specserve.text.output_text import OutputText
+from specserve.text.text_delta import TextDelta
 from specserve.text.token_chunk import TokenChunker
 from specserve.types import (
-    MAX_SEED,
     Prompt,
     Request,
     SamplingParams,
     SpeculationParams,
+    TokenLogprobs,
     read_prompt,
 )
 
@@ -57,24 +54,17 @@ class AsyncEngine:
         config: EngineConfig,
         directory: Path,
         *,
-        tokenizer_module: str = "specserve.process.tokenizer_main",
-        shared: bool = False,
-        on_tokenized: Callable[[float], None] = lambda seconds: None,
+        tokenizer_pool: TokenizerPool | None = None,
     ) -> None:
         """`directory` is the model directory; `load` finds it by the name of a model.
 
-        `tokenizer_module`, `shared` and `on_tokenized` are the arguments `module`, `shared` and
-        `on_done` of `TokenizerPool`. Raises TokenizerError if the tokenizer cannot be read.
+        Without a `tokenizer_pool` one is made. Raises TokenizerError.
         """
         server = config.server
         self.config = config
         self.tokenizer = Tokenizer(directory)  # to decode only: encoding blocks the event loop
-        self.tokenizer_pool = TokenizerPool(
-            directory,
-            module=tokenizer_module,
-            time_limit=server.template_timeout,
-            shared=shared,
-            on_done=on_tokenized,
+        self.tokenizer_pool = tokenizer_pool or TokenizerPool(
+            directory, time_limit=server.template_timeout
         )
         self.process = EngineProcess(config, directory, heartbeat_timeout=server.heartbeat_timeout)
         self._stopping = False
@@ -92,10 +82,7 @@ class AsyncEngine:
         progress: Callable[[str, float], None] | None = None,
         **settings: Any,
     ) -> Self:
-        """An engine, not started yet, with the arguments of `LLM`. May download the target.
-
-        Raises ConfigError, HubError or TokenizerError, all subclasses of ValueError.
-        """
+        """An engine, not started yet. Arguments and errors (ValueErrors) are those of `LLM`."""
         config = llm_config(target, draft, config_file, settings)
         return cls(config, resolve(config.target.target, progress=progress))
 
@@ -123,19 +110,11 @@ class AsyncEngine:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.stop()
 
     async def start(self) -> None:
-        """Start the processes; the engine loads the model meanwhile.
-
-        Raises TokenizerError if the tokenizer or the chat template cannot be used.
-        """
+        """Start the processes; the engine loads the model meanwhile. Raises TokenizerError."""
         await self.tokenizer_pool.start()
         await self.process.start()
         self._stopping = False
@@ -165,14 +144,12 @@ class AsyncEngine:
         Raises RequestError if the prompt cannot be encoded or does not fit the context, and
         EngineUnavailable or TokenizerUnavailable. Tenants take turns when prompts wait.
         """
-        max_tokens = self.process.ready_info().limits.max_model_len
+        pool, max_tokens = self.tokenizer_pool, self.process.ready_info().limits.max_model_len
         match read_prompt(prompt):
             case str(text):
-                return await self.tokenizer_pool.encode(text, max_tokens=max_tokens, tenant=tenant)
+                return await pool.encode(text, max_tokens=max_tokens, tenant=tenant)
             case list(messages):
-                return await self.tokenizer_pool.chat(
-                    messages, max_tokens=max_tokens, tenant=tenant
-                )
+                return await pool.chat(messages, max_tokens=max_tokens, tenant=tenant)
             case ids:
                 return ids
 
@@ -211,7 +188,6 @@ class AsyncEngine:
                 speculation = await self._with_prediction(speculation, prediction, tenant)
             limits = self.process.ready_info().limits
             limits.check(Request("", ids, params, speculation))
-            seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
             name = secrets.token_hex(8)
             requests = [
                 Request(
@@ -225,7 +201,7 @@ class AsyncEngine:
                     arrived,
                     tenant,
                 )
-                for choice, sample in enumerate(params.samples(seed))
+                for choice, sample in enumerate(params.samples())
             ]
             streams = [self.stream(each, choice) for choice, each in enumerate(requests)]
             async with aclosing(merge(streams)) as deltas:
@@ -243,7 +219,8 @@ class AsyncEngine:
         EngineUnavailable, GenerationFailed, and TimeoutError when `request.deadline` has passed.
         """
         chunker = TokenChunker(self.config.server.stream_interval)
-        deltas = TextDeltas(choice, request, self.tokenizer)
+        text = OutputText.of(request, self.tokenizer)
+        logprobs: deque[TokenLogprobs] = deque()  # of tokens that a stop string may still cut
         async with aclosing(self.process.stream(request)) as outputs:
             async for output in outputs:
                 if output.error is not None:
@@ -251,7 +228,11 @@ class AsyncEngine:
                         raise TimeoutError(output.error)
                     raise GenerationFailed(output.error)
                 for tokens in chunker.feed(output):
-                    yield deltas.feed(tokens)
+                    shown = text.feed(tokens.ids, tokens.finish, tokens.stop_reason)
+                    offsets = tuple(text.pop_final_offsets())
+                    logprobs += tokens.logprobs
+                    final = tuple(logprobs.popleft() for _ in offsets) if logprobs else ()
+                    yield TextDelta(choice, shown, tokens, final, offsets)
 
     async def _with_prediction(
         self, speculation: SpeculationParams | None, prediction: str | None, tenant: str
@@ -274,28 +255,25 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
 
     The first exception of a stream closes all of them and is raised. Use with `aclosing`.
     """
-    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
 
     async def run(stream: AsyncGenerator[T, None]) -> None:
-        try:
-            async with aclosing(stream) as items:
-                async for item in items:
-                    queue.put_nowait((item,))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
+        async with aclosing(stream) as items:
+            async for item in items:
+                queue.put_nowait(item)
 
     tasks = [asyncio.create_task(run(stream)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)  # after the items of its stream
     try:
         num_running = len(tasks)
         while num_running:
             item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            if isinstance(item, asyncio.Task):
+                item.result()  # raises the exception of its stream
                 num_running -= 1
             else:
-                yield item[0]
+                yield item
     finally:
         for task in tasks:
             task.cancel()

@@ -22,14 +22,11 @@ _CHAIN_DEPTHS = list(range(MAX_SEGMENT_ROWS))
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """The input of one forward pass, one row per token.
+    """The input of one forward pass, one row per token; rows past the last segment are padding."""
 
-    Rows past the last segment are padding (slot -1, token 0, position 0).
-    """
-
-    input_ids: Tensor  # [num_rows] int64
-    positions: Tensor  # [num_rows] int64, RoPE positions
-    slots: Tensor  # [num_rows] int64, KV slot to write; -1: none
+    input_ids: Tensor  # [num_rows] int64; padding: 0
+    positions: Tensor  # [num_rows] int64, RoPE positions; padding: 0
+    slots: Tensor  # [num_rows] int64, KV slot to write; padding: -1, none
     logit_rows: Tensor  # [num_logit_rows] int64, rows whose logits are wanted
     segments: Segments
 

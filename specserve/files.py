@@ -45,10 +45,7 @@ def check_file(path: Path) -> int:
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
-    """The content of the regular file `path`.
-
-    Raises `FileError` if it is not a regular file, is larger than `max_bytes` or cannot be read.
-    """
+    """The content of a regular file of at most `max_bytes` bytes. Raises `FileError`."""
     size = check_file(path)
     if size > max_bytes:
         raise FileError(f"{path}: {size} bytes are too many (limit {max_bytes})")

@@ -1,17 +1,11 @@
-"""The offline API: an engine in this process, and `generate`.
-
-llm = LLM("smollm2-135m")
-for result in llm.generate(["Once upon a time"], SamplingParams(temperature=0)):
-    print(result.text)
-"""
+"""The offline API: an engine in this process, and `generate`."""
 
 import gc
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -26,7 +20,6 @@ from specserve.hub import resolve
 from specserve.text import Tokenizer
 from specserve.text.output_text import OutputText
 from specserve.types import (
-    MAX_SEED,
     FinishReason,
     Prompt,
     Request,
@@ -122,7 +115,7 @@ class LLM:
         parts = load_parts(self.config, directory, self.tokenizer, find)
         measure_costs(parts)
         self.engine = Engine(parts)
-        self._num_requests = 0
+        self._numbers = count(1)  # of requests
 
     def generate(
         self,
@@ -148,10 +141,11 @@ class LLM:
             self._start(prompt, param, speculation or SpeculationParams(), prediction)
             for prompt, param, prediction in zip(batch, params, expected, strict=True)
         ]
-        if on_text is not None:
-            for index, job in enumerate(jobs):
-                job.sequences[0].on_text = partial(on_text, index)
-        running = {seq.id: seq for job in jobs for seq in job.sequences if not seq.finish}
+        running: dict[str, _RunningSequence] = {}  # by request id
+        for index, job in enumerate(jobs):
+            if not isinstance(job, Generation):
+                running |= {seq.request.id: seq for seq in job}
+                job[0].on_text = partial(on_text, index) if on_text else None
         try:
             with _gc_frozen():
                 while running:
@@ -161,7 +155,7 @@ class LLM:
         finally:
             for request_id in running:  # not empty only after an exception
                 self.engine.abort(request_id)
-        return [job.generation() for job in jobs]
+        return [job if isinstance(job, Generation) else _generation(job) for job in jobs]
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt. Raises RequestError if it cannot be encoded."""
@@ -179,9 +173,8 @@ class LLM:
         params: SamplingParams,
         speculation: SpeculationParams,
         prediction: str | None,
-    ) -> "_Job":
-        """Submit the `n` sequences of one prompt; if it cannot be served, return a failed job."""
-        sequences = [_RunningSequence("", self.tokenizer, params, ())]
+    ) -> "list[_RunningSequence] | Generation":
+        """Submit the `n` sequences of one prompt. If it cannot be served, return the error."""
         prompt_ids: tuple[int, ...] = ()
         try:
             prompt_ids = self.encode(prompt)
@@ -189,33 +182,25 @@ class LLM:
             if prediction is not None:
                 expected = tuple(self.tokenizer.encode(prediction, add_special=False))
                 speculation = msgspec.structs.replace(speculation, prediction=expected)
-            seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+            now = time.monotonic()
             requests = [
-                Request(self._next_id(), prompt_ids, own, speculation, arrived_at=time.monotonic())
-                for own in params.samples(seed)
+                Request(f"request-{number}", prompt_ids, own, speculation, arrived_at=now)
+                for own, number in zip(params.samples(), self._numbers, strict=False)
             ]
             for request in requests:
                 self.engine.submit(request)
-            sequences = [
-                _RunningSequence(each.id, self.tokenizer, params, prompt_ids) for each in requests
-            ]
         except RequestError as error:
-            for seq in sequences:
-                seq.fail(str(error))
-        return _Job(prompt_ids, sequences)
-
-    def _next_id(self) -> str:
-        self._num_requests += 1
-        return f"request-{self._num_requests}"
+            logprobs, timing = None if params.logprobs is None else (), Timing(None, None, 0.0)
+            failed = Completion(
+                "", (), "error", SpecStats(), timing, logprobs=logprobs, error=str(error)
+            )
+            return Generation(prompt_ids, (failed,))
+        return [_RunningSequence(request, self.tokenizer) for request in requests]
 
 
 @contextmanager
 def _gc_frozen() -> Iterator[None]:
-    """Exclude the objects that exist now from garbage collection, until the context ends.
-
-    Scanning the objects of a model in every collection takes 2 % of the time for one sequence and
-    a fifth for hundreds.
-    """
+    """Exclude what exists now from garbage collection, which would take 2 to 20 % of the time."""
     if gc.get_freeze_count():  # other code has frozen objects, and `unfreeze` would release those
         yield
         return
@@ -229,24 +214,10 @@ def _gc_frozen() -> Iterator[None]:
 class _RunningSequence:
     """One sequence in progress: its outputs, text and times."""
 
-    def __init__(
-        self,
-        request_id: str,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        prompt_ids: tuple[int, ...],
-    ) -> None:
-        self.id = request_id
-        self.finish: FinishReason | None = None
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
         self.on_text: Callable[[str], None] | None = None
-        self._params = params
-        self._text = OutputText(
-            tokenizer,
-            params.stop,
-            prompt=prompt_ids,
-            skip_special=params.skip_special_tokens,
-            keep_stop=params.include_stop_str_in_output,
-        )
+        self._text = OutputText.of(request, tokenizer)
         self._outputs: list[StepOutput] = []
         self._started = time.perf_counter()
         self._first: tuple[float, int] | None = None  # time and number of the first tokens
@@ -255,39 +226,27 @@ class _RunningSequence:
     def take(self, output: StepOutput) -> bool:
         """Add the output of a step. Returns whether it is the last one."""
         self._outputs.append(output)
-        if output.new_ids:
-            self._last = time.perf_counter()
-            self._first = self._first or (self._last, len(output.new_ids))
-        self.finish = output.finish
-        delta = self._text.feed(
-            output.new_ids,
-            last=self.finish is not None,
-            stop_reason=output.stop_reason,
-            end_token=self.finish == "stop" and output.stop_reason is None,
-        )
-        if self.finish is not None:
-            self._last = time.perf_counter()
+        delta = self._text.feed(output.ids, output.finish, output.stop_reason)
+        self._last = time.perf_counter()
+        if output.ids and self._first is None:
+            self._first = self._last, len(output.ids)
         if delta and self.on_text is not None:
             self.on_text(delta)
-        return self.finish is not None
-
-    def fail(self, error: str) -> None:
-        """Finish the sequence with an error before any output."""
-        self.take(StepOutput(self.id, finish="error", error=error, stats=SpecStats()))
+        return output.finish is not None
 
     def completion(self) -> Completion:
-        assert self.finish is not None
         last = self._outputs[-1]
-        ids = tuple(chain.from_iterable(output.new_ids for output in self._outputs))
+        assert last.finish is not None
+        ids = tuple(chain.from_iterable(output.ids for output in self._outputs))
         logprobs = tuple(chain.from_iterable(output.logprobs for output in self._outputs))
         return Completion(
             text=self._text.text,
             token_ids=ids,
-            finish_reason=self.finish,
+            finish_reason=last.finish,
             stats=last.stats or SpecStats(),
             timing=self._timing(len(ids)),
             drafter_ids=tuple(chain.from_iterable(output.drafter_ids for output in self._outputs)),
-            logprobs=logprobs if self._params.logprobs is not None else None,
+            logprobs=None if self.request.sampling.logprobs is None else logprobs,
             stop_reason=last.stop_reason,
             num_cached_tokens=last.num_cached_tokens,
             error=last.error,
@@ -302,15 +261,8 @@ class _RunningSequence:
         return Timing(ttft, tpot, self._last - self._started)
 
 
-class _Job:
-    """One prompt and its `n` sequences."""
-
-    def __init__(self, prompt_ids: tuple[int, ...], sequences: list[_RunningSequence]) -> None:
-        self.prompt_ids = prompt_ids
-        self.sequences = sequences
-
-    def generation(self) -> Generation:
-        return Generation(self.prompt_ids, tuple(seq.completion() for seq in self.sequences))
+def _generation(seqs: list[_RunningSequence]) -> Generation:
+    return Generation(seqs[0].request.prompt_ids, tuple(seq.completion() for seq in seqs))
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -321,10 +273,7 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _per_prompt(name: str, value: T | Sequence[T], count: int) -> list[T]:
-    """One value per prompt: the single `value` repeated, or a list with `count` values.
-
-    Raises ValueError if the list has another length.
-    """
+    """One value per prompt. Raises ValueError for a list that has not `count` values."""
     if not isinstance(value, list | tuple):
         return [cast(T, value)] * count
     if len(value) != count:

@@ -32,9 +32,6 @@ class ReadOnlyList(Sequence[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self._items)
 
-    def __repr__(self) -> str:
-        return f"ReadOnlyList({self._items!r})"
-
 
 def read_only_params(params: SamplingParams) -> SamplingParams:
     """A copy of `params` whose only mutable field, the `logit_bias` dict, is read-only."""

@@ -74,10 +74,7 @@ class SamplingState:
         return self._counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def mask(self, logits: Tensor, position: int) -> None:
-        """Apply logit_bias and min_tokens to one row, in place. logits: [vocab_size] float32.
-
-        `position` is the absolute position of the token to draw.
-        """
+        """Apply logit_bias and min_tokens to one row, in place. logits: [vocab_size] float32."""
         if self._bias is not None:
             ids, values = self._bias
             logits[ids] += values
@@ -85,11 +82,7 @@ class SamplingState:
             logits[self._ends] = -torch.inf
 
     def penalties(self, path: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The inputs of the penalties, for a token that follows `path`.
-
-        Returns the prompt mask [vocab_size] bool and the output counts [vocab_size] int32, those
-        of `path` included.
-        """
+        """The prompt mask [vocab_size] bool; counts of output and `path` [vocab_size] int32."""
         assert self._counts is not None
         return self._prompt_mask, self._counted(path) if path else self._counts
 
@@ -135,35 +128,26 @@ class Sampler:
         return logits
 
     def draw(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Draw a token per row: argmax of processed logits, plus noise if temperature > 0.
-
-        processed: [num_rows, vocab_size] float32. Returns [num_rows] int64.
-        """
-        sampled = [not row.state.params.greedy for row in rows]
-        if not any(sampled):
+        """Draw a token per row, [num_rows] int64. processed: [num_rows, vocab_size] float32."""
+        if all(row.state.params.greedy for row in rows):
             return processed.argmax(dim=-1)
-        seeds, positions = self._keys(rows)
-        return self._kernels.gumbel_argmax(
-            processed, seeds, positions, torch.tensor(sampled, device=self.device)
-        )
+        return self._kernels.gumbel_argmax(processed, *self._keys(rows))
 
     def perturb(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Return processed + the noise that `draw` uses, [num_rows, vocab_size] float32.
-
-        A drafter uses it to rank candidates with the same noise as the target.
-        """
+        """Return processed + the noise of `draw`, to rank candidates: [num_rows, vocab_size]."""
         if all(row.state.params.greedy for row in rows):
             return processed
-        seeds, positions = self._keys(rows)
+        seeds, positions, sampled = self._keys(rows)
         ids = torch.arange(processed.shape[1], device=self.device).expand(len(rows), -1)
         noise = self._kernels.gumbel_noise(seeds, positions, ids)
-        sampled = torch.tensor([not row.state.params.greedy for row in rows], device=self.device)
         return processed + noise * sampled[:, None]
 
-    def _keys(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    def _keys(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """The inputs of the noise, each [num_rows]: seed, position, and whether noise is added."""
         seeds = torch.tensor([row.state.seed for row in rows], device=self.device)
         positions = torch.tensor([row.position for row in rows], device=self.device)
-        return seeds, positions
+        sampled = [not row.state.params.greedy for row in rows]
+        return seeds, positions, torch.tensor(sampled, device=self.device)
 
     def _penalise(self, logits: Tensor, rows: Sequence[Row]) -> None:
         chosen = [index for index, row in enumerate(rows) if row.state.params.penalised]
@@ -171,23 +155,20 @@ class Sampler:
             return
         masks, counts = zip(*(rows[i].state.penalties(rows[i].path) for i in chosen), strict=True)
         params = [rows[i].state.params for i in chosen]
-        repetition = [p.repetition_penalty for p in params]
-        frequency = [p.frequency_penalty for p in params]
-        presence = [p.presence_penalty for p in params]
+        strengths = [
+            [p.repetition_penalty for p in params],
+            [p.frequency_penalty for p in params],
+            [p.presence_penalty for p in params],
+        ]
         logits[chosen] = self._kernels.apply_penalties(
             logits[chosen],
             torch.stack(masks),
             torch.stack(counts),
-            torch.tensor(repetition, dtype=torch.float32, device=self.device),
-            torch.tensor(frequency, dtype=torch.float32, device=self.device),
-            torch.tensor(presence, dtype=torch.float32, device=self.device),
+            *torch.tensor(strengths, dtype=torch.float32, device=self.device),
         )
 
     def _filter(self, logits: Tensor, rows: Sequence[Row]) -> None:
-        """Apply top-k, top-p and min-p to sampled rows, in place.
-
-        Greedy rows need no filter, since the token of the largest logit passes all of them.
-        """
+        """Apply top-k, top-p and min-p to sampled rows, in place; greedy rows need no filter."""
         for index, row in enumerate(rows):
             params = row.state.params
             if params.greedy:
@@ -237,10 +218,7 @@ def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """The log-probabilities of one row. logits: [vocab_size] float32, unprocessed.
-
-    Returns that of `token_id` and the `num_top` largest ones.
-    """
+    """Logprobs of `token_id` and the `num_top` best. logits: [vocab_size] float32, unprocessed."""
     logprobs = logits.log_softmax(0)
     top: tuple[tuple[int, float], ...] = ()
     if num_top:

@@ -12,8 +12,8 @@ import enum
 from dataclasses import dataclass, field
 
 from specserve.cache.table import BlockTable, TableView
-from specserve.read_only import ReadOnlyList, read_only_params
-from specserve.types import Request, SamplingParams, SpecStats, SpeculationParams
+from specserve.read_only import ReadOnlyList
+from specserve.types import Request, SpecStats, SpeculationParams
 
 
 class Status(enum.Enum):
@@ -34,10 +34,9 @@ class SpecCounts:
     drafted_by_depth: list[int] = field(default_factory=list)
 
     def record(self, drafted: int, draft_depth: int, accepted: int, emitted: int) -> None:
-        """Count one verification.
+        """Count one verification: its drafted nodes without the root, and the depth of the deepest.
 
-        drafted: nodes without the root; draft_depth: depth of the deepest; accepted: drafted
-        tokens accepted; emitted: tokens emitted.
+        `accepted` drafted tokens were accepted, and `emitted` tokens emitted.
         """
         self.num_steps += 1
         self.num_drafted += drafted
@@ -50,7 +49,7 @@ class SpecCounts:
             self.drafted_by_depth[depth] += 1
 
     def freeze(self) -> SpecStats:
-        at_least = [sum(self.histogram[depth:]) for depth in range(1, len(self.histogram))]
+        depths = range(1, len(self.histogram))
         return SpecStats(
             num_spec_steps=self.num_steps,
             num_draft_tokens=self.num_drafted,
@@ -58,7 +57,7 @@ class SpecCounts:
             num_emitted_tokens=self.num_emitted,
             acceptance_histogram=tuple(self.histogram),
             drafted_by_depth=tuple(self.drafted_by_depth),
-            accepted_by_depth=tuple(at_least),
+            accepted_by_depth=tuple(sum(self.histogram[depth:]) for depth in depths),
         )
 
 
@@ -143,10 +142,6 @@ class SequenceView:
         return self._seq.table.num_committed
 
     @property
-    def num_pending(self) -> int:
-        return self._seq.num_pending
-
-    @property
     def status(self) -> Status:
         return self._seq.status
 
@@ -158,10 +153,6 @@ class SequenceView:
     @property
     def greedy(self) -> bool:
         return self._seq.request.sampling.greedy
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return read_only_params(self._seq.request.sampling)
 
     @property
     def speculation(self) -> SpeculationParams:

@@ -57,12 +57,8 @@ class DraftTree:
         """Conditional acceptance probability of each node, given that its parent is accepted."""
         probs = self.path_probs.tolist()
         above = [1.0, *(probs[parent] for parent in self.parents.tolist()[1:])]
-        return tuple(
-            [
-                prob / before if before > 0.0 else 0.0
-                for prob, before in zip(probs, above, strict=True)
-            ]
-        )
+        pairs = zip(probs, above, strict=True)
+        return tuple([prob / before if before > 0.0 else 0.0 for prob, before in pairs])
 
     @cached_property
     def ancestors(self) -> tuple[int, ...]:
@@ -93,17 +89,11 @@ Trees = dict[str, DraftTree]  # by sequence id
 
 @lru_cache(maxsize=4096)  # keeps the cached properties of the trees too
 def root_tree(token: int) -> DraftTree:
-    """The tree without drafted nodes: the root alone, cached and shared by all callers.
-
-    `np.frombuffer` makes arrays that cannot be made writeable again.
-    """
+    """The tree without drafted nodes: the root alone, cached and shared by all callers."""
     tree = build_tree([token], [-1], [1.0], TARGET_ID)
-    return DraftTree(
-        np.frombuffer(tree.tokens.tobytes(), np.int32),
-        np.frombuffer(tree.parents.tobytes(), np.int16),
-        np.frombuffer(tree.path_probs.tobytes(), np.float32),
-        np.frombuffer(tree.drafter_ids.tobytes(), np.uint8),
-    )
+    arrays = (tree.tokens, tree.parents, tree.path_probs, tree.drafter_ids)
+    # np.frombuffer makes arrays that cannot be made writeable again.
+    return DraftTree(*(np.frombuffer(array.tobytes(), array.dtype) for array in arrays))
 
 
 def build_tree(

@@ -1,11 +1,11 @@
 """The messages between an engine and its callers: frozen Structs, without torch.
 
-A `Request` or an `Abort` goes in, `StepOutput`s come out. `SamplingParams.validate` checks the
-ranges of the sampling parameters; `engine.limits` checks the rest of a request.
+A `Request` or an `Abort` goes in, `StepOutput`s come out.
 """
 
 import hashlib
 import math
+import secrets
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -25,10 +25,7 @@ Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids or a chat
 
 
 class RequestError(ValueError):
-    """A request that cannot be served.
-
-    `param` names the field; the message gives its value and the fix.
-    """
+    """A request that cannot be served. `message` has the value of the field `param` and the fix."""
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(f"{param}: {message}")
@@ -90,14 +87,14 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
             or self.repetition_penalty != 1.0
         )
 
-    def samples(self, seed: int) -> list["SamplingParams"]:
+    def samples(self) -> list["SamplingParams"]:
         """The parameters of each of the `n` samples, with n = 1 and a seed of its own.
 
-        The first sample has `seed` itself; the others have hashes of `seed` and their index.
+        The first has `seed`, or a random one if it is None; the others have hashes of that.
         """
-        seeds = [seed]
+        seeds = [secrets.randbelow(MAX_SEED) if self.seed is None else self.seed]
         for index in range(1, self.n):
-            digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(f"{seeds[0]}/{index}".encode(), digest_size=8).digest()
             seeds.append(int.from_bytes(digest) % MAX_SEED)
         return [msgspec.structs.replace(self, seed=own, n=1) for own in seeds]
 
@@ -137,17 +134,12 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SpeculationParams(Struct, frozen=True, forbid_unknown_fields=True):
-    """The speculation settings of one request.
-
-    `max_nodes` limits the nodes of a tree, root included. `prediction` is the output that the
-    caller expects, as token ids; nodes are drafted from it in addition to those of the drafters.
-    `drafters` names the drafters to use (None: all).
-    """
+    """The speculation settings of one request."""
 
     enabled: bool = True
-    max_nodes: int | None = None
-    prediction: tuple[int, ...] = ()
-    drafters: tuple[str, ...] | None = None
+    max_nodes: int | None = None  # of a tree, root included
+    prediction: tuple[int, ...] = ()  # the output that the caller expects; drafted from as well
+    drafters: tuple[str, ...] | None = None  # names of those to use; None: all
 
 
 class Request(Struct, frozen=True, tag=True):
@@ -202,19 +194,16 @@ class SpecStats(Struct, frozen=True):
 
 
 class StepOutput(Struct, frozen=True, tag=True):
-    """The result of one step for one request.
-
-    `error` is set if `finish` is "error", and may give the reason for "abort".
-    """
+    """The result of one step for one request."""
 
     id: str
-    new_ids: tuple[int, ...] = ()
-    # Drafter id per new id: 0 the target, 1 + index of the drafter, or `tree.PREDICTION_ID`.
+    ids: tuple[int, ...] = ()
+    # Drafter id per token: 0 the target, 1 + index of the drafter, or `tree.PREDICTION_ID`.
     drafter_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended it
-    error: str | None = None
+    error: str | None = None  # the reason of "error", and maybe of "abort"
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     stats: SpecStats | None = None  # on the last output
 

@@ -21,6 +21,7 @@ from specserve.types import Request, SamplingParams
 from specserve.verify.stopping import StopRule
 
 UNKNOWN = 100_000  # an id that no tokenizer here has
+LENGTH = FinishInfo("length")
 WHOLE = ("中", "é", "🙂", "\n", " ", "กข", "a")
 BROKEN = (b"\xf0\x9f", b"\xe4", b"\x99", b"\xc3", b"\xff", b"\xed\xa6", "\ufffd".encode())
 CHARACTERS = {byte: character for character, byte in byte_alphabet().items()}
@@ -66,10 +67,12 @@ def cut(draw: st.DrawFn, ids: Sequence[int]) -> list[Sequence[int]]:
     return pieces
 
 
-def streamed(output: OutputText, pieces: Sequence[Sequence[int]], **last: object) -> list[str]:
+def streamed(
+    output: OutputText, pieces: Sequence[Sequence[int]], finish: FinishInfo = LENGTH
+) -> list[str]:
     return [
         *(output.feed(piece) for piece in pieces[:-1]),
-        output.feed(pieces[-1] if pieces else (), last=True, **last),  # type: ignore[arg-type]
+        output.feed(pieces[-1] if pieces else (), finish.reason, finish.stop_reason),
     ]
 
 
@@ -163,7 +166,7 @@ def test_offsets_point_at_the_tokens(
     for piece in data.draw(cut(ids)):
         shown.feed(piece)
         offsets += shown.pop_final_offsets()
-    shown.feed((), last=True)
+    shown.feed((), "length")
     assert len(offsets) == len(ids)
     assert offsets == sorted(offsets)
     for index, offset in zip(ids, offsets, strict=True):
@@ -202,8 +205,7 @@ def test_stop_strings_are_searched_in_the_shown_text(
         finish = rule.feed(emitted[-1])
     reason = finish.stop_reason
     shown = OutputText(tokenizer, stops, prompt=prompt, skip_special=skip, keep_stop=keep)
-    ended = finish.reason == "stop" and reason is None
-    pieces = streamed(shown, data.draw(cut(emitted)), stop_reason=reason, end_token=ended)
+    pieces = streamed(shown, data.draw(cut(emitted)), finish)
     assert "".join(pieces) == shown.text
     without = OutputText(tokenizer, prompt=prompt, skip_special=skip)
     streamed(without, [emitted])
@@ -262,10 +264,10 @@ def test_a_named_end_token_has_no_text(tmp_path: Path) -> None:
     end, think = vocabulary["<|end|>"], vocabulary["<think>"]
     assert tokenizer.decode([end, think, end]) == "<think>"
     assert tokenizer.decode([end, think], skip_special=False) == "<|end|><think>"
-    assert OutputText(tokenizer).feed([think, think], last=True, end_token=True) == "<think>"
-    assert OutputText(tokenizer).feed([think, think], last=True) == "<think><think>"
+    assert OutputText(tokenizer).feed([think, think], "stop") == "<think>"
+    assert OutputText(tokenizer).feed([think, think], "length") == "<think><think>"
     shown = OutputText(tokenizer, skip_special=False)
-    assert shown.feed([think, think], last=True, end_token=True) == "<think><think>"
+    assert shown.feed([think, think], "stop") == "<think><think>"
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_bad_parameter_is_named_and_others_finish(
     first = {f"good{i}": expected[i] for i in range(len(OTHERS))}
     while engine.has_work:
         for output in engine.step():
-            got[output.id] = got.get(output.id, ()) + output.new_ids
+            got[output.id] = got.get(output.id, ()) + output.ids
     for name, whole in first.items():
         assert got[name] == whole[len(whole) - len(got[name]) :]
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks

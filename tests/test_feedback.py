@@ -41,7 +41,7 @@ def check_feedback(engine: Engine) -> int:
     outputs: dict[str, list[int]] = {f"q{index}": [*p] for index, p in enumerate(PROMPTS)}
     while engine.has_work:
         for output in engine.step():
-            outputs[output.id] += output.new_ids
+            outputs[output.id] += output.ids
     assert len(texts) == len(PROMPTS)
     for seq_id, text in texts.items():
         assert text == outputs[seq_id][: len(text)]

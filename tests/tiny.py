@@ -108,4 +108,4 @@ def run(
 
 
 def ids(outputs: list[StepOutput]) -> tuple[int, ...]:
-    return tuple(token for output in outputs for token in output.new_ids)
+    return tuple(token for output in outputs for token in output.ids)

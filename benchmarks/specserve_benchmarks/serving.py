@@ -79,9 +79,9 @@ def run_offline(llm: LLM, works: Sequence[Work], concurrency: int) -> list[Answe
     while engine.has_work:
         for output in engine.step():
             answer = answers[int(output.id)]
-            if output.new_ids and not answer.ids:
+            if output.ids and not answer.ids:
                 answer.ttft_s = time.perf_counter() - started[output.id]
-            answer.ids += output.new_ids
+            answer.ids += output.ids
             if output.finish is not None:
                 submit()
     return answers

@@ -10,7 +10,7 @@ from typing import Final, cast
 from rich.console import Console
 
 from specserve.cli.chat_screen import PlainScreen, TerminalScreen
-from specserve.cli.conversation import Conversation, Left
+from specserve.cli.conversation import Conversation
 from specserve.cli.flags import given
 from specserve.client import (
     APIStatusError,
@@ -65,9 +65,7 @@ def _turn(conversation: Conversation, screen: TerminalScreen, key_variable: str)
         screen.note("\nCtrl-D or /exit leaves")
         return True
     try:
-        conversation.enter(line)
-    except Left:
-        return False
+        return conversation.enter(line)
     except KeyboardInterrupt:
         screen.note("stopped")
     except SpecserveError as error:
@@ -83,9 +81,8 @@ def _through_pipes(client: Client, args: argparse.Namespace) -> int:
     status = 0
     for line in sys.stdin:
         try:
-            conversation.enter(line.removesuffix("\n"))
-        except Left:
-            break
+            if not conversation.enter(line.removesuffix("\n")):
+                break
         except SpecserveError as error:
             screen.error(explain(error, args.api_key_env))
             status = 1

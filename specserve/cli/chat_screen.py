@@ -38,10 +38,7 @@ class PlainScreen:
 
 
 class TerminalScreen:
-    """Writes to a terminal. With a `report`, drafted tokens are coloured by drafter id.
-
-    The deltas must then hold logprobs, which give the bytes of each token.
-    """
+    """Writes to a terminal. With a `report`, colours the tokens of deltas that hold logprobs."""
 
     def __init__(self, console: Console, report: SpeculationReport | None = None) -> None:
         self._console = console

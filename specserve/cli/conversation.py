@@ -1,7 +1,4 @@
-"""A conversation with a server: its history and the commands that change it.
-
-It takes input as lines and writes to a `Screen`; it does not know the terminal.
-"""
+"""The history of a chat and the commands that change it. It does not know the terminal."""
 
 from collections import Counter
 from typing import Any, Final
@@ -25,10 +22,6 @@ HELP: Final = """\
 A line that starts with a space is always a message. Ctrl-C stops an answer."""
 
 
-class Left(Exception):
-    """Raised by the commands /exit and /quit."""
-
-
 class Conversation:
     """The state of a chat. Each prompt is sent together with all earlier turns."""
 
@@ -44,15 +37,16 @@ class Conversation:
         self._answered = False  # whether the last turn is the answer to `_asked`
         self._last: Completion | None = None
 
-    def enter(self, line: str) -> None:
-        """Send a prompt or run a command. Raises SpecserveError, Left and KeyboardInterrupt.
+    def enter(self, line: str) -> bool:
+        """Send a prompt or run a command. Returns False if the user leaves.
 
-        If an answer fails or is interrupted, the text shown so far is kept as the answer.
+        If an answer fails or is interrupted, the text shown so far is kept as the answer. Raises
+        SpecserveError and KeyboardInterrupt.
         """
         if not line.startswith("/"):
             if line.strip():
                 self._ask(line.strip())
-            return
+            return True
         command, _, text = line.strip().partition(" ")
         match command:
             case "/retry":
@@ -67,9 +61,10 @@ class Conversation:
             case "/help":
                 self._screen.note(HELP)
             case "/exit" | "/quit":
-                raise Left
+                return False
             case _:
                 self._screen.note(f"{command} is not a command; /help lists all")
+        return True
 
     def _ask(self, prompt: str) -> None:
         self._asked, self._answered, self._last = prompt, False, None

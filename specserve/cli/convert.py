@@ -1,8 +1,4 @@
-"""`specserve convert`: converts the pickled weights of a draft checkpoint to safetensors.
-
-Loading a pickle can run code. Only `convert_child` loads pickles, in a separate process with limits
-on memory and time.
-"""
+"""`specserve convert`: converts the pickled weights of a draft checkpoint to safetensors."""
 
 import argparse
 import os

@@ -2,9 +2,8 @@
 
 `specserve convert` runs this file as `python -P FILE SOURCE OUT MEMORY SECONDS`; it imports nothing
 of specserve. With weights_only, torch's unpickler calls only functions that build tensors (since
-torch 2.6; earlier versions have CVE-2025-32434). Memory and time are limited because a small file
-can require a lot of both. If the file is refused, the reason is printed to stdout and the exit
-status is 1.
+torch 2.6; earlier versions have CVE-2025-32434). A small file can require much memory and time, so
+both are limited. If the file is refused, the reason is printed and the exit status is 1.
 """
 
 import re
@@ -45,10 +44,7 @@ def main(source: Path, out: Path, memory: int, seconds: int) -> int:
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """Limit CPU time and the address space, and disable core dumps.
-
-    The address space is limited only where /proc shows its present size.
-    """
+    """Limit CPU time and, where /proc shows it, the address space; disable core dumps."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _lower(resource.RLIMIT_CPU, seconds)
     statm = Path("/proc/self/statm")

@@ -1,7 +1,6 @@
 """`specserve doctor`: what this machine has, what specserve will use, and what is broken.
 
-It needs no network and no model. The checks that import torch run last; if that import fails, one
-failed check takes their place.
+It needs no network and no model. The checks that import torch run last.
 """
 
 import argparse
@@ -43,13 +42,9 @@ def _show(checks: Sequence[Check]) -> None:
     for section, group in groupby(checks, key=lambda check: check.section):
         console.print(Text(section, style="bold"))
         for check in group:
-            console.print(Text(f"  {check.name:<{width}}  "), _words(check), sep="")
-
-
-def _words(check: Check) -> Text:
-    words = Text(check.value)
-    if check.status != "ok":
-        words.append(f"  [{check.status}]", style=STYLES[check.status])
-    if check.fix is not None:
-        words.append(f"\n    -> {check.fix}", style=STYLES[check.status])
-    return words
+            words = Text(f"  {check.name:<{width}}  {check.value}")
+            if check.status != "ok":
+                words.append(f"  [{check.status}]", style=STYLES[check.status])
+            if check.fix is not None:
+                words.append(f"\n    -> {check.fix}", style=STYLES[check.status])
+            console.print(words)

@@ -1,13 +1,13 @@
 """Generates one command line flag per field of a settings Struct.
 
-Owns the parsing rule of each field type. Only flags that were given are set in the namespace; other
-settings keep their value of the configuration file or the default of the Struct.
+Only flags that were given are set in the namespace. Other settings keep their value of the
+configuration file or the default of the Struct.
 """
 
 import argparse
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -17,14 +17,10 @@ from msgspec.structs import FieldInfo
 
 @dataclass(frozen=True, slots=True)
 class FlagType:
-    """How a field type is parsed.
+    """How a field type is parsed."""
 
-    `arguments` are keyword arguments of argparse's `add_argument`; `collect` converts what argparse
-    returns to the value of the field.
-    """
-
-    arguments: dict[str, Any] = field(default_factory=dict)
-    collect: Callable[[Any], Any] = lambda value: value
+    arguments: dict[str, Any]  # keyword arguments of argparse's `add_argument`
+    collect: Callable[[Any], Any] = lambda value: value  # what argparse returns -> the value
 
 
 def add_flags(
@@ -39,8 +35,7 @@ def add_flags(
     """Add one flag per field of `struct` to `group`, except for the fields in `skip`.
 
     `help_texts` and `aliases` (a second flag) are by field name. `prefix`, such as "speculation_",
-    distinguishes the flags from those of another Struct with the same field names. Raises KeyError
-    for a field without a help text, TypeError for a field type without a parsing rule.
+    distinguishes fields of the same name. Raises KeyError for a field without a help text.
     """
     hints = get_type_hints(struct)
     for info in msgspec.structs.fields(struct):

@@ -40,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
             print(*json_lines(index, generation), sep="\n")
         elif not streamed:
             _print_text(index, generation)
-    failed = _print_errors(generations)
+    failed = [index for index, each in enumerate(generations) if each.error is not None]
+    for index in failed:
+        where = f"prompt {index}: " if len(generations) > 1 else ""
+        print(f"specserve: error: {where}{generations[index].error}", file=sys.stderr)
     completions = [completion for each in generations for completion in each.completions]
     if not args.json and len(failed) < len(generations):
         sys.stdout.flush()
@@ -59,12 +62,3 @@ def _print_text(index: int, generation: Generation) -> None:
         print(f"--- {number} ({completion.finish_reason})")
         if completion.text:
             print(completion.text)
-
-
-def _print_errors(generations: list[Generation]) -> list[int]:
-    """Print the errors to stderr. Returns the indices of the prompts that failed."""
-    failed = [index for index, each in enumerate(generations) if each.error is not None]
-    for index in failed:
-        where = f"prompt {index}: " if len(generations) > 1 else ""
-        print(f"specserve: error: {where}{generations[index].error}", file=sys.stderr)
-    return failed

@@ -33,15 +33,12 @@ _TIMEOUT_S: Final = 20  # seconds that a command may take
 
 
 class Check(Struct, frozen=True, omit_defaults=True):
-    """A finding and its `fix`, if one is known.
-
-    `status` "note": something optional is missing. "broken": specserve fails until this is fixed.
-    """
+    """A finding and its `fix`, if one is known. "broken": specserve fails until this is fixed."""
 
     section: str
     name: str
     value: str
-    status: Literal["ok", "note", "broken"] = "ok"
+    status: Literal["ok", "note", "broken"] = "ok"  # note: something optional is missing
     fix: str | None = None
 
 

@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _leave_ascii() -> None:
     """Restart Python in UTF-8 mode if the encoding of the locale is ASCII.
 
-    Arguments, paths and texts may hold any character. Python switches to UTF-8 mode by itself in
-    such a locale, unless that is disabled.
+    Python does this by itself unless it is disabled. Arguments and texts may hold any character.
     """
     if codecs.lookup(sys.getfilesystemencoding()).name != "ascii":
         return

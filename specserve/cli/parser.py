@@ -1,7 +1,4 @@
-"""The commands, their flags and their help texts.
-
-`flags` generates the flags of settings; the dictionaries here hold their help, by field name.
-"""
+"""The commands, their flags and their help texts (those of settings by field name)."""
 
 import argparse
 from pathlib import Path
@@ -9,6 +6,7 @@ from typing import Any, Final, TypeAlias
 
 from specserve import __version__
 from specserve.cli.flags import add_flags, given
+from specserve.cli.prompts import EXPECTED
 from specserve.config import (
     ALL_SECTIONS,
     ENGINE_SECTIONS,
@@ -23,10 +21,7 @@ from specserve.types import SamplingParams, SpeculationParams
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 TARGET_HELP: Final = "alias such as smollm2-135m, model directory, .gguf file or hub id"
 OPTIONAL_TARGET_HELP: Final = f"{TARGET_HELP} (default: {TargetConfig().target})"
-PROMPTS_HELP: Final = (
-    'one JSON value per line: "text", {"prompt": ...}, {"messages": [...]} or {"turns": [...]}, '
-    "of which the first is used"
-)
+PROMPTS_HELP: Final = f"one per line: {EXPECTED}, of which the first is used"
 
 SAMPLING_HELP: Final = {
     "temperature": "0 is greedy",
@@ -73,8 +68,7 @@ ENGINE_HELP: Final = {
     "recycle and, if there is one for the target, a pretrained eagle head; repeatable: their "
     "trees are merged",
     "max_nodes": "tree nodes per sequence and forward pass, root included",
-    "cost_aware": "leave out drafters and drafted nodes that cost more time than they save "
-    "(default: yes)",
+    "cost_aware": "leave out drafters and nodes that cost more time than they save (default: yes)",
     "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
     "max_num_seqs": "sequences that run together",
     "max_num_batched_tokens": "tokens per forward pass: tree nodes and prompt tokens together",
@@ -92,12 +86,11 @@ SERVER_HELP: Final = {
     "max_body_bytes": "largest body of a request; all that are in memory together may have eight "
     "times as much, 64 MiB at least",
     "body_timeout": "seconds for a request's body to arrive",
-    "keepalive_timeout": "seconds an idle connection stays open, and seconds that a request's "
-    "headers may take",
+    "keepalive_timeout": "seconds an idle connection stays open, or a request's headers may take",
     "max_connections": "requests that are read, served or answered at once; an eighth more "
     "connections may be open. Of several API keys, one may have as many as it leaves free",
-    "max_queued_requests": "sequences that may wait for the engine; keys share them in the same way",
-    "max_queued_tokens": "prompt tokens that may wait for the engine; keys share them as well",
+    "max_queued_requests": "sequences that may wait for the engine; API keys share them likewise",
+    "max_queued_tokens": "prompt tokens that may wait for the engine; API keys share them likewise",
     "max_prompt_tokens": "longest prompt; not given: what the context has room for",
     "max_output_tokens": "most tokens a request can ask for; not given: until the context is full",
     "request_timeout": "seconds from its arrival until a request is given up; it can ask for fewer",
@@ -138,7 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_serve(commands)
     _add_chat(commands)
-    _add_pull(commands)
+    pull = commands.add_parser("pull", help="fetch a model and print its directory")
+    pull.add_argument("target", metavar="TARGET", help=TARGET_HELP)
     _add_convert(commands)
     _add_doctor(commands)
     _add_group(
@@ -233,18 +227,12 @@ def _add_chat(commands: Commands) -> None:
     add_flags(sampling, SamplingParams, SAMPLING_HELP, skip=not_here)
 
 
-def _add_pull(commands: Commands) -> None:
-    parser = commands.add_parser("pull", help="fetch a model and print its directory")
-    parser.add_argument("target", metavar="TARGET", help=TARGET_HELP)
-
-
 def _add_convert(commands: Commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="turn the pickled weights of a draft into safetensors",
-        description="Turn the pickled weights of a draft into a directory that --draft takes. No "
-        "other command opens pickles; this one does it with torch's weights-only reader, in a "
-        "child process with limits on memory and time.",
+        description="Turn the pickled weights of a draft into a directory that --draft takes. A "
+        "child process reads them, with limits on memory and time, and runs no code in them.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -269,10 +257,7 @@ def _add_doctor(commands: Commands) -> None:
 def _add_group(
     commands: Commands, name: str, purpose: str, members: dict[str, str], package: str
 ) -> None:
-    """Add a command that runs a module of `package`; each has its own flags.
-
-    `members` maps the names of the modules to help texts.
-    """
+    """Add a command that runs a module of `package`. `members`: name of a module -> help text."""
     width = max(map(len, members))
     listed = "\n".join(f"  {member:<{width}}  {text}" for member, text in members.items())
     parser = commands.add_parser(
@@ -293,11 +278,7 @@ def _add_group(
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "target",
-        nargs="?",
-        default=argparse.SUPPRESS,
-        metavar="TARGET",
-        help=OPTIONAL_TARGET_HELP,
+        "target", nargs="?", default=argparse.SUPPRESS, metavar="TARGET", help=OPTIONAL_TARGET_HELP
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(

@@ -21,10 +21,7 @@ class Row(NamedTuple):
 
 
 def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages]:
-    """The prompts in `texts`, then those of `file`.
-
-    Raises ConfigError if there are none or if `file` is invalid.
-    """
+    """The prompts in `texts`, then those of `file`. Raises ConfigError if there are none."""
     prompts: list[str | Messages] = list(texts)
     if file is not None:
         prompts += [row.prompt for row in read_rows(file)]
@@ -34,10 +31,7 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[str | Messages
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The prompts of a JSONL file. Blank lines are skipped.
-
-    Raises ConfigError if the file is unreadable or has no prompts, or if a line is not a prompt.
-    """
+    """The prompts of a JSONL file, without blank lines. Raises ConfigError if it has no prompts."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -150,11 +150,7 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
 
 
 def local_directory(target: str) -> Path | None:
-    """The directory of a target that is a model directory, a file or an alias already downloaded.
-
-    Of a .gguf file, the metadata is converted as for `serve`. None for every other target: hub ids
-    are not looked up in their cache. Raises HubError for a file that cannot be used.
-    """
+    """The local directory of a path or of a downloaded alias, else None. Raises HubError."""
     if Path(target).expanduser().exists():
         return resolve(target)
     if target in ALIASES:

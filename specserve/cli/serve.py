@@ -6,10 +6,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from typing import cast
+
+import uvloop
 
 from specserve import __version__
 from specserve.cli.parser import engine_config
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         _announce, with_keys=bool(config.server.api_key_file) or KEYS_VARIABLE in os.environ
     )
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             answered = runner.run(serve(config, target, announce))
     except OSError as error:
         raise ConfigError(
@@ -42,14 +41,6 @@ def run(args: argparse.Namespace) -> int:
             f"({error.strerror}); choose another with --port"
         ) from error
     return 0 if answered else 1
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The loop factory of uvloop; None (asyncio's default) if uvloop is not installed."""
-    try:
-        return cast(Callable[[], asyncio.AbstractEventLoop], import_module("uvloop").new_event_loop)
-    except ImportError:
-        return None
 
 
 def _announce(url: str, model: str, info: EngineInfo, *, with_keys: bool) -> None:

@@ -11,15 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from specserve.client.errors import ErrorDetail, UnexpectedAnswer, quote
-from specserve.client.types import (
-    Choice,
-    Completion,
-    Delta,
-    Stats,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from specserve.client.types import Choice, Completion, Delta, Stats, TokenLogprob, TopLogprob, Usage
 
 T = TypeVar("T")
 Byte = Annotated[int, Meta(ge=0, le=255)]

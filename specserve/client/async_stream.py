@@ -54,10 +54,7 @@ class AsyncStream:
         return self._collector.completion()
 
     async def batch(self) -> list[Delta]:
-        """Wait for deltas and return all that have arrived; an empty list at the end of the stream.
-
-        Raises SpecserveError, after the deltas before the error have been returned.
-        """
+        """Wait for deltas and return all that have come, none at the end. Raises SpecserveError."""
         await self._fill()
         deltas = list(self._arrived)
         self._arrived.clear()

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from math import inf
 from typing import Final, TypedDict
 from urllib.parse import urlsplit
-from weakref import WeakSet
 
 import aiohttp
 
@@ -31,32 +31,25 @@ _KEEP_IDLE_S: Final = 4.0
 _MAX_ERROR_BODY: Final = 65536  # bytes
 
 
-@dataclass(frozen=True, slots=True)
 class Deadline:
-    """The time limit of a call in seconds, and its end on the clock of the running loop."""
+    """The end of the time limit of a call that starts now. `seconds` None: no limit."""
 
-    seconds: float | None
-    at: float | None
-
-    @classmethod
-    def after(cls, seconds: float | None) -> "Deadline":
-        """The deadline `seconds` from now; None: no limit."""
-        if seconds is None:
-            return cls(None, None)
-        return cls(seconds, asyncio.get_running_loop().time() + seconds)
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._end = asyncio.get_running_loop().time() + (inf if seconds is None else seconds)
 
     @property
     def remaining(self) -> float:
-        return float("inf") if self.at is None else self.at - asyncio.get_running_loop().time()
+        return self._end - asyncio.get_running_loop().time()
 
     @asynccontextmanager
     async def limit(self) -> AsyncIterator[None]:
         """Cancels the body of the context at the deadline, and raises TimedOut."""
         try:
-            async with asyncio.timeout_at(self.at):
+            async with asyncio.timeout_at(None if self._seconds is None else self._end):
                 yield
         except TimeoutError:
-            raise TimedOut(f"no complete answer within {self.seconds:g} s") from None
+            raise TimedOut(f"no complete answer within {self._seconds:g} s") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +73,7 @@ class Settings(TypedDict, total=False):
 
 
 class Connection:
-    """An HTTP session with one server, bound to the event loop on which it is first used.
-
-    The arguments are those of `Client`. Raises ValueError if one is invalid.
-    """
+    """An HTTP session for the event loop on which it is first used. Arguments: as of `Client`."""
 
     def __init__(
         self,
@@ -95,7 +85,11 @@ class Connection:
         max_retries: int = 2,
     ) -> None:
         self.url = base_url(url)
-        self._headers = {"Accept-Encoding": "identity"} | _authorization(api_key)
+        self._headers = {"Accept-Encoding": "identity"}
+        if api_key is not None:
+            if not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+                raise ValueError("api_key: empty, or with characters that no HTTP header can carry")
+            self._headers["Authorization"] = f"Bearer {api_key.strip()}"
         self._timeout = _positive("timeout", timeout)
         self._connect_timeout = _positive("connect_timeout", connect_timeout)
         if max_retries < 0:
@@ -103,13 +97,12 @@ class Connection:
         self._max_retries = max_retries
         self._session: aiohttp.ClientSession | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._handed_out: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._closed = False
 
     def deadline(self, call: Call) -> Deadline:
         """The deadline of a call that starts now."""
         own = _positive("timeout", call.timeout)
-        return Deadline.after(self._timeout if own is None else own)
+        return Deadline(self._timeout if own is None else own)
 
     async def fetch(self, call: Call) -> bytes:
         """Send the request and return the body of the answer. Raises SpecserveError."""
@@ -124,10 +117,7 @@ class Connection:
             response.release()
 
     async def open(self, call: Call, deadline: Deadline) -> aiohttp.ClientResponse:
-        """Send the request, with retries, and return an answer with status 200, its body unread.
-
-        Raises SpecserveError.
-        """
+        """Send the request, with retries. Returns an answer with status 200, its body unread."""
         attempt = 0
         async with deadline.limit():
             while True:
@@ -144,8 +134,6 @@ class Connection:
     async def close(self) -> None:
         """Abort all requests in progress. Further calls have no effect."""
         self._closed = True
-        for response in list(self._handed_out):
-            response.close()
         if self._session is not None:
             await self._session.close()
 
@@ -168,7 +156,6 @@ class Connection:
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionFailed(self._why_not(error)) from error
         if response.status == 200:
-            self._handed_out.add(response)
             return response
         raise await _status_error(response)
 
@@ -201,10 +188,7 @@ class Connection:
 
 
 def base_url(url: str) -> str:
-    """`url` without a trailing "/" or "/v1"; the latter is part of the URL in OpenAI's clients.
-
-    Raises ValueError if it is not an http or https address, or if it contains a password.
-    """
+    """`url` without a trailing "/" or "/v1", which OpenAI's clients have. Raises ValueError."""
     example = "give for example http://127.0.0.1:8000"
     try:
         parts = urlsplit(url)
@@ -233,14 +217,6 @@ async def _status_error(response: aiohttp.ClientResponse) -> APIStatusError:
         request_id=response.headers.get("X-Request-Id"),
         retry_after=parse_retry_after(response.headers.get("Retry-After")),
     )
-
-
-def _authorization(api_key: str | None) -> dict[str, str]:
-    if api_key is None:
-        return {}
-    if not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
-        raise ValueError("api_key: empty, or with characters that no HTTP header can carry")
-    return {"Authorization": f"Bearer {api_key.strip()}"}
 
 
 def _positive(name: str, seconds: float | None) -> float | None:

@@ -1,8 +1,4 @@
-"""The exceptions of the clients.
-
-All are `SpecserveError`s with a readable message. An answer with an error status raises an
-`APIStatusError`; the other classes are for connections, timeouts and streams.
-"""
+"""The exceptions of the clients, all with a readable message."""
 
 from typing import Final
 

@@ -5,7 +5,7 @@ import concurrent.futures
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import Any, TypeVar
 
 from specserve.client.errors import ConnectionFailed
@@ -16,8 +16,7 @@ T = TypeVar("T")
 class LoopThread:
     """Runs coroutines on behalf of any number of threads.
 
-    When this object is closed or deleted, the loop cancels all coroutines, awaits `at_end()` and
-    ends.
+    When it is closed or deleted, the loop cancels all coroutines, awaits `at_end()` and ends.
     """
 
     def __init__(self, at_end: Callable[[], Awaitable[None]]) -> None:
@@ -26,7 +25,7 @@ class LoopThread:
             target=_serve, args=(self._loop,), name="specserve-client", daemon=True
         )
         self._lock = threading.Lock()  # no coroutine is submitted after `_end`
-        self._end = weakref.finalize(self, _begin_end, self._loop, at_end)
+        self._end = weakref.finalize(self, _end, self._loop, at_end)
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -63,23 +62,20 @@ class LoopThread:
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    try:
+    with closing(loop):
         loop.run_forever()
-    finally:
-        loop.close()
 
 
-def _begin_end(loop: asyncio.AbstractEventLoop, at_end: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run_coroutine_threadsafe(_finish(loop, at_end), loop)
+def _end(loop: asyncio.AbstractEventLoop, at_end: Callable[[], Awaitable[None]]) -> None:
+    async def finish() -> None:
+        try:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await at_end()
+            await loop.shutdown_asyncgens()
+        finally:
+            loop.call_soon(loop.stop)
 
-
-async def _finish(loop: asyncio.AbstractEventLoop, at_end: Callable[[], Awaitable[None]]) -> None:
-    try:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await at_end()
-        await loop.shutdown_asyncgens()
-    finally:
-        loop.call_soon(loop.stop)
+    asyncio.run_coroutine_threadsafe(finish(), loop)

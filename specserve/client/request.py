@@ -1,7 +1,6 @@
 """The options of a generation call, and the JSON body made from them.
 
-The server checks ranges; its error names the field. Values that JSON cannot represent and unknown
-option names raise an error before anything is sent.
+Values that JSON cannot represent and unknown names are refused here; the server checks ranges.
 """
 
 import json

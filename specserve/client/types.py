@@ -44,33 +44,25 @@ class Usage(Struct, frozen=True):
 
 
 class SpeculativeDecoding(Struct, frozen=True):
-    """Speculative decoding over one request.
-
-    `acceptance_histogram[a]` counts the forward passes of the target that accepted `a` drafted
-    tokens. `num_draft_tokens` counts verified tree nodes.
-    """
+    """Speculative decoding over one request."""
 
     mean_acceptance_length: float | None = None  # tokens per forward pass; plain decoding: 1.0
     draft_acceptance_rate: float | None = None
-    acceptance_histogram: tuple[int, ...] = ()
+    acceptance_histogram: tuple[int, ...] = ()  # [a]: forward passes with a accepted tokens
     num_spec_steps: int = 0
     num_accepted_draft_tokens: int = 0
-    num_draft_tokens: int = 0
+    num_draft_tokens: int = 0  # verified tree nodes
     num_spec_tokens: int = 0  # longest path that the node budget of a tree allows
 
 
 class Stats(Struct, frozen=True):
-    """Statistics of a request; None: not measured or not sent by the server.
-
-    `mean_itl_ms` is the mean gap between token chunks. The time of `tokens_per_second` begins with
-    the arrival of the request.
-    """
+    """Statistics of a request; None: not measured or not sent by the server."""
 
     time_to_first_token_ms: float | None = None
     generation_time_ms: float | None = None
     queue_time_ms: float | None = None
-    mean_itl_ms: float | None = None
-    tokens_per_second: float | None = None
+    mean_itl_ms: float | None = None  # mean gap between token chunks
+    tokens_per_second: float | None = None  # since the arrival of the request
     speculative_decoding: SpeculativeDecoding | None = None
 
 
@@ -149,10 +141,7 @@ class Model(Struct, frozen=True):
 
 
 class DrafterReport(Struct, frozen=True):
-    """One drafter: its tree nodes that were verified and accepted, in total and by depth.
-
-    Index d of a tuple is depth d + 1.
-    """
+    """One drafter: its verified and accepted tree nodes. Index d of a tuple is depth d + 1."""
 
     name: str
     active: bool = True  # False: switched off after repeated failures

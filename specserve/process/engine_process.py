@@ -269,7 +269,7 @@ class EngineProcess:
                 self._record_stats(message.stats)
                 for output in message.outputs:
                     if output.id in self._context_lengths:
-                        self._context_lengths[output.id] += len(output.new_ids)
+                        self._context_lengths[output.id] += len(output.ids)
                     self._deliver(output.id, output, last=output.finish is not None)
 
     def _record_stats(self, stats: EngineStats) -> None:

@@ -163,7 +163,7 @@ class Scheduler:
         last = None if info is None else self.finish(seq.id, info, result.error)
         return StepOutput(
             id=seq.id,
-            new_ids=result.emitted,
+            ids=result.emitted,
             drafter_ids=result.drafter_ids,
             logprobs=result.logprobs,
             finish=None if last is None else last.finish,

@@ -23,7 +23,7 @@ from specserve.server.protocol.usage import (
 )
 from specserve.server.service import Service
 from specserve.text.text_delta import TextDelta
-from specserve.types import MAX_SEED, FinishReason, Request, SamplingParams, SpecStats
+from specserve.types import FinishReason, Request, SamplingParams, SpecStats
 
 
 class GenerationRun:
@@ -61,8 +61,7 @@ class GenerationRun:
         raises, which ends all choices. Use with `contextlib.aclosing`.
         """
         sampling = self._requests[0].sampling
-        seed = secrets.randbelow(MAX_SEED) if sampling.seed is None else sampling.seed
-        samples = list(enumerate(sampling.samples(seed)))
+        samples = list(enumerate(sampling.samples()))
         choices = [
             self._choice(prompt, prompt * sampling.n + i, sample)
             for prompt in range(len(self._requests))

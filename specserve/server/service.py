@@ -13,6 +13,7 @@ from specserve.async_engine import AsyncEngine
 from specserve.config import EngineConfig, check_model_name, parse_bytes
 from specserve.engine.metrics import EngineInfo
 from specserve.hub.resolve import base_name
+from specserve.process.tokenizer_pool import TokenizerPool
 from specserve.server import tokenizer_worker
 from specserve.server.accepted import AcceptedRequests
 from specserve.server.admission import Admission
@@ -44,13 +45,14 @@ class Service:
         self.created = int(time.time())
         self.draining = False
         self.metrics = ServerMetrics(self.model_name)
-        self.engine = AsyncEngine(
-            config,
+        pool = TokenizerPool(
             target,
-            tokenizer_module=tokenizer_worker.__name__,
+            module=tokenizer_worker.__name__,
+            time_limit=server.template_timeout,
             shared=shared,
-            on_tokenized=self.metrics.tokenize_seconds.observe,
+            on_done=self.metrics.tokenize_seconds.observe,
         )
+        self.engine = AsyncEngine(config, target, tokenizer_pool=pool)
         self.engine.process.on_stats = self.metrics.on_stats
         self.token_bytes = TokenBytes(self.engine.tokenizer)
         self.accepted = AcceptedRequests(server.max_connections, shared=shared)
@@ -66,7 +68,6 @@ class Service:
         self.key_totals: defaultdict[str, KeyTotals] = defaultdict(KeyTotals)
         self.metrics.watch(self.engine.process, lambda: self.admission.num_waiting)
         self.metrics.body_bytes.set_function(lambda: self.bodies.num_bytes)
-        pool = self.engine.tokenizer_pool
         self.metrics.tokenizer_jobs_waiting.set_function(lambda: pool.num_waiting)
 
     async def stop(self) -> None:

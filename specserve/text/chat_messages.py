@@ -38,19 +38,8 @@ def read_messages(messages: Sequence[Message]) -> list[PlainMessage]:
     return [_read(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 
-def developers_as_system(messages: Sequence[PlainMessage]) -> list[PlainMessage]:
-    """The messages with role `developer` changed to `system`, its name in older models."""
-    return [
-        message | {"role": "system"} if message["role"] == "developer" else message
-        for message in messages
-    ]
-
-
 def check_text(name: str, text: str) -> None:
-    """Raise `RequestError` for text with a lone surrogate, which JSON can express.
-
-    `name` is the field that the error names.
-    """
+    """Raise `RequestError`, naming the field `name`, for text with a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -20,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from specserve.text.chat_messages import USER_TEXT_FIELDS, PlainMessage, developers_as_system
+from specserve.text.chat_messages import USER_TEXT_FIELDS, PlainMessage
 from specserve.types import RequestError
 
 # Roles of the chats that `template_literals` renders.
@@ -56,10 +56,7 @@ class Rendering(NamedTuple):
     spans: list[Span] | None
 
     def up_to_content(self, number: int) -> "Rendering":
-        """The rendering cut off at the end of the content of messages[number].
-
-        Raises `RequestError` if that place is not known.
-        """
+        """The rendering up to the end of the content of messages[number]. Raises `RequestError`."""
         spans = self.spans or []
         last = max((i for i, s in enumerate(spans) if s[:2] == (number, "content")), default=None)
         if last is None or self.marked is None:
@@ -80,12 +77,13 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = _Environment(
+        environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
             extensions=[loopcontrols, _GenerationTag],
         )
+        environment.code_generator_class = _Compiler
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -97,14 +95,12 @@ class ChatTemplate:
             raise TemplateUnusable(_one_line(error)) from None
         self._knows_developers = "developer" in self._constants
 
-    def render(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> Rendering:
+    def render(self, messages: Sequence[PlainMessage], add_generation_prompt: bool) -> Rendering:
         """Render a chat. Raises `RequestError` if the template fails or omits a user text."""
-        if not self._knows_developers:
-            messages = developers_as_system(messages)
-        text = self._render(messages, add_generation_prompt)
+        text = self.text(messages, add_generation_prompt)
         marks = _Marks(messages)
         try:
-            marked = self._render(marks.messages(), add_generation_prompt)
+            marked = self.text(marks.messages(), add_generation_prompt)
         except RequestError:
             return Rendering(text, None, None)
         for number, field in marks.missing(marked):
@@ -113,32 +109,19 @@ class ChatTemplate:
         if spans is None and marks.with_blanks:
             # Many templates write no turn, or a default text, for a blank content.
             marks = _Marks(messages, with_blanks=False)
-            marked = self._render(marks.messages(), add_generation_prompt)
+            marked = self.text(marks.messages(), add_generation_prompt)
             spans = marks.locate(text, marked)
         return Rendering(text, marked, spans)
 
-    def text(self, messages: Sequence[PlainMessage], *, add_generation_prompt: bool) -> str:
+    def text(self, messages: Sequence[PlainMessage], add_generation_prompt: bool) -> str:
         """Render a chat to text only. Raises `RequestError` if the template fails."""
-        if not self._knows_developers:
-            messages = developers_as_system(messages)
-        return self._render(messages, add_generation_prompt)
-
-    def template_literals(self) -> list[str]:
-        """Texts that the template itself writes: its constants, and chats with empty contents."""
-        texts = list(self._constants)
-        for roles in _SAMPLE_CHATS:
-            chat = [{"role": role, "content": ""} for role in roles]
-            for generate in (True, False):
-                try:
-                    texts.append(self._render(chat, generate))
-                except RequestError:
-                    continue
-        return texts
-
-    def _render(self, messages: Sequence[PlainMessage], add_generation_prompt: bool) -> str:
+        chat = [dict(message) for message in messages]
+        for message in chat:
+            if message["role"] == "developer" and not self._knows_developers:
+                message["role"] = "system"  # its name in older models
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=chat,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -148,6 +131,18 @@ class ChatTemplate:
             raise RequestError(
                 "messages", f"the model's chat template cannot render them ({_one_line(error)})"
             ) from error
+
+    def template_literals(self) -> list[str]:
+        """Texts that the template itself writes: its constants, and chats with empty contents."""
+        texts = list(self._constants)
+        for roles in _SAMPLE_CHATS:
+            chat = [{"role": role, "content": ""} for role in roles]
+            for generate in (True, False):
+                try:
+                    texts.append(self.text(chat, generate))
+                except RequestError:
+                    continue
+        return texts
 
     def _check_field_is_rendered(
         self,
@@ -161,7 +156,7 @@ class ChatTemplate:
         others = [dict(message) for message in messages]
         others[number][field] = secrets.token_hex(16)
         try:
-            unchanged = self._render(others, add_generation_prompt) == text
+            unchanged = self.text(others, add_generation_prompt) == text
         except RequestError:
             return
         if unchanged and field == "name":
@@ -178,10 +173,7 @@ class ChatTemplate:
 
 
 class _Marks:
-    """Replaces user texts by random, unguessable marks and finds the marks in a rendered chat.
-
-    Every field in `USER_TEXT_FIELDS` gets a mark; without `with_blanks` only those with text.
-    """
+    """Replaces `USER_TEXT_FIELDS` by unguessable marks; `with_blanks`: also those without text."""
 
     def __init__(self, messages: Sequence[PlainMessage], *, with_blanks: bool = True) -> None:
         self._secret = secrets.token_hex(16)
@@ -226,10 +218,7 @@ class _Marks:
 
 
 def _forms(content: str) -> list[str]:
-    """The forms in which published templates insert a user text.
-
-    These are the whole text, or the part after the end of thinking, each unchanged or stripped.
-    """
+    """The forms in which templates insert a text: whole or without thinking, stripped or not."""
     answer = content.rpartition(_END_OF_THINKING)[2]
     return [
         form
@@ -239,10 +228,7 @@ def _forms(content: str) -> list[str]:
 
 
 class _Compiler(CodeGenerator):
-    """Compiles every expression so that it is evaluated only when the template is rendered.
-
-    Jinja evaluates constant expressions while compiling: `'x' * 10**10` would be computed then.
-    """
+    """Compiles constant expressions, such as `'x' * 10**10`, without evaluating them."""
 
     def _output_child_to_const(self, node: nodes.Expr, frame: Any, finalize: Any) -> str:
         if not isinstance(node, nodes.TemplateData | nodes.Const):
@@ -253,10 +239,6 @@ class _Compiler(CodeGenerator):
         if not all(isinstance(option.value, nodes.Const) for option in node.options):
             self.fail("autoescape takes true or false", node.lineno)
         super().visit_EvalContextModifier(node, frame)
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    code_generator_class = _Compiler
 
 
 def _constants(tree: nodes.Template) -> list[str]:

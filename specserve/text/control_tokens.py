@@ -48,11 +48,7 @@ class EncodingError(ValueError):
 
 
 def add_named_tokens(tokenizer: TokenizerFile, named: Iterable[str]) -> None:
-    """Register tokens that the model's files name as special added tokens of `tokenizer`.
-
-    This applies to tokens in the vocabulary that are spelled like control tokens. Added tokens are
-    matched in text as a whole.
-    """
+    """Make `named` tokens of the vocabulary that look like control tokens special added tokens."""
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     missing = [
         AddedToken(token, special=True, normalized=False)
@@ -123,10 +119,6 @@ class ControlTokens:
         id_of = self._text_tokenizer.token_to_id
         if any(id_of(spelling) != index for index, spelling in self._secret_spelling.items()):
             raise ValueError("the ids of its added tokens are not stable")
-
-    @property
-    def ids(self) -> Collection[int]:
-        return self._tokens.keys()
 
     def select(self, ids: Sequence[int]) -> list[int]:
         """Those of `ids` that are control tokens, in order."""

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import msgspec
 from tokenizers import Tokenizer as TokenizerFile
-from tokenizers import decoders
 
 _PRECEDING: Final = "a"  # decoded in front of a token, to get its text after other tokens
 _NOT_UTF8: Final = bytes([0xC0, 0xC1, *range(0xF5, 0x100)])  # bytes that do not occur in UTF-8
@@ -33,7 +32,9 @@ class Detokenizer:
     """
 
     def __init__(self, file: TokenizerFile) -> None:
-        steps = _steps(file.decoder)
+        steps: list[Step] = []
+        if file.decoder is not None:
+            steps = _flat(msgspec.json.decode(file.decoder.__getstate__()))
         _check_steps(steps)
         self._file, self._model, self._decoder = file, file.model, file.decoder
         self._added = {i: token.content for i, token in file.get_added_tokens_decoder().items()}
@@ -168,15 +169,8 @@ def _is_text_or_byte(data: bytes) -> bool:
     return data.decode(errors="ignore").encode() == data
 
 
-def _steps(decoder: decoders.Decoder | None) -> list[Step]:
-    """The steps of a decoder in order, with sequences flattened."""
-    if decoder is None:
-        return []
-    state: Step = msgspec.json.decode(decoder.__getstate__())
-    return _flat(state)
-
-
 def _flat(step: Step) -> list[Step]:
+    """The steps of a decoder in order; those of sequences one by one."""
     if step["type"] != "Sequence":
         return [step]
     return [inner for each in step["decoders"] for inner in _flat(each)]

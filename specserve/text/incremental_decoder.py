@@ -1,8 +1,4 @@
-"""Incremental decoding of token ids.
-
-Invariant: the text does not depend on how the ids are split into calls, so the number of tokens
-accepted per step never affects it.
-"""
+"""Incremental decoding of token ids. How they are split into calls does not affect the text."""
 
 from codecs import utf_8_decode
 from collections.abc import Sequence
@@ -24,9 +20,15 @@ class IncrementalDecoder:
     ) -> None:
         self._detokenizer = tokenizer.detokenizer
         self._skipped = tokenizer.hidden_ids if skip_special else frozenset()
-        self._at_start = True  # whether the text has no bytes yet
         self._pending = b""  # bytes of an incomplete character
-        self._read_prompt(prompt)
+        tail = b""
+        for index in reversed(prompt):
+            if index not in self._skipped:
+                tail = self._detokenizer.bytes_of(index) + tail
+            if len(tail) >= _MAX_CHAR_BYTES:
+                break
+        self._at_start = not tail  # whether the text has no bytes yet
+        self._decode_complete(tail)
 
     def feed(self, ids: Sequence[int]) -> str:
         """Append `ids`; returns the text of all characters that are complete now."""
@@ -58,13 +60,3 @@ class IncrementalDecoder:
         text, used = utf_8_decode(data, "replace", False)
         self._pending = data[used:]
         return text
-
-    def _read_prompt(self, prompt: Sequence[int]) -> None:
-        tail = b""
-        for index in reversed(prompt):
-            if index not in self._skipped:
-                tail = self._detokenizer.bytes_of(index) + tail
-            if len(tail) >= _MAX_CHAR_BYTES:
-                break
-        self._at_start = not tail
-        self._decode_complete(tail)

@@ -26,13 +26,10 @@ class TokenizerError(ValueError):
 
 
 class SpecialTokens(Struct, frozen=True):
-    """The special tokens that the files name.
-
-    `roles` maps a role, such as eos_token, to its token. `all` also has the tokens without a role.
-    """
+    """The special tokens that the files name. `roles`: role, such as eos_token -> token."""
 
     roles: dict[str, str]
-    all: frozenset[str]
+    all: frozenset[str]  # those without a role too
 
 
 class ChatTemplateSource(Struct, frozen=True):
@@ -61,15 +58,12 @@ def read_tokenizer(directory: Path) -> TokenizerFile:
 
 
 def read_special_tokens(directory: Path) -> SpecialTokens:
-    """The special tokens that the model's files name. Raises `TokenizerError`.
-
-    For a role, tokenizer_config.json takes precedence over special_tokens_map.json.
-    """
+    """The special tokens that the files name. Raises `TokenizerError`."""
     files = {name: _read_json(directory / name) for name in (_CONFIG, _SPECIAL_TOKENS_MAP)}
     roles: dict[str, str] = {}
     found: set[str] = set()
     for role in (f"{name}_token" for name in _ROLES):
-        for name, content in files.items():
+        for name, content in files.items():  # the first one that has the role counts
             if role in content:
                 token = _content(directory / name, role, content[role])
                 if token is not None:
@@ -90,10 +84,7 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
 
 
 def read_chat_template(directory: Path) -> ChatTemplateSource | None:
-    """The chat template, or None; of several named templates the one named "default".
-
-    Raises `TokenizerError` if the file is invalid or the template is too long.
-    """
+    """The chat template, or None; of several named ones "default". Raises `TokenizerError`."""
     source = _find_template(directory)
     if source is not None and len(source.text) > _MAX_TEMPLATE:
         raise TokenizerError(

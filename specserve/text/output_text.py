@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from specserve.text.incremental_decoder import IncrementalDecoder
 from specserve.text.stop_checker import StopChecker
 from specserve.text.tokenizer import Tokenizer
+from specserve.types import FinishReason, Request
 
 
 class OutputText:
@@ -35,21 +36,32 @@ class OutputText:
         self._offsets: deque[int] = deque()  # per id, the offset in `text` where its text begins
         self._is_last = False
 
+    @classmethod
+    def of(cls, request: Request, tokenizer: Tokenizer) -> "OutputText":
+        """The text of the answer to `request`."""
+        params = request.sampling
+        return cls(
+            tokenizer,
+            params.stop,
+            prompt=request.prompt_ids,
+            skip_special=params.skip_special_tokens,
+            keep_stop=params.include_stop_str_in_output,
+        )
+
     def feed(
         self,
         ids: Sequence[int],
-        *,
-        last: bool = False,
+        finish: FinishReason | None = None,
         stop_reason: str | int | None = None,
-        end_token: bool = False,
     ) -> str:
         """Append `ids`; returns the next text delta.
 
-        `last`: no ids follow, because of `stop_reason`; if that is a string, it is the stop string
-        at which the text ends. `end_token`: the last id is the end token that ended the answer; it
-        is hidden if control tokens are, even if it is not one of them.
+        `finish`: why no ids follow, or None. If `stop_reason` is a string, the text ends at it. If
+        `finish` is "stop" without a `stop_reason`, the last id is an end token; it is hidden if
+        control tokens are, even if it is not one of them.
         """
-        self._is_last = last
+        self._is_last = finish is not None
+        end_token = finish == "stop" and stop_reason is None
         shown = ids[:-1] if end_token and self._skip_special else ids
         num_seen = num_before = len(self.text)
         for index in shown:
@@ -57,14 +69,14 @@ class OutputText:
             self._offsets.append(num_before + self._decoder.num_replacements_before(index))
             self.text += self._decoder.feed((index,))
         self._offsets += [len(self.text)] * (len(ids) - len(shown))
-        if last:
+        if self._is_last:
             self.text += self._decoder.flush()
             if isinstance(stop_reason, str):
                 # The last token completed it; min_tokens may have let an earlier one pass.
                 start = self.text.index(stop_reason, max(0, num_before - len(stop_reason) + 1))
                 self.text = self.text[: start + len(stop_reason) * self._keep_stop]
         end = len(self.text)
-        if self._hides_stop and not last:
+        if self._hides_stop and not self._is_last:
             self._checker.feed(self.text[num_seen:])
             end -= self._checker.num_held
         delta = self.text[self._num_shown : end]
@@ -72,11 +84,7 @@ class OutputText:
         return delta
 
     def pop_final_offsets(self) -> list[int]:
-        """The offsets in `text` of the next ids, in characters; each id is reported once.
-
-        The offset of an id is withheld until all text before it has been returned, because a stop
-        string may still remove the rest.
-        """
+        """Offsets in `text`, in characters, of the next ids before which no stop string can cut."""
         final = []
         while self._offsets and (self._is_last or self._offsets[0] <= self._num_shown):
             final.append(min(self._offsets.popleft(), self._num_shown))

@@ -1,7 +1,4 @@
-"""Incremental search for stop strings.
-
-Invariant: the result does not depend on how the text is split into calls.
-"""
+"""Incremental search for stop strings. How the text is split into calls does not matter."""
 
 from collections.abc import Sequence
 from functools import lru_cache

@@ -5,63 +5,40 @@ so something about the text (arXiv 2411.01076). Chunks of a fixed number of toke
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
-from specserve.types import FinishReason, SpecStats, StepOutput, TokenLogprobs
+from msgspec.structs import replace
 
-
-@dataclass(frozen=True, slots=True)
-class TokenChunk:
-    """Consecutive tokens of one sequence that are sent in one event.
-
-    The fields are those of `StepOutput`. All but the first three are those of the whole sequence;
-    `finish`, `stop_reason` and `stats` are set on its last chunk only.
-    """
-
-    ids: tuple[int, ...]
-    drafter_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    finish: FinishReason | None = None
-    stop_reason: str | int | None = None
-    num_cached_tokens: int = 0
-    stats: SpecStats | None = None
+from specserve.types import StepOutput
 
 
 class TokenChunker:
-    """Splits a sequence's outputs into token chunks of `size` tokens; the last may be smaller.
+    """Splits the outputs of a sequence into ones of `size` tokens; the last may have fewer.
 
-    With `size` 0, a chunk holds what one forward pass emitted.
+    With `size` 0, the outputs stay as they are, except those without tokens, which are left out.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._rest = TokenChunk((), (), ())
+        self._rest = StepOutput("")  # tokens of earlier outputs
 
-    def feed(self, output: StepOutput) -> Iterator[TokenChunk]:
-        rest = TokenChunk(
-            self._rest.ids + output.new_ids,
-            self._rest.drafter_ids + output.drafter_ids,
-            self._rest.logprobs + output.logprobs,
-            output.finish,
-            output.stop_reason,
-            output.num_cached_tokens,
-            output.stats,
+    def feed(self, output: StepOutput) -> Iterator[StepOutput]:
+        rest = replace(
+            output,
+            ids=self._rest.ids + output.ids,
+            drafter_ids=self._rest.drafter_ids + output.drafter_ids,
+            logprobs=self._rest.logprobs + output.logprobs,
         )
         size = self._size
         while size and len(rest.ids) > size:
-            yield TokenChunk(
-                rest.ids[:size],
-                rest.drafter_ids[:size],
-                rest.logprobs[:size],
-                num_cached_tokens=rest.num_cached_tokens,
-            )
-            rest = replace(
-                rest,
-                ids=rest.ids[size:],
-                drafter_ids=rest.drafter_ids[size:],
-                logprobs=rest.logprobs[size:],
-            )
+            yield replace(_part(rest, slice(size)), finish=None, stop_reason=None, stats=None)
+            rest = _part(rest, slice(size, None))
         if rest.finish is not None or len(rest.ids) >= max(size, 1):
             yield rest
-            rest = TokenChunk((), (), ())
+            rest = StepOutput("")
         self._rest = rest
+
+
+def _part(output: StepOutput, part: slice) -> StepOutput:
+    """`output` with a part of its tokens."""
+    ids, drafter_ids = output.ids[part], output.drafter_ids[part]
+    return replace(output, ids=ids, drafter_ids=drafter_ids, logprobs=output.logprobs[part])

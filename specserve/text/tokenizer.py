@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models
 
 from specserve.text.chat_messages import (
@@ -62,7 +61,10 @@ class Tokenizer:
         self._source = read_chat_template(directory)
         self._tokenizer = read_tokenizer(directory)
         add_named_tokens(self._tokenizer, self._special.all)
-        self.detokenizer = _detokenizer(self._tokenizer, directory)
+        try:
+            self.detokenizer = Detokenizer(self._tokenizer)
+        except ValueError as error:
+            raise TokenizerError(f"{directory / 'tokenizer.json'}: {error}") from None
         added = self._tokenizer.get_added_tokens_decoder()
         self.eos_ids = self._end_tokens({token.content: index for index, token in added.items()})
         self.hidden_ids = frozenset(
@@ -98,11 +100,7 @@ class Tokenizer:
         return longest if self._tokenizer.normalizer is None else longest * _MAX_NORMALIZED
 
     def compile_template(self) -> None:
-        """Compile the chat template, if there is one, and render it to find its literals.
-
-        A template is a program, so a server must do this in a process that can be killed. Raises
-        `TokenizerError`.
-        """
+        """Compile the chat template and render it to find its literals. Raises `TokenizerError`."""
         _ = self._template_literals
 
     def prepare(self) -> None:
@@ -150,7 +148,7 @@ class Tokenizer:
                 "this model has no chat template; send a plain prompt, or add a chat_template to "
                 "the model's tokenizer_config.json",
             )
-        chat = self._template.render(plain, add_generation_prompt=add_generation_prompt)
+        chat = self._template.render(plain, add_generation_prompt)
         if continue_final_message:
             chat = chat.up_to_content(len(plain) - 1)
         try:
@@ -159,20 +157,14 @@ class Tokenizer:
             raise RequestError("messages", str(error)) from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`. Invalid UTF-8 becomes U+FFFD; unknown ids have no text.
-
-        `skip_special` leaves out the tokens in `hidden_ids`.
-        """
+        """The text of `ids`; `skip_special`: without `hidden_ids`. Invalid UTF-8 becomes U+FFFD."""
         skipped = self.hidden_ids if skip_special else frozenset()
         return self.detokenizer.text([index for index in ids if index not in skipped])
 
     def _encode_chat(
         self, chat: "Rendering", plain: Sequence[PlainMessage], add_generation_prompt: bool
     ) -> list[int]:
-        """Token ids of the rendered chat of the messages `plain`.
-
-        Raises `RequestError` or `EncodingError`.
-        """
+        """Token ids of the rendered chat of the messages `plain`. May raise `EncodingError`."""
         ids = encode(self._tokenizer, chat.text, add_special_tokens=False)
         if not self._is_forged(chat, plain, ids, add_generation_prompt):
             return ids
@@ -240,7 +232,7 @@ class Tokenizer:
             message | {f: neutralized(message[f]) for f in USER_TEXT_FIELDS if f in message}
             for message in messages
         ]
-        text = self._template.text(plain, add_generation_prompt=add_generation_prompt)
+        text = self._template.text(plain, add_generation_prompt)
         return found != self._control_tokens_in(text)
 
     def _control_tokens_in(self, text: str) -> list[int]:
@@ -264,13 +256,6 @@ class Tokenizer:
         ids = [None if named is None else self._tokenizer.token_to_id(named)]
         ids += [i for token, i in added.items() if token in END_OF_TURN and token in template]
         return tuple(dict.fromkeys(index for index in ids if index is not None))
-
-
-def _detokenizer(tokenizer: TokenizerFile, directory: Path) -> Detokenizer:
-    try:
-        return Detokenizer(tokenizer)
-    except ValueError as error:
-        raise TokenizerError(f"{directory / 'tokenizer.json'}: {error}") from None
 
 
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> str | None:

@@ -178,7 +178,7 @@ def _counted(engine: Engine, name: str, prompts: list[tuple[int, ...]]) -> list[
     while engine.has_work:
         for output in engine.step():
             if output.id in found:
-                found[output.id] += [*output.new_ids, output.stats]
+                found[output.id] += [*output.ids, output.stats]
         engine.check_integrity()
     return list(found.values())
 

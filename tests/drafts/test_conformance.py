@@ -182,7 +182,7 @@ def test_output_of_two_tenants_equals_plain_decoding(
             engine.submit(request)
             while index == 6 and len(got) < 4:
                 for output in engine.step():
-                    got[output.id] = got.get(output.id, ()) + output.new_ids
+                    got[output.id] = got.get(output.id, ()) + output.ids
         shares = engine.scheduler.tenants
         shares._costs, shares._all["first"].credit = CostModel({1: 1.0, 64: 64.0}), 0.0
         while engine.has_work:
@@ -190,7 +190,7 @@ def test_output_of_two_tenants_equals_plain_decoding(
             running = {seq.id for seq in engine.scheduler.running if seq.num_pending == 1}
             in_turns = in_turns or bool(running - {output.id for output in outputs})
             for output in outputs:
-                got[output.id] = got.get(output.id, ()) + output.new_ids
+                got[output.id] = got.get(output.id, ()) + output.ids
         assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
         assert in_turns, "the test is meant to leave a sequence out of a step"
         assert engine.drafter.active == list(engine.drafter.names), "the drafter raised"
@@ -266,7 +266,7 @@ def test_a_target_that_is_its_own_draft_accepts_every_token(
         engine = make_engine(str(tiny_model), options=chain, max_nodes=6)
         for outputs in run(engine, PROMPTS, SETTINGS[setting]):
             for output in outputs[:-1]:  # the last pass may be cut by the end of the request
-                assert len(output.new_ids) == 6, setting
+                assert len(output.ids) == 6, setting
                 assert output.drafter_ids == (1, 1, 1, 1, 1, 0)
 
 

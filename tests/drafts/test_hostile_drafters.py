@@ -221,7 +221,7 @@ def test_objects_passed_to_a_drafter_are_read_only(
             return super().propose(seqs, budgets)
 
         def observe(self, feedback: Feedback) -> None:
-            assert isinstance(feedback.seqs[0].sampling, Struct)
+            assert isinstance(feedback.seqs[0].speculation, Struct)
             assert_read_only(feedback)
 
     monkeypatch.setattr("specserve_drafts.ngram.NgramDrafter", CheckingDrafter)

@@ -195,7 +195,7 @@ def test_each_output_is_added_once_in_spite_of_preemptions(
         engine.submit(Request(f"q{index}", prompt, params, cache_salt=f"q{index}"))
     while engine.has_work:
         for output in engine.step():
-            expected.setdefault(output.id, []).extend(output.new_ids)
+            expected.setdefault(output.id, []).extend(output.ids)
     assert engine.scheduler.num_preemptions > 0, "the test is meant to preempt"
     assert sorted(added) == sorted((salt, tuple(tokens)) for salt, tokens in expected.items())
 

@@ -19,8 +19,7 @@ from specserve.server.send_response import ResponseFormatter, send_response
 from specserve.text import Tokenizer
 from specserve.text.text_delta import TextDelta
 from specserve.text.token_bytes import TokenBytes
-from specserve.text.token_chunk import TokenChunk
-from specserve.types import TokenLogprobs
+from specserve.types import StepOutput, TokenLogprobs
 
 NUM_CHOICES, NUM_TOKENS, NUM_TOP = 4, 400, 20
 
@@ -29,7 +28,7 @@ def delta(choice: int, at: int) -> TextDelta:
     token = at % 200
     entry = TokenLogprobs(token, -0.5, tuple((token + i, -0.5 - i) for i in range(NUM_TOP)))
     finish = "length" if at == NUM_TOKENS - 1 else None
-    tokens = TokenChunk((token,), (0,), (entry,), finish=cast(Any, finish))
+    tokens = StepOutput("", (token,), (0,), (entry,), finish=cast(Any, finish))
     return TextDelta(choice, "ab", tokens, (entry,), (2 * at,))
 
 
