@@ -122,21 +122,9 @@ def build_batch(
     def tensor(values: list[int]) -> Tensor:
         return torch.as_tensor(np.array(values, np.int64), device=device)
 
-    return ForwardBatch(
-        tensor(ids + [0] * padding),
-        tensor(positions + [0] * padding),
-        tensor(slots + [-1] * padding),
-        tensor(logit_rows),
-        _segments(rows, cu_rows, num_rows, block_size),
-    )
-
-
-def _segments(
-    rows: Sequence[SegmentRows], cu_rows: list[int], num_rows: int, block_size: int
-) -> Segments:
     tables = [segment.table.block_ids for segment in rows]
     widest = max(map(len, tables))
-    return Segments(
+    segments = Segments(
         cu_rows=np.array(cu_rows, np.int32),
         context_lens=np.array([segment.context_len for segment in rows], np.int32),
         first_nodes=np.array([segment.first_node for segment in rows], np.int32),
@@ -144,4 +132,11 @@ def _segments(
         block_tables=np.array([[*ids, *[0] * (widest - len(ids))] for ids in tables], np.int32),
         num_rows=num_rows,
         block_size=block_size,
+    )
+    return ForwardBatch(
+        tensor(ids + [0] * padding),
+        tensor(positions + [0] * padding),
+        tensor(slots + [-1] * padding),
+        tensor(logit_rows),
+        segments,
     )

@@ -73,8 +73,7 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class DraftConfig(Struct, frozen=True, forbid_unknown_fields=True):
     draft: tuple[str, ...] = ("auto",)  # drafter names or checkpoints; their trees are merged
     max_nodes: int = 8  # nodes of a sequence's tree, root included
-    # Drafters and nodes that cost more time than they save are left out; False: all are used.
-    cost_aware: bool = True
+    cost_aware: bool = True  # leave out drafters and nodes that cost more time than they save
     options: dict[str, dict[str, Any]] = {}  # by drafter name
 
 
@@ -123,9 +122,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     request_timeout: float = 600.0  # a request's time limit; it may set a shorter one
     write_timeout: float = 30.0  # a client that reads nothing for so long is disconnected
     drain_timeout: float = 30.0  # for accepted requests to finish, after a stop signal
-    # Without a message for this long, the engine is restarted; during a step, the time that the
-    # step may take is added.
-    heartbeat_timeout: float = 30.0
+    heartbeat_timeout: float = 30.0  # of silence of the engine; while it works, more
     template_timeout: float = 5.0  # for rendering one chat template or tokenising one text
     stream_interval: int = 0  # tokens per streamed event; 0: the tokens of one forward pass
     status_interval: float = 10.0  # between status lines; 0: none

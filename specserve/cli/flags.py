@@ -7,20 +7,18 @@ configuration file or the default of the Struct.
 import argparse
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Struct
 from msgspec.structs import FieldInfo
 
-
-@dataclass(frozen=True, slots=True)
-class FlagType:
-    """How a field type is parsed."""
-
-    arguments: dict[str, Any]  # keyword arguments of argparse's `add_argument`
-    collect: Callable[[Any], Any] = lambda value: value  # what argparse returns -> the value
+_PLAIN: Final[dict[Any, dict[str, Any]]] = {
+    bool: {"action": argparse.BooleanOptionalAction},
+    int: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    str: {"metavar": "TEXT"},
+}
 
 
 def add_flags(
@@ -50,7 +48,7 @@ def add_flags(
             dest=dest,
             default=argparse.SUPPRESS,
             help=help_texts[info.name] + _default(info),
-            **flag_type(hints[info.name]).arguments,
+            **flag_type(hints[info.name])[0],
         )
 
 
@@ -58,34 +56,37 @@ def given(args: argparse.Namespace, struct: type[Struct], prefix: str = "") -> d
     """The fields of `struct` that the command line sets, by name; `prefix` as in `add_flags`."""
     hints = get_type_hints(struct)
     return {
-        name: flag_type(hints[name]).collect(getattr(args, prefix + name))
+        name: flag_type(hints[name])[1](getattr(args, prefix + name))
         for name in struct.__struct_fields__
         if hasattr(args, prefix + name)
     }
 
 
-def flag_type(hint: Any) -> FlagType:
-    """The parsing rule of a field type. `X | None` is parsed as X. Raises TypeError without one."""
+def flag_type(hint: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """How a field type is parsed; `X | None` as X. Raises TypeError for an unknown type.
+
+    Returns keyword arguments of `add_argument`, and what turns its result into the field's value.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         (hint,) = (argument for argument in arguments if argument is not type(None))
         return flag_type(hint)
-    if hint is bool:
-        return FlagType({"action": argparse.BooleanOptionalAction})
-    if hint in (int, float):
-        return FlagType({"type": hint, "metavar": "N" if hint is int else "X"})
-    if hint is str:
-        return FlagType({"metavar": "TEXT"})
-    if origin is Literal:
-        return FlagType({"choices": arguments})
     if origin is tuple:
         metavar = "ID" if arguments[0] is int else "TEXT"
-        return FlagType({"action": "append", "type": arguments[0], "metavar": metavar}, tuple)
+        return {"action": "append", "type": arguments[0], "metavar": metavar}, tuple
     if hint == dict[int, float]:
-        return FlagType({"action": "append", "type": _bias, "metavar": "ID=BIAS"}, dict)
+        return {"action": "append", "type": _bias, "metavar": "ID=BIAS"}, dict
     if hint == dict[str, dict[str, Any]]:
-        return FlagType({"action": "append", "type": _option, "metavar": "DRAFTER.KEY=X"}, _nest)
+        return {"action": "append", "type": _option, "metavar": "DRAFTER.KEY=X"}, _nest
+    if origin is Literal:
+        return {"choices": arguments}, _unchanged
+    if hint in _PLAIN:
+        return _PLAIN[hint], _unchanged
     raise TypeError(f"no flag can be made of the type {hint}")
+
+
+def _unchanged(value: Any) -> Any:
+    return value
 
 
 def _bias(text: str) -> tuple[int, float]:

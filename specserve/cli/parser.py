@@ -53,8 +53,7 @@ SPECULATION_HELP: Final = {
 
 ENGINE_HELP: Final = {
     "dtype": "of weights and KV; auto: fast on this device (with int4 and int8: bfloat16 KV)",
-    "quantization": "of the weights; auto: GGUF files as they are (int8 for formats not "
-    "supported), other files not quantised",
+    "quantization": "of the weights; auto: GGUF files as they are or as int8, others not quantised",
     "device": "auto, cpu, cuda or cuda:N",
     "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
     "exactness": "exact: a result never depends on the rest of the batch; fast: it may, where "
@@ -64,9 +63,8 @@ ENGINE_HELP: Final = {
     "kv_memory": "KV memory, such as 2GiB; not given: a quarter of the free memory (most of it on "
     "a GPU), at most what --max-num-seqs full contexts need",
     "prefix_caching": "share the KV of equal prompt beginnings",
-    "draft": "a drafter (none, ngram, suffix, recycle, eagle), the directory of a draft, or auto: "
-    "recycle and, if there is one for the target, a pretrained eagle head; repeatable: their "
-    "trees are merged",
+    "draft": "a drafter (none, ngram, suffix, recycle, eagle), a draft's directory, or auto: "
+    "recycle and, if there is one, a pretrained eagle head; repeatable: their trees are merged",
     "max_nodes": "tree nodes per sequence and forward pass, root included",
     "cost_aware": "leave out drafters and nodes that cost more time than they save (default: yes)",
     "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
@@ -96,8 +94,7 @@ SERVER_HELP: Final = {
     "request_timeout": "seconds from its arrival until a request is given up; it can ask for fewer",
     "write_timeout": "seconds after which a client that reads nothing of its answer is dropped",
     "drain_timeout": "seconds accepted requests have to finish when the server is told to stop",
-    "heartbeat_timeout": "seconds of silence after which the engine is restarted; while it works, "
-    "as much more as its largest steps may take",
+    "heartbeat_timeout": "seconds of silence after which the engine is restarted; longer in a step",
     "template_timeout": "seconds for a chat template or for tokenising a prompt",
     "stream_interval": "tokens per event of a stream, so that the sizes of events do not reveal "
     "how many drafted tokens were accepted; 0: the tokens of one forward pass",

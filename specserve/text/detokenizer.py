@@ -131,11 +131,12 @@ class Detokenizer:
             data = bytes(map(self._alphabet.__getitem__, spelling))
         except KeyError:  # not in the byte alphabet: literal, as in the library's decoder
             return spelling.encode()
-        if token_id in self._added and (
-            self._is_added_only(token_id, spelling) or not _is_text_or_byte(data)
-        ):
-            return spelling.encode()
-        return data
+        if token_id not in self._added:
+            return data
+        text = data.decode(errors="ignore").encode() == data
+        byte = len(data) == 1 and data not in _NOT_UTF8
+        literal = self._is_added_only(token_id, spelling) or not (text or byte)
+        return spelling.encode() if literal else data
 
     def _text_inside(self, spelling: str) -> str:
         """The text of a token that follows other tokens."""
@@ -161,12 +162,6 @@ def byte_alphabet() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     alphabet = {chr(byte): byte for byte in printable}
     return alphabet | {chr(256 + rank): byte for rank, byte in enumerate(others)}
-
-
-def _is_text_or_byte(data: bytes) -> bool:
-    if len(data) == 1:
-        return data not in _NOT_UTF8
-    return data.decode(errors="ignore").encode() == data
 
 
 def _flat(step: Step) -> list[Step]:

@@ -260,15 +260,11 @@ class Tokenizer:
 
 def same_vocabulary(a: Tokenizer, b: Tokenizer) -> str | None:
     """None if both map every id to the same token, else a description of the first difference."""
-    first, second = a.vocabulary(), b.vocabulary()
+    first, second = ({i: token for token, i in each.vocabulary().items()} for each in (a, b))
     if first == second:
         return None
-    by_id_a, by_id_b = ({i: token for token, i in v.items()} for v in (first, second))
-    index = min(i for i in by_id_a.keys() | by_id_b.keys() if by_id_a.get(i) != by_id_b.get(i))
-    names = [
-        "no token" if token is None else repr(token)
-        for token in (by_id_a.get(index), by_id_b.get(index))
-    ]
+    index = min(i for i in first.keys() | second.keys() if first.get(i) != second.get(i))
+    names = [repr(each[index]) if index in each else "no token" for each in (first, second)]
     return (
         f"id {index} is {names[0]} in one ({len(first)} tokens) and {names[1]} in the other "
         f"({len(second)} tokens)"
