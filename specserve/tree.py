@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +91,8 @@ Trees = dict[str, DraftTree]  # by sequence id
 def root_tree(token: int) -> DraftTree:
     """The tree without drafted nodes: the root alone, cached and shared by all callers."""
     tree = build_tree([token], [-1], [1.0], TARGET_ID)
-    arrays = (tree.tokens, tree.parents, tree.path_probs, tree.drafter_ids)
+    arrays: list[npt.NDArray[Any]]
+    arrays = [tree.tokens, tree.parents, tree.path_probs, tree.drafter_ids]
     # np.frombuffer makes arrays that cannot be made writeable again.
     return DraftTree(*(np.frombuffer(array.tobytes(), array.dtype) for array in arrays))
 
