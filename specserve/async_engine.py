@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
-import msgspec
+from msgspec.structs import replace
 
 from specserve.config import EngineConfig, llm_config
 from specserve.engine.metrics import EngineInfo, EngineStats
@@ -180,30 +180,22 @@ class AsyncEngine:
         if self._stopping:
             raise EngineUnavailable("the engine is being stopped", _RETRY_STOPPED)
         params, arrived = sampling or SamplingParams(), time.monotonic()
+        deadline = None if timeout is None else arrived + timeout
         self._num_running += 1
         self._idle.clear()
         try:
             async with asyncio.timeout(timeout):
                 ids = await self.encode(prompt, tenant=tenant)
                 speculation = await self._with_prediction(speculation, prediction, tenant)
-            limits = self.process.ready_info().limits
-            limits.check(Request("", ids, params, speculation))
+            request = Request(
+                "", ids, params, speculation, deadline, priority, cache_salt, arrived, tenant
+            )
+            self.process.ready_info().limits.check(request)
             name = secrets.token_hex(8)
-            requests = [
-                Request(
-                    f"{name}-{choice}",
-                    ids,
-                    sample,
-                    speculation,
-                    None if timeout is None else arrived + timeout,
-                    priority,
-                    cache_salt,
-                    arrived,
-                    tenant,
-                )
+            streams = [
+                self.stream(replace(request, id=f"{name}-{choice}", sampling=sample), choice)
                 for choice, sample in enumerate(params.samples())
             ]
-            streams = [self.stream(each, choice) for choice, each in enumerate(requests)]
             async with aclosing(merge(streams)) as deltas:
                 async for delta in deltas:
                     yield delta
@@ -247,7 +239,7 @@ class AsyncEngine:
             max_tokens=self.process.ready_info().limits.max_model_len,
             tenant=tenant,
         )
-        return msgspec.structs.replace(params, prediction=ids)
+        return replace(params, prediction=ids)
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -168,13 +168,9 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
             )
         if len(set(self.draft.draft)) < len(self.draft.draft):
             raise ConfigError(f"draft: {list(self.draft.draft)} names one twice; give each once")
-        _in_range("max_num_seqs", self.schedule.max_num_seqs, 1, 4096)
-        _in_range(
-            "max_num_batched_tokens",
-            self.schedule.max_num_batched_tokens,
-            self.schedule.max_num_seqs,
-            65536,
-        )
+        num_seqs, num_tokens = self.schedule.max_num_seqs, self.schedule.max_num_batched_tokens
+        _in_range("max_num_seqs", num_seqs, 1, 4096)
+        _in_range("max_num_batched_tokens", num_tokens, num_seqs, 65536)
         if self.cache.kv_memory is not None:
             parse_bytes("kv_memory", self.cache.kv_memory)
 

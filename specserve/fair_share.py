@@ -58,12 +58,10 @@ class ServiceCounters:
 
 
 def room(limit: int, held: int, own: int, *, shared: bool) -> int:
-    """How much more a tenant may take of `limit`, when it holds `own` and all together hold `held`.
+    """How much more of `limit` a tenant may take that holds `own`, if all together hold `held`.
 
-    If the limit is not `shared` with other tenants, this is all that is left, `limit - held`. If it
-    is, a tenant may hold as much as it leaves free: ceil((limit - held - own) / 2) more. All
-    tenants together stay within the limit, and a new one may take half of what is left (dynamic
-    thresholds: Choudhury and Hahne 1998). Never negative.
+    This is all that is left, or, if the limit is `shared` with other tenants, as much as the tenant
+    leaves free: ceil((limit - held - own) / 2) more (dynamic thresholds: Choudhury and Hahne 1998).
     """
     left = limit - held
     return max(0, -((own - left) // 2) if shared else left)

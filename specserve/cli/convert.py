@@ -72,11 +72,11 @@ def _find(source: Path) -> Path:
         raise ConvertError(f"{source} cannot be read ({error.strerror})") from error
     named = [name for name in found if name in _NAMES]
     chosen = named if len(named) == 1 else found
-    if len(chosen) == 1:
-        return source / chosen[0]
-    if chosen:
+    if not chosen:
+        raise ConvertError(f"{source} has no {', '.join(_SUFFIXES)} file to convert")
+    if len(chosen) > 1:
         raise ConvertError(f"{source} has {', '.join(chosen)}; give the one file to convert")
-    raise ConvertError(f"{source} has no {', '.join(_SUFFIXES)} file to convert")
+    return source / chosen[0]
 
 
 def _convert_weights(weights: Path, out: Path, time_limit: float) -> None:

@@ -134,10 +134,6 @@ def _compiler(language: str, chosen: str | None, usual: Sequence[str]) -> Check:
         words = candidate.split()  # CC may contain flags
         if shutil.which(words[0]):
             return Check("compilers", language, first_line([*words, "--version"]) or candidate)
-    return Check(
-        "compilers",
-        language,
-        f"none found (looked for {', '.join(candidates)})",
-        "note",
-        "install gcc or clang; Triton compiles its launchers with it",
-    )
+    value = f"none found (looked for {', '.join(candidates)})"
+    fix = "install gcc or clang; Triton compiles its launchers with it"
+    return Check("compilers", language, value, "note", fix)

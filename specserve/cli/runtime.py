@@ -23,7 +23,9 @@ from specserve_kernels.host import HOST, reference
 
 def runtime_checks(config: EngineConfig) -> list[Check]:
     """All checks of this module. Downloads nothing and loads no weights."""
-    checks = [*gpus(), *driver()]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    cuda, version = torch.version.cuda, torch.__version__
+    checks = [*gpus(), *check_driver(first_line(query), driver_cuda(), cuda, version)]
     try:
         platform = choose_platform(config.target)
     except (ValueError, ImportError) as error:
@@ -50,12 +52,6 @@ def gpus() -> list[Check]:
             fix = f"install a torch built for it (this one has {' '.join(supported)})"
             checks.append(Check("GPU", f"cuda:{index}", value, "broken", fix))
     return checks
-
-
-def driver() -> list[Check]:
-    """The NVIDIA driver, and whether it supports the CUDA version that torch was built with."""
-    found = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return check_driver(found, driver_cuda(), torch.version.cuda, torch.__version__)
 
 
 def check_driver(

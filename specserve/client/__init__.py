@@ -1,9 +1,4 @@
-"""Python clients of a specserve server. They do not import torch.
-
-with Client("http://127.0.0.1:8000") as client:
-    for delta in client.stream_chat("Why is the sky blue?", temperature=0):
-        print(delta.text, end="", flush=True)
-"""
+"""Python clients of a specserve server. They do not import torch."""
 
 from specserve.client.async_client import AsyncClient
 from specserve.client.async_stream import AsyncStream

@@ -101,8 +101,7 @@ class Connection:
 
     def deadline(self, call: Call) -> Deadline:
         """The deadline of a call that starts now."""
-        own = _positive("timeout", call.timeout)
-        return Deadline(self._timeout if own is None else own)
+        return Deadline(_positive("timeout", call.timeout) or self._timeout)
 
     async def fetch(self, call: Call) -> bytes:
         """Send the request and return the body of the answer. Raises SpecserveError."""

@@ -150,7 +150,7 @@ class ControlTokens:
         symbol or space) of their first and last characters. `tokenizer` is the original one.
         """
         blanked, kept = _blank(text, user_ranges)
-        encoding = _encoding(tokenizer.encode_batch, blanked, add_special_tokens=False)
+        encoding = _encoding(tokenizer.encode_batch, blanked, False)
         starts = [part.start for part in kept]
         at, parts = 0, []
         for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -177,15 +177,13 @@ def _normalized(text: str) -> str:
 
 def encode(tokenizer: TokenizerFile, text: str, *, add_special_tokens: bool) -> list[int]:
     """The token ids of `text`. Raises `EncodingError`."""
-    return _encoding(tokenizer.encode_batch_fast, text, add_special_tokens=add_special_tokens).ids
+    return _encoding(tokenizer.encode_batch_fast, text, add_special_tokens).ids
 
 
-def _encoding(
-    encode_batch: Callable[..., list[Encoding]], text: str, *, add_special_tokens: bool
-) -> Encoding:
+def _encoding(encode_batch: Callable[..., list[Encoding]], text: str, special: bool) -> Encoding:
     """Encode one text as a batch, which unlike the library's `encode` lets other threads run."""
     try:
-        (encoding,) = encode_batch([text], add_special_tokens=add_special_tokens)
+        (encoding,) = encode_batch([text], add_special_tokens=special)
     except MemoryError:
         raise
     except Exception as error:  # the library raises nothing narrower

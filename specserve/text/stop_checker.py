@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import repeat
 
 
 class StopChecker:
@@ -19,12 +20,8 @@ class StopChecker:
         """Append `text`; returns the index of the first stop string that ends in it, or None."""
         found = None
         for character in text:
-            self._matched = [
-                _advance(stop, borders, matched, character)
-                for stop, borders, matched in zip(
-                    self._stops, self._borders, self._matched, strict=True
-                )
-            ]
+            matched = map(_advance, self._stops, self._borders, self._matched, repeat(character))
+            self._matched = list(matched)
             complete = [i for i, stop in enumerate(self._stops) if self._matched[i] == len(stop)]
             if complete and found is None:
                 found = max(complete, key=lambda i: len(self._stops[i]))
