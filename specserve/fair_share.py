@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 
 class ServiceCounters:
-    """Service counters: the tenant that was served least goes next.
+    """The tenant that was served least goes next.
 
     This is the virtual token counter of Sheng et al. 2024, "Fairness in Serving Large Language
     Models". When a tenant that had nothing waiting returns, its counter is raised to the lowest

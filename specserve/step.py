@@ -8,16 +8,11 @@ from specserve.types import FinishReason, TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One sequence in one step.
-
-    The first `num_prefill` pending tokens are the prefill chunk, computed without logits.
-    `num_nodes` is the budget of the tree whose root is the last pending token, root included; 0
-    means that the prompt is not finished in this step.
-    """
+    """One sequence in one step."""
 
     seq: SequenceState
-    num_prefill: int
-    num_nodes: int
+    num_prefill: int  # first pending tokens: the prefill chunk, computed without logits
+    num_nodes: int  # budget of the tree, root (last pending token) included; 0: the prompt goes on
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,15 +26,11 @@ TARGET_ID: Final = 0  # drafter id of the root, and of tokens that no drafter pr
 
 @dataclass(frozen=True)
 class DraftTree:
-    """A tree of 1 to 64 nodes, immutable: its arrays become read-only.
-
-    `path_probs[i]` is the path probability of node i: the estimated probability that node i and all
-    its ancestors are accepted. It is 1 for the root.
-    """
+    """A tree of 1 to 64 nodes, immutable: its arrays become read-only."""
 
     tokens: npt.NDArray[np.int32]  # [n]
     parents: npt.NDArray[np.int16]  # [n], parents[0] = -1, parents[i] < i
-    path_probs: npt.NDArray[np.float32]  # [n], never above the parent's
+    path_probs: npt.NDArray[np.float32]  # [n], that a node and all its ancestors are accepted
     drafter_ids: npt.NDArray[np.uint8]  # [n], TARGET_ID, 1 + drafter index, or PREDICTION_ID
 
     def __post_init__(self) -> None:

@@ -208,9 +208,7 @@ class StepOutput(Struct, frozen=True, tag=True):
     stats: SpecStats | None = None  # on the last output
 
 
-def _check_number(
-    name: str, value: Any, low: float, high: float, *, low_open: bool = False
-) -> None:
+def _check_number(name: str, value: Any, low: float, high: float, low_open: bool = False) -> None:
     bracket = "(" if low_open else "["
     expected = f"expected a number in {bracket}{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -220,9 +218,8 @@ def _check_number(
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    expected = f"expected an integer of at least {low}" + (
-        "" if high is None else f" and at most {high}"
-    )
+    limit = "" if high is None else f" and at most {high}"
+    expected = f"expected an integer of at least {low}{limit}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(name, f"{value!r} is not an integer; {expected}")
     if value < low or (high is not None and value > high):

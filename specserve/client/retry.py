@@ -20,9 +20,8 @@ _HOPELESS: Final = (aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateEr
 def wait_before_retry(error: SpecserveError, attempt: int) -> float | None:
     """Seconds to wait after attempt number `attempt` (from 0) failed; None: do not retry.
 
-    This is the server's Retry-After if it sent one. Otherwise the wait doubles with each attempt up
-    to `_LONGEST_WAIT_S`, times a random factor of 0.5 to 1, so that clients that failed at the same
-    time do not retry at the same time.
+    The server's Retry-After, or a wait that doubles with each attempt up to a limit, times a random
+    factor of 0.5 to 1, so that clients that failed together do not retry together.
     """
     if isinstance(error, APIStatusError):
         if error.status not in _STATUSES:
