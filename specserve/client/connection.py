@@ -12,6 +12,7 @@ from io import BytesIO
 from math import inf
 from typing import Final, TypedDict
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import aiohttp
 
@@ -97,6 +98,7 @@ class Connection:
         self._max_retries = max_retries
         self._session: aiohttp.ClientSession | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self._handed_out: WeakSet[aiohttp.ClientResponse] = WeakSet()
         self._closed = False
 
     def deadline(self, call: Call) -> Deadline:
@@ -133,6 +135,8 @@ class Connection:
     async def close(self) -> None:
         """Abort all requests in progress. Further calls have no effect."""
         self._closed = True
+        for response in list(self._handed_out):
+            response.close()
         if self._session is not None:
             await self._session.close()
 
@@ -155,6 +159,7 @@ class Connection:
         except (aiohttp.ClientError, OSError) as error:
             raise ConnectionFailed(self._why_not(error)) from error
         if response.status == 200:
+            self._handed_out.add(response)
             return response
         raise await _status_error(response)
 
