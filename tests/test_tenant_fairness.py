@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -207,6 +208,23 @@ def test_prompt_chunks_are_small_while_another_tenant_may_return() -> None:
     assert engine.rows["b"] - before == 256
 
 
+def test_long_contexts_make_these_chunks_smaller() -> None:
+    engine = SimulatedEngine(num_blocks=4000)
+    costs = CostModel()
+    costs.measure({n: FIXED + FLAT * n for n in (1, 8, 64)}, per_row=FLAT / 1000)
+    engine.scheduler.tenants._costs = costs
+    engine.run(engine.done(engine.send("a", 10, 2)))
+    engine.send("b", 4000, 1)
+    chunks = []
+    while engine.scheduler.has_work:
+        before = engine.rows["b"]
+        engine.step()
+        chunks.append(engine.rows["b"] - before)
+    assert chunks[0] == 64
+    assert 8 <= chunks[-2] < 20
+    assert all(later <= earlier for earlier, later in pairwise(chunks))
+
+
 def test_a_long_prompt_beside_a_stream_gets_half_of_its_share() -> None:
     engine = SimulatedEngine(num_blocks=4000)
     engine.send("a", 10, 5000)
@@ -383,3 +401,30 @@ def test_short_prompts_without_end_do_not_stop_a_long_one() -> None:
         engine.send("a", 100, 1)
         engine.step()
     assert engine.done(long)(), engine.rows
+
+
+def test_a_short_prompt_has_a_pass_without_the_many_streams_of_another() -> None:
+    engine = SimulatedEngine()
+    for _ in range(32):
+        engine.send("b", 10, 1000)
+    for _ in range(20):
+        engine.step()
+    before = engine.rows["b"]
+    engine.send("a", 100, 10)
+    engine.step()
+    assert engine.rows["b"] == before
+    assert len(engine.outputs) == 33
+
+
+def test_short_prompts_without_end_do_not_stop_many_streams() -> None:
+    """They get at least half of a fair share, which is half of the rows if all cost the same."""
+    engine = SimulatedEngine(per_row=STEEP)
+    for _ in range(16):
+        engine.send("b", 10, 10_000)
+    for _ in range(20):
+        engine.step()
+    engine.rows.clear()
+    for _ in range(400):
+        engine.send("a", 20, 1)
+        engine.step()
+    assert engine.rows["b"] > engine.rows["a"] / 3, engine.rows

@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,7 @@ from specserve.engine.limits import Limits
 from specserve.process.frames import FrameSocket
 from specserve.process.parent_death import set_parent_death_signal
 from specserve.process.tokenizer_messages import (
+    LONG_JOB,
     Call,
     Chat,
     Encode,
@@ -38,6 +40,7 @@ _LOAD_TIMEOUT: Final = 120.0  # seconds to load a tokenizer
 _LOAD_MEMORY: Final = 2**31  # bytes beyond the memory limit while the tokenizer is loaded
 _GRACE: Final = 1.0  # seconds beyond a job's time limit until SIGALRM ends the process
 
+_LOWEST_PRIORITY: Final = 19  # of Linux's nice values
 
 Handler = Callable[[Tokenizer, bytes, Limits], bytes]  # raises RequestError
 
@@ -66,7 +69,8 @@ def _serve(peer: FrameSocket[ToTokenizer], handlers: Mapping[str, Handler]) -> N
     for job in messages:
         assert not isinstance(job, Setup)
         _set_alarm(setup.time_limit)
-        answer = _run(tokenizer, job, handlers)
+        run = _run if job.num_bytes < LONG_JOB else _run_at_low_priority
+        answer = run(tokenizer, job, handlers)
         signal.setitimer(signal.ITIMER_REAL, 0)
         peer.send(answer)
 
@@ -125,6 +129,26 @@ def _run(
     except MemoryError:
         return Refused(job.param, "it needs too much memory; send less")
     return Result(tuple(ids))
+
+
+def _run_at_low_priority(
+    tokenizer: Tokenizer, job: TokenizerJob, handlers: Mapping[str, Handler]
+) -> Result | Refused:
+    """`_run` with the lowest priority for processor time, so that it does not slow the engine down.
+
+    In a thread of its own, because the priority of a thread cannot be raised again (Linux only).
+    """
+    answers: list[Result | Refused] = []
+
+    def run() -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        answers.append(_run(tokenizer, job, handlers))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return answers[0]
 
 
 def _limit_memory(size: int) -> None:

@@ -111,9 +111,11 @@ class Scheduler:
             self._rebalance_tenants()
         decoding = [seq for seq in self.running if seq.num_pending == 1]
         if self.tenants.several:
+            self.tenants.give_way(decoding, self._wanted([*self.running, *self.waiting]))
             decoding = self.tenants.decoding(decoding, self._wanted(self.running))
-        chunks = self._plan_chunks(decoding)
-        spare_rows = self._config.max_num_batched_tokens - len(decoding) - sum(chunks.values())
+        limit = self.tenants.begin_pass()
+        chunks = self._plan_chunks(decoding, limit)
+        spare_rows = max(0, limit - len(decoding) - sum(chunks.values()))
         with_tree = decoding + [seq for seq, rows in chunks.items() if rows == seq.num_pending]
         budgets = self._controller.budgets(with_tree, spare_rows)
         entries = []
@@ -195,16 +197,14 @@ class Scheduler:
                 if denied is Denied.NO_ROOM:
                     break
 
-    def _plan_chunks(self, decoding: list[SequenceState]) -> dict[SequenceState, int]:
+    def _plan_chunks(self, decoding: list[SequenceState], limit: int) -> dict[SequenceState, int]:
         """Prompt tokens to compute per sequence: first of running sequences, then of new ones.
 
-        Admits the new ones. With several tenants the rows are dealt out in rounds of equal parts,
-        to the tenants that still want rows and are allowed them.
+        Computes at most `limit` and admits the new ones. With several tenants the rows are dealt
+        out in rounds of equal parts, to the tenants that still want rows and are allowed them.
         """
         chunks: dict[SequenceState, int] = {}
-        rows = self._config.max_num_batched_tokens - len(decoding)
-        if self.tenants.seen_several:
-            rows = min(rows, self.tenants.begin_pass())
+        rows = min(limit, self._config.max_num_batched_tokens - len(decoding))
         if not self.tenants.several:
             self._fill(self.running, self.waiting, rows, chunks)
             return chunks

@@ -1,13 +1,14 @@
 """Divides the engine between tenants: places, KV blocks and time in each forward pass. Host only.
 
 There are `max_num_seqs` places for running sequences. With one tenant nothing here has an effect. A
-tenant may use what the others leave unused; contended resources follow three rules. (1) A free
+tenant may use what the others leave unused; contended resources follow four rules. (1) A free
 place goes to the tenant with the fewest running sequences, then to the one served least. (2) A
 tenant with at least two running sequences fewer than another takes one of its places: the other's
 last sequence is preempted. (3) A tenant adds to a pass no more time than the pass takes for any
 other tenant, plus its unused time from earlier passes: its sequences decode in turns, and its
 prompts are computed in small chunks. The time to draw tokens counts, too: it is measured per
-tenant, because it depends on the sampling parameters.
+tenant, because it depends on the sampling parameters. (4) A pass that computes the short prompts of
+one tenant may leave out tenants with longer prompts or more sequences, see `give_way`.
 """
 
 import math
@@ -31,7 +32,9 @@ _DRAW_MEMORY: Final = 4.0  # passes over which the time to draw a token is avera
 _CHUNK: Final = 8  # rows: a prompt chunk that this limits is rounded down to a multiple
 _LARGEST_CHUNK: Final = 512  # most prompt rows of a tenant in a pass shared with others
 _RECENT_PASSES: Final = 256  # passes: how long a tenant that left counts as likely to return
-_LONE_TENANT_ROWS: Final = 64  # most prompt rows of a lone tenant while another may return
+# Rows: while another tenant may return, a pass of a lone tenant takes at most as long as one with
+# this many rows and little context.
+_LONE_TENANT_ROWS: Final = 64
 
 
 @dataclass(slots=True)
@@ -42,7 +45,7 @@ class _Tenant:
     credit: float = math.inf  # seconds that it may add to passes shared with others
     draw_seconds: float = 0.0  # to draw the tokens of one sequence in a pass, on average
     shares_pass: bool = False  # whether the pass being planned has rows of other tenants
-    gave_way: bool = False  # whether its prompts were left out of the latest pass for shorter ones
+    gives_way: bool = False  # whether the pass being planned leaves it out, see `give_way`
     # Cost of that pass by number of rows that this tenant adds.
     pass_seconds_by_rows: list[float] = field(default_factory=list)
     seen_at: int = 0  # number of the latest planned pass in which it was present
@@ -63,11 +66,6 @@ class Tenants:
     @property
     def several(self) -> bool:
         return len(self.present) > 1
-
-    @property
-    def seen_several(self) -> bool:
-        """Whether there has been more than one tenant so far."""
-        return len(self._all) > 1
 
     def arrive(self, tenant: str) -> None:
         """A new sequence of this tenant is waiting."""
@@ -141,16 +139,46 @@ class Tenants:
         return not self._running(tenant) and min(self.present, key=self._served) == tenant
 
     def begin_pass(self) -> int:
-        """Begin to plan a pass. Returns the most prompt rows that it may have.
+        """Begin to plan a pass. Returns how many rows prompts and trees may make it have.
 
         They are fewer for a tenant that is alone if another was present within the last
         `_RECENT_PASSES` passes, because a request of that other has to wait for the pass to end.
         """
+        if len(self._all) < 2:
+            return self._max_rows
         self._num_planned += 1
         for tenant in self.present:
             self._all[tenant].seen_at = self._num_planned
         recent = sum(its.seen_at > self._num_planned - _RECENT_PASSES for its in self._all.values())
-        return _LONE_TENANT_ROWS if recent > 1 and not self.several else self._max_rows
+        if recent < 2 or len(self.present) != 1:
+            return self._max_rows
+        context = max(_mean_context(self._all[tenant].running) for tenant in self.present)
+        longest = self._cost(_LONE_TENANT_ROWS, _LONE_TENANT_ROWS, 0.0)[0]
+        seconds = self._cost(_CHUNK + 1, _LONE_TENANT_ROWS, context)
+        return min(self._max_rows, _CHUNK + bisect_right(seconds, longest))
+
+    def give_way(self, ready: list[SequenceState], prompts: dict[str, int]) -> None:
+        """Decide which tenants the pass leaves out, so that others get their first tokens sooner.
+
+        `ready`: the sequences that could decode. `prompts`: uncomputed prompt tokens per tenant,
+        waiting ones included. The prompts of a tenant are short if the pass has room for all of
+        them and its credit pays for them. The prompts of tenants with longer prompts or more
+        running sequences are left out, but not twice in a row; their unused credit remains.
+        """
+        room = min(self._max_rows - len(ready), _LARGEST_CHUNK)
+        short = {
+            tenant
+            for tenant, wanted in prompts.items()
+            if wanted <= room
+            and wanted == self._affordable(self._all[tenant], len(ready), wanted, ready)
+        }
+        for tenant, its in self._all.items():
+            longer = tenant in prompts and tenant not in short
+            its.gives_way = not its.gives_way and any(
+                longer or len(its.running) > self._running(other)
+                for other in short
+                if other != tenant
+            )
 
     def decoding(self, ready: list[SequenceState], prompts: dict[str, int]) -> list[SequenceState]:
         """Choose which of the `ready` sequences decode in this pass.
@@ -159,7 +187,8 @@ class Tenants:
         much time as the pass takes for the other tenant with the fewest rows (times
         `_HEAVY_TENANT_FACTOR` if it runs more sequences than another), plus its unused credit from
         earlier passes. If that is not enough for all its sequences, they decode in turns. So the
-        load of one tenant does not reduce the share of time of another.
+        load of one tenant does not reduce the share of time of another. No sequence decodes of a
+        tenant that gives way if another one with a prompt runs fewer sequences.
         """
         share = self._max_rows // max(len(prompts), 1)
         roots = {tenant: [s for s in ready if s.request.tenant == tenant] for tenant in self._all}
@@ -169,14 +198,19 @@ class Tenants:
         }
         chosen: list[SequenceState] = []
         for tenant, its in self._all.items():
-            others = {other: count for other, count in rows.items() if other != tenant and count}
+            others = [other for other, count in rows.items() if other != tenant and count]
             its.shares_pass, own = bool(others), roots[tenant]
             if its.shares_pass:
-                lightest = min(others, key=others.__getitem__)
-                earned = self._add_credit(its, others[lightest], _mean_context(roots[lightest]))
-                if len(own) > others[lightest] or len(own) * its.draw_seconds > earned:
+                lightest = min(others, key=rows.__getitem__)
+                earned = self._add_credit(its, rows[lightest], _mean_context(roots[lightest]))
+                runs_more = any(
+                    len(its.running) > self._running(other) for other in others if other in prompts
+                )
+                if its.gives_way and runs_more:
+                    own = []
+                elif len(own) > rows[lightest] or len(own) * its.draw_seconds > earned:
                     own.sort(key=lambda seq: seq.last_turn)
-                    most = self._affordable(its, others[lightest], len(own), own, its.draw_seconds)
+                    most = self._affordable(its, rows[lightest], len(own), own, its.draw_seconds)
                     own = own[:most]
                     self.spend(tenant, len(own))
             chosen += own
@@ -188,27 +222,18 @@ class Tenants:
     def allowances(self, num_roots: int, wanting: dict[str, int]) -> dict[str, int]:
         """Prompt rows that each tenant may add to a pass of `num_roots` decoding sequences.
 
-        `wanting`: prompt rows that each tenant could use. Where all of one tenant's fit, tenants
-        with longer prompts add none, but not twice in a row: this makes the first token of short
-        prompts come sooner, and the credit of the others remains for the next pass.
+        `wanting`: prompt rows that each tenant could use.
         """
         allowances: dict[str, int] = {}
         for tenant, wanted in wanting.items():
             its = self._all[tenant]
-            allowances[tenant] = wanted
-            if its.shares_pass:
+            allowances[tenant] = 0 if its.gives_way else wanted
+            if its.shares_pass and not its.gives_way:
                 most = min(wanted, _LARGEST_CHUNK)
                 rows = self._affordable(its, num_roots, most, its.running)
                 if rows < wanted and num_roots + rows < self._max_rows:
                     rows = rows // _CHUNK * _CHUNK
                 allowances[tenant] = rows
-        room = self._max_rows - num_roots
-        satisfied = {t for t, wanted in wanting.items() if wanted <= min(allowances[t], room)}
-        for tenant in wanting:
-            its = self._all[tenant]
-            its.gave_way = bool(satisfied) and tenant not in satisfied and not its.gave_way
-            if its.gave_way:
-                allowances[tenant] = 0
         return allowances
 
     def _affordable(
