@@ -9,14 +9,14 @@ import torch
 from tiny import TINY_VOCAB
 from torch import Tensor
 
-from specserve.cache.storage import KVStorage
+from specserve.cache.storage import KVSpec, KVStorage
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.shape import ModelShape
 from specserve.speculation.drafter import TargetLayers
 from specserve_drafts.eagle.checkpoint import read_head
-from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
+from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch
 from specserve_drafts.eagle.head_shape import HeadShape
 from specserve_drafts.tune.eagle import EagleMethod, EagleSettings
 from specserve_drafts.tune.eagle_batch import build_chains
@@ -104,7 +104,8 @@ def served_chain(
     head: DraftHead, shape: HeadShape, text: Text, states: Tensor, start: int, depth: int
 ) -> Tensor:
     """[depth, draft_vocab] logits of the chain from draft input `start`, computed as in serving."""
-    kv = KVStorage(head_kv_spec(shape, torch.float32), 64, CPU)
+    spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, torch.float32)
+    kv = KVStorage(spec, 64, CPU)
     slot_list = torch.arange(64, dtype=torch.int32)
     words = np.array([(2 << i) - 1 for i in range(start + 1)], np.uint64)
     tokens = text.tokens.tolist()

@@ -33,7 +33,7 @@ from specserve.tree import MAX_NODES, DraftTree, build_tree, root_tree
 from specserve_drafts.compatibility import pretrained_head
 from specserve_drafts.eagle.checkpoint import read_head
 from specserve_drafts.eagle.draft_inputs import DraftInputs, HeadKV
-from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch, head_kv_spec
+from specserve_drafts.eagle.head import DraftHead, HeadSegment, build_head_batch
 from specserve_drafts.eagle.quantized_head import can_be_quantized, read_weights
 from specserve_drafts.expansion import (
     ExpansionThreshold,
@@ -165,7 +165,8 @@ class EagleDrafter:
         self._inputs: dict[str, DraftInputs] = {}  # by sequence id
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
-        return head_kv_spec(self._file.shape, dtype)
+        shape = self._file.shape
+        return KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
 
     def bind(self, context: DraftContext) -> None:
         assert context.storage is not None

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specserve.cache.storage import KVSpec, KVStorage
+from specserve.cache.storage import KVStorage
 from specserve.models.layers.attention import Attention, AttentionInputs
 from specserve.models.layers.linear import Linear
 from specserve.models.layers.mlp import Mlp
@@ -88,10 +88,6 @@ def build_head_batch(
         _NO_ROWS,
         hidden_in=hidden_states.contiguous(),
     )
-
-
-def head_kv_spec(shape: HeadShape, dtype: torch.dtype) -> KVSpec:
-    return KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
 
 
 class DraftHead:

@@ -11,7 +11,6 @@ the target's Gumbel noise g.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,12 +41,6 @@ class MedusaOptions(DraftOptions, frozen=True, forbid_unknown_fields=True):
     num_heads: NodeCount | None = None  # use only the first `num_heads` heads; None: all
 
 
-@dataclass(frozen=True, slots=True)
-class _LastState:
-    position: int  # of the token in its sequence
-    hidden_state: Tensor  # [hidden_size], the token's last one, before the final norm
-
-
 class MedusaDrafter:
     Options: ClassVar[type[DraftOptions]] = MedusaOptions
     needs_topk = 0
@@ -69,7 +62,9 @@ class MedusaDrafter:
             )
         self._num_heads, self._branching = num_heads, options.branching
         self.aux_layers: tuple[int, ...] = (shape.num_layers,)
-        self._last: dict[str, _LastState] = {}  # by sequence id
+        # By sequence id: the position of a token, and its last hidden state [hidden_size], before
+        # the target's final norm.
+        self._last: dict[str, tuple[int, Tensor]] = {}
 
     def kv_spec(self, dtype: torch.dtype) -> KVSpec | None:
         return None
@@ -102,22 +97,21 @@ class MedusaDrafter:
         if states is None:
             return  # the stored states are now out of date; `_has_state` compares their positions
         for seq, each, state in zip(verified, committed, states.unbind(), strict=True):
-            self._last[seq.id] = _LastState(each.start + len(each.rows) - 1, state)
+            self._last[seq.id] = each.start + len(each.rows) - 1, state
 
     def forget(self, seq_id: str) -> None:
         self._last.pop(seq_id, None)
 
     def _has_state(self, seq: SequenceView) -> bool:
         """Whether the hidden state of the token before the root is stored."""
-        last = self._last.get(seq.id)
-        return last is not None and last.position == seq.num_tokens - 2
+        return seq.id in self._last and self._last[seq.id][0] == seq.num_tokens - 2
 
     def _candidates(self, seqs: Sequence[SequenceView], depth: int) -> list[list[Candidates]]:
         """The candidates of each of the `depth` positions after the root, per sequence."""
         if not seqs:
             return []
         context = self._context
-        states = torch.stack([self._last[seq.id].hidden_state for seq in seqs])
+        states = torch.stack([self._last[seq.id][1] for seq in seqs])
         logits = self.heads(context.target.final_norm(states), depth).flatten(0, 1)
         width = min(self._branching, logits.shape[1])
         if (ids := self._file.token_ids) is not None:

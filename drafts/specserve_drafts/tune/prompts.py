@@ -7,16 +7,19 @@ with a typical user message (Magpie, Xu et al. 2024, arXiv 2406.08464).
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TextIO
+from typing import ClassVar, Final, TextIO
 
 import msgspec
 
-from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, OPTIONAL_TARGET_HELP
-from specserve.config import TargetConfig
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.tune.command import new_parser, open_llm, run_command
+from specserve_drafts.tune.settings import (
+    CommandSettings,
+    Count,
+    add_settings,
+    read_settings,
+)
 from specserve_evals.progress import track
 from specserve_evals.runs import at_least_one
 
@@ -24,6 +27,20 @@ from specserve_evals.runs import at_least_one
 # while the last attempts of a round finish.
 _AT_ONCE: Final = 8
 _SHORTEST: Final = 3  # words of a prompt that is kept
+
+
+class PromptSettings(CommandSettings, frozen=True, forbid_unknown_fields=True):
+    HELP: ClassVar[dict[str, str]] = {
+        "temperature": "sampling temperature",
+        "max_tokens": "most tokens of a prompt; longer ones are dropped",
+        "batch": "prompts generated at once",
+        "seed": "seed of the first prompt",
+    }
+
+    temperature: float = 0.9
+    max_tokens: Count = 192
+    batch: Count = 32
+    seed: int = 0
 
 
 def template_around_user(llm: LLM) -> tuple[tuple[int, ...], int]:
@@ -65,51 +82,7 @@ def own_prompts(llm: LLM, numbers: range, sampling: SamplingParams) -> list[str]
 
 
 def main(argv: Sequence[str]) -> int:
-    return run_command(_parser(), argv, run)
-
-
-def run(args: argparse.Namespace) -> str:
-    """Write `args.count` prompts to the new file `args.out`. Raises ValueError."""
-    try:
-        file = args.out.open("x", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"out: {args.out} cannot be made: {error.strerror}") from error
-    with file:
-        try:
-            llm = open_llm(TargetConfig(**given(args, TargetConfig)), args.batch, draft="none")
-            _write(llm, args, file)
-        finally:
-            if not file.tell():
-                args.out.unlink()  # so that the same command can be run again
-    return f"{args.out}: {args.count} prompts"
-
-
-def _write(llm: LLM, args: argparse.Namespace, file: TextIO) -> None:
-    """Write each different prompt to `file` once, in the order of the attempts."""
-    sampling = SamplingParams(
-        temperature=args.temperature, max_tokens=args.max_tokens, seed=args.seed
-    )
-    known: set[str] = set()
-    first, step = 0, _AT_ONCE * args.batch
-    with track(args.count) as advance:
-        while len(known) < args.count:
-            made = own_prompts(llm, range(first, first + step), sampling)
-            new = [text for text in dict.fromkeys(made) if text not in known]
-            if not new:
-                raise ValueError(
-                    f"temperature: {step} attempts at {args.temperature} made nothing new; raise it"
-                )
-            new = new[: args.count - len(known)]
-            known.update(new)
-            file.writelines(msgspec.json.encode({"prompt": t}).decode() + "\n" for t in new)
-            first += step
-            file.flush()
-            advance(len(new), f"{first} attempts")
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = new_parser("prompts", "Generate prompts with a target, to train its drafts on.")
-    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     parser.add_argument(
         "--out",
         type=Path,
@@ -120,27 +93,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count", type=at_least_one, required=True, metavar="N", help="number of prompts"
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.9,
-        metavar="T",
-        help="sampling temperature (default: %(default)s)",
+    add_settings(parser, PromptSettings)
+    return run_command(parser, argv, run)
+
+
+def run(args: argparse.Namespace) -> str:
+    """Write `args.count` prompts to the new file `args.out`. Raises ValueError."""
+    settings, target = read_settings(args, PromptSettings)
+    try:
+        file = args.out.open("x", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"out: {args.out} cannot be made: {error.strerror}") from error
+    with file:
+        try:
+            _write(open_llm(target, settings.batch, draft="none"), settings, args.count, file)
+        finally:
+            if not file.tell():
+                args.out.unlink()  # so that the same command can be run again
+    return f"{args.out}: {args.count} prompts"
+
+
+def _write(llm: LLM, settings: PromptSettings, count: int, file: TextIO) -> None:
+    """Write each different prompt to `file` once, in the order of the attempts."""
+    temperature = settings.temperature
+    sampling = SamplingParams(
+        temperature=temperature, max_tokens=settings.max_tokens, seed=settings.seed
     )
-    for name, default, purpose in (
-        ("--max-tokens", 192, "most tokens of a prompt; longer ones are dropped"),
-        ("--batch", 32, "prompts generated at once"),
-    ):
-        parser.add_argument(
-            name,
-            type=at_least_one,
-            default=default,
-            metavar="N",
-            help=f"{purpose} (default: {default})",
-        )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the first prompt (default: 0)"
-    )
-    target = parser.add_argument_group("target")
-    add_flags(target, TargetConfig, ENGINE_HELP, skip=frozenset({"target"}))
-    return parser
+    known: set[str] = set()
+    first, step = 0, _AT_ONCE * settings.batch
+    with track(count) as advance:
+        while len(known) < count:
+            made = own_prompts(llm, range(first, first + step), sampling)
+            new = [text for text in dict.fromkeys(made) if text not in known]
+            if not new:
+                raise ValueError(
+                    f"temperature: {step} attempts at {temperature} made nothing new; raise it"
+                )
+            new = new[: count - len(known)]
+            known.update(new)
+            file.writelines(msgspec.json.encode({"prompt": t}).decode() + "\n" for t in new)
+            first += step
+            file.flush()
+            advance(len(new), f"{first} attempts")

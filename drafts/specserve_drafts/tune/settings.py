@@ -1,31 +1,35 @@
-"""The settings of training runs, from flags or from an experiment file in TOML."""
+"""The settings of a command, from flags or from an experiment file in TOML."""
 
 import argparse
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
-from specserve.cli.flags import add_flags, given
+from specserve.cli.flags import add_flags, flag_type, given
 from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
 from specserve.config import TargetConfig
 from specserve.speculation.registry import invalid_field
 from specserve.types import SamplingParams
 from specserve_evals.provenance import DataFile
 
-_LISTS: Final = {"temperature": float, "aux_layers": int}  # flags that take several values
 _LIMITS: Final = frozenset({"minutes", "tokens"})
 
 
 Count = Annotated[int, Meta(ge=1, le=2**20)]
 
 
-class RunSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings common to all methods; a method's subclass adds its own. Ranges are annotations,
-    which `read_settings` checks."""
+class CommandSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings of one command. Ranges are annotations, which `read_settings` checks."""
+
+    HELP: ClassVar[dict[str, str]] = {}  # by field name
+
+
+class RunSettings(CommandSettings, frozen=True, forbid_unknown_fields=True):
+    """Settings common to all training runs."""
 
     HELP: ClassVar[dict[str, str]] = {
         "minutes": "minutes of the run; 20 if neither this nor --tokens is given",
@@ -63,22 +67,25 @@ class RunSettings(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-Settings = TypeVar("Settings", bound=RunSettings)
+Settings = TypeVar("Settings", bound=CommandSettings)
 
 
-def add_settings(parser: argparse.ArgumentParser, kind: type[RunSettings]) -> None:
+def add_settings(parser: argparse.ArgumentParser, kind: type[CommandSettings]) -> None:
     """Add the flags of `kind` and of the target to `parser`."""
-    for name, each in _LISTS.items():
-        if name in kind.__struct_fields__:
-            parser.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=each,
-                nargs="+",
-                default=argparse.SUPPRESS,
-                metavar="N" if each is int else "T",
-                help=kind.HELP[name],
-            )
-    add_flags(parser.add_argument_group("recipe"), kind, kind.HELP, skip=frozenset(_LISTS))
+    hints = get_type_hints(kind)
+    rules = {name: flag_type(hints[name])[0] for name in kind.__struct_fields__}
+    lists = [name for name, rule in rules.items() if rule.get("action") == "append"]
+    for name in lists:  # a flag with several values instead of a repeatable one
+        each = rules[name]["type"]
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=each,
+            nargs="+",
+            default=argparse.SUPPRESS,
+            metavar="N" if each is int else "T",
+            help=kind.HELP[name],
+        )
+    add_flags(parser.add_argument_group("recipe"), kind, kind.HELP, skip=frozenset(lists))
     target_help = ENGINE_HELP | {"target": TARGET_HELP}
     add_flags(parser.add_argument_group("target"), TargetConfig, target_help)
 
@@ -116,7 +123,7 @@ def lasting_settings(
     }
 
 
-def _read_toml(file: Path, kind: type[RunSettings]) -> dict[str, Any]:
+def _read_toml(file: Path, kind: type[CommandSettings]) -> dict[str, Any]:
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
