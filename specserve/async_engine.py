@@ -232,12 +232,9 @@ class AsyncEngine:
         params = speculation or SpeculationParams()
         if prediction is None:
             return params
+        max_tokens = self.process.ready_info().limits.max_model_len
         ids = await self.tokenizer_pool.encode(
-            prediction,
-            add_special=False,
-            param="prediction",
-            max_tokens=self.process.ready_info().limits.max_model_len,
-            tenant=tenant,
+            prediction, add_special=False, param="prediction", max_tokens=max_tokens, tenant=tenant
         )
         return replace(params, prediction=ids)
 

@@ -44,10 +44,7 @@ class ServiceCounters:
         self._served[tenant] = self.served(tenant) + amount
 
     def forget(self, present: Collection[str]) -> None:
-        """Drop the counters of absent tenants that do not exceed the counter of a new tenant.
-
-        `present`: the tenants that are not absent. If it is empty, all counters are reset.
-        """
+        """Drop counters of tenants that are not `present` if not above that of a new tenant."""
         if not present:
             self._served.clear()
             self._floor = 0.0

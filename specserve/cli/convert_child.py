@@ -28,10 +28,7 @@ class Refused(ValueError):
 
 
 def main(source: Path, out: Path, memory: int, seconds: int) -> int:
-    """Convert `source` to `out`. Returns the exit status: 1 if that fails.
-
-    Limits: `memory` bytes beyond those mapped now, and `seconds` of CPU time.
-    """
+    """Convert `source` to `out` within `memory` more bytes and `seconds` of CPU time; 1: failed."""
     torch.set_num_threads(1)  # every thread takes up some of the memory limit
     _limit(memory, seconds)
     try:
