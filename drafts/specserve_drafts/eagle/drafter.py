@@ -88,7 +88,7 @@ class _TreeTask:
 
     def in_one_call(self) -> ExpansionTask:
         """The task for the kernel that expands the whole tree in one call."""
-        tokens, kv, by = self.seq.tokens, self.kv, self.state.params
+        tokens, kv, params = self.seq.tokens, self.kv, self.state.params
         root = len(tokens) - 1
         return ExpansionTask(
             self.slot_list,
@@ -98,7 +98,9 @@ class _TreeTask:
             tokens[root],
             root - 1,
             self.budget,
-            DraftSampling(by.temperature, by.top_k, by.top_p, by.min_p, self.state.seed),
+            DraftSampling(
+                params.temperature, params.top_k, params.top_p, params.min_p, self.state.seed
+            ),
             root + 1,
         )
 
