@@ -14,7 +14,7 @@ COMMON = ["-std=c++17", "-ffp-contract=off", "-fvisibility=hidden"]
 
 # The same sources once per instruction set; cpu/native.py picks.
 BUILDS = {
-    "portable": ["-O2"],
+    "portable": ["-O2", "-Wno-psabi"],  # vectors are passed to inline functions only
     "avx2": ["-O3", "-march=x86-64-v3"],
     "avx512": ["-O3", "-march=x86-64-v4", "-mavx512vnni"],
     "avx512bf16": ["-O3", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],

@@ -1,46 +1,40 @@
-// `lanes.h` for AVX-512 with VNNI.
+// The operations of `lanes.h` that need instructions of AVX-512 with VNNI.
 #pragma once
 
-#include <cstdint>
-
 #include <immintrin.h>
-
-#include "bfloat16.h"
 
 namespace specserve {
 
 #define SPECSERVE_EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
-constexpr int kLanes = 16;
 constexpr int kQueriesTogether = 6, kVectorsTogether = 4;  // tiles whose sums fit the registers
 
-struct Ints {
-    __m512i v;
-};
-struct Floats {
-    __m512 v;
-};
-struct Bytes {  // kLanes outputs x 4 weights
-    __m512i v;
-};
 using Nibbles = Ints;  // sums of products with at most 32 nibbles
 
-inline Floats exp2_part(Floats x);  // 2^x for |x| <= 0.5
-
-inline Ints zero_ints() { return {_mm512_setzero_si512()}; }
-inline Floats zero_floats() { return {_mm512_setzero_ps()}; }
 inline Floats broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Floats load_half(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline Floats to_floats(Ints x) { return {_mm512_cvtepi32_ps(x.v)}; }
-inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Floats mul_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Floats load(const bfloat16* p) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline float lane_sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
+inline float lane_max(Floats x) { return _mm512_reduce_max_ps(x.v); }
+inline int32_t lane_sum(Ints x) { return _mm512_reduce_add_epi32(__m512i(x.v)); }
+inline int32_t lane_max(Ints x) { return _mm512_reduce_max_epi32(__m512i(x.v)); }
+inline Ints to_nearest(Floats x) {  // ties to even
+    return {IntVector(_mm512_cvtps_epi32(x.v))};
 }
-inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: low half a[i], high b[i]
+inline void store_bytes(int8_t* p, Ints x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(x.v)));
+}
+inline BitVector load_low_halves(const bfloat16* p) {
+    return BitVector(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+inline void store_low_halves(bfloat16* p, BitVector bits) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(__m512i(bits)));
+}
+inline Floats second_of_pairs(Floats x) { return from_bits(bits_of(x) & 0xffff0000u); }
+// Lane i: a[i] in the low half, b[i] in the high half.
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {
     const auto wide = [](const bfloat16* p) {
         return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     };
@@ -49,40 +43,6 @@ inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: low h
         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     return {_mm512_castsi512_ps(
         _mm512_permutex2var_epi16(wide(a), _mm512_load_si512(kInTurn), wide(b)))};
-}
-inline Floats first_of_pairs(Floats x) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 16))};
-}
-inline Floats second_of_pairs(Floats x) {
-    const __m512i upper = _mm512_set1_epi32(int(0xffff0000u));
-    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), upper))};
-}
-inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
-inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline float lane_sum(Floats x) { return _mm512_reduce_add_ps(x.v); }
-inline float lane_max(Floats x) { return _mm512_reduce_max_ps(x.v); }
-inline int32_t lane_sum(Ints x) { return _mm512_reduce_add_epi32(x.v); }
-inline int32_t lane_max(Ints x) { return _mm512_reduce_max_epi32(x.v); }
-inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Ints max(Ints a, Ints b) { return {_mm512_max_epi32(a.v, b.v)}; }
-inline Ints magnitude_bits(Floats x) {  // ordered like |x|, with NaN above everything
-    return {_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff))};
-}
-inline Ints to_nearest(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }  // ties to even
-inline void store_bytes(int8_t* p, Ints x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
-}
-inline void store(bfloat16* p, Floats x) {  // rounded to nearest, ties to even
-    const __m512i bits = _mm512_castps_si512(x.v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(
-        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(kept));
 }
 
 // Transposes: lane i of columns[c] becomes float c of the four at from(i).
@@ -110,26 +70,21 @@ inline Floats exp2(Floats x) {
     // The clamp preserves NaN: max returns the second operand if either is NaN.
     const __m512 y = _mm512_max_ps(_mm512_set1_ps(-150.0f), x.v);
     const __m512 whole = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT);
-    const Floats part = exp2_part({_mm512_sub_ps(y, whole)});
-    return {_mm512_scalef_ps(part.v, whole)};
+    return {_mm512_scalef_ps(exp2_part({y - whole}).v, whole)};
 }
 
-inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Bytes low_nibbles(Bytes x) { return {_mm512_and_si512(x.v, _mm512_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes x) {
-    return {_mm512_and_si512(_mm512_srli_epi16(x.v, 4), _mm512_set1_epi8(15))};
-}
 inline Nibbles zero_nibbles() { return zero_ints(); }
 inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) {
-    return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(x4))};
+    const __m512i x = _mm512_set1_epi32(x4);
+    return {IntVector(_mm512_dpbusd_epi32(__m512i(sum.v), __m512i(w.v), x))};
 }
 inline void force_order(Nibbles&) {}
 inline Ints widen(Nibbles sum) { return sum; }
 
 // Signed weights: the instruction multiplies unsigned by signed bytes, so 128 is added to each
 // weight and the sum starts at -128 times the sum of x.
-inline Bytes as_signed(Bytes x) { return {_mm512_xor_si512(x.v, _mm512_set1_epi8(-128))}; }
-inline Ints initial_signed_sum(int32_t x_sum) { return {_mm512_set1_epi32(-128 * x_sum)}; }
+inline Bytes as_signed(Bytes x) { return {x.v ^ 128}; }
+inline Ints initial_signed_sum(int32_t x_sum) { return {IntVector{} - 128 * x_sum}; }
 inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) { return dot_nibbles(sum, w, x4); }
 
 }  // namespace specserve

@@ -1,35 +1,14 @@
-// `lanes.h` for any machine.
+// The operations of `lanes.h` that differ between instruction sets, for any machine.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "bfloat16.h"
 
 namespace specserve {
 
 #define SPECSERVE_EACH(i, n) for (int i = 0; i < (n); ++i)
-constexpr int kLanes = 16;
 constexpr int kQueriesTogether = 1, kVectorsTogether = 4;
 
-struct Ints {
-    int32_t v[kLanes];
-};
-struct Floats {
-    float v[kLanes];
-};
-struct Bytes {
-    uint8_t v[4 * kLanes];
-};
 using Nibbles = Ints;
-
-inline bfloat16 round_to_bfloat16(float x) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return {uint16_t(x != x ? 0x7fc0 : rounded)};
-}
 
 template <typename Result, typename F>
 inline Result each(F f) {
@@ -47,111 +26,48 @@ inline float half_to_float(uint16_t h) {
     return h & 0x8000 ? -magnitude : magnitude;
 }
 
-inline Ints zero_ints() { return {}; }
-inline Floats zero_floats() { return {}; }
 inline Floats broadcast(float x) {
     return each<Floats>([&](int) { return x; });
 }
 inline Floats load_half(const uint16_t* p) {
     return each<Floats>([&](int i) { return half_to_float(p[i]); });
 }
-inline Floats to_floats(const Ints& x) {
-    return each<Floats>([&](int i) { return float(x.v[i]); });
-}
-inline Floats mul(const Floats& a, const Floats& b) {
-    return each<Floats>([&](int i) { return a.v[i] * b.v[i]; });
-}
-inline Floats mul_add(const Floats& a, const Floats& b, const Floats& c) {
-    return each<Floats>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
-}
-inline Floats load(const float* p) {
-    return each<Floats>([&](int i) { return p[i]; });
-}
-inline Floats load(const bfloat16* p) {
-    return each<Floats>([&](int i) {
-        const uint32_t bits = uint32_t(p[i].bits) << 16;
-        float x;
-        std::memcpy(&x, &bits, sizeof x);
-        return x;
-    });
-}
-inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {  // lane i: low half a[i], high b[i]
-    return each<Floats>([&](int i) {
-        const uint32_t bits = uint32_t(b[i].bits) << 16 | a[i].bits;
-        float x;
-        std::memcpy(&x, &bits, sizeof x);
-        return x;
-    });
-}
-template <typename F>
-inline Floats each_bits(const Floats& x, F f) {
-    uint32_t bits[kLanes];
-    std::memcpy(bits, x.v, sizeof bits);
-    for (uint32_t& value : bits) value = f(value);
-    Floats r;
-    std::memcpy(r.v, bits, sizeof bits);
-    return r;
-}
-inline Floats first_of_pairs(const Floats& x) {
-    return each_bits(x, [](uint32_t bits) { return bits << 16; });
-}
-inline Floats second_of_pairs(const Floats& x) {
-    return each_bits(x, [](uint32_t bits) { return bits & 0xffff0000u; });
-}
-inline void store(float* p, const Floats& x) { std::memcpy(p, x.v, sizeof x.v); }
-inline Floats add(const Floats& a, const Floats& b) {
-    return each<Floats>([&](int i) { return a.v[i] + b.v[i]; });
-}
-inline Floats sub(const Floats& a, const Floats& b) {
-    return each<Floats>([&](int i) { return a.v[i] - b.v[i]; });
-}
-inline Floats div(const Floats& a, const Floats& b) {
-    return each<Floats>([&](int i) { return a.v[i] / b.v[i]; });
-}
-inline Floats max(const Floats& a, const Floats& b) {
-    return each<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-}
-inline float lane_sum(const Floats& x) {
+inline Floats mul_add(Floats a, Floats b, Floats c) { return {a.v * b.v + c.v}; }
+inline Floats max(Floats a, Floats b) { return {a.v > b.v ? a.v : b.v}; }
+inline float lane_sum(Floats x) {
     float sum = 0;
-    for (float value : x.v) sum += value;
+    for (int i = 0; i < kLanes; ++i) sum += x.v[i];
     return sum;
 }
-inline float lane_max(const Floats& x) {
-    float most = x.v[0];
-    for (float value : x.v) most = most > value ? most : value;
-    return most;
-}
-inline int32_t lane_sum(const Ints& x) {
+inline int32_t lane_sum(Ints x) {
     int32_t sum = 0;
-    for (int32_t value : x.v) sum += value;
+    for (int i = 0; i < kLanes; ++i) sum += x.v[i];
     return sum;
 }
-inline int32_t lane_max(const Ints& x) {
-    int32_t most = x.v[0];
-    for (int32_t value : x.v) most = most > value ? most : value;
+template <typename Lanes>  // Floats or Ints
+inline auto lane_max(Lanes x) {
+    auto most = x.v[0];
+    for (int i = 1; i < kLanes; ++i) most = most > x.v[i] ? most : x.v[i];
     return most;
 }
-inline Ints add(const Ints& a, const Ints& b) {
-    return each<Ints>([&](int i) { return a.v[i] + b.v[i]; });
-}
-inline Ints max(const Ints& a, const Ints& b) {
-    return each<Ints>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-}
-inline Ints magnitude_bits(const Floats& x) {  // ordered like |x|, with NaN above everything
-    return each<Ints>([&](int i) {
-        int32_t bits;
-        std::memcpy(&bits, x.v + i, sizeof bits);
-        return bits & 0x7fffffff;
-    });
-}
-inline Ints to_nearest(const Floats& x) {  // ties to even
+inline Ints to_nearest(Floats x) {  // ties to even
     return each<Ints>([&](int i) { return int32_t(std::nearbyint(x.v[i])); });
 }
-inline void store_bytes(int8_t* p, const Ints& x) {
+inline void store_bytes(int8_t* p, Ints x) {
     for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x.v[i]);
 }
-inline void store(bfloat16* p, const Floats& x) {
-    for (int i = 0; i < kLanes; ++i) p[i] = round_to_bfloat16(x.v[i]);
+inline BitVector load_low_halves(const bfloat16* p) {
+    BitVector bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
+    return bits;
+}
+inline void store_low_halves(bfloat16* p, BitVector bits) {
+    for (int i = 0; i < kLanes; ++i) p[i].bits = uint16_t(bits[i]);
+}
+inline Floats second_of_pairs(Floats x) { return from_bits(bits_of(x) & 0xffff0000u); }
+// Lane i: a[i] in the low half, b[i] in the high half.
+inline Floats pairs_of(const bfloat16* a, const bfloat16* b) {
+    return from_bits(load_low_halves(a) | load_low_halves(b) << 16);
 }
 // Transposes: lane i of columns[c] becomes float c of the four at from(i).
 template <typename From>
@@ -162,23 +78,10 @@ inline void columns_of(const From& from, Floats (&columns)[4]) {
         for (int c = 0; c < 4; ++c) columns[c].v[i] = four[c];
     }
 }
-inline Floats exp2(const Floats& x) {
+inline Floats exp2(Floats x) {
     return each<Floats>([&](int i) { return std::exp2(x.v[i]); });
 }
 
-inline Bytes load_bytes(const uint8_t* p) {
-    Bytes r;
-    std::memcpy(r.v, p, sizeof r.v);
-    return r;
-}
-inline Bytes low_nibbles(Bytes x) {
-    for (uint8_t& b : x.v) b &= 15;
-    return x;
-}
-inline Bytes high_nibbles(Bytes x) {
-    for (uint8_t& b : x.v) b >>= 4;
-    return x;
-}
 template <typename Weight>
 inline Ints dot(Ints sum, const Bytes& w, int32_t x4) {
     int8_t x[4];
@@ -187,16 +90,12 @@ inline Ints dot(Ints sum, const Bytes& w, int32_t x4) {
         for (int k = 0; k < 4; ++k) sum.v[i] += Weight(w.v[4 * i + k]) * x[k];
     return sum;
 }
-inline Nibbles zero_nibbles() { return {}; }
-inline Nibbles dot_nibbles(const Nibbles& sum, const Bytes& w, int32_t x4) {
-    return dot<uint8_t>(sum, w, x4);
-}
+inline Nibbles zero_nibbles() { return zero_ints(); }
+inline Nibbles dot_nibbles(Nibbles sum, Bytes w, int32_t x4) { return dot<uint8_t>(sum, w, x4); }
 inline void force_order(Nibbles&) {}
-inline Ints widen(const Nibbles& sum) { return sum; }
-inline Bytes as_signed(const Bytes& x) { return x; }
-inline Ints initial_signed_sum(int32_t) { return {}; }
-inline Ints dot_signed(const Ints& sum, const Bytes& w, int32_t x4) {
-    return dot<int8_t>(sum, w, x4);
-}
+inline Ints widen(Nibbles sum) { return sum; }
+inline Bytes as_signed(Bytes x) { return x; }
+inline Ints initial_signed_sum(int32_t) { return zero_ints(); }
+inline Ints dot_signed(Ints sum, Bytes w, int32_t x4) { return dot<int8_t>(sum, w, x4); }
 
 }  // namespace specserve
