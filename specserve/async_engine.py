@@ -58,7 +58,7 @@ class AsyncEngine:
     ) -> None:
         """`directory` is the model directory; `load` finds it by the name of a model.
 
-        Without a `tokenizer_pool` one is made. Raises TokenizerError.
+        Without a `tokenizer_pool` one is made. Raises TokenizerError if the tokenizer is unusable.
         """
         server = config.server
         self.config = config
@@ -82,7 +82,10 @@ class AsyncEngine:
         progress: Callable[[str, float], None] | None = None,
         **settings: Any,
     ) -> Self:
-        """An engine, not started yet. Arguments and errors (ValueErrors) are those of `LLM`."""
+        """An engine, not started yet, with the arguments of `LLM`. May download the target.
+
+        Raises ConfigError, HubError or TokenizerError, all subclasses of ValueError.
+        """
         config = llm_config(target, draft, config_file, settings)
         return cls(config, resolve(config.target.target, progress=progress))
 
@@ -114,7 +117,10 @@ class AsyncEngine:
         await self.stop()
 
     async def start(self) -> None:
-        """Start the processes; the engine loads the model meanwhile. Raises TokenizerError."""
+        """Start the processes; the engine loads the model meanwhile.
+
+        Raises TokenizerError if the tokenizer or the chat template cannot be used.
+        """
         await self.tokenizer_pool.start()
         await self.process.start()
         self._stopping = False

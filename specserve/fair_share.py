@@ -44,7 +44,7 @@ class ServiceCounters:
         self._served[tenant] = self.served(tenant) + amount
 
     def forget(self, present: Collection[str]) -> None:
-        """Drop counters of tenants that are not `present` if not above that of a new tenant."""
+        """Drop counters of absent tenants that do not exceed a new one's; all if none is there."""
         if not present:
             self._served.clear()
             self._floor = 0.0
@@ -59,6 +59,7 @@ def room(limit: int, held: int, own: int, *, shared: bool) -> int:
 
     This is all that is left, or, if the limit is `shared` with other tenants, as much as the tenant
     leaves free: ceil((limit - held - own) / 2) more (dynamic thresholds: Choudhury and Hahne 1998).
+    Never negative.
     """
     left = limit - held
     return max(0, -((own - left) // 2) if shared else left)

@@ -95,7 +95,8 @@ class LLM:
 
     `settings` are fields of the sections of `EngineConfig`, by field name. `draft` is one drafter
     or several. `progress(stage, fraction)` reports on the download of models. Raises ConfigError,
-    DraftError, HubError or ModelError, all subclasses of ValueError, with the fix in the message.
+    DraftError, HubError, ModelError or TokenizerError, all subclasses of ValueError, with the fix
+    in the message.
     """
 
     def __init__(

@@ -74,7 +74,10 @@ class SamplingState:
         return self._counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
     def mask(self, logits: Tensor, position: int) -> None:
-        """Apply logit_bias and min_tokens to one row, in place. logits: [vocab_size] float32."""
+        """Apply logit_bias and min_tokens to one row, in place. logits: [vocab_size] float32.
+
+        `position` is the absolute position of the token to draw.
+        """
         if self._bias is not None:
             ids, values = self._bias
             logits[ids] += values
@@ -128,13 +131,16 @@ class Sampler:
         return logits
 
     def draw(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Draw a token per row, [num_rows] int64. processed: [num_rows, vocab_size] float32."""
+        """Draw a token per row: argmax of `processed`, plus noise if temperature > 0.
+
+        processed: [num_rows, vocab_size] float32, results of `process`. Returns [num_rows] int64.
+        """
         if all(row.state.params.greedy for row in rows):
             return processed.argmax(dim=-1)
         return self._kernels.gumbel_argmax(processed, *self._keys(rows))
 
     def perturb(self, processed: Tensor, rows: Sequence[Row]) -> Tensor:
-        """Return processed + the noise of `draw`, to rank candidates: [num_rows, vocab_size]."""
+        """Return processed + the noise of `draw`, [num_rows, vocab_size] float32, for drafters."""
         if all(row.state.params.greedy for row in rows):
             return processed
         seeds, positions, sampled = self._keys(rows)

@@ -44,7 +44,7 @@ class Acceptance:
 
 
 class Audit:
-    """Counts over all requests of an engine; `observe` is the callback for `Engine.watch`."""
+    """Counts over all requests of an engine; `observe` is the callback for `Engine.observe`."""
 
     def __init__(self) -> None:
         self._acceptance = Acceptance()

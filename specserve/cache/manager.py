@@ -103,7 +103,7 @@ class KVCacheManager:
         """
         if not self.prefix_caching:
             return
-        self.pool.settle(table.tenant)
+        self.pool.keep_tree(table.tenant)
         size = self.block_size
         while (start := len(table.hashes) * size) + size <= table.num_committed:
             parent = table.hashes[-1] if table.hashes else root_hash(salt)

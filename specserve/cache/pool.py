@@ -72,7 +72,7 @@ class BlockPool:
         """Like `take`, for blocks of which most are released again after the step.
 
         With several tenants it takes free blocks only: the size of a tree depends on the load, so
-        what others run would decide what is evicted. Afterwards call `settle`.
+        what others run would decide what is evicted. Afterwards call `keep_tree`.
         """
         if len(self._tenants) <= 1:
             return self.take(tenant, num_blocks)
@@ -82,7 +82,7 @@ class BlockPool:
         self._add_used(owner, num_blocks)
         return self._hand_out(owner, num_blocks)
 
-    def settle(self, tenant: str) -> None:
+    def keep_tree(self, tenant: str) -> None:
         """Apply the rules to blocks of `take_for_tree` that were not released again."""
         self._apply_rules(self._tenants[tenant])
 

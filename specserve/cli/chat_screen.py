@@ -38,7 +38,10 @@ class PlainScreen:
 
 
 class TerminalScreen:
-    """Writes to a terminal. With a `report`, colours the tokens of deltas that hold logprobs."""
+    """Writes to a terminal. With a `report`, tokens are coloured by drafter id.
+
+    The deltas must then hold logprobs, which give the bytes of each token.
+    """
 
     def __init__(self, console: Console, report: SpeculationReport | None = None) -> None:
         self._console = console

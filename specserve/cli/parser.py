@@ -53,7 +53,8 @@ SPECULATION_HELP: Final = {
 
 ENGINE_HELP: Final = {
     "dtype": "of weights and KV; auto: fast on this device (with int4 and int8: bfloat16 KV)",
-    "quantization": "of the weights; auto: GGUF files as they are or as int8, others not quantised",
+    "quantization": "of the weights; auto: GGUF files as they are (int8 for formats without "
+    "kernels), other files not quantised",
     "device": "auto, cpu, cuda or cuda:N",
     "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
     "exactness": "exact: a result never depends on the rest of the batch; fast: it may, where "
@@ -64,7 +65,7 @@ ENGINE_HELP: Final = {
     "a GPU), at most what --max-num-seqs full contexts need",
     "prefix_caching": "share the KV of equal prompt beginnings",
     "draft": "a drafter (none, ngram, suffix, recycle, eagle), a draft's directory, or auto: "
-    "recycle and, if there is one, a pretrained eagle head; repeatable: their trees are merged",
+    "recycle and, if the target has one, a pretrained eagle head; repeatable: trees are merged",
     "max_nodes": "tree nodes per sequence and forward pass, root included",
     "cost_aware": "leave out drafters and nodes that cost more time than they save (default: yes)",
     "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
@@ -87,7 +88,8 @@ SERVER_HELP: Final = {
     "keepalive_timeout": "seconds an idle connection stays open, or a request's headers may take",
     "max_connections": "requests that are read, served or answered at once; an eighth more "
     "connections may be open. Of several API keys, one may have as many as it leaves free",
-    "max_queued_requests": "sequences that may wait for the engine; API keys share them likewise",
+    "max_queued_requests": "sequences that may wait for the engine; more get a 429. API keys share "
+    "them likewise",
     "max_queued_tokens": "prompt tokens that may wait for the engine; API keys share them likewise",
     "max_prompt_tokens": "longest prompt; not given: what the context has room for",
     "max_output_tokens": "most tokens a request can ask for; not given: until the context is full",

@@ -35,7 +35,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _available(device: torch.device) -> int:
-    """The same, but on the host free swap and file caches count too."""
+    """`free_memory`, on the host with free swap and file caches, in bytes."""
     if device.type == "cuda" or not _MEMINFO.exists():
         return free_memory(device)
     lines = _MEMINFO.read_text(encoding="utf-8").splitlines()

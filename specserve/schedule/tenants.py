@@ -139,7 +139,7 @@ class Tenants:
         return not self._running(tenant) and min(self.present, key=self._served) == tenant
 
     def begin_pass(self) -> int:
-        """Begin to plan a pass. Returns how many rows prompts and trees may make it have.
+        """Begin to plan a pass. Returns the number of rows up to which prompts and trees fill it.
 
         They are fewer for a tenant that is alone if another was present within the last
         `_RECENT_PASSES` passes, because a request of that other has to wait for the pass to end.

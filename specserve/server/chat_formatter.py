@@ -27,14 +27,15 @@ from specserve.types import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class ChatFormatter:
-    """Makes a stream of `first_chunks` and `chunk_choice`s, or a `response` of `choice`s.
+    """Formats the answer to one request.
 
-    `answer` is a chunk without choices; `prompt`: token ids. Large parts of `logprobs` are encoded.
+    A stream has `first_chunks`, then chunks with one `chunk_choice` per text delta. The single
+    response is made of a `choice` per sequence, from all its text deltas and their `logprobs`.
     """
 
-    answer: ChatChunk
+    answer: ChatChunk  # without choices
     request: ChatRequest
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...]  # token ids
     token_bytes: TokenBytes
 
     def first_chunks(self) -> list[ChatChunk]:
@@ -49,6 +50,7 @@ class ChatFormatter:
         return chunks
 
     def logprobs(self, delta: TextDelta) -> ChatLogprobs:
+        """Their entries are encoded here: all of a response at once would block the event loop."""
         return ChatLogprobs(tuple(encoded(self._token_logprob(each)) for each in delta.logprobs))
 
     def chunk_choice(self, delta: TextDelta) -> ChatChunkChoice:

@@ -22,12 +22,12 @@ from specserve.types import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class CompletionFormatter:
-    """As `ChatFormatter`. `prompts`: token ids; `echoes`: their texts, or empty strings."""
+    """Formats the answer to one request; the methods are those of `ChatFormatter`."""
 
-    answer: Completion
+    answer: Completion  # without choices
     request: CompletionRequest
-    prompts: Sequence[tuple[int, ...]]
-    echoes: Sequence[str]
+    prompts: Sequence[tuple[int, ...]]  # token ids
+    echoes: Sequence[str]  # the prompts as text; empty strings without `echo`
     token_bytes: TokenBytes
 
     def first_chunks(self) -> list[Completion]:

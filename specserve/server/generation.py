@@ -57,8 +57,8 @@ class GenerationRun:
     async def text_deltas(self) -> AsyncGenerator[TextDelta, None]:
         """The text deltas of all choices as they arrive. Choice p * n + i is sample i of prompt p.
 
-        Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed, or what the deadline
-        raises, which ends all choices. Use with `contextlib.aclosing`.
+        Raises RequestError, QueueFull, EngineUnavailable, GenerationFailed, or APIError after the
+        deadline, which ends all choices. Use with `contextlib.aclosing`.
         """
         sampling = self._requests[0].sampling
         samples = list(enumerate(sampling.samples()))

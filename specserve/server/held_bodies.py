@@ -35,7 +35,10 @@ class HeldBodies:
 
     @contextmanager
     def hold(self, key: str) -> Iterator[Callable[[int], None]]:
-        """The `TAKE_BYTES` of a request of `key`; its bytes count until the `with` block ends."""
+        """Yields the function that counts bytes of a request of `key` (`TAKE_BYTES`).
+
+        When the `with` block ends, they are no longer counted.
+        """
         held = 0
 
         def take(num_bytes: int) -> None:

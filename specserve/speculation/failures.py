@@ -85,8 +85,9 @@ def loading(name: str) -> Iterator[None]:
 def raise_interrupt(error: BaseException) -> None:
     """Raise `error` again if it may come from a signal handler of this process, such as Ctrl-C.
 
-    Handlers run in the main thread, whatever it is doing. Python's own one raises KeyboardInterrupt
-    between two instructions, whereas a drafter raises it by one; of others nothing is known.
+    Handlers run in the main thread. Python's own handler raises KeyboardInterrupt between two
+    instructions, but one that a drafter raises comes from a `raise` instruction, and stays here.
+    If there are other handlers, nothing can be told, so `error` is raised.
     """
     if isinstance(error, Exception) or threading.current_thread() is not threading.main_thread():
         return

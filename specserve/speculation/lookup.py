@@ -44,8 +44,8 @@ def copied_text(
 ) -> DraftTree:
     """A chain of the tokens of `text` from `position` on, where `match` tokens before it agree.
 
-    At its end it repeats what it has drafted. The conditional acceptance probability of each token
-    is 1 - 0.5^(match + 1).
+    At the end of the text it repeats what it has drafted. The conditional acceptance probability of
+    each token is estimated as 1 - 0.5^(match + 1).
     """
     drafted = list(text[position : position + budget - 1])
     for index in range(budget - 1 - len(drafted)):

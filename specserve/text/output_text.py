@@ -84,7 +84,10 @@ class OutputText:
         return delta
 
     def pop_final_offsets(self) -> list[int]:
-        """Offsets in `text`, in characters, of the next ids before which no stop string can cut."""
+        """The offsets in `text` of the next ids, in characters; each offset is returned once.
+
+        Those that a stop string may still cut off are withheld.
+        """
         final = []
         while self._offsets and (self._is_last or self._offsets[0] <= self._num_shown):
             final.append(min(self._offsets.popleft(), self._num_shown))

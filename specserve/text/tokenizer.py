@@ -157,7 +157,10 @@ class Tokenizer:
             raise RequestError("messages", str(error)) from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; `skip_special`: without `hidden_ids`. Invalid UTF-8 becomes U+FFFD."""
+        """The text of `ids`; `skip_special`: without `hidden_ids`.
+
+        Invalid UTF-8 becomes U+FFFD. Unknown ids have no text.
+        """
         skipped = self.hidden_ids if skip_special else frozenset()
         return self.detokenizer.text([index for index in ids if index not in skipped])
 

@@ -44,11 +44,6 @@ def _write(directory: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
-def _set_config(directory: Path, **changes: Any) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, **changes}))
-
-
 def test_weights_are_fused_in_order_and_cast(directory: Path, load: Load) -> None:
     tensors = _tensors(directory)
     model = load(directory, torch.bfloat16)

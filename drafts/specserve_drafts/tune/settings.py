@@ -37,7 +37,7 @@ class RunSettings(CommandSettings, frozen=True, forbid_unknown_fields=True):
         "batch": "prompts that the target answers at once",
         "max_tokens": "most tokens of an answer",
         "temperature": "sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
-        "seed": "seed of the order of prompts, of sampling and of initial weights",
+        "seed": "seed of the order of prompts, of sampling and of initial weights, if any",
     }
     FREE: ClassVar[frozenset[str]] = _LIMITS | {"batch"}  # may change on resuming
 

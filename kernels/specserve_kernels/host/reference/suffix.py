@@ -40,7 +40,7 @@ class SuffixSearch:
     def tree(
         self, logs: Sequence[TokenLog], recent: Sequence[int], max_nodes: int, /
     ) -> TreeFields:
-        """A tree of the tokens that followed them, of at most `max_nodes` nodes, root included.
+        """A tree of the tokens that followed `recent` in `logs`: at most `max_nodes` nodes.
 
         logs: of the same host code, in order of preference. recent: the text's last tokens, as many
         as may match; the last one is the root.
