@@ -85,9 +85,9 @@ def test_training_computes_what_serving_computes(
         batch = build_chains(some, lesson.aux_hidden_states, teacher.embed, per_group)
         steps = list(head(batch))
         logits = [out @ rows.T for out in steps]
-    pair = chain = 0
+    first = chain = 0
     for text in some:
-        states = lesson.aux_hidden_states[pair : pair + text.num_draft_inputs]
+        states = lesson.aux_hidden_states[first : first + text.num_draft_inputs]
         for answer in range(text.num_answer):
             depth = min(4, text.num_answer - answer)
             expected = served_chain(
@@ -95,9 +95,9 @@ def test_training_computes_what_serving_computes(
             )
             ours = torch.stack([logits[step][chain + answer] for step in range(depth)])
             torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
-        pair, chain = pair + text.num_draft_inputs, chain + text.num_answer
+        first, chain = first + text.num_draft_inputs, chain + text.num_answer
     assert chain == len(batch.starts) == 15
-    assert pair == len(batch.positions)
+    assert first == len(batch.positions)
 
 
 def served_chain(
@@ -113,7 +113,7 @@ def served_chain(
     true = HeadSegment(slot_list, 0, 0, tokens[1 : start + 2], np.arange(start + 1), words)
     out = head(build_head_batch([true], rows, kv))[-1:]
     logits = [head.logits(out)]
-    for step in range(1, depth):  # nodes under the root, whose pair is node 0 of the tree
+    for step in range(1, depth):  # nodes under the root, whose draft input is node 0
         word = np.array([(2 << step) - 1], np.uint64)
         token, position = tokens[start + 1 + step], np.array([start + step])
         node = HeadSegment(slot_list, start, step, [token], position, word)
