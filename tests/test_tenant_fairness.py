@@ -309,6 +309,34 @@ def test_a_request_larger_than_its_share_does_not_block_others() -> None:
     assert set(large) <= set(engine.order), "the large requests never end"
 
 
+def test_short_requests_without_end_do_not_keep_out_one_larger_than_its_share() -> None:
+    """Passes that leave out its prompt would admit others in its place."""
+    engine = SimulatedEngine(num_blocks=100, max_num_seqs=8)
+    for max_tokens in range(10, 90, 12):  # so that they do not end together
+        engine.send("a", 20, max_tokens)
+    top_up = flood(engine, "a", 20, 100)
+    for _ in range(30):
+        top_up()
+        engine.step()
+    large = engine.send("b", 700, 90)
+    for _ in range(800):
+        top_up()
+        engine.step()
+    assert engine.done(large)()
+    assert engine.scheduler.num_preemptions < 50
+
+
+def test_a_long_context_with_small_passes_makes_progress_beside_a_stream() -> None:
+    """Then a few prompt rows can take longer than a pass of the largest size without context."""
+    engine = SimulatedEngine(max_num_batched_tokens=16, max_num_seqs=2)
+    costs = CostModel()
+    costs.measure({n: FIXED + FLAT * n for n in (1, 8, 64)}, per_row=FLAT / 100)
+    engine.scheduler.tenants._costs = costs
+    engine.send("a", 10, 5000)
+    engine.run(lambda: bool(engine.outputs))
+    engine.run(engine.done(engine.send("b", 1000, 1)), most=1000)
+
+
 requests = st.tuples(
     st.sampled_from("abc"),
     st.integers(1, 60),  # prompt
@@ -385,13 +413,14 @@ def test_one_tenant_is_served_by_priority_then_arrival(
 def test_a_short_prompt_has_a_pass_without_parts_of_a_long_one() -> None:
     engine = SimulatedEngine(num_blocks=4000)
     engine.send("b", 8000, 4)
-    for _ in range(10):
+    for _ in range(4):
+        for _ in range(5):
+            engine.step()
+        before = engine.rows["b"]
+        short = engine.send("a", 100, 1)
         engine.step()
-    before = engine.rows["b"]
-    short = engine.send("a", 100, 1)
-    engine.step()
-    assert engine.done(short)()
-    assert engine.rows["b"] == before
+        assert engine.done(short)()
+        assert engine.rows["b"] == before
 
 
 def test_short_prompts_without_end_do_not_stop_a_long_one() -> None:

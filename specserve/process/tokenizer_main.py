@@ -141,8 +141,9 @@ def _run_at_low_priority(
     answers: list[Result | Refused] = []
 
     def run() -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        if sys.platform == "linux":  # elsewhere this would be the id of another process
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         answers.append(_run(tokenizer, job, handlers))
 
     thread = threading.Thread(target=run)

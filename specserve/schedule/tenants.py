@@ -148,7 +148,9 @@ class Tenants:
             return self._max_rows
         self._num_planned += 1
         for tenant in self.present:
-            self._all[tenant].seen_at = self._num_planned
+            its = self._all[tenant]
+            its.seen_at = self._num_planned
+            its.gives_way = its.gives_way and self.several
         recent = sum(its.seen_at > self._num_planned - _RECENT_PASSES for its in self._all.values())
         if recent < 2 or len(self.present) != 1:
             return self._max_rows
@@ -163,7 +165,9 @@ class Tenants:
         `ready`: the sequences that could decode. `prompts`: uncomputed prompt tokens per tenant,
         waiting ones included. The prompts of a tenant are short if the pass has room for all of
         them and its credit pays for them. The prompts of tenants with longer prompts or more
-        running sequences are left out, but not twice in a row; their unused credit remains.
+        running sequences are left out, but not twice in a row; their unused credit remains. The
+        tenant that `is_next` is never left out, so that its next request can block the admission
+        of others until there is room for it.
         """
         room = min(self._max_rows - len(ready), _LARGEST_CHUNK)
         short = {
@@ -174,11 +178,12 @@ class Tenants:
         }
         for tenant, its in self._all.items():
             longer = tenant in prompts and tenant not in short
-            its.gives_way = not its.gives_way and any(
+            holds_up_others = any(
                 longer or len(its.running) > self._running(other)
                 for other in short
                 if other != tenant
             )
+            its.gives_way = holds_up_others and not its.gives_way and not self.is_next(tenant)
 
     def decoding(self, ready: list[SequenceState], prompts: dict[str, int]) -> list[SequenceState]:
         """Choose which of the `ready` sequences decode in this pass.
@@ -274,10 +279,12 @@ class Tenants:
         """Add to the credit the seconds of a pass with `num_rows` rows of another tenant.
 
         `context`: mean context length of those rows, in tokens. The credit is capped at the cost of
-        one pass of the largest size and one sequence to draw for. Returns the seconds added.
+        one pass of the largest size, or of a chunk of `_CHUNK` rows if its own contexts make that
+        more expensive, and one sequence to draw for. Returns the seconds added.
         """
         largest = min(self._max_rows, _LARGEST_CHUNK)
-        most = self._cost(largest, largest, 0.0)[0] + its.draw_seconds
+        chunk = self._cost(_CHUNK + 1, _CHUNK + 1, _mean_context(its.running))
+        most = max(self._cost(largest, largest, 0.0)[0], chunk[0]) + its.draw_seconds
         earned = self._cost(num_rows, num_rows, context)[0]
         if len(its.running) > min(len(self._all[tenant].running) for tenant in self.present):
             earned *= _HEAVY_TENANT_FACTOR
