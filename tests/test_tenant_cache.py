@@ -124,6 +124,14 @@ def test_hits_are_a_function_of_own_requests(data: st.DataObject, own: list[Prom
     assert observed_hits(own, others) == observed_hits(own, quiet)
 
 
+def test_the_size_of_a_tree_does_not_change_what_is_evicted() -> None:
+    """The tree of the fourth request reaches into a new block before the one before it is full."""
+    lengths = ((0, 12, 1), (1, 17, 1), (0, 12, 1), (1, 18, 2), (1, 18, 1))
+    own = [Prompt(*each) for each in lengths]
+    small, large = ([Load([], 0, [size])] * len(own) for size in (1, 2))
+    assert observed_hits(own, small) == observed_hits(own, large)
+
+
 def test_the_only_tenant_may_fill_the_cache() -> None:
     cache = Cache()
     for first in range(8):

@@ -56,8 +56,9 @@ class KVCacheManager:
         if missing and missing[0] in self._pending_hashes:
             return Denied.IN_FLIGHT
         num_cached = len(shared) * self.block_size
-        table = BlockTable(self.block_size, list(shared), list(hashes[: len(shared)]), num_cached)
-        table.tenant = tenant
+        table = BlockTable(
+            self.block_size, list(shared), list(hashes[: len(shared)]), num_cached, tenant=tenant
+        )
         idle = sum(self.pool.is_idle(block_id) for block_id in shared)
         if self.pool.num_available - idle - table.blocks_for(num_tokens) < spare_blocks:
             return Denied.NO_ROOM
@@ -75,7 +76,8 @@ class KVCacheManager:
 
     def reserve_tree(self, table: BlockTable, num_slots: int) -> bool:
         """Like `reserve`, with the slots of a tree. With several tenants it evicts no block."""
-        return table.reserve(num_slots, self.pool.take_for_tree)
+        pool = self.pool
+        return table.reserve(num_slots, pool.take_for_tree if self.prefix_caching else pool.take)
 
     def commit(
         self, table: BlockTable, num_prefill: int, path: Sequence[int]
@@ -99,16 +101,20 @@ class KVCacheManager:
     def publish(self, table: BlockTable, tokens: Sequence[int], salt: str) -> None:
         """Hash the committed blocks that have become full, and add them to the prefix cache.
 
-        Call it when the commits of the step have released the tree blocks of all sequences.
+        Call it when the commits of the step have released the tree blocks of all sequences. Blocks
+        are kept and published one by one, as if each token had been committed in a step of its own:
+        what is evicted does not depend on the trees.
         """
         if not self.prefix_caching:
             return
-        self.pool.keep_tree(table.tenant)
-        size = self.block_size
-        while (start := len(table.hashes) * size) + size <= table.num_committed:
+        for index in range(len(table.hashes), len(table.block_ids)):
+            block_id, start = table.block_ids[index], index * self.block_size
+            self.pool.keep_tree_block(block_id)
+            if start + self.block_size > table.num_committed:
+                break
             parent = table.hashes[-1] if table.hashes else root_hash(salt)
-            block_hash = chain_hash(parent, tokens[start : start + size])
-            self.prefix.insert(block_hash, table.block_ids[len(table.hashes)])
+            block_hash = chain_hash(parent, tokens[start : start + self.block_size])
+            self.prefix.insert(block_hash, block_id)
             table.hashes.append(block_hash)
             self._drop_pending(table, {block_hash})
 

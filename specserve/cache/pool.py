@@ -36,6 +36,7 @@ class BlockPool:
         self._on_evict = on_evict
         self._tenants: dict[str, _Tenant] = {}  # all so far
         self._owners = [_Tenant()] * num_blocks  # by block id; of a free block, the latest
+        self._tree_blocks: set[int] = set()  # of `take_for_tree`; `num_used` does not count them
         self._num_idle = 0
         self._share = num_blocks
         self._num_excess = 0
@@ -72,19 +73,23 @@ class BlockPool:
         """Like `take`, for blocks of which most are released again after the step.
 
         With several tenants it takes free blocks only: the size of a tree depends on the load, so
-        what others run would decide what is evicted. Afterwards call `keep_tree`.
+        what others run would decide what is evicted. Call `keep_tree_block` for those that stay.
         """
         if len(self._tenants) <= 1:
             return self.take(tenant, num_blocks)
         if num_blocks > len(self._free):
             return None
-        owner = self._tenants[tenant]
-        self._add_used(owner, num_blocks)
-        return self._hand_out(owner, num_blocks)
+        block_ids = self._hand_out(self._tenants[tenant], num_blocks)
+        self._tree_blocks.update(block_ids)
+        return block_ids
 
-    def keep_tree(self, tenant: str) -> None:
-        """Apply the rules to blocks of `take_for_tree` that were not released again."""
-        self._apply_rules(self._tenants[tenant])
+    def keep_tree_block(self, block_id: int) -> None:
+        """The block holds committed tokens now. If it is of `take_for_tree`, apply the rules."""
+        if block_id in self._tree_blocks:
+            self._tree_blocks.remove(block_id)
+            owner = self._owners[block_id]
+            self._add_used(owner, 1)
+            self._apply_rules(owner)
 
     def share(self, block_id: int) -> None:
         """Add a reference to a used or idle block."""
@@ -102,15 +107,19 @@ class BlockPool:
         """
         self._ref_counts[block_id] -= 1
         assert self._ref_counts[block_id] >= 0, f"block {block_id} released twice"
-        if self._ref_counts[block_id] == 0:
-            owner = self._owners[block_id]
+        if self._ref_counts[block_id] > 0:
+            return
+        owner = self._owners[block_id]
+        if block_id in self._tree_blocks:
+            self._tree_blocks.remove(block_id)
+        else:
             self._add_used(owner, -1)
-            if keep:
-                owner.idle[block_id] = None
-                self._num_idle += 1
-                self._apply_rules(owner)
-            else:
-                self._free.append(block_id)
+        if keep:
+            owner.idle[block_id] = None
+            self._num_idle += 1
+            self._apply_rules(owner)
+        else:
+            self._free.append(block_id)
 
     def is_idle(self, block_id: int) -> bool:
         return block_id in self._owners[block_id].idle
@@ -167,7 +176,7 @@ class BlockPool:
         assert len(free) == len(self._free), "a block is free twice"
         assert len(idle) == self._num_idle == sum(len(tenant.idle) for tenant in tenants)
         assert not free & idle, "a block is both free and idle"
-        used = [self._owners[block_id] for block_id in users]
+        used = [self._owners[block_id] for block_id in users if block_id not in self._tree_blocks]
         for tenant in tenants:
             assert tenant.num_used == sum(owner is tenant for owner in used)
             assert all(self._owners[block_id] is tenant for block_id in tenant.idle)
