@@ -109,11 +109,11 @@ class Scheduler:
         self._reserve_roots()
         if self.tenants.several:
             self._rebalance_tenants()
+        limit = self.tenants.begin_pass()
         decoding = [seq for seq in self.running if seq.num_pending == 1]
         if self.tenants.several:
             self.tenants.give_way(decoding, self._wanted([*self.running, *self.waiting]))
             decoding = self.tenants.decoding(decoding, self._wanted(self.running))
-        limit = self.tenants.begin_pass()
         chunks = self._plan_chunks(decoding, limit)
         spare_rows = max(0, limit - len(decoding) - sum(chunks.values()))
         with_tree = decoding + [seq for seq, rows in chunks.items() if rows == seq.num_pending]

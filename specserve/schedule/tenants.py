@@ -45,7 +45,7 @@ class _Tenant:
     credit: float = math.inf  # seconds that it may add to passes shared with others
     draw_seconds: float = 0.0  # to draw the tokens of one sequence in a pass, on average
     shares_pass: bool = False  # whether the pass being planned has rows of other tenants
-    gives_way: bool = False  # whether the pass being planned leaves it out, see `give_way`
+    gives_way: bool = False  # whether the pass being planned leaves out its prompts, see `give_way`
     # Cost of that pass by number of rows that this tenant adds.
     pass_seconds_by_rows: list[float] = field(default_factory=list)
     seen_at: int = 0  # number of the latest planned pass in which it was present
@@ -154,7 +154,8 @@ class Tenants:
         recent = sum(its.seen_at > self._num_planned - _RECENT_PASSES for its in self._all.values())
         if recent < 2 or len(self.present) != 1:
             return self._max_rows
-        context = max(_mean_context(self._all[tenant].running) for tenant in self.present)
+        (tenant,) = self.present
+        context = _mean_context(self._all[tenant].running)
         longest = self._cost(_LONE_TENANT_ROWS, _LONE_TENANT_ROWS, 0.0)[0]
         seconds = self._cost(_CHUNK + 1, _LONE_TENANT_ROWS, context)
         return min(self._max_rows, _CHUNK + bisect_right(seconds, longest))
@@ -232,13 +233,12 @@ class Tenants:
         allowances: dict[str, int] = {}
         for tenant, wanted in wanting.items():
             its = self._all[tenant]
-            allowances[tenant] = 0 if its.gives_way else wanted
-            if its.shares_pass and not its.gives_way:
-                most = min(wanted, _LARGEST_CHUNK)
-                rows = self._affordable(its, num_roots, most, its.running)
+            rows = 0 if its.gives_way else wanted
+            if its.shares_pass and rows:
+                rows = self._affordable(its, num_roots, min(wanted, _LARGEST_CHUNK), its.running)
                 if rows < wanted and num_roots + rows < self._max_rows:
                     rows = rows // _CHUNK * _CHUNK
-                allowances[tenant] = rows
+            allowances[tenant] = rows
         return allowances
 
     def _affordable(
