@@ -193,13 +193,14 @@ def load_config(
     `settings` may hold fields of `sections` only; the file may have all sections. Raises
     ConfigError on an unknown key, a wrong type or a value out of range.
     """
-    merged: dict[str, dict[str, Any]] = {} if file is None else _read_toml(file)
+    merged: dict[str, dict[str, Any]] = {} if file is None else _read_sections(file)
     section_of = {
         name: section for section, kind in SECTION_TYPES.items() for name in kind.__struct_fields__
     }
     for name, value in settings.items():
         if name not in section_of:
-            raise _unknown(name, name, [key for key in section_of if section_of[key] in sections])
+            known = [key for key in section_of if section_of[key] in sections]
+            raise unknown_setting(name, name, known)
         if section_of[name] not in sections:
             raise ConfigError(
                 f"{name}: is a setting of the {section_of[name]}, which does not run here; "
@@ -242,26 +243,32 @@ def show_config(config: EngineConfig) -> str:
     return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
 
 
-def _read_toml(file: Path) -> dict[str, dict[str, Any]]:
+def read_toml(setting: str, file: Path) -> dict[str, Any]:
+    """The contents of the TOML file that `setting` names. Raises ConfigError."""
     try:
-        sections = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"config: {file} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{setting}: {file} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {file} is not valid TOML: {error}") from error
+        raise ConfigError(f"{setting}: {file} is not valid TOML: {error}") from error
+
+
+def _read_sections(file: Path) -> dict[str, dict[str, Any]]:
+    sections = read_toml("config", file)
     for name, values in sections.items():
         if name not in SECTION_TYPES:
-            raise _unknown(f"{file}: {name}", name, SECTION_TYPES)
+            raise unknown_setting(f"{file}: {name}", name, SECTION_TYPES)
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: {name}: is a section; write [{name}] and its keys below")
         known = SECTION_TYPES[name].__struct_fields__
         for key in values:
             if key not in known:
-                raise _unknown(f"{file}: {name}.{key}", key, known)
+                raise unknown_setting(f"{file}: {name}.{key}", key, known)
     return sections
 
 
-def _unknown(path: str, name: str, known: Iterable[str]) -> ConfigError:
+def unknown_setting(path: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for the setting `name`, found at `path`, which is not one of the `known` ones."""
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
     return ConfigError(f"{path}: unknown setting; {hint}")

@@ -1,8 +1,6 @@
 """The settings of a command, from flags or from an experiment file in TOML."""
 
 import argparse
-import tomllib
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, TypeVar, get_type_hints
 
@@ -11,7 +9,7 @@ from msgspec import Meta, Struct
 
 from specserve.cli.flags import add_flags, flag_type, given
 from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
-from specserve.config import TargetConfig
+from specserve.config import TargetConfig, read_toml, unknown_setting
 from specserve.speculation.registry import invalid_field
 from specserve.types import SamplingParams
 from specserve_evals.provenance import DataFile
@@ -95,7 +93,7 @@ def read_settings(
 ) -> tuple[Settings, TargetConfig]:
     """The settings of the experiment file, overridden by flags, and those of the target. Raises
     ValueError."""
-    values = {} if file is None else _read_toml(file, kind)
+    values = {} if file is None else _read_experiment(file, kind)
     flags = given(args, kind)
     if _LIMITS & set(flags):
         values = {name: value for name, value in values.items() if name not in _LIMITS}
@@ -123,17 +121,10 @@ def lasting_settings(
     }
 
 
-def _read_toml(file: Path, kind: type[CommandSettings]) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"experiment: {file} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"experiment: {file} is not valid TOML: {error}") from error
+def _read_experiment(file: Path, kind: type[CommandSettings]) -> dict[str, Any]:
+    values = read_toml("experiment", file)
     known = (*kind.__struct_fields__, *TargetConfig.__struct_fields__)
     for name in values:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{file}: {name}: unknown setting; {hint}")
+            raise unknown_setting(f"{file}: {name}", name, known)
     return values
