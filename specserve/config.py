@@ -123,7 +123,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     write_timeout: float = 30.0  # a client that reads nothing for so long is disconnected
     drain_timeout: float = 30.0  # for accepted requests to finish, after a stop signal
     heartbeat_timeout: float = 30.0  # of silence, then the engine is restarted; longer in a step
-    template_timeout: float = 5.0  # for rendering one chat template or tokenising one text
+    template_timeout: float = 5.0  # of processor time, to render one chat or tokenize one text
     stream_interval: int = 0  # tokens per streamed event; 0: the tokens of one forward pass
     status_interval: float = 10.0  # between status lines; 0: none
 

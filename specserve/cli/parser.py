@@ -97,7 +97,7 @@ SERVER_HELP: Final = {
     "write_timeout": "seconds after which a client that reads nothing of its answer is dropped",
     "drain_timeout": "seconds accepted requests have to finish when the server is told to stop",
     "heartbeat_timeout": "seconds of silence after which the engine is restarted; longer in a step",
-    "template_timeout": "seconds for a chat template or for tokenising a prompt",
+    "template_timeout": "seconds of processor time to render a chat or tokenize a prompt",
     "stream_interval": "tokens per event of a stream, so that the sizes of events do not reveal "
     "how many drafted tokens were accepted; 0: the tokens of one forward pass",
     "status_interval": "seconds between status lines in the log; 0: none",

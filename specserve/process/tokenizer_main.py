@@ -1,8 +1,8 @@
 """A tokenizer process: tokenizes texts and renders chats, one job at a time.
 
 Run as `python -m specserve.process.tokenizer_main FD`; it ends when its peer closes the socket FD.
-A chat template is a program, so that a job can take any time and memory: the peer kills the process
-when a job takes too long, and the process limits its own memory.
+A chat template is a program, so that a job can take any time and memory: the process limits its own
+processor time and memory.
 """
 
 import contextlib
@@ -36,13 +36,12 @@ from specserve.process.tokenizer_messages import (
 from specserve.text import Tokenizer, TokenizerError
 from specserve.types import RequestError
 
-_LOAD_TIMEOUT: Final = 120.0  # seconds to load a tokenizer
+_LOAD_TIME: Final = 120.0  # seconds of processor time to load a tokenizer
 _LOAD_MEMORY: Final = 2**31  # bytes beyond the memory limit while the tokenizer is loaded
-_GRACE: Final = 1.0  # seconds beyond a job's time limit until SIGALRM ends the process
 
-# Linux's nice value of long jobs. Beside a thread of the engine, such a job gets a quarter of the
-# processor instead of half; with a higher value it might not end within its time limit.
-_LONG_JOB_NICE: Final = 5
+# Linux's nice value of long jobs. Beside a thread of the engine, such a job gets a tenth of a
+# processor instead of half.
+_LONG_JOB_NICE: Final = 10
 
 Handler = Callable[[Tokenizer, bytes, Limits], bytes]  # raises RequestError
 
@@ -70,10 +69,10 @@ def _serve(peer: FrameSocket[ToTokenizer], handlers: Mapping[str, Handler]) -> N
     peer.send(Ready(tokenizer.max_token_bytes()))
     for job in messages:
         assert not isinstance(job, Setup)
-        _set_alarm(setup.time_limit)
+        _limit_processor_time(setup.time_limit)
         run = _run if job.num_bytes < LONG_JOB else _run_at_low_priority
         answer = run(tokenizer, job, handlers)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _limit_processor_time(0)
         peer.send(answer)
 
 
@@ -89,24 +88,25 @@ def _load(peer: FrameSocket[ToTokenizer], setup: Setup) -> Tokenizer:
     tokenizer.compile_template()
     _limit_memory(setup.memory_limit + _LOAD_MEMORY)
     problem = f"{setup.directory}: the tokenizer was not loaded in time"
-    _start_stage(peer, Stage(_LOAD_TIMEOUT, problem))
+    _start_stage(peer, Stage(_LOAD_TIME, problem))
     tokenizer.prepare()
     _limit_memory(setup.memory_limit)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    _limit_processor_time(0)
     return tokenizer
 
 
 def _start_stage(peer: FrameSocket[ToTokenizer], stage: Stage) -> None:
-    _set_alarm(stage.time_limit)
+    _limit_processor_time(stage.time_limit)
     peer.send(stage)
 
 
-def _set_alarm(seconds: float) -> None:
-    """Have SIGALRM end this process if the peer, which should kill it, has ended.
+def _limit_processor_time(seconds: float) -> None:
+    """Have SIGPROF end this process after `seconds` more of processor time; 0: no limit.
 
-    Needed where `set_parent_death_signal` has no effect. The default action runs no Python.
+    Its default action runs no Python, so that it ends a call of a library as well. Wall time would
+    depend on what else the machine does.
     """
-    signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _messages(peer: FrameSocket[ToTokenizer]) -> Iterator[ToTokenizer]:

@@ -17,9 +17,9 @@ LONG_JOB: Final = 2**16  # bytes from which a job is long: other jobs should not
 
 class Setup(Struct, frozen=True, tag=True):
     directory: str  # model directory
-    time_limit: float  # seconds for one job
+    time_limit: float  # seconds of processor time for one job
     memory_limit: int  # bytes for one job
-    compile_limit: float  # seconds to compile the chat template
+    compile_limit: float  # seconds of processor time to compile the chat template
 
 
 class Encode(Struct, frozen=True, tag=True):
@@ -49,7 +49,7 @@ class Chat(Struct, frozen=True, tag=True):
 
 
 class Stage(Struct, frozen=True, tag=True):
-    """A stage of the start begins. After `time_limit` seconds the start fails with `problem`."""
+    """A stage of the start begins. After `time_limit` s of processor time it fails: `problem`."""
 
     time_limit: float
     problem: str

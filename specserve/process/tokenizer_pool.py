@@ -23,7 +23,7 @@ from specserve.process.tokenizer_messages import (
     Setup,
     TokenizerJob,
 )
-from specserve.process.tokenizer_process import TokenizerProcess
+from specserve.process.tokenizer_process import OUT_OF_TIME, TokenizerProcess
 from specserve.process.tokenizer_queue import PendingJob, TokenizerQueue
 from specserve.text import TokenizerError
 from specserve.text.chat_messages import check_text, read_messages
@@ -48,9 +48,10 @@ class TokenizerPool:
 
     Arguments:
         module: the program of the processes; it defines the handlers that `call` can name.
-        time_limit: seconds that one job may take in a process.
+        time_limit: seconds of processor time that one job may take.
         memory_limit: bytes that one job may need beyond the loaded tokenizer.
-        compile_limit: seconds to compile the chat template and render three short chats with it.
+        compile_limit: seconds of processor time to compile the chat template and render three
+            short chats with it.
         workers: number of processes. With two, one long job does not block the others.
         max_waiting: most jobs that may wait.
         shared: several tenants use the pool, so that none may fill the queue.
@@ -254,13 +255,12 @@ class TokenizerPool:
 
     async def _run_job(self, process: TokenizerProcess, pending: PendingJob) -> None:
         """Run one job in the process, which may have ended afterwards."""
-        limit, param = self._setup.time_limit, pending.job.param
         try:
             process.send(pending.job)
-            answer = await process.answer(limit)
-        except TimeoutError:
-            logger.warning("a tokenizer process took longer than %g s and is replaced", limit)
-            pending.fail(RequestError(param, f"tokenizing it took longer than {limit:g} s"))
+            answer = await process.answer(self._setup.time_limit)
+        except TimeoutError as error:
+            logger.warning("a tokenizer process is replaced: %s", error)
+            pending.fail(TokenizerUnavailable(f"tokenizing it: {error}"))
             await process.end()
             return
         match answer:
@@ -275,8 +275,14 @@ class TokenizerPool:
 
     def _fail_or_retry(self, pending: PendingJob, status: int) -> None:
         """Fail or requeue a job whose process ended, because of the job or for another reason."""
+        param = pending.job.param
         if status == -signal.SIGABRT:  # the tokenizers library aborts when out of memory
-            pending.fail(RequestError(pending.job.param, "it needs too much memory; send less"))
+            pending.fail(RequestError(param, "it needs too much memory; send less"))
+            return
+        if status == OUT_OF_TIME:
+            limit = f"{self._setup.time_limit:g} s of processor time"
+            reason = f"tokenizing it took longer than {limit}; send less, or raise template_timeout"
+            pending.fail(RequestError(param, reason))
             return
         pending.num_attempts += 1
         # Every process may have been dead when it got the job: allow one attempt more than that.

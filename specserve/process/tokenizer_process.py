@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 from typing import Final
 
 from specserve.process.child import Child
@@ -18,7 +19,13 @@ from specserve.text import TokenizerError
 
 logger = logging.getLogger(__name__)
 
-_START_TIMEOUT: Final = 120.0  # seconds for a process to start and read a tokenizer
+_START_TIME: Final = 6.0  # seconds of processor time for a process to start
+
+# Wall time that is allowed per second of processor time. A long job has a low priority
+# (`tokenizer_main`) and may get less than a tenth of a processor that the engine uses.
+_WALL_FACTOR: Final = 20.0
+
+OUT_OF_TIME: Final = -signal.SIGPROF  # exit status of a process that reached its time limit
 
 
 class TokenizerProcess:
@@ -41,15 +48,15 @@ class TokenizerProcess:
             process = cls(await Child.start(module, FromTokenizer))
         except OSError as error:
             raise TokenizerError(f"no tokenizer process can be started ({error})") from error
-        stage = Stage(_START_TIMEOUT, f"{setup.directory}: the tokenizer was not loaded in time")
+        stage = Stage(_START_TIME, f"{setup.directory}: the tokenizer was not loaded in time")
         answer: FromTokenizer | None = stage
         try:
             process.send(setup)
             while isinstance(answer, Stage):
                 stage = answer
                 answer = await process.answer(stage.time_limit)
-        except TimeoutError:
-            raise TokenizerError(f"{stage.problem} (after {stage.time_limit:g} s)") from None
+        except TimeoutError as error:
+            raise TokenizerError(f"{stage.problem} ({error})") from None
         finally:
             if not isinstance(answer, Ready):
                 status = await process.end()
@@ -57,7 +64,11 @@ class TokenizerProcess:
             return process, answer
         if isinstance(answer, Failed):
             raise TokenizerError(answer.error)
-        raise TokenizerError(f"{stage.problem} (its process ended with status {status})")
+        if status == OUT_OF_TIME:
+            reason = f"it needs more than {stage.time_limit:g} s of processor time"
+        else:
+            reason = f"its process ended with status {status}"
+        raise TokenizerError(f"{stage.problem} ({reason})")
 
     @property
     def ended(self) -> bool:
@@ -68,10 +79,15 @@ class TokenizerProcess:
         self._child.frames.send(message)
 
     async def answer(self, time_limit: float) -> FromTokenizer | None:
-        """The next message; None if the process ended. Raises TimeoutError after `time_limit` s."""
-        await asyncio.wait({self.incoming}, timeout=time_limit)
+        """The next message; None if the process ended, which limits its own processor time.
+
+        Raises TimeoutError if the process got so little of the machine that it neither answered
+        nor reached its limit of `time_limit` seconds in `_WALL_FACTOR` times as long.
+        """
+        wall_limit = _WALL_FACTOR * time_limit
+        await asyncio.wait({self.incoming}, timeout=wall_limit)
         if not self.incoming.done():
-            raise TimeoutError
+            raise TimeoutError(f"no result after {wall_limit:g} s; the machine is overloaded")
         answer = self.incoming.result()
         if answer is not None:
             self.incoming = asyncio.create_task(self._receive())
