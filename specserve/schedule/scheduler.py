@@ -200,11 +200,11 @@ class Scheduler:
     def _plan_chunks(self, decoding: list[SequenceState], limit: int) -> dict[SequenceState, int]:
         """Prompt tokens to compute per sequence: first of running sequences, then of new ones.
 
-        Computes at most `limit` and admits the new ones. With several tenants the rows are dealt
-        out in rounds of equal parts, to the tenants that still want rows and are allowed them.
+        Fills the pass up to `limit` rows and admits the new ones. With several tenants the rows
+        are dealt out in rounds of equal parts, to those that still want rows and are allowed them.
         """
         chunks: dict[SequenceState, int] = {}
-        rows = min(limit, self._config.max_num_batched_tokens - len(decoding))
+        rows = limit - len(decoding)
         if not self.tenants.several:
             self._fill(self.running, self.waiting, rows, chunks)
             return chunks

@@ -155,10 +155,12 @@ class Tenants:
         if recent < 2 or len(self.present) != 1:
             return self._max_rows
         (tenant,) = self.present
-        context = _mean_context(self._all[tenant].running)
+        running = self._all[tenant].running
+        prompts = [seq for seq in running if seq.num_pending > 1]  # they add most of the rows
         longest = self._cost(_LONE_TENANT_ROWS, _LONE_TENANT_ROWS, 0.0)[0]
-        seconds = self._cost(_CHUNK + 1, _LONE_TENANT_ROWS, context)
-        return min(self._max_rows, _CHUNK + bisect_right(seconds, longest))
+        seconds = self._cost(1, _LONE_TENANT_ROWS, _mean_context(prompts or running))
+        least = len(running) - len(prompts) + _CHUNK
+        return min(self._max_rows, max(least, bisect_right(seconds, longest)))
 
     def give_way(self, ready: list[SequenceState], prompts: dict[str, int]) -> None:
         """Decide which tenants the pass leaves out, so that others get their first tokens sooner.
