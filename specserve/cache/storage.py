@@ -3,11 +3,15 @@
 The target and each draft model have separate storages, indexed by the same block tables.
 """
 
+from typing import Final
+
 import torch
 from msgspec import Struct
 from torch import Tensor
 
 from specserve_kernels import huge_pages
+
+_PAGES_AHEAD: Final = 2  # huge pages per plane that `allocate_ahead` allocates beyond those in use
 
 
 class KVSpec(Struct, frozen=True):
@@ -39,7 +43,36 @@ class KVStorage:
             self.data = huge_pages.zeros(size, spec.dtype)
         else:
             self.data = torch.zeros(size, dtype=spec.dtype, device=device)
+        self._planes = self.data.flatten(0, 1).flatten(2)  # [planes, slots, elements]
+        slot_bytes = self._planes.shape[2] * spec.dtype.itemsize
+        self._page_slots = huge_pages.PAGE // slot_bytes if device.type == "cpu" else 0
+        self._num_used = 0  # slots from here on were never written
+        self._num_allocated = 0  # pages, in the order of `allocate_ahead`
+        self._allowance = 0.0  # pages that it may allocate
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each [num_slots, num_kv_heads, head_dim]."""
         return self.data[index, 0], self.data[index, 1]
+
+    def allocate_ahead(self, written: Tensor) -> None:
+        """Allocate some of the huge pages that the next passes will write to (CPU only).
+
+        Linux allocates and zeroes a page at its first write, which takes 0.1 to 5 ms. K and V of
+        every layer are a plane of their own and are written at the same slots, so that without
+        this one pass would do it for all planes. Called after each pass with the slots that it
+        wrote ([num_rows] int64), it allocates up to twice the memory of those.
+        """
+        if self._page_slots == 0:
+            return
+        num_planes, num_slots = self._planes.shape[:2]
+        self._num_used = max(self._num_used, int(written.max()) + 1)
+        self._allowance += 2 * len(written) * num_planes / self._page_slots
+        wanted = (self._num_used / self._page_slots + _PAGES_AHEAD) * num_planes
+        while self._allowance >= 1 and self._num_allocated < wanted:
+            page, plane = divmod(self._num_allocated, num_planes)
+            slot = page * self._page_slots
+            self._num_allocated += 1
+            if self._num_used <= slot < num_slots:
+                self._planes[plane, slot, 0] = 0
+                self._allowance -= 1
+        self._allowance = min(self._allowance, 1.0)

@@ -35,6 +35,7 @@ class Runner:
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self.block_size, self.model.row_multiple, self.device)
         out = self.model(batch, self.storage, aux_layers=self.aux_layers, num_top=self.num_top)
+        self.storage.allocate_ahead(batch.slots)
         num_rows = batch.segments.cu_rows[-1]
         if out.aux_hidden_states is None or len(out.aux_hidden_states) == num_rows:
             return out
