@@ -13,6 +13,7 @@ from live import LiveServer, start_server
 
 from specserve.server.app import build_app
 from specserve.server.auth import Keyring
+from specserve.server.descriptions import DESCRIPTIONS
 from specserve.server.openapi import openapi
 from specserve.server.service import Service
 from specserve_evals.fuzz import fuzz
@@ -40,6 +41,46 @@ def test_every_reference_resolves() -> None:
         for step in reference.removeprefix("#/").split("/"):
             place = place[step]
         assert place
+
+
+def properties(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name with the name of its schema, schema) of every field, at any depth."""
+    if isinstance(node, dict):
+        for name, field in node.get("properties", {}).items():
+            yield f"{node['title']}.{name}", field
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for value in values:
+        yield from properties(value)
+
+
+def test_every_field_is_described_and_no_text_is_left_over() -> None:
+    fields = dict(properties(openapi()["components"]["schemas"]))
+    assert len(fields) > 200
+    assert {"Message.role", "ChatChunk.obfuscation", "ChatDelta.content"} < set(fields)
+    for name, schema in fields.items():
+        assert len(schema["description"]) > 5, name
+    used = set(fields) | {name.partition(".")[2] for name in fields if name not in DESCRIPTIONS}
+    assert set(DESCRIPTIONS) <= used
+
+
+def test_every_operation_parameter_and_answer_is_described() -> None:
+    for path, methods in openapi()["paths"].items():
+        for operation in methods.values():
+            assert operation["summary"], path
+            assert all(each["description"] for each in operation.get("parameters", [])), path
+            assert all(each["description"] for each in operation["responses"].values()), path
+
+
+def test_the_examples_are_answered(live_server: LiveServer) -> None:
+    paths = openapi()["paths"]
+    contents = {
+        path: methods["post"]["requestBody"]["content"]["application/json"]
+        for path, methods in paths.items()
+        if "post" in methods
+    }
+    assert len(contents) >= 4
+    for path, content in contents.items():
+        assert live_server.ask(path, content["example"]).status == 200, path
 
 
 def find_references(node: Any) -> Iterator[str]:

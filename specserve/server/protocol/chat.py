@@ -10,6 +10,7 @@ from specserve.text.chat_messages import MAX_MESSAGES, MAX_NAME
 from specserve.types import FinishReason, RequestError
 
 MESSAGE_SCHEMA: dict[str, Any] = {
+    "title": "Message",
     "type": "object",
     "properties": {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
@@ -31,12 +32,12 @@ Messages = Annotated[
 
 class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     messages: Messages  # their content is checked by `text.chat_messages`
-    max_completion_tokens: Count | None = None  # the newer name of max_tokens
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    store: Literal[False] | None = None  # completions are never stored
+    store: Literal[False] | None = None
 
     def renamed(self, error: RequestError) -> RequestError:
         """An error of the engine, with the name that the field has in this request."""
@@ -65,9 +66,6 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class TopLogprob(Struct, frozen=True):
-    """One token. `token` is the token's text, or `bytes:\\xe4` if that is not a whole
-    character, or `token_id:7` if the text is not unique. `bytes` are the token's bytes."""
-
     token: str
     logprob: float
     bytes: tuple[int, ...]

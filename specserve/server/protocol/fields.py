@@ -1,7 +1,7 @@
 """The request fields that both generation routes share, each with its type and bounds.
 
-A field that is null counts as not given. Bounds that depend on the model (token ids, context) are
-checked by `engine.limits`.
+What a field means is said in `server/descriptions.py`. A field that is null counts as not given.
+Bounds that depend on the model (token ids, context) are checked by `engine.limits`.
 """
 
 from typing import Annotated, Literal
@@ -34,16 +34,16 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    include_usage: bool | None = None  # send a last chunk without choices that holds the usage
-    continuous_usage_stats: bool | None = None  # put the usage so far into every chunk
-    include_obfuscation: bool | None = None  # pad the JSON of events to a multiple of 512 bytes
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True):
     """Settings of speculative decoding; they affect the speed, never the output."""
 
-    enabled: bool | None = None  # false: no drafting, plain decoding
-    max_nodes: Annotated[int, Meta(ge=1, le=64)] | None = None  # tree nodes, the root included
+    enabled: bool | None = None
+    max_nodes: Annotated[int, Meta(ge=1, le=64)] | None = None
     drafters: Annotated[list[Name], Meta(min_length=1, max_length=16)] | None = None
 
 
@@ -72,7 +72,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 or 0: no limit
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -89,12 +89,12 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    return_drafter_ids: bool | None = None  # per token: 0 target, 255 prediction, else 1 + index
+    return_drafter_ids: bool | None = None
     speculation: SpeculationOptions | None = None
     prediction: Prediction | None = None
     cache_salt: Salt | None = None
-    priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None  # higher runs first
-    request_timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None  # seconds
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
+    request_timeout: Annotated[float, Meta(gt=0, le=86400)] | None = None
     # Accepted for compatibility with clients; no effect on the answer.
     user: Name | None = None
     safety_identifier: Name | None = None

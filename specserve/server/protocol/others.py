@@ -30,7 +30,7 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     messages: Messages | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    add_special_tokens: bool = True  # e.g. a BOS token; ignored for chats
+    add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
@@ -51,8 +51,6 @@ class DetokenizeResponse(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True):
-    """`status` is "failed" if the engine cannot be started. `engine` is the engine's state."""
-
     status: Literal["ok", "failed"]
     engine: str
 
@@ -70,8 +68,8 @@ class DrafterReport(Struct, frozen=True):
     """One drafter: its tree nodes that were verified and accepted, in total and by depth."""
 
     name: str
-    active: bool  # False: switched off after repeated failures
-    num_failures: int  # failed calls; requests for which it fails are decoded without it
+    active: bool
+    num_failures: int
     num_proposed: int
     num_verified: int
     num_accepted: int
@@ -93,7 +91,7 @@ class SpeculationReport(Struct, frozen=True, kw_only=True):
     exactness: Literal["exact", "fast"]
     max_nodes: int
     num_running: int | UnsetType = UNSET
-    num_drafts: int  # forward passes of a sequence that verified drafted nodes
+    num_drafts: int
     num_draft_tokens: int
     num_accepted_tokens: int
     mean_acceptance_length: float
