@@ -4,11 +4,13 @@ An unknown key is an error that names it. Field names are unique over all sectio
 keyword arguments need no section.
 """
 
+import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -17,6 +19,8 @@ from specserve.files import quoted
 
 MAX_MODEL_NAME: Final = 256  # characters of the name that requests pass as `model`
 
+_ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -47,6 +51,32 @@ def check_model_name(name: str) -> None:
             f"served_model_name: {name[:40]!r} ({len(name)} characters) cannot be asked for; give "
             f"1 to {MAX_MODEL_NAME} printable characters"
         )
+
+
+def check_origins(origins: Collection[str]) -> None:
+    """Raise ConfigError unless these are origins as browsers send them, or "*" alone."""
+    for origin in origins:
+        if origin == "*" and len(origins) > 1:
+            raise ConfigError("allowed_origins: '*' allows all pages; give it alone")
+        if origin == "*" or (_ORIGIN.fullmatch(origin) and origin == _origin_of(origin)):
+            continue
+        meant = _origin_of(origin)
+        fix = repr(meant) if _ORIGIN.fullmatch(meant) else "scheme://host[:port], one each time"
+        raise ConfigError(
+            f"allowed_origins: {origin[:80]!r} is not an origin as browsers send it; write {fix}, "
+            "or '*' for all"
+        )
+
+
+def _origin_of(url: str) -> str:
+    """The origin of a URL in the form that browsers send; an empty string if it has none."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return ""
+    shown = "" if port in (None, _DEFAULT_PORTS.get(parts.scheme)) else f":{port}"
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{shown}"
 
 
 def _in_range(name: str, value: float | None, low: float, high: float) -> None:
@@ -108,7 +138,8 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 8000  # 0: a free one
     served_model_name: str | None = None  # None: the target's name
     api_key_file: str | None = None
-    allow_public: bool = False  # serve other machines without API keys
+    allow_public: bool = False  # serve other machines and all web pages without API keys
+    allowed_origins: tuple[str, ...] = ()  # of the web pages that may use the server; "*": all
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     max_body_bytes: str = "8MiB"
@@ -133,6 +164,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(f"{name}: is empty; leave it out for the default")
         if self.served_model_name is not None:
             check_model_name(self.served_model_name)
+        check_origins(self.allowed_origins)
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             missing = "ssl_certfile" if self.ssl_certfile is None else "ssl_keyfile"
             raise ConfigError(f"{missing}: is missing; TLS needs both ssl_certfile and ssl_keyfile")

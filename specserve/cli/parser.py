@@ -79,7 +79,10 @@ SERVER_HELP: Final = {
     "served_model_name": "what clients call the model; not given: the target's name",
     "api_key_file": "one name:scopes:key per line; scopes: inference, metrics, admin. Keys may "
     "also come in the environment variable SPECSERVE_API_KEYS, separated by spaces",
-    "allow_public": "let other machines in without API keys",
+    "allow_public": "let other machines, and with --allowed-origins '*' all web pages, in without "
+    "API keys",
+    "allowed_origins": "an origin whose web pages may use the server from a browser (CORS), such "
+    "as https://chat.example.com; repeatable. '*': all pages; needs API keys. Not given: none",
     "ssl_certfile": "certificate chain (PEM); serves HTTPS",
     "ssl_keyfile": "the certificate's private key (PEM)",
     "max_body_bytes": "largest body of a request; all that are in memory together may have eight "

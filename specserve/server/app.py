@@ -1,6 +1,7 @@
 """Builds the aiohttp application: its routes and its middlewares. Starts nothing."""
 
 import time
+from collections.abc import Collection
 from typing import Final, cast
 
 from aiohttp import web
@@ -8,7 +9,8 @@ from aiohttp.typedefs import Handler
 
 from specserve.server.auth import PRINCIPAL, SCOPE, Keyring, Scope, authorise
 from specserve.server.connections import Connection
-from specserve.server.error_mapping import as_api_error
+from specserve.server.cors import cross_origin_headers, preflights
+from specserve.server.error_mapping import as_api_error, no_such_route
 from specserve.server.held_bodies import TAKE_BYTES
 from specserve.server.routes import chat, completions, models, status, tokens
 from specserve.server.service import ARRIVED, REQUEST_ID, SERVICE, Service, request_id
@@ -30,10 +32,15 @@ ROUTES: Final[tuple[tuple[web.RouteDef, Scope | None], ...]] = (
 )
 
 
-def build_app(service: Service, keyring: Keyring) -> web.Application:
+def build_app(
+    service: Service, keyring: Keyring, allowed_origins: Collection[str] = ()
+) -> web.Application:
     """The application. aiohttp's `client_max_size` is not used: `read_body` bounds the body."""
     scopes: dict[object, Scope | None] = {route.handler: scope for route, scope in ROUTES}
     app = web.Application(middlewares=[render_errors, authorise(keyring, scopes), accept])
+    if allowed_origins:
+        app.middlewares.insert(1, preflights(allowed_origins))
+        app.on_response_prepare.append(cross_origin_headers(allowed_origins))
     app[SERVICE] = service
     app.add_routes([route for route, _ in ROUTES])
     return app
@@ -46,6 +53,8 @@ async def render_errors(request: web.Request, handler: Handler) -> web.StreamRes
     request[ARRIVED] = started = time.monotonic()
     try:
         response = await handler(request)
+    except web.HTTPNotFound:
+        response = no_such_route(request).response()
     except Exception as error:
         response = as_api_error(error).response()
     if not response.prepared:

@@ -98,7 +98,7 @@ def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.en
     """The keys of `api_key_file` and of SPECSERVE_API_KEYS, which is removed from `environ`.
 
     The variable is removed so that child processes do not inherit it. Raises ConfigError for
-    invalid keys, and if other machines could reach the server without a key.
+    invalid keys, and if other machines or all web pages could use the server without a key.
     """
     entries: list[tuple[str, str]] = []
     if config.api_key_file is not None:
@@ -109,12 +109,16 @@ def load_keyring(config: ServerConfig, environ: MutableMapping[str, str] = os.en
             raise ConfigError(f"{KEYS_VARIABLE}: holds no key; unset it or add name:scopes:key")
         entries += [(f"{KEYS_VARIABLE}: key {at}", word) for at, word in enumerate(words, 1)]
     keyring = Keyring(entries)
-    if not keyring and not config.allow_public and not _is_loopback(config.host):
-        raise ConfigError(
-            f"host: {config.host} can be reached from other machines and no API keys are given; "
-            f"give some with --api-key-file or {KEYS_VARIABLE}, or allow access without keys with "
-            "--allow-public"
-        )
+    if keyring or config.allow_public:
+        return keyring
+    fix = (
+        f"no API keys are given; give some with --api-key-file or {KEYS_VARIABLE}, or allow access "
+        "without keys with --allow-public"
+    )
+    if not _is_loopback(config.host):
+        raise ConfigError(f"host: {config.host} can be reached from other machines and {fix}")
+    if "*" in config.allowed_origins:
+        raise ConfigError(f"allowed_origins: '*' lets every web page use the server and {fix}")
     return keyring
 
 

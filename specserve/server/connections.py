@@ -72,11 +72,12 @@ def _check_headers(request: web.Request, max_bytes: int) -> None:
         if encoding.strip().lower() != "identity":
             message = f"Content-Encoding: {encoding[:40]!r} is not supported; send plain JSON"
             raise APIError(415, message)
-    if "Content-Type" in request.headers and (
+    # Browsers send a body without Content-Type to any server, without asking it first (CORS).
+    if ("Content-Type" in request.headers or "Origin" in request.headers) and (
         request.content_type != "application/json"
         or (request.charset and request.charset.lower()) not in _CHARSETS
     ):
-        given = request.headers["Content-Type"][:80]
+        given = request.headers.get("Content-Type", "")[:80]
         message = f"Content-Type: {given!r} is not supported; send application/json in UTF-8"
         raise APIError(415, message)
 

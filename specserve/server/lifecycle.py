@@ -61,7 +61,8 @@ async def open_server(config: EngineConfig, target: Path) -> AsyncIterator[tuple
     keyring = load_keyring(config.server)
     raise_file_limit(config.server)
     service = Service(config, target, shared=len(keyring) > 1)
-    runner = web.AppRunner(build_app(service, keyring), **RUNNER_OPTIONS)
+    app = build_app(service, keyring, config.server.allowed_origins)
+    runner = web.AppRunner(app, **RUNNER_OPTIONS)
     async with AsyncExitStack() as stack:  # calls the following in reverse order
         stack.push_async_callback(runner.cleanup)
         # Open requests end with an error; `cleanup` gives their handlers time to send it.

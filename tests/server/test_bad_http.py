@@ -88,7 +88,8 @@ def test_wrong_methods(survivor: LiveServer) -> None:
                     continue
                 connection.send(get(path, method=method))
                 reply = connection.reply()
-                assert_refused(reply, 405)
+                message = assert_refused(reply, 405)["message"]
+                assert message.endswith(f"use {', '.join(sorted(allowed))}")
                 assert set(reply.headers["allow"].upper().split(",")) == allowed
                 assert reply.json()["error"]["message"].endswith(", ".join(sorted(allowed)))
             connection.send(get(path, method="HEAD"))
@@ -101,9 +102,19 @@ PATHS: Final = [
     *("/v1/chat", "/v1/chat/completions/", "/v1/completions/x", "/v1/embeddings", "/v1/audio"),
     *("/v1//completions", "//v1/completions", "/V1/completions", "/v1/completions;a=b"),
     *("/%00", "/%0d%0aX-Evil:%201", "/..%2f..%2fetc%2fpasswd", "/../../etc/passwd", "/%ff%fe"),
-    *("/v1/%2e%2e/%2e%2e/etc/passwd", "/health/..;/metrics", "/docs", "/admin", "/" + "a" * 7000),
+    *("/v1/%2e%2e/%2e%2e/etc/passwd", "/health/..;/metrics", "/doc", "/admin", "/" + "a" * 7000),
     "/v1/completions%00",
 ]
+MISSPELT: Final = {
+    "/v1/chat/completion": f"POST {CHAT}",
+    "/chat/completions": f"POST {CHAT}",
+    "/v1/v1/chat/completions": f"POST {CHAT}",
+    "/V1/Chat/Completions/": f"POST {CHAT}",
+    "/completion": f"POST {COMPLETION}",
+    "/models": "GET /v1/models",
+    "/v1/tokenize": "POST /tokenize",
+    "/healthz": "GET /health",
+}
 NO_MODELS: Final = [
     *("gpt-4", "%00", "%ff", "..%2f..%2fetc%2fpasswd", "../../etc/passwd", "tiny-chat/"),
     *("tiny-chat%0d%0aX-Evil:%201", "Tiny-Chat", "%25", "a" * 7000, "%F0%9F%98%80", "a/b/c"),
@@ -117,8 +128,13 @@ def test_unknown_paths(survivor: LiveServer) -> None:
             for request in (get(path), post(path=path)):
                 connection.send(request)
                 reply = connection.reply()
-                assert "/openapi.json" in assert_refused(reply, 404)["message"]
+                message = assert_refused(reply, 404)["message"]
+                assert [route for route in (CHAT, *READ_ONLY[2:]) if route not in message] == []
                 assert "x-evil" not in reply.headers
+        for path, route in MISSPELT.items():
+            connection.send(get(path))
+            message = assert_refused(connection.reply(), 404)["message"]
+            assert message.startswith(f"there is no route {path}; did you mean {route}? Routes:")
         for name in NO_MODELS:
             connection.send(get(f"/v1/models/{name}"))
             reply = connection.reply()
