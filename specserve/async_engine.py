@@ -121,8 +121,12 @@ class AsyncEngine:
 
         Raises TokenizerError if the tokenizer or the chat template cannot be used.
         """
-        await self.tokenizer_pool.start()
-        await self.process.start()
+        await self.process.start()  # first, because it takes longer
+        try:
+            await self.tokenizer_pool.start()
+        except BaseException:
+            await self.process.stop()
+            raise
         self._stopping = False
 
     async def wait_ready(self) -> EngineInfo:

@@ -1,6 +1,7 @@
 """`specserve generate`: generates completions of prompts and prints them as text or JSON."""
 
 import argparse
+import gc
 import sys
 import time
 
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
         prompts = [as_text(prompt) for prompt in prompts]
     with show_progress() as report:
         llm = LLM(config_file=args.config, progress=report, **settings(args))
+    gc.freeze()  # see `main`: the model is no garbage either, until the process exits
     if args.chat or (not args.raw and llm.tokenizer.has_chat_template):
         prompts = [as_chat(prompt) for prompt in prompts]
     streamed = len(prompts) == 1 and sampling.n == 1 and not args.json

@@ -16,6 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 from specserve.process.frames import FrameStream
 
 T = TypeVar("T")
+_START: Final = "specserve.process.without_gc"  # the child turns on garbage collection
 _POLL_S: Final = 0.01  # seconds between checks whether the child has ended
 
 
@@ -41,7 +42,7 @@ class Child(Generic[T]):
             path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", module, str(child_end.fileno())],
+                    [sys.executable, "-P", "-m", _START, module, str(child_end.fileno())],
                     env=os.environ | {"PYTHONPATH": path},
                     stdin=subprocess.DEVNULL,
                     pass_fds=[child_end.fileno()],

@@ -122,6 +122,7 @@ def _load(configure: Configure, frames: FrameSocket[ToEngine]) -> tuple[Engine, 
     slowest_step = warm_up(parts, progress)
     engine = Engine(parts)
     gc.freeze()  # garbage collection over these permanent objects took 1 % of the time
+    gc.enable()
     return engine, slowest_step
 
 

@@ -6,6 +6,7 @@ processor time and memory.
 """
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -66,6 +67,8 @@ def _serve(peer: FrameSocket[ToTokenizer], handlers: Mapping[str, Handler]) -> N
     except TokenizerError as error:
         peer.send(Failed(str(error)))
         return
+    gc.freeze()
+    gc.enable()
     peer.send(Ready(tokenizer.max_token_bytes()))
     for job in messages:
         assert not isinstance(job, Setup)
