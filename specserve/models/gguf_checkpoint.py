@@ -32,6 +32,7 @@ _UNQUANTISED: Final[Mapping[Kind, torch.dtype]] = {
     Kind.BF16: torch.bfloat16,
 }
 _SCALE_BYTES: Final[Mapping[Kind, int]] = {Kind.Q4_0: 2, Kind.Q4_1: 4, Kind.Q8_0: 2}
+_LOW_NIBBLES: Final = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
 class GgufCheckpoint:
@@ -99,10 +100,12 @@ def _pack(kind: Kind, blocks: Bytes) -> QuantizedWeight:
 
 
 def _nibbles(packed: Bytes) -> Tensor:  # [n, g, 16] -> [n, 32 * g] uint8; low nibbles first
-    values = np.empty((*packed.shape[:2], 2, 16), np.uint8)
-    np.bitwise_and(packed, 15, out=values[:, :, 0])
-    np.right_shift(packed, 4, out=values[:, :, 1])
-    return torch.from_numpy(values).flatten(1)
+    words = packed.copy().view(np.uint64)  # eight bytes at a time
+    values = np.empty((*words.shape[:2], 2, 2), np.uint64)
+    np.bitwise_and(words, _LOW_NIBBLES, out=values[:, :, 0])
+    np.right_shift(words, 4, out=values[:, :, 1])
+    values &= _LOW_NIBBLES
+    return torch.from_numpy(values.view(np.uint8)).flatten(1)
 
 
 def _halves(raw: Bytes) -> Tensor:  # [n, g, 2 * k] bytes -> [n, g, k] float16, [n, g] if k is 1
