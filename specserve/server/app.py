@@ -29,6 +29,7 @@ ROUTES: Final[tuple[tuple[web.RouteDef, Scope | None], ...]] = (
     (web.get("/metrics", status.metrics), Scope.METRICS),
     (web.get("/v1/speculation", status.speculation), Scope.INFERENCE),
     (web.get("/openapi.json", status.openapi_json), None),
+    (web.get("/docs", status.docs), None),
 )
 
 

@@ -13,7 +13,12 @@ from msgspec import Struct
 from specserve import __version__
 from specserve.server.descriptions import DESCRIPTIONS
 from specserve.server.protocol import others
-from specserve.server.protocol.chat import ChatChunk, ChatCompletion, ChatRequest
+from specserve.server.protocol.chat import (
+    MESSAGE_SCHEMA,
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+)
 from specserve.server.protocol.completions import Completion, CompletionRequest
 from specserve.server.protocol.fields import GenerationFields
 
@@ -91,7 +96,7 @@ def openapi() -> dict[str, Any]:
             "/metrics": {"get": {"summary": "Show metrics", "responses": {"200": metrics}}},
         },
         "components": {
-            "schemas": _with_descriptions(schemas),
+            "schemas": _with_descriptions({**schemas, "Message": MESSAGE_SCHEMA}),
             "securitySchemes": {
                 "key": {
                     "type": "http",

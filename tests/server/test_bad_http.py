@@ -73,7 +73,7 @@ METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "
 
 READ_ONLY: Final = (
     *("/v1/models", "/v1/models/tiny-chat", "/v1/speculation", "/metrics"),
-    *("/health", "/ready", "/version", "/openapi.json"),
+    *("/health", "/ready", "/version", "/openapi.json", "/docs"),
 )
 
 

@@ -21,7 +21,7 @@ from specserve.server.service import Service
 
 ALICE, BOB, METER = "alice-0123456789abcdef", "bob-0123456789abcdefgh", "meter-0123456789abcdef"
 KEYS = f"alice:inference:{ALICE} bob:inference,metrics:{BOB} meter:metrics:{METER}"
-PUBLIC = {"/health", "/ready", "/version", "/openapi.json"}
+PUBLIC = {"/health", "/ready", "/version", "/openapi.json", "/docs"}
 QUESTION = {"prompt": "What is it that comes next? " * 4, "max_tokens": 4, "seed": 1}
 
 

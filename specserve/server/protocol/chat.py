@@ -24,8 +24,9 @@ MESSAGE_SCHEMA: dict[str, Any] = {
     },
     "required": ["role", "content"],
 }
+_MESSAGE: dict[str, Any] = {"$ref": "#/components/schemas/Message"}
 Messages = Annotated[
-    list[Annotated[dict[str, Any], Meta(extra_json_schema=MESSAGE_SCHEMA)]],
+    list[Annotated[dict[str, Any], Meta(extra_json_schema=_MESSAGE)]],
     Meta(min_length=1, max_length=MAX_MESSAGES),
 ]
 

@@ -1,11 +1,13 @@
-"""GET /health, /ready, /version, /metrics, /v1/speculation, /openapi.json"""
+"""GET /health, /ready, /version, /metrics, /v1/speculation, /openapi.json, /docs"""
 
+import msgspec
 from aiohttp import web
 from msgspec import structs
 
 from specserve import __version__
 from specserve.engine.metrics import DrafterStats, EngineStats
 from specserve.server.auth import PRINCIPAL, Scope
+from specserve.server.docs_page import CONTENT_SECURITY_POLICY, docs_page
 from specserve.server.errors import APIError
 from specserve.server.openapi import openapi
 from specserve.server.protocol.others import (
@@ -42,7 +44,12 @@ async def version(request: web.Request) -> web.Response:
 
 
 async def openapi_json(request: web.Request) -> web.Response:
-    return web.json_response(openapi())
+    return web.Response(body=msgspec.json.encode(openapi()), content_type="application/json")
+
+
+async def docs(request: web.Request) -> web.Response:
+    headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
+    return web.Response(text=docs_page(), content_type="text/html", headers=headers)
 
 
 async def metrics(request: web.Request) -> web.Response:
