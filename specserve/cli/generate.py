@@ -1,11 +1,11 @@
 """`specserve generate`: generates completions of prompts and prints them as text or JSON."""
 
 import argparse
-import gc
 import sys
 import time
 
 from specserve.cli.flags import given
+from specserve.cli.loading import without_gc
 from specserve.cli.parser import SPECULATION_PREFIX, settings
 from specserve.cli.progress import show_progress
 from specserve.cli.prompts import as_chat, as_text, read_prompts
@@ -20,9 +20,8 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompt, args.prompts)
     if args.raw:
         prompts = [as_text(prompt) for prompt in prompts]
-    with show_progress() as report:
+    with show_progress() as report, without_gc():
         llm = LLM(config_file=args.config, progress=report, **settings(args))
-    gc.freeze()  # see `main`: the model is no garbage either, until the process exits
     if args.chat or (not args.raw and llm.tokenizer.has_chat_template):
         prompts = [as_chat(prompt) for prompt in prompts]
     streamed = len(prompts) == 1 and sampling.n == 1 and not args.json

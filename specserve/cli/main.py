@@ -6,14 +6,13 @@ command is imported only when it runs, so that `--help` does not wait for torch.
 """
 
 import codecs
-import gc
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
-from types import ModuleType
 
+from specserve.cli.loading import without_gc
 from specserve.cli.parser import build_parser, engine_config
 from specserve.config import show_config
 
@@ -36,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif hasattr(args, "package"):  # of a layer above this one, so imported by name
             status = int(import_module(f"{args.package}.{args.name}").main(args.arguments))
         else:
-            status = int(_without_gc(f"specserve.cli.{args.command}").run(args))
+            with without_gc():
+                command = import_module(f"specserve.cli.{args.command}")
+            status = int(command.run(args))
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -48,20 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"specserve: error: {error}", file=sys.stderr)
         return 2
     return status
-
-
-def _without_gc(name: str) -> ModuleType:
-    """Import a module without garbage collection.
-
-    Nothing of what libraries make while they are imported is garbage, but looking for it would take
-    a fifth of the time, and as long again when the process exits.
-    """
-    gc.disable()
-    try:
-        return import_module(name)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _leave_ascii() -> None:

@@ -216,7 +216,8 @@ def _llama3_scaling(file: GgufFile, fields: GgufFields, head_dim: int) -> dict[s
     It has the divisor of each frequency; the largest one is the factor. The other parameters are
     those of all published models. Raises `HubError` if they do not reproduce the divisors.
     """
-    divisors = np.concatenate([*file.float_rows(file.tensors["rope_freqs.weight"])], axis=None)
+    tensor = file.tensors["rope_freqs.weight"]
+    divisors = file.dequantized(file.rows(tensor), tensor.kind).reshape(-1)
     if len(divisors) != head_dim // 2:
         raise fields.error(f"rope_freqs.weight has {len(divisors)} values, not {head_dim // 2}")
     factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192

@@ -7,7 +7,6 @@ against the file size before use, and every tensor has a type that can be dequan
 import math
 import mmap
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -28,7 +27,7 @@ _LENGTH: Final = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 _MAX_ITEMS = 2**24  # of one list; the longest lists are those of the vocabulary
-_CHUNK_VALUES = 2**22  # values that `float_rows` dequantises at a time; limits peak memory
+_CHUNK_VALUES = 2**22  # values that are dequantised at a time; limits peak memory
 
 
 class GgufTensor(Struct, frozen=True):
@@ -72,14 +71,18 @@ class GgufFile:
         raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
         return raw.reshape(math.prod(tensor.shape[:-1]), -1)
 
-    def float_rows(self, tensor: GgufTensor) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield the dequantised tensor in blocks of consecutive rows: [n, shape[-1]] float32."""
-        raw = self.rows(tensor)
-        step = max(1, _CHUNK_VALUES // tensor.shape[-1])
-        for first in range(0, len(raw), step):
+    @staticmethod
+    def dequantized(
+        rows: npt.NDArray[np.uint8], kind: GGMLQuantizationType
+    ) -> npt.NDArray[np.float32]:
+        """Raw rows [n, row_bytes] as floats: [n, values of a row]."""
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        values = np.empty((len(rows), rows.shape[1] // block_bytes * block), np.float32)
+        step = max(1, _CHUNK_VALUES // values.shape[1])
+        for first in range(0, len(rows), step):
             with np.errstate(over="ignore", invalid="ignore"):  # damaged scales may be infinite
-                values: npt.NDArray[np.float32] = dequantize(raw[first : first + step], tensor.kind)
-            yield values
+                values[first : first + step] = dequantize(rows[first : first + step], kind)
+        return values
 
     def _fail(self, reason: str) -> NoReturn:
         raise HubError(f"{self.path}: not a usable GGUF file: {reason}; fetch it again")

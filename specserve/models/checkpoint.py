@@ -30,8 +30,11 @@ class Checkpoint(Protocol):
     @property
     def entries(self) -> Mapping[str, TensorEntry]: ...
 
-    def floats(self, name: str) -> Tensor:
-        """The tensor [*shape] in its stored dtype, or dequantised to float32."""
+    def floats(self, name: str, rows: Tensor | None = None) -> Tensor:
+        """The tensor [*shape] in its stored dtype, or dequantised to float32.
+
+        `rows` [n] int64 selects rows: [n, *shape[1:]].
+        """
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
         """The stored quantised values of a Q4_0, Q4_1 or Q8_0 matrix; None for other tensors."""
@@ -50,8 +53,8 @@ class Renamed:
         }
         self.quantized = checkpoint.quantized
 
-    def floats(self, name: str) -> Tensor:
-        return self._checkpoint.floats(self._names[name])
+    def floats(self, name: str, rows: Tensor | None = None) -> Tensor:
+        return self._checkpoint.floats(self._names[name], rows)
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
         return self._checkpoint.quantized_weight(self._names[name])

@@ -61,20 +61,21 @@ class GgufCheckpoint:
             source.tensor.kind not in _UNQUANTISED for source in self._sources.values()
         )
 
-    def floats(self, name: str) -> Tensor:
+    def floats(self, name: str, rows: Tensor | None = None) -> Tensor:
         source = self._sources[name]
-        tensor = source.tensor
+        tensor, order = source.tensor, source.row_order
+        raw = self._file.rows(tensor)
+        if rows is not None:  # few of many, so that the others are not read
+            raw = raw[rows.numpy() if order is None else order[rows.numpy()]]
+            order = None
         if tensor.kind in _UNQUANTISED:
-            raw = torch.from_numpy(self._file.rows(tensor).copy())
-            values = raw.view(_UNQUANTISED[tensor.kind]).view(tensor.shape)
+            values = torch.from_numpy(raw.copy()).view(_UNQUANTISED[tensor.kind])
         else:
-            values = torch.empty(tensor.shape)
-            rows, first = values.numpy().reshape(-1, tensor.shape[-1]), 0
-            for part in self._file.float_rows(tensor):
-                rows[first : first + len(part)] = part
-                first += len(part)
+            values = torch.from_numpy(self._file.dequantized(raw, tensor.kind))
+        if rows is None:
+            values = values.view(tensor.shape)
         check_finite(self.entries[name], name, values)
-        return values if source.row_order is None else values[torch.from_numpy(source.row_order)]
+        return values if order is None else values[torch.from_numpy(order)]
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
         source = self._sources[name]

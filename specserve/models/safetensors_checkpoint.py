@@ -50,13 +50,13 @@ class SafetensorsCheckpoint:
                 readable = header.dtype in (*_FLOATS, *also)
                 self._add(name, TensorEntry(file, header.dtype, header.shape, readable))
 
-    def floats(self, name: str) -> Tensor:
+    def floats(self, name: str, rows: Tensor | None = None) -> Tensor:
         entry = self.entries[name]
         if not entry.readable:
             raise ModelError(f"{entry.file}: {name} has dtype {entry.dtype}, not supported")
         tensor = self._read(entry, name)
         check_finite(entry, name, tensor)
-        return tensor
+        return tensor if rows is None else tensor[rows]
 
     def quantized_weight(self, name: str) -> QuantizedWeight | None:
         return None

@@ -59,7 +59,7 @@ class HeadCheckpoint:
         assert self.token_ids is not None
         target = read_checkpoint(self._target)
         own = "lm_head.weight" if "lm_head.weight" in target.entries else _EMBEDDING
-        return target.floats(own)[self.token_ids]
+        return target.floats(own, self.token_ids)
 
     def with_draft_vocab(self, draft_vocab: int, target: Path) -> "HeadCheckpoint":
         """The same with an LM head of `draft_vocab` rows.
