@@ -178,7 +178,8 @@ class AsyncEngine:
         """The text of a prompt as it is generated. With `sampling.n` > 1, deltas of all choices.
 
         A delta with `tokens.finish` is the last one of its choice. Closing the generator, or
-        cancelling the task that iterates over it, ends the request in the engine.
+        cancelling the task that iterates over it, ends the request in the engine. Logprobs of the
+        prompt are in `delta.tokens.prompt_logprobs` of the first deltas of choice 0.
 
         `prediction` is an expected output text, which affects speed only. Of the waiting requests
         of a `tenant`, those with the highest `priority` run first; tenants share the engine evenly,

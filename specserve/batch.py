@@ -39,6 +39,9 @@ class ModelOutput:
     topk: Tensor | None = None  # [num_logit_rows, k] int64, best first; -1: logits not finite
     # [num_rows, num_aux_layers * hidden_size], rows as in `plan_segments`.
     aux_hidden_states: Tensor | None = None
+    # [num_scored_rows, hidden_size]: the residual stream before the final norm, in the rows
+    # `Entry.scored_rows` of all entries; None without such rows.
+    scored_states: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,12 @@ class SegmentRows:
 def joined(outputs: Sequence[ModelOutput]) -> ModelOutput:
     """Concatenate outputs into that of one pass over all their rows, without `topk`."""
     states = [out.aux_hidden_states for out in outputs if out.aux_hidden_states is not None]
-    logits = torch.cat([output.logits for output in outputs])
-    return ModelOutput(logits, aux_hidden_states=torch.cat(states) if states else None)
+    scored = [out.scored_states for out in outputs if out.scored_states is not None]
+    return ModelOutput(
+        torch.cat([output.logits for output in outputs]),
+        aux_hidden_states=torch.cat(states) if states else None,
+        scored_states=torch.cat(scored) if scored else None,
+    )
 
 
 def prefill_segments(

@@ -22,6 +22,7 @@ from specserve.text.output_text import OutputText
 from specserve.types import (
     FinishReason,
     Prompt,
+    PromptLogprobs,
     Request,
     RequestError,
     SamplingParams,
@@ -63,6 +64,7 @@ class Generation(Struct, frozen=True):
 
     prompt_ids: tuple[int, ...]
     completions: tuple[Completion, ...]
+    prompt_logprobs: PromptLogprobs | None = None  # one per prompt token; None for the first
 
     @property
     def text(self) -> str:
@@ -235,6 +237,12 @@ class _RunningSequence:
             self.on_text(delta)
         return output.finish is not None
 
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Of the whole prompt, or None if they were not requested."""
+        if self.request.sampling.prompt_logprobs is None:
+            return None
+        return tuple(chain.from_iterable(output.prompt_logprobs for output in self._outputs))
+
     def completion(self) -> Completion:
         last = self._outputs[-1]
         assert last.finish is not None
@@ -263,7 +271,8 @@ class _RunningSequence:
 
 
 def _generation(seqs: list[_RunningSequence]) -> Generation:
-    return Generation(seqs[0].request.prompt_ids, tuple(seq.completion() for seq in seqs))
+    completions = tuple(seq.completion() for seq in seqs)
+    return Generation(seqs[0].request.prompt_ids, completions, seqs[0].prompt_logprobs())
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

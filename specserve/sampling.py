@@ -223,11 +223,16 @@ def _nucleus(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         count = limit
 
 
-def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """Logprobs of `token_id` and the `num_top` best. logits: [vocab_size] float32, unprocessed."""
-    logprobs = logits.log_softmax(0)
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top:
-        values, ids = logprobs.topk(num_top)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Per row, the logprobs of one token and of the `num_top` best; a row depends on itself alone.
+
+    logits: [num_rows, vocab_size] float32, unprocessed. `token_ids` has a token per row.
+    """
+    logprobs = logits.log_softmax(-1)
+    ids = torch.tensor(token_ids, device=logits.device)
+    chosen = logprobs.gather(1, ids[:, None])[:, 0].tolist()
+    values, best = (part.tolist() for part in logprobs.topk(num_top))
+    return [
+        TokenLogprobs(token, logprob, tuple(zip(*top, strict=True)))
+        for token, logprob, *top in zip(token_ids, chosen, best, values, strict=True)
+    ]

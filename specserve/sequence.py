@@ -73,6 +73,7 @@ class SequenceState:
     num_preemptions: int = 0
     last_turn: int = 0  # number of its latest decoding turn, see `Tenants.decoding`
     num_when_admitted: int = 0  # `num_tokens` at the latest admission
+    num_scored: int = 0  # prompt tokens whose entry of `prompt_logprobs` was returned
     prefix_hashes: list[bytes] = field(default_factory=list)
     counts: SpecCounts = field(default_factory=SpecCounts)
 
@@ -100,6 +101,17 @@ class SequenceState:
     @property
     def num_committed(self) -> int:
         return self.table.num_committed
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether logprobs of prompt tokens are still to be computed."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return wanted and self.num_scored < self.num_prompt
+
+    @property
+    def num_cacheable(self) -> int:
+        """Tokens that may come from the prefix cache: no row that gives a wanted logprob."""
+        return max(0, self.num_scored - 1) if self.is_scored else self.num_tokens
 
     @property
     def num_pending(self) -> int:

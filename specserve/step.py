@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from specserve.sequence import SequenceState
-from specserve.types import FinishReason, TokenLogprobs
+from specserve.types import FinishReason, PromptLogprobs, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +13,20 @@ class Entry:
     seq: SequenceState
     num_prefill: int  # first pending tokens: the prefill chunk, computed without logits
     num_nodes: int  # budget of the tree, root (last pending token) included; 0: the prompt goes on
+
+    @property
+    def scored_rows(self) -> range:
+        """The rows of the prefill chunk whose next token is a prompt token to be scored.
+
+        Row 0 is the first of the chunk. They are consecutive over the chunks of a prompt, and after
+        a preemption go on where they ended.
+        """
+        seq = self.seq
+        if not seq.is_scored:
+            return range(0)
+        start = seq.num_committed
+        end = min(self.num_prefill, seq.num_prompt - 1 - start)
+        return range(max(seq.num_scored, 1) - 1 - start, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +61,5 @@ class VerifyResult:
 
 
 Results = dict[str, VerifyResult]  # by sequence id
+# By sequence id, the logprobs of the next prompt tokens, or why they cannot be computed.
+Scores = dict[str, PromptLogprobs | str]

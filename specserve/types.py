@@ -48,11 +48,12 @@ def read_prompt(prompt: Prompt) -> str | list[Message] | tuple[int, ...]:
 class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
     """How tokens are chosen. The defaults sample from the model's unmodified distribution.
 
-    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filters off. `logprobs` is the
-    number of alternatives returned per token in addition to the chosen one (None: no logprobs).
-    `seed` None draws a random seed per request. `skip_special_tokens` leaves control tokens out of
-    the text, in which stop strings are searched too. `include_stop_str_in_output` keeps the stop
-    string that ended the text.
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch the filters off. `max_tokens` 0
+    computes the prompt and generates nothing. `logprobs` is the number of alternatives returned per
+    token in addition to the chosen one (None: no logprobs); `prompt_logprobs` is the same for the
+    tokens of the prompt. `seed` None draws a random seed per request. `skip_special_tokens` leaves
+    control tokens out of the text, in which stop strings are searched too.
+    `include_stop_str_in_output` keeps the stop string that ended the text.
     """
 
     temperature: float = 1.0
@@ -72,6 +73,7 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
 
     @property
@@ -90,13 +92,16 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
     def samples(self) -> list["SamplingParams"]:
         """The parameters of each of the `n` samples, with n = 1 and a seed of its own.
 
-        The first has `seed`, or a random one if it is None; the others have hashes of that.
+        The first has `seed`, or a random one if it is None; the others have hashes of that. Only
+        the first has `prompt_logprobs`, because these are the same for all.
         """
         seeds = [secrets.randbelow(MAX_SEED) if self.seed is None else self.seed]
         for index in range(1, self.n):
             digest = hashlib.blake2b(f"{seeds[0]}/{index}".encode(), digest_size=8).digest()
             seeds.append(int.from_bytes(digest) % MAX_SEED)
-        return [msgspec.structs.replace(self, seed=own, n=1) for own in seeds]
+        first = msgspec.structs.replace(self, seed=seeds[0], n=1)
+        others = msgspec.structs.replace(first, prompt_logprobs=None)
+        return [first, *(msgspec.structs.replace(others, seed=own) for own in seeds[1:])]
 
     def validate(self, vocab_size: int) -> None:
         """Raise `RequestError`, naming the first field that is out of range."""
@@ -116,7 +121,7 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
         for token, bias in self.logit_bias.items():
             _check_token("logit_bias", token, vocab_size)
             _check_number(f"logit_bias[{token}]", bias, -100.0, 100.0)
-        _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_int("max_tokens", self.max_tokens, 0, None)
         _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(
@@ -128,8 +133,9 @@ class SamplingParams(Struct, frozen=True, forbid_unknown_fields=True):
             _check_token("stop_token_ids", token, vocab_size)
         if self.seed is not None:
             _check_int("seed", self.seed, 0, MAX_SEED)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _check_int(name, count, 0, MAX_LOGPROBS)
         _check_int("n", self.n, 1, MAX_N)
 
 
@@ -164,11 +170,15 @@ class Abort(Struct, frozen=True, tag=True):
 
 
 class TokenLogprobs(Struct, frozen=True):
-    """The target's log-probabilities at one emitted token, before sampling parameters apply."""
+    """The target's log-probabilities at one token, before sampling parameters apply."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+# One entry per prompt token; None for the first token of a prompt, which has no logprob.
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
 
 
 class SpecStats(Struct, frozen=True):
@@ -201,6 +211,7 @@ class StepOutput(Struct, frozen=True, tag=True):
     # Drafter id per token: 0 the target, 1 + index of the drafter, or `tree.PREDICTION_ID`.
     drafter_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: PromptLogprobs = ()  # of the next prompt tokens; each is returned once
     finish: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended it
     error: str | None = None  # the reason of "error", and maybe of "abort"

@@ -100,6 +100,7 @@ def test_every_sampling_flag_is_parsed() -> None:
         "stop_token_ids": (["3", "4"], (3, 4)),
         "seed": (["11"], 11),
         "logprobs": (["2"], 2),
+        "prompt_logprobs": (["4"], 4),
         "n": (["3"], 3),
     }
     switches: dict[str, Any] = {
@@ -334,10 +335,14 @@ def test_samples_and_logprobs_are_shown_if_requested(
 ) -> None:
     line = ["generate", str(tiny_model), *TINY, "--prompt", "w1 w2", "--json", "--seed", "3"]
     line += ["--max-tokens", "6", "--ignore-eos"]
-    status, out, _ = call(capsys, *line, "--n", "2", "--logprobs", "2")
+    status, out, _ = call(capsys, *line, "--n", "2", "--logprobs", "2", "--prompt-logprobs", "1")
     first, second = rows(out)
     assert status == 0
-    assert set(first) == KEYS | {"sample", "logprobs"}
+    assert set(second) == KEYS | {"sample", "logprobs"}
+    assert set(first) == set(second) | {"prompt_logprobs"}
+    beginning, entry = first["prompt_logprobs"]
+    assert beginning is None
+    assert entry["logprob"] <= entry["top"][0][1] <= 0
     assert [first["sample"], second["sample"]] == [0, 1]
     assert first["token_ids"] != second["token_ids"]
     assert [entry["token_id"] for entry in first["logprobs"]] == first["token_ids"]

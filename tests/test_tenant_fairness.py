@@ -38,6 +38,7 @@ class SimulatedEngine:
         costs: bool = True,
         per_row: float = FLAT,
         draw: Mapping[str, float] = MappingProxyType({}),
+        score: Mapping[str, float] = MappingProxyType({}),
         prefix_caching: bool = False,
         **schedule: int,
     ) -> None:
@@ -56,6 +57,7 @@ class SimulatedEngine:
         self.time = 0.0  # of all passes
         self.per_row = per_row
         self.draw = draw  # ms to draw a token, by tenant
+        self.score = score  # ms to compute the logprobs of a prompt row, by tenant
         self.rows: Counter[str] = Counter()  # by tenant
         self._num = 0
 
@@ -96,10 +98,15 @@ class SimulatedEngine:
         assert len(scheduler.running) <= self.max_seqs
         num_drawn = Counter(entry.seq.request.tenant for entry in plan.decoding)
         draws = {name: (self.draw.get(name, 0.0) * num, num) for name, num in num_drawn.items()}
-        scheduler.tenants.record_draws(draws)
-        scheduler.commit(plan, trees, results)
+        prompt_rows = Counter[str]()
+        for entry in plan.entries:
+            prompt_rows[entry.seq.request.tenant] += entry.num_prefill
+        scoring = {name: (self.score.get(name, 0.0) * n, n) for name, n in prompt_rows.items() if n}
+        scheduler.tenants.record_draws(draws, scoring)
+        scheduler.commit(plan, trees, results, {})
         self.kv.check_integrity(seq.table for seq in scheduler.running)
         self.time += FIXED + self.per_row * num_rows + sum(spent for spent, _ in draws.values())
+        self.time += sum(spent for spent, _ in scoring.values())
 
     def run(self, until: Callable[[], bool] = lambda: False, most: int = 20_000) -> int:
         """Step until the condition holds or nothing is left; return the number of steps."""
@@ -192,6 +199,21 @@ def test_a_stream_beside_expensive_sampling_gets_half_of_its_share(draw: float) 
     progress = [len(engine.outputs.get(other, ())) - before[other] for other in others[:31]]
     assert sum(progress) * draw > 0.3 * engine.time, "the other tenant makes no progress"
     assert max(progress) - min(progress) < 25, "some sequences make no progress"
+
+
+@pytest.mark.parametrize("score", [0.5, 100.0])
+def test_a_stream_beside_prompts_whose_logprobs_are_computed(score: float) -> None:
+    """The time to compute them counts too, and the prompts still make progress."""
+    engine = SimulatedEngine(num_blocks=4000, score={"b": score})
+    for _ in range(8):
+        engine.send("b", 3000, 1)
+    for _ in range(4):
+        engine.step()
+    engine.time, before = 0.0, engine.rows["b"]
+    name = engine.send("a", 20, 1000)
+    engine.run(engine.done(name))
+    assert engine.time < 4 * alone(20, 1000) + 300 * score
+    assert (engine.rows["b"] - before) * score > 0.2 * engine.time
 
 
 def test_prompt_chunks_are_small_while_another_tenant_may_return() -> None:

@@ -31,7 +31,7 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
         [{}, {0: -100.0, VOCAB - 1: 100.0}],
         [{VOCAB: 1.0}, {-1: 1.0}, {0: 100.1}, {0: -100.1}, {0: math.nan}, {0: True}, {True: 1.0}],
     ),
-    "max_tokens": ([1, 10**6], [0, -1, 1.0]),
+    "max_tokens": ([0, 1, 10**6], [-1, 1.0]),
     "min_tokens": ([0, 256], [-1, 257, 1.0]),
     "stop": ([(), ("a",), ("a",) * MAX_STOP_STRINGS], [("",), ("a",) * (MAX_STOP_STRINGS + 1)]),
     "stop_token_ids": ([(), (0, VOCAB - 1)], [(VOCAB,), (-1,), (True,), (1.0,)]),
@@ -40,11 +40,12 @@ CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "include_stop_str_in_output": ([True, False], []),
     "seed": ([None, 0, MAX_SEED], [-1, MAX_SEED + 1, 1.0]),
     "logprobs": ([None, 0, MAX_LOGPROBS], [-1, MAX_LOGPROBS + 1, 1.0]),
+    "prompt_logprobs": ([None, 0, MAX_LOGPROBS], [-1, MAX_LOGPROBS + 1, 1.0]),
     "n": ([1, MAX_N], [0, MAX_N + 1, 1.0]),
 }
 NUMBERS = ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"]
 NUMBERS += ["repetition_penalty"]
-INTEGERS = ["top_k", "max_tokens", "min_tokens", "seed", "logprobs", "n"]
+INTEGERS = ["top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs", "n"]
 
 
 def allowed() -> list[tuple[str, Any]]:

@@ -35,11 +35,18 @@ class KVCacheManager:
         return self.pool.num_blocks * self.block_size
 
     def admit(
-        self, num_tokens: int, hashes: Sequence[bytes], *, tenant: str = "", spare_blocks: int
+        self,
+        num_tokens: int,
+        hashes: Sequence[bytes],
+        *,
+        tenant: str = "",
+        spare_blocks: int,
+        max_cached: int | None = None,
     ) -> BlockTable | Denied:
         """Return a block table with room for `num_tokens`, its cached prefix already committed.
 
-        `hashes` are the `prefix_hashes` of the tokens. New blocks belong to `tenant`. Returns
+        `hashes` are the `prefix_hashes` of the tokens; at most the first `max_cached` tokens come
+        from the cache (None: no limit). New blocks belong to `tenant`. Returns
         `Denied.NO_ROOM` if fewer than `spare_blocks` available blocks would remain. Returns
         `Denied.IN_FLIGHT` if the first block that is not cached is pending: a running sequence is
         about to publish it, and waiting avoids computing and storing that block twice.
@@ -47,13 +54,14 @@ class KVCacheManager:
         if not self.prefix_caching:
             hashes = ()
         shared: list[int] = []
-        for block_hash in hashes:
+        most = len(hashes) if max_cached is None else max_cached // self.block_size
+        for block_hash in hashes[:most]:
             block_id = self.prefix.lookup(block_hash)
             if block_id is None:
                 break
             shared.append(block_id)
         missing = hashes[len(shared) :]
-        if missing and missing[0] in self._pending_hashes:
+        if missing and missing[0] in self._pending_hashes and len(shared) < most:
             return Denied.IN_FLIGHT
         num_cached = len(shared) * self.block_size
         table = BlockTable(

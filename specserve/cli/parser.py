@@ -41,6 +41,7 @@ SAMPLING_HELP: Final = {
     "include_stop_str_in_output": "end after the stop text instead of before it",
     "seed": "makes sampling repeatable; not given: a random one",
     "logprobs": "log-probabilities of each token and of the N most likely ones; shown by --json",
+    "prompt_logprobs": "the same for the tokens of the prompt",
     "n": "completions per prompt",
 }
 
@@ -225,7 +226,7 @@ def _add_chat(commands: Commands) -> None:
         metavar="N",
         help="tokens per answer at most; not given: what the context has room for",
     )
-    not_here = frozenset({"max_tokens", "n", "logprobs"})
+    not_here = frozenset({"max_tokens", "n", "logprobs", "prompt_logprobs"})
     add_flags(sampling, SamplingParams, SAMPLING_HELP, skip=not_here)
 
 

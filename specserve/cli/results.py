@@ -20,14 +20,17 @@ _SPECULATION: Final = (
 def json_lines(index: int, generation: Generation) -> list[str]:
     """The JSON objects of prompt number `index`, one per completion.
 
-    `sample` is there if the prompt has several completions, `logprobs` if they were requested, and
-    `error` if the completion failed or was aborted.
+    `sample` is there if the prompt has several completions, `logprobs` and `prompt_logprobs` if
+    they were requested (these in the first object of a prompt), and `error` if the completion
+    failed or was aborted.
     """
     several = len(generation.completions) > 1
     results = [
         _result(index, sample if several else None, len(generation.prompt_ids), completion)
         for sample, completion in enumerate(generation.completions)
     ]
+    if generation.prompt_logprobs is not None:
+        results[0]["prompt_logprobs"] = generation.prompt_logprobs
     return [msgspec.json.encode(result).decode() for result in results]
 
 

@@ -50,6 +50,16 @@ class _Logprobs(Struct, frozen=True):
     top_logprobs: tuple[dict[str, float] | None, ...] | None = None
 
 
+class _PromptLogprob(Struct, frozen=True):
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+# Per token of the prompt, by token id, the token itself first.
+_PromptLogprobs = tuple[dict[str, _PromptLogprob] | None, ...]
+
+
 class _Message(Struct, frozen=True):
     content: str | None = None
 
@@ -65,6 +75,7 @@ class _Choice(Struct, frozen=True):
     drafter_ids: tuple[int, ...] | None = None
     logprobs: _Logprobs | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: _PromptLogprobs | None = None  # of a completion
 
 
 class Answer(Struct, frozen=True):
@@ -76,6 +87,7 @@ class Answer(Struct, frozen=True):
     usage: _Usage | None = None
     metrics: Stats | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: _PromptLogprobs | None = None  # of a chat
     error: ErrorDetail | None = None
 
 
@@ -102,6 +114,7 @@ class Collector:
     def __init__(self) -> None:
         self._id = self._model = ""
         self._prompt_ids: tuple[int, ...] = ()
+        self._prompt_logprobs: _PromptLogprobs = ()
         self._choices: dict[int, list[Delta]] = {}
         self._usage: Usage | None = None
         self._stats: Stats | None = None
@@ -111,11 +124,13 @@ class Collector:
         self._id = self._id or answer.id
         self._model = self._model or answer.model
         self._prompt_ids = self._prompt_ids or answer.prompt_token_ids or ()
+        self._prompt_logprobs = self._prompt_logprobs or answer.prompt_logprobs or ()
         self._usage = self._usage if answer.usage is None else _usage(answer.usage)
         self._stats = answer.metrics or self._stats
         deltas = []
         for choice in answer.choices:
             self._prompt_ids = self._prompt_ids or choice.prompt_token_ids or ()
+            self._prompt_logprobs = self._prompt_logprobs or choice.prompt_logprobs or ()
             delta = _delta(choice)
             self._choices.setdefault(choice.index, []).append(delta)
             if delta != Delta(index=choice.index):
@@ -133,6 +148,7 @@ class Collector:
             model=self._model,
             choices=tuple(_join(index, self._choices[index]) for index in sorted(self._choices)),
             prompt_ids=self._prompt_ids,
+            prompt_logprobs=tuple(map(_prompt_logprob, self._prompt_logprobs)),
             usage=self._usage or Usage(),
             stats=self._stats or Stats(),
         )
@@ -181,6 +197,15 @@ def _logprobs(wire: _Logprobs) -> tuple[TokenLogprob, ...]:
         TokenLogprob(token, logprob, tuple(TopLogprob(*pair) for pair in (top or {}).items()))
         for token, logprob, top in zip(wire.tokens, wire.token_logprobs, tops, strict=False)
     )
+
+
+def _prompt_logprob(wire: dict[str, _PromptLogprob] | None) -> TokenLogprob | None:
+    if not wire:
+        return None
+    first, ranked = next(iter(wire.values())), [each for each in wire.values() if each.rank]
+    ranked.sort(key=lambda each: each.rank or 0)
+    top = tuple(TopLogprob(each.decoded_token or "", each.logprob) for each in ranked)
+    return TokenLogprob(first.decoded_token or "", first.logprob, top)
 
 
 def _raw(wire: tuple[Byte, ...] | None) -> bytes | None:

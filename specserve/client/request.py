@@ -27,10 +27,11 @@ class Options(TypedDict, total=False):
     """Keyword arguments of all generation calls. Missing or None: the default of the server.
 
     The sampling options are those of `specserve.SamplingParams`. `logprobs` is the number of
-    alternatives per token. `prediction` is text expected in the answer; it affects only the speed.
-    Cached prefixes are shared only between requests with the same `cache_salt`. `priority` compares
-    requests of one API key; higher runs first. `timeout` (seconds) replaces that of the client,
-    `request_id` identifies the request in the server's log, and `extra` holds other JSON fields.
+    alternatives per token, `prompt_logprobs` the same for the prompt. `prediction` is text expected
+    in the answer; it affects only the speed. Cached prefixes are shared only between requests with
+    the same `cache_salt`. `priority` compares requests of one API key; higher runs first. `timeout`
+    (seconds) replaces that of the client, `request_id` identifies the request in the server's log,
+    and `extra` holds other JSON fields.
     """
 
     model: str | None
@@ -52,6 +53,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     n: int | None
     logprobs: int | None
+    prompt_logprobs: int | None
     speculation: SpeculationOptions | Mapping[str, Any] | None
     prediction: str | None
     cache_salt: str | None

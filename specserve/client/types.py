@@ -85,6 +85,8 @@ class Completion(Struct, frozen=True):
     model: str
     choices: tuple[Choice, ...]
     prompt_ids: tuple[int, ...] = ()
+    # One per prompt token, None for the first; empty if they were not requested.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     usage: Usage = Usage()
     stats: Stats = Stats()
 

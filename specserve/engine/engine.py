@@ -18,7 +18,7 @@ from specserve.sequence import SequenceView
 from specserve.speculation.compose import ComposedDrafter
 from specserve.speculation.controller import SpeculationController
 from specserve.speculation.drafter import Feedback
-from specserve.step import FinishInfo, Results, StepPlan
+from specserve.step import Results, Scores, StepPlan
 from specserve.tree import Trees
 from specserve.types import Request, StepOutput
 
@@ -31,7 +31,7 @@ class Engine:
         config, costs = parts.config, parts.cost_model if parts.cost_model.is_measured else None
         self.parts, self.limits = parts, parts.limits
         self.platform, self.shape = parts.platform, parts.model.shape
-        self.runner, self.verifier = parts.runner, parts.verifier
+        self.runner, self.verifier, self.scorer = parts.runner, parts.verifier, parts.scorer
         self.kv = parts.new_kv_manager()
         self.controller = SpeculationController(config.draft.max_nodes, costs)
         self.drafter = ComposedDrafter(parts.drafters, self.shape.vocab_size, self.controller)
@@ -62,10 +62,10 @@ class Engine:
         if plan.entries:
             trees = self._propose(plan)
             plan, out, failed = self._forward(plan, trees)
-            results = self._verify(plan, trees, out)
+            results, scores = self._verify(plan, trees, out)
             self._commit_kv(plan, results)
             self._observe(plan, trees, results, out)
-            outputs += failed + self._commit_tokens(plan, trees, results)
+            outputs += failed + self._commit_tokens(plan, trees, results, scores)
         self._forget_finished(outputs)
         return outputs
 
@@ -110,17 +110,14 @@ class Engine:
             wanted = self.drafter.wants_aux_hidden_states(seqs)
             self.runner.aux_layers = self.parts.aux_layers if wanted else ()
         entries, out, errors = self.runner.forward_isolated(plan.entries, trees)
-        failed = [
-            self.scheduler.finish(seq_id, FinishInfo("error"), error)
-            for seq_id, error in errors.items()
-        ]
-        return StepPlan(entries), out, failed
+        return StepPlan(entries), out, self.scheduler.fail(errors)
 
     @timed("sample")
-    def _verify(self, plan: StepPlan, trees: Trees, out: ModelOutput) -> Results:
+    def _verify(self, plan: StepPlan, trees: Trees, out: ModelOutput) -> tuple[Results, Scores]:
         results = self.verifier(plan.decoding, [trees[each.seq.id] for each in plan.decoding], out)
-        self.scheduler.tenants.record_draws(self.verifier.draws)
-        return {each.seq.id: result for each, result in zip(plan.decoding, results, strict=True)}
+        scores = self.scorer(plan.entries, out)
+        self.scheduler.tenants.record_draws(self.verifier.draws, self.scorer.seconds)
+        return dict(zip([each.seq.id for each in plan.decoding], results, strict=True)), scores
 
     @timed("commit")
     def _commit_kv(self, plan: StepPlan, results: Results) -> None:
@@ -137,9 +134,11 @@ class Engine:
             self._observer(feedback)
 
     @timed("commit")
-    def _commit_tokens(self, plan: StepPlan, trees: Trees, results: Results) -> list[StepOutput]:
+    def _commit_tokens(
+        self, plan: StepPlan, trees: Trees, results: Results, scores: Scores
+    ) -> list[StepOutput]:
         self.times.num_steps += 1
-        return self.scheduler.commit(plan, trees, results)
+        return self.scheduler.commit(plan, trees, results, scores)
 
     def _forget_finished(self, outputs: Sequence[StepOutput]) -> None:
         for seq_id in self._inbox.forget(outputs):

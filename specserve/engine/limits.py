@@ -39,10 +39,13 @@ class Limits(Struct, frozen=True):
                     f"{name[:80]!r} does not run here; use one of {', '.join(self.drafters)}",
                 )
 
-    def check_prompt_len(self, num_prompt: int) -> None:
-        """Raise RequestError if a prompt of this many tokens fills the context."""
+    def check_prompt_len(self, num_prompt: int, *, generates: bool = True) -> None:
+        """Raise RequestError if a prompt of this many tokens does not fit the context.
+
+        `generates`: whether there must be room for one more token.
+        """
         context = self.max_model_len
-        if num_prompt >= context:
+        if num_prompt + generates > context:
             more = self.max_position_embeddings > context
             hint = f" or raise max_model_len (the model allows {self.max_position_embeddings})"
             reason = f"{num_prompt} tokens leave no room in the context of {context}; shorten it"
@@ -56,7 +59,7 @@ class Limits(Struct, frozen=True):
 
     def _check_room(self, num_prompt: int, max_tokens: int) -> None:
         context, slots = self.max_model_len, self.num_kv_slots
-        self.check_prompt_len(num_prompt)
+        self.check_prompt_len(num_prompt, generates=max_tokens > 0)
         size = f"{num_prompt} prompt tokens and {max_tokens} new ones exceed"
         if num_prompt + max_tokens > context:
             reason = f"the context of {context}; ask for at most {context - num_prompt}"

@@ -25,6 +25,7 @@ from specserve.speculation.drafter import DraftContext, Drafter, TargetLayers
 from specserve.speculation.failures import loading
 from specserve.speculation.registry import create_drafters
 from specserve.text import Tokenizer
+from specserve.verify.prompt_scorer import PromptScorer
 from specserve.verify.verifier import Verifier
 
 
@@ -37,6 +38,7 @@ class EngineParts:
     model: Model
     runner: Runner
     verifier: Verifier
+    scorer: PromptScorer
     drafters: Mapping[str, Drafter]
     aux_layers: tuple[int, ...]  # layers of the target whose hidden states the drafters want
     cost_model: CostModel  # not measured yet
@@ -97,7 +99,9 @@ def load_parts(
     sampler, ends = Sampler(platform.kernels, platform.device), end_tokens(model.shape, tokenizer)
     verifier = Verifier(sampler, ends, model.shape.vocab_size, tokenizer)
     parts = EngineParts(
-        *(config, platform, model, runner, verifier, drafters, aux_layers, CostModel(), limits)
+        *(config, platform, model, runner, verifier, PromptScorer(model), drafters, aux_layers),
+        CostModel(),
+        limits,
     )
     on_stage("loading the drafters")
     _bind_drafters(parts, kv_specs)

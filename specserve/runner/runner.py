@@ -29,17 +29,29 @@ class Runner:
     def forward(self, entries: Sequence[Entry], trees: dict[str, DraftTree]) -> ModelOutput:
         """Run the prompt chunks and the trees (by sequence id) of `entries` in one forward pass.
 
-        Returns one logits row per tree node, in entry order, and one row of auxiliary hidden
-        states per token of the pass, without padding.
+        Returns one logits row per tree node, in entry order, one row of auxiliary hidden states per
+        token of the pass, without padding, and the rows of prompt tokens to be scored.
         """
         rows = list(plan_segments(entries, trees))
         batch = build_batch(rows, self.block_size, self.model.row_multiple, self.device)
-        out = self.model(batch, self.storage, aux_layers=self.aux_layers, num_top=self.num_top)
+        scored, layers = _scored_rows(entries, trees), self.aux_layers
+        last = self.model.shape.num_layers
+        if scored and last not in layers:
+            layers = (*layers, last)
+        out = self.model(batch, self.storage, aux_layers=layers, num_top=self.num_top)
         self.storage.allocate_ahead(batch.slots)
-        num_rows = batch.segments.cu_rows[-1]
-        if out.aux_hidden_states is None or len(out.aux_hidden_states) == num_rows:
+        states, num_rows = out.aux_hidden_states, batch.segments.cu_rows[-1]
+        if states is None or (not scored and len(states) == num_rows):
             return out
-        return replace(out, aux_hidden_states=out.aux_hidden_states[:num_rows])
+        if not scored:
+            return replace(out, aux_hidden_states=states[:num_rows])
+        by_layer = states[:num_rows].reshape(num_rows, len(layers), -1)
+        kept = by_layer[:, : len(self.aux_layers)].flatten(1).contiguous()
+        return replace(
+            out,
+            aux_hidden_states=kept if self.aux_layers else None,
+            scored_states=by_layer[scored, layers.index(last)],
+        )
 
     def move_kv(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy K and V of all layers from slot to slot; `moves` are (source, destination)."""
@@ -70,3 +82,13 @@ class Runner:
                 reason = f"{type(error).__name__}: {error}"
                 errors[entry.seq.id] = f"the model failed on this request: {reason}"
         return tuple(survivors), joined(outputs), errors
+
+
+def _scored_rows(entries: Sequence[Entry], trees: dict[str, DraftTree]) -> list[int]:
+    """The rows of a forward pass that `Entry.scored_rows` of its entries name."""
+    scored: list[int] = []
+    first = 0
+    for entry in entries:
+        scored += [first + row for row in entry.scored_rows]
+        first += entry.num_prefill + (len(trees[entry.seq.id]) if entry.num_nodes else 0)
+    return scored

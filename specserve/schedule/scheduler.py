@@ -6,7 +6,8 @@ recomputed, with identical bits. `tenants` divides the resources between tenants
 """
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from specserve.cache.manager import Denied, KVCacheManager
 from specserve.cache.prefix import prefix_hashes
@@ -16,9 +17,11 @@ from specserve.schedule.tenants import Tenants
 from specserve.sequence import SequenceState, SpecCounts, Status
 from specserve.speculation.controller import SpeculationController
 from specserve.speculation.cost_model import CostModel
-from specserve.step import Entry, FinishInfo, StepPlan, VerifyResult
+from specserve.step import Entry, FinishInfo, Scores, StepPlan, VerifyResult
 from specserve.tree import DraftTree
-from specserve.types import Request, StepOutput
+from specserve.types import PromptLogprobs, Request, StepOutput
+
+_NO_TREE: Final = VerifyResult((), (), (), 0)  # of an entry whose prompt goes on
 
 
 class Scheduler:
@@ -92,6 +95,10 @@ class Scheduler:
             stats=seq.counts.freeze(),
         )
 
+    def fail(self, errors: Mapping[str, str]) -> list[StepOutput]:
+        """End requests with an error, and return their last outputs. `errors`: by sequence id."""
+        return [self.finish(seq_id, FinishInfo("error"), error) for seq_id, error in errors.items()]
+
     def expire(self, now: float) -> list[StepOutput]:
         """Abort the requests whose deadline is before `now` (`time.monotonic()` seconds)."""
         late = [
@@ -139,16 +146,25 @@ class Scheduler:
         return moves
 
     def commit(
-        self, plan: StepPlan, trees: dict[str, DraftTree], results: dict[str, VerifyResult]
+        self,
+        plan: StepPlan,
+        trees: dict[str, DraftTree],
+        results: dict[str, VerifyResult],
+        scores: Scores,
     ) -> list[StepOutput]:
         """Append the emitted tokens, publish full blocks and finish completed requests.
 
-        `trees` and `results` are by sequence id. Returns one output per entry with a tree.
+        `trees` is by sequence id. Returns one output per entry with a tree or with scores.
         """
         outputs = []
         for entry in plan.entries:
-            seq, result = entry.seq, results.get(entry.seq.id)
-            if result is not None:
+            seq, result, scored = entry.seq, results.get(entry.seq.id), scores.get(entry.seq.id, ())
+            if isinstance(scored, str):
+                outputs += self.fail({seq.id: scored})
+                continue
+            seq.num_scored += len(scored)
+            self.tenants.charge(seq.request.tenant, len(scored))
+            if result is not None and seq.request.sampling.max_tokens:
                 seq.tokens.extend(result.emitted)
                 self.tenants.charge(seq.request.tenant, len(result.emitted))
                 tree = trees[seq.id]
@@ -156,11 +172,13 @@ class Scheduler:
                 for counts in (seq.counts, self.counts):
                     counts.record(len(tree) - 1, depth, result.num_accepted, len(result.emitted))
             self._kv.publish(seq.table, seq.tokens, seq.request.cache_salt)
-            if result is not None:
-                outputs.append(self._output(seq, result))
+            if result is not None or scored:
+                outputs.append(self._output(seq, result or _NO_TREE, scored))
         return outputs
 
-    def _output(self, seq: SequenceState, result: VerifyResult) -> StepOutput:
+    def _output(
+        self, seq: SequenceState, result: VerifyResult, scored: PromptLogprobs
+    ) -> StepOutput:
         info = FinishInfo("error") if result.error is not None else result.finish
         last = None if info is None else self.finish(seq.id, info, result.error)
         return StepOutput(
@@ -168,6 +186,7 @@ class Scheduler:
             ids=result.emitted,
             drafter_ids=result.drafter_ids,
             logprobs=result.logprobs,
+            prompt_logprobs=scored,
             finish=None if last is None else last.finish,
             stop_reason=None if last is None else last.stop_reason,
             error=result.error,
@@ -292,6 +311,7 @@ class Scheduler:
             seq.prefix_hashes,
             tenant=seq.request.tenant,
             spare_blocks=len(self.running),
+            max_cached=seq.num_cacheable,
         )
         if isinstance(admitted, Denied):
             return admitted

@@ -44,6 +44,7 @@ class _Tenant:
     running: list[SequenceState] = field(default_factory=list)
     credit: float = math.inf  # seconds that it may add to passes shared with others
     draw_seconds: float = 0.0  # to draw the tokens of one sequence in a pass, on average
+    score_seconds: float = 0.0  # of a prompt row, to compute logprobs of the prompt, on average
     shares_pass: bool = False  # whether the pass being planned has rows of other tenants
     gives_way: bool = False  # whether the pass being planned leaves out its prompts, see `give_way`
     # Cost of that pass by number of rows that this tenant adds.
@@ -159,6 +160,8 @@ class Tenants:
         prompts = [seq for seq in running if seq.num_pending > 1]  # they add most of the rows
         longest = self._cost(_LONE_TENANT_ROWS, _LONE_TENANT_ROWS, 0.0)[0]
         seconds = self._cost(1, _LONE_TENANT_ROWS, _mean_context(prompts or running))
+        score_seconds = self._all[tenant].score_seconds
+        seconds = [cost + rows * score_seconds for rows, cost in enumerate(seconds)]
         least = len(running) - len(prompts) + _CHUNK
         return min(self._max_rows, max(least, bisect_right(seconds, longest)))
 
@@ -237,7 +240,8 @@ class Tenants:
             its = self._all[tenant]
             rows = 0 if its.gives_way else wanted
             if its.shares_pass and rows:
-                rows = self._affordable(its, num_roots, min(wanted, _LARGEST_CHUNK), its.running)
+                most = min(wanted, _LARGEST_CHUNK)
+                rows = self._affordable(its, num_roots, most, its.running, its.score_seconds)
                 if rows < wanted and num_roots + rows < self._max_rows:
                     rows = rows // _CHUNK * _CHUNK
             allowances[tenant] = rows
@@ -249,16 +253,16 @@ class Tenants:
         beside: int,
         wanted: int,
         seqs: list[SequenceState],
-        draw_seconds: float = 0.0,
+        row_seconds: float = 0.0,
     ) -> int:
         """How many of the `wanted` rows the credit pays for, in a pass with `beside` other rows.
 
-        `draw_seconds`: the time to draw the tokens of one row. Stores the cost of the pass with
-        0 .. `wanted` of these rows in `pass_seconds_by_rows`.
+        `row_seconds`: what a row takes after the pass, to draw its token or to score it. Stores the
+        cost of the pass with 0 .. `wanted` of these rows in `pass_seconds_by_rows`.
         """
         first = max(beside, 1)
         seconds = self._cost(first, first + wanted, _mean_context(seqs))
-        seconds = [cost + rows * draw_seconds for rows, cost in enumerate(seconds)]
+        seconds = [cost + rows * row_seconds for rows, cost in enumerate(seconds)]
         its.pass_seconds_by_rows = seconds
         return bisect_right(seconds, seconds[0] + its.credit) - 1
 
@@ -269,24 +273,32 @@ class Tenants:
             seconds = its.pass_seconds_by_rows
             its.credit = max(0.0, its.credit - (seconds[rows] - seconds[0]))
 
-    def record_draws(self, draws: Mapping[str, tuple[float, int]]) -> None:
-        """Learn from the latest pass: by tenant, the seconds of its draws, and its sequences."""
+    def record_draws(
+        self, draws: Mapping[str, tuple[float, int]], scores: Mapping[str, tuple[float, int]]
+    ) -> None:
+        """Learn from the latest pass, by tenant: `draws` are the seconds of its draws and its
+        sequences, `scores` the seconds in which prompt rows were scored and its prompt rows."""
         if self._costs is None:  # credits are not in seconds
             return
         for tenant, (seconds, num_seqs) in draws.items():
             its = self._all[tenant]
             its.draw_seconds += (seconds / num_seqs - its.draw_seconds) / _DRAW_MEMORY
+        for tenant, (seconds, num_rows) in scores.items():
+            its = self._all[tenant]
+            its.score_seconds += (seconds / num_rows - its.score_seconds) / _DRAW_MEMORY
 
     def _add_credit(self, its: _Tenant, num_rows: int, context: float) -> float:
         """Add to the credit the seconds of a pass with `num_rows` rows of another tenant.
 
         `context`: mean context length of those rows, in tokens. The credit is capped at the cost of
         one pass of the largest size, or of a chunk of `_CHUNK` rows if its own contexts make that
-        more expensive, and one sequence to draw for. Returns the seconds added.
+        more expensive, and of one sequence to draw for or one chunk to score. Returns the seconds
+        added.
         """
         largest = min(self._max_rows, _LARGEST_CHUNK)
         chunk = self._cost(_CHUNK + 1, _CHUNK + 1, _mean_context(its.running))
-        most = max(self._cost(largest, largest, 0.0)[0], chunk[0]) + its.draw_seconds
+        extra = max(its.draw_seconds, _CHUNK * its.score_seconds)
+        most = max(self._cost(largest, largest, 0.0)[0], chunk[0]) + extra
         earned = self._cost(num_rows, num_rows, context)[0]
         if len(its.running) > min(len(self._all[tenant].running) for tenant in self.present):
             earned *= _HEAVY_TENANT_FACTOR

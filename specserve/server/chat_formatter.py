@@ -1,7 +1,7 @@
 """Wire format of `/v1/chat/completions`: text deltas to stream chunks or to one response."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 from msgspec import UNSET, structs
@@ -19,6 +19,7 @@ from specserve.server.protocol.chat import (
     TokenLogprob,
     TopLogprob,
 )
+from specserve.server.protocol.prompt_logprobs import PromptEntry, prompt_entries
 from specserve.server.protocol.usage import Metrics, Usage
 from specserve.text.text_delta import TextDelta
 from specserve.text.token_bytes import TokenBytes
@@ -30,13 +31,15 @@ class ChatFormatter:
     """Formats the answer to one request.
 
     A stream has `first_chunks`, then chunks with one `chunk_choice` per text delta. The single
-    response is made of a `choice` per sequence, from all its text deltas and their `logprobs`.
+    response is made of a `choice` per sequence, from all its text deltas and their `logprobs`,
+    which is called once per delta, in order.
     """
 
     answer: ChatChunk  # without choices
     request: ChatRequest
     prompt: tuple[int, ...]  # token ids
     token_bytes: TokenBytes
+    prompt_entries: list[PromptEntry] = field(default_factory=list)  # added by `logprobs`
 
     def first_chunks(self) -> list[ChatChunk]:
         """The role of every choice, before its first delta."""
@@ -51,6 +54,9 @@ class ChatFormatter:
 
     def logprobs(self, delta: TextDelta) -> ChatLogprobs:
         """Their entries are encoded here: all of a response at once would block the event loop."""
+        num_top, scores = self.request.prompt_logprobs, delta.tokens.prompt_logprobs
+        if num_top is not None and delta.choice == 0:  # they are the same for all choices
+            self.prompt_entries.extend(prompt_entries(scores, num_top, self.token_bytes))
         return ChatLogprobs(tuple(encoded(self._token_logprob(each)) for each in delta.logprobs))
 
     def chunk_choice(self, delta: TextDelta) -> ChatChunkChoice:
@@ -90,6 +96,7 @@ class ChatFormatter:
             usage=usage,
             metrics=metrics,
             prompt_token_ids=self.prompt if self.request.return_token_ids else UNSET,
+            prompt_logprobs=tuple(self.prompt_entries) if self.prompt_entries else UNSET,
         )
 
     def _token_logprob(self, entry: TokenLogprobs) -> TokenLogprob:

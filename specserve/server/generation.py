@@ -4,9 +4,11 @@ It uses admission and the engine; it does not know HTTP or the wire format. Clos
 `GenerationRun.text_deltas` ends the request and releases its slots.
 """
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 
 from msgspec import UNSET, UnsetType, structs
 
@@ -24,6 +26,20 @@ from specserve.server.protocol.usage import (
 from specserve.server.service import Service
 from specserve.text.text_delta import TextDelta
 from specserve.types import FinishReason, Request, SamplingParams, SpecStats
+
+
+@dataclass(slots=True)
+class _PromptScores:
+    """The logprobs of one prompt, which its first sample brings, for the other samples."""
+
+    deltas: list[TextDelta] = field(default_factory=list)
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def record(self, delta: TextDelta) -> None:
+        if delta.tokens.prompt_logprobs:
+            self.deltas.append(delta)
+        else:
+            self.complete.set()
 
 
 class GenerationRun:
@@ -44,6 +60,7 @@ class GenerationRun:
         self._prediction = request.speculation.prediction
         self._num_prompt = sum(len(each.prompt_ids) for each in requests)
         self._suffix = secrets.token_hex(4)  # makes ids unique: clients choose request ids
+        self._scores = [_PromptScores() for _ in requests]
         self._stats: list[SpecStats] = []
         self._predictions: dict[int, PredictionUsage] = {}  # by choice
         self._max_nodes = min(request.speculation.max_nodes or 64, service.engine_info().max_nodes)
@@ -92,16 +109,22 @@ class GenerationRun:
         request = structs.replace(
             self._requests[prompt], id=f"{self.id}-{self._suffix}-{choice}", sampling=sampling
         )
+        scores = self._scores[prompt]
         # The engine enforces the deadline too, but not for the wait in the queue.
-        async with (
-            self._deadline.enforced(),
-            self._service.admission.slot(self._key, len(request.prompt_ids), request.priority),
-        ):
-            self._timer.scheduled()
-            async with aclosing(self._service.engine.stream(request, choice)) as deltas:
-                async for delta in deltas:
-                    self._record(prompt, delta)
-                    yield delta
+        async with self._deadline.enforced():
+            if sampling.prompt_logprobs != self._requests[prompt].sampling.prompt_logprobs:
+                await scores.complete.wait()  # the first sample of the prompt computes them
+                for delta in scores.deltas:
+                    yield replace(delta, choice=choice)
+            async with self._service.admission.slot(
+                self._key, len(request.prompt_ids), request.priority
+            ):
+                self._timer.scheduled()
+                async with aclosing(self._service.engine.stream(request, choice)) as deltas:
+                    async for delta in deltas:
+                        scores.record(delta)
+                        self._record(prompt, delta)
+                        yield delta
 
     def _record(self, prompt: int, delta: TextDelta) -> None:
         tokens, choice = delta.tokens, delta.choice
@@ -109,13 +132,13 @@ class GenerationRun:
         if tokens.stats is not None:
             self._stats.append(tokens.stats)
             self._service.key_totals[self._key].add(tokens.stats)
+        self._service.admission.charge(self._key, len(tokens.ids) + len(tokens.prompt_logprobs))
         if not tokens.ids:
             return
         if prediction := self._prediction:
             predicted = self._predictions.setdefault(choice, PredictionUsage(prediction))
             predicted.feed(tokens.ids, tokens.drafter_ids)
         self._timer.tokens(len(tokens.ids), choice)
-        self._service.admission.charge(self._key, len(tokens.ids))
 
     def usage(self) -> Usage:
         num_tokens = self._timer.num_tokens

@@ -33,7 +33,6 @@ UNSUPPORTED: Final = {
     "verbosity": "this model has no such setting; leave it out",
     "web_search_options": "nothing is ever fetched; leave it out",
     "logits_processors": "requests cannot bring code; leave it out",
-    "prompt_logprobs": "logprobs of the prompt are not supported; leave it out",
     "use_beam_search": "beam search is not supported; leave it out",
 }
 # Values of unsupported fields that are accepted because they ask for the default behaviour.

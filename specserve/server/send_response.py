@@ -42,6 +42,8 @@ async def _single_response(generation: GenerationRun, formatter: ResponseFormatt
         async for delta in arriving:
             logprobs[delta.choice].append(formatter.logprobs(delta))
             deltas[delta.choice].append(delta.without_logprobs())
+            if delta.tokens.prompt_logprobs:  # all those of a prompt chunk arrive at once
+                await asyncio.sleep(0)
     choices: list[Any] = []
     for index in range(generation.num_choices):
         choices.append(encoded(formatter.choice(deltas.pop(index), logprobs.pop(index))))
@@ -103,7 +105,8 @@ async def _chunks(
             started = True
             tokens = delta.tokens
             num_unfinished -= tokens.finish is not None
-            if delta.text or tokens.finish or delta.logprobs or (shows_tokens and tokens.ids):
+            logprobs = delta.logprobs or tokens.prompt_logprobs
+            if delta.text or tokens.finish or logprobs or (shows_tokens and tokens.ids):
                 last = num_unfinished == 0 and not options.include_usage
                 more = {"metrics": generation.metrics()} if last else {}
                 choices = (formatter.chunk_choice(delta),)

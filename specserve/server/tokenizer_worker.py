@@ -47,7 +47,7 @@ def read_completion(tokenizer: Tokenizer, body: bytes, limits: Limits) -> bytes:
     request.check()
     prompts = [prompt for prompt in request.prompts() if isinstance(prompt, tuple)]
     for prompt in prompts:  # here, because the event loop should not decode what it must refuse
-        limits.check_prompt_len(len(prompt))
+        limits.check_prompt_len(len(prompt), generates=request.max_tokens != 0)
     _check_count("prompt", sum(map(len, prompts)))
     return msgspec.msgpack.encode(request)
 

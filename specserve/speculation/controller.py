@@ -240,5 +240,5 @@ def _useful_nodes(seq: SequenceState) -> int:
     wanted = seq.request.speculation
     if not wanted.enabled:
         return 0
-    remaining = seq.request.sampling.max_tokens - seq.num_output - 1
+    remaining = max(0, seq.request.sampling.max_tokens - seq.num_output - 1)
     return remaining if wanted.max_nodes is None else min(remaining, wanted.max_nodes - 1)

@@ -13,7 +13,8 @@ class TextDelta:
 
     `choice` is the index of the sequence among those of the same request. `logprobs` are those of
     the tokens whose start in the text is final, and `offsets` are these starts, in characters of
-    the choice's text. Both may lag behind `tokens`.
+    the choice's text. Both may lag behind `tokens`. Logprobs of the prompt are in `tokens`, in
+    deltas of their own before the first text.
     """
 
     choice: int
@@ -24,5 +25,5 @@ class TextDelta:
 
     def without_logprobs(self) -> "TextDelta":
         """The same, without `logprobs`, `offsets` and the logprobs of `tokens`."""
-        tokens = msgspec.structs.replace(self.tokens, logprobs=())
+        tokens = msgspec.structs.replace(self.tokens, logprobs=(), prompt_logprobs=())
         return replace(self, tokens=tokens, logprobs=(), offsets=())

@@ -18,13 +18,13 @@ from torch import Tensor
 from specserve.batch import ModelOutput
 from specserve.sampling import Row, Sampler, SamplingState, token_logprobs
 from specserve.sequence import SequenceState
-from specserve.step import Entry, VerifyResult
+from specserve.step import Entry, FinishInfo, VerifyResult
 from specserve.text import Tokenizer
 from specserve.tree import DraftTree
 from specserve.verify.stopping import StopRule
 from specserve.verify.walk import Walk
 
-_NOT_NUMBERS: Final = "the model produced logits that are not numbers"
+NOT_NUMBERS: Final = "the model produced logits that are not numbers"
 
 
 @dataclass(eq=False)
@@ -65,6 +65,9 @@ class Verifier:
         states = [self.state(entry.seq) for entry in entries]
         seconds = dict.fromkeys((entry.seq.request.tenant for entry in entries), 0.0)
         walks = [Walk(tree) for tree in trees]
+        for walk, entry in zip(walks, entries, strict=True):
+            if entry.seq.request.sampling.max_tokens == 0:
+                walk.end(FinishInfo("length"))
         first_rows = list(accumulate((len(tree) for tree in trees), initial=0))
         if out.topk is not None:
             best = out.topk.cpu().numpy()[:, 0].tolist()
@@ -72,7 +75,7 @@ class Verifier:
                 started = time.perf_counter()
                 while state.plain_greedy and walk.node is not None:
                     at = first + walk.node
-                    drawn = best[at] if best[at] >= 0 else _NOT_NUMBERS
+                    drawn = best[at] if best[at] >= 0 else NOT_NUMBERS
                     self._emit(walk, entry.seq, drawn, out.logits, at)
                 seconds[entry.seq.request.tenant] += time.perf_counter() - started
         num_seqs = Counter(entry.seq.request.tenant for entry in entries)
@@ -110,7 +113,7 @@ class Verifier:
             if len(rows) == 1:
                 return [f"sampling failed: {type(error).__name__}: {error}"]
             return [self._draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(len(rows))]
-        return [token if ok else _NOT_NUMBERS for token, ok in zip(tokens, finite, strict=True)]
+        return [token if ok else NOT_NUMBERS for token, ok in zip(tokens, finite, strict=True)]
 
     def _emit(
         self, walk: Walk, seq: SequenceState, drawn: int | str, logits: Tensor, row: int
@@ -121,5 +124,5 @@ class Verifier:
             return
         num_top = seq.request.sampling.logprobs
         if num_top is not None:
-            walk.logprobs.append(token_logprobs(logits[row], drawn, num_top))
+            walk.logprobs += token_logprobs(logits[row : row + 1], [drawn], num_top)
         walk.emit(drawn, self._stops[seq.id].feed(drawn))

@@ -38,6 +38,11 @@ class Walk:
             self.node = child
             self.path.append(child)
 
+    def end(self, finish: FinishInfo) -> None:
+        """End the walk, and the request, without a draw."""
+        self.finish = finish
+        self.node = None
+
     def fail(self, error: str) -> None:
         """End the walk with an error. Other requests are not affected."""
         self.error = error

@@ -130,6 +130,27 @@ def test_echo_and_answer_are_the_text_of_all_tokens(
 
 
 @pytest.mark.parametrize("skip", [True, False])
+def test_logprobs_of_an_echoed_prompt(server: LiveServer, tokenizer: Tokenizer, skip: bool) -> None:
+    """They come before those of the answer, and point into the whole text."""
+    names = TokenBytes(tokenizer)
+    for seed in SEEDS:
+        body = sampled(tokenizer, seed, skip_special_tokens=skip)
+        answer = choice_of(server, body)
+        ids = [*body["prompt"], *answer["token_ids"]]
+        at = len(body["prompt"]) + 20
+        body |= {"prompt": ids[:at], "max_tokens": len(ids) - at, "echo": True}
+        whole = choice_of(server, body)
+        for other in (choice_of(server, body | OFF), streamed(server, body)):
+            assert {**whole, **other} == whole
+        assert whole["logprobs"]["tokens"] == [names.text(index) for index in ids]
+        assert_pointed_at(whole, ids, tokenizer, skip)
+        for name in ("token_logprobs", "top_logprobs"):
+            before, after = whole["logprobs"][name], answer["logprobs"][name]
+            assert before[0] is None
+            assert before[len(ids) - len(after) :] == after
+
+
+@pytest.mark.parametrize("skip", [True, False])
 def test_stop_strings_are_searched_in_the_visible_text(
     server: LiveServer, tokenizer: Tokenizer, skip: bool
 ) -> None:

@@ -24,7 +24,7 @@ OBJECT = [True, 5, 1.5, "{}", []]
 LIST = [True, 5, 1.5, "[]", {}]
 WRONG_TYPES: dict[str, list[Any]] = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "min_tokens", "n", "best_of"), INTEGER),
-    **dict.fromkeys(("top_k", "seed", "priority", "top_logprobs"), INTEGER),
+    **dict.fromkeys(("top_k", "seed", "priority", "top_logprobs", "prompt_logprobs"), INTEGER),
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), NUMBER),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "request_timeout"), NUMBER),
     **dict.fromkeys(("ignore_eos", "stream", "include_stop_str_in_output", "echo"), BOOLEAN),
@@ -51,8 +51,9 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "frequency_penalty": [-2.1, 2.1, 1e308],
     "repetition_penalty": [0, -1, 10.1, 1e308],
     "n": [0, -1, 129, 10**6, 2**63, 2**70],
-    "max_tokens": [0, -1, CONTEXT, 2**31, 2**63, 2**70, -(2**70)],
+    "max_tokens": [-1, CONTEXT, 2**31, 2**63, 2**70, -(2**70)],
     "min_tokens": [-1, 3, 2**31, 2**70],
+    "prompt_logprobs": [-1, 21, 10**9, 2**70],
     "seed": [-1, 2**63, 2**64, 2**70, -(2**63) - 1],
     "stop": ["", "x" * 1025, "x" * 10**6, ["a"] * 17, ["a"] * 10**6],
     "stop[0]": [[""], ["x" * 1025], [5], [None], [["a"]], [{}]],
@@ -88,7 +89,7 @@ OF_ONE_ROUTE: dict[str, dict[str, list[Any]]] = {
     },
     CHAT: {
         "top_logprobs": [-2, -1, 21, 10**9, 2**70, 5],  # and 5 without logprobs
-        "max_completion_tokens": [0, -1, 2**70],
+        "max_completion_tokens": [-1, 2**70],
     },
 }
 # Each is fine by itself.
@@ -98,7 +99,8 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     (COMPLETION, "best_of", {"n": 3, "best_of": 2}),
     (COMPLETION, "n", {"prompt": ["a"] * 2, "n": 65}),
     (COMPLETION, "n", {"prompt": ["a"] * 128, "n": 128}),
-    (COMPLETION, "echo", {"echo": True, "logprobs": 0}),
+    (COMPLETION, "prompt_logprobs", {"stream": True, "prompt_logprobs": 0}),
+    (CHAT, "prompt_logprobs", {"stream": True, "prompt_logprobs": 0}),
     (CHAT, "max_tokens", {"max_tokens": 3, "max_completion_tokens": 4}),
     (CHAT, "top_logprobs", {"logprobs": False, "top_logprobs": 0}),
     (CHAT, "stream_options", {"stream": False, "stream_options": {}}),
@@ -111,7 +113,6 @@ LATER_OR_NEVER: dict[str, list[Any]] = {
     "prompt_embeds": [[], ["gASVAAAA"]],
     "suffix": ["x"],
     "logits_processors": [[], ["os.system"]],
-    "prompt_logprobs": [0, 5],
     "use_beam_search": [True],
     "modalities": [["audio"], []],
     "audio": [{"voice": "x"}],

@@ -103,6 +103,7 @@ SAMPLERS: list[dict[str, Any]] = [
     {"stop_token_ids": list(range(0, 256, 5))},
     {"ignore_eos": True, "logit_bias": {str(END_ID): 5}},
     {"logprobs": 20},
+    {"prompt_logprobs": 3},
     {"n": 3},
     {"seed": 2**63 - 1},
     {"max_tokens": 1},

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 import pytest
 
 from specserve.server.chat_formatter import ChatFormatter
-from specserve.server.completion_formatter import CompletionFormatter
+from specserve.server.completion_formatter import CompletionFormatter, Echo
 from specserve.server.generation import GenerationRun
 from specserve.server.protocol.chat import ChatChunk, ChatRequest
 from specserve.server.protocol.completions import Completion, CompletionRequest
@@ -58,7 +58,7 @@ def chat(names: TokenBytes) -> ResponseFormatter:
 def completion(names: TokenBytes) -> ResponseFormatter:
     request = CompletionRequest(prompt="a", n=NUM_CHOICES, logprobs=NUM_TOP)
     answer = Completion(id="i", created=1, model="m", choices=())
-    return CompletionFormatter(answer, request, [(1,)], [""], names)
+    return CompletionFormatter(answer, request, [(1,)], [Echo()], names)
 
 
 MAKERS: Final = [chat, completion]

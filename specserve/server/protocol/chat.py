@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from specserve.server.protocol.fields import Count, GenerationFields, TopLogprobs
+from specserve.server.protocol.prompt_logprobs import PromptEntries
 from specserve.server.protocol.usage import Metrics, Usage
 from specserve.text.chat_messages import MAX_MESSAGES, MAX_NAME
 from specserve.types import FinishReason, RequestError
@@ -49,7 +50,8 @@ class ChatRequest(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fi
 
     @property
     def requested_max_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     @property
     def requested_logprobs(self) -> int | None:
@@ -106,6 +108,7 @@ class ChatCompletion(Struct, frozen=True, kw_only=True):
     usage: Usage
     metrics: Metrics
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptEntries | UnsetType = UNSET
 
 
 class ChatDelta(Struct, frozen=True):

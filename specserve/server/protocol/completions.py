@@ -6,6 +6,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from specserve.server.parse import convert
 from specserve.server.protocol.fields import GenerationFields, TokenId, TopLogprobs
+from specserve.server.protocol.prompt_logprobs import PromptEntries
 from specserve.server.protocol.usage import Metrics, Usage
 from specserve.types import MAX_N, FinishReason, RequestError
 
@@ -32,11 +33,17 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
 
     @property
     def requested_max_tokens(self) -> int | None:
-        return self.max_tokens or DEFAULT_MAX_TOKENS
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def requested_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def requested_prompt_logprobs(self) -> int | None:
+        """What `prompt_logprobs` needs, and `logprobs` with `echo`."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     def check(self) -> None:
         super().check()
@@ -45,8 +52,6 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
             raise RequestError(
                 "best_of", f"{self.best_of} is not n ({n}): all samples are returned; leave it out"
             )
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo", "logprobs of the prompt are not supported; leave one out")
         num_choices = n * len(self.prompts())
         if num_choices > MAX_N:
             raise RequestError(
@@ -79,12 +84,12 @@ class CompletionLogprobs(Struct, frozen=True):
     `top_logprobs` also holds the emitted token, in addition to the N requested if necessary.
     `text_offset` is the position in the choice's text where the token's text begins, or the end of
     the text if a stop string cut the token off. In a stream, an entry is sent once its offset is
-    final.
+    final. With `echo` the entries begin with those of the prompt, the first of which is null.
     """
 
     tokens: tuple[str, ...]
-    token_logprobs: tuple[float, ...]
-    top_logprobs: tuple[dict[str, float], ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...]
     text_offset: tuple[int, ...]
 
 
@@ -96,6 +101,7 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_logprobs: PromptEntries | UnsetType = UNSET
     drafter_ids: tuple[int, ...] | UnsetType = UNSET
 
 

@@ -25,7 +25,7 @@ Name = Annotated[str, Meta(max_length=256)]
 ModelName = Annotated[str, Meta(max_length=MAX_MODEL_NAME)]
 StopText = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Stops = Annotated[list[StopText], Meta(max_length=16)]
-Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
@@ -69,7 +69,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The fields that `/v1/completions` and `/v1/chat/completions` share."""
 
     model: ModelName | None = None
-    max_tokens: Count | None = None
+    max_tokens: Count | None = None  # 0: nothing is generated, the prompt is computed only
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
@@ -88,6 +88,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stream_options: StreamOptions | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: TopLogprobs | None = None  # not in a stream
     return_token_ids: bool | None = None
     return_drafter_ids: bool | None = None
     speculation: SpeculationOptions | None = None
@@ -106,8 +107,14 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Raise `RequestError` for fields that contradict each other, or an empty prediction."""
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "only allowed when stream is true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs", "not allowed when stream is true; leave one out")
         if self.prediction is not None and not self.prediction.text:
             raise RequestError("prediction", "its content is empty; leave the field out instead")
+
+    @property
+    def requested_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
 
     def sampling(self, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """The sampling parameters; fields that were not given have the defaults."""
@@ -119,6 +126,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "stop_token_ids": tuple(self.stop_token_ids or ()),
             "max_tokens": max_tokens,
             "logprobs": logprobs,
+            "prompt_logprobs": self.requested_prompt_logprobs,
         }
         return SamplingParams(**{name: each for name, each in given.items() if each is not None})
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import time
+from typing import Final
 
 from aiohttp import web
 
 from specserve.server.auth import PRINCIPAL
-from specserve.server.completion_formatter import CompletionFormatter
+from specserve.server.completion_formatter import CompletionFormatter, Echo
 from specserve.server.deadline import deadline
 from specserve.server.protocol.completions import Completion, CompletionRequest, Prompts
 from specserve.server.routes.read_request import read_request
@@ -15,6 +16,8 @@ from specserve.server.send_response import send_response
 from specserve.server.service import SERVICE, Service
 from specserve.server.tokenizer_worker import read_completion
 from specserve.text import IncrementalDecoder
+
+_IDS_AT_ONCE: Final = 1024  # token ids decoded before other tasks get their turn
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -37,21 +40,35 @@ async def completions(request: web.Request) -> web.StreamResponse:
         model=service.model_name,
         choices=(),
     )
-    echoes = await _echoes(service, fields, given) if fields.echo else [""] * len(prompts)
+    echoes = await _echoes(service, fields, given, prompts)
     formatter = CompletionFormatter(answer, fields, prompts, echoes, service.token_bytes)
     return await send_response(request, generation, formatter)
 
 
-async def _echoes(service: Service, fields: CompletionRequest, given: Prompts) -> list[str]:
-    """The prompts as text. Token ids are decoded without an incomplete last character, which
-    belongs to the completion."""
+async def _echoes(
+    service: Service, fields: CompletionRequest, given: Prompts, prompts: list[tuple[int, ...]]
+) -> list[Echo]:
+    """What `echo` puts before each answer. `given` are the prompts, `prompts` their token ids.
+
+    A text is returned as it is, but with `logprobs` the text of its tokens, to which their offsets
+    belong. Token ids are decoded without an incomplete last character, which belongs to the
+    completion.
+    """
+    if not fields.echo:
+        return [Echo()] * len(prompts)
     echoes = []
-    for prompt in given:
-        if isinstance(prompt, str):
-            echoes.append(prompt)
+    for text, ids in zip(given, prompts, strict=True):
+        if isinstance(text, str) and fields.logprobs is None:
+            echoes.append(Echo(text))
             continue
         skip_special = fields.skip_special_tokens is not False
         decoder = IncrementalDecoder(service.engine.tokenizer, skip_special=skip_special)
-        echoes.append(decoder.feed(prompt))
-        await asyncio.sleep(0)  # let other tasks run: there may be many long prompts
+        parts, offsets, length = [], [], 0
+        for start in range(0, len(ids), _IDS_AT_ONCE):
+            for index in ids[start : start + _IDS_AT_ONCE]:
+                offsets.append(length + decoder.num_replacements_before(index))
+                parts.append(decoder.feed((index,)))
+                length += len(parts[-1])
+            await asyncio.sleep(0)  # let other tasks run: there may be many long prompts
+        echoes.append(Echo("".join(parts), tuple(min(offset, length) for offset in offsets)))
     return echoes
