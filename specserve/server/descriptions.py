@@ -10,14 +10,22 @@ _TOKEN_NAME: Final = (
     "Unique name of the token: its text; bytes:\\xe4 if that is not a whole character; token_id:7 "
     "if another token has the same text."
 )
+_PROMPT_LOGPROBS: Final = (
+    "Return the log-probability of every token of the prompt, and this many of the most likely "
+    "tokens. The prompt is then not taken from the prefix cache. Not allowed with stream."
+)
+_PROMPT_ENTRIES: Final = (
+    "If requested, one entry per token of the prompt, null for the first: by token id the token "
+    "itself, then the most likely ones."
+)
 _MS: Final = "null if no token was generated."
 
 # By name of the field, or by `Struct.field` where the Structs differ.
 DESCRIPTIONS: Final[Mapping[str, str]] = {
     # Fields of both generation requests.
     "model": f"{_MODEL} Default: the model that is served.",
-    "max_tokens": "Most tokens to generate per choice. Default: 16 for /v1/completions; for chats "
-    "as many as the context has room for.",
+    "max_tokens": "Most tokens to generate per choice; 0 computes the prompt only. Default: 16 for "
+    "/v1/completions; for chats as many as the context has room for.",
     "temperature": "Divides the logits before sampling. 0 takes the most likely token; otherwise "
     "at least 0.01. Default: 1.",
     "top_p": "Sample among the fewest most likely tokens whose probabilities add up to this. "
@@ -47,6 +55,8 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "include_stop_str_in_output": "The text ends after the stop text instead of before it. "
     "Default: false.",
     "skip_special_tokens": "Leave control tokens out of the text. Default: true.",
+    "ChatRequest.prompt_logprobs": _PROMPT_LOGPROBS,
+    "CompletionRequest.prompt_logprobs": _PROMPT_LOGPROBS,
     "return_token_ids": "Return the token ids of prompt and answer. Default: false.",
     "return_drafter_ids": "Return which drafter proposed each token. Default: false.",
     "speculation": "Settings of speculative decoding for this request. They affect the speed, "
@@ -96,8 +106,8 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "CompletionRequest.prompt": "The text or the token ids to continue, or a list of either. With "
     "n choices each, a request has at most 128 choices.",
     "echo": "Begin the text of every choice with its prompt. Default: false.",
-    "CompletionRequest.logprobs": "Return the log-probability of every token, and this many of the "
-    "most likely tokens.",
+    "CompletionRequest.logprobs": "Return the log-probability of every token, with echo also of "
+    "those of the prompt, and this many of the most likely tokens.",
     "best_of": "Must equal n, as every sample is returned.",
     # Answers of both, and their chunks.
     "id": "Identifier of the answer; contains the request's X-Request-Id.",
@@ -108,6 +118,11 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "metrics": "Times and speculation of the whole request. In a stream: in the last event only.",
     "prompt_token_ids": "Token ids of the prompt, if return_token_ids is set.",
     "obfuscation": "Padding, if include_obfuscation is set. Ignore it.",
+    "ChatCompletion.prompt_logprobs": _PROMPT_ENTRIES,
+    "CompletionChoice.prompt_logprobs": _PROMPT_ENTRIES,
+    "rank": "1 for the most likely token; null for a token of the prompt that is not among the "
+    "most likely ones that were requested.",
+    "decoded_token": _TOKEN_NAME,
     "index": "Number of the choice: prompt * n + sample.",
     "message": "The answer.",
     "delta": "What this event adds to the answer.",
@@ -130,7 +145,7 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "bytes": "The bytes of the token, in UTF-8.",
     "TokenLogprob.top_logprobs": "The most likely tokens at this position, best first.",
     "CompletionLogprobs.tokens": _TOKEN_NAME,
-    "token_logprobs": f"One per token. {_LOGPROB}",
+    "token_logprobs": f"One per token, null for the first token of the prompt. {_LOGPROB}",
     "CompletionLogprobs.top_logprobs": "For each token the log-probabilities of the most likely "
     "tokens at its position and of the token itself, by name.",
     "text_offset": "For each token the character of the choice's text at which it begins; the end "
