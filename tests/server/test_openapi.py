@@ -1,6 +1,8 @@
 """The OpenAPI document: complete, valid, and true of a running server."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +83,14 @@ def test_the_examples_are_answered(live_server: LiveServer) -> None:
     assert len(contents) >= 4
     for path, content in contents.items():
         assert live_server.ask(path, content["example"]).status == 200, path
+
+
+def test_nothing_of_it_is_loaded_before_it_is_asked_for() -> None:
+    modules = "{'specserve.server.openapi', 'specserve.server.descriptions'}"
+    code = (
+        f"import sys, specserve.server.lifecycle; sys.exit(not {modules}.isdisjoint(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def find_references(node: Any) -> Iterator[str]:

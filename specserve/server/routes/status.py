@@ -7,9 +7,7 @@ from msgspec import structs
 from specserve import __version__
 from specserve.engine.metrics import DrafterStats, EngineStats
 from specserve.server.auth import PRINCIPAL, Scope
-from specserve.server.docs_page import CONTENT_SECURITY_POLICY, docs_page
 from specserve.server.errors import APIError
-from specserve.server.openapi import openapi
 from specserve.server.protocol.others import (
     DrafterReport,
     Health,
@@ -44,10 +42,14 @@ async def version(request: web.Request) -> web.Response:
 
 
 async def openapi_json(request: web.Request) -> web.Response:
+    from specserve.server.openapi import openapi  # here, so that a server starts sooner
+
     return web.Response(body=msgspec.json.encode(openapi()), content_type="application/json")
 
 
 async def docs(request: web.Request) -> web.Response:
+    from specserve.server.docs_page import CONTENT_SECURITY_POLICY, docs_page
+
     headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY}
     return web.Response(text=docs_page(), content_type="text/html", headers=headers)
 
