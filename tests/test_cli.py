@@ -157,7 +157,7 @@ def test_a_field_of_an_unsupported_type_is_an_error() -> None:
         (["generate", "--logit-bias", "5"], "--logit-bias"),
         (["generate", "--options", "max_match=3"], "--options"),
         (["generate", "--chat", "--raw"], "not allowed with"),
-        (["generate", "--device", "cpu", "--temp", "1"], "unrecognized"),
+        (["generate", "--device", "cpu", "--tempera", "1"], "unrecognized"),
         (["generate"], "prompt: there is none"),
         (["generate", "--max-nodes", "65", "--prompt", "x"], "max_nodes: 65 is out of range"),
         (["generate", "--prompts", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),

@@ -6,6 +6,7 @@ from typing import Any, Final, TypeAlias
 
 from specserve import __version__
 from specserve.cli.flags import add_flags, given
+from specserve.cli.foreign_flags import refuse_foreign_flags
 from specserve.cli.prompts import EXPECTED
 from specserve.config import (
     ALL_SECTIONS,
@@ -18,7 +19,7 @@ from specserve.config import (
 )
 from specserve.types import SamplingParams, SpeculationParams
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
 TARGET_HELP: Final = "alias such as smollm2-135m, model directory, .gguf file or hub id"
 OPTIONAL_TARGET_HELP: Final = f"{TARGET_HELP} (default: {TargetConfig().target})"
 PROMPTS_HELP: Final = f"one per line: {EXPECTED}, of which the first is used"
@@ -124,13 +125,24 @@ TUNES: Final = {  # modules of specserve_drafts.tune
 }
 
 
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command. Raises ConfigError for flags of other servers."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.get_default("package") is None:  # otherwise a module parses the arguments
+            refuse_foreign_flags(args or (), self._option_string_actions, self.prog)
+        return super().parse_known_args(args, namespace)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. The name of the command is stored in `command`."""
     parser = argparse.ArgumentParser(
         prog="specserve", description="Serve language models with speculative decoding."
     )
     parser.add_argument("--version", action="version", version=f"specserve {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=CommandParser
+    )
     _add_generate(commands)
     _add_serve(commands)
     _add_chat(commands)
