@@ -177,9 +177,10 @@ class AsyncEngine:
     ) -> AsyncGenerator[TextDelta, None]:
         """The text of a prompt as it is generated. With `sampling.n` > 1, deltas of all choices.
 
-        A delta with `tokens.finish` is the last one of its choice. Closing the generator, or
-        cancelling the task that iterates over it, ends the request in the engine. Logprobs of the
-        prompt are in `delta.tokens.prompt_logprobs` of the first deltas of choice 0.
+        Without `sampling`, `info.default_sampling` is used: what the model recommends. A delta with
+        `tokens.finish` is the last one of its choice. Closing the generator, or cancelling the task
+        that iterates over it, ends the request in the engine. Logprobs of the prompt are in
+        `delta.tokens.prompt_logprobs` of the first deltas of choice 0.
 
         `prediction` is an expected output text, which affects speed only. Of the waiting requests
         of a `tenant`, those with the highest `priority` run first; tenants share the engine evenly,
@@ -190,7 +191,8 @@ class AsyncEngine:
         """
         if self._stopping:
             raise EngineUnavailable("the engine is being stopped", _RETRY_STOPPED)
-        params, arrived = sampling or SamplingParams(), time.monotonic()
+        arrived = time.monotonic()
+        params = sampling or self.process.ready_info().default_sampling
         deadline = None if timeout is None else arrived + timeout
         self._num_running += 1
         self._idle.clear()

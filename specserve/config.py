@@ -92,6 +92,7 @@ class TargetConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's
     exactness: Literal["auto", "exact", "fast"] = "auto"  # see `engine.device.Platform`
     threads: int | None = None  # CPU threads; None: torch's choice
+    generation_config: str = "auto"  # defaults of sampling: the model's (auto), none, a directory
 
 
 class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -120,6 +120,15 @@ class LLM:
         self.engine = Engine(parts)
         self._numbers = count(1)  # of requests
 
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """The sampling parameters of a prompt for which none are given.
+
+        temperature, top_k, top_p, min_p and repetition_penalty are those that the model's
+        generation_config.json recommends, the others those of `SamplingParams()`.
+        """
+        return self.engine.parts.default_sampling
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -132,13 +141,14 @@ class LLM:
         """Generate completions. Returns one Generation per prompt, in order.
 
         A prompt is text, token ids or chat messages. `sampling` is one value for all prompts or a
-        list with one per prompt. `predictions` has an expected output text or None per prompt; it
-        affects speed, never the output. `on_text(index, delta)` is called with each text delta of
-        the first completion of prompt `index`. A request that cannot be served has finish_reason
-        "error"; other requests are not affected. Raises ValueError if a list has the wrong length.
+        list with one per prompt; None: `default_sampling_params`. `predictions` has an expected
+        output text or None per prompt; it affects speed, never the output. `on_text(index, delta)`
+        is called with each text delta of the first completion of prompt `index`. A request that
+        cannot be served has finish_reason "error"; other requests are not affected. Raises
+        ValueError if a list has the wrong length.
         """
         batch = _as_batch(prompts)
-        params = _per_prompt("sampling", sampling or SamplingParams(), len(batch))
+        params = _per_prompt("sampling", sampling or self.default_sampling_params, len(batch))
         expected: list[str | None] = _per_prompt("predictions", predictions, len(batch))
         jobs = [
             self._start(prompt, param, speculation or SpeculationParams(), prediction)

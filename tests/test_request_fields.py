@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 import pytest
 from live import LiveServer, start_server
+from recorded import recorded, recording
 from tiny_chat import write_byte_chat
 
 from specserve import LLM, Client
@@ -63,16 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recorder(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process whose engines write down what they are asked."""
-    folder = Path(__file__).with_name("request_recorder")
-    path = os.pathsep.join([str(folder), *sys.path])
-    return {"PYTHONPATH": path, "RECORDED_REQUESTS": str(tmp_path / "requests.jsonl")}
-
-
-def recorded(recorder: dict[str, str]) -> list[Request]:
-    """The last two requests: the two samples. A server's engine tries itself out before."""
-    lines = Path(recorder["RECORDED_REQUESTS"]).read_bytes().splitlines()
-    return [msgspec.json.decode(line, type=Request) for line in lines[-2:]]
+    return recording(tmp_path)
 
 
 def check(requests: list[Request]) -> None:
@@ -107,18 +99,18 @@ def test_over_http(server: LiveServer, recorder: dict[str, str]) -> None:
     }
     reply = server.ask("/v1/completions", body | {"prompt": "a"})
     assert reply.status == 200, reply.body
-    check(recorded(recorder))
+    check(recorded(recorder, SAMPLING["n"]))
 
     top = body.pop("logprobs")
     chat = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": top}
     reply = server.ask("/v1/chat/completions", body | chat)
     assert reply.status == 200, reply.body
-    check(recorded(recorder))
+    check(recorded(recorder, SAMPLING["n"]))
 
     with Client(server.url) as client:
         for ask in (client.complete, client.chat):
             ask("b", **SAMPLING, speculation=SpeculationOptions(**OPTIONS), prediction=PREDICTION)
-            check(recorded(recorder))
+            check(recorded(recorder, SAMPLING["n"]))
 
 
 def test_from_the_command_line(model: Path, recorder: dict[str, str]) -> None:
@@ -130,7 +122,7 @@ def test_from_the_command_line(model: Path, recorder: dict[str, str]) -> None:
         line += flags(f"speculation_{name}", value)
     done = subprocess.run(line, env=os.environ | recorder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    check(recorded(recorder))
+    check(recorded(recorder, SAMPLING["n"]))
 
 
 def flags(name: str, value: Any) -> list[str]:

@@ -117,6 +117,7 @@ async def _stream(session: aiohttp.ClientSession, work: Work) -> Answer:
         "seed": work.seed,
         "max_tokens": work.max_tokens,
         "temperature": work.temperature,
+        "top_p": 1.0,  # some models have another default
         "stream": True,
         "return_token_ids": True,
     }

@@ -4,6 +4,8 @@ import argparse
 import sys
 import time
 
+from msgspec.structs import replace
+
 from specserve.cli.flags import given
 from specserve.cli.loading import without_gc
 from specserve.cli.parser import SPECULATION_PREFIX, settings
@@ -15,13 +17,13 @@ from specserve.types import SamplingParams, SpeculationParams
 
 
 def run(args: argparse.Namespace) -> int:
-    sampling = SamplingParams(**given(args, SamplingParams))
     speculation = SpeculationParams(**given(args, SpeculationParams, SPECULATION_PREFIX))
     prompts = read_prompts(args.prompt, args.prompts)
     if args.raw:
         prompts = [as_text(prompt) for prompt in prompts]
     with show_progress() as report, without_gc():
         llm = LLM(config_file=args.config, progress=report, **settings(args))
+    sampling = replace(llm.default_sampling_params, **given(args, SamplingParams))
     if args.chat or (not args.raw and llm.tokenizer.has_chat_template):
         prompts = [as_chat(prompt) for prompt in prompts]
     streamed = len(prompts) == 1 and sampling.n == 1 and not args.json

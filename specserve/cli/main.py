@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 
 from specserve.cli.loading import without_gc
 from specserve.cli.parser import build_parser, engine_config
-from specserve.config import show_config
+from specserve.config import TargetConfig, show_config
 
 INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         if getattr(args, "print_config", False):
-            print(show_config(engine_config(args)))
+            config = engine_config(args)
+            print(show_config(config))
+            print(f"sampling defaults: {_default_sampling(config.target)}", file=sys.stderr)
             status = 0
         elif hasattr(args, "package"):  # of a layer above this one, so imported by name
             status = int(import_module(f"{args.package}.{args.name}").main(args.arguments))
@@ -49,6 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"specserve: error: {error}", file=sys.stderr)
         return 2
     return status
+
+
+def _default_sampling(target: TargetConfig) -> str:
+    """What the model of `target` recommends, without downloading it."""
+    # Imported here, because no other command of this module needs them.
+    from specserve.hub import local_directory
+    from specserve.models.generation_config import describe_sampling, read_default_sampling
+
+    directory = local_directory(target.target)
+    if directory is None and target.generation_config == "auto":
+        return f"not known before {target.target} is fetched"
+    return describe_sampling(read_default_sampling(directory or Path(), target.generation_config))
 
 
 def _leave_ascii() -> None:

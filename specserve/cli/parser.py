@@ -45,6 +45,7 @@ SAMPLING_HELP: Final = {
     "prompt_logprobs": "the same for the tokens of the prompt",
     "n": "completions per prompt",
 }
+_DEFAULTS: Final = "the defaults shown are for a model that recommends no other ones"
 
 SPECULATION_PREFIX: Final = "speculation_"
 SPECULATION_HELP: Final = {
@@ -62,6 +63,9 @@ ENGINE_HELP: Final = {
     "exactness": "exact: a result never depends on the rest of the batch; fast: it may, where "
     "two tokens are about equally likely; auto: exact on a CPU, fast on a GPU",
     "threads": "CPU threads; not given: torch's choice for this machine",
+    "generation_config": "where the defaults of temperature, top-k, top-p, min-p and repetition "
+    "penalty come from; auto: the model's generation_config.json; none: no file; or a directory "
+    "with such a file",
     "block_size": "tokens per KV block",
     "kv_memory": "KV memory, such as 2GiB; not given: a quarter of the free memory (most of it on "
     "a GPU), at most what --max-num-seqs full contexts need",
@@ -187,7 +191,7 @@ def _add_generate(commands: Commands) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object per completion")
-    add_flags(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
+    add_flags(parser.add_argument_group("sampling", _DEFAULTS), SamplingParams, SAMPLING_HELP)
     add_flags(
         parser.add_argument_group("speculation", "of these prompts; affects speed only"),
         SpeculationParams,
@@ -230,7 +234,7 @@ def _add_chat(commands: Commands) -> None:
         metavar="NAME",
         help="environment variable with the API key (default: %(default)s)",
     )
-    sampling = parser.add_argument_group("sampling")
+    sampling = parser.add_argument_group("sampling", _DEFAULTS)
     sampling.add_argument(
         "--max-tokens",
         type=int,

@@ -1,7 +1,6 @@
 """Checks that need torch: GPUs, driver, and what the engine will use with the given settings."""
 
 import ctypes
-from pathlib import Path
 
 import torch
 
@@ -10,10 +9,10 @@ from specserve.cli.machine import Check, first_line, gib
 from specserve.config import ConfigError, EngineConfig
 from specserve.engine.device import Platform, choose_platform
 from specserve.engine.memory import count_blocks
-from specserve.hub import ALIASES, HubError, is_hub_id, resolve
-from specserve.hub.cache import default_cache_dir
+from specserve.hub import ALIASES, HubError, is_hub_id, local_directory
 from specserve.models.checkpoint import read_checkpoint
 from specserve.models.fields import ModelError
+from specserve.models.generation_config import describe_sampling, read_default_sampling
 from specserve.models.memory import free_memory
 from specserve.models.quantization.choice import choose_quantization
 from specserve.models.shape import ModelShape
@@ -133,6 +132,9 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
             platform.device,
             platform.quantized_kv_dtype,
         )
+        sampling = read_default_sampling(
+            directory, config.target.generation_config, shape.vocab_size
+        )
         estimate = _kv_estimate(config, platform, shape, choice.quantized)
     except (HubError, ModelError, ConfigError) as error:
         return [Check("use", "target", str(error), "broken")]
@@ -142,17 +144,8 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
         Check("use", "target", words),
         Check("use", "weights", weights),
         Check("use", "KV", estimate),
+        Check("use", "sampling defaults", describe_sampling(sampling)),
     ]
-
-
-def local_directory(target: str) -> Path | None:
-    """The local directory of a path or of a downloaded alias, else None. Raises HubError."""
-    if Path(target).expanduser().exists():
-        return resolve(target)
-    if target in ALIASES:
-        cached = default_cache_dir() / target
-        return cached if (cached / "config.json").is_file() else None
-    return None
 
 
 def _kv_estimate(

@@ -16,6 +16,7 @@ from specserve.cli.progress import show_progress
 from specserve.config import ConfigError
 from specserve.engine.metrics import EngineInfo
 from specserve.hub import resolve
+from specserve.models.generation_config import describe_sampling
 from specserve.server.auth import KEYS_VARIABLE
 from specserve.server.lifecycle import serve
 
@@ -49,6 +50,7 @@ def _announce(url: str, model: str, info: EngineInfo, *, with_keys: bool) -> Non
     print(f"specserve {__version__} serves {model} at {url}")
     print(f"  {info.device}, {info.dtype}, {exactness}; context {info.limits.max_model_len} tokens")
     print(f"  drafters: {', '.join(info.limits.drafters)}; up to {info.max_nodes} nodes per tree")
+    print(f"  sampling defaults: {describe_sampling(info.default_sampling)}")
     print("try it:")
     key = '-H "Authorization: Bearer $KEY" ' if with_keys else ""
     print(

@@ -140,6 +140,8 @@ class Model(Struct, frozen=True):
     created: int = 0  # Unix seconds
     owned_by: str = ""
     max_model_len: int | None = None  # tokens of prompt and output together
+    # What requests get that do not give these parameters, by name.
+    default_sampling_params: dict[str, float] = {}
 
 
 class DrafterReport(Struct, frozen=True):

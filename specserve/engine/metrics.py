@@ -3,7 +3,7 @@
 from msgspec import Struct
 
 from specserve.engine.limits import Limits
-from specserve.types import SpecStats
+from specserve.types import SamplingParams, SpecStats
 
 
 class EngineInfo(Struct, frozen=True):
@@ -16,6 +16,7 @@ class EngineInfo(Struct, frozen=True):
     device: str
     dtype: str
     exact: bool
+    default_sampling: SamplingParams = SamplingParams()  # of a request that gives none
 
 
 class DrafterStats(Struct, frozen=True):

@@ -15,6 +15,7 @@ from specserve.engine.device import Platform, choose_platform
 from specserve.engine.limits import Limits
 from specserve.engine.memory import count_blocks
 from specserve.models.fields import ModelError
+from specserve.models.generation_config import read_default_sampling
 from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.shape import ModelShape
@@ -25,6 +26,7 @@ from specserve.speculation.drafter import DraftContext, Drafter, TargetLayers
 from specserve.speculation.failures import loading
 from specserve.speculation.registry import create_drafters
 from specserve.text import Tokenizer
+from specserve.types import SamplingParams
 from specserve.verify.prompt_scorer import PromptScorer
 from specserve.verify.verifier import Verifier
 
@@ -43,6 +45,7 @@ class EngineParts:
     aux_layers: tuple[int, ...]  # layers of the target whose hidden states the drafters want
     cost_model: CostModel  # not measured yet
     limits: Limits
+    default_sampling: SamplingParams  # of a request that gives none
 
     def new_kv_manager(self) -> KVCacheManager:
         """An empty KV cache of `limits.num_kv_slots` tokens."""
@@ -71,6 +74,8 @@ def load_parts(
     platform = choose_platform(config.target)
     if config.target.threads is not None:
         torch.set_num_threads(config.target.threads)
+    vocab_size = ModelShape.from_dir(target).vocab_size
+    default_sampling = read_default_sampling(target, config.target.generation_config, vocab_size)
     on_stage("preparing the drafters")
     drafters = create_drafters(config.draft.draft, config.draft.options, target, resolve)
     on_stage("loading the weights")
@@ -102,6 +107,7 @@ def load_parts(
         *(config, platform, model, runner, verifier, PromptScorer(model), drafters, aux_layers),
         CostModel(),
         limits,
+        default_sampling,
     )
     on_stage("loading the drafters")
     _bind_drafters(parts, kv_specs)

@@ -20,6 +20,7 @@ def describe(parts: EngineParts) -> EngineInfo:
         device=str(parts.platform.device),
         dtype=str(parts.model.dtype).removeprefix("torch."),
         exact=parts.platform.exact,
+        default_sampling=parts.default_sampling,
     )
 
 

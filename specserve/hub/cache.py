@@ -27,13 +27,13 @@ def build_once(directory: Path, manifest: Manifest, build: Callable[[Path], None
     `HubError` for an `OSError`, such as an unwritable cache folder. Other exceptions from `build`
     propagate. A failed build leaves no partial directory.
     """
-    if _is_built(directory, manifest):
+    if read_manifest(directory) == manifest:
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with directory.with_name(f".{directory.name}.lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_built(directory, manifest):  # another process may have built it meanwhile
+            if read_manifest(directory) != manifest:  # another process may have built it meanwhile
                 _build(directory, manifest, build)
     except OSError as error:
         raise HubError(
@@ -42,12 +42,13 @@ def build_once(directory: Path, manifest: Manifest, build: Callable[[Path], None
     return directory
 
 
-def _is_built(directory: Path, manifest: Manifest) -> bool:
+def read_manifest(directory: Path) -> Manifest:
+    """What the cached `directory` was built from; empty if it was not built."""
     try:
         stored = (directory / _MANIFEST).read_bytes()
-        return msgspec.json.decode(stored, type=dict[str, str | int]) == manifest
+        return msgspec.json.decode(stored, type=dict[str, str | int])
     except (OSError, msgspec.MsgspecError):
-        return False
+        return {}
 
 
 def _build(directory: Path, manifest: Manifest, build: Callable[[Path], None]) -> None:

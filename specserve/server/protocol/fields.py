@@ -7,6 +7,7 @@ Bounds that depend on the model (token ids, context) are checked by `engine.limi
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from specserve.config import MAX_MODEL_NAME
 from specserve.types import (
@@ -116,11 +117,13 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def requested_prompt_logprobs(self) -> int | None:
         return self.prompt_logprobs
 
-    def sampling(self, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
-        """The sampling parameters; fields that were not given have the defaults."""
+    def sampling(
+        self, defaults: SamplingParams, *, max_tokens: int, logprobs: int | None
+    ) -> SamplingParams:
+        """The sampling parameters; fields that were not given are those of `defaults`."""
         given = {name: getattr(self, name, None) for name in SamplingParams.__struct_fields__}
         given |= {
-            "top_k": max(self.top_k or 0, 0),
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
             "logit_bias": _token_biases(self.logit_bias or {}),
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
@@ -128,7 +131,7 @@ class GenerationFields(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "logprobs": logprobs,
             "prompt_logprobs": self.requested_prompt_logprobs,
         }
-        return SamplingParams(**{name: each for name, each in given.items() if each is not None})
+        return replace(defaults, **{name: each for name, each in given.items() if each is not None})
 
     def speculation_params(self, prediction: tuple[int, ...]) -> SpeculationParams:
         wanted = self.speculation or SpeculationOptions()

@@ -8,6 +8,16 @@ from specserve.server.protocol.chat import Messages
 from specserve.server.protocol.fields import ModelName, TokenId
 
 
+class DefaultSampling(Struct, frozen=True):
+    """What a request gets that does not give these fields."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+
+
 class Model(Struct, frozen=True, kw_only=True):
     id: str
     object: Literal["model"] = "model"
@@ -15,6 +25,7 @@ class Model(Struct, frozen=True, kw_only=True):
     owned_by: str = "specserve"
     root: str
     max_model_len: int
+    default_sampling_params: DefaultSampling
 
 
 class ModelList(Struct, frozen=True):

@@ -1,8 +1,9 @@
 """GET /v1/models and /v1/models/{id}"""
 
 from aiohttp import web
+from msgspec import convert
 
-from specserve.server.protocol.others import Model, ModelList
+from specserve.server.protocol.others import DefaultSampling, Model, ModelList
 from specserve.server.routes.reply import reply
 from specserve.server.service import SERVICE, Service
 
@@ -18,9 +19,12 @@ async def get_model(request: web.Request) -> web.Response:
 
 
 def _model(service: Service) -> Model:
+    info = service.engine_info()
+    sampling = convert(info.default_sampling, DefaultSampling, from_attributes=True)
     return Model(
         id=service.model_name,
         created=service.created,
         root=service.model_name,
-        max_model_len=service.engine_info().limits.max_model_len,
+        max_model_len=info.limits.max_model_len,
+        default_sampling_params=sampling,
     )

@@ -27,7 +27,11 @@ async def start_generation(
         raise unavailable
     caller = request[PRINCIPAL]
     max_tokens = _max_new_tokens(service, max(map(len, prompts)), fields.requested_max_tokens)
-    sampling = fields.sampling(max_tokens=max_tokens, logprobs=fields.requested_logprobs)
+    sampling = fields.sampling(
+        service.engine_info().default_sampling,
+        max_tokens=max_tokens,
+        logprobs=fields.requested_logprobs,
+    )
     until = deadline(request, fields.request_timeout)
     prediction: tuple[int, ...] = ()
     if fields.prediction is not None:
