@@ -110,7 +110,6 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     "echo": "Begin the text of every choice with its prompt. Default: false.",
     "CompletionRequest.logprobs": "Return the log-probability of every token, with echo also of "
     "those of the prompt, and this many of the most likely tokens.",
-    "best_of": "Must equal n, as every sample is returned.",
     # Answers of both, and their chunks.
     "id": "Identifier of the answer; contains the request's X-Request-Id.",
     "object": "The kind of this object.",

@@ -33,6 +33,7 @@ UNSUPPORTED: Final = {
     "verbosity": "this model has no such setting; leave it out",
     "web_search_options": "nothing is ever fetched; leave it out",
     "logits_processors": "requests cannot bring code; leave it out",
+    "best_of": "choosing among more samples is not supported; ask for all of them with n",
     "use_beam_search": "beam search is not supported; leave it out",
 }
 # Values of unsupported fields that are accepted because they ask for the default behaviour.
@@ -40,6 +41,7 @@ _NO_EFFECT_VALUES: Final[dict[str, list[Any]]] = {
     "response_format": [{"type": "text"}],
     "tool_choice": ["none"],
     "modalities": [["text"]],
+    "best_of": [1],
     "use_beam_search": [False],
     "parallel_tool_calls": [True, False],
 }

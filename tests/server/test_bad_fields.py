@@ -23,7 +23,7 @@ TEXT = [True, 5, 1.5, {}, []]
 OBJECT = [True, 5, 1.5, "{}", []]
 LIST = [True, 5, 1.5, "[]", {}]
 WRONG_TYPES: dict[str, list[Any]] = {
-    **dict.fromkeys(("max_tokens", "max_completion_tokens", "min_tokens", "n", "best_of"), INTEGER),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "min_tokens", "n"), INTEGER),
     **dict.fromkeys(("top_k", "seed", "priority", "top_logprobs", "prompt_logprobs"), INTEGER),
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), NUMBER),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "request_timeout"), NUMBER),
@@ -85,7 +85,6 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
 OF_ONE_ROUTE: dict[str, dict[str, list[Any]]] = {
     COMPLETION: {
         "logprobs": [-2, -1, 21, 10**9, 2**70],
-        "best_of": [0, -1, 2, 129],  # n is 1
     },
     CHAT: {
         "top_logprobs": [-2, -1, 21, 10**9, 2**70, 5],  # and 5 without logprobs
@@ -95,8 +94,6 @@ OF_ONE_ROUTE: dict[str, dict[str, list[Any]]] = {
 # Each is fine by itself.
 CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     (COMPLETION, "min_tokens", {"max_tokens": 4, "min_tokens": 5}),
-    (COMPLETION, "best_of", {"n": 2, "best_of": 3}),
-    (COMPLETION, "best_of", {"n": 3, "best_of": 2}),
     (COMPLETION, "n", {"prompt": ["a"] * 2, "n": 65}),
     (COMPLETION, "n", {"prompt": ["a"] * 128, "n": 128}),
     (COMPLETION, "prompt_logprobs", {"stream": True, "prompt_logprobs": 0}),
@@ -108,6 +105,7 @@ CONTRADICTIONS: list[tuple[str, str, dict[str, Any]]] = [
     (COMPLETION, "max_tokens", {"max_tokens": CONTEXT - 2}),
 ]
 LATER_OR_NEVER: dict[str, list[Any]] = {
+    "best_of": [0, -1, 2, 129, "2"],
     "allowed_token_ids": [[], [1], [-1], [0] * 10**6],
     "bad_words": [[], [""], ["a"]],
     "prompt_embeds": [[], ["gASVAAAA"]],

@@ -29,7 +29,6 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
     prompt: Annotated[Any, Meta(extra_json_schema=PROMPT_SCHEMA)]
     echo: bool | None = None
     logprobs: TopLogprobs | None = None
-    best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
 
     @property
     def requested_max_tokens(self) -> int | None:
@@ -47,12 +46,7 @@ class CompletionRequest(GenerationFields, frozen=True, kw_only=True, forbid_unkn
 
     def check(self) -> None:
         super().check()
-        n = self.n or 1
-        if self.best_of is not None and self.best_of != n:
-            raise RequestError(
-                "best_of", f"{self.best_of} is not n ({n}): all samples are returned; leave it out"
-            )
-        num_choices = n * len(self.prompts())
+        num_choices = (self.n or 1) * len(self.prompts())
         if num_choices > MAX_N:
             raise RequestError(
                 "n", f"{num_choices} completions asked for, prompts times n; at most {MAX_N}"
