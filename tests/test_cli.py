@@ -74,6 +74,24 @@ def test_help_and_print_config_do_not_import_torch() -> None:
     assert msgspec.json.decode(done.stdout, type=EngineConfig) == EngineConfig()
 
 
+# Modules that `generate` has no use for, and that take long to import.
+NEEDLESS = {
+    *("aiohttp", "huggingface_hub", "matplotlib", "pandas", "requests", "rich", "scipy", "sympy"),
+    *("torch._dynamo", "torch._inductor", "torchvision", "transformers", "triton", "uvloop"),
+}
+
+
+def test_generate_imports_only_what_it_needs(tiny_model: Path) -> None:
+    program = (
+        "import sys; from specserve.cli import main; "
+        f"status = main(['generate', {str(tiny_model)!r}, '--prompt', 'a', *{TINY}]); "
+        f"sys.exit(status or ' '.join(sorted({NEEDLESS} & set(sys.modules))) or 0)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[1:]) == (0, []), done.stderr
+
+
 def test_every_field_is_a_flag_with_help() -> None:
     fields = {
         name

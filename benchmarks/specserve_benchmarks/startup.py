@@ -95,7 +95,7 @@ def _specserve(*arguments: str) -> list[str]:
 
 
 def _generate(tree: Path, target: str) -> bytes:
-    command = _specserve("generate", "--target", target, *_LINE)
+    command = _specserve("generate", target, *_LINE)
     return subprocess.run(
         command, env=_environment(tree), check=True, capture_output=True, timeout=_TIMEOUT_S
     ).stdout
@@ -107,7 +107,7 @@ def _serving(tree: Path, target: str) -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = _specserve("serve", "--target", target, "--port", str(port))
+    command = _specserve("serve", target, "--port", str(port))
     deadline = time.monotonic() + _TIMEOUT_S
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(command, env=_environment(tree), stdout=log, stderr=log)
