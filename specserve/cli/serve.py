@@ -51,6 +51,7 @@ def _announce(url: str, model: str, info: EngineInfo, *, with_keys: bool) -> Non
     print(f"  {info.device}, {info.dtype}, {exactness}; context {info.limits.max_model_len} tokens")
     print(f"  drafters: {', '.join(info.limits.drafters)}; up to {info.max_nodes} nodes per tree")
     print(f"  sampling defaults: {describe_sampling(info.default_sampling)}")
+    print(f"  every route and field: {url}/docs")
     print("try it:")
     key = '-H "Authorization: Bearer $KEY" ' if with_keys else ""
     print(
