@@ -1,105 +1,113 @@
-"""Costs of forward passes: measured once, kept in the cache folder, checked at every start."""
+"""Costs of forward passes: measured once, kept in the cache folder, improved by later starts."""
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import EngineFactory
 
 from specserve.engine import measure
-from specserve.engine.parts import EngineParts
+from specserve.speculation.cost_model import CostModel
 
 Seconds = Callable[[int, int], float]  # of a forward pass, by rows and context
 
 
-@pytest.fixture
-def start(
-    make_engine: EngineFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Seconds], tuple[EngineParts, int]]:
-    """Starts an engine on a machine of the given speed; returns its parts and how many forward
-    passes were timed."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def start(seconds: Seconds) -> tuple[EngineParts, int]:
-        timed: list[tuple[int, int]] = []
-
-        def fake(runner: object, seq: object, point: tuple[int, int]) -> float:
-            timed.append(point)
-            return seconds(*point)
-
-        monkeypatch.setattr(measure, "_timed", fake)
-        parts = make_engine("none").parts
-        measure.measure_costs(parts)
-        return parts, len(timed)
-
-    return start
-
-
 def line(rows: int, context: int) -> float:
-    return 4.0 + rows + 0.01 * context
+    return (4.0 + rows + 0.01 * context) / 1000
 
 
-def slower(rows: int, context: int) -> float:
-    return 3 * line(rows, context)
+class Machine:
+    """A machine with a clock of its own, on which the start of an engine takes no time but that of
+    the forward passes that are timed."""
+
+    def __init__(
+        self, make_engine: EngineFactory, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.now, self.num_timed = 1e6, 0
+        self.seconds: Seconds = line
+        self._make_engine, self._cache = make_engine, cache
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        clock = SimpleNamespace(perf_counter=lambda: self.now, time=lambda: self.now)
+        monkeypatch.setattr(measure, "time", clock)
+        monkeypatch.setattr(measure, "_timed", lambda runner, seq, point: self._timed(*point))
+
+    def start(self, **settings: str) -> CostModel:
+        parts = self._make_engine("none", **settings).parts
+        measure.measure_costs(parts)
+        return parts.cost_model
+
+    @property
+    def files(self) -> list[Path]:
+        return list((self._cache / "specserve" / "pass-costs").iterdir())
+
+    def _timed(self, rows: int, context: int) -> float:
+        self.num_timed += 1
+        seconds = self.seconds(rows, context)
+        self.now += seconds
+        return seconds
 
 
-def steeper(rows: int, context: int) -> float:
-    return 1.0 + rows
+@pytest.fixture
+def machine(make_engine: EngineFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(make_engine, tmp_path, monkeypatch)
 
 
-def stored(tmp_path: Path) -> Path:
-    (file,) = (tmp_path / "specserve" / "pass-costs").iterdir()
-    return file
-
-
-def test_a_later_start_uses_the_stored_costs_at_its_own_speed(
-    start: Callable[[Seconds], tuple[EngineParts, int]],
+def test_a_later_start_takes_a_moment_and_uses_the_stored_times_at_its_own_speed(
+    machine: Machine,
 ) -> None:
-    first, num_measured = start(line)
-    again, num_checked = start(slower)
-    assert num_checked < num_measured / 5
+    first, started = machine.start(), machine.now
+    machine.seconds = lambda rows, context: 3 * line(rows, context)
+    again = machine.start()
+    assert machine.now - started < 0.6, "two passes may exceed the budget"
     for context in (100.0, 400.0):
-        expected = [3 * each for each in first.cost_model.seconds(1, 80, context)]
-        assert again.cost_model.seconds(1, 80, context) == pytest.approx(expected)
+        expected = [3 * each for each in first.seconds(1, 80, context)]
+        assert again.seconds(1, 80, context) == pytest.approx(expected)
 
 
-def test_costs_that_changed_are_measured_again(
-    start: Callable[[Seconds], tuple[EngineParts, int]],
-) -> None:
-    start(line)
-    changed, _ = start(steeper)
-    assert changed.cost_model.seconds(1, 3) == [2.0, 3.0, 4.0]
-    again, _ = start(steeper)
-    assert again.cost_model.seconds(1, 3) == [2.0, 3.0, 4.0], "the new costs are stored"
+def test_times_of_a_disturbed_start_improve(machine: Machine) -> None:
+    expected = machine.start().seconds(1, 80, 300.0)
+    machine.files[0].unlink()
+    machine.seconds = lambda rows, context: (1 + machine.num_timed % 5) * line(rows, context)
+    assert machine.start().seconds(1, 80, 300.0) != pytest.approx(expected)
+    machine.seconds = line
+    for _ in range(40):
+        costs = machine.start()
+    assert costs.seconds(1, 80, 300.0) == pytest.approx(expected)
+
+
+def test_old_times_are_measured_again(machine: Machine) -> None:
+    machine.start()
+    machine.seconds = lambda rows, context: rows / 1000
+    machine.now += 8 * 86400
+    assert machine.start().seconds(1, 3) == pytest.approx([0.001, 0.002, 0.003])
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", '{"samples":{"1":0,"8":1},"context":128,"fixed":0,"per_row":0}']
+    "content",
+    [
+        "",
+        "{}",
+        '{"since":1e6,"passes":[]}',
+        '{"since":1e6,"passes":[[1,128,0.1]]}',
+        '{"since":1e6,"passes":[[1,128,-0.1]]}',
+    ],
 )
-def test_a_damaged_file_is_replaced(
-    content: str, start: Callable[[Seconds], tuple[EngineParts, int]], tmp_path: Path
-) -> None:
-    start(line)
-    good = stored(tmp_path).read_bytes()
-    stored(tmp_path).write_text(content)
-    parts, _ = start(line)
-    assert parts.cost_model.is_measured
-    assert stored(tmp_path).read_bytes() == good
+def test_a_damaged_file_is_replaced(content: str, machine: Machine) -> None:
+    expected = machine.start().seconds(1, 80)
+    machine.files[0].write_text(content)
+    assert machine.start().seconds(1, 80) == pytest.approx(expected)
+    assert len(machine.files[0].read_text()) > len(content)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_no_error(
-    start: Callable[[Seconds], tuple[EngineParts, int]], tmp_path: Path
+    machine: Machine, tmp_path: Path
 ) -> None:
     (tmp_path / "specserve").write_text("a file in place of the folder")
-    parts, _ = start(line)
-    assert parts.cost_model.is_measured
+    assert machine.start().is_measured
 
 
-def test_other_settings_have_costs_of_their_own(
-    make_engine: EngineFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(measure, "_timed", lambda runner, seq, point: line(*point))
+def test_other_settings_have_times_of_their_own(machine: Machine) -> None:
     for dtype in ("float32", "bfloat16", "float32"):
-        measure.measure_costs(make_engine("none", dtype=dtype).parts)
-    assert len(list((tmp_path / "specserve" / "pass-costs").iterdir())) == 2
+        machine.start(dtype=dtype)
+    assert len(machine.files) == 2

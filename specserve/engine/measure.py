@@ -1,13 +1,16 @@
 """Measures how long a forward pass takes, by number of rows and by context length.
 
-The seconds of all these passes are measured once and kept in a file, by what they depend on. Later
-starts time two of the passes again. If their ratio is still that of the file, the stored seconds
-are used, scaled to the speed that the machine has now; otherwise all passes are measured again.
+The least seconds of each pass are kept in a file, named by what they depend on. The first start
+takes the time to measure all passes. A later one times a few of them, in another order every time,
+so that the file comes to hold the times of an undisturbed machine. It uses those of the file,
+scaled to the speed that the machine has now.
 """
 
 import hashlib
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -32,27 +35,21 @@ _SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # rows, measured at 
 _CONTEXT: Final = 128  # tokens before the tree
 _LONG_CONTEXT: Final = 1024  # tokens, to measure how the time grows with the context
 _LONG_SIZES: Final = (1, 8)  # rows, measured at _LONG_CONTEXT
-_REPEATS: Final = 5  # samples per point, while there is time
+_ROUNDS: Final = 5  # samples per point, while there is time
 _SECONDS: Final = 2.0  # time budget; sizes that it leaves out are extrapolated by `CostModel`
-_MIN_POINTS: Final = len(_LONG_SIZES) + _SIZES.index(max(_LONG_SIZES)) + 1  # points always measured
-
-_CHECKED_SIZES: Final = (1, 8)  # rows, timed again at every start
-_TOLERANCE: Final = 1.25  # by which their ratio may differ from the stored one; noise is below it
-
-_Seconds = Annotated[float, Meta(ge=0.0)]
+_LATER_SECONDS: Final = 0.1  # time budget if there are stored times
+_MAX_AGE: Final = 7 * 86400.0  # seconds; then all is measured again, as kernels and systems change
 
 
-class _PassCosts(Struct, frozen=True):
-    """Median seconds of forward passes, as `CostModel.measure` takes them."""
+class _Stored(Struct, frozen=True):
+    """The least seconds of forward passes."""
 
-    samples: dict[int, Annotated[float, Meta(gt=0.0)]]
-    context: int
-    fixed: _Seconds
-    per_row: _Seconds
+    since: float  # when this was begun, in seconds since 1970
+    passes: list[tuple[int, int, Annotated[float, Meta(gt=0.0)]]]  # rows, context, seconds
 
 
 def measure_costs(parts: EngineParts, on_stage: Callable[[str], None] = lambda stage: None) -> None:
-    """Give the cost model of `parts` the median seconds of forward passes over one tree.
+    """Give the cost model of `parts` the seconds of forward passes over one tree.
 
     Engines made afterwards verify only nodes that are worth their cost. Does nothing if all nodes
     are verified anyway. Overwrites KV slots, so no engine may have requests meanwhile.
@@ -66,60 +63,55 @@ def measure_costs(parts: EngineParts, on_stage: Callable[[str], None] = lambda s
     request = Request("probe", (0,) * far, SamplingParams())
     seq = SequenceState(request, list(request.prompt_ids), BlockTable(kv.block_size))
     kv.reserve(seq.table, far + MAX_NODES)
-    file = _file_of(parts, context, far)
-    costs = _read(file)
-    scale = None if costs is None else _scale(parts.runner, seq, costs)
-    if costs is None or scale is None:
-        costs, scale = _measured(parts.runner, seq, context, far), 1.0
-        _write(file, costs)
-    samples = {size: scale * seconds for size, seconds in costs.samples.items()}
-    parts.cost_model.measure(samples, context, scale * costs.fixed, scale * costs.per_row)
-
-
-def _measured(runner: Runner, seq: SequenceState, context: int, far: int) -> _PassCosts:
-    """The costs at `context` tokens, and how they grow up to `far` tokens."""
     points = [(size, context) for size in _SIZES]
+    needed = points[: _SIZES.index(max(_LONG_SIZES)) + 1]
     if far > context:
-        points[:0] = [(size, far) for size in _LONG_SIZES]
-    medians = _medians(runner, seq, points)
-    samples = {size: seconds for (size, before), seconds in medians.items() if before == context}
+        needed = [*((size, far) for size in _LONG_SIZES), *needed]
+    file = _file_of(parts, context, far)
+    since, stored = _read(file, needed)
+    if stored:
+        order = random.sample(list(stored), len(stored))
+        timed = _time(parts.runner, seq, order, 1, _LATER_SECONDS)
+    else:
+        order = list(dict.fromkeys([*needed, *points]))
+        timed = _time(parts.runner, seq, order, len(needed), _SECONDS)
+    least = stored | {
+        point: min([*seconds, stored.get(point, seconds[0])]) for point, seconds in timed.items()
+    }
+    if least != stored:
+        _write(file, since, least)
+    scale = median(each / least[point] for point, seconds in timed.items() for each in seconds)
+    _set_costs(parts, {point: scale * seconds for point, seconds in least.items()}, context, far)
+
+
+def _set_costs(parts: EngineParts, seconds: Mapping[_Point, float], context: int, far: int) -> None:
+    samples = {size: each for (size, before), each in seconds.items() if before == context}
     fixed = per_row = 0.0
     if far > context:
-        few, many = (medians[size, far] - samples[size] for size in _LONG_SIZES)
+        few, many = (seconds[size, far] - samples[size] for size in _LONG_SIZES)
         more = far - context
         per_row = max(0.0, (many - few) / (_LONG_SIZES[1] - _LONG_SIZES[0]) / more)
         fixed = max(0.0, few / more - per_row)
-    return _PassCosts(samples, context, fixed, per_row)
+    parts.cost_model.measure(samples, context, fixed, per_row)
 
 
-def _scale(runner: Runner, seq: SequenceState, costs: _PassCosts) -> float | None:
-    """How many times as long as in `costs` a forward pass takes now; None if that depends on the
-    number of rows."""
-    medians = _medians(runner, seq, [(size, costs.context) for size in _CHECKED_SIZES])
-    ratios = [seconds / costs.samples[size] for (size, _), seconds in medians.items()]
-    if max(ratios) > _TOLERANCE * min(ratios):
-        return None
-    return sum(ratios) / len(ratios)
+def _time(
+    runner: Runner, seq: SequenceState, points: Sequence[_Point], min_points: int, budget: float
+) -> dict[_Point, list[float]]:
+    """The seconds of passes over the points, at least the first `min_points`.
 
-
-def _medians(runner: Runner, seq: SequenceState, points: Sequence[_Point]) -> dict[_Point, float]:
-    """The median seconds of each point, for as many points as the time budget allows.
-
-    The first round is a warm-up and decides how many points are measured. All points are timed
-    round by round, so that a temporary slowdown of the machine affects them alike.
+    All points are timed round by round, so that a temporary slowdown of the machine affects them
+    alike.
     """
-    end = time.perf_counter() + _SECONDS
-    known: dict[_Point, list[float]] = {}
-    for point in points:
-        _timed(runner, seq, point)
-        known[point] = []
-        if time.perf_counter() > end and len(known) >= _MIN_POINTS:
-            break
-    for number in range(_REPEATS):
-        for point, seconds in known.items():
-            if not number or time.perf_counter() < end:
-                seconds.append(_timed(runner, seq, point))
-    return {point: median(seconds) for point, seconds in known.items()}
+    _timed(runner, seq, min(points))  # the first pass allocates memory and starts threads
+    end = time.perf_counter() + budget
+    timed: defaultdict[_Point, list[float]] = defaultdict(list)
+    for _ in range(_ROUNDS):
+        for point in points:
+            if time.perf_counter() > end and len(timed) >= min_points:
+                return timed
+            timed[point].append(_timed(runner, seq, point))
+    return timed
 
 
 def _timed(runner: Runner, seq: SequenceState, point: _Point) -> float:
@@ -132,32 +124,43 @@ def _timed(runner: Runner, seq: SequenceState, point: _Point) -> float:
 
 
 def _file_of(parts: EngineParts, context: int, far: int) -> Path:
-    """The file for the costs of these parts: its name is a hash of what the costs depend on."""
+    """The file for the times of these parts: its name is a hash of what the times depend on."""
     model, runner = parts.model, parts.runner
     known = (
-        *(_SIZES, context, far, parts.config.cache.block_size, torch.get_num_threads()),
-        *(parts.platform.kernels.name, str(parts.platform.device), model.exact),
-        *(type(model).__name__, str(model.dtype), model.num_bytes, runner.num_top),
-        *(runner.aux_layers, model.shape),
+        *(_processor(), torch.get_num_threads(), str(parts.platform.device)),
+        *(parts.platform.kernels.name, type(model).__name__, model.exact, str(model.dtype)),
+        *(model.shape, model.num_bytes, runner.num_top, runner.aux_layers),
+        *(context, far, parts.config.cache.block_size),
     )
     name = hashlib.sha256(msgspec.json.encode(known)).hexdigest()[:16]
     return default_cache_dir() / "pass-costs" / f"{name}.json"
 
 
-def _read(file: Path) -> _PassCosts | None:
-    """The costs in `file`; None if it is missing or damaged."""
+def _processor() -> str:
+    """The processor's model, where Linux tells it: several machines may share a home."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next((line for line in lines if line.startswith("model name")), "")
+    return ""
+
+
+def _read(file: Path, needed: Sequence[_Point]) -> tuple[float, dict[_Point, float]]:
+    """Since when there are times in `file`, and these; now and none if it is missing, damaged or
+    old, or has not all that are `needed`."""
+    now = time.time()
     with suppress(OSError, msgspec.MsgspecError):
-        costs = msgspec.json.decode(file.read_bytes(), type=_PassCosts)
-        if costs.samples.keys() >= set(_CHECKED_SIZES):
-            return costs
-    return None
+        stored = msgspec.json.decode(file.read_bytes(), type=_Stored)
+        passes = {(rows, context): seconds for rows, context, seconds in stored.passes}
+        if 0 <= now - stored.since < _MAX_AGE and passes.keys() >= set(needed):
+            return stored.since, passes
+    return now, {}
 
 
-def _write(file: Path, costs: _PassCosts) -> None:
+def _write(file: Path, since: float, least: Mapping[_Point, float]) -> None:
     """Replace `file` at once, as several processes may write it. Does nothing if it cannot be
     written: the next start measures again."""
+    stored = _Stored(since, [(*point, seconds) for point, seconds in least.items()])
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=file.parent, delete=False) as stream:
-            stream.write(msgspec.json.encode(costs))
+            stream.write(msgspec.json.encode(stored))
         Path(stream.name).replace(file)
