@@ -4,6 +4,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
+from specserve.completion import Completion, Delta, Generation, GenerationFailed
 from specserve.types import RequestError, SamplingParams, SpeculationParams
 
 # By default OpenMP threads spin for long while they wait for each other, which made decoding more
@@ -12,7 +13,7 @@ from specserve.types import RequestError, SamplingParams, SpeculationParams
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
-    from specserve.async_engine import AsyncEngine
+    from specserve.async_llm import AsyncLLM
     from specserve.client import AsyncClient, Client
     from specserve.llm import LLM
 
@@ -20,8 +21,12 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncClient",
-    "AsyncEngine",
+    "AsyncLLM",
     "Client",
+    "Completion",
+    "Delta",
+    "Generation",
+    "GenerationFailed",
     "RequestError",
     "SamplingParams",
     "SpeculationParams",
@@ -31,7 +36,7 @@ __all__ = [
 _LAZY: Final = {
     "LLM": "specserve.llm",
     "AsyncClient": "specserve.client",
-    "AsyncEngine": "specserve.async_engine",
+    "AsyncLLM": "specserve.async_llm",
     "Client": "specserve.client",
 }
 

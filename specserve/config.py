@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypedDict
 from urllib.parse import urlsplit
 
 import msgspec
@@ -208,11 +208,39 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True):
             parse_bytes("kv_memory", self.cache.kv_memory)
 
 
+class EngineSettings(TypedDict, total=False):
+    """The keyword arguments of `LLM` and `AsyncLLM`, beside `target` and `draft`.
+
+    They are the fields of the engine's sections of `EngineConfig`; `field_help` describes them.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    quantization: Literal["auto", "none", "int8", "int4"]
+    device: str
+    max_model_len: int | None
+    exactness: Literal["auto", "exact", "fast"]
+    threads: int | None
+    generation_config: str
+    block_size: int
+    kv_memory: str | None
+    prefix_caching: bool
+    max_nodes: int
+    cost_aware: bool
+    options: dict[str, dict[str, Any]]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
 SECTION_TYPES: Final[Mapping[str, type[Struct]]] = {
     section.name: section.type for section in msgspec.structs.fields(EngineConfig)
 }
 ALL_SECTIONS: Final = EngineConfig.__struct_fields__
 ENGINE_SECTIONS: Final = tuple(name for name in ALL_SECTIONS if name != "server")
+ENGINE_DEFAULTS: Final[Mapping[str, Any]] = {
+    field.name: field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    for section in ENGINE_SECTIONS
+    for field in msgspec.structs.fields(SECTION_TYPES[section])
+}
 
 
 def load_config(
@@ -253,7 +281,7 @@ def llm_config(
     file: Path | None,
     settings: Mapping[str, Any],
 ) -> EngineConfig:
-    """`load_config` for the arguments of `LLM` and `AsyncEngine.load`. Raises ConfigError."""
+    """`load_config` for the arguments of `LLM` and `AsyncLLM`. Raises ConfigError."""
     named: dict[str, Any] = dict(settings)
     if target is not None:
         named["target"] = target

@@ -1,106 +1,56 @@
-"""The offline API: an engine in this process, and `generate`."""
+"""The offline API: an engine in this process, with `generate`, `chat` and `stream`."""
 
 import gc
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Self, Unpack
 
 import msgspec
-from msgspec import Struct
+import torch
 
-from specserve.config import llm_config
+from specserve.completion import (
+    Delta,
+    DeltaCollector,
+    Generation,
+    GenerationFailed,
+    failed,
+    generation,
+)
+from specserve.config import ENGINE_DEFAULTS, EngineSettings, llm_config
 from specserve.engine.engine import Engine
 from specserve.engine.measure import measure_costs
 from specserve.engine.parts import load_parts
+from specserve.field_help import ENGINE_HELP, lists_fields
 from specserve.hub import resolve
+from specserve.inputs import Conversations, Prompts, as_batch, as_chats, per_prompt
 from specserve.text import Tokenizer
 from specserve.text.output_text import OutputText
 from specserve.types import (
-    FinishReason,
     Prompt,
-    PromptLogprobs,
     Request,
     RequestError,
     SamplingParams,
-    SpecStats,
     SpeculationParams,
     StepOutput,
-    TokenLogprobs,
     read_prompt,
 )
-
-T = TypeVar("T")
-
-
-class Timing(Struct, frozen=True):
-    """Wall-clock seconds. A time is None if there were too few tokens to measure it."""
-
-    ttft_s: float | None  # from submission to the first token
-    tpot_s: float | None  # per token after those of the first step
-    total_s: float  # from submission to the end
-
-
-class Completion(Struct, frozen=True):
-    """One generated sequence. `error` is the reason if it failed or was aborted."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stats: SpecStats
-    timing: Timing
-    drafter_ids: tuple[int, ...] = ()  # drafter id per token, see `StepOutput.drafter_ids`
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    stop_reason: str | int | None = None
-    num_cached_tokens: int = 0
-    error: str | None = None
-
-
-class Generation(Struct, frozen=True):
-    """The `n` completions of one prompt. Properties are those of the first one, but for `error`."""
-
-    prompt_ids: tuple[int, ...]
-    completions: tuple[Completion, ...]
-    prompt_logprobs: PromptLogprobs | None = None  # one per prompt token; None for the first
-
-    @property
-    def text(self) -> str:
-        return self.completions[0].text
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.completions[0].token_ids
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self.completions[0].finish_reason
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
-        return self.completions[0].logprobs
-
-    @property
-    def stats(self) -> SpecStats:
-        return self.completions[0].stats
-
-    @property
-    def error(self) -> str | None:
-        """The first error of any completion."""
-        return next((c.error for c in self.completions if c.error is not None), None)
 
 
 class LLM:
     """A model and an engine, loaded into this process.
 
-    `settings` are fields of the sections of `EngineConfig`, by field name. `draft` is one drafter
-    or several. `progress(stage, fraction)` reports on the download of models. Raises ConfigError,
-    DraftError, HubError, ModelError or TokenizerError, all subclasses of ValueError, with the fix
-    in the message.
+    `close`, or the end of a `with` block, releases model and KV memory; after that, all but
+    `config`, `tokenizer` and `encode` raise RuntimeError. Several threads may use it: their
+    requests share forward passes. `AsyncLLM` has the same methods for asyncio programs.
     """
 
+    @lists_fields(EngineSettings, ENGINE_HELP, ENGINE_DEFAULTS)
     def __init__(
         self,
         target: str | None = None,
@@ -108,8 +58,15 @@ class LLM:
         draft: str | Sequence[str] | None = None,
         config_file: Path | None = None,
         progress: Callable[[str, float], None] | None = None,
-        **settings: Any,
+        **settings: Unpack[EngineSettings],
     ) -> None:
+        """Load the model `target`: an alias, a directory, a .gguf file or a hub id.
+
+        `draft` is one drafter or several, whose trees are merged. A TOML file may hold settings,
+        which the arguments override. `progress(stage, fraction)` reports on the download of models.
+        Raises ConfigError, DraftError, HubError, ModelError or TokenizerError, all subclasses of
+        ValueError, with the fix in the message. The settings and their defaults:
+        """
         self.config = llm_config(target, draft, config_file, settings)
         find = partial(resolve, progress=progress)
         directory = find(self.config.target.target)
@@ -117,8 +74,44 @@ class LLM:
         self.tokenizer.prepare()
         parts = load_parts(self.config, directory, self.tokenizer, find)
         measure_costs(parts)
-        self.engine = Engine(parts)
+        self._engine: Engine | None = Engine(parts)
+        self._turn = threading.Condition()  # for whoever waits for the end of a step
+        self._is_stepping = False
         self._numbers = count(1)  # of requests
+        self._running: dict[str, _RunningSequence] = {}  # by request id
+
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises RuntimeError after `close`."""
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed; make a new one")
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def close(self) -> None:
+        """Release the model and the KV cache. Requests in progress raise RuntimeError.
+
+        Further calls have no effect.
+        """
+        with self._turn:
+            engine, self._engine = self._engine, None  # so that no further step begins
+            self._turn.wait_for(lambda: not self._is_stepping)
+            self._running.clear()
+        if engine is not None:
+            on_gpu = engine.platform.device.type == "cuda"
+            del engine
+            gc.collect()  # the parts of an engine refer to each other
+            if on_gpu:
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def default_sampling_params(self) -> SamplingParams:
@@ -131,11 +124,11 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         speculation: SpeculationParams | None = None,
-        predictions: Sequence[str | None] | None = None,
+        predictions: str | Sequence[str | None] | None = None,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Generation]:
         """Generate completions. Returns one Generation per prompt, in order.
@@ -147,28 +140,67 @@ class LLM:
         cannot be served has finish_reason "error"; other requests are not affected. Raises
         ValueError if a list has the wrong length.
         """
-        batch = _as_batch(prompts)
-        params = _per_prompt("sampling", sampling or self.default_sampling_params, len(batch))
-        expected: list[str | None] = _per_prompt("predictions", predictions, len(batch))
+        batch = as_batch(prompts)
+        params = per_prompt("sampling", sampling or self.default_sampling_params, len(batch))
+        expected: list[str | None] = per_prompt("predictions", predictions, len(batch))
         jobs = [
-            self._start(prompt, param, speculation or SpeculationParams(), prediction)
-            for prompt, param, prediction in zip(batch, params, expected, strict=True)
+            self._prepared(prompt, own, speculation, prediction, index)
+            for index, (prompt, own, prediction) in enumerate(
+                zip(batch, params, expected, strict=True)
+            )
         ]
-        running: dict[str, _RunningSequence] = {}  # by request id
-        for index, job in enumerate(jobs):
-            if not isinstance(job, Generation):
-                running |= {seq.request.id: seq for seq in job}
-                job[0].on_text = partial(on_text, index) if on_text else None
-        try:
-            with _gc_frozen():
-                while running:
-                    for output in self.engine.step():
-                        if output.id in running and running[output.id].take(output):
-                            del running[output.id]
-        finally:
-            for request_id in running:  # not empty only after an exception
-                self.engine.abort(request_id)
+        sequences = [seq for job in jobs if not isinstance(job, Generation) for seq in job]
+        with _gc_frozen(), closing(self._run(sequences)) as running:
+            for seq, delta in running:
+                if on_text is not None and delta.text and seq.index == 0:
+                    on_text(seq.prompt_index, delta.text)
         return [job if isinstance(job, Generation) else _generation(job) for job in jobs]
+
+    def chat(
+        self,
+        messages: Conversations,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        speculation: SpeculationParams | None = None,
+        predictions: str | Sequence[str | None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Generation]:
+        """Answer a conversation, or each of several. Returns one Generation per conversation.
+
+        A conversation is a list of messages such as {"role": "user", "content": "Hello"}, or a
+        string, which stands for one user message. The other arguments are those of `generate`.
+        """
+        return self.generate(
+            as_chats(messages),
+            sampling,
+            speculation=speculation,
+            predictions=predictions,
+            on_text=on_text,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        speculation: SpeculationParams | None = None,
+        prediction: str | None = None,
+    ) -> Generator[Delta, None, None]:
+        """Generate the completions of one prompt, and yield their text and tokens as they come.
+
+        The joined text is that of `generate`. The request starts with the first iteration. Leaving
+        the loop, or `close` of the generator, ends the request and frees its KV; several streams
+        may be open at once. Raises RequestError if the request cannot be served, GenerationFailed
+        if the engine fails on it, and RuntimeError after `close` of the LLM.
+        """
+        ids = self.encode(prompt)
+        params = sampling or self.default_sampling_params
+        seqs = self._sequences(ids, params, speculation, prediction)
+        with closing(self._run(seqs)) as running:
+            for _, delta in running:
+                if delta.error is not None:
+                    raise GenerationFailed(delta.error)
+                yield delta
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt. Raises RequestError if it cannot be encoded."""
@@ -180,35 +212,125 @@ class LLM:
             case ids:
                 return ids
 
-    def _start(
+    def _prepared(
         self,
         prompt: Prompt,
         params: SamplingParams,
-        speculation: SpeculationParams,
+        speculation: SpeculationParams | None,
         prediction: str | None,
+        prompt_index: int,
     ) -> "list[_RunningSequence] | Generation":
-        """Submit the `n` sequences of one prompt. If it cannot be served, return the error."""
-        prompt_ids: tuple[int, ...] = ()
+        """The `n` sequences of one prompt. If it cannot be served, the result that says so."""
+        ids: tuple[int, ...] = ()
         try:
-            prompt_ids = self.encode(prompt)
-            params.validate(self.engine.shape.vocab_size)
-            if prediction is not None:
-                expected = tuple(self.tokenizer.encode(prediction, add_special=False))
-                speculation = msgspec.structs.replace(speculation, prediction=expected)
-            now = time.monotonic()
-            requests = [
-                Request(f"request-{number}", prompt_ids, own, speculation, arrived_at=now)
-                for own, number in zip(params.samples(), self._numbers, strict=False)
-            ]
-            for request in requests:
-                self.engine.submit(request)
+            ids = self.encode(prompt)
+            return self._sequences(ids, params, speculation, prediction, prompt_index)
         except RequestError as error:
-            logprobs, timing = None if params.logprobs is None else (), Timing(None, None, 0.0)
-            failed = Completion(
-                "", (), "error", SpecStats(), timing, logprobs=logprobs, error=str(error)
-            )
-            return Generation(prompt_ids, (failed,))
-        return [_RunningSequence(request, self.tokenizer) for request in requests]
+            return failed(ids, error, params)
+
+    def _sequences(
+        self,
+        prompt_ids: tuple[int, ...],
+        params: SamplingParams,
+        speculation: SpeculationParams | None,
+        prediction: str | None,
+        prompt_index: int = 0,
+    ) -> "list[_RunningSequence]":
+        """The `n` sequences of one prompt. Raises RequestError if they cannot be served."""
+        params.validate(self.engine.shape.vocab_size)
+        speculation = speculation or SpeculationParams()
+        if prediction is not None:
+            expected = tuple(self.tokenizer.encode(prediction, add_special=False))
+            speculation = msgspec.structs.replace(speculation, prediction=expected)
+        now = time.monotonic()
+        seqs = []
+        for index, own in enumerate(params.samples()):
+            name = f"request-{next(self._numbers)}"
+            request = Request(name, prompt_ids, own, speculation, arrived_at=now)
+            self.engine.limits.check(request)
+            seqs.append(_RunningSequence(request, self.tokenizer, prompt_index, index))
+        return seqs
+
+    def _run(
+        self, seqs: "Sequence[_RunningSequence]"
+    ) -> "Generator[tuple[_RunningSequence, Delta], None, None]":
+        """Run sequences to their end and yield their deltas. Closing it ends the sequences."""
+        arrived: _Arrived = deque()
+        num_running = len(seqs)
+        try:
+            for seq in seqs:
+                seq.arrived = arrived
+                self._running[seq.request.id] = seq
+                self.engine.submit(seq.request)
+            while num_running:
+                self._step(arrived)
+                while arrived:
+                    seq, delta = arrived.popleft()
+                    num_running -= delta.finish_reason is not None
+                    yield seq, delta
+        except BaseException as error:
+            self._abort(seqs)
+            if isinstance(error, GeneratorExit):
+                self._free_aborted()
+            raise
+
+    def _step(self, arrived: "_Arrived") -> None:
+        """Run a step of the engine, unless one of another thread fills `arrived`."""
+        with self._turn:
+            self._turn.wait_for(lambda: arrived or not self._is_stepping)
+            if arrived:
+                return
+            engine, self._is_stepping = self.engine, True
+        try:
+            self._take(engine.step())
+        finally:
+            with self._turn:
+                self._is_stepping = False
+                self._turn.notify_all()
+
+    def _take(self, outputs: Sequence[StepOutput]) -> None:
+        """Pass outputs to their sequences. Those of aborted sequences are ignored."""
+        for output in outputs:
+            if (seq := self._running.get(output.id)) is not None:
+                seq.take(output)
+            if output.finish is not None:
+                self._running.pop(output.id, None)
+
+    def _abort(self, seqs: "Sequence[_RunningSequence]") -> None:
+        """End those of the sequences that still run, at the next step."""
+        for seq in seqs:
+            running = self._running.pop(seq.request.id, None)
+            if running is not None and self._engine is not None:
+                self._engine.abort(seq.request.id)
+
+    def _free_aborted(self) -> None:
+        """Free the KV of aborted sequences, unless a step of other sequences will do it."""
+        with self._turn:
+            if self._engine is not None and not (self._running or self._is_stepping):
+                self._take(self._engine.step())
+
+
+class _RunningSequence:
+    """One sequence in progress: makes deltas of the outputs of steps."""
+
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, prompt_index: int, index: int
+    ) -> None:
+        self.request = request
+        self.prompt_index = prompt_index
+        self.index = index  # among the `n` of the prompt
+        self.collector = DeltaCollector(request.sampling)
+        self.arrived: _Arrived = deque()  # deltas of all sequences of the same call
+        self._text = OutputText.of(request, tokenizer)
+
+    def take(self, output: StepOutput) -> None:
+        text = self._text.feed(output.ids, output.finish, output.stop_reason)
+        delta = Delta.of(text, output, self.index)
+        self.collector.add(delta)
+        self.arrived.append((self, delta))
+
+
+_Arrived = deque[tuple[_RunningSequence, Delta]]
 
 
 @contextmanager
@@ -224,78 +346,5 @@ def _gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-class _RunningSequence:
-    """One sequence in progress: its outputs, text and times."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.on_text: Callable[[str], None] | None = None
-        self._text = OutputText.of(request, tokenizer)
-        self._outputs: list[StepOutput] = []
-        self._started = time.perf_counter()
-        self._first: tuple[float, int] | None = None  # time and number of the first tokens
-        self._last = self._started
-
-    def take(self, output: StepOutput) -> bool:
-        """Add the output of a step. Returns whether it is the last one."""
-        self._outputs.append(output)
-        delta = self._text.feed(output.ids, output.finish, output.stop_reason)
-        self._last = time.perf_counter()
-        if output.ids and self._first is None:
-            self._first = self._last, len(output.ids)
-        if delta and self.on_text is not None:
-            self.on_text(delta)
-        return output.finish is not None
-
-    def prompt_logprobs(self) -> PromptLogprobs | None:
-        """Of the whole prompt, or None if they were not requested."""
-        if self.request.sampling.prompt_logprobs is None:
-            return None
-        return tuple(chain.from_iterable(output.prompt_logprobs for output in self._outputs))
-
-    def completion(self) -> Completion:
-        last = self._outputs[-1]
-        assert last.finish is not None
-        ids = tuple(chain.from_iterable(output.ids for output in self._outputs))
-        logprobs = tuple(chain.from_iterable(output.logprobs for output in self._outputs))
-        return Completion(
-            text=self._text.text,
-            token_ids=ids,
-            finish_reason=last.finish,
-            stats=last.stats or SpecStats(),
-            timing=self._timing(len(ids)),
-            drafter_ids=tuple(chain.from_iterable(output.drafter_ids for output in self._outputs)),
-            logprobs=None if self.request.sampling.logprobs is None else logprobs,
-            stop_reason=last.stop_reason,
-            num_cached_tokens=last.num_cached_tokens,
-            error=last.error,
-        )
-
-    def _timing(self, num_tokens: int) -> Timing:
-        ttft = tpot = None
-        if self._first is not None:
-            ttft = self._first[0] - self._started
-            if num_tokens > self._first[1]:
-                tpot = (self._last - self._first[0]) / (num_tokens - self._first[1])
-        return Timing(ttft, tpot, self._last - self._started)
-
-
 def _generation(seqs: list[_RunningSequence]) -> Generation:
-    completions = tuple(seq.completion() for seq in seqs)
-    return Generation(seqs[0].request.prompt_ids, completions, seqs[0].prompt_logprobs())
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Wrap a single prompt into a list; a list of prompts is copied."""
-    if isinstance(prompts, str) or any(isinstance(item, int | dict) for item in prompts):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
-def _per_prompt(name: str, value: T | Sequence[T], count: int) -> list[T]:
-    """One value per prompt. Raises ValueError for a list that has not `count` values."""
-    if not isinstance(value, list | tuple):
-        return [cast(T, value)] * count
-    if len(value) != count:
-        raise ValueError(f"{name}: {len(value)} given for {count} prompts; give one per prompt")
-    return list(value)
+    return generation(seqs[0].request.prompt_ids, [seq.collector for seq in seqs])

@@ -5,7 +5,7 @@ A `Request` or an `Abort` goes in, `StepOutput`s come out.
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import msgspec
@@ -19,7 +19,7 @@ MAX_SEED = 2**63 - 1
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Quantization = Literal["auto", "none", "int8", "int4"]
-Message = dict[str, str]  # {"role": ..., "content": ...}
+Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids or a chat
 
 
@@ -36,7 +36,7 @@ def read_prompt(prompt: Prompt) -> str | list[Message] | tuple[int, ...]:
     """The prompt as text, chat messages or token ids. Raises RequestError for anything else."""
     if isinstance(prompt, str):
         return prompt
-    if any(isinstance(item, dict) for item in prompt):
+    if any(isinstance(item, Mapping) for item in prompt):
         return cast(list[Message], list(prompt))
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int):

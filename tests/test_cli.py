@@ -17,16 +17,11 @@ from tiny import write_tiny_llama
 from specserve.cli import main
 from specserve.cli.flags import flag_type, given
 from specserve.cli.machine import cache_folder, processor
-from specserve.cli.parser import (
-    ENGINE_HELP,
-    SAMPLING_HELP,
-    SERVER_HELP,
-    build_parser,
-    engine_config,
-)
+from specserve.cli.parser import SAMPLING_HELP, SERVER_HELP, build_parser, engine_config
 from specserve.cli.prompts import read_prompts
 from specserve.cli.runtime import check_driver
 from specserve.config import ConfigError, EngineConfig
+from specserve.field_help import ENGINE_HELP
 from specserve.types import SamplingParams
 
 KEYS = {"index", "text", "token_ids", "finish_reason", "usage", "speculation", "timing"}

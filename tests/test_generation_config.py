@@ -17,7 +17,7 @@ from live import LiveServer, start_server
 from recorded import recorded, recording
 from tiny_chat import write_byte_chat
 
-from specserve import LLM, AsyncEngine, Client, SamplingParams
+from specserve import LLM, AsyncLLM, Client, SamplingParams
 from specserve.cli.main import main
 from specserve.config import ConfigError, EngineConfig
 from specserve.hub.convert import convert_gguf
@@ -188,11 +188,15 @@ def test_a_model_that_does_not_sample(tmp_path: Path) -> None:
     (greedy,) = llm.generate([1, 2, 3], SamplingParams(temperature=0.0))
     assert default.token_ids == greedy.token_ids
 
-    async def ask() -> list[int]:
-        async with AsyncEngine.load(str(model), dtype="float32", kv_memory="4MiB") as engine:
-            return [i async for delta in engine.generate([1, 2, 3]) for i in delta.tokens.ids]
+    assert [i for delta in llm.stream([1, 2, 3]) for i in delta.token_ids] == list(greedy.token_ids)
 
-    assert asyncio.run(ask()) == list(greedy.token_ids)
+    async def ask() -> tuple[list[int], tuple[int, ...]]:
+        async with AsyncLLM(str(model), dtype="float32", kv_memory="4MiB") as other:
+            (whole,) = await other.generate([1, 2, 3])
+            streamed = [i async for each in other.stream([1, 2, 3]) for i in each.token_ids]
+            return streamed, whole.token_ids
+
+    assert asyncio.run(ask()) == (list(greedy.token_ids), greedy.token_ids)
 
 
 def test_a_bad_file_ends_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

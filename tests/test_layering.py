@@ -27,14 +27,18 @@ LEVELS: list[list[str]] = [
         "specserve.config",
         "specserve.tree",
         "specserve.fair_share",
+        "specserve.field_help",
         "specserve.read_only",
         "specserve.cache.pool",
         "specserve.cache.table",
         "specserve.cache.prefix",
         "specserve.text",
         "specserve.hub",
+        "specserve.server.descriptions",
     ],
     [
+        "specserve.completion",
+        "specserve.inputs",
         "specserve.sequence",
         "specserve.step",
         "specserve.cache.manager",
@@ -67,6 +71,7 @@ LEVELS: list[list[str]] = [
     [
         "specserve",
         "specserve.llm",
+        "specserve.async_llm",
         "specserve.async_engine",
         "specserve.server",
         "specserve.client",
@@ -92,7 +97,8 @@ WITHIN_A_LEVEL = {
     ("specserve.speculation.compose", "specserve.speculation.failures"),
     ("specserve.speculation.registry", "specserve.speculation.failures"),
     ("specserve", "specserve.llm"),
-    ("specserve", "specserve.async_engine"),
+    ("specserve", "specserve.async_llm"),
+    ("specserve.async_llm", "specserve.async_engine"),
     ("specserve", "specserve.client"),
     ("specserve.server", "specserve"),
     ("specserve.server", "specserve.async_engine"),
@@ -164,6 +170,10 @@ WITHOUT_TORCH = {
     "specserve.process.tokenizer_pool",
     "specserve.process.tokenizer_main",
     "specserve.async_engine",
+    "specserve.async_llm",
+    "specserve.completion",
+    "specserve.field_help",
+    "specserve.inputs",
     "specserve.server",
     "specserve.client",
 }
@@ -239,7 +249,7 @@ def import_error(module: str, unit: str, target: str) -> str | None:
 
 
 @pytest.mark.parametrize(
-    "module", ["specserve.server.lifecycle", "specserve.client", "specserve.async_engine"]
+    "module", ["specserve.server.lifecycle", "specserve.client", "specserve.async_llm"]
 )
 def test_the_http_side_never_loads_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specserve.cli.progress import show_progress
-from specserve.llm import LLM, Generation
+from specserve.completion import Generation
+from specserve.llm import LLM
 from specserve.types import SamplingParams
 
 PROMPTS: Final = {

@@ -19,10 +19,11 @@ from msgspec import Struct
 from rich.console import Console
 
 from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.parser import TARGET_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig, load_config
 from specserve.engine.device import Platform, choose_platform
+from specserve.field_help import ENGINE_HELP
 from specserve.hub import resolve
 from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape

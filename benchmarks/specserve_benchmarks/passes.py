@@ -23,10 +23,11 @@ from specserve.batch import ForwardBatch, build_batch, tree_segment
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.parser import TARGET_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig, load_config
 from specserve.engine.device import choose_platform
+from specserve.field_help import ENGINE_HELP
 from specserve.hub import resolve
 from specserve.models.loader import load_model
 from specserve.models.model import Model

@@ -14,10 +14,11 @@ from typing import Final
 
 from msgspec import Struct
 
+from specserve.completion import Completion
 from specserve.engine.engine import Engine
 from specserve.engine.metrics import EngineStats
 from specserve.engine.warm_up import warm_up
-from specserve.llm import LLM, Completion
+from specserve.llm import LLM
 from specserve.speculation.compose import ComposedDrafter
 from specserve.types import SamplingParams, SpeculationParams
 from specserve_evals.acceptance_figures import CellResult, Outcome, Run, by_category

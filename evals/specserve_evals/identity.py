@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from specserve.llm import Completion
+from specserve.completion import Completion
 from specserve.text import Tokenizer
 from specserve.types import SamplingParams
 from specserve_evals.audit import Acceptance

@@ -24,10 +24,11 @@ from torch import Tensor
 from specserve.batch import build_batch, prefill_segments
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
-from specserve.cli.parser import ENGINE_HELP, OPTIONAL_TARGET_HELP
+from specserve.cli.parser import OPTIONAL_TARGET_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
+from specserve.field_help import ENGINE_HELP
 from specserve.hub import resolve
 from specserve.models.loader import load_model
 from specserve.models.model import Model

@@ -9,11 +9,13 @@ from typing import Any, Final
 from msgspec import Struct
 
 from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import ENGINE_HELP, OPTIONAL_TARGET_HELP
+from specserve.cli.parser import OPTIONAL_TARGET_HELP
 from specserve.cli.progress import Report
+from specserve.completion import Completion
 from specserve.config import DraftConfig, ScheduleConfig, TargetConfig
+from specserve.field_help import ENGINE_HELP
 from specserve.hub import resolve
-from specserve.llm import LLM, Completion
+from specserve.llm import LLM
 from specserve.speculation import registry
 from specserve.types import SamplingParams
 from specserve_evals.progress import Advance

@@ -43,12 +43,14 @@ def add_flags(
         names = [f"--{dest.replace('_', '-')}"]
         if aliases and info.name in aliases:
             names.append(aliases[info.name])
+        rule, _ = flag_type(hints[info.name])
+        repeatable = "; repeatable" if rule.get("action") == "append" else ""
         group.add_argument(
             *names,
             dest=dest,
             default=argparse.SUPPRESS,
-            help=help_texts[info.name] + _default(info),
-            **flag_type(hints[info.name])[0],
+            help=help_texts[info.name] + repeatable + _default(info),
+            **rule,
         )
 
 

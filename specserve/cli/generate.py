@@ -12,7 +12,8 @@ from specserve.cli.parser import SPECULATION_PREFIX, settings
 from specserve.cli.progress import show_progress
 from specserve.cli.prompts import as_chat, as_text, read_prompts
 from specserve.cli.results import json_lines, summary
-from specserve.llm import LLM, Generation
+from specserve.completion import Generation
+from specserve.llm import LLM
 from specserve.types import SamplingParams, SpeculationParams
 
 

@@ -17,6 +17,7 @@ from specserve.config import (
     TargetConfig,
     load_config,
 )
+from specserve.field_help import ENGINE_HELP
 from specserve.types import SamplingParams, SpeculationParams
 
 Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
@@ -32,11 +33,11 @@ SAMPLING_HELP: Final = {
     "presence_penalty": "subtracted from the logit of every token that the answer already has",
     "frequency_penalty": "the same, times the number of its occurrences",
     "repetition_penalty": "divides the logits of tokens in prompt and output; above 1 discourages",
-    "logit_bias": "add BIAS to a token's logit; repeatable",
+    "logit_bias": "add BIAS to a token's logit",
     "max_tokens": "maximum number of tokens to generate",
     "min_tokens": "fewest tokens before an end token or a stop",
-    "stop": "end before this text; repeatable",
-    "stop_token_ids": "end at this token; repeatable",
+    "stop": "end before this text",
+    "stop_token_ids": "end at this token",
     "ignore_eos": "continue after the model's end token",
     "skip_special_tokens": "leave control tokens out of the text (default: yes)",
     "include_stop_str_in_output": "end after the stop text instead of before it",
@@ -51,32 +52,7 @@ SPECULATION_PREFIX: Final = "speculation_"
 SPECULATION_HELP: Final = {
     "enabled": "use speculation; --no-speculation-enabled decodes plainly",
     "max_nodes": "tree nodes for each of these prompts, within --max-nodes",
-    "drafters": "use only this one of the drafters of --draft; repeatable",
-}
-
-ENGINE_HELP: Final = {
-    "dtype": "of weights and KV; auto: fast on this device (with int4 and int8: bfloat16 KV)",
-    "quantization": "of the weights; auto: GGUF files as they are (int8 for formats without "
-    "kernels), other files not quantised",
-    "device": "auto, cpu, cuda or cuda:N",
-    "max_model_len": "tokens of prompt and output together; not given: the model's own limit",
-    "exactness": "exact: a result never depends on the rest of the batch; fast: it may, where "
-    "two tokens are about equally likely; auto: exact on a CPU, fast on a GPU",
-    "threads": "CPU threads; not given: torch's choice for this machine",
-    "generation_config": "where the defaults of temperature, top-k, top-p, min-p and repetition "
-    "penalty come from; auto: the model's generation_config.json; none: no file; or a directory "
-    "with such a file",
-    "block_size": "tokens per KV block",
-    "kv_memory": "KV memory, such as 2GiB; not given: a quarter of the free memory (most of it on "
-    "a GPU), at most what --max-num-seqs full contexts need",
-    "prefix_caching": "share the KV of equal prompt beginnings",
-    "draft": "a drafter (none, ngram, suffix, recycle, eagle), a draft's directory, or auto: "
-    "recycle and, if the target has one, a pretrained eagle head; repeatable: trees are merged",
-    "max_nodes": "tree nodes per sequence and forward pass, root included",
-    "cost_aware": "leave out drafters and nodes that cost more time than they save (default: yes)",
-    "options": "an option of a drafter, such as ngram.max_match=3; repeatable",
-    "max_num_seqs": "sequences that run together",
-    "max_num_batched_tokens": "tokens per forward pass: tree nodes and prompt tokens together",
+    "drafters": "use only this one of the drafters of --draft",
 }
 
 SERVER_HELP: Final = {

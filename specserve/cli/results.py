@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
-from specserve.llm import Completion, Generation
+from specserve.completion import Completion, Generation
 
 # The fields of `SpecStats` that `--json` shows.
 _SPECULATION: Final = (

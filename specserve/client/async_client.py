@@ -17,6 +17,7 @@ from specserve.client.request import (
     chat_body,
     completion_body,
     encode_body,
+    lists_options,
 )
 from specserve.client.types import Completion, Model, SpeculationReport
 
@@ -37,21 +38,25 @@ class AsyncClient:
         self._connection = Connection(url, **settings)
         self.url = self._connection.url
 
+    @lists_options
     async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Continue a text or token ids."""
         body = completion_body(prompt, options, stream=False)
         return whole(await self._fetch(Answer, _call(_COMPLETIONS, body, options)))
 
+    @lists_options
     async def chat(self, messages: Messages, **options: Unpack[Options]) -> Completion:
         """Answer a chat. A string stands for one user message."""
         body = chat_body(messages, options, stream=False)
         return whole(await self._fetch(Answer, _call(_CHAT, body, options)))
 
+    @lists_options
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
         """`complete` as a stream of deltas. The request is sent when the stream is first used."""
         body = completion_body(prompt, options, stream=True)
         return AsyncStream(self._connection, _call(_COMPLETIONS, body, options))
 
+    @lists_options
     def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> AsyncStream:
         """`chat` as a stream of deltas. The request is sent when the stream is first used."""
         body = chat_body(messages, options, stream=True)

@@ -10,6 +10,9 @@ from typing import Any, Final, TypedDict, cast
 import msgspec
 from msgspec import Struct
 
+from specserve.field_help import lists_fields
+from specserve.server.descriptions import DESCRIPTIONS
+
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 Messages = str | Sequence[Message]  # text stands for one user message
 Prompt = str | Sequence[int]
@@ -26,12 +29,8 @@ class SpeculationOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_d
 class Options(TypedDict, total=False):
     """Keyword arguments of all generation calls. Missing or None: the default of the server.
 
-    The sampling options are those of `specserve.SamplingParams`. `logprobs` is the number of
-    alternatives per token, `prompt_logprobs` the same for the prompt. `prediction` is text expected
-    in the answer; it affects only the speed. Cached prefixes are shared only between requests with
-    the same `cache_salt`. `priority` compares requests of one API key; higher runs first. `timeout`
-    (seconds) replaces that of the client, `request_id` identifies the request in the server's log,
-    and `extra` holds other JSON fields.
+    `help(Client.chat)` says what each of them does. Most are fields of the request, described in
+    `server/descriptions.py`.
     """
 
     model: str | None
@@ -63,6 +62,20 @@ class Options(TypedDict, total=False):
     extra: Mapping[str, Any] | None
 
 
+_MEANINGS: Final = {
+    **DESCRIPTIONS,
+    **{  # fields that the two requests describe apart
+        name.partition(".")[2]: text
+        for name, text in DESCRIPTIONS.items()
+        if name.startswith(("ChatRequest.", "CompletionRequest."))
+    },
+    "logit_bias": "Numbers to add to the logits of single tokens, from -100 to 100, by token id.",
+    "timeout": "Seconds for the whole call, retries included. Default: that of the client.",
+    "request_id": "Identifies the request in the server's log. Default: one of the server.",
+    "extra": "Further fields of the request's JSON.",
+}
+# A decorator: appends what each option means to the docstring of a method.
+lists_options: Final = lists_fields(Options, _MEANINGS)
 _NOT_IN_THE_BODY: Final = {"timeout", "request_id", "extra"}
 
 

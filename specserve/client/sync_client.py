@@ -13,7 +13,7 @@ from specserve.client.async_client import DEFAULT_URL, AsyncClient
 from specserve.client.async_stream import AsyncStream
 from specserve.client.connection import Settings
 from specserve.client.loop_thread import LoopThread
-from specserve.client.request import Messages, Options, Prompt
+from specserve.client.request import Messages, Options, Prompt, lists_options
 from specserve.client.types import Completion, Delta
 
 P = ParamSpec("P")
@@ -59,10 +59,12 @@ class Client:
     speculation = _blocking(AsyncClient.speculation)
     metrics = _blocking(AsyncClient.metrics)
 
+    @lists_options
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> "Stream":
         """`complete` as a stream of deltas. The request is sent when the stream is first used."""
         return Stream(self._thread, self._client.stream(prompt, **options))
 
+    @lists_options
     def stream_chat(self, messages: Messages, **options: Unpack[Options]) -> "Stream":
         """`chat` as a stream of deltas. The request is sent when the stream is first used."""
         return Stream(self._thread, self._client.stream_chat(messages, **options))

@@ -1,4 +1,4 @@
-"""What `openapi.json` says about every field of the requests and answers. Used by nothing else."""
+"""What `openapi.json`, and `help()` of the clients, say about fields of requests and answers."""
 
 from collections.abc import Mapping
 from typing import Final

@@ -7,7 +7,7 @@ from typing import Final
 
 from aiohttp import web
 
-from specserve.async_engine import GenerationFailed
+from specserve.completion import GenerationFailed
 from specserve.process.engine_process import EngineUnavailable
 from specserve.process.tokenizer_pool import TokenizerUnavailable
 from specserve.server.admission import QueueFull

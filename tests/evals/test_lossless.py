@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny import write_tiny_llama
 from tiny_chat import write_chat_prompts, write_tiny_chat
 
-from specserve.llm import Completion, Timing
+from specserve.completion import Completion, Timing
 from specserve.step import FinishInfo, VerifyResult
 from specserve.tree import chain_tree
 from specserve.types import SpecStats

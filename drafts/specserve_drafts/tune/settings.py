@@ -8,8 +8,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from specserve.cli.flags import add_flags, flag_type, given
-from specserve.cli.parser import ENGINE_HELP, TARGET_HELP
+from specserve.cli.parser import TARGET_HELP
 from specserve.config import TargetConfig, read_toml, unknown_setting
+from specserve.field_help import ENGINE_HELP
 from specserve.speculation.registry import invalid_field
 from specserve.types import SamplingParams
 from specserve_evals.provenance import DataFile
