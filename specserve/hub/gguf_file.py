@@ -144,12 +144,13 @@ class GgufFile:
         return name, self._scalars("Q", num_dims)[::-1], self._scalar("I"), self._scalar("Q")
 
     def _check_kinds(self) -> None:
-        for name, tensor in self.tensors.items():
+        first_of = {tensor.kind: name for name, tensor in reversed(self.tensors.items())}
+        for kind, name in first_of.items():
             try:
-                dequantize(np.zeros((1, GGML_QUANT_SIZES[tensor.kind][1]), np.uint8), tensor.kind)
+                dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
             except NotImplementedError:
                 raise HubError(
-                    f"{self.path}: {short(name)} is quantised as {tensor.kind.name}, which "
+                    f"{self.path}: {short(name)} is quantised as {kind.name}, which "
                     f"cannot be read; use a file of another quantisation, such as Q8_0 or Q4_K"
                 ) from None
 
