@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from specserve.completion import GenerationFailed
 from specserve.config import EngineConfig
@@ -24,6 +24,7 @@ from specserve.text.token_chunk import TokenChunker
 from specserve.types import Request, TokenLogprobs
 
 T = TypeVar("T")
+_MAX_WAITING: Final = 2**20  # prompts of this process; a server has a smaller limit of its own
 
 
 class AsyncEngine:
@@ -49,7 +50,7 @@ class AsyncEngine:
         self.config = config
         self.tokenizer = Tokenizer(directory)  # to decode only: encoding blocks the event loop
         self.tokenizer_pool = tokenizer_pool or TokenizerPool(
-            directory, time_limit=server.template_timeout
+            directory, time_limit=server.template_timeout, max_waiting=_MAX_WAITING
         )
         self.process = EngineProcess(config, directory, heartbeat_timeout=server.heartbeat_timeout)
 

@@ -134,11 +134,11 @@ class LLM:
         """Generate completions. Returns one Generation per prompt, in order.
 
         A prompt is text, token ids or chat messages. `sampling` is one value for all prompts or a
-        list with one per prompt; None: `default_sampling_params`. `predictions` has an expected
-        output text or None per prompt; it affects speed, never the output. `on_text(index, delta)`
-        is called with each text delta of the first completion of prompt `index`. A request that
-        cannot be served has finish_reason "error"; other requests are not affected. Raises
-        ValueError if a list has the wrong length.
+        list with one per prompt; None: `default_sampling_params`. `predictions` is an expected
+        output text or a list with one or None per prompt; it affects speed, never the output.
+        `on_text(index, delta)` is called with each text delta of the first completion of prompt
+        `index`. A request that cannot be served has finish_reason "error"; other requests are not
+        affected. Raises ValueError if a list has the wrong length.
         """
         batch = as_batch(prompts)
         params = per_prompt("sampling", sampling or self.default_sampling_params, len(batch))

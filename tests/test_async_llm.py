@@ -106,6 +106,15 @@ def test_many_requests_share_the_forward_passes(runner: asyncio.Runner, llm: Asy
     assert num_steps < num_tokens / 3
 
 
+def test_a_call_may_have_thousands_of_prompts(runner: asyncio.Runner, llm: AsyncLLM) -> None:
+    """More than wait at the tokenizer of a server."""
+    params = SamplingParams(temperature=0.0, max_tokens=2)
+    results = runner.run(llm.generate([f"prompt {index % 7}" for index in range(1500)], params))
+    assert [each.error for each in results] == [None] * 1500
+    for index, result in enumerate(results):
+        assert result.token_ids == results[index % 7].token_ids
+
+
 def test_a_cancelled_call_ends_its_requests(runner: asyncio.Runner, llm: AsyncLLM) -> None:
     async def scenario() -> None:
         call = asyncio.create_task(llm.generate(["a b c", "d e f"], LONG))

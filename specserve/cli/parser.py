@@ -64,7 +64,7 @@ SERVER_HELP: Final = {
     "allow_public": "let other machines, and with --allowed-origins '*' all web pages, in without "
     "API keys",
     "allowed_origins": "an origin whose web pages may use the server from a browser (CORS), such "
-    "as https://chat.example.com; repeatable. '*': all pages; needs API keys. Not given: none",
+    "as https://chat.example.com. '*': all pages; needs API keys. Not given: none",
     "ssl_certfile": "certificate chain (PEM); serves HTTPS",
     "ssl_keyfile": "the certificate's private key (PEM)",
     "max_body_bytes": "largest body of a request; all that are in memory together may have eight "
