@@ -70,6 +70,8 @@ def test_every_flag_of_a_usual_command_line_is_explained(
         ("serve -c 4096", "-c: no flag of specserve serve; write --max-model-len"),
         ("serve --ctx-size=4096", "--ctx-size: no flag of specserve serve; write --max-model-len"),
         ("serve --max_num_seqs 3", "--max_num_seqs: no flag of specserve serve; write --max-num"),
+        ("serve --sampling-defaults openai", "write --generation-config"),
+        ("serve --override-generation-config {}", "these values to --generation-config"),
         ("serve --temp 0", "every request sets temperature itself"),
         ("serve --max-tokens 5", "every request sets max_tokens itself"),
         ("generate --temp 0", "write --temperature"),

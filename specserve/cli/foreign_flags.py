@@ -13,6 +13,7 @@ from specserve.types import SamplingParams
 _RENAMED: Final = {
     "--draft": "--model-draft -md --draft-model --hf-repo-draft -hfd --spec-type "
     "--speculative-model --speculative-algorithm --speculative-draft-model-path",
+    "--generation-config": "--sampling-defaults",
     "--kv-memory": "--kv-cache-memory-bytes",
     "--logit-bias": "-l",
     "--max-model-len": "--ctx-size -c --context-length --n-ctx",
@@ -65,6 +66,8 @@ _OTHERWISE: Final = {
     "--mem-fraction-static --swap-space",
     "there is none: keys and values have the type of --dtype": "--kv-cache-dtype --cache-type-k "
     "-ctk --cache-type-v -ctv",
+    "give a directory with these values to --generation-config": "--override-generation-config "
+    "--preferred-sampling-params",
     "write --draft NAME or --draft DIRECTORY, and --max-nodes N": "--speculative-config -sc",
     "there is none: a tree is as large as it is worth, up to --max-nodes": "--draft-min "
     "--draft-n-min --spec-draft-n-min --draft-p-min --speculative-eagle-topk",
