@@ -11,7 +11,7 @@ from specserve.hub.gguf_file import GgufFile
 from specserve.hub.gguf_tensors import source_tensors
 from specserve.hub.gguf_tokenizer import end_tokens, read_tokenizer
 
-CONVERTER_VERSION = 3  # increment when the output changes, so that cached conversions are redone
+CONVERTER_VERSION = 4  # increment when the output changes, so that cached conversions are redone
 Progress = Callable[[str, float], None]  # (stage, fraction done from 0 to 1)
 
 
