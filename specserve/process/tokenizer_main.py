@@ -126,8 +126,11 @@ def _run(
                 return Result(handlers[name](tokenizer, body, limits))
             case Encode(text, add_special):
                 ids = tokenizer.encode(text, add_special=add_special)
-            case Chat(messages, add_generation_prompt, continue_final_message):
-                ids = tokenizer.chat(messages, add_generation_prompt, continue_final_message)
+            case Chat(messages, generates, continues):
+                tools, values = job.tools, job.template_kwargs
+                ids = tokenizer.chat(
+                    messages, generates, continues, tools=tools, template_kwargs=values
+                )
     except RequestError as error:
         # `Tokenizer.encode` does not know the name of the field.
         return Refused(job.param if isinstance(job, Encode) else error.param, error.message)

@@ -5,12 +5,13 @@ it: each `Stage` of its start, `Ready` (or `Failed`, after which it ends), then 
 `Refused` per job.
 """
 
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 from msgspec import Struct
 
 from specserve.engine.limits import Limits
-from specserve.text.chat_messages import PlainMessage
+from specserve.text.chat_messages import PlainMessage, other_fields
 
 LONG_JOB: Final = 2**16  # bytes from which a job is long: other jobs should not wait for it
 
@@ -40,12 +41,18 @@ class Chat(Struct, frozen=True, tag=True):
     messages: tuple[PlainMessage, ...]
     add_generation_prompt: bool
     continue_final_message: bool
+    tools: tuple[dict[str, Any], ...] = ()
+    template_kwargs: dict[str, Any] = {}
     param: str = "messages"
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the contents."""
-        return sum(len(message["content"].encode()) for message in self.messages)
+        """Bytes of the contents, and of tools, tool calls and variables as JSON."""
+        size = sum(len(message["content"].encode()) for message in self.messages)
+        others = [fields for each in self.messages if (fields := other_fields(each))]
+        if others or self.tools or self.template_kwargs:
+            size += len(msgspec.json.encode((others, self.tools, self.template_kwargs)))
+        return size
 
 
 class Stage(Struct, frozen=True, tag=True):

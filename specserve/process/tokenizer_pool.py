@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from specserve.engine.limits import Limits
@@ -26,7 +27,8 @@ from specserve.process.tokenizer_messages import (
 from specserve.process.tokenizer_process import OUT_OF_TIME, TokenizerProcess
 from specserve.process.tokenizer_queue import PendingJob, TokenizerQueue
 from specserve.text import TokenizerError
-from specserve.text.chat_messages import check_text, read_messages
+from specserve.text.chat_messages import read_messages
+from specserve.text.chat_tools import check_text
 from specserve.types import RequestError
 
 logger = logging.getLogger(__name__)
@@ -135,15 +137,20 @@ class TokenizerPool:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         max_tokens: int | None = None,
         tenant: str = "",
     ) -> tuple[int, ...]:
-        """Token ids of a chat, with `max_tokens` as in `encode`.
+        """Token ids of a chat (see `Tokenizer.chat`), with `max_tokens` as in `encode`.
 
         Raises RequestError or TokenizerUnavailable.
         """
         plain = tuple(read_messages(messages))
-        job = Chat(plain, add_generation_prompt, continue_final_message)
+        shown = tuple(map(dict, tools))
+        job = Chat(
+            plain, add_generation_prompt, continue_final_message, shown, dict(template_kwargs)
+        )
         return await self._ids(job, max_tokens, tenant)
 
     async def call(self, name: str, body: bytes, limits: Limits, *, tenant: str = "") -> bytes:

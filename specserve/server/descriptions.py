@@ -93,7 +93,17 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     # Chat requests.
     "messages": "The chat so far, oldest message first.",
     "Message.role": "Who wrote the message.",
-    "Message.content": "The text of the message, whole or in parts that are joined.",
+    "Message.content": "The text of the message, whole or in parts that are joined; may be null "
+    "beside tool calls.",
+    "Message.tool_calls": "Calls that the assistant made, in OpenAI's form; the template must have "
+    "a place for them.",
+    "Message.tool_call_id": "Id of the call that a message of the role tool answers.",
+    "tools": "Functions that the template shows to the model. Calling them is not supported yet, "
+    "so tool_choice must be none.",
+    "tool_choice": "none: the model writes text.",
+    "chat_template_kwargs": "Variables for the model's chat template, such as enable_thinking; the "
+    "template must have them.",
+    "reasoning_effort": "The template's variable of this name.",
     "Message.name": "Name of the author, for templates that show it.",
     "max_completion_tokens": "The newer name of max_tokens.",
     "ChatRequest.logprobs": "Return the log-probability of every token. Default: false.",

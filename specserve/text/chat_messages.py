@@ -6,21 +6,42 @@ that names the field, such as messages[2].content[0].type.
 
 from collections.abc import Mapping, Sequence
 from reprlib import repr as short
-from typing import Final
+from typing import Any, Final
 
+from specserve.text.chat_tools import read_string, read_tool_calls
 from specserve.types import RequestError
 
 Message = Mapping[str, object]  # {"role": ..., "content": ...}
-PlainMessage = dict[str, str]  # role, content, and optionally name
-ROLES: Final = ("system", "developer", "user", "assistant")
-USER_TEXT_FIELDS: Final = ("content", "name")  # fields of a message that hold user text
+# role, content, and optionally name; tool_calls of an assistant; tool_call_id of a tool's message.
+PlainMessage = dict[str, Any]
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES: Final = 2048
 MAX_NAME: Final = 256  # characters
 
-_NO_TOOLS: Final = "tools are not supported yet"
-_TOOL_ROLES: Final = ("tool", "function")
-_TOOL_FIELDS: Final = ("tool_calls", "tool_call_id", "function_call")
+_COMMON: Final = "role, content and name"
+_FIELDS: Final = {
+    "assistant": "role, content, name and tool_calls",
+    "tool": "role, content, name and tool_call_id",
+}
 _MAX_KEY: Final = 64  # characters of an unknown field's name that an error quotes
+
+
+def user_texts(message: PlainMessage) -> list[str]:
+    """The fields that hold text of a user, which the template has to render.
+
+    Not the name in a tool's message, which few templates show, nor a blank content beside calls.
+    """
+    if message["role"] == "tool":
+        return ["content"]
+    named = ["name"] if "name" in message else []
+    blank = "tool_calls" in message and not message["content"].strip()
+    return named if blank else ["content", *named]
+
+
+def other_fields(message: PlainMessage) -> dict[str, Any]:
+    """The fields with content of a user that are neither `user_texts` nor the role."""
+    shown = ("role", "content", *user_texts(message))
+    return {field: value for field, value in message.items() if field not in shown}
 
 
 def read_messages(messages: Sequence[Message]) -> list[PlainMessage]:
@@ -38,56 +59,47 @@ def read_messages(messages: Sequence[Message]) -> list[PlainMessage]:
     return [_read(f"messages[{index}]", message) for index, message in enumerate(messages)]
 
 
-def check_text(name: str, text: str) -> None:
-    """Raise `RequestError`, naming the field `name`, for text with a lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            name, f"character {error.start} is a lone surrogate; send valid Unicode"
-        ) from None
-
-
 def _read(at: str, message: Message) -> PlainMessage:
     if not isinstance(message, Mapping):
         raise RequestError(at, f"{short(message)} is no object with role and content")
-    role = _string(f"{at}.role", message.get("role"))
-    if role in _TOOL_ROLES:
-        raise RequestError(f"{at}.role", f"{role!r}: {_NO_TOOLS}")
+    role = read_string(f"{at}.role", message.get("role"))
     if role not in ROLES:
         raise RequestError(f"{at}.role", f"{short(role)} is not one of {', '.join(ROLES)}")
-    _check_fields(at, message)
+    plain: PlainMessage = {"role": role}
+    for key, value in message.items():
+        if key in ("role", "content") or value is None or value == []:
+            continue
+        match key:
+            case "name":
+                plain["name"] = read_string(f"{at}.name", value)
+            case "tool_calls" if role == "assistant":
+                plain["tool_calls"] = read_tool_calls(f"{at}.tool_calls", value)
+            case "tool_call_id" if role == "tool":
+                plain["tool_call_id"] = read_string(f"{at}.tool_call_id", value)
+            case _:
+                raise RequestError(
+                    f"{at}.{str(key)[:_MAX_KEY]}",
+                    f"unknown field; a message of role {role} has {_FIELDS.get(role, _COMMON)}",
+                )
+    if len(plain.get("name", "")) > MAX_NAME:
+        raise RequestError(
+            f"{at}.name", f"{len(plain['name'])} characters given; at most {MAX_NAME} are allowed"
+        )
+    if role == "tool" and "tool_call_id" not in plain:
+        raise RequestError(f"{at}.tool_call_id", "missing; it names the call that this answers")
     content = message.get("content")
     if content is None and role == "assistant":
-        raise RequestError(
-            f"{at}.content", f"null goes with tool calls, and {_NO_TOOLS}; send text"
-        )
-    plain = {"role": role, "content": _text(f"{at}.content", content)}
-    if message.get("name") is not None:
-        name = plain["name"] = _string(f"{at}.name", message["name"])
-        if len(name) > MAX_NAME:
-            raise RequestError(
-                f"{at}.name", f"{len(name)} characters given; at most {MAX_NAME} are allowed"
-            )
+        if "tool_calls" not in plain:
+            raise RequestError(f"{at}.content", "null goes with tool calls; send text")
+        content = ""
+    plain["content"] = _text(f"{at}.content", content)
     return plain
-
-
-def _check_fields(at: str, message: Message) -> None:
-    """Raise `RequestError` for an unsupported field, unless it is null or an empty list."""
-    for key, value in message.items():
-        if key in ("role", "content", "name") or value is None or value == []:
-            continue
-        if key in _TOOL_FIELDS:
-            raise RequestError(f"{at}.{key}", _NO_TOOLS)
-        raise RequestError(
-            f"{at}.{str(key)[:_MAX_KEY]}", "unknown field; a message has role, content and name"
-        )
 
 
 def _text(at: str, content: object) -> str:
     """The content as one string; a list of text parts is concatenated."""
     if not isinstance(content, list | tuple):
-        return _string(at, content, "a string or a list of text parts")
+        return read_string(at, content, "a string or a list of text parts")
     if not content:
         raise RequestError(at, "an empty list; send a string or at least one text part")
     return "".join(_part(f"{at}[{index}]", part) for index, part in enumerate(content))
@@ -96,7 +108,7 @@ def _text(at: str, content: object) -> str:
 def _part(at: str, part: object) -> str:
     if not isinstance(part, dict):
         raise RequestError(at, f"{short(part)} is no object with type and text")
-    kind = _string(f"{at}.type", part.get("type"))
+    kind = read_string(f"{at}.type", part.get("type"))
     if kind != "text":
         raise RequestError(
             f"{at}.type", f"{short(kind)} is not supported by this model; send text parts"
@@ -106,11 +118,4 @@ def _part(at: str, part: object) -> str:
             raise RequestError(
                 f"{at}.{str(key)[:_MAX_KEY]}", "unknown field; a part has type and text"
             )
-    return _string(f"{at}.text", part.get("text"))
-
-
-def _string(at: str, value: object, expected: str = "a string") -> str:
-    if not isinstance(value, str):
-        raise RequestError(at, f"{short(value)} is not {expected}")
-    check_text(at, value)
-    return value
+    return read_string(f"{at}.text", part.get("text"))

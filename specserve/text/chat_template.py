@@ -10,7 +10,7 @@ A server must render in a process that can be killed. Compiling a template runs 
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -20,12 +20,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from specserve.text.chat_messages import USER_TEXT_FIELDS, PlainMessage
+from specserve.text.chat_messages import PlainMessage, user_texts
 from specserve.types import RequestError
 
 # Roles of the chats that `template_literals` renders.
 _SAMPLE_CHATS: Final = (("user",), ("system", "user", "assistant", "user"), ("user", "assistant"))
 
+Variables = Mapping[str, Any]  # of the template: add_generation_prompt, tools, those of a request
+# Variables that are set from other fields of a request.
+_RESERVED: Final = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _END_OF_THINKING: Final = "</think>"
 
 
@@ -90,43 +93,53 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-            self._constants = _constants(environment.parse(source))
+            tree = environment.parse(source)
+            self._constants = _constants(tree)
         except Exception as error:  # compiling a faulty template can raise any exception
             raise TemplateUnusable(_one_line(error)) from None
+        self._variables = {name.name for name in tree.find_all(nodes.Name)}
+        self._globals = frozenset(environment.globals)
         self._knows_developers = "developer" in self._constants
 
-    def render(self, messages: Sequence[PlainMessage], add_generation_prompt: bool) -> Rendering:
+    def check_variables(self, names: Iterable[str]) -> None:
+        """Raise `RequestError` for a variable that a request may not set or that is not used."""
+        free = self._variables - {*_RESERVED, *self._special_tokens, *self._globals}
+        for name in names:
+            if name not in free:
+                known = ", ".join(sorted(free)[:8]) or "none"
+                raise RequestError(
+                    f"chat_template_kwargs.{name[:64]}",
+                    f"no variable of this model's chat template; leave it out (there are: {known})",
+                )
+
+    def render(self, messages: Sequence[PlainMessage], variables: Variables) -> Rendering:
         """Render a chat. Raises `RequestError` if the template fails or omits a user text."""
-        text = self.text(messages, add_generation_prompt)
+        text = self.text(messages, variables)
+        self._check_calls_are_rendered(messages, variables)
         marks = _Marks(messages)
         try:
-            marked = self.text(marks.messages(), add_generation_prompt)
+            marked = self.text(marks.messages(), variables)
         except RequestError:
             return Rendering(text, None, None)
         for number, field in marks.missing(marked):
-            self._check_field_is_rendered(messages, number, field, text, add_generation_prompt)
+            self._check_field_is_rendered(messages, number, field, text, variables)
         spans = marks.locate(text, marked)
         if spans is None and marks.with_blanks:
             # Many templates write no turn, or a default text, for a blank content.
             marks = _Marks(messages, with_blanks=False)
-            marked = self.text(marks.messages(), add_generation_prompt)
+            marked = self.text(marks.messages(), variables)
             spans = marks.locate(text, marked)
         return Rendering(text, marked, spans)
 
-    def text(self, messages: Sequence[PlainMessage], add_generation_prompt: bool) -> str:
+    def text(self, messages: Sequence[PlainMessage], variables: Variables) -> str:
         """Render a chat to text only. Raises `RequestError` if the template fails."""
         chat = [dict(message) for message in messages]
         for message in chat:
             if message["role"] == "developer" and not self._knows_developers:
                 message["role"] = "system"  # its name in older models
+        given = {"tools": None, "documents": None, **self._special_tokens, **variables}
         try:
-            return self._template.render(
-                messages=chat,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
-            )
+            return self._template.render(**given, messages=chat)
         except Exception as error:  # a template is a program and can raise any exception
             raise RequestError(
                 "messages", f"the model's chat template cannot render them ({_one_line(error)})"
@@ -139,10 +152,37 @@ class ChatTemplate:
             chat = [{"role": role, "content": ""} for role in roles]
             for generate in (True, False):
                 try:
-                    texts.append(self.text(chat, generate))
+                    texts.append(self.text(chat, {"add_generation_prompt": generate}))
                 except RequestError:
                     continue
         return texts
+
+    def _check_calls_are_rendered(
+        self, messages: Sequence[PlainMessage], variables: Variables
+    ) -> None:
+        """Raise `RequestError` for tool calls whose functions the rendered chat does not name."""
+        others = [dict(message) for message in messages]
+        names: dict[int, list[str]] = {}
+        for number, message in enumerate(others):
+            if calls := message.get("tool_calls"):
+                names[number] = [secrets.token_hex(16) for _ in calls]
+                message["tool_calls"] = [
+                    call | {"function": call["function"] | {"name": name}}
+                    for call, name in zip(calls, names[number], strict=True)
+                ]
+        if not names:
+            return
+        try:
+            text = self.text(others, variables)
+        except RequestError:
+            return
+        for number, secret_names in names.items():
+            if not all(name in text for name in secret_names):
+                raise RequestError(
+                    f"messages[{number}].tool_calls",
+                    "this model's chat template has no place for tool calls; put them into the "
+                    "content",
+                )
 
     def _check_field_is_rendered(
         self,
@@ -150,13 +190,13 @@ class ChatTemplate:
         number: int,
         field: str,
         text: str,
-        add_generation_prompt: bool,
+        variables: Variables,
     ) -> None:
         """Raise `RequestError` if the rendered chat does not depend on the field's value."""
         others = [dict(message) for message in messages]
         others[number][field] = secrets.token_hex(16)
         try:
-            unchanged = self.text(others, add_generation_prompt) == text
+            unchanged = self.text(others, variables) == text
         except RequestError:
             return
         if unchanged and field == "name":
@@ -173,13 +213,13 @@ class ChatTemplate:
 
 
 class _Marks:
-    """Replaces `USER_TEXT_FIELDS` by unguessable marks; `with_blanks`: also those without text."""
+    """Replaces `user_texts` by unguessable marks; `with_blanks`: also those without text."""
 
     def __init__(self, messages: Sequence[PlainMessage], *, with_blanks: bool = True) -> None:
         self._secret = secrets.token_hex(16)
         self._mark = re.compile(f"{self._secret}x([0-9]+)x", re.IGNORECASE)
         self._messages = messages
-        fields = [(i, f) for i, m in enumerate(messages) for f in USER_TEXT_FIELDS if f in m]
+        fields = [(i, f) for i, m in enumerate(messages) for f in user_texts(m)]
         with_text = [(i, field) for i, field in fields if messages[i][field].strip()]
         self._fields = fields if with_blanks else with_text
         self.with_blanks = len(self._fields) > len(with_text)

@@ -133,8 +133,12 @@ class ControlTokens:
         Every character with which a control token begins or ends, in any case or compatibility
         form, is replaced by ".", and "x" is appended. Blank text is returned unchanged.
         """
+        return self.without_edges(text) + "x" if text.strip() else text
+
+    def without_edges(self, text: str) -> str:
+        """The text without the characters with which a control token begins or ends."""
         edges = {ord(c): "." for c in set(text) if not self._edges.isdisjoint({*_normalized(c)})}
-        return text.translate(edges) + "x" if text.strip() else text
+        return text.translate(edges)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; spellings of control tokens in it are encoded as plain text."""

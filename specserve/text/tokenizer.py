@@ -5,18 +5,28 @@ a control token, whatever its spelling, unless the caller allows it.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import decoders, models
 
 from specserve.text.chat_messages import (
-    USER_TEXT_FIELDS,
     Message,
     PlainMessage,
-    check_text,
+    other_fields,
     read_messages,
+    user_texts,
+)
+from specserve.text.chat_tools import (
+    check_text,
+    read_tools,
+    read_variables,
+    strings,
+    with_strings,
 )
 from specserve.text.control_tokens import (
     END_OF_TURN,
@@ -36,7 +46,7 @@ from specserve.text.model_files import (
 from specserve.types import RequestError
 
 if TYPE_CHECKING:
-    from specserve.text.chat_template import ChatTemplate, Rendering
+    from specserve.text.chat_template import ChatTemplate, Rendering, Variables
 
 # Most bytes that become one byte in a Unicode normal form: U+1D400 becomes "A".
 _MAX_NORMALIZED: Final = 4
@@ -129,6 +139,9 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
         """Token ids of a chat, rendered by the model's chat template.
 
@@ -136,8 +149,9 @@ class Tokenizer:
         `continue_final_message` the ids end where the content of the last message ends, which must
         be an assistant's. Control tokens come from the template only. If the template changes
         a content by more than stripping space and thinking, and the content makes a control token,
-        that token cannot be attributed and the request is rejected. Raises `RequestError` naming
-        the message.
+        that token cannot be attributed and the request is rejected. The template may show `tools`
+        (OpenAI's form) and uses the variables `template_kwargs`, which it must have. Raises
+        `RequestError` naming the field.
         """
         plain = read_messages(messages)
         if continue_final_message:
@@ -148,11 +162,15 @@ class Tokenizer:
                 "this model has no chat template; send a plain prompt, or add a chat_template to "
                 "the model's tokenizer_config.json",
             )
-        chat = self._template.render(plain, add_generation_prompt)
-        if continue_final_message:
-            chat = chat.up_to_content(len(plain) - 1)
+        own = read_variables(template_kwargs) | ({"tools": read_tools(tools)} if tools else {})
+        self._template.check_variables(template_kwargs)
+        variables = own | {"add_generation_prompt": add_generation_prompt}
         try:
-            return self._encode_chat(chat, plain, add_generation_prompt)
+            chat = self._template.render(plain, variables)
+            self._check_other_fields(chat.text, plain, own, variables)
+            if continue_final_message:
+                chat = chat.up_to_content(len(plain) - 1)
+            return self._encode_chat(chat, plain, variables)
         except EncodingError as error:
             raise RequestError("messages", str(error)) from None
 
@@ -165,11 +183,11 @@ class Tokenizer:
         return self.detokenizer.text([index for index in ids if index not in skipped])
 
     def _encode_chat(
-        self, chat: "Rendering", plain: Sequence[PlainMessage], add_generation_prompt: bool
+        self, chat: "Rendering", plain: Sequence[PlainMessage], variables: "Variables"
     ) -> list[int]:
         """Token ids of the rendered chat of the messages `plain`. May raise `EncodingError`."""
         ids = encode(self._tokenizer, chat.text, add_special_tokens=False)
-        if not self._is_forged(chat, plain, ids, add_generation_prompt):
+        if not self._is_forged(chat, plain, ids, variables):
             return ids
         if chat.spans is None:
             raise self._control_token_error(plain) or RequestError(
@@ -213,7 +231,7 @@ class Tokenizer:
         chat: "Rendering",
         messages: Sequence[PlainMessage],
         ids: list[int],
-        add_generation_prompt: bool,
+        variables: "Variables",
     ) -> bool:
         """Whether user text makes a control token.
 
@@ -232,11 +250,52 @@ class Tokenizer:
         assert self._template is not None
         neutralized = self._control.neutralized
         plain = [
-            message | {f: neutralized(message[f]) for f in USER_TEXT_FIELDS if f in message}
+            message | {f: neutralized(message[f]) for f in user_texts(message)}
             for message in messages
         ]
-        text = self._template.text(plain, add_generation_prompt)
+        text = self._template.text(plain, variables)
         return found != self._control_tokens_in(text)
+
+    def _check_other_fields(
+        self,
+        text: str,
+        plain: Sequence[PlainMessage],
+        own: Mapping[str, Any],
+        variables: "Variables",
+    ) -> None:
+        """Raise `RequestError` if tool calls, tools or variables make a control token.
+
+        They do if the chat, rendered as `text`, has other control tokens when the characters with
+        which control tokens begin and end are replaced in them. `own` are the `variables` that the
+        request has set.
+        """
+        assert self._template is not None
+        harmless, others = self._control.without_edges, [other_fields(each) for each in plain]
+        messages = [
+            message | {field: with_strings(value, harmless) for field, value in fields.items()}
+            for message, fields in zip(plain, others, strict=True)
+        ]
+        values = {name: with_strings(value, harmless) for name, value in own.items()}
+        if messages == list(plain) and values == own:
+            return
+        expected = None  # the template may fail for other values
+        with suppress(RequestError):
+            harmless_text = self._template.text(messages, {**variables, **values})
+            expected = self._control_tokens_in(harmless_text)
+        if expected == self._control_tokens_in(text):
+            return
+        own = {
+            name if name == "tools" else f"chat_template_kwargs.{name}": own[name] for name in own
+        }
+        named = {f"messages[{index}]": fields for index, fields in enumerate(others)} | own
+        for at, part in chain.from_iterable(strings(name, value) for name, value in named.items()):
+            if found := self._control_tokens_in(part):
+                token = self._control.spelling_of(found[0])
+                raise RequestError(at, f"it spells {token!r}, a control token; remove it")
+        if expected is not None:
+            raise RequestError(
+                "messages", "tool calls, tools or variables spell a control token; remove it"
+            )
 
     def _control_tokens_in(self, text: str) -> list[int]:
         return self._control.select(encode(self._tokenizer, text, add_special_tokens=False))
@@ -244,8 +303,8 @@ class Tokenizer:
     def _control_token_error(self, messages: Sequence[PlainMessage]) -> RequestError | None:
         """The error for the first user text that by itself makes a control token; else None."""
         for index, message in enumerate(messages):
-            for field in USER_TEXT_FIELDS:
-                if found := self._control_tokens_in(message.get(field, "")):
+            for field in user_texts(message):
+                if found := self._control_tokens_in(message[field]):
                     token = self._control.spelling_of(found[0])
                     return RequestError(
                         f"messages[{index}].{field}", f"it spells {token!r}, {_NOT_KEPT}"

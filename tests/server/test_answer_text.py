@@ -17,7 +17,11 @@ COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 NUM_PADDED = 3  # rows of the head that the tokenizer has no tokens for
 SEEDS = range(3)
 OFF = {"speculation": {"enabled": False}}
-TEMPLATE = "{{ messages[0].content }}"
+TEMPLATE = (
+    "{{ messages[0].content }}{{ style }}{{ reasoning_effort }}"
+    "{% if tools %}{{ tools[0].function.name }}{% endif %}"
+    "{% for call in messages[-1].tool_calls %}{{ call.function.name }}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "byte level"])
@@ -220,6 +224,26 @@ def test_names_in_top_logprobs(server: LiveServer, tokenizer: Tokenizer) -> None
         (entry,) = chat["logprobs"]["content"]
         assert (entry["token"], bytes(entry["bytes"])) == (token, names.bytes(drawn))
         assert len({each["token"] for each in entry["top_logprobs"]}) == 20
+
+
+def test_what_a_template_gets_beside_texts(server: LiveServer, tokenizer: Tokenizer) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "A", "arguments": "{}"}}
+    tool = {"type": "function", "function": {"name": "x", "parameters": {"type": "object"}}}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "x"}]
+    calling = [*messages, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, ""),
+        ({"chat_template_kwargs": {"style": "A"}}, "A"),
+        ({"chat_template_kwargs": {"style": "A", "reasoning_effort": "x"}}, "Ax"),
+        ({"reasoning_effort": "low"}, "low"),
+        ({"tools": [tool], "tool_choice": "none"}, "x"),
+        ({"messages": calling}, "A"),
+    ]
+    for more, added in cases:
+        body = {"messages": messages, "max_tokens": 0, "return_token_ids": True, **more}
+        answer = server.ask(CHAT, body).json()
+        assert tokenizer.decode(answer["prompt_token_ids"]) == "x" + added
+        assert answer["usage"]["completion_tokens"] == 0
 
 
 def test_words_keep_their_space(server: LiveServer, tokenizer: Tokenizer) -> None:

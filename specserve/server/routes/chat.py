@@ -20,15 +20,17 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     fields = await read_request(request, ChatRequest, read_chat.__name__)
     continues, generates = bool(fields.continue_final_message), fields.add_generation_prompt
-    async with deadline(request, fields.request_timeout).enforced():
-        prompt = await service.engine.tokenizer_pool.chat(
-            fields.messages,
-            add_generation_prompt=not continues if generates is None else generates,
-            continue_final_message=continues,
-            max_tokens=service.engine_info().limits.max_model_len,
-            tenant=request[PRINCIPAL].name,
-        )
     try:
+        async with deadline(request, fields.request_timeout).enforced():
+            prompt = await service.engine.tokenizer_pool.chat(
+                fields.messages,
+                add_generation_prompt=not continues if generates is None else generates,
+                continue_final_message=continues,
+                tools=fields.tools or (),
+                template_kwargs=fields.template_kwargs,
+                max_tokens=service.engine_info().limits.max_model_len,
+                tenant=request[PRINCIPAL].name,
+            )
         generation = await start_generation(request, fields, [prompt])
     except RequestError as error:
         raise fields.renamed(error) from None
