@@ -1,5 +1,6 @@
 """The real model through the offline API: parity with transformers, exactness, text."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,26 @@ def test_greedy_ids_are_those_of_transformers(directory: Path) -> None:
         ours = logits.gather(1, torch.tensor(result.token_ids)[:, None])[:, 0]
         behind = logits.amax(1) - ours
         assert behind.max() < 1e-4, f"{behind.max()} at {int(behind.argmax())}"
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("Name three colours.", "red|blue|green|yellow|white"),
+        ("How many days are in a week?", "7|seven"),
+        ("What is 2+2?", "4"),
+        ("Say hello in French", "bonjour"),
+    ],
+)
+def test_the_default_sampling_answers_plain_questions(
+    question: str, expected: str, auto: LLM
+) -> None:
+    """At least 7 of 8 answers; at temperature 1 a quarter to a half of them are right."""
+    params = replace(auto.default_sampling_params, n=8, seed=1, max_tokens=40)
+    assert (params.temperature, params.top_p) == (0.2, 0.9)
+    (result,) = auto.generate([{"role": "user", "content": question}], params)
+    texts = [completion.text for completion in result.completions]
+    assert sum(re.search(expected, text, re.IGNORECASE) is not None for text in texts) >= 7, texts
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
