@@ -155,7 +155,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
             device=platform.device,
             exact=platform.exact,
             quantization=name,
-            quantized_kv_dtype=platform.quantized_kv_dtype,
+            packed_kv_dtype=platform.packed_kv_dtype,
         )
         for name in args.formats or ["auto"]
     }

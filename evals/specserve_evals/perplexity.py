@@ -173,7 +173,7 @@ def measure(
         device=platform.device,
         exact=platform.exact,
         quantization=name,
-        quantized_kv_dtype=platform.quantized_kv_dtype,
+        packed_kv_dtype=platform.packed_kv_dtype,
     )
     num_slots = -(-args.window // BLOCK) * BLOCK
     kv = KVStorage(model.kv_spec, num_slots, platform.device)

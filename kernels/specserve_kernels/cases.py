@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specserve_kernels.quantized_weight import (
+from specserve_kernels.packed_weight import (
     GROUP,
-    QuantizedWeight,
+    PackedWeight,
     WeightFormat,
+    pack_floats,
     pack_int4,
     pack_int8,
 )
@@ -200,15 +201,18 @@ def sampler_inputs(num_rows: int, vocab_size: int, device: torch.device) -> Samp
 
 @dataclass(frozen=True, slots=True)
 class LinearCase:
-    """A quantized weight with scales from 0 to 0.05, and activation rows for it."""
+    """A weight, with scales from 0 to 0.05 if it is quantized, and activation rows for it."""
 
     format: WeightFormat
     num_outputs: int
     num_inputs: int
 
-    def weight(self) -> QuantizedWeight:
+    def weight(self) -> PackedWeight:
         generator = torch.Generator().manual_seed(self.num_outputs * 10_007 + self.num_inputs)
         shape = (self.num_outputs, self.num_inputs)
+        if not self.format.quantized:
+            floats = torch.randn(shape, generator=generator) * 0.05
+            return pack_floats(floats.to(self.format.dtype))
         scales = torch.rand(shape[0], shape[1] // GROUP, generator=generator) * 0.05
         scales[0, 0] = 0.0
         if self.format is WeightFormat.INT8:

@@ -1,8 +1,8 @@
-"""A whole forward pass of a decoder-only transformer with quantized weights, as one kernel.
+"""A whole forward pass of a decoder-only transformer as one kernel.
 
 Defines the kernel's inputs and outputs; `torch_ref.decoder` defines what it computes. Knows no
-checkpoint and no model names. Activations are float32 and are quantized to 8 bits in groups of 32
-before every product with a weight; K and V have the dtype of the cache.
+checkpoint and no model names. Activations are float32; before a product with quantized weights they
+are quantized to 8 bits in groups of 32. K and V have the dtype of the cache.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from specserve_kernels.quantized_weight import GROUP, QuantizedWeight
+from specserve_kernels.packed_weight import GROUP, PackedWeight
 from specserve_kernels.segments import Segments
 
 MAX_TOP: Final = 64  # largest `DecoderPass.num_top`
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedLinear:
+class PackedLinear:
     """The map x -> x W^T + b."""
 
-    weight: QuantizedWeight
+    weight: PackedWeight
     bias: Tensor | None = None  # [num_outputs] float32
 
 
@@ -31,13 +31,13 @@ class LayerWeights:
 
     attention_norm: Tensor  # [hidden_size]
     mlp_norm: Tensor  # [hidden_size]
-    q: QuantizedLinear
-    k: QuantizedLinear
-    v: QuantizedLinear
-    o: QuantizedLinear
-    gate: QuantizedLinear
-    up: QuantizedLinear
-    down: QuantizedLinear
+    q: PackedLinear
+    k: PackedLinear
+    v: PackedLinear
+    o: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
     q_norm: Tensor | None = None  # [head_dim], as k_norm
     k_norm: Tensor | None = None
     window: int = 0  # sliding window in positions, 0: none
@@ -53,10 +53,10 @@ class DecoderWeights:
     rms_norm_eps: float
     cos: Tensor  # [num_positions, head_dim / 2] float32
     sin: Tensor
-    embed: QuantizedWeight  # [vocab_size, hidden_size]
+    embed: PackedWeight  # [vocab_size, hidden_size]
     layers: Sequence[LayerWeights]
     norm: Tensor  # [hidden_size] float32
-    head: QuantizedLinear
+    head: PackedLinear
     # Set for a draft head (`draft_head`) only. The input of its first layer's q, k and v is the
     # token's embedding, normalized by `attention_norm`, concatenated with its row of
     # `DecoderPass.hidden_in`, normalized by `hidden_norm`.
@@ -97,8 +97,8 @@ class DecoderOutput:
     aux_hidden_states: Tensor  # [num_rows, num_aux_layers, hidden_size] float32
 
 
-class QuantizedDecoder(Protocol):
-    """A model with quantized weights on one backend."""
+class FusedDecoder(Protocol):
+    """A model on one backend."""
 
     def __call__(self, batch: DecoderPass) -> DecoderOutput: ...
 
@@ -111,10 +111,10 @@ class QuantizedDecoder(Protocol):
         ...
 
 
-def why_not_quantized(
+def why_not_packed(
     hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> str | None:
-    """The reason why a model of this shape cannot have quantized weights; None if it can."""
+    """The reason why the kernel supports no model of this shape; None if it does."""
     group_size = num_heads // num_kv_heads
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size % GROUP:

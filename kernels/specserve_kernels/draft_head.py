@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from specserve_kernels.decoder import DecoderPass, DecoderWeights, QuantizedLinear
+from specserve_kernels.decoder import DecoderPass, DecoderWeights, PackedLinear
 
 MAX_BRANCHING: Final = 64  # largest `ExpansionLimits.branching`
 
@@ -23,7 +23,7 @@ class DraftHeadWeights:
     """The weights of one draft head."""
 
     decoder: DecoderWeights  # `hidden_norm` is set
-    fc: QuantizedLinear  # auxiliary hidden states -> fused hidden states
+    fc: PackedLinear  # auxiliary hidden states -> fused hidden states
     aux_norms: Sequence[Tensor]  # empty, one norm for all states, or one for each; float32
     norm_output: bool  # the output, from which expansion continues, is normalized
     logit_scale: float

@@ -2,14 +2,14 @@
 
 from typing import Protocol
 
-from specserve_kernels.decoder import DecoderWeights, QuantizedDecoder
+from specserve_kernels.decoder import DecoderWeights, FusedDecoder
 from specserve_kernels.draft_head import DraftHeadWeights, QuantizedDraftHead
 
 
 class FusedModels(Protocol):
     """Makes models whose forward pass is one kernel call."""
 
-    def decoder(self, weights: DecoderWeights, /) -> QuantizedDecoder:
+    def decoder(self, weights: DecoderWeights, /) -> FusedDecoder:
         """A decoder-only transformer with these weights."""
         ...
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from specserve_kernels.quantized_weight import QuantizedWeight
+from specserve_kernels.packed_weight import PackedWeight
 from specserve_kernels.segments import Segments
 
 
@@ -50,13 +50,13 @@ class Kernels(Protocol):
         """
         ...
 
-    def quantized_linear(
+    def packed_linear(
         self,
         x: Tensor,  # [num_rows, num_inputs] float32, contiguous
-        weight: QuantizedWeight,  # [num_outputs, num_inputs]
+        weight: PackedWeight,  # [num_outputs, num_inputs]
     ) -> Tensor:  # [num_rows, num_outputs] float32
-        """x W^T. Each row of x is first rounded to int8 in groups of 32 inputs, with a scale each:
-        see `torch_ref.linear`."""
+        """x W^T. If the weights are quantized, rows of x are first rounded to int8 in groups of 32
+        inputs, with a scale each: see `torch_ref.linear`."""
         ...
 
     def kv_write(

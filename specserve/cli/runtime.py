@@ -130,16 +130,17 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
             read_checkpoint(directory),
             platform.kernels,
             platform.device,
-            platform.quantized_kv_dtype,
+            platform.dtype,
+            platform.packed_kv_dtype,
         )
         sampling = read_default_sampling(
             directory, config.target.generation_config, shape.vocab_size
         )
-        estimate = _kv_estimate(config, platform, shape, choice.quantized)
+        estimate = _kv_estimate(config, platform, shape, choice.packed)
     except (HubError, ModelError, ConfigError) as error:
         return [Check("use", "target", str(error), "broken")]
     words = f"{shape.architecture}, {shape.num_layers} layers, {directory}"
-    weights = f"{'quantised' if choice.quantized else 'floats'}: {choice.reason}"
+    weights = f"{choice.weights}: {choice.reason}"
     return [
         Check("use", "target", words),
         Check("use", "weights", weights),
@@ -148,11 +149,9 @@ def _target(config: EngineConfig, platform: Platform) -> list[Check]:
     ]
 
 
-def _kv_estimate(
-    config: EngineConfig, platform: Platform, shape: ModelShape, quantized: bool
-) -> str:
+def _kv_estimate(config: EngineConfig, platform: Platform, shape: ModelShape, packed: bool) -> str:
     """The size of the KV pool, estimated without drafts and before the weights are loaded."""
-    dtype = platform.quantized_kv_dtype if quantized else platform.dtype
+    dtype = platform.packed_kv_dtype if packed else platform.dtype
     spec = KVSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype)
     context = config.target.max_model_len or shape.max_position_embeddings
     max_num_seqs, device = config.schedule.max_num_seqs, platform.device
@@ -160,5 +159,6 @@ def _kv_estimate(
     num_slots = num_blocks * config.cache.block_size
     return (
         f"{num_slots} tokens in {gib(num_slots * spec.bytes_per_slot)}, "
-        f"{spec.bytes_per_slot} bytes each; a context holds up to {context}"
+        f"{spec.bytes_per_slot} bytes each, {str(dtype).removeprefix('torch.')}; "
+        f"a context holds up to {context}"
     )

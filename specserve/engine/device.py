@@ -13,7 +13,7 @@ class Platform(Struct, frozen=True):
 
     device: torch.device
     dtype: torch.dtype
-    quantized_kv_dtype: torch.dtype  # of K and V, for models with quantized weights
+    packed_kv_dtype: torch.dtype  # of K and V, for models with packed weights
     kernels: Kernels
     exact: bool  # a row's result does not depend on the other rows of its forward pass
     reasons: dict[str, str]  # for the choice of device, dtype, kernels and exactness
@@ -25,7 +25,7 @@ def choose_platform(config: TargetConfig) -> Platform:
     device = _device(config, reasons)
     dtype = kv_dtype = _dtype(config, device, reasons)
     if config.dtype == "auto" and device.type == "cpu":
-        # Half the bytes of float32. The kernels of models with quantized weights only load K and V,
+        # Half the bytes of float32. The kernels of models with packed weights only load K and V,
         # which needs no bfloat16 instructions.
         kv_dtype = torch.bfloat16
     kernels = select_kernels(device)

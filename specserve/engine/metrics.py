@@ -14,7 +14,8 @@ class EngineInfo(Struct, frozen=True):
     max_num_seqs: int
     max_nodes: int
     device: str
-    dtype: str
+    weights: str  # what they are held as, such as bfloat16 or int8
+    kv_dtype: str
     exact: bool
     default_sampling: SamplingParams = SamplingParams()  # of a request that gives none
 

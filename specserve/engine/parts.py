@@ -86,7 +86,7 @@ def load_parts(
         device=platform.device,
         exact=platform.exact,
         quantization=config.target.quantization,
-        quantized_kv_dtype=platform.quantized_kv_dtype,
+        packed_kv_dtype=platform.packed_kv_dtype,
     )
     limits, kv_specs = _limits(config, platform, model, drafters, tokenizer)
     on_stage(f"making room for {limits.num_kv_slots} tokens")
@@ -155,7 +155,7 @@ def _limits(
 def _bind_drafters(parts: EngineParts, kv_specs: Mapping[str, KVSpec]) -> None:
     """Give every drafter its context, and memory for the KV that it needs (`kv_specs`)."""
     config, platform, model = parts.config, parts.platform, parts.model
-    layers = TargetLayers(model.embed, model.final_norm, model.unembed, model.quantized_embedding)
+    layers = TargetLayers(model.embed, model.final_norm, model.unembed, model.packed_embedding)
     for name, drafter in parts.drafters.items():
         kernels, storage = copy(platform.kernels), None
         if (spec := kv_specs.get(name)) is not None:

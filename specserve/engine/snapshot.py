@@ -18,7 +18,8 @@ def describe(parts: EngineParts) -> EngineInfo:
         max_num_seqs=config.schedule.max_num_seqs,
         max_nodes=config.draft.max_nodes,
         device=str(parts.platform.device),
-        dtype=str(parts.model.dtype).removeprefix("torch."),
+        weights=parts.model.weights,
+        kv_dtype=str(parts.model.dtype).removeprefix("torch."),
         exact=parts.platform.exact,
         default_sampling=parts.default_sampling,
     )

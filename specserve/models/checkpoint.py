@@ -12,7 +12,7 @@ from specserve.models.fields import ModelError
 from specserve.models.gguf_checkpoint import GgufCheckpoint
 from specserve.models.safetensors_checkpoint import INDEX, SINGLE_FILE, SafetensorsCheckpoint
 from specserve.models.tensor_entry import TensorEntry
-from specserve_kernels.quantized_weight import QuantizedWeight
+from specserve_kernels.packed_weight import PackedWeight
 
 __all__ = ["Checkpoint", "Renamed", "TensorEntry", "read_checkpoint"]
 
@@ -36,7 +36,7 @@ class Checkpoint(Protocol):
         `rows` [n] int64 selects rows: [n, *shape[1:]].
         """
 
-    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+    def quantized_weight(self, name: str) -> PackedWeight | None:
         """The stored quantised values of a Q4_0, Q4_1 or Q8_0 matrix; None for other tensors."""
 
 
@@ -56,7 +56,7 @@ class Renamed:
     def floats(self, name: str, rows: Tensor | None = None) -> Tensor:
         return self._checkpoint.floats(self._names[name], rows)
 
-    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+    def quantized_weight(self, name: str) -> PackedWeight | None:
         return self._checkpoint.quantized_weight(self._names[name])
 
 

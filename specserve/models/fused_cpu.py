@@ -1,5 +1,6 @@
-"""A forward pass of a `LlamaModel` with int4 and int8 weights as one native call on the CPU."""
+"""A forward pass of a `LlamaModel` with packed weights as one native call on the CPU."""
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -11,19 +12,19 @@ from specserve.models.layers.decoder_layer import DecoderLayer
 from specserve.models.layers.linear import Linear
 from specserve.models.layers.norm import RMSNorm
 from specserve.models.llama import LlamaModel
-from specserve.models.quantization.int_groups import IntGroupMethod
 from specserve.models.quantization.method import QuantMethod
+from specserve.models.quantization.panels import PanelMethod
 from specserve.models.shape import ModelShape
 from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
     LayerWeights,
-    QuantizedLinear,
-    why_not_quantized,
+    PackedLinear,
+    why_not_packed,
 )
 from specserve_kernels.dispatch import fused_models
 from specserve_kernels.ops import Kernels
-from specserve_kernels.quantized_weight import QuantizedWeight
+from specserve_kernels.packed_weight import PackedWeight
 
 _KV_DTYPES: Final = (torch.float32, torch.bfloat16)
 
@@ -49,10 +50,12 @@ class FusedModel:
         self.shape = model.shape
         self.dtype = model.dtype
         self.kv_spec = model.kv_spec
-        self.num_bytes = model.num_bytes
+        self.num_bytes, self.weights = model.num_bytes, model.weights
         self.embed, self.final_norm = model.embed, model.final_norm
         weights = _decoder_weights(model)
-        self.quantized_embedding: QuantizedWeight | None = weights.embed
+        if len({linear.weight.format.quantized for linear in _layer_linears(weights)}) > 1:
+            raise NotFusedError("some weights of its layers are quantised and others are floats")
+        self.packed_embedding: PackedWeight | None = weights.embed
         self._decoder = fused.decoder(weights)
         self.logits, self.unembed = self._decoder.head, self._decoder.unembed
 
@@ -74,11 +77,11 @@ class FusedModel:
 def why_not_fused(shape: ModelShape, kernels: Kernels, kv_dtype: torch.dtype) -> str | None:
     """The reason why no model of this shape can run in one native call; None if it can."""
     if fused_models(kernels) is None:
-        return f"the {kernels.name} kernels have no forward pass with quantised weights"
+        return f"the {kernels.name} kernels have no forward pass in one call"
     if kv_dtype not in _KV_DTYPES:
         return f"its K and V need dtype float32 or bfloat16, not {kv_dtype}"
     heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    return why_not_quantized(shape.hidden_size, shape.intermediate_size, *heads)
+    return why_not_packed(shape.hidden_size, shape.intermediate_size, *heads)
 
 
 def _decoder_weights(model: LlamaModel) -> DecoderWeights:
@@ -118,16 +121,21 @@ def _norm_weight(norm: RMSNorm | None) -> Tensor | None:
     return None if norm is None else norm.weight
 
 
-def _linears(linear: Linear, name: str) -> list[QuantizedLinear]:
+def _linears(linear: Linear, name: str) -> list[PackedLinear]:
     """The linear maps that `linear` consists of, such as q, k and v."""
     parts = _weights(linear.method, name)
     if linear.bias is None:
-        return [QuantizedLinear(part) for part in parts]
+        return [PackedLinear(part) for part in parts]
     biases = torch.split(linear.bias, [part.num_outputs for part in parts])
-    return [QuantizedLinear(part, bias) for part, bias in zip(parts, biases, strict=True)]
+    return [PackedLinear(part, bias) for part, bias in zip(parts, biases, strict=True)]
 
 
-def _weights(method: QuantMethod, name: str) -> tuple[QuantizedWeight, ...]:
-    if not isinstance(method, IntGroupMethod):
-        raise NotFusedError(f"the weight of {name} is not int4 or int8 in groups of 32")
+def _weights(method: QuantMethod, name: str) -> tuple[PackedWeight, ...]:
+    if not isinstance(method, PanelMethod):
+        raise NotFusedError(f"the weight of {name} is not packed in panels")
     return method.parts
+
+
+def _layer_linears(weights: DecoderWeights) -> Iterator[PackedLinear]:
+    for layer in weights.layers:
+        yield from (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)

@@ -1,6 +1,6 @@
 """A GGUF file as a `Checkpoint`, read without converting it on disk.
 
-Owns the conversion of quantised blocks to `QuantizedWeight`. Tensor names and row order come from
+Owns the conversion of quantised blocks to `PackedWeight`. Tensor names and row order come from
 `hub.gguf_tensors`.
 """
 
@@ -22,7 +22,7 @@ from specserve.hub.gguf_file import GgufFile
 from specserve.hub.gguf_tensors import source_tensors
 from specserve.models.fields import ModelError
 from specserve.models.tensor_entry import TensorEntry, check_finite
-from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, pack_int4, pack_int8
+from specserve_kernels.packed_weight import GROUP, PackedWeight, pack_int4, pack_int8
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -77,7 +77,7 @@ class GgufCheckpoint:
         check_finite(self.entries[name], name, values)
         return values if order is None else values[torch.from_numpy(order)]
 
-    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+    def quantized_weight(self, name: str) -> PackedWeight | None:
         source = self._sources[name]
         tensor = source.tensor
         if tensor.kind not in _SCALE_BYTES or len(tensor.shape) != 2:
@@ -90,7 +90,7 @@ class GgufCheckpoint:
         return _pack(tensor.kind, blocks)
 
 
-def _pack(kind: Kind, blocks: Bytes) -> QuantizedWeight:
+def _pack(kind: Kind, blocks: Bytes) -> PackedWeight:
     scales = _halves(blocks[..., :2])
     if kind == Kind.Q4_0:  # float16 d, 32 nibbles q; (q - 8) * d
         return pack_int4(_nibbles(blocks[..., 2:]), scales, -8 * scales)

@@ -22,7 +22,7 @@ from specserve.models.quantization.scheme import QuantScheme
 from specserve.models.row_tiles import pad_rows
 from specserve.models.shape import ModelShape
 from specserve_kernels.ops import Kernels
-from specserve_kernels.quantized_weight import QuantizedWeight
+from specserve_kernels.packed_weight import PackedWeight
 
 
 class LlamaModel:
@@ -31,7 +31,8 @@ class LlamaModel:
     K and V have the dtype `kv_dtype`. Raises `ModelError` if a weight is NaN or infinite.
     """
 
-    quantized_embedding: QuantizedWeight | None = None
+    packed_embedding: PackedWeight | None = None
+    weights = ""
 
     def __init__(
         self,

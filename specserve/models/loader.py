@@ -15,7 +15,7 @@ from specserve.models.llama import LlamaModel
 from specserve.models.model import Model
 from specserve.models.quantization.choice import choose_quantization
 from specserve.models.quantization.dense import DenseScheme
-from specserve.models.quantization.int_groups import IntGroupScheme
+from specserve.models.quantization.panels import PanelScheme
 from specserve.models.shape import ModelShape
 from specserve.models.weight_check import check_room, check_weights
 from specserve.types import Quantization
@@ -23,7 +23,7 @@ from specserve_kernels.ops import Kernels
 
 logger = logging.getLogger(__name__)
 
-_LEAST_BYTES_PER_WEIGHT = 0.5  # of int4 weights, without scales
+_LEAST_BYTES = 0.5  # per int4 weight, without scales
 
 
 def load_model(
@@ -34,24 +34,30 @@ def load_model(
     device: torch.device,
     exact: bool,
     quantization: Quantization = "none",
-    quantized_kv_dtype: torch.dtype | None = None,
+    packed_kv_dtype: torch.dtype | None = None,
 ) -> Model:
     """Load the model in the directory `path`, ready to run.
 
-    `dtype` and `exact` apply to a model with float weights. With quantised weights, K and V have
-    the dtype `quantized_kv_dtype`, or `dtype` if that is None. Raises `ModelError` naming the file,
-    field or tensors at fault.
+    Float weights have at most the width of `dtype`. If they run layer by layer, they have this
+    dtype, as K and V, and `exact` applies. With packed weights (see `quantization.choice`), K and V
+    have the dtype `packed_kv_dtype`, or `dtype` if that is None. Raises `ModelError` naming the
+    file, field or tensors at fault.
     """
     shape, checkpoint = check_weights(path, ModelShape.from_dir(path), read_checkpoint(path))
-    kv_dtype = quantized_kv_dtype or dtype
-    choice = choose_quantization(quantization, shape, checkpoint, kernels, device, kv_dtype)
-    if not choice.quantized:
+    kv_dtype = packed_kv_dtype or dtype
+    choice = choose_quantization(quantization, shape, checkpoint, kernels, device, dtype, kv_dtype)
+    if not choice.packed:
         check_room(shape, dtype.itemsize, device)
         dense = DenseScheme(checkpoint, dtype=dtype, device=device, exact=exact)
-        return LlamaModel(shape, checkpoint, dense, kernels, kv_dtype=dtype, device=device)
-    check_room(shape, _LEAST_BYTES_PER_WEIGHT, device)
-    groups = IntGroupScheme(checkpoint, kernels, quantization)
-    model = LlamaModel(shape, checkpoint, groups, kernels, kv_dtype=kv_dtype, device=device)
+        model = LlamaModel(shape, checkpoint, dense, kernels, kv_dtype=dtype, device=device)
+        model.weights = choice.weights
+        return model
+    num_bytes = _LEAST_BYTES if choice.quantized else getattr(torch, choice.weights).itemsize
+    check_room(shape, num_bytes, device)
+    setting = quantization if choice.quantized else "none"
+    panels = PanelScheme(checkpoint, kernels, setting, dtype)
+    model = LlamaModel(shape, checkpoint, panels, kernels, kv_dtype=kv_dtype, device=device)
+    model.weights = choice.weights
     try:
         return FusedModel(model)
     except NotFusedError as reason:

@@ -8,7 +8,7 @@ from torch import Tensor
 from specserve.batch import ForwardBatch, ModelOutput
 from specserve.cache.storage import KVSpec, KVStorage
 from specserve.models.shape import ModelShape
-from specserve_kernels.quantized_weight import QuantizedWeight
+from specserve_kernels.packed_weight import PackedWeight
 
 
 class Model(Protocol):
@@ -19,10 +19,11 @@ class Model(Protocol):
     kv_spec: KVSpec
     exact: bool  # the result of a row does not depend on the other rows of its forward pass
     row_multiple: int  # the number of rows of a forward pass must be a multiple of it
+    weights: str  # what they are held as, such as bfloat16 or int8
     num_bytes: int  # of the weights that a forward pass with logits reads
     # The embedding [vocab_size, hidden_size] of a model that runs in one native call, for a draft
     # head that does too; None for a model that runs layer by layer.
-    quantized_embedding: QuantizedWeight | None
+    packed_embedding: PackedWeight | None
 
     def __call__(
         self,

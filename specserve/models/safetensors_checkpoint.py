@@ -18,7 +18,7 @@ from torch import Tensor
 from specserve.files import FileError, check_file, is_there, quoted, short
 from specserve.models.fields import Fields, ModelError, read_json
 from specserve.models.tensor_entry import TensorEntry, check_finite
-from specserve_kernels.quantized_weight import QuantizedWeight
+from specserve_kernels.packed_weight import PackedWeight
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -58,7 +58,7 @@ class SafetensorsCheckpoint:
         check_finite(entry, name, tensor)
         return tensor if rows is None else tensor[rows]
 
-    def quantized_weight(self, name: str) -> QuantizedWeight | None:
+    def quantized_weight(self, name: str) -> PackedWeight | None:
         return None
 
     def _add(self, name: str, entry: TensorEntry) -> None:

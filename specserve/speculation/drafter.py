@@ -24,7 +24,7 @@ from specserve.sequence import SequenceView
 from specserve.step import StepPlan, VerifyResult
 from specserve.tree import MAX_NODES, DraftTree, root_tree
 from specserve_kernels.ops import Kernels
-from specserve_kernels.quantized_weight import QuantizedWeight
+from specserve_kernels.packed_weight import PackedWeight
 
 
 class DraftError(ValueError):
@@ -38,7 +38,7 @@ class TargetLayers:
     embed: Callable[[Tensor], Tensor]  # [n] int64 -> [n, hidden_size]
     final_norm: Callable[[Tensor], Tensor]  # [n, hidden_size] -> the same
     unembed: Callable[[Tensor], Tensor]  # normed [n, hidden_size] -> [n, vocab_size] float32
-    quantized_embedding: QuantizedWeight | None
+    packed_embedding: PackedWeight | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Forward passes with quantised weights: every native build against the reference; exactness."""
+"""Forward passes with packed weights: every native build against the reference; exactness."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +15,15 @@ from specserve_kernels.decoder import (
     DecoderOutput,
     DecoderPass,
     DecoderWeights,
+    FusedDecoder,
     LayerWeights,
-    QuantizedDecoder,
-    QuantizedLinear,
-    why_not_quantized,
+    PackedLinear,
+    why_not_packed,
 )
-from specserve_kernels.quantized_weight import (
-    QuantizedWeight,
+from specserve_kernels.packed_weight import (
+    PackedWeight,
     WeightFormat,
+    pack_floats,
     pack_int4,
     quantize_int8,
 )
@@ -55,6 +56,9 @@ SHAPES = (
     Shape(bias=True, qk_norm=True, window=40, vocab_size=33),
     Shape(1, 96, 64, 6, 3, 16, 512, format=WeightFormat.INT4),
     Shape(1, 128, 32, 2, 1, 80, kv_dtype=torch.bfloat16),
+    Shape(format=WeightFormat.BFLOAT16, kv_dtype=torch.bfloat16),
+    Shape(bias=True, qk_norm=True, window=40, vocab_size=33, format=WeightFormat.FLOAT16),
+    Shape(1, 96, 64, 6, 3, 16, 512, format=WeightFormat.FLOAT32),
 )
 
 
@@ -101,12 +105,15 @@ class Model:
     def _norm(self, size: int) -> Tensor:
         return 0.5 + torch.rand(size, generator=self._generator)
 
-    def _linear(self, num_outputs: int, num_inputs: int) -> QuantizedLinear:
+    def _linear(self, num_outputs: int, num_inputs: int) -> PackedLinear:
         bias = torch.randn(num_outputs, generator=self._generator) if self.shape.bias else None
-        return QuantizedLinear(self._weight(num_outputs, num_inputs), bias)
+        return PackedLinear(self._weight(num_outputs, num_inputs), bias)
 
-    def _weight(self, num_outputs: int, num_inputs: int) -> QuantizedWeight:
+    def _weight(self, num_outputs: int, num_inputs: int) -> PackedWeight:
         size = (num_outputs, num_inputs)
+        if not self.shape.format.quantized:
+            floats = torch.randn(size, generator=self._generator) * num_inputs**-0.5
+            return pack_floats(floats.to(self.shape.format.dtype))
         if self.shape.format is WeightFormat.INT8:
             return quantize_int8(torch.randn(size, generator=self._generator) * num_inputs**-0.5)
         values = torch.randint(0, 16, size, generator=self._generator, dtype=torch.uint8)
@@ -122,7 +129,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Part:
-    """Nodes of one tree behind `start` tokens of one sequence, whose blocks are `int_groups`."""
+    """Nodes of one tree behind `start` tokens of one sequence, whose blocks are `panels`."""
 
     start: int
     tokens: Sequence[int]
@@ -135,7 +142,7 @@ def chain(start: int, tokens: Sequence[int], blocks: Sequence[int]) -> Part:
 
 
 def run(
-    model: QuantizedDecoder,
+    model: FusedDecoder,
     kv: Tensor,
     *parts: Part,
     num_top: int = 3,
@@ -225,7 +232,7 @@ def test_silu_of_extreme_gates(bias: float, build: str) -> None:
     weights = Model(shape).weights
     shut = torch.full((shape.intermediate_size,), bias)
     layers = [
-        replace(layer, gate=QuantizedLinear(layer.gate.weight, shut)) for layer in weights.layers
+        replace(layer, gate=PackedLinear(layer.gate.weight, shut)) for layer in weights.layers
     ]
     weights = replace(weights, layers=layers)
     native, reference = CpuDecoder(load(build), weights), TorchDecoder(weights)
@@ -337,22 +344,22 @@ def test_top_tokens_of_equal_and_of_nan_logits(build: str) -> None:
     bias = torch.zeros(200)
     bias[[150, 31, 64, 33]] = 1.0
     bias[90] = 2.0
-    decoder = CpuDecoder(load(build), replace(model.weights, head=QuantizedLinear(zero, bias)))
+    decoder = CpuDecoder(load(build), replace(model.weights, head=PackedLinear(zero, bias)))
     out = run(decoder, model.cache(), chain(0, [1, 2], [0]), num_top=7)
     assert out.top.tolist() == [[90, 31, 33, 64, 150, 0, 1]] * 2
     bias[77] = torch.nan
-    decoder = CpuDecoder(load(build), replace(model.weights, head=QuantizedLinear(zero, bias)))
+    decoder = CpuDecoder(load(build), replace(model.weights, head=PackedLinear(zero, bias)))
     assert run(decoder, model.cache(), chain(0, [1], [0]), num_top=2).top.tolist() == [[-1, -1]]
 
 
 def test_reasons_against_quantized_shapes() -> None:
-    assert why_not_quantized(576, 1536, 9, 3, 64) is None
+    assert why_not_packed(576, 1536, 9, 3, 64) is None
     for shape, words in (
         ((570, 1536, 9, 3, 64), "hidden_size 570"),
         ((576, 1500, 9, 3, 64), "intermediate_size 1500"),
         ((576, 1536, 9, 3, 60), "head_dim 60"),
         ((576, 1536, 3, 3, 16), "1 heads of 16"),
     ):
-        reason = why_not_quantized(*shape)
+        reason = why_not_packed(*shape)
         assert reason is not None
         assert words in reason

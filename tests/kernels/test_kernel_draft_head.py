@@ -11,14 +11,14 @@ from torch import Tensor
 from specserve_kernels.cases import ancestor_words
 from specserve_kernels.cpu.draft_head import CpuDraftHead
 from specserve_kernels.cpu.native import load, runnable_builds
-from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, QuantizedLinear
+from specserve_kernels.decoder import DecoderPass, DecoderWeights, LayerWeights, PackedLinear
 from specserve_kernels.draft_head import (
     DraftHeadWeights,
     DraftSampling,
     ExpansionLimits,
     ExpansionTask,
 )
-from specserve_kernels.quantized_weight import quantize_int4, quantize_int8
+from specserve_kernels.packed_weight import quantize_int4, quantize_int8
 from specserve_kernels.segments import Segments
 from specserve_kernels.torch_ref import TorchKernels
 from specserve_kernels.torch_ref.draft_head import TorchDraftHead
@@ -107,9 +107,9 @@ class Head:
     def _norm(self, size: int) -> Tensor:
         return 0.5 + torch.rand(size, generator=self._generator)
 
-    def _linear(self, num_outputs: int, num_inputs: int, scale: float = 1.0) -> QuantizedLinear:
+    def _linear(self, num_outputs: int, num_inputs: int, scale: float = 1.0) -> PackedLinear:
         weight = quantize_int8(self._normal(num_outputs, num_inputs) * scale * num_inputs**-0.5)
-        return QuantizedLinear(weight, self._normal(num_outputs) if self._shape.bias else None)
+        return PackedLinear(weight, self._normal(num_outputs) if self._shape.bias else None)
 
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))

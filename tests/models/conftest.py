@@ -30,15 +30,15 @@ from specserve.models.llama import LlamaModel
 from specserve.models.loader import load_model
 from specserve.models.model import Model
 from specserve.models.quantization.dense import DenseScheme
-from specserve.models.quantization.int_groups import IntGroupScheme
 from specserve.models.quantization.method import EmbeddingMethod
+from specserve.models.quantization.panels import PanelScheme
 from specserve.models.quantization.scheme import QuantScheme
 from specserve.models.row_tiles import BASE_ROWS
 from specserve.models.shape import ModelShape
 from specserve.types import Quantization
-from specserve_kernels.dispatch import select_kernels
 from specserve_kernels.ops import Kernels
 from specserve_kernels.segments import Segments
+from specserve_kernels.torch_ref import TorchKernels
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
@@ -120,7 +120,7 @@ def _load_layers(
     dense: tuple[str, ...] = (),
 ) -> LlamaModel:
     shape, checkpoint = ModelShape.from_dir(directory), read_checkpoint(directory)
-    scheme: QuantScheme = IntGroupScheme(checkpoint, kernels, quantization)
+    scheme: QuantScheme = PanelScheme(checkpoint, kernels, quantization)
     if dense:
         floats = DenseScheme(checkpoint, dtype=torch.bfloat16, device=CPU, exact=True)
         scheme = MixedScheme(floats, scheme, dense)
@@ -128,7 +128,7 @@ def _load_layers(
 
 
 def _load(directory: Path, dtype: torch.dtype = torch.float32, exact: bool = True) -> LlamaModel:
-    kernels = select_kernels(CPU)
+    kernels = TorchKernels()  # the native ones run the model in one call
     model = load_model(directory, kernels=kernels, dtype=dtype, device=CPU, exact=exact)
     assert isinstance(model, LlamaModel)
     return model

@@ -20,7 +20,7 @@ from specserve.hub import gguf_file, resolve
 from specserve.models.checkpoint import Checkpoint, read_checkpoint
 from specserve.models.fields import ModelError
 from specserve.models.llama import LlamaModel
-from specserve_kernels.quantized_weight import WeightFormat, dequantize
+from specserve_kernels.packed_weight import WeightFormat, unpack
 
 Load = Callable[..., LlamaModel]
 Write = Callable[..., Path]
@@ -79,7 +79,7 @@ def test_quantized_weights_dequantize_to_the_same_floats(
         weight = checkpoint.quantized_weight(name)
         assert weight is not None
         assert weight.format == FORMATS[kind]
-        assert torch.equal(dequantize(weight), theirs[name]), name
+        assert torch.equal(unpack(weight), theirs[name]), name
     assert checkpoint.quantized_weight("model.norm.weight") is None
 
 

@@ -28,7 +28,9 @@ from specserve.server.metrics import MAX_POSITIONS, ServerMetrics
 from specserve.server.status_line import format_status
 from specserve.types import SpecStats
 
-INFO = EngineInfo(Limits(97, 512, 512, 4096, True, ("ngram",)), 16, 8, 8, "cpu", "float32", True)
+INFO = EngineInfo(
+    Limits(97, 512, 512, 4096, True, ("ngram",)), 16, 8, 8, "cpu", "int8", "float32", True
+)
 GRAFANA = Path(server_metrics.__file__).with_name("grafana.json")
 METRIC_NAME = re.compile(r"\b(?:vllm|specserve):\w+")
 

@@ -247,7 +247,7 @@ class EagleDrafter:
     def _load(self, dtype: torch.dtype) -> DraftHead | QuantizedDraftHead:
         """The head: quantized if the target is, the kernels support it and the shape allows it."""
         context, fused = self._context, fused_models(self._context.kernels)
-        embedding = context.target.quantized_embedding
+        embedding = context.target.packed_embedding
         if fused is not None and embedding is not None and can_be_quantized(self._file.shape):
             if not self._file.shape.own_head:
                 num_rows = self._file.shape.vocab_size

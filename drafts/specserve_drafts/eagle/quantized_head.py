@@ -13,16 +13,16 @@ from specserve_drafts.eagle.head_shape import HeadShape, aux_norm_names
 from specserve_kernels.decoder import (
     DecoderWeights,
     LayerWeights,
-    QuantizedLinear,
-    why_not_quantized,
+    PackedLinear,
+    why_not_packed,
 )
 from specserve_kernels.draft_head import DraftHeadWeights
-from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, quantize_int4
+from specserve_kernels.packed_weight import GROUP, PackedWeight, quantize_int4
 
 
 def can_be_quantized(shape: HeadShape) -> bool:
     """Whether the kernels support an int4 head of this shape."""
-    reason = why_not_quantized(
+    reason = why_not_packed(
         shape.hidden_size,
         shape.intermediate_size,
         shape.num_heads,
@@ -36,7 +36,7 @@ def can_be_quantized(shape: HeadShape) -> bool:
 def read_weights(
     file: HeadCheckpoint,
     num_positions: int,
-    embedding: QuantizedWeight,  # the target's, [vocab_size, hidden_size]
+    embedding: PackedWeight,  # the target's, [vocab_size, hidden_size]
 ) -> DraftHeadWeights:
     """The weights of a head as int4. `can_be_quantized` of its shape must be True, and it must have
     LM head rows."""
@@ -45,9 +45,9 @@ def read_weights(
     def norm(name: str) -> Tensor:
         return file.tensor(f"{name}.weight").float()
 
-    def linear(name: str, with_bias: bool) -> QuantizedLinear:
+    def linear(name: str, with_bias: bool) -> PackedLinear:
         weight = quantize_int4(file.tensor(f"{name}.weight"))
-        return QuantizedLinear(weight, file.tensor(f"{name}.bias").float() if with_bias else None)
+        return PackedLinear(weight, file.tensor(f"{name}.bias").float() if with_bias else None)
 
     def layer(index: int) -> LayerWeights:
         prefix = f"layers.{index}"

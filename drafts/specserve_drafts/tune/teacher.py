@@ -62,7 +62,7 @@ class Teacher:
             device=platform.device,
             exact=platform.exact,
             quantization=quantization,
-            quantized_kv_dtype=platform.quantized_kv_dtype,
+            packed_kv_dtype=platform.packed_kv_dtype,
         )
         self.device = platform.device
         shape = self.model.shape

@@ -31,7 +31,7 @@ class CpuKernels:
         self._reference = TorchKernels()
         self.decoder = partial(CpuDecoder, self._library)
         self.draft_head = partial(CpuDraftHead, self._library)
-        self.quantized_linear = partial(linear.quantized_linear, self._library)
+        self.packed_linear = partial(linear.packed_linear, self._library)
         self.gumbel_noise = partial(sampler.gumbel_noise, self._library)
         self.gumbel_argmax = partial(sampler.gumbel_argmax, self._library)
 

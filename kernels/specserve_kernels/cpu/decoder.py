@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.cpu.attention import CSegments
-from specserve_kernels.cpu.linear import quantized_linear
+from specserve_kernels.cpu.linear import packed_linear
 from specserve_kernels.cpu.native import num_threads
 from specserve_kernels.decoder import (
     MAX_TOP,
@@ -15,9 +15,9 @@ from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
     LayerWeights,
-    QuantizedLinear,
+    PackedLinear,
 )
-from specserve_kernels.quantized_weight import PANEL, QuantizedWeight
+from specserve_kernels.packed_weight import PANEL, PackedWeight
 
 _ADDRESS = ctypes.c_void_p
 _SIZE = ctypes.c_int64
@@ -106,7 +106,7 @@ class _Head(ctypes.Structure):
 
 
 class CpuDecoder:
-    """Implements `QuantizedDecoder`; a row's bits do not depend on the other rows."""
+    """Implements `FusedDecoder`; a row's bits do not depend on the other rows."""
 
     def __init__(self, library: ctypes.CDLL, weights: DecoderWeights) -> None:
         self._library = library
@@ -170,7 +170,7 @@ class CpuDecoder:
         return DecoderOutput(logits, top, states)
 
     def head(self, x: Tensor) -> Tensor:
-        """See `QuantizedDecoder.head`."""
+        """See `FusedDecoder.head`."""
         residual = x.float().contiguous()
         rows = torch.arange(x.shape[0])
         logits, _, head = self._head(rows, 0)
@@ -180,9 +180,9 @@ class CpuDecoder:
         return logits
 
     def unembed(self, x: Tensor) -> Tensor:
-        """See `QuantizedDecoder.unembed`."""
+        """See `FusedDecoder.unembed`."""
         head = self._weights.head
-        logits = quantized_linear(self._library, x.contiguous(), head.weight)
+        logits = packed_linear(self._library, x.contiguous(), head.weight)
         return logits if head.bias is None else logits + head.bias
 
     def _head(self, rows: Tensor, num_top: int) -> tuple[Tensor, Tensor, _Head]:
@@ -209,13 +209,13 @@ class CpuDecoder:
             layer.window,
         )
 
-    def linear(self, linear: QuantizedLinear) -> CLinear:
+    def linear(self, linear: PackedLinear) -> CLinear:
         bias = linear.bias
         if bias is not None:
             bias = torch.nn.functional.pad(bias.float(), (0, -bias.shape[0] % PANEL))
         return CLinear(self._weight(linear.weight), self.floats(bias))
 
-    def _weight(self, weight: QuantizedWeight) -> _Weight:
+    def _weight(self, weight: PackedWeight) -> _Weight:
         self._kept.append(weight.panels)
         return _Weight(
             weight.panels.data_ptr(),

@@ -1,4 +1,4 @@
-"""Products with quantized weights: rows are quantized to 8 bits, sums have a fixed order."""
+"""Products with packed weights: sums have a fixed order."""
 
 import ctypes
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from specserve_kernels.cpu.native import num_threads
-from specserve_kernels.quantized_weight import PANEL, QuantizedWeight
+from specserve_kernels.packed_weight import PANEL, PackedWeight
 
 
-def quantized_linear(library: ctypes.CDLL, x: Tensor, weight: QuantizedWeight) -> Tensor:
+def packed_linear(library: ctypes.CDLL, x: Tensor, weight: PackedWeight) -> Tensor:
     """x [num_rows, num_inputs] float32 -> x W^T [num_rows, num_outputs] float32."""
     assert x.shape[1] == weight.num_inputs, f"{x.shape[1]} inputs for {weight.num_inputs}"
     assert x.dtype == torch.float32, f"rows are float32, not {x.dtype}"

@@ -11,7 +11,7 @@ class TorchKernels:
 
     plan_attention = staticmethod(tiles.AttentionPlan)
     paged_tree_attention = staticmethod(attention.paged_tree_attention)
-    quantized_linear = staticmethod(linear.quantized_linear)
+    packed_linear = staticmethod(linear.packed_linear)
     kv_write = staticmethod(kv.kv_write)
     kv_commit = staticmethod(kv.kv_commit)
     gumbel_noise = staticmethod(sampler.gumbel_noise)

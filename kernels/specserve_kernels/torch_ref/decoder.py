@@ -1,4 +1,4 @@
-"""Reference implementation of a forward pass with quantized weights, in plain torch."""
+"""Reference implementation of a forward pass with packed weights, in plain torch."""
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,15 @@ from specserve_kernels.decoder import (
     DecoderPass,
     DecoderWeights,
     LayerWeights,
-    QuantizedLinear,
+    PackedLinear,
 )
-from specserve_kernels.quantized_weight import dequantize
+from specserve_kernels.packed_weight import unpack
 from specserve_kernels.torch_ref import TorchKernels
-from specserve_kernels.torch_ref.linear import quantized_linear
+from specserve_kernels.torch_ref.linear import packed_linear
 
 
 class TorchDecoder:
-    """Implements `QuantizedDecoder`."""
+    """Implements `FusedDecoder`."""
 
     def __init__(self, weights: DecoderWeights) -> None:
         self._weights = weights
@@ -55,7 +55,7 @@ class TorchDecoder:
     def _embed(self, batch: DecoderPass) -> tuple[Tensor, Tensor | None]:
         """The initial residual stream; for a draft head also the input of the first q, k and v."""
         weights = self._weights
-        x = dequantize(weights.embed)[batch.input_ids]
+        x = unpack(weights.embed)[batch.input_ids]
         if weights.hidden_norm is None:
             return x, None
         assert batch.hidden_in is not None, "a draft head needs `hidden_in`"
@@ -64,11 +64,11 @@ class TorchDecoder:
         return normed if weights.normed_residual else batch.hidden_in, qkv_in
 
     def head(self, x: Tensor) -> Tensor:
-        """See `QuantizedDecoder.head`."""
+        """See `FusedDecoder.head`."""
         return self.unembed(self._norm(x, self._weights.norm))
 
     def unembed(self, x: Tensor) -> Tensor:
-        """See `QuantizedDecoder.unembed`."""
+        """See `FusedDecoder.unembed`."""
         return linear(self._weights.head, x)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class TorchDecoder:
         return _rotate(q, *angles), _rotate(k, *angles), v
 
 
-def linear(linear: QuantizedLinear, x: Tensor) -> Tensor:
-    y = quantized_linear(x, linear.weight)
+def linear(linear: PackedLinear, x: Tensor) -> Tensor:
+    y = packed_linear(x, linear.weight)
     return y if linear.bias is None else y + linear.bias
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specserve_kernels.decoder import DecoderPass, QuantizedDecoder
+from specserve_kernels.decoder import DecoderPass, FusedDecoder
 from specserve_kernels.draft_head import DraftHeadWeights
 from specserve_kernels.torch_ref.decoder import TorchDecoder, linear
 
@@ -17,7 +17,7 @@ class TorchDraftHead:
 
     def __init__(self, weights: DraftHeadWeights) -> None:
         self._weights = weights
-        self._decoder: QuantizedDecoder = TorchDecoder(weights.decoder)
+        self._decoder: FusedDecoder = TorchDecoder(weights.decoder)
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:
         """See `QuantizedDraftHead.fuse`."""

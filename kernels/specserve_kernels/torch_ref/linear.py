@@ -1,9 +1,9 @@
-"""Reference products with quantized weights: quantize the rows, then multiply in float64."""
+"""Reference products: quantize the rows if the weights are quantized, multiply in float64."""
 
 import torch
 from torch import Tensor
 
-from specserve_kernels.quantized_weight import GROUP, QuantizedWeight, dequantize
+from specserve_kernels.packed_weight import GROUP, PackedWeight, unpack
 
 _LEAST = 1e-30  # groups with no larger magnitude become zero: 127 / magnitude might be infinite
 
@@ -23,11 +23,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8).flatten(-2), scales
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x [num_rows, num_inputs] float32 -> x W^T [num_rows, num_outputs] float32."""
-    values, scales = quantize_rows(x)
-    rows = torch.unflatten(values.double(), -1, (-1, GROUP)) * scales.double()[..., None]
+    rows = x.double()
+    if weight.format.quantized:
+        values, scales = quantize_rows(x)
+        groups = torch.unflatten(values.double(), -1, (-1, GROUP)) * scales.double()[..., None]
+        rows = groups.flatten(1)
     # One row at a time, so that a row's bits do not depend on the other rows.
-    columns = dequantize(weight).double()
-    products = [columns @ row for row in rows.flatten(1)]
+    columns = unpack(weight).double()
+    products = [columns @ row for row in rows]
     return torch.stack(products).float() if products else x.new_empty(0, weight.num_outputs)

@@ -35,7 +35,7 @@ void store_kv(const float* x, int64_t size, bfloat16* to) {
 void embed(const Weight& weight, int64_t token, float* x) {
     float columns[kGroup];
     for (int64_t group = 0; group < weight.num_inputs / kGroup; ++group) {
-        dequantize_group(weight, token, group, columns);
+        unpack_group(weight, token, group, columns);
         std::memcpy(x + group * kGroup, columns, sizeof columns);
     }
 }
@@ -44,13 +44,15 @@ void embed(const Weight& weight, int64_t token, float* x) {
 struct Activations {
     Activations(const Decoder& d, int64_t num_rows)
         : heads_size((d.num_heads + 2 * d.num_kv_heads) * d.head_dim),
-          qkv_in(d.hidden_norm ? num_rows : 0, 2 * d.hidden_size),
-          normed(num_rows, d.hidden_size),
+          quantized(is_quantized(d.layers[0].q.weight.format)),
+          qkv_in(d.hidden_norm ? num_rows : 0, 2 * d.hidden_size, quantized),
+          normed(num_rows, d.hidden_size, quantized),
           heads(new float[num_rows * heads_size]),
-          attention_out(num_rows, d.num_heads * d.head_dim),
-          gated(num_rows, d.intermediate_size) {}
+          attention_out(num_rows, d.num_heads * d.head_dim, quantized),
+          gated(num_rows, d.intermediate_size, quantized) {}
 
     int64_t heads_size;
+    bool quantized;    // as all weights of the layers
     RowBuffer qkv_in;  // input of q, k and v in the first layer of a draft head
     RowBuffer normed;
     std::unique_ptr<float[]> heads;  // [num_rows][heads_size]: q, k, v

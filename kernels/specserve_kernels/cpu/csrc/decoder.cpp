@@ -129,7 +129,7 @@ class PassOf {
         embed(d_.embed, pass_.input_ids[row], token);
         rms_norm(token, d_.layers[0].attention_norm, size, d_.eps, token);
         rms_norm(hidden_in, d_.hidden_norm, size, d_.eps, normed);
-        quantize_row(token, activations_.qkv_in.rows(), row);
+        store_row(token, activations_.qkv_in.rows(), row);
         std::memcpy(residual_.at(row), d_.normed_residual ? normed : hidden_in,
                     size * sizeof(float));
     }
@@ -138,7 +138,7 @@ class PassOf {
         thread_local std::vector<float> y;
         y.resize(d_.hidden_size);
         rms_norm(x, weight, d_.hidden_size, d_.eps, y.data());
-        quantize_row(y.data(), activations_.normed.rows(), row);
+        store_row(y.data(), activations_.normed.rows(), row);
     }
 
     void project(const Linear& linear, const RowBuffer& rows, int64_t unit, float* y,
@@ -157,7 +157,7 @@ class PassOf {
                       });
     }
 
-    // SwiGLU (Shazeer 2020): silu(gate) * up, quantized at once, since a unit is one group.
+    // SwiGLU (Shazeer 2020): silu(gate) * up, stored at once, since a unit is one group.
     void gate(const Layer& l, int64_t unit, int64_t num_rows) {
         alignas(64) float gates[kRowBlock * kColumns], ups[kRowBlock * kColumns];
         const int64_t column = unit * kColumns;
@@ -171,7 +171,7 @@ class PassOf {
                 for (int64_t c = 0; c < kColumns; c += kLanes)
                     store(g + c, swiglu(biased(l.gate, g + c, column + c),
                                         biased(l.up, ups + row * kColumns + c, column + c)));
-                quantize_group(g, activations_.gated.rows(), top + row, unit);
+                store_group(g, activations_.gated.rows(), top + row, unit);
             }
         }
     }
@@ -230,7 +230,7 @@ class PassOf {
                 const int64_t row = segments.cu_rows[rows.segment] + at;
                 const int64_t index = wanted_only ? wanted_.index_of(row) : row;
                 if (index >= 0)
-                    quantize_attention_output(index, rows.kv_head, size,
+                    store_attention_output(index, rows.kv_head, size,
                                               out.data() + (at - rows.first) * size);
             }
         });
@@ -251,14 +251,14 @@ class PassOf {
             for (int64_t g = 0; g < shape.group_size; ++g)
                 merge_splits(segments, shape, after - segments.cu_rows - 1, row,
                              kv_head * shape.group_size + g, partials_, out.data() + g * d_.head_dim);
-            quantize_attention_output(index, kv_head, size, out.data());
+            store_attention_output(index, kv_head, size, out.data());
         });
     }
 
-    // Quantizes a row's attention output of the query heads that share a KV head.
-    void quantize_attention_output(int64_t row, int64_t kv_head, int64_t size, const float* out) {
+    // Stores a row's attention output of the query heads that share a KV head.
+    void store_attention_output(int64_t row, int64_t kv_head, int64_t size, const float* out) {
         for (int64_t at = 0; at < size; at += kGroup)
-            quantize_group(out + at, activations_.attention_out.rows(), row,
+            store_group(out + at, activations_.attention_out.rows(), row,
                            (kv_head * size + at) / kGroup);
     }
 

@@ -1,4 +1,4 @@
-// A forward pass of a decoder-only transformer with quantized weights: writes K, V and logits.
+// A forward pass of a decoder-only transformer: writes K, V and logits.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Layer {
     const float* mlp_norm;        // [hidden_size]
     const float* q_norm;          // [head_dim] or null, as k_norm
     const float* k_norm;
-    Linear q, k, v, o, gate, up, down;
+    Linear q, k, v, o, gate, up, down;  // all of them quantized, or none in any layer
     int64_t window;  // sliding window in positions, 0: none
 };
 

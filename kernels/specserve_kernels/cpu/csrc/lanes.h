@@ -12,10 +12,13 @@ namespace specserve {
 
 #if defined(__AVX512VNNI__)
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
 #else
 constexpr int kLanes = 16;
+constexpr int kRegisters = 16;
 #endif
 
 struct bfloat16 {  // its bits; one of the two storage types of K and V

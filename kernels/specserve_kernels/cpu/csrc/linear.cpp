@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "api.h"
+#include "float_panels.h"
+#include "row_count.h"
 #include "team.h"
 
 namespace specserve {
@@ -107,48 +109,33 @@ __attribute__((noinline)) void panel_rows(const uint8_t* panel, const Rows& x, f
 }
 
 template <Format kFormat>
-void panel_block(const uint8_t* panel, const Rows& x, int64_t num_rows, float* y) {
-    switch (num_rows) {
-        case 1: return panel_rows<kFormat, 1>(panel, x, y);
-        case 2: return panel_rows<kFormat, 2>(panel, x, y);
-        case 3: return panel_rows<kFormat, 3>(panel, x, y);
-        case 4: return panel_rows<kFormat, 4>(panel, x, y);
-        case 5: return panel_rows<kFormat, 5>(panel, x, y);
-        case 6: return panel_rows<kFormat, 6>(panel, x, y);
-        case 7: return panel_rows<kFormat, 7>(panel, x, y);
-        case 8: return panel_rows<kFormat, 8>(panel, x, y);
-        case 9: return panel_rows<kFormat, 9>(panel, x, y);
-        case 10: return panel_rows<kFormat, 10>(panel, x, y);
-        case 11: return panel_rows<kFormat, 11>(panel, x, y);
-        default: return panel_rows<kFormat, kRowsTogether>(panel, x, y);
-    }
-}
-
-template <Format kFormat>
 void unit_of(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t unit, float* y) {
     const int64_t panel_bytes = rows.num_groups * tile_bytes(kFormat), first = unit * kPanels;
     const int64_t last = std::min(first + kPanels, weight.num_outputs / kPanel);
     for (int64_t panel = first; panel < last; ++panel, y += kPanel)
         for (int64_t row = 0; row < num_rows; row += kRowsTogether)
-            panel_block<kFormat>(weight.panels + panel * panel_bytes, rows.from(row),
-                                 num_rows - row, y + row * kColumns);
+            with_row_count(num_rows - row, [&](auto count) {
+                panel_rows<kFormat, decltype(count)::value>(weight.panels + panel * panel_bytes,
+                                                            rows.from(row), y + row * kColumns);
+            });
 }
 
 }  // namespace
 
 void multiply_unit(const Weight& weight, const Rows& rows, int64_t num_rows, int64_t unit, float* y) {
-    if (weight.format == Format::kInt4)
-        unit_of<Format::kInt4>(weight, rows, num_rows, unit, y);
-    else
-        unit_of<Format::kInt8>(weight, rows, num_rows, unit, y);
+    switch (weight.format) {
+        case Format::kInt4: return unit_of<Format::kInt4>(weight, rows, num_rows, unit, y);
+        case Format::kInt8: return unit_of<Format::kInt8>(weight, rows, num_rows, unit, y);
+        default: return multiply_float_unit(weight, rows, num_rows, unit, y);
+    }
 }
 
 void multiply(const Linear& linear, const float* x, int64_t num_rows, float* y, int num_threads) {
     const int64_t num_inputs = linear.weight.num_inputs, num_outputs = linear.weight.num_outputs;
-    const RowBuffer rows(num_rows, num_inputs);
+    const RowBuffer rows(num_rows, num_inputs, is_quantized(linear.weight.format));
     run_team(2, num_threads, [&](Team& team) {
         team.share(num_rows, [&](int64_t row) {
-            quantize_row(x + row * num_inputs, rows.rows(), row);
+            store_row(x + row * num_inputs, rows.rows(), row);
         });
         team.share(num_units(linear), [&](int64_t unit) {
             multiply_unit(linear, rows.rows(), num_rows, unit,
@@ -159,11 +146,12 @@ void multiply(const Linear& linear, const float* x, int64_t num_rows, float* y, 
     });
 }
 
-void dequantize_group(const Weight& weight, int64_t output, int64_t group,
+void unpack_group(const Weight& weight, int64_t output, int64_t group,
                       float (&values)[kGroup]) {
     const int64_t tiles = output / kPanel * (weight.num_inputs / kGroup) + group;
     const uint8_t* tile = weight.panels + tiles * tile_bytes(weight.format);
     const int64_t at = output % kPanel;
+    if (!is_quantized(weight.format)) return unpack_floats(weight.format, tile, at, values);
     auto half = [&](const uint8_t* halves_of_panel) {
         float floats[kLanes];
         store(floats, halves(halves_of_panel, int(at / kLanes)));

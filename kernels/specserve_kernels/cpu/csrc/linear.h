@@ -1,23 +1,33 @@
-// y = x W^T + b for quantized weights. The bits of a row of y do not depend on the other rows.
+// y = x W^T + b for weights packed in panels. The bits of a row of y do not depend on the other rows.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "lanes.h"
-#include "quantize.h"
+#include "rows.h"
 
 namespace specserve {
 
 constexpr int kPanel = 16;
 
-// A panel is kPanel outputs. It is stored as tiles of 32 inputs each (see quantized_weight.py):
+// A panel is kPanel outputs. It is stored as tiles of 32 inputs each (see packed_weight.py):
 //   int4: half scale[16], half minimum[16], nibbles[4][16][4]; byte [c][n][i] has output n's inputs
 //         8c + i (low nibble) and 8c + 4 + i (high nibble)
 //   int8: half scale[16], int8 [8][16][4]; byte [c][n][i] is output n's input 4c + i
-enum class Format : int32_t { kInt4 = 4, kInt8 = 8 };
+//   floats: [32][16]; element [c][n] is output n's input c
+enum class Format : int32_t { kInt4 = 4, kInt8 = 8, kBfloat16 = 16, kFloat16 = 17, kFloat32 = 32 };
 
-constexpr int64_t tile_bytes(Format format) { return format == Format::kInt4 ? 320 : 544; }
+constexpr bool is_quantized(Format format) { return format <= Format::kInt8; }
+
+constexpr int64_t tile_bytes(Format format) {
+    switch (format) {
+        case Format::kInt4: return 320;
+        case Format::kInt8: return 544;
+        case Format::kFloat32: return 4 * kGroup * kPanel;
+        default: return 2 * kGroup * kPanel;
+    }
+}
 
 struct Weight {
     const uint8_t* panels;  // [num_outputs / 16][num_inputs / 32] tiles
@@ -68,7 +78,7 @@ void multiply_unit(const Linear& linear, const Rows& rows, int64_t num_rows, int
 // x [num_rows][num_inputs] -> y [num_rows][num_outputs].
 void multiply(const Linear& linear, const float* x, int64_t num_rows, float* y, int num_threads);
 
-// Dequantizes the weights of one output for the inputs of one group.
-void dequantize_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]);
+// The weights of one output for the inputs of one group.
+void unpack_group(const Weight& weight, int64_t output, int64_t group, float (&values)[kGroup]);
 
 }  // namespace specserve

@@ -37,7 +37,7 @@ Unembedding::Unembedding(const Decoder& decoder, const Head& head, const float* 
     : d_(decoder),
       head_(head),
       x_(residual),
-      normed_(head.num_rows, decoder.hidden_size),
+      normed_(head.num_rows, decoder.hidden_size, is_quantized(decoder.head.weight.format)),
       num_units_(num_units(decoder.head)),
       best_(new float[head.num_rows * num_units_]) {}
 
@@ -47,7 +47,7 @@ void Unembedding::run(Team& team) {
         y.resize(d_.hidden_size);
         rms_norm(x_ + head_.rows[row] * d_.hidden_size, d_.norm, d_.hidden_size, d_.eps,
                  y.data());
-        quantize_row(y.data(), normed_.rows(), row);
+        store_row(y.data(), normed_.rows(), row);
     });
     team.share(num_units_, [&](int64_t unit) { compute_unit(unit); });
     team.share(head_.num_top ? head_.num_rows : 0, [&](int64_t row) { find_top_tokens(row); });

@@ -1,4 +1,4 @@
-#include "quantize.h"
+#include "rows.h"
 
 #include <algorithm>
 #include <cmath>
@@ -8,26 +8,36 @@
 
 namespace specserve {
 
-RowBuffer::RowBuffer(int64_t num_rows, int64_t size) {
+RowBuffer::RowBuffer(int64_t num_rows, int64_t size, bool quantized) {
     const int64_t num_groups = size / kGroup;
     const int64_t num_blocks = (num_rows + kRowsTogether - 1) / kRowsTogether;
     const int64_t height = std::min<int64_t>(num_rows, kRowsTogether);
     const int64_t count = num_blocks * num_groups * height;
+    if (!quantized) {
+        floats_.reset(new float[count * kGroup]);
+        rows_ = {nullptr, nullptr, nullptr, nullptr, floats_.get(), num_groups, height};
+        return;
+    }
     values_.reset(new int8_t[count * kGroup]);
     floats_.reset(new float[2 * count]);
     sums_.reset(new int32_t[count]);
-    rows_ = {values_.get(), floats_.get(), floats_.get() + count, sums_.get(), num_groups, height};
+    rows_ = {values_.get(), floats_.get(), floats_.get() + count, sums_.get(),
+             nullptr,       num_groups,    height};
 }
 
-void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group) {
+void store_group(const float* x, const Rows& rows, int64_t row, int64_t group) {
+    const GroupOfRows to = rows.at(row / kRowsTogether, group);
+    const int64_t at = row % kRowsTogether;
+    if (to.floats) {
+        std::memcpy(to.floats + at * kGroup, x, kGroup * sizeof *x);
+        return;
+    }
     Ints bits = magnitude_bits(load(x));
     for (int i = kLanes; i < kGroup; i += kLanes) bits = max(bits, magnitude_bits(load(x + i)));
     const int32_t most_bits = lane_max(bits);
     float most;
     std::memcpy(&most, &most_bits, sizeof most);
     const bool finite = most_bits < 0x7f800000;
-    const GroupOfRows to = rows.at(row / kRowsTogether, group);
-    const int64_t at = row % kRowsTogether;
     int8_t* values = to.values + at * kGroup;
     // 127 / most might be infinite if `most` is tiny; such a group is quantized to zero.
     int32_t sum = 0;
@@ -48,9 +58,9 @@ void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group
     to.sums[at] = sum;
 }
 
-void quantize_row(const float* x, const Rows& rows, int64_t row) {
+void store_row(const float* x, const Rows& rows, int64_t row) {
     for (int64_t group = 0; group < rows.num_groups; ++group)
-        quantize_group(x + group * kGroup, rows, row, group);
+        store_group(x + group * kGroup, rows, row, group);
 }
 
 }  // namespace specserve

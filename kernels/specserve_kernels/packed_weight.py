@@ -1,12 +1,13 @@
-"""Quantized weights as every backend reads them: groups of 32 inputs, tiles of 16 outputs.
+"""Weights as every backend reads them: groups of 32 inputs, tiles of 16 outputs.
 
-Defines the two formats, which can hold GGUF's Q4_0, Q4_1 and Q8_0 without requantization. Knows no
-files and no instruction sets. A weight is value * scale + minimum (no minimum in int8). Scale and
-minimum are float16, one of each per group:
+Defines the formats. Knows no files and no instruction sets. The two quantized ones can hold GGUF's
+Q4_0, Q4_1 and Q8_0 without requantization: a weight is value * scale + minimum (no minimum in
+int8). Scale and minimum are float16, one of each per group:
 
-    int4  320 bytes a tile: scale[16], minimum[16], then nibbles [4][16][4]; byte [c][n][i] holds
-          output n's inputs 8c + i (low) and 8c + 4 + i (high), 0..15
-    int8  544 bytes a tile: scale[16], then [8][16][4] int8; byte [c][n][i] is input 4c + i
+    int4    320 bytes a tile: scale[16], minimum[16], then nibbles [4][16][4]; byte [c][n][i] holds
+            output n's inputs 8c + i (low) and 8c + 4 + i (high), 0..15
+    int8    544 bytes a tile: scale[16], then [8][16][4] int8; byte [c][n][i] is input 4c + i
+    floats  [32][16] bfloat16, float16 or float32; element [c][n] is output n's input c
 
 A panel is all tiles of the same 16 outputs, in the order of their inputs; one core reads it
 sequentially. The last panel is padded with zeros.
@@ -26,19 +27,45 @@ _BLOCK_VALUES: Final = 2**18  # weights that are quantized at a time: they stay 
 
 
 class WeightFormat(IntEnum):
-    """The value is the number of bits per weight, without scales."""
+    """The values are those of the native kernels."""
 
     INT4 = 4
     INT8 = 8
+    BFLOAT16 = 16
+    FLOAT16 = 17
+    FLOAT32 = 32
+
+    @property
+    def quantized(self) -> bool:
+        return self in (WeightFormat.INT4, WeightFormat.INT8)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of float weights."""
+        return _DTYPES[self]
 
     @property
     def tile_bytes(self) -> int:
-        return 320 if self is WeightFormat.INT4 else 544
+        return _TILE_BYTES[self]
+
+
+_TILE_BYTES: Final = {
+    WeightFormat.INT4: 320,
+    WeightFormat.INT8: 544,
+    WeightFormat.BFLOAT16: 1024,
+    WeightFormat.FLOAT16: 1024,
+    WeightFormat.FLOAT32: 2048,
+}
+_DTYPES: Final = {
+    WeightFormat.BFLOAT16: torch.bfloat16,
+    WeightFormat.FLOAT16: torch.float16,
+    WeightFormat.FLOAT32: torch.float32,
+}
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedWeight:
-    """A quantized weight [num_outputs, num_inputs]; the module describes the layout."""
+class PackedWeight:
+    """A weight [num_outputs, num_inputs], quantized or not; the module describes the layout."""
 
     format: WeightFormat
     num_outputs: int
@@ -54,7 +81,7 @@ def pack_int4(
     values: Tensor,  # [num_outputs, num_inputs] uint8, 0..15
     scales: Tensor,  # [num_outputs, num_inputs / 32] float16
     minimums: Tensor,  # [num_outputs, num_inputs / 32] float16
-) -> QuantizedWeight:
+) -> PackedWeight:
     """Pack int4 values: Q4_1 as stored, Q4_0 with `minimums` = -8 * scales.
 
     Raises ValueError for other shapes, and if num_inputs is not a multiple of 32.
@@ -66,7 +93,7 @@ def pack_int4(
 def pack_int8(
     values: Tensor,  # [num_outputs, num_inputs] int8
     scales: Tensor,  # [num_outputs, num_inputs / 32] float16
-) -> QuantizedWeight:
+) -> PackedWeight:
     """Pack int8 values: Q8_0 as stored.
 
     Raises ValueError for other shapes, and if num_inputs is not a multiple of 32.
@@ -74,7 +101,20 @@ def pack_int8(
     return _packed(WeightFormat.INT8, values, _words(values), [scales])
 
 
-def quantize_int8(weight: Tensor) -> QuantizedWeight:  # [num_outputs, num_inputs], any float dtype
+def pack_floats(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs]
+    """Pack bfloat16, float16 or float32 weights as they are.
+
+    Raises ValueError for other dtypes, and if num_inputs is not a multiple of 32.
+    """
+    formats = {dtype: weight_format for weight_format, dtype in _DTYPES.items()}
+    if weight.dtype not in formats:
+        raise ValueError(f"weights of {weight.dtype} cannot be packed; convert them to float32")
+    tiles = _padded(_checked(weight)).view(-1, PANEL, weight.shape[1] // GROUP, GROUP)
+    panels = tiles.permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2)
+    return PackedWeight(formats[weight.dtype], weight.shape[0], weight.shape[1], panels)
+
+
+def quantize_int8(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs], any float dtype
     """Round to the nearest int8 weights, symmetric per group of 32.
 
     Raises ValueError if num_inputs is not a multiple of 32.
@@ -87,7 +127,7 @@ def quantize_int8(weight: Tensor) -> QuantizedWeight:  # [num_outputs, num_input
     return pack_int8(values.flatten(1), scales)
 
 
-def quantize_int4(weight: Tensor) -> QuantizedWeight:  # [num_outputs, num_inputs], any float dtype
+def quantize_int4(weight: Tensor) -> PackedWeight:  # [num_outputs, num_inputs], any float dtype
     """Quantize to int4 with a scale and a minimum per group of 32.
 
     Per group, tries value ranges of 100 % to 80 % of the group's own range around its middle and
@@ -123,14 +163,14 @@ def _quantized_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.flatten(1), scales, minimums
 
 
-def dequantize(weight: QuantizedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
-    """Dequantize all weights."""
+def unpack(weight: PackedWeight) -> Tensor:  # [num_outputs, num_inputs] float32
+    """All weights as floats."""
     floats = _floats(weight.format, weight.panels, PANEL)
     return floats.transpose(1, 2).flatten(2).flatten(0, 1)[: weight.num_outputs]
 
 
-def dequantize_rows(weight: QuantizedWeight, rows: Tensor) -> Tensor:
-    """Dequantize the outputs `rows` [n] int64 only: [n, num_inputs] float32."""
+def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
+    """The weights of the outputs `rows` [n] int64 only: [n, num_inputs] float32."""
     groups = torch.arange(weight.panels.shape[1])
     places = _row_bytes(weight.format)[rows % PANEL]
     tiles = weight.panels[(rows // PANEL)[:, None, None], groups[:, None], places[:, None]]
@@ -139,6 +179,9 @@ def dequantize_rows(weight: QuantizedWeight, rows: Tensor) -> Tensor:
 
 def _floats(weight_format: WeightFormat, tiles: Tensor, width: int) -> Tensor:
     """Tiles [n, num_groups, bytes] of `width` outputs -> [n, num_groups, width, GROUP] float32."""
+    if not weight_format.quantized:
+        values = tiles.contiguous().view(weight_format.dtype)
+        return torch.unflatten(values, -1, (GROUP, width)).transpose(2, 3).float()
     if weight_format is WeightFormat.INT4:
         sizes = [2 * width, 2 * width, 16 * width]
         scale, minimum, packed = (part.contiguous() for part in torch.split(tiles, sizes, -1))
@@ -158,6 +201,8 @@ def _floats(weight_format: WeightFormat, tiles: Tensor, width: int) -> Tensor:
 def _row_bytes(weight_format: WeightFormat) -> Tensor:
     """[PANEL, n] int64: each output's byte offsets in a tile, ordered as in a one-output tile."""
     places = torch.arange(weight_format.tile_bytes)
+    if not weight_format.quantized:
+        return places.view(GROUP, PANEL, -1).transpose(0, 1).flatten(1)
     num_heads = 2 if weight_format is WeightFormat.INT4 else 1
     heads, chunks = places[: 2 * PANEL * num_heads], places[2 * PANEL * num_heads :]
     by_output = (heads.view(num_heads, PANEL, 2), chunks.view(-1, PANEL, 4))
@@ -167,7 +212,7 @@ def _row_bytes(weight_format: WeightFormat) -> Tensor:
 def _checked(values: Tensor) -> Tensor:
     if values.dim() != 2 or values.shape[1] % GROUP or not values.numel():
         raise ValueError(
-            f"a weight of shape {list(values.shape)} cannot be quantized: "
+            f"a weight of shape {list(values.shape)} cannot be packed: "
             f"the number of inputs must be a multiple of {GROUP}"
         )
     return values
@@ -186,7 +231,7 @@ def _padded(x: Tensor) -> Tensor:  # with zero rows up to a whole panel
 
 def _packed(
     weight_format: WeightFormat, values: Tensor, words: Tensor, halves: list[Tensor]
-) -> QuantizedWeight:
+) -> PackedWeight:
     """words: [num_panels, PANEL, num_groups, chunks of a tile], halves: the scales and so on."""
     num_outputs, num_inputs = values.shape
     for half in halves:
@@ -199,4 +244,4 @@ def _packed(
     chunks = words.permute(0, 2, 3, 1).flatten(2)  # [panel, group, c * n]
     parts = [part.contiguous().view(torch.uint8) for part in (*heads, chunks)]
     panels = torch.cat(parts, -1)
-    return QuantizedWeight(weight_format, num_outputs, num_inputs, panels)
+    return PackedWeight(weight_format, num_outputs, num_inputs, panels)

@@ -1,4 +1,4 @@
-"""Models with int4 and int8 weights: one native call against layer by layer; when each serves."""
+"""Models with weights in panels: one native call against layer by layer; when each serves."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,8 +10,10 @@ import torch
 from exact_kernels import EXACT_KERNELS, each_exact_kernels
 from gguf import GGMLQuantizationType as Kind
 from gguf_models import write_gguf
+from safetensors.torch import load_file
 from tiny import write_tiny_llama
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specserve.batch import ModelOutput
 from specserve.cache.storage import KVStorage
@@ -34,6 +36,17 @@ TABLE = [2, 0, 3, 1]
 LoadLayers = Callable[..., LlamaModel]
 RunRows = Callable[..., ModelOutput]
 
+FLOATS = LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+    initializer_range=0.2,
+)
 FUSING_KERNELS = [kernels for kernels in EXACT_KERNELS if fused_models(kernels) is not None]
 each_fusing_kernels = pytest.mark.parametrize(
     "kernels", FUSING_KERNELS, ids=[kernels.name for kernels in FUSING_KERNELS]
@@ -87,6 +100,9 @@ def _assert_close(ours: Tensor, theirs: Tensor, kv_dtype: torch.dtype) -> None:
         ("llama", Kind.Q5_1, "auto"),
         ("qwen3", Kind.Q8_0, "auto"),
         ("qwen3", Kind.F32, "int4"),
+        ("qwen3", Kind.F32, "none"),
+        ("llama", Kind.F16, "none"),
+        ("llama", Kind.BF16, "none"),
     ],
 )
 def test_one_call_agrees_with_layer_by_layer(
@@ -102,7 +118,7 @@ def test_one_call_agrees_with_layer_by_layer(
 ) -> None:
     """Both have the same weights; norms, SwiGLU and attention sum in another order."""
     directory = _gguf(tmp_path, arch, kind)
-    fused = _load(directory, kernels, quantization, quantized_kv_dtype=kv_dtype)
+    fused = _load(directory, kernels, quantization, packed_kv_dtype=kv_dtype)
     assert isinstance(fused, FusedModel)
     prefill = prefill_rows(TABLE, 0, list(range(20)))
     ours, our_kv = _run(fused, run_rows, prefill)
@@ -127,7 +143,7 @@ def test_a_layer_kept_in_floats_is_not_fused_but_served(
 ) -> None:
     directory = write_tiny_llama(tmp_path, seed=1, head_dim=16)
     mixed = load_layers(directory, kernels, "int8", dense=("model.layers.1.mlp",))
-    with pytest.raises(NotFusedError, match=r"weight of layers\.1\.gate_up is not int4 or int8"):
+    with pytest.raises(NotFusedError, match=r"weight of layers\.1\.gate_up is not packed"):
         FusedModel(mixed)
     quantised = load_layers(directory, kernels, "int8")
     assert mixed.num_bytes > quantised.num_bytes
@@ -152,11 +168,14 @@ def test_what_cannot_be_fused_is_served_layer_by_layer(
     """The fused kernels take no heads of 8 and no float16."""
     directory = write_tiny_llama(tmp_path, seed=1, head_dim=8)
     with caplog.at_level(logging.WARNING):
-        model = _load(directory, kernels, quantization, quantized_kv_dtype=kv_dtype)
+        model = _load(directory, kernels, quantization, packed_kv_dtype=kv_dtype)
     assert isinstance(model, LlamaModel)
     assert "layer by layer, which is slower: " in caplog.text
     args = (ModelShape.from_dir(directory), read_checkpoint(directory), kernels, CPU)
-    assert "layer by layer: " in choose_quantization(quantization, *args, kv_dtype).reason
+    assert (
+        "layer by layer: "
+        in choose_quantization(quantization, *args, torch.float32, kv_dtype).reason
+    )
     floats = _load(directory, kernels, "none")
     prefill = prefill_rows(TABLE, 0, list(range(20)))
     ours, theirs = (_run(each, run_rows, prefill)[0] for each in (model, floats))
@@ -172,9 +191,49 @@ def test_auto_keeps_the_stored_formats_where_one_call_runs_them(
     fuses = fused_models(kernels) is not None
     assert isinstance(_load(directory, kernels, "auto"), FusedModel if fuses else LlamaModel)
     args = (ModelShape.from_dir(directory), read_checkpoint(directory), kernels, CPU)
-    assert choose_quantization("auto", *args, torch.float32).quantized == fuses
-    assert not choose_quantization("auto", *args, torch.float16).quantized
-    assert not choose_quantization("none", *args, torch.float32).quantized
+    assert choose_quantization("auto", *args, torch.float32, torch.float32).quantized == fuses
+    assert not choose_quantization("auto", *args, torch.float32, torch.float16).quantized
+    floats = choose_quantization("none", *args, torch.float32, torch.float32)
+    assert (floats.quantized, floats.packed) == (False, fuses)
+
+
+@each_fusing_kernels
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_floats_in_one_call_agree_with_transformers(
+    tmp_path: Path,
+    save_reference: Callable[..., PreTrainedModel],
+    run_rows: RunRows,
+    prefill_rows: Callable[..., list[Any]],
+    kernels: Kernels,
+    stored: torch.dtype,
+) -> None:
+    """The weights keep their dtype; the activations are float32."""
+    saved = save_reference(FLOATS)
+    torch.nn.Module.to(saved, stored)
+    saved.save_pretrained(tmp_path)
+    reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = _load(tmp_path, kernels, "none")
+    assert isinstance(model, FusedModel)
+    num_weights = sum(p.numel() for p in reference.parameters() if p.ndim == 2)
+    assert model.num_bytes == num_weights * stored.itemsize
+    tokens = list(range(40))
+    kv = KVStorage(model.kv_spec, 64, CPU)
+    ours = run_rows(model, kv, prefill_rows(TABLE, 0, tokens)).logits
+    with torch.no_grad():
+        theirs = reference(torch.tensor([tokens])).logits[0]
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@each_fusing_kernels
+def test_floats_wider_than_dtype_are_rounded(
+    tmp_path: Path, save_reference: Callable[..., PreTrainedModel], kernels: Kernels
+) -> None:
+    save_reference(FLOATS)
+    model = load_model(tmp_path, kernels=kernels, dtype=torch.bfloat16, device=CPU, exact=True)
+    ids = torch.arange(FLOATS.vocab_size)
+    stored = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.embed(ids), stored.bfloat16().float())
 
 
 def test_a_shape_without_groups_of_32_is_refused(tmp_path: Path) -> None:
@@ -187,4 +246,4 @@ def test_a_gpu_is_refused(tmp_path: Path) -> None:
     directory = write_tiny_llama(tmp_path, seed=1)
     args = (ModelShape.from_dir(directory), read_checkpoint(directory), TorchKernels())
     with pytest.raises(ModelError, match="int8 and int4 weights need device cpu, not cuda"):
-        choose_quantization("int8", *args, torch.device("cuda"), torch.float32)
+        choose_quantization("int8", *args, torch.device("cuda"), torch.float32, torch.float32)

@@ -1,5 +1,6 @@
-// Activations as 8-bit integers, quantized in groups of 32 along a row. Rows are stored in blocks,
-// so that the values that one tile of weights is multiplied with are contiguous.
+// Activations in groups of 32 along a row: quantized to 8-bit integers for products with int4 and
+// int8 weights, as they are for products with float weights. Rows are stored in blocks, so that the
+// values that one tile of weights is multiplied with are contiguous.
 #pragma once
 
 #include <cstdint>
@@ -17,34 +18,40 @@ struct GroupOfRows {
     float* scales;   // [height]; NaN where a value of the group was not finite
     float* offsets;  // [height], scale * sum: the factor of a weight's minimum
     int32_t* sums;   // [height], sum of the group's integers
+    float* floats;   // [height][kGroup], the values as they are; if not null, there is nothing else
 };
 
-// Quantized rows of `size` values each, a multiple of kGroup.
+// Rows of `size` values each, a multiple of kGroup.
 struct Rows {
     int8_t* values;  // [num_blocks][num_groups][height][kGroup]
     float* scales;   // [num_blocks][num_groups][height], as the next two
     float* offsets;
     int32_t* sums;
+    float* floats;  // as `values`
     int64_t num_groups;
     int64_t height;  // kRowsTogether, or the number of rows if that is smaller
 
     GroupOfRows at(int64_t block, int64_t group) const {
         const int64_t from = (block * num_groups + group) * height;
-        return {values + from * kGroup, scales + from, offsets + from, sums + from};
+        if (floats) return {nullptr, nullptr, nullptr, nullptr, floats + from * kGroup};
+        return {values + from * kGroup, scales + from, offsets + from, sums + from, nullptr};
     }
 
     // The rows from `row` on, which must be a multiple of kRowsTogether.
     Rows from(int64_t row) const {
         const int64_t skipped = row * num_groups;
+        if (floats)
+            return {nullptr, nullptr, nullptr, nullptr, floats + skipped * kGroup, num_groups, height};
         return {values + skipped * kGroup, scales + skipped, offsets + skipped, sums + skipped,
-                num_groups, height};
+                nullptr, num_groups, height};
     }
 };
 
-// Quantized rows and their memory.
+// Rows and their memory.
 class RowBuffer {
    public:
-    RowBuffer(int64_t num_rows, int64_t size);
+    // `quantized`: the rows are for products with int4 and int8 weights.
+    RowBuffer(int64_t num_rows, int64_t size, bool quantized);
 
     const Rows& rows() const { return rows_; }
 
@@ -55,10 +62,10 @@ class RowBuffer {
     Rows rows_;
 };
 
-// Quantizes one group of a row; x points to the values of that group.
-void quantize_group(const float* x, const Rows& rows, int64_t row, int64_t group);
+// Stores one group of a row, quantized if `rows` are; x points to the values of that group.
+void store_group(const float* x, const Rows& rows, int64_t row, int64_t group);
 
-// Quantizes all groups of a row.
-void quantize_row(const float* x, const Rows& rows, int64_t row);
+// Stores all groups of a row.
+void store_row(const float* x, const Rows& rows, int64_t row);
 
 }  // namespace specserve
