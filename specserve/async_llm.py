@@ -74,10 +74,10 @@ class AsyncLLM:
         progress: Callable[[str, float], None] | None = None,
         **settings: Unpack[EngineSettings],
     ) -> None:
-        """Find the model `target` and load its tokenizer; `start` loads the rest.
+        """Find the model `target`, download it if necessary, and load its tokenizer.
 
-        The arguments are those of `LLM`. Downloads the target if necessary. Raises ConfigError,
-        HubError or TokenizerError, all subclasses of ValueError. The settings and their defaults:
+        `start` loads the rest. The arguments are those of `LLM`. Raises ConfigError, HubError or
+        TokenizerError, all subclasses of ValueError. The settings and their defaults:
         """
         self.config = llm_config(target, draft, config_file, settings)
         directory = resolve(self.config.target.target, progress=progress)
@@ -88,10 +88,12 @@ class AsyncLLM:
         self._idle.set()
 
     async def start(self) -> None:
-        """Start the processes and wait until the model is loaded.
+        """Start the processes and wait until the model is loaded, unless that has been done.
 
         Raises EngineFailed if it cannot be loaded, and TokenizerError.
         """
+        if self._is_open:
+            return
         try:
             await self.engine.start()
             await self.engine.wait_ready()

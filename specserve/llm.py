@@ -1,9 +1,7 @@
 """The offline API: an engine in this process, with `generate`, `chat` and `stream`."""
 
 import gc
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -12,11 +10,9 @@ from pathlib import Path
 from typing import Self, Unpack
 
 import msgspec
-import torch
 
 from specserve.completion import (
     Delta,
-    DeltaCollector,
     Generation,
     GenerationFailed,
     failed,
@@ -29,15 +25,14 @@ from specserve.engine.parts import load_parts
 from specserve.field_help import ENGINE_HELP, lists_fields
 from specserve.hub import resolve
 from specserve.inputs import Conversations, Prompts, as_batch, as_chats, per_prompt
+from specserve.shared_engine import RunningSequence, SharedEngine
 from specserve.text import Tokenizer
-from specserve.text.output_text import OutputText
 from specserve.types import (
     Prompt,
     Request,
     RequestError,
     SamplingParams,
     SpeculationParams,
-    StepOutput,
     read_prompt,
 )
 
@@ -74,38 +69,24 @@ class LLM:
         self.tokenizer.prepare()
         parts = load_parts(self.config, directory, self.tokenizer, find)
         measure_costs(parts)
-        self._engine: Engine | None = Engine(parts)
-        self._turn = threading.Condition()  # for whoever waits for the end of a step
-        self._is_stepping = False
+        self._shared = SharedEngine(Engine(parts))
         self._numbers = count(1)  # of requests
-        self._running: dict[str, _RunningSequence] = {}  # by request id
 
     @property
     def engine(self) -> Engine:
         """The engine. Raises RuntimeError after `close`."""
-        if self._engine is None:
-            raise RuntimeError("this LLM is closed; make a new one")
-        return self._engine
+        return self._shared.engine
 
     @engine.setter
     def engine(self, engine: Engine) -> None:
-        self._engine = engine
+        self._shared.engine = engine
 
     def close(self) -> None:
         """Release the model and the KV cache. Requests in progress raise RuntimeError.
 
         Further calls have no effect.
         """
-        with self._turn:
-            engine, self._engine = self._engine, None  # so that no further step begins
-            self._turn.wait_for(lambda: not self._is_stepping)
-            self._running.clear()
-        if engine is not None:
-            on_gpu = engine.platform.device.type == "cuda"
-            del engine
-            gc.collect()  # the parts of an engine refer to each other
-            if on_gpu:
-                torch.cuda.empty_cache()
+        self._shared.close()
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +131,7 @@ class LLM:
             )
         ]
         sequences = [seq for job in jobs if not isinstance(job, Generation) for seq in job]
-        with _gc_frozen(), closing(self._run(sequences)) as running:
+        with _gc_frozen(), closing(self._shared.run(sequences)) as running:
             for seq, delta in running:
                 if on_text is not None and delta.text and seq.index == 0:
                     on_text(seq.prompt_index, delta.text)
@@ -196,7 +177,7 @@ class LLM:
         ids = self.encode(prompt)
         params = sampling or self.default_sampling_params
         seqs = self._sequences(ids, params, speculation, prediction)
-        with closing(self._run(seqs)) as running:
+        with closing(self._shared.run(seqs)) as running:
             for _, delta in running:
                 if delta.error is not None:
                     raise GenerationFailed(delta.error)
@@ -219,7 +200,7 @@ class LLM:
         speculation: SpeculationParams | None,
         prediction: str | None,
         prompt_index: int,
-    ) -> "list[_RunningSequence] | Generation":
+    ) -> list[RunningSequence] | Generation:
         """The `n` sequences of one prompt. If it cannot be served, the result that says so."""
         ids: tuple[int, ...] = ()
         try:
@@ -235,7 +216,7 @@ class LLM:
         speculation: SpeculationParams | None,
         prediction: str | None,
         prompt_index: int = 0,
-    ) -> "list[_RunningSequence]":
+    ) -> list[RunningSequence]:
         """The `n` sequences of one prompt. Raises RequestError if they cannot be served."""
         params.validate(self.engine.shape.vocab_size)
         speculation = speculation or SpeculationParams()
@@ -248,89 +229,8 @@ class LLM:
             name = f"request-{next(self._numbers)}"
             request = Request(name, prompt_ids, own, speculation, arrived_at=now)
             self.engine.limits.check(request)
-            seqs.append(_RunningSequence(request, self.tokenizer, prompt_index, index))
+            seqs.append(RunningSequence(request, self.tokenizer, prompt_index, index))
         return seqs
-
-    def _run(
-        self, seqs: "Sequence[_RunningSequence]"
-    ) -> "Generator[tuple[_RunningSequence, Delta], None, None]":
-        """Run sequences to their end and yield their deltas. Closing it ends the sequences."""
-        arrived: _Arrived = deque()
-        num_running = len(seqs)
-        try:
-            for seq in seqs:
-                seq.arrived = arrived
-                self._running[seq.request.id] = seq
-                self.engine.submit(seq.request)
-            while num_running:
-                self._step(arrived)
-                while arrived:
-                    seq, delta = arrived.popleft()
-                    num_running -= delta.finish_reason is not None
-                    yield seq, delta
-        except BaseException as error:
-            self._abort(seqs)
-            if isinstance(error, GeneratorExit):
-                self._free_aborted()
-            raise
-
-    def _step(self, arrived: "_Arrived") -> None:
-        """Run a step of the engine, unless one of another thread fills `arrived`."""
-        with self._turn:
-            self._turn.wait_for(lambda: arrived or not self._is_stepping)
-            if arrived:
-                return
-            engine, self._is_stepping = self.engine, True
-        try:
-            self._take(engine.step())
-        finally:
-            with self._turn:
-                self._is_stepping = False
-                self._turn.notify_all()
-
-    def _take(self, outputs: Sequence[StepOutput]) -> None:
-        """Pass outputs to their sequences. Those of aborted sequences are ignored."""
-        for output in outputs:
-            if (seq := self._running.get(output.id)) is not None:
-                seq.take(output)
-            if output.finish is not None:
-                self._running.pop(output.id, None)
-
-    def _abort(self, seqs: "Sequence[_RunningSequence]") -> None:
-        """End those of the sequences that still run, at the next step."""
-        for seq in seqs:
-            running = self._running.pop(seq.request.id, None)
-            if running is not None and self._engine is not None:
-                self._engine.abort(seq.request.id)
-
-    def _free_aborted(self) -> None:
-        """Free the KV of aborted sequences, unless a step of other sequences will do it."""
-        with self._turn:
-            if self._engine is not None and not (self._running or self._is_stepping):
-                self._take(self._engine.step())
-
-
-class _RunningSequence:
-    """One sequence in progress: makes deltas of the outputs of steps."""
-
-    def __init__(
-        self, request: Request, tokenizer: Tokenizer, prompt_index: int, index: int
-    ) -> None:
-        self.request = request
-        self.prompt_index = prompt_index
-        self.index = index  # among the `n` of the prompt
-        self.collector = DeltaCollector(request.sampling)
-        self.arrived: _Arrived = deque()  # deltas of all sequences of the same call
-        self._text = OutputText.of(request, tokenizer)
-
-    def take(self, output: StepOutput) -> None:
-        text = self._text.feed(output.ids, output.finish, output.stop_reason)
-        delta = Delta.of(text, output, self.index)
-        self.collector.add(delta)
-        self.arrived.append((self, delta))
-
-
-_Arrived = deque[tuple[_RunningSequence, Delta]]
 
 
 @contextmanager
@@ -346,5 +246,5 @@ def _gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _generation(seqs: list[_RunningSequence]) -> Generation:
+def _generation(seqs: list[RunningSequence]) -> Generation:
     return generation(seqs[0].request.prompt_ids, [seq.collector for seq in seqs])

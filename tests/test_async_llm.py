@@ -219,6 +219,7 @@ def test_close_lets_running_requests_end_and_refuses_new_ones(model: Path) -> No
             with pytest.raises(RuntimeError, match="closed"):
                 await use
         await llm.start()
+        await llm.start()  # no effect
         assert (llm.engine.state, is_idle(llm)) == ("ready", True)
         assert llm.engine.info is not None
         assert llm.engine.info.max_nodes == 8

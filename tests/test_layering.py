@@ -71,6 +71,7 @@ LEVELS: list[list[str]] = [
     [
         "specserve",
         "specserve.llm",
+        "specserve.shared_engine",
         "specserve.async_llm",
         "specserve.async_engine",
         "specserve.server",
@@ -98,6 +99,7 @@ WITHIN_A_LEVEL = {
     ("specserve.speculation.registry", "specserve.speculation.failures"),
     ("specserve", "specserve.llm"),
     ("specserve", "specserve.async_llm"),
+    ("specserve.llm", "specserve.shared_engine"),
     ("specserve.async_llm", "specserve.async_engine"),
     ("specserve", "specserve.client"),
     ("specserve.server", "specserve"),

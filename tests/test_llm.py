@@ -117,6 +117,25 @@ def test_leaving_a_stream_ends_the_request_and_frees_its_kv(llm: LLM) -> None:
     assert is_idle(llm)
 
 
+def test_a_stream_that_is_collected_as_garbage_ends_its_request(llm: LLM) -> None:
+    """In a cycle of references it ends at any time, such as during a step of another request."""
+    (expected,) = llm.generate("x y z", LONG)
+    gc.collect()
+    for _ in range(30):
+        cycle: list[Any] = [llm.stream("a b c", LONG)]
+        cycle.append(cycle)
+        next(cycle[0])
+    del cycle
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)  # collect all the time
+    try:
+        ids = sum((delta.token_ids for delta in llm.stream("x y z", LONG)), ())
+    finally:
+        gc.set_threshold(*thresholds)
+    assert ids == expected.token_ids
+    assert is_idle(llm)
+
+
 def test_an_error_of_the_caller_ends_the_requests(llm: LLM) -> None:
     def fail(index: int, text: str) -> None:
         raise KeyError(text)
@@ -199,15 +218,16 @@ def test_a_stream_that_cannot_be_served_is_an_error(
         with pytest.raises(RequestError) as caught:
             next(llm.stream(prompt, params))
         assert caught.value.param == field
-    engine = llm.engine
+    names: list[str] = []
 
     def step() -> list[StepOutput]:
-        monkeypatch.undo()
-        return [StepOutput(name, finish="error", error="bad logits") for name in llm._running]
+        return [StepOutput(name, finish="error", error="bad logits") for name in names]
 
-    monkeypatch.setattr(engine, "step", step)
+    monkeypatch.setattr(llm.engine, "submit", lambda request: names.append(request.id))
+    monkeypatch.setattr(llm.engine, "step", step)
     with pytest.raises(GenerationFailed, match="bad logits"):
         next(llm.stream("a", LONG))
+    monkeypatch.undo()
     list(llm.stream("a", SamplingParams(max_tokens=2)))
 
 
