@@ -17,7 +17,8 @@ from specserve.models.fields import ModelError
 from specserve.speculation.cost_model import CostModel
 from specserve.types import Request, SamplingParams, StepOutput
 
-_STEPS_PER_ROUND: Final = 3  # prompts, a tree after a prompt, a tree after a tree
+_STEPS_ALONE: Final = 3  # of one sequence: a prompt, a tree after a prompt, a tree after a tree
+_STEPS_TOGETHER: Final = 2  # of several sequences, after a round of one: prompts, trees
 _PROMPT_LEN: Final = 4  # tokens per prompt in the rounds that run trees
 
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, seed=0)
@@ -56,7 +57,7 @@ def warm_up(parts: EngineParts, on_stage: Callable[[str], None] = lambda stage: 
             engine.submit(request)
         outputs: list[StepOutput] = []
         seconds = []
-        for _ in range(_STEPS_PER_ROUND):
+        for _ in range(_STEPS_ALONE if len(requests) == 1 else _STEPS_TOGETHER):
             started = time.perf_counter()
             outputs += engine.step()
             seconds.append(time.perf_counter() - started)
