@@ -192,13 +192,13 @@ def test_a_prompt_that_cannot_be_scored_fails_alone(
     assert engine.kv.pool.num_available == engine.kv.pool.num_blocks
 
 
-@pytest.mark.parametrize("kind", ["int8", "heads"])
+@pytest.mark.parametrize("kind", ["int8", "floats", "heads"])
 def test_models_in_one_native_call_and_heads_that_need_hidden_states(
     kind: str, tmp_path: Path, tiny_heads: list[Path], make_engine: EngineFactory
 ) -> None:
     """The hidden states of a scored pass reach the drafters as in any other."""
     target, drafts = None, ["none", *map(str, tiny_heads)]
-    if kind == "int8":
+    if kind != "heads":
         target, drafts = write_tiny_llama(tmp_path / "wide", seed=3, head_dim=16), ["none"]
     quantization = "int8" if kind == "int8" else "none"
 

@@ -61,8 +61,8 @@ class Engine:
         plan = self.scheduler.plan()
         if plan.entries:
             trees = self._propose(plan)
-            plan, out, failed = self._forward(plan, trees)
-            results, scores = self._verify(plan, trees, out)
+            plan, out, scores, failed = self._forward(plan, trees)
+            results = self._verify(plan, trees, out)
             self._commit_kv(plan, results)
             self._observe(plan, trees, results, out)
             outputs += failed + self._commit_tokens(plan, trees, results, scores)
@@ -103,21 +103,20 @@ class Engine:
     @timed("forward")
     def _forward(
         self, plan: StepPlan, trees: Trees
-    ) -> tuple[StepPlan, ModelOutput, list[StepOutput]]:
-        """Returns the plan without the requests on which the model failed, and their outputs."""
+    ) -> tuple[StepPlan, ModelOutput, Scores, list[StepOutput]]:
+        """Returns the plan without the requests on which the model failed, and these' outputs."""
         if self.parts.aux_layers:  # copying hidden states takes time, even if no drafter needs them
             seqs = [SequenceView(entry.seq) for entry in plan.entries]
             wanted = self.drafter.wants_aux_hidden_states(seqs)
             self.runner.aux_layers = self.parts.aux_layers if wanted else ()
         entries, out, errors = self.runner.forward_isolated(plan.entries, trees)
-        return StepPlan(entries), out, self.scheduler.fail(errors)
+        return StepPlan(entries), out, self.scorer(entries, out), self.scheduler.fail(errors)
 
     @timed("sample")
-    def _verify(self, plan: StepPlan, trees: Trees, out: ModelOutput) -> tuple[Results, Scores]:
+    def _verify(self, plan: StepPlan, trees: Trees, out: ModelOutput) -> Results:
         results = self.verifier(plan.decoding, [trees[each.seq.id] for each in plan.decoding], out)
-        scores = self.scorer(plan.entries, out)
         self.scheduler.tenants.record_draws(self.verifier.draws, self.scorer.seconds)
-        return dict(zip([each.seq.id for each in plan.decoding], results, strict=True)), scores
+        return {each.seq.id: result for each, result in zip(plan.decoding, results, strict=True)}
 
     @timed("commit")
     def _commit_kv(self, plan: StepPlan, results: Results) -> None:
