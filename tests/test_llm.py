@@ -252,6 +252,7 @@ def test_close_releases_the_model_and_ends_what_runs(model: Path) -> None:
 
 
 def test_close_while_another_thread_generates(model: Path) -> None:
+    num_frozen = gc.get_freeze_count()  # by other tests
     with LLM(str(model), draft="none", **SETTINGS) as llm:
         started = threading.Event()
         errors: list[BaseException] = []
@@ -267,7 +268,7 @@ def test_close_while_another_thread_generates(model: Path) -> None:
         started.wait(30)
     thread.join(30)
     assert "closed" in str(errors[0])
-    assert gc.get_freeze_count() == 0
+    assert gc.get_freeze_count() <= num_frozen
 
 
 @pytest.mark.slow

@@ -170,7 +170,8 @@ def test_predictions(survivor: LiveServer, path: str) -> None:
         assert_refused(survivor.ask(path, body), 400, param)
         assert_refused(survivor.ask(path, body | {"stream": True, "n": 2}), 400, param)
     tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
-    assert_refused(survivor.ask(path, MINIMAL[path] | tools | {"prediction": {}}), 400, "tools")
+    body = MINIMAL[path] | tools | {"prediction": content("a")}
+    assert_refused(survivor.ask(path, body), 400, "tools")
     body = MINIMAL[path] | {"prediction": content("a" * 10 * 2**20)}
     assert_refused(survivor.ask(path, body), 413)
 
