@@ -28,25 +28,26 @@ passes = st.lists(
 @given(passes)
 def test_slots_that_were_written_are_not_changed(passes: list[tuple[int, int]]) -> None:
     storage = KVStorage(SPEC, NUM_SLOTS, CPU)
+    storage.allocates_ahead = True
     expected = torch.zeros(NUM_SLOTS)
     for first, count in passes:
         written = torch.arange(first, min(first + count, NUM_SLOTS))
         storage.data[:, :, written] = 1
         expected[written] = 1
-        storage.allocate_ahead(written)
+        storage.written(written)
         assert (storage.data.float().mean(dim=(0, 1, 3, 4)) == expected).all()
 
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_pass_after_others_allocates_no_memory(ahead: bool) -> None:
-    """Without `allocate_ahead` the first write to the second page of all planes would."""
+    """Without `allocates_ahead` the first write to the second page of all planes would."""
     storage = KVStorage(SPEC, NUM_SLOTS, CPU)
+    storage.allocates_ahead = ahead
     for written in torch.split(torch.arange(PAGE_SLOTS), 64):
         storage.data[:, :, written] = 1
-        if ahead:
-            before = _num_page_faults()
-            storage.allocate_ahead(written)
-            assert _num_page_faults() - before <= 4
+        before = _num_page_faults()
+        storage.written(written)
+        assert _num_page_faults() - before <= 4
     before = _num_page_faults()
     storage.data[:, :, PAGE_SLOTS, 0, 0] = 1
     assert (_num_page_faults() - before < NUM_PLANES // 2) == ahead

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specserve_kernels import huge_pages
 
-_PAGES_AHEAD: Final = 2  # huge pages per plane that `allocate_ahead` allocates beyond those in use
+_PAGES_AHEAD: Final = 2  # huge pages per plane that `written` allocates beyond those in use
 
 
 class KVSpec(Struct, frozen=True):
@@ -46,27 +46,31 @@ class KVStorage:
         self._planes = self.data.flatten(0, 1).flatten(2)  # [planes, slots, elements]
         slot_bytes = self._planes.shape[2] * spec.dtype.itemsize
         self._page_slots = huge_pages.PAGE // slot_bytes if device.type == "cpu" else 0
+        self.allocates_ahead = False  # see `written`
         self._num_used = 0  # slots from here on were never written
-        self._num_allocated = 0  # pages, in the order of `allocate_ahead`
+        self._num_allocated = 0  # pages, in the order of `written`
         self._allowance = 0.0  # pages that it may allocate
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each [num_slots, num_kv_heads, head_dim]."""
         return self.data[index, 0], self.data[index, 1]
 
-    def allocate_ahead(self, written: Tensor) -> None:
-        """Allocate some of the huge pages that the next passes will write to (CPU only).
+    def written(self, slots: Tensor) -> None:
+        """Say that a pass has written `slots` [num_rows] int64; it has done so for all layers.
 
-        Linux allocates and zeroes a page at its first write, which takes 0.1 to 5 ms. K and V of
-        every layer are a plane of their own and are written at the same slots, so that without
-        this one pass would do it for all planes. Called after each pass with the slots that it
-        wrote ([num_rows] int64), it allocates up to twice the memory of those.
+        Linux allocates and zeroes a huge page at its first write, which takes 0.1 to 5 ms. K and V
+        of every layer are a plane of their own and are written at the same slots, so that once in a
+        while a pass does it for all planes, with all threads. If `allocates_ahead` (CPU only), this
+        method does it before, in one thread: after each pass it allocates up to twice the memory of
+        its slots. That takes more time, but no pass is much slower than others.
         """
         if self._page_slots == 0:
             return
         num_planes, num_slots = self._planes.shape[:2]
-        self._num_used = max(self._num_used, int(written.max()) + 1)
-        self._allowance += 2 * len(written) * num_planes / self._page_slots
+        self._num_used = max(self._num_used, int(slots.max()) + 1)
+        if not self.allocates_ahead:
+            return
+        self._allowance += 2 * len(slots) * num_planes / self._page_slots
         wanted = (self._num_used / self._page_slots + _PAGES_AHEAD) * num_planes
         while self._allowance >= 1 and self._num_allocated < wanted:
             page, plane = divmod(self._num_allocated, num_planes)

@@ -109,6 +109,7 @@ class Engine:
             seqs = [SequenceView(entry.seq) for entry in plan.entries]
             wanted = self.drafter.wants_aux_hidden_states(seqs)
             self.runner.aux_layers = self.parts.aux_layers if wanted else ()
+        self.runner.storage.allocates_ahead = self.scheduler.tenants.shared
         entries, out, errors = self.runner.forward_isolated(plan.entries, trees)
         return StepPlan(entries), out, self.scorer(entries, out), self.scheduler.fail(errors)
 

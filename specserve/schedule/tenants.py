@@ -139,13 +139,18 @@ class Tenants:
         """Whether it runs no sequence and was served least of those present."""
         return not self._running(tenant) and min(self.present, key=self._served) == tenant
 
+    @property
+    def shared(self) -> bool:
+        """Whether more than one tenant has been seen so far."""
+        return len(self._all) > 1
+
     def begin_pass(self) -> int:
         """Begin to plan a pass. Returns the number of rows up to which prompts and trees fill it.
 
         They are fewer for a tenant that is alone if another was present within the last
         `_RECENT_PASSES` passes, because a request of that other has to wait for the pass to end.
         """
-        if len(self._all) < 2:
+        if not self.shared:
             return self._max_rows
         self._num_planned += 1
         for tenant in self.present:
