@@ -10,7 +10,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _INDENT: Final = " " * 4
 
 ENGINE_HELP: Final = {
-    "dtype": "of weights and KV; auto: fast on this device (with int4 and int8: bfloat16 KV)",
+    "dtype": "of KV and float weights, which keep theirs on a CPU with compiled kernels unless it "
+    "is wider; auto: fast on this device (with those kernels: bfloat16 KV)",
     "quantization": "of the weights; auto: GGUF files as they are (int8 for formats without "
     "kernels), other files not quantised",
     "device": "auto, cpu, cuda or cuda:N",

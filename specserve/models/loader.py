@@ -16,6 +16,7 @@ from specserve.models.model import Model
 from specserve.models.quantization.choice import choose_quantization
 from specserve.models.quantization.dense import DenseScheme
 from specserve.models.quantization.panels import PanelScheme
+from specserve.models.quantization.scheme import QuantScheme
 from specserve.models.shape import ModelShape
 from specserve.models.weight_check import check_room, check_weights
 from specserve.types import Quantization
@@ -46,18 +47,19 @@ def load_model(
     shape, checkpoint = check_weights(path, ModelShape.from_dir(path), read_checkpoint(path))
     kv_dtype = packed_kv_dtype or dtype
     choice = choose_quantization(quantization, shape, checkpoint, kernels, device, dtype, kv_dtype)
-    if not choice.packed:
-        check_room(shape, dtype.itemsize, device)
-        dense = DenseScheme(checkpoint, dtype=dtype, device=device, exact=exact)
-        model = LlamaModel(shape, checkpoint, dense, kernels, kv_dtype=dtype, device=device)
-        model.weights = choice.weights
-        return model
     num_bytes = _LEAST_BYTES if choice.quantized else getattr(torch, choice.weights).itemsize
     check_room(shape, num_bytes, device)
-    setting = quantization if choice.quantized else "none"
-    panels = PanelScheme(checkpoint, kernels, setting, dtype)
-    model = LlamaModel(shape, checkpoint, panels, kernels, kv_dtype=kv_dtype, device=device)
+    scheme: QuantScheme
+    if choice.packed:
+        setting = quantization if choice.quantized else "none"
+        scheme = PanelScheme(checkpoint, kernels, setting, dtype)
+    else:
+        kv_dtype = dtype
+        scheme = DenseScheme(checkpoint, dtype=dtype, device=device, exact=exact)
+    model = LlamaModel(shape, checkpoint, scheme, kernels, kv_dtype=kv_dtype, device=device)
     model.weights = choice.weights
+    if not choice.packed:
+        return model
     try:
         return FusedModel(model)
     except NotFusedError as reason:

@@ -8,10 +8,6 @@
 namespace specserve {
 namespace {
 
-constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
-// Prefetch distance in bytes. Hardware prefetch stops at page ends.
-constexpr int64_t kAhead = 4096;
-
 // Vectors of a unit's outputs that are computed together: as many as there are registers for, with
 // the sums of all rows, the weights, and one input.
 template <int kRows>

@@ -11,10 +11,6 @@
 namespace specserve {
 namespace {
 
-constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
-// Prefetch distance in bytes (measured: benchmarks/LOG.md). Hardware prefetch stops at page ends.
-constexpr int64_t kAhead = 4096;
-
 inline int32_t four(const int8_t* p) {
     int32_t x;
     std::memcpy(&x, p, sizeof x);

@@ -10,6 +10,9 @@
 namespace specserve {
 
 constexpr int kPanel = 16;
+constexpr int kParts = kPanel / kLanes;  // registers that hold a panel's outputs
+// Prefetch distance in bytes (measured: benchmarks/LOG.md). Hardware prefetch stops at page ends.
+constexpr int64_t kAhead = 4096;
 
 // A panel is kPanel outputs. It is stored as tiles of 32 inputs each (see packed_weight.py):
 //   int4: half scale[16], half minimum[16], nibbles[4][16][4]; byte [c][n][i] has output n's inputs
