@@ -272,11 +272,8 @@ class AsyncLLM:
         options: RequestOptions,
     ) -> Request:
         """The encoded request. Raises RequestError if something cannot be encoded."""
-        timeout, tenant, arrived = (
-            options.get("timeout"),
-            options.get("tenant", ""),
-            time.monotonic(),
-        )
+        timeout, tenant = options.get("timeout"), options.get("tenant", "")
+        arrived = time.monotonic()
         speculation = speculation or SpeculationParams()
         async with asyncio.timeout(timeout):
             ids = await self.encode(prompt, tenant=tenant)

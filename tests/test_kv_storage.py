@@ -34,7 +34,7 @@ def test_slots_that_were_written_are_not_changed(passes: list[tuple[int, int]]) 
         written = torch.arange(first, min(first + count, NUM_SLOTS))
         storage.data[:, :, written] = 1
         expected[written] = 1
-        storage.written(written)
+        storage.record_written(written)
         assert (storage.data.float().mean(dim=(0, 1, 3, 4)) == expected).all()
 
 
@@ -46,7 +46,7 @@ def test_a_pass_after_others_allocates_no_memory(ahead: bool) -> None:
     for written in torch.split(torch.arange(PAGE_SLOTS), 64):
         storage.data[:, :, written] = 1
         before = _num_page_faults()
-        storage.written(written)
+        storage.record_written(written)
         assert _num_page_faults() - before <= 4
     before = _num_page_faults()
     storage.data[:, :, PAGE_SLOTS, 0, 0] = 1

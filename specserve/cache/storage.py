@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specserve_kernels import huge_pages
 
-_PAGES_AHEAD: Final = 2  # huge pages per plane that `written` allocates beyond those in use
+_PAGES_AHEAD: Final = 2  # huge pages per plane that are allocated ahead of those in use
 
 
 class KVSpec(Struct, frozen=True):
@@ -46,17 +46,17 @@ class KVStorage:
         self._planes = self.data.flatten(0, 1).flatten(2)  # [planes, slots, elements]
         slot_bytes = self._planes.shape[2] * spec.dtype.itemsize
         self._page_slots = huge_pages.PAGE // slot_bytes if device.type == "cpu" else 0
-        self.allocates_ahead = False  # see `written`
+        self.allocates_ahead = False  # see `record_written`
         self._num_used = 0  # slots from here on were never written
-        self._num_allocated = 0  # pages, in the order of `written`
+        self._num_allocated = 0  # pages, in the order of `record_written`
         self._allowance = 0.0  # pages that it may allocate
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each [num_slots, num_kv_heads, head_dim]."""
         return self.data[index, 0], self.data[index, 1]
 
-    def written(self, slots: Tensor) -> None:
-        """Say that a pass has written `slots` [num_rows] int64; it has done so for all layers.
+    def record_written(self, slots: Tensor) -> None:
+        """Record that a pass has written `slots` [num_rows] int64, in all layers.
 
         Linux allocates and zeroes a huge page at its first write, which takes 0.1 to 5 ms. K and V
         of every layer are a plane of their own and are written at the same slots, so that once in a

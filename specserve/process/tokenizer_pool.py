@@ -267,7 +267,7 @@ class TokenizerPool:
             answer = await process.answer(self._setup.time_limit)
         except TimeoutError as error:
             logger.warning("a tokenizer process is replaced: %s", error)
-            pending.fail(TokenizerUnavailable(f"tokenizing it: {error}"))
+            pending.fail(TokenizerUnavailable(f"tokenizing it: {error}; try again later"))
             await process.end()
             return
         match answer:

@@ -39,7 +39,7 @@ class Runner:
         if scored and last not in layers:
             layers = (*layers, last)
         out = self.model(batch, self.storage, aux_layers=layers, num_top=self.num_top)
-        self.storage.written(batch.slots)
+        self.storage.record_written(batch.slots)
         states, num_rows = out.aux_hidden_states, batch.segments.cu_rows[-1]
         if states is None or (not scored and len(states) == num_rows):
             return out

@@ -37,9 +37,12 @@ class PromptScorer:
         scores: Scores = {}
         seconds, rows, first = defaultdict[str, float](float), Counter[str](), 0
         for entry in entries:
-            seq, scored = entry.seq, entry.scored_rows
+            seq = entry.seq
+            if not entry.num_prefill and not seq.is_scored:
+                continue  # most entries
             started = time.perf_counter()
             if seq.is_scored:
+                scored = entry.scored_rows
                 scores[seq.id] = self._score(entry, out, slice(first, first + len(scored)))
                 first += len(scored)
             seconds[seq.request.tenant] += time.perf_counter() - started
