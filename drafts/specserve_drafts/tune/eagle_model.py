@@ -148,9 +148,9 @@ class _Seen:
             for group, true in zip(self._groups, self._true, strict=True)
         ]
         mixed = torch.cat([part for part, _ in parts])
-        shares = torch.cat([part for _, part in parts])
+        own_weights = torch.cat([part for _, part in parts])
         for step, (_, v) in enumerate(self._own):
-            mixed = mixed + shares[..., step, None] * v[:, :, None]
+            mixed = mixed + own_weights[..., step, None] * v[:, :, None]
         return mixed.flatten(1)
 
 
@@ -173,8 +173,8 @@ def _attend(
     scores = torch.cat((scores, own[group.chains].permute(0, 2, 3, 1, 4)), -1)
     weights = scores.float().softmax(-1).to(v.dtype)
     mixed = torch.unflatten(weights[..., :longest].flatten(2, 3) @ v, 2, (each, most))
-    shares = weights[..., longest:]
-    return _flat(mixed, group), _flat(shares, group)
+    own_weights = weights[..., longest:]
+    return _flat(mixed, group), _flat(own_weights, group)
 
 
 def _flat(x: Tensor, group: Group) -> Tensor:

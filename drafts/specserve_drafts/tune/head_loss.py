@@ -91,13 +91,13 @@ def loss_by_torch(
     q = log_q.exp_()
     accepted = torch.minimum(p, q).sum(-1)
     if hybrid:
-        share = torch.exp(-_ETA * accepted)
-        loss = share * loss + (1 - share) * (1 - accepted)
+        kl_weight = torch.exp(-_ETA * accepted)
+        loss = kl_weight * loss + (1 - kl_weight) * (1 - accepted)
         # With b_v = q_v where q_v < p_v, else 0: d TV / d logit_v = q_v * sum(b) - b_v.
         below = (p - q).sign_().relu_().mul_(q)
-        pull = share * mass + (1 - share) * below.sum(-1)
-        slope = q.mul_(pull[:, None]).addcmul_(p, share[:, None], value=-1)
-        slope.addcmul_(below, (1 - share)[:, None], value=-1)
+        pull = kl_weight * mass + (1 - kl_weight) * below.sum(-1)
+        slope = q.mul_(pull[:, None]).addcmul_(p, kl_weight[:, None], value=-1)
+        slope.addcmul_(below, (1 - kl_weight)[:, None], value=-1)
     else:
         slope = q.mul_(mass[:, None]).sub_(p)
     return loss, accepted, slope.mul_(weights[:, None]).to(logits.dtype)

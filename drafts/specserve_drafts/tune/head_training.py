@@ -155,9 +155,9 @@ class Trainer:
                 mean = valid / valid.sum().clamp_min(1)
                 weights = mean * _STEP_WEIGHT**step
                 rows = chains.step_rows(step)
-                part, shares = head_loss(out, self._rows, wanted, rows, weights, hybrid)
+                part, acceptance = head_loss(out, self._rows, wanted, rows, weights, hybrid)
                 loss = loss + part
-                accepted.append((shares * mean).sum())
+                accepted.append((acceptance * mean).sum())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), _CLIP)
         rate = schedule(progress)

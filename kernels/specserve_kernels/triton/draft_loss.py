@@ -90,7 +90,7 @@ def draft_loss_row(
     log_total = log_sum_exp(own, vocab_size, SIZE)
 
     cross = tl.zeros([SIZE], tl.float32)
-    shared = tl.zeros([SIZE], tl.float32)
+    overlap = tl.zeros([SIZE], tl.float32)
     pulled = tl.zeros([SIZE], tl.float32)
     for start in range(0, vocab_size, SIZE):
         inside = start + column < vocab_size
@@ -98,16 +98,16 @@ def draft_loss_row(
         want = tl.load(target + start + column, mask=inside, other=0.0)
         q = tl.where(inside, tl.exp(x - log_total), 0.0)
         cross += want * (x - log_total)
-        shared += tl.minimum(want, q)
+        overlap += tl.minimum(want, q)
         pulled += tl.where(q < want, q, 0.0)
-    acceptance = tl.sum(shared, 0)
+    acceptance = tl.sum(overlap, 0)
     value = tl.load(log_p + wanted) - tl.sum(cross, 0)
     pull = tl.load(mass + wanted)
-    share = 1.0
+    kl_weight = 1.0
     if HYBRID:
-        share = tl.exp(-eta * acceptance)
-        value = share * value + (1 - share) * (1 - acceptance)
-        pull = share * pull + (1 - share) * tl.sum(pulled, 0)
+        kl_weight = tl.exp(-eta * acceptance)
+        value = kl_weight * value + (1 - kl_weight) * (1 - acceptance)
+        pull = kl_weight * pull + (1 - kl_weight) * tl.sum(pulled, 0)
     tl.store(loss + row, value)
     tl.store(accepted + row, acceptance)
 
@@ -117,8 +117,8 @@ def draft_loss_row(
         x = tl.load(own + start + column, mask=inside, other=0.0).to(tl.float32)
         want = tl.load(target + start + column, mask=inside, other=0.0)
         q = tl.exp(x - log_total)
-        slope = q * pull - share * want
+        slope = q * pull - kl_weight * want
         if HYBRID:
-            slope -= tl.where(q < want, (1 - share) * q, 0.0)
+            slope -= tl.where(q < want, (1 - kl_weight) * q, 0.0)
         slope *= weight
         tl.store(own + start + column, slope.to(logits.dtype.element_ty), mask=inside)
