@@ -50,6 +50,20 @@ def test_sizes_that_change_a_row_are_dropped(monkeypatch: pytest.MonkeyPatch) ->
     assert probe_row_tiles(torch.ones(16, 32), None).sizes == (40, 32, 24, 16, 8)
 
 
+def test_another_order_of_summation_is_seen_behind_the_rounding_to_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def other_order_from_40_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        products = x.float()[:, None] * weight.float()
+        parts = products.unflatten(2, (8, 8))
+        sums = parts.sum(3).sum(2) if x.shape[0] < 40 else parts.sum(2).sum(2)
+        return sums.to(x.dtype)
+
+    weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    monkeypatch.setattr(F, "linear", other_order_from_40_rows)
+    assert probe_row_tiles(weight, None).sizes == (32, 24, 16, 8)
+
+
 def test_a_library_without_exact_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     real = F.linear
 
