@@ -55,9 +55,9 @@ def test_another_order_of_summation_is_seen_behind_the_rounding_to_16_bits(
 ) -> None:
     def other_order_from_40_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         products = x.float()[:, None] * weight.float()
-        parts = products.unflatten(2, (8, 8))
+        parts = torch.unflatten(products, 2, (8, 8))
         sums = parts.sum(3).sum(2) if x.shape[0] < 40 else parts.sum(2).sum(2)
-        return sums.to(x.dtype)
+        return torch.as_tensor(sums, dtype=x.dtype)
 
     weight = torch.randn(128, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     monkeypatch.setattr(F, "linear", other_order_from_40_rows)

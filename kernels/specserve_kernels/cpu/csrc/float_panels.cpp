@@ -38,7 +38,7 @@ __attribute__((noinline)) void vectors(const uint8_t* panel, int first, const Ro
         const uint8_t* tiles[kVectors];
         SPECSERVE_EACH(i, kVectors)
             tiles[i] = panel + (first + i) / kParts * panel_bytes + group * tile_bytes(kFormat);
-        const float* values = x.at(0, group).floats;
+        const float* values = x.floats_at(0, group);
         for (int line = 0; line < kGroup; line += kPerLine) {
             for (int i = 0; i < kVectors; i += kParts)
                 __builtin_prefetch(tiles[i] + kAhead + line * (64 / kPerLine));

@@ -26,12 +26,12 @@ RowBuffer::RowBuffer(int64_t num_rows, int64_t size, bool quantized) {
 }
 
 void store_group(const float* x, const Rows& rows, int64_t row, int64_t group) {
-    const GroupOfRows to = rows.at(row / kRowsTogether, group);
-    const int64_t at = row % kRowsTogether;
-    if (to.floats) {
-        std::memcpy(to.floats + at * kGroup, x, kGroup * sizeof *x);
+    const int64_t block = row / kRowsTogether, at = row % kRowsTogether;
+    if (rows.floats) {
+        std::memcpy(rows.floats_at(block, group) + at * kGroup, x, kGroup * sizeof *x);
         return;
     }
+    const GroupOfRows to = rows.at(block, group);
     Ints bits = magnitude_bits(load(x));
     for (int i = kLanes; i < kGroup; i += kLanes) bits = max(bits, magnitude_bits(load(x + i)));
     const int32_t most_bits = lane_max(bits);

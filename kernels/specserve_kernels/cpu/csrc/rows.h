@@ -12,16 +12,15 @@ constexpr int kGroup = 32;
 // Rows of a block. Their sums fit the AVX-512 registers; a tree of 8 drafted nodes fits one block.
 constexpr int kRowsTogether = 12;
 
-// One group of inputs, for all rows of a block.
+// One group of inputs, quantized, for all rows of a block.
 struct GroupOfRows {
     int8_t* values;  // [height][kGroup], -127..127
     float* scales;   // [height]; NaN where a value of the group was not finite
     float* offsets;  // [height], scale * sum: the factor of a weight's minimum
     int32_t* sums;   // [height], sum of the group's integers
-    float* floats;   // [height][kGroup], the values as they are; if not null, there is nothing else
 };
 
-// Rows of `size` values each, a multiple of kGroup.
+// Rows of `size` values each, a multiple of kGroup: `floats` alone, or all but `floats`.
 struct Rows {
     int8_t* values;  // [num_blocks][num_groups][height][kGroup]
     float* scales;   // [num_blocks][num_groups][height], as the next two
@@ -33,8 +32,12 @@ struct Rows {
 
     GroupOfRows at(int64_t block, int64_t group) const {
         const int64_t from = (block * num_groups + group) * height;
-        if (floats) return {nullptr, nullptr, nullptr, nullptr, floats + from * kGroup};
-        return {values + from * kGroup, scales + from, offsets + from, sums + from, nullptr};
+        return {values + from * kGroup, scales + from, offsets + from, sums + from};
+    }
+
+    // [height][kGroup], one group of inputs as they are, for all rows of a block.
+    float* floats_at(int64_t block, int64_t group) const {
+        return floats + (block * num_groups + group) * height * kGroup;
     }
 
     // The rows from `row` on, which must be a multiple of kRowsTogether.
