@@ -299,11 +299,6 @@ def _misread(message: str, sections: dict[str, dict[str, Any]]) -> str:
     return f"{section}.{name}: {value}; {reason[:1].lower()}{reason[1:]}"
 
 
-def show_config(config: EngineConfig) -> str:
-    """The configuration as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
-
-
 def read_toml(setting: str, file: Path) -> dict[str, Any]:
     """The contents of the TOML file that `setting` names. Raises ConfigError."""
     try:

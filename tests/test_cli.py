@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_help_and_print_config_do_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert done.returncode == 0
-    assert msgspec.json.decode(done.stdout, type=EngineConfig) == EngineConfig()
+    assert msgspec.convert(tomllib.loads(done.stdout.decode()), EngineConfig) == EngineConfig()
 
 
 # Modules that `generate` has no use for, and that take long to import.
@@ -144,6 +145,18 @@ def test_engine_flags_override_the_file(tmp_path: Path) -> None:
     assert config.cache.block_size == 32
     assert config.cache.kv_memory == "2GiB"
     assert not config.cache.prefix_caching
+
+
+def test_printed_settings_are_a_config_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For `serve` too, whose own section `generate` prints and ignores."""
+    flags = ["--draft", "ngram", "--options", "ngram.max_match=3", "--threads", "2", "--batch", "5"]
+    status, printed, _ = call(capsys, "generate", "there", *flags, "--print-config")
+    assert status == 0
+    (file := tmp_path / "specserve.toml").write_text(printed)
+    for command in ("generate", "serve"):
+        assert call(capsys, command, "--config", str(file), "--print-config")[1] == printed
 
 
 @pytest.mark.parametrize("flag", ["--options=max_match=3", "--logit-bias=5", "--logit-bias=a=b"])

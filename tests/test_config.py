@@ -6,7 +6,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from specserve.config import ConfigError, EngineConfig, load_config, parse_bytes, show_config
+from specserve.cli.show_config import show_config
+from specserve.config import (
+    ALL_SECTIONS,
+    ConfigError,
+    EngineConfig,
+    load_config,
+    parse_bytes,
+)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -41,9 +48,35 @@ def test_field_names_are_unique_over_sections() -> None:
     assert len(names) == len(set(names))
 
 
-def test_what_is_shown_can_be_read_back() -> None:
-    config = load_config({"options": {"ngram": {"max_match": 3}}, "draft": ["ngram"]})
-    assert msgspec.json.decode(show_config(config), type=EngineConfig) == config
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"draft": ["ngram", 'a, "b"\\ü\x7f\n\t'], "prefix_caching": False, "threads": 2},
+        {"options": {"ngram": {"max_match": 3}, "my.own": {"a b": [1, 2.5, {"c": True}], "d": {}}}},
+        {"options": {"x": {"low": float("-inf"), "big": 1e300}}, "kv_memory": "2GiB"},
+        {
+            "api_key_file": "keys",
+            "max_prompt_tokens": 7,
+            "allowed_origins": ("http://a", "http://b"),
+        },
+    ],
+)
+def test_what_is_shown_can_be_read_back(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Settings without a value too: they are comments."""
+    config = load_config(settings, sections=ALL_SECTIONS)
+    shown = show_config(config)
+    assert load_config({}, write(tmp_path, shown)) == config
+    values = [item for section in msgspec.to_builtins(config).values() for item in section.items()]
+    assert [line for line in shown.splitlines() if line.startswith("#")] == [
+        f"# {name}: not given" for name, value in values if value is None
+    ]
+
+
+def test_an_option_without_a_value_is_not_shown(tmp_path: Path) -> None:
+    config = load_config({"options": {"recycle": {"file": None, "pretrained": False}}})
+    again = load_config({}, write(tmp_path, show_config(config)))
+    assert again.draft.options == {"recycle": {"pretrained": False}}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from specserve.cli.loading import without_gc
 from specserve.cli.parser import build_parser, engine_config
-from specserve.config import TargetConfig, show_config
+from specserve.cli.show_config import show_config
+from specserve.config import TargetConfig
 
 INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 BROKEN_PIPE = 141  # 128 + SIGPIPE

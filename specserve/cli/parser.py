@@ -280,7 +280,9 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE.toml", help="settings; flags override it"
     )
     engine.add_argument(
-        "--print-config", action="store_true", help="print the settings in force and exit"
+        "--print-config",
+        action="store_true",
+        help="print the settings in force as TOML, which --config reads, and exit",
     )
     for name in ENGINE_SECTIONS:
         add_flags(
