@@ -5,6 +5,7 @@ python -m specserve_benchmarks.demo
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Final
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from specserve.completion import Generation
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 
+TARGET: Final = "smollm2-135m"
 PROMPTS: Final = {
     "explain": "Explain in a few sentences why the sky is blue.",
     "repeat": "Repeat this text word for word: The quick brown fox jumps over the lazy dog. "
@@ -26,21 +28,21 @@ PROMPTS: Final = {
 SAMPLING: Final = SamplingParams(temperature=0.0, max_tokens=80)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the texts and a table. Exit code 1 if any token differs, else 0."""
-    argparse.ArgumentParser(description="SmolLM2 with and without speculation.").parse_args()
+    build_parser().parse_args(argv)
     console = Console(highlight=False)
     table = Table(
         "prompt", "draft", "tokens", "forward passes", "tokens per pass", "tokens/s", "TTFT", "TPOT"
     )
-    plain_llm, draft_llm = load("none"), load("ngram")
+    plain_llm, draft_llm = load("none"), load("auto")
     identical = True
     for name, prompt in PROMPTS.items():
         # In turn, so that a change of the machine's load affects both.
         plain, drafted = generate(plain_llm, prompt), generate(draft_llm, prompt)
         identical &= plain.token_ids == drafted.token_ids
         table.add_row(name, "none", *cells(plain))
-        table.add_row("", "ngram", *cells(drafted))
+        table.add_row("", "auto", *cells(drafted))
         console.print(f"{name}: ", style="bold", end="")
         console.print(drafted.text.strip(), markup=False)
     console.print(table)
@@ -49,10 +51,17 @@ def main() -> int:
     return 0 if identical else 1
 
 
+def build_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="python -m specserve_benchmarks.demo",
+        description="SmolLM2 with and without speculation.",
+    )
+
+
 def load(draft: str) -> LLM:
     """SmolLM2 with one drafter, warmed up."""
     with show_progress() as report:
-        llm = LLM("smollm2-135m", draft=draft, kv_memory="128MiB", progress=report)
+        llm = LLM(TARGET, draft=draft, kv_memory="128MiB", progress=report)
     llm.generate("Warm up.", SamplingParams(temperature=0.0, max_tokens=4))
     return llm
 
