@@ -102,7 +102,8 @@ class CacheConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DraftConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    draft: tuple[str, ...] = ("auto",)  # drafter names or checkpoints; their trees are merged
+    # Names or checkpoints of drafters, whose trees are merged; 'a,b' is read as two of them.
+    draft: tuple[str, ...] = ("auto",)
     max_nodes: int = 8  # nodes of a sequence's tree, root included
     cost_aware: bool = True  # leave out drafters and nodes that cost more time than they save
     options: dict[str, dict[str, Any]] = {}  # by drafter name
@@ -268,11 +269,24 @@ def load_config(
                 "leave it out"
             )
         merged.setdefault(section_of[name], {})[name] = value
+    if "draft" in (chosen := merged.get("draft", {})):
+        merged["draft"] = {**chosen, "draft": _split_drafts(chosen["draft"])}
     try:
         return msgspec.convert(merged, EngineConfig)
     except msgspec.ValidationError as error:
         reason = error.__cause__ or _misread(str(error), merged)  # the cause: a ConfigError
         raise ConfigError(f"{'' if file is None else f'{file}: '}{reason}") from error
+
+
+def _split_drafts(value: Any) -> Any:
+    """'a,b', ['a', 'b'] and ['a,b'] are the same drafters. Other types are left to the decoder."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    if not all(parts):
+        raise ConfigError(f"draft: {value!r} has an empty name; write NAME or NAME,NAME")
+    return parts
 
 
 def llm_config(
@@ -286,7 +300,7 @@ def llm_config(
     if target is not None:
         named["target"] = target
     if draft is not None:
-        named["draft"] = [draft] if isinstance(draft, str) else list(draft)
+        named["draft"] = draft
     return load_config(named, file)
 
 

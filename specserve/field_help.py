@@ -27,7 +27,8 @@ ENGINE_HELP: Final = {
     "a GPU), at most what max_num_seqs full contexts need",
     "prefix_caching": "share the KV of equal prompt beginnings",
     "draft": "a drafter (none, ngram, suffix, recycle, eagle), a draft's directory, or auto: "
-    "recycle and, if the target has one, a pretrained eagle head. The trees of several are merged",
+    "recycle and, if the target has one, a pretrained eagle head. The trees of several, separated "
+    "by commas, are merged",
     "max_nodes": "tree nodes per sequence and forward pass, root included",
     "cost_aware": "leave out drafters and nodes that cost more time than they save (default: yes)",
     "options": "options of drafters, such as max_match=3 of ngram",

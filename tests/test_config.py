@@ -6,14 +6,17 @@ from typing import Any
 import msgspec
 import pytest
 
+from specserve.cli.parser import build_parser, engine_config
 from specserve.cli.show_config import show_config
 from specserve.config import (
     ALL_SECTIONS,
     ConfigError,
     EngineConfig,
+    llm_config,
     load_config,
     parse_bytes,
 )
+from specserve_evals.runs import parse_variants
 
 
 def write(folder: Path, text: str) -> Path:
@@ -37,6 +40,22 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
     assert (config.cache.block_size, config.cache.kv_memory) == (32, "1GiB")
     assert config.draft.draft == ("ngram", "other")
     assert config.draft.options == {"ngram": {"max_match": 3}}
+
+
+@pytest.mark.parametrize("draft", ["ngram,a/b", "ngram, a/b", ["ngram", "a/b"], ("ngram,a/b",)])
+def test_drafters_are_a_list_or_separated_by_commas(tmp_path: Path, draft: Any) -> None:
+    """From Python, from a file, and from flags, which `serve`, `generate` and the evals share."""
+    assert load_config({"draft": draft}).draft.draft == ("ngram", "a/b")
+    assert llm_config(None, draft, None, {}).draft.draft == ("ngram", "a/b")
+    shown = list(draft) if isinstance(draft, tuple) else draft
+    file = write(tmp_path, f"[draft]\ndraft = {shown!r}\n")
+    assert load_config({}, file).draft.draft == ("ngram", "a/b")
+    flags = [f"--draft={text}" for text in ([draft] if isinstance(draft, str) else draft)]
+    for command in ("serve", "generate"):
+        args = build_parser().parse_args([command, *flags])
+        assert engine_config(args).draft.draft == ("ngram", "a/b")
+    (variant,) = parse_variants([",".join(shown) if isinstance(shown, list) else shown])
+    assert variant.draft == ("ngram", "a/b")
 
 
 def test_field_names_are_unique_over_sections() -> None:
@@ -93,6 +112,8 @@ def test_an_option_without_a_value_is_not_shown(tmp_path: Path) -> None:
         ({"max_nodes": 0}, ["max_nodes: 0", "1 to 64"]),
         ({"max_nodes": 65}, ["max_nodes: 65", "1 to 64"]),
         ({"draft": []}, ["draft:", "'none'"]),
+        ({"draft": "ngram,"}, ["draft: 'ngram,' has an empty name", "NAME,NAME"]),
+        ({"draft": "none,ngram"}, ["draft: 'none' cannot be combined"]),
         ({"draft": ["none", "ngram"]}, ["draft: 'none' cannot be combined"]),
         ({"max_num_seqs": 0}, ["max_num_seqs: 0"]),
         ({"max_num_seqs": 300}, ["max_num_batched_tokens: 256", "300 to 65536"]),
@@ -150,7 +171,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, words: list[str]) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[draft]\ndraft = "ngram"\n', "draft.draft: 'ngram'; expected array, got str"),
+        ("[draft]\ndraft = 3\n", "draft.draft: 3; expected array, got int"),
         ('[draft]\nmax_nodes = "a"\n', "draft.max_nodes: 'a'; expected int, got str"),
         ("[draft.options]\nngram = 3\n", "draft.options: {'ngram': 3}; expected object, got int"),
         ('[draft]\ndraft = ["ngram", 1]\n', "draft.draft: ['ngram', 1]; expected str, got int"),

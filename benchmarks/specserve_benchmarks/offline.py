@@ -26,14 +26,13 @@ from specserve_evals.progress import Advance, stdout_console, track
 from specserve_evals.prompts import Prompt, load_prompts, select
 from specserve_evals.runs import (
     PLAIN,
-    Variant,
     add_run_flags,
     at_least_one,
     check_options,
     fits,
     generate_in_batches,
     open_llm,
-    parse_variant,
+    parse_variants,
 )
 
 RESULTS: Final = Path("benchmarks/results")
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     console = stdout_console()
     prompts = demo_prompts() if args.prompts is None else load_prompts(args.prompts)
-    compared = variants(args.draft)
+    compared = [PLAIN, *parse_variants(args.draft)]
     check_options(args, compared)
     with show_progress() as progress:
         llms = {
@@ -145,12 +144,6 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> None:
     )
     stem.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
     console.print(f"written: {stem}.json and {stem}.md")
-
-
-def variants(texts: Sequence[str]) -> list[Variant]:
-    """The drafts to compare (default: ngram); `none`, their baseline, is added in front."""
-    names = dict.fromkeys([PLAIN.name, *(texts or ["ngram"])])
-    return [parse_variant(name) for name in names]
 
 
 def warm_up(llm: LLM, prompts: Sequence[Prompt], batches: Sequence[int]) -> None:

@@ -35,7 +35,8 @@ from specserve_benchmarks.peers_report import Report, Roofline, Run, markdown, t
 from specserve_evals import provenance
 from specserve_evals.progress import stdout_console, track
 from specserve_evals.prompts import Prompt, load_prompts, select
-from specserve_evals.runs import at_least_one
+from specserve_evals.runs import PLAIN as NO_DRAFT
+from specserve_evals.runs import at_least_one, parse_variants
 
 PEERS: Final = {  # flag -> name, child program, whether it can run several requests together
     "llama_cpp": ("llama.cpp", "llama_cpp", False),
@@ -156,9 +157,8 @@ def start(args: argparse.Namespace, model: Path, work: Path, stack: ExitStack) -
         peer = Peer(name, program, python, {**settings, **own}, env)
         peers[name] = stack.enter_context(peer)
 
-    for draft in dict.fromkeys(["none", *args.draft]):
-        name = f"{OURS} {draft}"
-        add(name, OURS, Path(sys.executable), {"draft": draft.split(",")}, threads)
+    for variant in (NO_DRAFT, *parse_variants(args.draft or ["none"])):
+        add(f"{OURS} {variant.name}", OURS, Path(sys.executable), {"draft": variant.draft}, threads)
     for flag, (name, program, _) in PEERS.items():
         python = getattr(args, flag)
         if python is None:
@@ -286,7 +286,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME[,NAME]",
-        help="also run specserve with these drafters; repeatable. 'none' always runs",
+        help="also run specserve with these drafters, as of `specserve serve`; repeatable, each is "
+        "an engine of its own. not given: only 'none', which always runs",
     )
     parser.add_argument("--lookup", action="store_true", help="also the peers' own prompt lookup")
     parser.add_argument("--quantization", metavar="FORMAT", help="of specserve (default: auto)")

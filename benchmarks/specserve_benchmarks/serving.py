@@ -30,12 +30,13 @@ from specserve_evals import provenance
 from specserve_evals.progress import stdout_console, track
 from specserve_evals.prompts import load_prompts, select
 from specserve_evals.runs import (
-    Variant,
+    PLAIN,
     add_run_flags,
     at_least_one,
     check_options,
     fits,
     open_llm,
+    parse_variants,
 )
 from specserve_evals.served import serve
 
@@ -177,12 +178,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     console = stdout_console()
     args.batch = args.concurrency
-    draft = tuple(args.draft or ["ngram"])
+    variants = parse_variants(args.draft) or [PLAIN]
+    if len(variants) > 1:
+        raise ValueError("draft: one server is measured; give --draft once, or NAME,NAME to merge")
     prompts = demo_prompts() if args.prompts is None else load_prompts(args.prompts)
     with show_progress() as progress:
-        variant = Variant(",".join(draft), draft)
-        check_options(args, [variant])
-        llm = open_llm(args, variant, progress, prefix_caching=False, kv_memory=args.kv_memory)
+        check_options(args, variants)
+        llm = open_llm(args, variants[0], progress, prefix_caching=False, kv_memory=args.kv_memory)
     chosen = select(
         prompts, limit=args.limit, fits=lambda prompt: fits(llm, prompt, args.max_tokens)
     )

@@ -25,7 +25,7 @@ from specserve.cli.flags import given
 from specserve.cli.main import INTERRUPTED
 from specserve.cli.parser import PROMPTS_HELP
 from specserve.cli.progress import show_progress
-from specserve.config import DraftConfig, load_config
+from specserve.config import DraftConfig
 from specserve.hub import resolve
 from specserve.speculation.registry import create_drafter, expanded
 from specserve.tree import MAX_NODES
@@ -45,7 +45,7 @@ from specserve_evals.runs import (
     check_options,
     fits,
     open_llm,
-    parse_variant,
+    parse_variants,
 )
 
 JSON: Final = "acceptance.json"
@@ -75,7 +75,9 @@ def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise ValueError(
             "plots: matplotlib is not installed; pip install 'specserve[evals]', or give --no-plots"
         )
-    variants = parse_variants(args.draft or ["ngram"])
+    variants = parse_variants(args.draft)
+    if not variants:
+        raise ValueError("draft: 'none' is measured beside every draft; give one of those")
     chosen, origin = prepare(args, arguments)
     check_drafters(args, variants)
     console.print(chosen.describe())
@@ -115,22 +117,6 @@ def prepare(
     return chosen, provenance.collect(
         "specserve_evals.acceptance", arguments, platform, args.prompts
     )
-
-
-def parse_variants(texts: Sequence[str]) -> list[Variant]:
-    """The drafts to measure; `none` is left out, because it is measured beside every draft.
-
-    Raises ValueError if no other draft is given, a name occurs twice, or a draft is invalid.
-    """
-    variants = [parse_variant(text) for text in texts if text != PLAIN.name]
-    names = [variant.name for variant in variants]
-    if not variants:
-        raise ValueError("draft: 'none' is measured beside every draft; give one of those")
-    if len(set(names)) < len(names):
-        raise ValueError(f"draft: {names} has a name twice; leave one out, or rename its directory")
-    for variant in variants:
-        load_config({"draft": variant.draft})
-    return variants
 
 
 def check_drafters(args: argparse.Namespace, variants: Sequence[Variant]) -> None:

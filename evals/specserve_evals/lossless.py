@@ -37,7 +37,7 @@ from specserve_evals.runs import (
     fits,
     generate_in_batches,
     open_llm,
-    parse_variant,
+    parse_variants,
     self_draft,
 )
 
@@ -125,11 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     console = stdout_console()
     prompts = load_prompts(args.prompts)
-    variants = [parse_variant(text) for text in args.draft]
+    variants = parse_variants(args.draft) if args.draft or not args.self_draft else []
     if args.self_draft:
         variants.append(self_draft(args.target))
-    elif not variants:
-        variants = [parse_variant("ngram")]
     check_options(args, variants)
     with show_progress() as report:
         llm = open_llm(args, PLAIN, report)

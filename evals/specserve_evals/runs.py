@@ -3,7 +3,6 @@
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
@@ -12,7 +11,7 @@ from specserve.cli.flags import add_flags, given
 from specserve.cli.parser import OPTIONAL_TARGET_HELP
 from specserve.cli.progress import Report
 from specserve.completion import Completion
-from specserve.config import DraftConfig, ScheduleConfig, TargetConfig
+from specserve.config import DraftConfig, ScheduleConfig, TargetConfig, load_config
 from specserve.field_help import ENGINE_HELP
 from specserve.hub import resolve
 from specserve.llm import LLM
@@ -34,10 +33,18 @@ PLAIN: Final = Variant("none", ("none",))
 SELF: Final = "self"
 
 
-def parse_variant(text: str) -> Variant:
-    """Parse 'ngram', or 'ngram,path/to/draft' for both in one tree."""
-    parts = tuple(text.split(","))
-    return Variant(",".join(Path(part).name for part in parts), parts)
+def parse_variants(texts: Sequence[str]) -> list[Variant]:
+    """What each --draft names, or else the default of `serve`.
+
+    `none` is left out, because it is run beside every draft. Raises ValueError for an invalid one,
+    and if two have the same name.
+    """
+    drafts = [load_config({"draft": text}).draft.draft for text in texts or DraftConfig().draft]
+    variants = [Variant(",".join(registry.public_names(each)), each) for each in drafts]
+    names = [variant.name for variant in variants]
+    if len(set(names)) < len(names):
+        raise ValueError(f"draft: {names} has a name twice; leave one out, or rename its directory")
+    return [variant for variant in variants if variant != PLAIN]
 
 
 def self_draft(target: str) -> Variant:
@@ -59,7 +66,8 @@ def add_run_flags(
         action="append",
         default=[],
         metavar="NAME[,NAME]",
-        help="drafter or draft model, or several to merge; repeatable, each is measured by itself",
+        help="drafters, as of `specserve serve`; repeatable, each is measured by itself "
+        f"(default: {','.join(DraftConfig().draft)})",
     )
     if "batch" not in skip:
         parser.add_argument(

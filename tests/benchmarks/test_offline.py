@@ -8,7 +8,7 @@ from tiny_chat import write_chat_prompts, write_tiny_chat
 
 from specserve_benchmarks import offline
 from specserve_benchmarks.demo import PROMPTS
-from specserve_benchmarks.offline import plan, variants
+from specserve_benchmarks.offline import plan
 from specserve_benchmarks.offline_report import OVERALL, Ratio, Report, Sample, summarise
 from specserve_evals.prompts import Prompt
 
@@ -87,12 +87,6 @@ def test_batches_are_whole_and_repeat_prompts_only_if_needed() -> None:
     assert found["b", 4] == ["b0", "b1", "b0", "b1"]
 
 
-def test_none_is_always_measured() -> None:
-    assert [variant.name for variant in variants([])] == ["none", "ngram"]
-    assert [variant.name for variant in variants(["ngram", "none"])] == ["none", "ngram"]
-    assert variants(["ngram,some/where/draft"])[1].draft == ("ngram", "some/where/draft")
-
-
 def measure(out: Path, *arguments: str) -> tuple[Report, str]:
     """JSON and Markdown of a run."""
     assert offline.main(["--out", str(out), *arguments]) == 0
@@ -108,8 +102,9 @@ def test_a_run(tiny_model: Path, tmp_path: Path) -> None:
         *("--prompts", str(prompts), "--target", str(model), "--device", "cpu"),
         *("--batch", "1", "3", "--max-tokens", "12", "--max-prompt", "64", "--repeats", "2"),
     )
+    assert {row.draft for row in report.rows} == {"none", "auto"}
     assert len(report.rows) == 2 * 2 * (2 + 1)  # drafts x batch sizes x categories and overall
-    assert all(row.same_ids for row in report.rows if row.draft == "ngram")
+    assert all(row.same_ids for row in report.rows if row.draft != "none")
     assert all(row.ttft_s and row.tpot_s and row.speedup for row in report.rows[1::2])
     assert report.provenance.command in text
     assert text.count(f"| {OVERALL} |") == 4
@@ -132,4 +127,4 @@ def test_a_run_of_smollm2(tmp_path: Path) -> None:
         tmp_path, *("--device", "cpu", "--batch", "1", "--max-tokens", "8", "--repeats", "1")
     )
     assert {row.category for row in report.rows} == {*PROMPTS, OVERALL}
-    assert all(row.same_ids for row in report.rows if row.draft == "ngram")
+    assert all(row.same_ids for row in report.rows if row.draft != "none")

@@ -13,13 +13,14 @@ from msgspec.structs import replace
 from tiny_chat import write_chat_prompts, write_tiny_chat
 
 from specserve import cli
+from specserve.config import DraftConfig
 from specserve.sequence import SequenceView
 from specserve.tree import DraftTree
 from specserve.types import SpecStats
 from specserve_drafts.ngram import NgramDrafter
 from specserve_evals import acceptance, acceptance_plots
-from specserve_evals.acceptance import parse_variants
 from specserve_evals.acceptance_figures import OVERALL, Outcome, Report, Run, by_category, pool
+from specserve_evals.runs import parse_variants
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PLOTS = ["acceptance-categories.png", "acceptance-depth.png", "acceptance-tau.png"]
@@ -108,7 +109,7 @@ def test_figures_without_drafted_trees() -> None:
 
 
 def test_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = command(folder, "--budget", "4", "8", "--temperature", "0", "1")
+    line = command(folder, "--draft", "ngram", "--budget", "4", "8", "--temperature", "0", "1")
     assert cli.main(["eval", "acceptance", *line]) == 0
     report = read(folder)
     assert [cell.key for cell in report.cells] == [
@@ -151,7 +152,8 @@ def test_an_interrupted_run_is_resumed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The drafter fails in the second of two cells; the first one is not measured again."""
-    line = command(folder, "--budget", "4", "8", "--limit", "2", "--no-plots")
+    few = ["--budget", "4", "8", "--limit", "2", "--no-plots"]
+    line = command(folder, "--draft", "ngram", *few)
     propose = NgramDrafter.propose
 
     def fail_late(
@@ -260,6 +262,7 @@ def test_the_error_without_matplotlib_names_the_extra(
 def test_each_draft_flag_is_a_variant() -> None:
     variants = parse_variants(["none", "ngram", "ngram,some/where/draft"])
     assert [variant.name for variant in variants] == ["ngram", "ngram,draft"]
+    assert [variant.draft for variant in parse_variants([])] == [DraftConfig().draft]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from specserve_evals.audit import Acceptance
 from specserve_evals.identity import Mismatch, compare, first_difference
 from specserve_evals.lossless import Report
 from specserve_evals.prompts import Prompt, load_prompts
-from specserve_evals.runs import PLAIN, open_llm, parse_variant
+from specserve_evals.runs import PLAIN, open_llm, parse_variants
 
 TINY = ["--dtype", "float32", "--device", "cpu", "--max-prompt", "128"]
 OUT = "report.json"
@@ -88,7 +88,7 @@ def test_the_answers_of_another_model_fail_the_command(
     assert good.num_mismatches == 0
     args = lossless.build_parser().parse_args(["--prompts", str(prompt_file), *flags])
     prompts = load_prompts(prompt_file)
-    examination = lossless.Examination(args, [parse_variant("ngram")])
+    examination = lossless.Examination(args, parse_variants(["ngram"]))
     llm = open_llm(args, PLAIN, lambda stage, fraction: None)
     args.target = str(other)
     examination.run(llm, prompts)
