@@ -30,7 +30,7 @@ ENGINE_HELP: Final = {
     "recycle and, if the target has one, a pretrained eagle head. The trees of several, separated "
     "by commas, are merged",
     "max_nodes": "tree nodes per sequence and forward pass, root included",
-    "cost_aware": "leave out drafters and nodes that cost more time than they save (default: yes)",
+    "cost_aware": "leave out drafters and nodes that cost more time than they save",
     "options": "options of drafters, such as max_match=3 of ngram",
     "max_num_seqs": "sequences that run together",
     "max_num_batched_tokens": "tokens per forward pass: tree nodes and prompt tokens together",

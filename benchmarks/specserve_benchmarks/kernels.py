@@ -19,7 +19,7 @@ from msgspec import Struct
 from rich.console import Console
 
 from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import TARGET_HELP
+from specserve.cli.parser import OPTIONAL_TARGET_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig, load_config
 from specserve.engine.device import Platform, choose_platform
@@ -27,10 +27,10 @@ from specserve.field_help import ENGINE_HELP
 from specserve.hub import resolve
 from specserve.models.loader import load_model
 from specserve.models.shape import ModelShape
+from specserve_benchmarks.flags import add_sizes
 from specserve_benchmarks.kernel_cases import NUM_BY_ROWS_ONLY, Case, kernel_cases, step_cases
 from specserve_evals import provenance
 from specserve_evals.progress import Advance, plain_table, stdout_console, track
-from specserve_evals.runs import at_least_one
 from specserve_kernels.dispatch import CHOICES, named_kernels
 from specserve_kernels.ops import Kernels
 
@@ -174,17 +174,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time kernels and model steps.",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
-    parser.add_argument("--rows", nargs="+", type=at_least_one, default=ROWS, metavar="N")
-    parser.add_argument("--contexts", nargs="+", type=at_least_one, default=CONTEXTS, metavar="N")
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
+    add_sizes(parser, ROWS, CONTEXTS)
     parser.add_argument(
         "--backend",
         action="append",
         default=[],
         choices=CHOICES,
-        help="repeatable; default: torch, and the kernels in use",
+        help="kernels to time; repeatable. not given: torch, and the kernels in use",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the result here")
     skip = frozenset({"target", "max_model_len"})
     add_flags(parser.add_argument_group("engine"), TargetConfig, ENGINE_HELP, skip=skip)
     return parser

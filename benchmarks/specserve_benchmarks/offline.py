@@ -11,15 +11,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Final
 
 import msgspec
 from msgspec import Struct
 
+from specserve.cli.parser import PROMPTS_HELP
 from specserve.cli.progress import show_progress
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_benchmarks.demo import PROMPTS
+from specserve_benchmarks.flags import add_repeats, add_results
 from specserve_benchmarks.offline_report import Report, Sample, markdown, show, summarise
 from specserve_evals import provenance
 from specserve_evals.progress import Advance, stdout_console, track
@@ -34,8 +35,6 @@ from specserve_evals.runs import (
     open_llm,
     parse_variants,
 )
-
-RESULTS: Final = Path("benchmarks/results")
 
 
 class Cell(Struct, frozen=True):
@@ -171,7 +170,10 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE.jsonl", help="default: the prompts of the demo"
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help=f"{PROMPTS_HELP}; not given: those of the demo",
     )
     parser.add_argument(
         "--per-category",
@@ -180,11 +182,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="requests of each category at least; always whole batches (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=at_least_one, default=3, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X")
+    add_repeats(parser, 3)
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="(default: %(default)s)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 is greedy (default: %(default)s)",
     )
+    add_results(parser)
     add_run_flags(parser, max_tokens=128)
     return parser
 

@@ -23,7 +23,7 @@ from specserve.batch import ForwardBatch, build_batch, tree_segment
 from specserve.cache.storage import KVStorage
 from specserve.cache.table import BlockTable
 from specserve.cli.flags import add_flags, given
-from specserve.cli.parser import TARGET_HELP
+from specserve.cli.parser import OPTIONAL_TARGET_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig, load_config
 from specserve.engine.device import choose_platform
@@ -34,10 +34,9 @@ from specserve.models.model import Model
 from specserve.tree import chain_tree
 from specserve.types import Quantization
 from specserve_benchmarks.bandwidth import read_bandwidth
-from specserve_benchmarks.offline import RESULTS
+from specserve_benchmarks.flags import RESULTS, add_repeats, add_sizes
 from specserve_evals import provenance
 from specserve_evals.progress import stdout_console, track
-from specserve_evals.runs import at_least_one
 
 ROWS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 BLOCK_SIZE: Final = 32  # slots per KV block
@@ -193,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time forward passes on the CPU, by rows, context and weight format.",
         allow_abbrev=False,
     )
-    parser.add_argument("--target", default=TargetConfig().target, help=TARGET_HELP)
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     parser.add_argument(
         "--format",
         action="append",
@@ -201,9 +200,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=get_args(Quantization),
         help="a setting of --quantization; repeatable (default: auto)",
     )
-    parser.add_argument("--rows", nargs="+", type=at_least_one, default=ROWS, metavar="N")
-    parser.add_argument("--contexts", nargs="+", type=at_least_one, default=[200], metavar="N")
-    parser.add_argument("--repeats", type=at_least_one, default=25, metavar="N")
+    add_sizes(parser, ROWS, [200])
+    add_repeats(parser, 25)
     parser.add_argument(
         "--out", type=Path, metavar="STEM", help=f"STEM.md and STEM.json, such as {RESULTS.name}/X"
     )

@@ -22,6 +22,7 @@ import torch
 from msgspec import Struct
 
 import specserve_benchmarks
+from specserve.cli.parser import OPTIONAL_TARGET_HELP, PROMPTS_HELP
 from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig
 from specserve.hub import resolve
@@ -29,7 +30,7 @@ from specserve.hub.gguf_file import WEIGHTS_NAME
 from specserve.llm import LLM
 from specserve_benchmarks.bandwidth import read_bandwidth
 from specserve_benchmarks.dense_weights import write_dense
-from specserve_benchmarks.offline import RESULTS
+from specserve_benchmarks.flags import add_repeats, add_results
 from specserve_benchmarks.peer_process import Peer
 from specserve_benchmarks.peers_report import Report, Roofline, Run, markdown, table
 from specserve_evals import provenance
@@ -272,8 +273,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run specserve and other engines on the same prompts, in turn.",
         allow_abbrev=False,
     )
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl")
-    parser.add_argument("--target", default=TargetConfig().target, metavar="NAME|PATH")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE.jsonl", help=PROMPTS_HELP
+    )
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     for flag, (name, _, _) in PEERS.items():
         parser.add_argument(
             f"--{flag.replace('_', '-')}",
@@ -290,9 +293,23 @@ def build_parser() -> argparse.ArgumentParser:
         "an engine of its own. not given: only 'none', which always runs",
     )
     parser.add_argument("--lookup", action="store_true", help="also the peers' own prompt lookup")
-    parser.add_argument("--quantization", metavar="FORMAT", help="of specserve (default: auto)")
-    parser.add_argument("--per-category", type=at_least_one, default=2, metavar="N")
-    parser.add_argument("--max-tokens", type=at_least_one, default=128, metavar="N")
+    parser.add_argument(
+        "--quantization", metavar="FORMAT", help="of specserve's weights; not given: auto"
+    )
+    parser.add_argument(
+        "--per-category",
+        type=at_least_one,
+        default=2,
+        metavar="N",
+        help="number of prompts of each category (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least_one,
+        default=128,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-prompt",
         type=at_least_one,
@@ -300,9 +317,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="skip prompts longer than this with their answer (default: %(default)s)",
     )
-    parser.add_argument("--repeats", type=at_least_one, default=3, metavar="N")
+    add_repeats(parser, 3)
     parser.add_argument(
-        "--threads", type=at_least_one, default=os.cpu_count() or 1, help="of every engine"
+        "--threads",
+        type=at_least_one,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="of every engine (default: %(default)s)",
     )
     parser.add_argument(
         "--ttft",
@@ -310,13 +331,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="also measure the time to the first token, with prompts this long",
     )
-    parser.add_argument("--batch", type=at_least_one, nargs="+", metavar="N")
-    parser.add_argument("--against", metavar="ENGINE", help="the baseline (default: first peer)")
+    parser.add_argument(
+        "--batch",
+        type=at_least_one,
+        nargs="+",
+        metavar="N",
+        help="also measure so many requests together",
+    )
+    parser.add_argument(
+        "--against", metavar="ENGINE", help="the baseline; not given: the first peer"
+    )
     parser.add_argument(
         "--batch-against", default=PLAIN, metavar="ENGINE", help="of --batch (default: %(default)s)"
     )
     parser.add_argument("--name", default="peers", help="of the result (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    add_results(parser)
     return parser
 
 

@@ -21,10 +21,12 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from specserve.cli.parser import PROMPTS_HELP
 from specserve.cli.progress import show_progress
 from specserve.llm import LLM
 from specserve.types import Request, SamplingParams
-from specserve_benchmarks.offline import RESULTS, demo_prompts, device_name
+from specserve_benchmarks.flags import add_repeats, add_results
+from specserve_benchmarks.offline import demo_prompts, device_name
 from specserve_benchmarks.serving_report import Report, Sample, markdown, show, summarise
 from specserve_evals import provenance
 from specserve_evals.progress import stdout_console, track
@@ -241,10 +243,18 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE.jsonl", help="default: the prompts of the demo"
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help=f"{PROMPTS_HELP}; not given: those of the demo",
     )
     parser.add_argument(
-        "--concurrency", nargs="+", type=at_least_one, default=[1, 8, 32], metavar="N"
+        "--concurrency",
+        nargs="+",
+        type=at_least_one,
+        default=[1, 8, 32],
+        metavar="N",
+        help="requests at a time; every number is measured (default: 1 8 32)",
     )
     parser.add_argument(
         "--rounds",
@@ -254,13 +264,28 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"requests per unit of concurrency, at least {_MIN_REQUESTS} in total "
         "(default: %(default)s)",
     )
-    parser.add_argument("--kv-memory", default="1GiB", help="of each side (default: %(default)s)")
-    parser.add_argument("--limit", type=at_least_one, default=64, metavar="N", help="prompts")
-    parser.add_argument("--repeats", type=at_least_one, default=3, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="(default: %(default)s)"
+        "--kv-memory",
+        default="1GiB",
+        metavar="SIZE",
+        help="KV memory of each side (default: %(default)s)",
     )
+    parser.add_argument(
+        "--limit",
+        type=at_least_one,
+        default=64,
+        metavar="N",
+        help="number of prompts, spread over all categories (default: %(default)s)",
+    )
+    add_repeats(parser, 3)
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 is greedy (default: %(default)s)",
+    )
+    add_results(parser)
     add_run_flags(parser, max_tokens=64)
     return parser
 

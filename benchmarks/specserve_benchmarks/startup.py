@@ -26,12 +26,12 @@ from urllib.request import urlopen
 import msgspec
 from msgspec import Struct
 
+from specserve.cli.parser import OPTIONAL_TARGET_HELP
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
-from specserve_benchmarks.offline import RESULTS
+from specserve_benchmarks.flags import RESULTS, add_repeats
 from specserve_evals import provenance
 from specserve_evals.progress import stdout_console, track
-from specserve_evals.runs import at_least_one
 
 COMMANDS: Final = ("generate", "serve")
 _FOLDERS: Final = (".", "kernels", "drafts", "evals", "benchmarks")  # of a tree, on PYTHONPATH
@@ -176,21 +176,28 @@ def _tree(value: str) -> tuple[str, Path]:
     return (name if folder else path.name), path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m specserve_benchmarks.startup",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--target", default="smollm2-135m", help="as of `specserve serve`")
+    parser.add_argument("--target", default=TargetConfig().target, help=OPTIONAL_TARGET_HELP)
     parser.add_argument(
         "--tree",
         type=_tree,
         action="append",
         metavar="NAME=DIR",
-        help="a source tree with built kernels, several to compare them (default: this one)",
+        help="a source tree with built kernels, several to compare them; not given: this one",
     )
-    parser.add_argument("--repeats", type=at_least_one, default=5, help="starts of each kind")
+    add_repeats(parser, 5)
     parser.add_argument("--out", type=Path, help=f"write OUT.md and OUT.json, as in {RESULTS}")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
     trees = dict(args.tree or [("this", _ROOT)])
     given = sys.argv[1:] if arguments is None else arguments
     try:

@@ -62,10 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args, arguments)
     except ValueError as error:
-        print(f"acceptance: error: {error}", file=sys.stderr)
+        print(f"specserve eval acceptance: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("acceptance: interrupted; the same command resumes the run", file=sys.stderr)
+        print(
+            "specserve eval acceptance: interrupted; the same command resumes the run",
+            file=sys.stderr,
+        )
         return INTERRUPTED
 
 

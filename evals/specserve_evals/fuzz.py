@@ -89,11 +89,11 @@ def _round(url: str, seed: int, num_examples: int, phases: Sequence[str]) -> Rou
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 no failure found; 1 failures found; 2 wrong usage, or the test did not run."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         return run(args, stdout_console())
     except (ValueError, RuntimeError) as error:
-        print(f"fuzz: error: {error}", file=sys.stderr)
+        print(f"specserve eval fuzz: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 1 if num_failures else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specserve eval fuzz",
         description="Valid and invalid requests generated from the API's description (OpenAPI).",
@@ -138,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(PHASES),
         choices=PHASES,
-        help="coverage: every field at its limits; fuzzing: random requests (default: both)",
+        help="coverage: every field at its limits; fuzzing: random requests "
+        f"(default: {' '.join(PHASES)})",
     )
     parser.add_argument(
         "serve_flags", nargs="*", metavar="-- FLAG", help="flags of `specserve serve`, after --"

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args, arguments)
     except ValueError as error:
-        print(f"lossless: error: {error}", file=sys.stderr)
+        print(f"specserve eval lossless: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args, arguments)
     except ValueError as error:
-        print(f"perplexity: error: {error}", file=sys.stderr)
+        print(f"specserve eval perplexity: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=("auto", "bfloat16", "float32"),
-        help=ENGINE_HELP["dtype"],
+        help=f"{ENGINE_HELP['dtype']} (default: %(default)s)",
     )
     parser.add_argument(
         "--tokens",

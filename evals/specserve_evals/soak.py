@@ -21,7 +21,8 @@ import msgspec
 from msgspec import Struct
 from rich.console import Console
 
-from specserve.cli.parser import OPTIONAL_TARGET_HELP, build_parser, engine_config
+from specserve.cli.parser import OPTIONAL_TARGET_HELP, engine_config
+from specserve.cli.parser import build_parser as specserve_parser
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve_evals import provenance
@@ -166,18 +167,18 @@ def find_failures(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 the test passed; 1 it failed; 2 wrong usage, or the server did not start."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     try:
         return run(args, arguments)
     except (ValueError, RuntimeError) as error:
-        print(f"soak: error: {error}", file=sys.stderr)
+        print(f"specserve eval soak: error: {error}", file=sys.stderr)
         return 2
 
 
 def run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     sizes = Sizes(args.max_prompt, args.max_tokens)
     plan = Plan(args.requests, args.concurrency, args.repeats, args.seed, sizes)
-    config = engine_config(build_parser().parse_args(["serve", args.target, *args.serve_flags]))
+    config = engine_config(specserve_parser().parse_args(["serve", args.target, *args.serve_flags]))
     origin = provenance.collect(
         "specserve_evals.soak", arguments, choose_platform(config.target), None
     )
@@ -250,7 +251,7 @@ def _cells(vitals: Vitals) -> list[str]:
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specserve eval soak",
         description="Send many mixed requests, a third of them cut off; look for leaks and errors.",

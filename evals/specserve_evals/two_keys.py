@@ -29,7 +29,8 @@ import numpy as np
 from msgspec import Struct
 from rich.console import Console
 
-from specserve.cli.parser import OPTIONAL_TARGET_HELP, build_parser, engine_config
+from specserve.cli.parser import OPTIONAL_TARGET_HELP, engine_config
+from specserve.cli.parser import build_parser as specserve_parser
 from specserve.config import TargetConfig
 from specserve.engine.device import choose_platform
 from specserve_evals import provenance
@@ -197,7 +198,7 @@ def show(report: Report, console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 the test passed; 1 it failed; 2 wrong usage, or the server did not start."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         key_file = Path(folder) / "keys"
         scopes = {"steady": "inference", "hostile": "inference", "metrics": "metrics"}
@@ -206,13 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         key_file.write_text("".join(lines), encoding="utf-8")
         flags = ["--api-key-file", str(key_file), *args.serve_flags]
         try:
-            config = engine_config(build_parser().parse_args(["serve", args.target, *flags]))
+            config = engine_config(specserve_parser().parse_args(["serve", args.target, *flags]))
             platform = choose_platform(config.target)
             origin = provenance.collect("specserve_evals.two_keys", arguments, platform, None)
             with serve(args.target, flags) as server:
                 report = asyncio.run(run(server, args, origin))
         except (ValueError, RuntimeError) as error:
-            print(f"two_keys: error: {error}", file=sys.stderr)
+            print(f"specserve eval two_keys: error: {error}", file=sys.stderr)
             return 2
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report.failures else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="specserve eval two_keys",
         description="TTFT of one key's steady load, without and during the attacks of another key.",

@@ -11,7 +11,6 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import FieldInfo
 
 _PLAIN: Final[dict[Any, dict[str, Any]]] = {
     bool: {"action": argparse.BooleanOptionalAction},
@@ -49,7 +48,7 @@ def add_flags(
             *names,
             dest=dest,
             default=argparse.SUPPRESS,
-            help=help_texts[info.name] + repeatable + _default(info),
+            help=help_texts[info.name] + repeatable + default_text(info.default),
             **rule,
         )
 
@@ -122,11 +121,19 @@ def _nest(options: list[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def _default(info: FieldInfo) -> str:
-    """The default, for the help text; empty for switches, None and empty values."""
-    default = info.default
-    if isinstance(default, tuple):
-        default = ", ".join(map(str, default))
-    if isinstance(default, bool) or not isinstance(default, int | float | str) or default == "":
-        return ""
-    return f" (default: {default})"
+def default_text(default: Any) -> str:
+    """A default for the help text; empty for what has none: None, and empty values."""
+    values = default if isinstance(default, tuple) else (default,)
+    shown = " ".join(map(_shown, values))
+    return f" (default: {shown})" if shown else ""
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:g}"
+        case int() | str():
+            return str(value)
+    return ""

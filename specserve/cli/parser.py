@@ -39,7 +39,7 @@ SAMPLING_HELP: Final = {
     "stop": "end before this text",
     "stop_token_ids": "end at this token",
     "ignore_eos": "continue after the model's end token",
-    "skip_special_tokens": "leave control tokens out of the text (default: yes)",
+    "skip_special_tokens": "leave control tokens out of the text",
     "include_stop_str_in_output": "end after the stop text instead of before it",
     "seed": "makes sampling repeatable; not given: a random one",
     "logprobs": "log-probabilities of each token and of the N most likely ones; shown by --json",

@@ -32,7 +32,7 @@ def run_command(
     try:
         line = run(args)
     except ValueError as error:
-        print(f"{parser.prog.removeprefix('specserve ')}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     if line is not None:
         print(line)

@@ -14,7 +14,7 @@ from specserve_drafts.tune.eagle_batch import ChainBatch, build_chains
 from specserve_drafts.tune.eagle_export import write_head, write_token_order
 from specserve_drafts.tune.eagle_init import default_aux_layers, head_shape, start_from_target
 from specserve_drafts.tune.eagle_model import EagleHead
-from specserve_drafts.tune.head_command import train
+from specserve_drafts.tune.head_command import head_parser, train
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.head_training import Trainer
 from specserve_drafts.tune.settings import Count
@@ -24,9 +24,9 @@ from specserve_drafts.tune.texts import Text
 
 class EagleSettings(HeadSettings, frozen=True, forbid_unknown_fields=True):
     HELP: ClassVar[dict[str, str]] = HeadSettings.HELP | {
-        "aux_layers": "target layers whose input hidden states the head reads; default: 2, the "
+        "aux_layers": "target layers whose input hidden states the head reads; not given: 2, the "
         "middle layer, and the third from the end",
-        "mlp_size": "intermediate size of the head's MLP; default: the target's",
+        "mlp_size": "intermediate size of the head's MLP; not given: the target's",
         "depth": "steps of the training-time test: tokens that the head learns to draft ahead",
         "embedding": "own: the checkpoint holds a copy of the target's embedding, which the "
         "speculators package needs and engines do not",
@@ -101,4 +101,5 @@ class EagleMethod:
         )
 
 
+build_parser = partial(head_parser, EagleMethod)
 main = partial(train, EagleMethod)

@@ -55,16 +55,15 @@ def head_parser(kind: type[Method]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--answer",
         type=at_least_one,
-        default=0,
         metavar="N",
         help="only answer the first N prompts, and train on them in a later run in DIR",
     )
     parser.add_argument(
         "--part",
         type=_part,
-        default=(1, 1),
         metavar="K/M",
-        help="with --answer: answer part K of M only, so that M processes share the work",
+        help="with --answer: answer part K of M only, so that M processes share the work; not "
+        "given: all",
     )
     add_settings(parser, kind.Settings)
     return parser

@@ -250,7 +250,7 @@ def answer(args: argparse.Namespace, settings: HeadSettings, target: TargetConfi
     lasting = lasting_settings(args, settings, target)
     llm = open_target(settings, target)
     answers = Answers(llm, prompts.learned, settings, args.out / DATA, None, lasting)
-    part, num_parts = args.part
+    part, num_parts = args.part or (1, 1)
     if part == 1:
         answers.held_out(prompts.held_out)
     mine = range(part - 1, -(-args.answer // SHARD_PROMPTS), num_parts)

@@ -15,7 +15,7 @@ from torch import Tensor
 from specserve.models.checkpoint import Checkpoint
 from specserve.models.shape import ModelShape
 from specserve_drafts.tune.export import public_name, write_checkpoint
-from specserve_drafts.tune.head_command import train
+from specserve_drafts.tune.head_command import head_parser, train
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.head_training import Trainer
 from specserve_drafts.tune.medusa_model import MedusaChains, MedusaHeads, lay_out
@@ -93,4 +93,5 @@ def write_heads(
     write_checkpoint(folder, tensors, config, dtype)
 
 
+build_parser = partial(head_parser, MedusaMethod)
 main = partial(train, MedusaMethod)

@@ -81,7 +81,7 @@ def own_prompts(llm: LLM, numbers: range, sampling: SamplingParams) -> list[str]
     return [text for text in made if len(text.split()) >= _SHORTEST]
 
 
-def main(argv: Sequence[str]) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("prompts", "Generate prompts with a target, to train its drafts on.")
     parser.add_argument(
         "--out",
@@ -94,7 +94,11 @@ def main(argv: Sequence[str]) -> int:
         "--count", type=at_least_one, required=True, metavar="N", help="number of prompts"
     )
     add_settings(parser, PromptSettings)
-    return run_command(parser, argv, run)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    return run_command(build_parser(), argv, run)
 
 
 def run(args: argparse.Namespace) -> str:

@@ -149,13 +149,16 @@ def _pooled_tau(stats: Sequence[SpecStats]) -> float:
     return sum(s.num_emitted_tokens for s in stats) / max(sum(s.num_spec_steps for s in stats), 1)
 
 
-def main(argv: Sequence[str]) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = new_parser(
         "recycle", "Fill a top-k table for `recycle` from the target's answers to prompts."
     )
     add_run_flags(parser)
     add_settings(parser, RecycleSettings)
+    return parser
 
+
+def main(argv: Sequence[str]) -> int:
     def run(args: argparse.Namespace) -> str:
         settings, target = read_settings(args, RecycleSettings)
         with claimed(args.out):
@@ -177,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
             write_draft(args.out, DraftConfig("recycle", run.drafter.target), made)
         return f"{args.out}: {made.held_out_tau:.2f} tokens per forward pass on held-out prompts"
 
-    return run_command(parser, argv, run)
+    return run_command(build_parser(), argv, run)
 
 
 def write_draft(folder: Path, config: DraftConfig, made: TableMade) -> None:

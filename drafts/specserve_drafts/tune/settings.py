@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Final, TypeVar, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
-from specserve.cli.flags import add_flags, flag_type, given
+from specserve.cli.flags import add_flags, default_text, flag_type, given
 from specserve.cli.parser import TARGET_HELP
 from specserve.config import TargetConfig, read_toml, unknown_setting
 from specserve.field_help import ENGINE_HELP
@@ -31,11 +31,11 @@ class RunSettings(CommandSettings, frozen=True, forbid_unknown_fields=True):
     """Settings common to all training runs."""
 
     HELP: ClassVar[dict[str, str]] = {
-        "minutes": "minutes of the run; 20 if neither this nor --tokens is given",
+        "minutes": "minutes of the run; not given: 20, or the limit of --tokens",
         "tokens": "answer tokens to learn from, repeats counted; instead of --minutes",
         "batch": "prompts that the target answers at once",
         "max_tokens": "most tokens of an answer",
-        "temperature": "sampling temperatures of the answers, used in turn (default: 0 0.7 0 1)",
+        "temperature": "sampling temperatures of the answers, used in turn",
         "seed": "seed of the order of prompts, of sampling and of initial weights, if any",
     }
     FREE: ClassVar[frozenset[str]] = _LIMITS | {"batch"}  # may change on resuming
@@ -74,6 +74,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[CommandSettings]) -
     hints = get_type_hints(kind)
     rules = {name: flag_type(hints[name])[0] for name in kind.__struct_fields__}
     lists = [name for name, rule in rules.items() if rule.get("action") == "append"]
+    defaults = {info.name: info.default for info in msgspec.structs.fields(kind)}
     for name in lists:  # a flag with several values instead of a repeatable one
         each = rules[name]["type"]
         parser.add_argument(
@@ -82,7 +83,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[CommandSettings]) -
             nargs="+",
             default=argparse.SUPPRESS,
             metavar="N" if each is int else "T",
-            help=kind.HELP[name],
+            help=kind.HELP[name] + default_text(defaults[name]),
         )
     add_flags(parser.add_argument_group("recipe"), kind, kind.HELP, skip=frozenset(lists))
     target_help = ENGINE_HELP | {"target": TARGET_HELP}
