@@ -24,6 +24,7 @@ from specserve.sampling import Sampler
 from specserve.speculation.cost_model import CostModel
 from specserve.speculation.drafter import DraftContext, Drafter, TargetLayers
 from specserve.speculation.failures import loading
+from specserve.speculation.interface_check import check_drafter, check_kv_spec
 from specserve.speculation.registry import create_drafters
 from specserve.text import Tokenizer
 from specserve.types import SamplingParams
@@ -74,10 +75,13 @@ def load_parts(
     platform = choose_platform(config.target)
     if config.target.threads is not None:
         torch.set_num_threads(config.target.threads)
-    vocab_size = ModelShape.from_dir(target).vocab_size
-    default_sampling = read_default_sampling(target, config.target.generation_config, vocab_size)
+    shape = ModelShape.from_dir(target)
+    recommended = config.target.generation_config
+    default_sampling = read_default_sampling(target, recommended, shape.vocab_size)
     on_stage("preparing the drafters")
     drafters = create_drafters(config.draft.draft, config.draft.options, target, resolve)
+    for name, drafter in drafters.items():
+        check_drafter(name, drafter, shape.num_layers)
     on_stage("loading the weights")
     model = load_model(
         target,
@@ -132,7 +136,7 @@ def _limits(
     kv_specs = {}
     for name, drafter in drafters.items():
         with loading(name):
-            if (spec := drafter.kv_spec(model.dtype)) is not None:
+            if (spec := check_kv_spec(name, drafter, drafter.kv_spec(model.dtype))) is not None:
                 kv_specs[name] = spec
     num_blocks = count_blocks(
         config.cache,

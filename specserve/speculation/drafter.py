@@ -181,7 +181,7 @@ class Drafter(Protocol):
 
     Options: ClassVar[type[DraftOptions]]
     aux_layers: tuple[int, ...]  # target layers whose hidden states it needs, see `Model`
-    needs_topk: int  # most likely next tokens per logits row that it needs
+    needs_topk: int  # most likely next tokens per logits row that it needs, 64 at most
 
     def __init__(self, options: DraftOptions, path: Path | None, target: Path) -> None:
         """`path` is the draft checkpoint, `target` the target's directory. Raises DraftError."""

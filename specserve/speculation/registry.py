@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from specserve.hub.resolve import base_name
 from specserve.models.fields import ModelError, read_json
 from specserve.speculation.drafter import Drafter, DraftError, DraftOptions
 from specserve.speculation.failures import loading
+from specserve.speculation.interface_check import check_class
 
 BUILTIN = {
     "none": "specserve.speculation.drafter:NoModelDrafter",
@@ -50,11 +51,11 @@ def expanded(specs: Sequence[str], target: Path) -> list[str]:
 
 
 def load_drafter(name: str) -> type[Drafter]:
-    """The class registered under `name`. Raises DraftError if there is none."""
+    """The class registered under `name`. Raises DraftError if there is none that can be made."""
     if name in BUILTIN:
-        return cast(type[Drafter], resolve_name(BUILTIN[name]))
+        return check_class(name, resolve_name(BUILTIN[name]))
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return cast(type[Drafter], point.load())
+        return check_class(name, point.load())
     known = ["auto", *drafter_names()]
     hint = _hint(name, known, "")
     raise DraftError(
