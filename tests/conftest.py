@@ -8,9 +8,8 @@ from eagle_heads import write_eagle
 from medusa_heads import write_medusa
 from tiny import EngineFactory, write_tiny_llama
 
-from specserve.config import load_config
 from specserve.engine.engine import Engine
-from specserve.engine.parts import load_parts
+from specserve_evals.engines import open_engine
 
 
 @pytest.fixture(scope="session")
@@ -39,22 +38,8 @@ def tiny_medusa(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_engine(tiny_model: Path) -> EngineFactory:
-    def make(
-        draft: str | list[str] = "none",
-        *,
-        target: Path | None = None,
-        kv_slots: int | None = None,
-        **more: Any,
-    ) -> Engine:
-        if kv_slots is not None:
-            parts = make(draft, target=target).parts
-            wanted = [each.kv_spec(parts.model.dtype) for each in parts.drafters.values()]
-            specs = [parts.model.kv_spec, *(spec for spec in wanted if spec is not None)]
-            more["kv_memory"] = str(kv_slots * sum(spec.bytes_per_slot for spec in specs))
-        drafts = [draft] if isinstance(draft, str) else draft
+    def make(draft: str | list[str] = "none", *, target: Path | None = None, **more: Any) -> Engine:
         settings = {"dtype": "float32", "device": "cpu", "kv_memory": "4MiB", **more}
-        directory = target or tiny_model
-        config = load_config({"target": str(directory), "draft": drafts, **settings})
-        return Engine(load_parts(config, directory, None))
+        return open_engine(target or tiny_model, draft, **settings)
 
     return make

@@ -91,6 +91,7 @@ SERVER_HELP: Final = {
 EVALS: Final = {  # modules of specserve_evals
     "acceptance": "tokens per forward pass of every draft, by budget and category; speed",
     "lossless": "whether a draft changes any token",
+    "conformance": "whether a drafter, your own for example, does what every drafter must",
     "perplexity": "perplexity of a text by weight format",
     "soak": "whether a server survives thousands of mixed requests",
     "two_keys": "whether a hostile API key slows down another",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from specserve.sequence import SequenceView
 from specserve.speculation.calibration import new_calibration
@@ -171,8 +172,10 @@ class ComposedDrafter:
             proposed = list(
                 self.drafters[name].propose(seqs, tuple(each.budget for each in chosen))
             )
+            drafter_ids, vocab_size = self._drafter_ids[name], self._vocab_size
             trees = [
-                self._checked(name, each, tree) for each, tree in zip(chosen, proposed, strict=True)
+                checked_tree(tree, each.seq, each.budget, vocab_size, drafter_ids)
+                for each, tree in zip(chosen, proposed, strict=True)
             ]
             self.counts.propose(trees)
             for each, tree in zip(chosen, trees, strict=True):
@@ -181,21 +184,6 @@ class ComposedDrafter:
             _record_time(self._controller.record_draft_time, name, started, seqs)
 
         self._failures.call(name, "propose", tuple(proposals), call)
-
-    def _checked(self, name: str, proposals: _Proposals, tree: DraftTree) -> DraftTree:
-        """A copy of a drafter's tree, which the drafter cannot change. Raises ValueError if it is
-        not valid for the sequence."""
-        tokens = np.array(tree.tokens, np.int32)
-        copy = DraftTree(
-            tokens,
-            np.array(tree.parents, np.int16),
-            np.array(tree.path_probs, np.float32),
-            self._drafter_ids[name][: len(tokens)],
-        )
-        copy.validate(self._vocab_size, proposals.budget)
-        if tokens[0] != proposals.seq.tokens[-1]:
-            raise ValueError("the root is not the sequence's last token")
-        return copy
 
     def _call_observe(self, name: str, feedback: Feedback) -> None:
         observe, failures = self.drafters[name].observe, self._failures
@@ -206,6 +194,30 @@ class ComposedDrafter:
     def _call_forget(self, name: str, seq_id: str) -> None:
         drafter = self.drafters[name]
         self._failures.call(name, "forget", [seq_id], lambda _: drafter.forget(seq_id))
+
+
+def checked_tree(
+    tree: DraftTree,
+    seq: SequenceView,
+    budget: int,
+    vocab_size: int,
+    drafter_ids: npt.NDArray[np.uint8],
+) -> DraftTree:
+    """A copy of a drafter's tree, which the drafter cannot change, with other `drafter_ids`.
+
+    Raises ValueError if it is not valid for the sequence.
+    """
+    tokens = np.array(tree.tokens, np.int32)
+    copy = DraftTree(
+        tokens,
+        np.array(tree.parents, np.int16),
+        np.array(tree.path_probs, np.float32),
+        drafter_ids[: len(tokens)],
+    )
+    copy.validate(vocab_size, budget)
+    if tokens[0] != seq.tokens[-1]:
+        raise ValueError("the root is not the sequence's last token")
+    return copy
 
 
 def _record_time(
