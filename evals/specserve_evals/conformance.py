@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = conformance_of(args)
         kind.setup_class()
     except ValueError as error:
-        print(f"conformance: error: {error}", file=sys.stderr)
+        print(f"specserve eval conformance: error: {error}", file=sys.stderr)
         return 2
     logger = logging.getLogger(failures.__name__)
     logger.disabled = True  # a failed call is a line of the report, not a traceback each time
