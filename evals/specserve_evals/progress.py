@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 Advance = Callable[[int, str], None]  # (items done since the last call, label of the current work)
-LINE_EVERY_S: Final = 30.0  # least seconds between two lines where stderr is not a terminal
+LINE_EVERY_S: Final = 4.0  # least seconds between two lines where stderr is not a terminal
 FILE_WIDTH: Final = 160  # columns where stdout is not a terminal
 
 
@@ -60,9 +60,11 @@ class _Lines:
         self._done += count
         if self._first is None:
             self._first = self._done, now
-        done = self._done - self._first[0]
-        if now - self._last >= LINE_EVERY_S and done:
-            left = (now - self._first[1]) / done * (self._total - self._done)
-            line = f"{self._done} of {self._total}, about {left / 60:.0f} min left: {label}"
+        if now - self._last >= LINE_EVERY_S:
+            estimate = ""
+            if done := self._done - self._first[0]:
+                left = (now - self._first[1]) / done * (self._total - self._done)
+                estimate = f", about {left / 60:.0f} min left"
+            line = f"{self._done} of {self._total}{estimate}: {label}"
             print(line, file=sys.stderr, flush=True)
             self._last = now

@@ -8,6 +8,7 @@ command is imported only when it runs, so that `--help` does not wait for torch.
 import codecs
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
@@ -24,6 +25,7 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command (default: that of `sys.argv`). Returns the exit code."""
+    started = time.monotonic()
     if argv is None:
         _leave_ascii()
     for stream in (sys.stdout, sys.stderr):
@@ -37,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"sampling defaults: {_default_sampling(config.target)}", file=sys.stderr)
             status = 0
         elif hasattr(args, "package"):  # of a layer above this one, so imported by name
-            status = int(import_module(f"{args.package}.{args.name}").main(args.arguments))
+            own = {"started": started} if args.command == "tune" else {}  # `--minutes` counts so
+            module = import_module(f"{args.package}.{args.name}")
+            status = int(module.main(args.arguments, **own))
         else:
             with without_gc():
                 command = import_module(f"specserve.cli.{args.command}")

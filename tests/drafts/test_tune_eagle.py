@@ -1,6 +1,7 @@
 """`specserve tune eagle`: the files it writes, resuming, and using the draft."""
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from tune_target import NUM_PROMPTS, prompts, write_predictable
+from tune_target import NUM_PROMPTS, assert_served, prompts, write_predictable
 
 from specserve.cli.main import main as specserve
 from specserve.llm import LLM
@@ -56,8 +57,8 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
     """The first point of the curve is measured before any training step."""
     arguments = command(folder, "--tokens", "8000", "--repeats", "20")
     assert specserve(["tune", "eagle", *arguments]) == 0
-    assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
     run, out = made(folder), folder / "out"
+    assert_served(capsys.readouterr().out, folder, run.gain)
     first, last = run.curve[0], run.curve[-1]
     assert (first.num_steps, first.num_tokens, first.loss) == (0, 0, None)
     assert last.num_tokens >= 8000
@@ -105,7 +106,8 @@ def test_hidden_states_recorded_with_answers_are_those_of_the_teacher(
 
     keeps, reads = teacher(), teacher()
     chats = [[{"role": "user", "content": text}] for text in prompts()]
-    texts = answers.Answers(llm, chats, settings, folder / "data", keeps, {}).shard(0)
+    made = answers.Answers(llm, chats, settings, folder / "data", keeps, {}, lambda _: None)
+    texts = made.shard(0)
     assert len(texts) > 1
     monkeypatch.setattr(keeps, "_pass", pytest.fail)
     kept, read = keeps.read(texts), reads.read(texts)
@@ -173,13 +175,14 @@ def test_answers_can_be_made_ahead(
     """Two processes make them; the training run then makes no more."""
     for part in ("1/2", "2/2"):
         assert eagle.main(command(folder, "--answer", "24", "--part", part)) == 0
+        assert "prompts answered; train on them without --answer" in capsys.readouterr().out
     written = {file.name for file in (folder / "out" / "data").iterdir()}
     shards = {f"shard-{index:05}.safetensors" for index in range(3)}
     assert written == {"held_out.safetensors", "settings.json"} | shards
     assert eagle.main(command(folder, "--tokens", "100", "--seed", "1")) == 2
     assert "seed: 1, and the answers in" in capsys.readouterr().err
     (folder / "out" / "state.json").unlink()
-    monkeypatch.setattr(answers.Answers, "answer", pytest.fail)
+    monkeypatch.setattr(answers, "answer_all", pytest.fail)
     assert eagle.main(command(folder, "--tokens", "100")) == 0
     assert len(state(folder / "out").passes) == 3
     with pytest.raises(SystemExit):
@@ -259,11 +262,15 @@ def test_texts_may_be_as_long_as_the_context(folder: Path) -> None:
 
 def test_the_limit_in_minutes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run takes the given time, however many tokens that is."""
-    monkeypatch.setattr(EagleSettings, "seconds", 3)
+    monkeypatch.setattr(EagleSettings, "seconds", 6)
+    started = time.monotonic()
     assert eagle.main(command(folder, "--minutes", "1", "--share", "0.2")) == 0
-    end = state(folder / "out")
-    assert end.answering + end.training >= 2.5
+    assert 4 < time.monotonic() - started < 6.6
+    end, run = state(folder / "out"), made(folder)
+    assert end.num_steps > 3
     assert len(end.passes) >= 1
+    assert end.answering + end.training + end.checking < end.seconds < run.curve[-1].seconds + 1
+    assert run.gain.num_prompts >= 1
 
 
 @pytest.mark.parametrize(

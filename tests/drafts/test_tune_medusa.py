@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import TINY_VOCAB
-from tune_target import NUM_PROMPTS, prompts, write_predictable
+from tune_target import NUM_PROMPTS, assert_served, prompts, write_predictable
 
 from specserve.cli.main import main as specserve
 from specserve.config import TargetConfig
@@ -67,9 +67,9 @@ def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -
     """The first point of the curve is measured before any training step."""
     arguments = command(folder, "--tokens", "16000", "--repeats", "20")
     assert specserve(["tune", "medusa", *arguments]) == 0
-    assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
     out = folder / "out"
     run = msgspec.json.decode((out / "provenance.json").read_bytes(), type=HeadMade)
+    assert_served(capsys.readouterr().out, folder, run.gain)
     first, last = run.curve[0], run.curve[-1]
     assert (run.method, first.num_steps, first.loss) == ("medusa", 0, None)
     assert last.num_tokens >= 16000

@@ -1,21 +1,24 @@
 """`specserve tune recycle`: the files it writes, resuming, and using the draft."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from tiny_chat import write_tiny_chat
+from tune_target import assert_served
 
 from specserve.cli.main import main as specserve
 from specserve.llm import LLM
 from specserve.types import SamplingParams
 from specserve_drafts.recycle.topk_table import TABLE_FILE, TopKTable
-from specserve_drafts.tune import prompt_file, recycle
+from specserve_drafts.tune import clock, prompt_file, recycle
 from specserve_drafts.tune.prompt_file import NGRAM, training_prompts
-from specserve_drafts.tune.recycle import TableMade
+from specserve_drafts.tune.recycle import RecycleSettings, TableMade
 from specserve_drafts.tune.run_state import LOCK, claimed
+from specserve_evals import progress
 
 FLAGS = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "128", "--max-tokens", "12"]
 
@@ -42,13 +45,13 @@ def made(folder: Path) -> TableMade:
 
 
 def test_a_run_makes_a_draft(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert specserve(["tune", "recycle", *command(folder, "--tokens", "150")]) == 0
-    assert "tokens per forward pass on held-out prompts" in capsys.readouterr().out
+    arguments = command(folder, "--tokens", "150", "--batch", "4")
+    assert specserve(["tune", "recycle", *arguments]) == 0
     run, out = made(folder), folder / "out"
-    assert run.num_tokens >= 150
-    assert run.held_out_tau >= 1.0
+    assert_served(capsys.readouterr().out, folder, run.gain)
+    assert 150 <= run.num_tokens < 150 + 4 * 12
     assert [point.num_tokens for point in run.curve][-1] == run.num_tokens
-    assert len(run.curve) == run.num_prompts / 8 >= 2
+    assert len(run.curve) == 2
     assert all(point.tau >= 1.0 and point.num_contexts > 0 for point in run.curve)
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert run.provenance.command in (out / "README.md").read_text()
@@ -104,6 +107,52 @@ def test_a_stopped_run_is_resumed(
     assert tables[0].num_filled > 300
 
 
+def test_the_limit_in_minutes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole command takes the given time, and a resumed one what is left of it."""
+    monkeypatch.setattr(RecycleSettings, "seconds", 5)
+    started = time.monotonic()
+    assert recycle.main(command(folder, "--minutes", "1")) == 0
+    assert 3.5 < time.monotonic() - started < 5.5
+    first = made(folder)
+    assert first.gain.num_prompts >= 1
+    monkeypatch.setattr(RecycleSettings, "seconds", 7)
+    resumed = time.monotonic()
+    assert recycle.main(command(folder, "--minutes", "1", "--resume")) == 0
+    assert time.monotonic() - resumed < 4
+    assert made(folder).num_tokens > first.num_tokens
+
+
+def test_progress_moves_whatever_the_run_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(clock, "SHOW_EVERY_S", 0.001)
+    assert recycle.main(command(folder, "--tokens", "300", "--batch", "1")) == 0
+    lines = capsys.readouterr().err.splitlines()
+    done = [int(line.split()[0]) for line in lines]
+    assert done == sorted(done)
+    assert len(set(done)) > 20
+    assert all(any(word in line for line in lines) for word in ("loading", "tau", "measuring"))
+
+
+def test_the_table_is_saved_while_answers_grow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no pause between two saves, after every forward pass."""
+    monkeypatch.setattr(recycle, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(recycle, "draw_curve", lambda *_: None)
+    save, saved = TopKTable.save, list[Path]()
+
+    def count(table: TopKTable, path: Path) -> None:
+        save(table, path)
+        saved.append(path)
+
+    monkeypatch.setattr(TopKTable, "save", count)
+    assert recycle.main(command(folder, "--tokens", "20", "--batch", "1")) == 0
+    assert len(saved) > 10
+    assert len(made(folder).curve) == 1  # of two answers, the first was greedy
+
+
 def test_two_runs_in_one_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with claimed(folder / "out"):
         assert recycle.main(command(folder, "--tokens", "50")) == 2
@@ -121,6 +170,7 @@ def test_two_runs_in_one_directory(folder: Path, capsys: pytest.CaptureFixture[s
         (["--contexts", "1000"], "contexts: 1000"),
         (["--max-tokens", "200", "--tokens", "9"], "none of 8 was answered: max_tokens"),
         (["--out", "prompts.jsonl"], "out: prompts.jsonl cannot be used: "),
+        (["--out", "a,b"], "out: a,b has a comma"),
     ],
 )
 def test_error_messages(

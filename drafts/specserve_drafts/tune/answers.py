@@ -5,7 +5,10 @@ on its prompt's number and the seed alone, so several processes can share the wo
 uses the shards of an earlier one.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,11 +22,12 @@ from specserve.llm import LLM
 from specserve.speculation.drafter import Feedback
 from specserve.types import RequestError
 from specserve_drafts.atomic_write import write_json
+from specserve_drafts.tune.answering import answer_all
 from specserve_drafts.tune.head_settings import HeadSettings
 from specserve_drafts.tune.teacher import Teacher
 from specserve_drafts.tune.texts import Text, read_texts, write_texts
 
-SHARD_PROMPTS: Final = 64  # prompts of a shard, which take less than a minute to answer
+SHARD_PROMPTS: Final = 64  # prompts of a shard
 _COUNTED_PROMPTS: Final = 4000  # prompts whose tokens `prompt_counts` counts
 _SETTINGS: Final = "settings.json"
 _DEPENDS_ON: Final = (
@@ -49,9 +53,10 @@ class Answers:
         folder: Path,
         teacher: Teacher | None,
         lasting: Mapping[str, Any],  # see `settings.lasting_settings`
+        tick: Callable[[int], None],  # see `answer_all`
     ) -> None:
         self._llm, self._prompts, self._settings = llm, prompts, settings
-        self._folder, self._teacher = folder, teacher
+        self._folder, self._teacher, self._tick = folder, teacher, tick
         # Tokens and hidden states, by sequence id.
         self._rows: dict[str, tuple[Sequence[int], list[Tensor]]] = {}
         if teacher is not None and llm.engine.platform.exact:
@@ -64,33 +69,36 @@ class Answers:
         """Whether the shard is on disk, answered by this run or by another."""
         return self._path(index).exists()
 
-    def shard(self, index: int) -> list[Text]:
-        """The shard's texts from disk; answers them first if missing."""
+    def shard(self, index: int, until: float = math.inf) -> list[Text]:
+        """The shard's texts from disk; answers them first if missing, until a point in time."""
         if not self.has(index):
-            self.answer([index])
+            list(self.answer([index], until))
         return read_texts(self._path(index))
 
-    def answer(self, shards: Sequence[int]) -> None:
-        """Answer the prompts of several shards together and write the shards."""
-        numbers = [
+    def answer(self, shards: Sequence[int], until: float = math.inf) -> Iterator[int]:
+        """Answer the prompts of several shards, and write each when it is complete, or what there
+        is of it at `until` (`time.monotonic()`). Yields the indices of those written."""
+        numbers = (
             number
             for index in shards
             for number in range(index * SHARD_PROMPTS, (index + 1) * SHARD_PROMPTS)
-        ]
-        answers = self._answer(self._settings, self._prompts, numbers)
-        for place, index in enumerate(shards):
-            own = answers[place * SHARD_PROMPTS : (place + 1) * SHARD_PROMPTS]
-            write_texts(self._path(index), [text for text in own if text is not None])
+        )
+        answers = self._answer(self._settings, self._prompts, numbers, until)
+        with closing(answers):
+            for index in shards:
+                own = islice(answers, SHARD_PROMPTS)
+                write_texts(self._path(index), [text for text in own if text is not None])
+                yield index
 
     def _path(self, index: int) -> Path:
         return self._folder / f"shard-{index:05}.safetensors"
 
-    def held_out(self, prompts: Sequence[Messages]) -> list[Text]:
+    def held_out(self, prompts: Sequence[Messages], until: float = math.inf) -> list[Text]:
         """Greedy answers to the held-out prompts, from disk if they are there."""
         path = self._folder / "held_out.safetensors"
         if not path.exists():
             greedy = msgspec.structs.replace(self._settings, temperature=(0.0,))
-            answers = self._answer(greedy, prompts, range(len(prompts)))
+            answers = self._answer(greedy, prompts, range(len(prompts)), until)
             write_texts(path, [text for text in answers if text is not None])
         return read_texts(path)
 
@@ -106,25 +114,25 @@ class Answers:
         return counts / counts.sum().clamp_min(1)
 
     def _answer(
-        self, settings: HeadSettings, prompts: Sequence[Messages], numbers: Sequence[int]
-    ) -> list[Text | None]:
+        self,
+        settings: HeadSettings,
+        prompts: Sequence[Messages],
+        numbers: Iterable[int],
+        until: float,
+    ) -> Generator[Text | None, None, None]:
         """The answers to prompts of these numbers; None where there is no room for an answer."""
-        sampling = [settings.sampling(number) for number in numbers]
-        answers = self._llm.generate([prompts[n % len(prompts)] for n in numbers], sampling)
-        for ids, rows in self._rows.values():
-            assert self._teacher is not None
-            tokens = np.array(ids[: settings.max_len - 1], np.int32)
-            known = torch.cat(rows)[: len(tokens)]
-            self._teacher.keep(tokens[: len(known)], known)
-        self._rows = {}
-        texts: list[Text | None] = []
-        for answer in answers:
-            num_prompt = len(answer.prompt_ids)
-            tokens = np.array([*answer.prompt_ids, *answer.token_ids], np.int32)
-            text = Text(tokens[: settings.max_len], num_prompt)
-            served = answer.error is None and num_prompt >= 2 and text.num_answer >= 1
-            texts.append(text if served else None)
-        return texts
+        jobs = ((prompts[n % len(prompts)], settings.sampling(n)) for n in numbers)
+        with closing(answer_all(self._llm, jobs, self._tick, until)) as answers:
+            for answer in answers:
+                ids, rows = self._rows.pop(answer.id, ((), []))
+                if rows and self._teacher is not None:
+                    known = torch.cat(rows)[: settings.max_len - 1]
+                    self._teacher.keep(np.array(ids[: len(known)], np.int32), known)
+                num_prompt = len(answer.prompt_ids)
+                tokens = np.array([*answer.prompt_ids, *answer.token_ids], np.int32)
+                text = Text(tokens[: settings.max_len], num_prompt)
+                served = answer.error is None and num_prompt >= 2 and text.num_answer >= 1
+                yield text if served else None
 
     def _observe(self, feedback: Feedback) -> None:
         """Collect the hidden states of committed tokens, in order. A sequence that was preempted is

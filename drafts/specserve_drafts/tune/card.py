@@ -8,6 +8,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from specserve_drafts.atomic_write import atomic_write, write_json
+from specserve_drafts.tune.gain import Gain
 from specserve_evals import provenance
 
 CURVE: Final = "curve.png"
@@ -21,6 +22,7 @@ class Made(Struct, frozen=True):
     settings: dict[str, Any]
     num_prompts: int
     num_excluded: int
+    gain: Gain
 
 
 def write_card(
@@ -40,7 +42,7 @@ def write_card(
         "",
         about,
         "",
-        *(f"- {fact}" for fact in (*facts, excluded)),
+        *(f"- {fact}" for fact in (*facts, f"{made.gain}, greedy", excluded)),
         "",
         note,
         "",

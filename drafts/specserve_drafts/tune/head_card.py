@@ -18,7 +18,7 @@ class HeadPoint(Struct, frozen=True):
     num_steps: int
     num_tokens: int  # answer tokens trained on, repeats counted
     num_answered: int  # answer tokens generated
-    seconds: int  # of answering and training
+    seconds: int  # since the run began
     loss: float | None
     accepted: tuple[float, ...]  # acceptance probability per chain step, at temperature 1
     coverage: float | None  # the target's probability mass on the draft vocabulary

@@ -1,5 +1,6 @@
 """A training run: alternates between generating answers and training steps, saves its state every
-half minute, and exports the head whenever a check finds it to be the best so far.
+half minute, and exports the head whenever a check finds it to be the best so far. It ends early
+enough that all of the command is done when its time is up.
 
 All randomness is a function of the seed and of the run's progress, so a run that was killed repeats
 the same steps after resuming.
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specserve.cli.progress import show_progress
 from specserve.config import TargetConfig
 from specserve.hub import resolve
 from specserve.llm import LLM
@@ -26,6 +26,7 @@ from specserve.models.shape import ModelShape
 from specserve_drafts.atomic_write import write_json
 from specserve_drafts.tune.answers import SHARD_PROMPTS, Answers
 from specserve_drafts.tune.card import check_curve
+from specserve_drafts.tune.clock import SAVE_EVERY_S, Clock, Progress
 from specserve_drafts.tune.command import open_llm
 from specserve_drafts.tune.head_card import HeadPoint, draw_head_curve
 from specserve_drafts.tune.head_settings import HeadSettings
@@ -39,9 +40,10 @@ from specserve_drafts.tune.texts import Text, batches, whole_texts
 from specserve_drafts.tune.vocabulary import draft_vocabulary
 from specserve_evals.progress import track
 
-SAVE_EVERY_S: Final = 30.0
+# Shares of the time that answers may take before the first training step.
+_HELD_OUT_SHARE: Final = 0.1
+_FIRST_SHARD_SHARE: Final = 0.25
 DATA: Final = "data"  # subdirectory of the output directory with the answers
-_BATCHES_AT_ONCE: Final = 2  # batches answered between two saves with --answer
 
 
 class Run:
@@ -53,13 +55,20 @@ class Run:
         settings: HeadSettings,
         target: TargetConfig,
         method: Method,
+        clock: Clock,
+        progress: Progress,
     ) -> None:
         self.settings, self._out, self._method = settings, args.out, method
+        self._clock, self._progress = clock, progress
         check_curve()
         prompts = training_prompts(args.prompts, args.exclude, settings.seed)
         self.num_excluded, self._num_prompts = prompts.num_excluded, len(prompts.learned)
         lasting = lasting_settings(args, settings, target)
         self.state = open_state(State, args.out, lasting, resume=args.resume)
+        clock.resume(self.state.seconds)
+        self._num_generated = 0
+        # The longest time that one took, to know what there is time for.
+        self._check_s = self._save_s = self._shard_s = 0.0
         self.llm = open_target(settings, target)
         self._target, platform = resolve(target.target), self.llm.engine.platform
         shape, quantization = self.llm.engine.shape, self.llm.config.target.quantization
@@ -68,20 +77,24 @@ class Run:
         if not args.resume:
             write_json(args.out / STATE, self.state)
         folder = args.out / DATA
-        self._answers = Answers(self.llm, prompts.learned, settings, folder, self._teacher, lasting)
+        self._answers = Answers(
+            self.llm, prompts.learned, settings, folder, self._teacher, lasting, self._tick
+        )
+        self.held_out = prompts.held_out
         with self._timed("answering"):
-            held_out = self._answers.held_out(prompts.held_out)
+            held_out = self._answers.held_out(prompts.held_out, self._clock.within(_HELD_OUT_SHARE))
             self._counts = torch.zeros(shape.vocab_size, dtype=torch.int64)
             for index in range(len(self.state.passes)):
                 self._count_tokens(self._answers.shard(index))
             if not self.state.passes:
-                self._add_shard()
+                self._add_shard(self._clock.within(_FIRST_SHARD_SHARE))
                 while self._answers.has(len(self.state.passes)):  # answered by an earlier run
                     self._add_shard()
         if not held_out:
             raise ValueError(f"max_len: {settings.max_len} has no room for the prompts' answers")
+        self.show("preparing the heads")
         self.trainer = self._trainer()
-        self._held_out = self.trainer.hold_out(held_out)
+        self._held = self.trainer.hold_out(held_out)
         self._recent: list[Stepped] = []
         self._parts: list[list[Text]] = []  # batches of the shard that is trained on
 
@@ -92,34 +105,47 @@ class Run:
 
     def learn(self) -> None:
         """Train until the limit of time or tokens, then check and save."""
-        limit = self.settings.tokens or self.settings.seconds
+        if not self.state.curve:
+            self._check()  # of the untrained heads
+        self._save()
         saved = time.monotonic()
-        with track(limit) as advance:
-            advance(min(self._done, limit), "training")
-            if not self.state.curve:
-                self._check()  # of the untrained heads
-            while (before := self._done) < limit:
-                if self._wants_answers():
-                    with self._timed("answering"):
-                        self._add_shard()
-                else:
-                    with self._timed("training"):
-                        self._train(before / limit)
-                    if self.state.num_steps % self.settings.check_every == 0:
-                        self._check()
-                if time.monotonic() - saved >= SAVE_EVERY_S:
-                    self._save()
-                    saved = time.monotonic()
-                advance(min(self._done, limit) - min(before, limit), self._label())
+        while self.progress < 1:
+            if self._wants_answers() and self._left() > self._shard_s:
+                with self._timed("answering"):
+                    self._add_shard(time.monotonic() + self._left())
+            else:
+                with self._timed("training"):
+                    self._train(self.progress)
+                if self.state.num_steps % self.settings.check_every == 0:
+                    self._check()
+            if time.monotonic() - saved >= SAVE_EVERY_S:
+                self._save()
+                saved = time.monotonic()
+            self.show(self._label())
         if self.state.curve[-1].num_steps < self.state.num_steps:
             self._check()
         self._save()
 
+    def show(self, label: str) -> None:
+        self._progress(self.state.num_tokens, label)
+
     @property
-    def _done(self) -> int:
-        """Progress in the unit of the limit: tokens, else seconds."""
-        state = self.state
-        return state.num_tokens if self.settings.tokens else round(state.answering + state.training)
+    def progress(self) -> float:
+        """The fraction of the training that is done. If the time is limited: of the time that there
+        will have been for training, not for answers."""
+        if self.settings.tokens:
+            return self.state.num_tokens / self.settings.tokens
+        left = self._left() * (1 - self.settings.share)
+        return self.state.training / (self.state.training + left) if left else 1.0
+
+    def _left(self) -> float:
+        """Seconds until the last check has to begin."""
+        closing = self._check_s + self._save_s
+        return max(0.0, self._clock.end_of_learning - closing - time.monotonic())
+
+    def _tick(self, num_tokens: int) -> None:
+        self._num_generated += num_tokens
+        self.show(f"answering, {self._num_generated} tokens")
 
     def _wants_answers(self) -> bool:
         """Whether to answer another shard next, rather than train."""
@@ -130,10 +156,11 @@ class Run:
         share = settings.share * (state.answering + state.training)
         return settings.share > 0 and (learned or state.answering < share)
 
-    def _add_shard(self) -> None:
+    def _add_shard(self, until: float = math.inf) -> None:
         """Answer the next shard, or read it from disk, and count its tokens."""
-        index = len(self.state.passes)
-        texts = self._answers.shard(index)
+        index, started = len(self.state.passes), time.monotonic()
+        texts = self._answers.shard(index, until)
+        self._shard_s = max(self._shard_s, time.monotonic() - started)
         if not texts:
             raise ValueError(
                 f"prompts: none of {SHARD_PROMPTS} was answered within max_len "
@@ -191,13 +218,14 @@ class Run:
                 f"loss is no number by step {state.num_steps}; {self._out} has the best head so "
                 "far, begin another with lower ones"
             )
-        with self._timed("training"):
-            checked = self.trainer.check(self._held_out)
+        started = time.monotonic()
+        with self._timed("checking"):
+            checked = self.trainer.check(self._held)
         point = HeadPoint(
             num_steps=state.num_steps,
             num_tokens=state.num_tokens,
             num_answered=state.num_answered,
-            seconds=round(state.answering + state.training),
+            seconds=round(self._clock.seconds),
             loss=loss,
             accepted=accepted,
             coverage=coverage,
@@ -209,9 +237,13 @@ class Run:
         self._recent = []
         self._update(curve=(*state.curve, point))
         draw_head_curve(self._out, self.state.curve)
+        self._check_s = max(self._check_s, time.monotonic() - started)
 
     def _save(self) -> None:
+        started = time.monotonic()
+        self._update(seconds=self._clock.seconds)
         self.state = save(self._out, self.state, self.trainer.tensors())
+        self._save_s = max(self._save_s, time.monotonic() - started)
 
     def _trainer(self) -> Trainer:
         texts, saved = self._answers.shard(0), load_tensors(self._out, self.state)
@@ -232,8 +264,8 @@ class Run:
         return f"{label}, c_1 {point.conditional[0]:.2f}"
 
     @contextmanager
-    def _timed(self, what: Literal["answering", "training"]) -> Iterator[None]:
-        """Add the time of the context to `state.answering` or `state.training`."""
+    def _timed(self, what: Literal["answering", "training", "checking"]) -> Iterator[None]:
+        """Add the time of the context to that field of the state."""
         started = time.perf_counter()
         yield
         seconds = getattr(self.state, what) + time.perf_counter() - started
@@ -243,30 +275,38 @@ class Run:
         self.state = msgspec.structs.replace(self.state, **changes)
 
 
-def answer(args: argparse.Namespace, settings: HeadSettings, target: TargetConfig) -> None:
+def answer(args: argparse.Namespace, settings: HeadSettings, target: TargetConfig) -> int:
     """Answer the first `args.answer` prompts, or this process's part of them, without training.
-    Raises ValueError."""
+
+    Returns the number of prompts. Raises ValueError.
+    """
     prompts = training_prompts(args.prompts, args.exclude, settings.seed)
     lasting = lasting_settings(args, settings, target)
     llm = open_target(settings, target)
-    answers = Answers(llm, prompts.learned, settings, args.out / DATA, None, lasting)
     part, num_parts = args.part or (1, 1)
-    if part == 1:
-        answers.held_out(prompts.held_out)
     mine = range(part - 1, -(-args.answer // SHARD_PROMPTS), num_parts)
-    missing = [index for index in mine if not answers.has(index)]
-    step = max(1, _BATCHES_AT_ONCE * settings.batch // SHARD_PROMPTS)
-    with track(len(missing) * SHARD_PROMPTS) as advance:
-        for start in range(0, len(missing), step):
-            answers.answer(missing[start : start + step])
-            advance(len(missing[start : start + step]) * SHARD_PROMPTS, "answering")
+    with track(len(mine) * SHARD_PROMPTS) as advance:
+        num_tokens = 0
+
+        def tick(more: int) -> None:
+            nonlocal num_tokens
+            num_tokens += more
+            advance(0, f"answering, {num_tokens} tokens")
+
+        answers = Answers(llm, prompts.learned, settings, args.out / DATA, None, lasting, tick)
+        if part == 1:
+            answers.held_out(prompts.held_out)
+        missing = [index for index in mine if not answers.has(index)]
+        advance((len(mine) - len(missing)) * SHARD_PROMPTS, "answering")
+        for _ in answers.answer(missing):
+            advance(SHARD_PROMPTS, f"answering, {num_tokens} tokens")
+    return len(mine) * SHARD_PROMPTS
 
 
 def open_target(settings: HeadSettings, target: TargetConfig) -> LLM:
     """An engine that runs `settings.batch` sequences together, each as long as training needs."""
     if target.max_model_len is None:
-        with show_progress() as progress:
-            shape = ModelShape.from_dir(resolve(target.target, progress=progress))
+        shape = ModelShape.from_dir(resolve(target.target))
         needed = min(shape.max_position_embeddings, settings.max_len + settings.max_tokens)
         target = msgspec.structs.replace(target, max_model_len=needed)
     return open_llm(target, settings.batch, draft="none")

@@ -21,8 +21,10 @@ class State(RunState, frozen=True):
     passes: tuple[int, ...] = ()  # training passes over each shard, the current one included
     shard: int = -1  # the one being trained on; -1: none
     cursor: int = 0  # batches of that shard that are done
-    answering: float = 0.0  # seconds
-    training: float = 0.0  # seconds, checks included
+    seconds: float = 0.0  # of all commands of the run
+    answering: float = 0.0  # seconds of these
+    training: float = 0.0
+    checking: float = 0.0
     curve: tuple[HeadPoint, ...] = ()
     tensors: str | None = None  # name of the tensors' file in the same directory
 

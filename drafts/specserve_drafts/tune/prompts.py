@@ -5,15 +5,26 @@ with a typical user message (Magpie, Xu et al. 2024, arXiv 2406.08464).
 """
 
 import argparse
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import ClassVar, Final, TextIO
 
 import msgspec
 
+from specserve.config import TargetConfig
 from specserve.llm import LLM
 from specserve.types import SamplingParams
-from specserve_drafts.tune.command import new_parser, open_llm, run_command
+from specserve_drafts.tune.answering import answer_all
+from specserve_drafts.tune.command import (
+    fetch,
+    new_parser,
+    open_llm,
+    run_command,
+    target_words,
+)
 from specserve_drafts.tune.settings import (
     CommandSettings,
     Count,
@@ -23,9 +34,7 @@ from specserve_drafts.tune.settings import (
 from specserve_evals.progress import track
 from specserve_evals.runs import at_least_one
 
-# Attempts of one round, as a multiple of `batch`. Rounds are long because the batch is not full
-# while the last attempts of a round finish.
-_AT_ONCE: Final = 8
+_BARREN: Final = 256  # attempts that may make nothing new, one after the other
 _SHORTEST: Final = 3  # words of a prompt that is kept
 
 
@@ -62,23 +71,26 @@ def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
     return same.index(False) if False in same else len(same)
 
 
-def own_prompts(llm: LLM, numbers: range, sampling: SamplingParams) -> list[str]:
-    """Generate prompts, attempt n with seed + n.
+def own_prompts(
+    llm: LLM, sampling: SamplingParams, tick: Callable[[int], None]
+) -> Generator[str | None, None, None]:
+    """Generate prompts without end, attempt n with seed + n. `tick` is that of `answer_all`.
 
-    Attempts that do not end within max_tokens, or are shorter than _SHORTEST words, are dropped.
-    `sampling.seed` must be set. Raises ValueError if the engine refuses the first attempt.
+    None stands for an attempt that does not end within max_tokens, or is shorter than _SHORTEST
+    words. `sampling.seed` must be set. Raises ValueError if the engine refuses an attempt.
     """
     prefix, end = template_around_user(llm)
     assert sampling.seed is not None
-    params = [
-        msgspec.structs.replace(sampling, seed=sampling.seed + n, stop_token_ids=(end,))
-        for n in numbers
-    ]
-    generations = llm.generate([prefix] * len(numbers), params)
-    if error := generations[0].error:
-        raise ValueError(error)
-    made = [each.text.strip() for each in generations if each.finish_reason == "stop"]
-    return [text for text in made if len(text.split()) >= _SHORTEST]
+    seeds = count(sampling.seed)
+    stopping = msgspec.structs.replace(sampling, stop_token_ids=(end,))
+    jobs = ((prefix, msgspec.structs.replace(stopping, seed=seed)) for seed in seeds)
+    for answer in answer_all(llm, jobs, tick):
+        if answer.error is not None:
+            raise ValueError(answer.error)
+        ids = answer.token_ids
+        text = llm.tokenizer.decode(ids[:-1] if ids[-1:] == [end] else ids).strip()
+        whole = answer.finish_reason == "stop" and len(text.split()) >= _SHORTEST
+        yield text if whole else None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,45 +109,63 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], started: float | None = None) -> int:
+    """`started` is that of the other commands, and has no meaning here."""
     return run_command(build_parser(), argv, run)
 
 
 def run(args: argparse.Namespace) -> str:
     """Write `args.count` prompts to the new file `args.out`. Raises ValueError."""
     settings, target = read_settings(args, PromptSettings)
+    fetch(target)
     try:
         file = args.out.open("x", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"out: {args.out} cannot be made: {error.strerror}") from error
     with file:
         try:
-            _write(open_llm(target, settings.batch, draft="none"), settings, args.count, file)
+            llm = open_llm(target, settings.batch, draft="none")
+            attempts = _write(llm, settings, args.count, file)
         finally:
             if not file.tell():
                 args.out.unlink()  # so that the same command can be run again
-    return f"{args.out}: {args.count} prompts"
+    default = target == TargetConfig()
+    flags = "" if default else f"--target {target_words(target)} "
+    return (
+        f"{args.out}: {args.count} prompts of {attempts} attempts; "
+        f"specserve tune recycle {flags}--prompts {shlex.quote(str(args.out))} --out DIR"
+    )
 
 
-def _write(llm: LLM, settings: PromptSettings, count: int, file: TextIO) -> None:
-    """Write each different prompt to `file` once, in the order of the attempts."""
-    temperature = settings.temperature
+def _write(llm: LLM, settings: PromptSettings, wanted: int, file: TextIO) -> int:
+    """Write each different prompt to `file` once, in the order of the attempts. Returns their
+    number."""
+    temperature, num_tokens, attempts = settings.temperature, 0, 0
     sampling = SamplingParams(
         temperature=temperature, max_tokens=settings.max_tokens, seed=settings.seed
     )
     known: set[str] = set()
-    first, step = 0, _AT_ONCE * settings.batch
-    with track(count) as advance:
-        while len(known) < count:
-            made = own_prompts(llm, range(first, first + step), sampling)
-            new = [text for text in dict.fromkeys(made) if text not in known]
-            if not new:
-                raise ValueError(
-                    f"temperature: {step} attempts at {temperature} made nothing new; raise it"
-                )
-            new = new[: count - len(known)]
-            known.update(new)
-            file.writelines(msgspec.json.encode({"prompt": t}).decode() + "\n" for t in new)
-            first += step
-            file.flush()
-            advance(len(new), f"{first} attempts")
+    with track(wanted) as advance:
+
+        def tick(more: int) -> None:
+            nonlocal num_tokens
+            num_tokens += more
+            advance(0, f"{attempts} attempts, {num_tokens} tokens")
+
+        with closing(own_prompts(llm, sampling, tick)) as made:
+            last = 0  # the last attempt that made something new
+            for attempts, text in enumerate(made, 1):
+                if text is not None and text not in known:
+                    known.add(text)
+                    last = attempts
+                    file.write(msgspec.json.encode({"prompt": text}).decode() + "\n")
+                    file.flush()
+                    advance(1, f"{attempts} attempts, {num_tokens} tokens")
+                if len(known) == wanted:
+                    break
+                if attempts - last == _BARREN:
+                    raise ValueError(
+                        f"temperature: {_BARREN} attempts at {temperature} made nothing new; "
+                        "raise it"
+                    )
+    return attempts

@@ -50,6 +50,8 @@ def claimed(directory: Path) -> Iterator[None]:
     releases the lock when a process dies, even if the lock file remains.
     """
     path = directory / LOCK
+    if "," in str(directory):
+        raise ValueError(f"out: {directory} has a comma, which --draft takes as the end of a name")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = path.open("w", encoding="utf-8")

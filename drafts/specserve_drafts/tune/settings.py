@@ -31,7 +31,8 @@ class RunSettings(CommandSettings, frozen=True, forbid_unknown_fields=True):
     """Settings common to all training runs."""
 
     HELP: ClassVar[dict[str, str]] = {
-        "minutes": "minutes of the run; not given: 20, or the limit of --tokens",
+        "minutes": "minutes of the whole command, those of the commands that it resumes "
+        "included; not given: 20, or the limit of --tokens",
         "tokens": "answer tokens to learn from, repeats counted; instead of --minutes",
         "batch": "prompts that the target answers at once",
         "max_tokens": "most tokens of an answer",
@@ -52,6 +53,11 @@ class RunSettings(CommandSettings, frozen=True, forbid_unknown_fields=True):
             raise ValueError("minutes: not together with tokens; give one of them")
         if not self.temperature or any(not 0 <= t <= 2 for t in self.temperature):
             raise ValueError(f"temperature: {list(self.temperature)}; expected some of 0 to 2")
+
+    @property
+    def limit(self) -> int:
+        """Of tokens, or else of seconds."""
+        return self.tokens or self.seconds
 
     @property
     def seconds(self) -> int:
