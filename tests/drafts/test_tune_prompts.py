@@ -7,6 +7,7 @@ import pytest
 from tiny_chat import write_tiny_chat
 
 from specserve.cli.main import main as specserve
+from specserve_drafts.tune.prompt_file import training_prompts
 
 
 def test_a_target_generates_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,6 +18,9 @@ def test_a_target_generates_prompts(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(set(prompts)) == 20
     assert not any("<|im" in prompt or prompt != prompt.strip() for prompt in prompts)
     assert all(len(prompt.split()) >= 3 for prompt in prompts)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"; specserve tune recycle --prompts {out} --out DIR")
+    assert len(training_prompts(out, [], seed=0).held_out) == 5
     questions = [prompt for prompt in prompts if "?" in prompt or "I" in prompt.split()]
     assert len(questions) > 8
     assert specserve(command) == 2

@@ -153,6 +153,17 @@ def test_the_table_is_saved_while_answers_grow(
     assert len(made(folder).curve) == 1  # of two answers, the first was greedy
 
 
+def test_few_prompts_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of them is held out; `specserve tune prompts` may have made them."""
+    monkeypatch.setattr(prompt_file, "HELD_OUT", 32)
+    for num_prompts, held_out in ((20, 5), (2, 1)):
+        (folder / "prompts.jsonl").write_text("\n".join(f'"w{n}"' for n in range(num_prompts)))
+        prompts = training_prompts(folder / "prompts.jsonl", [], seed=0)
+        assert (len(prompts.learned), len(prompts.held_out)) == (num_prompts - held_out, held_out)
+    assert recycle.main(command(folder, "--tokens", "30")) == 0
+    assert made(folder).gain.num_prompts == 1
+
+
 def test_two_runs_in_one_directory(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with claimed(folder / "out"):
         assert recycle.main(command(folder, "--tokens", "50")) == 2

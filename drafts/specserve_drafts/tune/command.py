@@ -49,7 +49,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE.jsonl",
-        help=f"{PROMPTS_HELP}; {HELD_OUT} of them are held out",
+        help=f"{PROMPTS_HELP}; a quarter of them, {HELD_OUT} at most, are held out",
     )
     parser.add_argument(
         "--exclude",

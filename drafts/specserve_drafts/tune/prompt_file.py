@@ -13,7 +13,7 @@ from specserve_evals.prompts import load_prompts
 
 # Words in a row shared with an evaluation prompt that exclude a prompt (Brown et al. 2020, app. C).
 NGRAM: Final = 13
-HELD_OUT: Final = 32  # prompts that are never trained on
+HELD_OUT: Final = 32  # prompts that are never trained on, at most; a quarter of fewer prompts
 _WORDS: Final = re.compile(r"\w+")
 
 
@@ -26,7 +26,7 @@ class Prompts(NamedTuple):
 def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> Prompts:
     """The different prompts of `file` that share no n-gram with a prompt of `exclude`.
 
-    Raises ValueError unless more than HELD_OUT are left.
+    Raises ValueError unless one is left for each of both.
     """
     asked = {
         ngram
@@ -36,13 +36,13 @@ def training_prompts(file: Path, exclude: Sequence[Path], seed: int) -> Prompts:
     }
     prompts = {msgspec.json.encode(each.messages): each.messages for each in load_prompts(file)}
     kept = [prompt for prompt in prompts.values() if asked.isdisjoint(_ngrams(prompt))]
-    if len(kept) <= HELD_OUT:
+    if len(kept) < 2:
         raise ValueError(
-            f"prompts: {file} has {len(kept)} different ones that are in no --exclude; "
-            f"give more than {HELD_OUT}"
+            f"prompts: {file} has {len(kept)} different ones that are in no --exclude; give more"
         )
     random.Random(seed).shuffle(kept)
-    return Prompts(kept[:-HELD_OUT], kept[-HELD_OUT:], len(prompts) - len(kept))
+    held_out = max(1, min(HELD_OUT, len(kept) // 4))
+    return Prompts(kept[:-held_out], kept[-held_out:], len(prompts) - len(kept))
 
 
 def _ngrams(prompt: Messages) -> Iterator[tuple[str, ...]]:
