@@ -9,12 +9,19 @@ PACKAGES := specserve kernels drafts evals benchmarks
 VENV := .venv
 
 ifdef PY
+SERVING :=
 READY :=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/drafts:$(CURDIR)/evals:$(CURDIR)/benchmarks
 else
 PY := $(VENV)/bin/python
+SERVING := $(VENV)/.serve-ready
 READY := $(VENV)/.ready
 endif
+
+# Without bytecode of modules that nothing imports, which is a tenth of the files.
+INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+# $(call stage,WORDS,COMMAND) says what it does, and then how long that took.
+stage = @echo "$(1)"; start=$$(date +%s); $(2) && echo "   done in $$(($$(date +%s) - start)) s"
 
 .PHONY: help serve demo test test-sanitized lint test-gpu bench-gpu clean
 .DEFAULT_GOAL := help
@@ -22,10 +29,10 @@ endif
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-serve: $(READY) ## an OpenAI-compatible server on port 8000 (ARGS="--port 9000 ...")
+serve: $(SERVING) ## an OpenAI-compatible server on port 8000 (ARGS="--port 9000 ...")
 	$(PY) -m specserve.cli serve $(ARGS)
 
-demo: $(READY) ## generate with and without speculation, side by side
+demo: $(SERVING) ## generate with and without speculation, side by side
 	$(PY) -m specserve_benchmarks.demo
 
 # One torch thread per worker: as many threads as there are cores, and no more.
@@ -43,7 +50,7 @@ lint: $(READY) ## ruff and mypy
 test-gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -q -m gpu tests/kernels tests/gpu
 
-bench-gpu: $(READY) ## kernels and offline generation on CUDA
+bench-gpu: $(SERVING) ## kernels and offline generation on CUDA
 	$(PY) -m specserve_benchmarks.kernels --device cuda
 	$(PY) -m specserve_benchmarks.offline --device cuda
 
@@ -51,9 +58,14 @@ clean: ## remove everything that make made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find $(PACKAGES) tests -name __pycache__ -prune -exec rm -rf {} +
 
-# torch first and by itself: it is most of the download.
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt $(wildcard kernels/specserve_kernels/*/csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+# What serving needs. torch first and by itself: it is most of the download.
+$(VENV)/.serve-ready: pyproject.toml setup.py constraints.txt $(wildcard kernels/specserve_kernels/*/csrc/*)
+	$(call stage,1/3 a virtual environment in $(VENV),$(PYTHON) -m venv $(VENV))
+	$(call stage,2/3 torch,$(INSTALL) torch)
+	$(call stage,3/3 the other packages; compiling the C++ kernels,$(INSTALL) -e .)
+	@touch $@
+
+# What tests and linters need in addition. Without -e, specserve stays as it is installed.
+$(VENV)/.ready: $(VENV)/.serve-ready
+	$(call stage,packages for tests and linters,$(INSTALL) 'specserve[dev]')
+	@touch $@

@@ -1,12 +1,15 @@
-"""The compiled parts; everything else is in pyproject.toml.
+"""The compiled parts, and where an editable install is found; everything else is in pyproject.toml.
 
-All are optional: without a compiler the torch kernels and Python serve.
+All compiled parts are optional: without a compiler the torch kernels and Python serve.
 """
 
 from glob import glob
+from pathlib import Path
+from typing import Any
 
 import pybind11
 from setuptools import Extension, setup
+from setuptools.command.editable_wheel import editable_wheel
 
 CPU = "kernels/specserve_kernels/cpu"
 HOST = "kernels/specserve_kernels/host"
@@ -32,7 +35,25 @@ def extension(folder: str, name: str, arguments: list[str], **more: list[str]) -
     )
 
 
+class EditableWheel(editable_wheel):
+    """Lists the folders of the packages in a .pth file.
+
+    By default, setuptools installs an import hook for packages in several folders. Type checkers
+    and editors do not see it, and a folder `specserve` in the current directory hides its packages.
+    """
+
+    def _select_strategy(self, name: str, tag: str, build_lib: str) -> Any:
+        from setuptools.command.editable_wheel import _StaticPth  # needed here only: it is private
+
+        folders = self.distribution.package_dir
+        top_level = [name for name in self.distribution.packages if "." not in name]
+        roots = {Path(folders.get(name, name)).parent for name in top_level}
+        return _StaticPth(self.distribution, name, sorted(roots))
+
+
 setup(
+    cmdclass={"editable_wheel": EditableWheel},
+    options={"build_ext": {"parallel": True}},  # as many at once as the machine has cores
     ext_modules=[
         *(
             extension(CPU, f"_{build}", ["-fopenmp", *flags], extra_link_args=["-fopenmp"])

@@ -16,9 +16,9 @@ from specserve.hub.cache import default_cache_dir
 
 REQUIRED: Final = (
     *("torch", "numpy", "msgspec", "safetensors", "tokenizers", "huggingface-hub"),
-    *("gguf", "jinja2", "rich"),
+    *("gguf", "jinja2", "rich", "aiohttp", "prometheus-client", "uvloop"),
 )
-OPTIONAL: Final = {"triton": "GPU kernels", "transformers": "the parity tests"}
+OPTIONAL: Final = {"triton": "GPU kernels"}
 # Instruction sets that the torch and native kernels use, and the flags in /proc/cpuinfo of which
 # at least one is set if the CPU has them.
 CPU_FEATURES: Final = {
