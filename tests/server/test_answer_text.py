@@ -189,6 +189,31 @@ def test_a_shown_control_token_is_a_stop_string(server: LiveServer, tokenizer: T
     assert choice_of(server, {**body, "stop": "<s>"})["finish_reason"] == "length"
 
 
+def test_a_shown_control_token_separates_the_halves_of_a_stop_string(
+    server: LiveServer, tokenizer: Tokenizer
+) -> None:
+    """Hidden, it has no text, and the halves on both sides of it are the stop string."""
+    first, control = tokenizer.vocabulary()["x"], tokenizer.vocabulary()["<s>"]
+    bias = {str(first): 100, str(control): 100}
+    body = {"prompt": [first], "max_tokens": 8, "temperature": 2, "logit_bias": bias}
+    seeds = range(60)
+    texts = [
+        choice_of(server, {**body, "seed": seed, "skip_special_tokens": False})["text"]
+        for seed in seeds
+    ]
+    seed = next(n for n in seeds if "x<s>x" in texts[n] and "xx" not in texts[n])
+    stopping = {**body, "seed": seed, "stop": "xx"}
+    shown = {**stopping, "skip_special_tokens": False}
+    for answer in (
+        choice_of(server, shown),
+        choice_of(server, shown | OFF),
+        streamed(server, shown),
+    ):
+        assert (answer["text"], answer["finish_reason"]) == (texts[seed], "length")
+    hidden = choice_of(server, stopping)
+    assert (hidden["text"], hidden["stop_reason"]) == ("", "xx")
+
+
 def test_an_end_token_has_no_text(server: LiveServer, tokenizer: Tokenizer) -> None:
     """It is named in the configuration, but not flagged special in tokenizer.json."""
     vocabulary = tokenizer.vocabulary()
