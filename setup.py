@@ -53,7 +53,6 @@ class EditableWheel(editable_wheel):
 
 setup(
     cmdclass={"editable_wheel": EditableWheel},
-    options={"build_ext": {"parallel": True}},  # as many at once as the machine has cores
     ext_modules=[
         *(
             extension(CPU, f"_{build}", ["-fopenmp", *flags], extra_link_args=["-fopenmp"])
