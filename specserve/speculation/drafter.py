@@ -176,7 +176,8 @@ class Drafter(Protocol):
     """What the engine calls: `propose` before a forward pass, `observe` after it.
 
     A call that raises is made again for one sequence at a time, and a drafter that raises there too
-    is left out of that request. What it began in the first attempt must not count.
+    is left out of that request. So a call may be made twice for one step: after the second, the
+    drafter's state must be as if there had been one.
     """
 
     Options: ClassVar[type[DraftOptions]]
