@@ -1,6 +1,7 @@
 """`specserve tune eagle`: the files it writes, resuming, and using the draft."""
 
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from specserve.speculation.registry import create_drafter
 from specserve.types import SamplingParams
 from specserve_drafts.eagle.drafter import EagleDrafter
 from specserve_drafts.tune import answers, eagle, head_run, head_training, prompt_file
+from specserve_drafts.tune.clock import Clock
 from specserve_drafts.tune.eagle import EagleMethod, EagleSettings
 from specserve_drafts.tune.head_card import HeadMade
 from specserve_drafts.tune.head_command import head_parser
@@ -292,6 +294,20 @@ def test_when_more_answers_are_made(settings: dict[str, Any], wants: bool) -> No
     assert run._wants_answers() == wants
     run.state = State({}, passes=(2, 3), shard=1, answering=40.0, training=60.0)  # in its midst
     assert run._wants_answers() == (wants and "tokens" not in settings and settings["share"] > 0.4)
+
+
+def test_answers_take_their_share_of_the_time_that_is_left() -> None:
+    run = Run.__new__(Run)
+    run._check_s, run._save_s = 1.0, 0.5
+    run.settings = EagleSettings(minutes=1, share=0.25)
+    run._clock = Clock(run.settings, None)
+    run._clock.resume(20)
+    learning = run._clock.end_of_learning - time.monotonic()
+    assert 25 < learning < 40
+    assert run._room() == pytest.approx(0.25 * (learning - 1.5), abs=0.5)
+    run.settings = EagleSettings(tokens=1, share=0.0)
+    run._clock = Clock(run.settings, None)
+    assert run._room() == math.inf
 
 
 def test_an_experiment_is_a_file_of_settings(

@@ -31,7 +31,7 @@ class Gain(Struct, frozen=True):
         return (
             f"{self.tokens_per_pass:.2f} tokens per forward pass instead of 1 and "
             f"{self.tokens_per_s:.0f} tokens/s instead of {self.plain_tokens_per_s:.0f} on "
-            f"{self.num_prompts} held-out prompts, one at a time"
+            f"{self.num_prompts} held-out prompt{'s' * (self.num_prompts > 1)}, one at a time"
         )
 
 

@@ -110,9 +110,9 @@ class Run:
         self._save()
         saved = time.monotonic()
         while self.progress < 1:
-            if self._wants_answers() and self._left() > self._shard_s:
+            if self._wants_answers() and (room := self._room()) > self._shard_s:
                 with self._timed("answering"):
-                    self._add_shard(time.monotonic() + self._left())
+                    self._add_shard(time.monotonic() + room)
             else:
                 with self._timed("training"):
                     self._train(self.progress)
@@ -142,6 +142,10 @@ class Run:
         """Seconds until the last check has to begin."""
         closing = self._check_s + self._save_s
         return max(0.0, self._clock.end_of_learning - closing - time.monotonic())
+
+    def _room(self) -> float:
+        """Seconds that the next answers may take, so that there is time to train on them."""
+        return self._left() if self.settings.tokens else self.settings.share * self._left()
 
     def _tick(self, num_tokens: int) -> None:
         self._num_generated += num_tokens
