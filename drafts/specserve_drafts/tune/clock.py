@@ -9,7 +9,7 @@ from specserve_drafts.tune.settings import RunSettings
 from specserve_evals.progress import Advance
 
 SAVE_EVERY_S: Final = 30.0
-SHOW_EVERY_S: Final = 1.0
+SHOW_EVERY_S: Final = 0.5  # with LINE_EVERY_S, so that lines are less than 5 s apart
 # The end of a run, in which the finished draft is measured: a share of its time, and a limit.
 _MEASURE_SHARE: Final = 0.12
 _MEASURE_S: Final = 60.0
