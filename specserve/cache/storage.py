@@ -67,7 +67,7 @@ class KVStorage:
         if self._page_slots == 0:
             return
         num_planes, num_slots = self._planes.shape[:2]
-        self._num_used = max(self._num_used, int(slots.max()) + 1)
+        self._num_used = max(self._num_used, int(slots.numpy().max()) + 1)
         if not self.allocates_ahead:
             return
         self._allowance += 2 * len(slots) * num_planes / self._page_slots

@@ -86,6 +86,8 @@ class Runner:
 
 def _scored_rows(entries: Sequence[Entry], trees: dict[str, DraftTree]) -> list[int]:
     """The rows of a forward pass that `Entry.scored_rows` of its entries name."""
+    if not any(entry.seq.is_scored for entry in entries):
+        return []
     scored: list[int] = []
     first = 0
     for entry in entries:

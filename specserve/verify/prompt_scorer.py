@@ -5,7 +5,6 @@ rows at a time. A row does not depend on the others, so neither do the logprobs.
 """
 
 import time
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -35,7 +34,7 @@ class PromptScorer:
         `entries` are those of the forward pass that returned `out`; their KV is not committed yet.
         """
         scores: Scores = {}
-        seconds, rows, first = defaultdict[str, float](float), Counter[str](), 0
+        self.seconds, first = {}, 0
         for entry in entries:
             seq = entry.seq
             if not entry.num_prefill and not seq.is_scored:
@@ -45,9 +44,10 @@ class PromptScorer:
                 scored = entry.scored_rows
                 scores[seq.id] = self._score(entry, out, slice(first, first + len(scored)))
                 first += len(scored)
-            seconds[seq.request.tenant] += time.perf_counter() - started
-            rows[seq.request.tenant] += entry.num_prefill
-        self.seconds = {tenant: (seconds[tenant], count) for tenant, count in rows.items() if count}
+            if entry.num_prefill:
+                seconds, rows = self.seconds.get(seq.request.tenant, (0.0, 0))
+                seconds += time.perf_counter() - started
+                self.seconds[seq.request.tenant] = seconds, rows + entry.num_prefill
         return scores
 
     def _score(self, entry: Entry, out: ModelOutput, rows: slice) -> PromptLogprobs | str:

@@ -6,7 +6,6 @@ sampled fails its own request only.
 """
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -63,31 +62,28 @@ class Verifier:
     ) -> list[VerifyResult]:
         """One result per entry. The logits rows of `out` are the nodes of `trees`, in order."""
         states = [self.state(entry.seq) for entry in entries]
-        seconds = dict.fromkeys((entry.seq.request.tenant for entry in entries), 0.0)
         walks = [Walk(tree) for tree in trees]
-        for walk, entry in zip(walks, entries, strict=True):
+        by_tenant: dict[str, list[int]] = {}
+        for at, entry in enumerate(entries):
+            by_tenant.setdefault(entry.seq.request.tenant, []).append(at)
             if entry.seq.request.sampling.max_tokens == 0:
-                walk.end(FinishInfo("length"))
+                walks[at].end(FinishInfo("length"))
         first_rows = list(accumulate((len(tree) for tree in trees), initial=0))
-        if out.topk is not None:
-            best = out.topk.cpu().numpy()[:, 0].tolist()
-            for walk, state, entry, first in zip(walks, states, entries, first_rows, strict=False):
-                started = time.perf_counter()
-                while state.plain_greedy and walk.node is not None:
-                    at = first + walk.node
-                    drawn = best[at] if best[at] >= 0 else NOT_NUMBERS
-                    self._emit(walk, entry.seq, drawn, out.logits, at)
-                seconds[entry.seq.request.tenant] += time.perf_counter() - started
-        num_seqs = Counter(entry.seq.request.tenant for entry in entries)
-        for tenant in seconds:
+        best = None if out.topk is None else out.topk.cpu().numpy()[:, 0].tolist()
+        self.draws = {}
+        for tenant, own in by_tenant.items():
             started = time.perf_counter()
-            own = [at for at, entry in enumerate(entries) if entry.seq.request.tenant == tenant]
+            for at in own:
+                walk = walks[at]
+                while best is not None and states[at].plain_greedy and walk.node is not None:
+                    row = first_rows[at] + walk.node
+                    drawn = best[row] if best[row] >= 0 else NOT_NUMBERS
+                    self._emit(walk, entries[at].seq, drawn, out.logits, row)
             while live := [at for at in own if walks[at].node is not None]:
                 self._draw_round(
                     [(entries[at].seq, states[at], walks[at], first_rows[at]) for at in live], out
                 )
-            seconds[tenant] += time.perf_counter() - started
-        self.draws = {tenant: (spent, num_seqs[tenant]) for tenant, spent in seconds.items()}
+            self.draws[tenant] = (time.perf_counter() - started, len(own))
         return [walk.result() for walk in walks]
 
     def _draw_round(
