@@ -220,7 +220,7 @@ def test_settings_in_force(
     assert main(["serve", str(model), *flags, "--print-config"]) == 0
     shown = capsys.readouterr()
     assert shown.err == f"sampling defaults: {words}\n"
-    config = msgspec.json.decode(shown.out, type=EngineConfig)
+    config = msgspec.toml.decode(shown.out, type=EngineConfig)
     assert config.target.generation_config == (flags[1] if flags else "auto")
     assert main(["doctor", str(model), *flags, "--device", "cpu"]) == 0
     assert f"sampling defaults  {words}" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def write_tiny_llama(
         "bos_token_id": 0,
         "eos_token_id": vocab_size - 1,
     }
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     write_tiny_tokenizer(directory, [f"w{i}" for i in range(vocab_size)])
     return directory
 
