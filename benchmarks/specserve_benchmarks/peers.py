@@ -293,9 +293,7 @@ def build_parser() -> argparse.ArgumentParser:
         "an engine of its own. not given: only 'none', which always runs",
     )
     parser.add_argument("--lookup", action="store_true", help="also the peers' own prompt lookup")
-    parser.add_argument(
-        "--quantization", metavar="FORMAT", help="of specserve's weights; not given: auto"
-    )
+    parser.add_argument("--quantization", metavar="FORMAT", help="of specserve; not given: auto")
     parser.add_argument(
         "--per-category",
         type=at_least_one,
@@ -338,9 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also measure so many requests together",
     )
-    parser.add_argument(
-        "--against", metavar="ENGINE", help="the baseline; not given: the first peer"
-    )
+    parser.add_argument("--against", metavar="ENGINE", help="baseline; not given: the first peer")
     parser.add_argument(
         "--batch-against", default=PLAIN, metavar="ENGINE", help="of --batch (default: %(default)s)"
     )

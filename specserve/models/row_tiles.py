@@ -19,7 +19,7 @@ _LADDER = (16, 24, 32, 40, 48, 56, 64, 128, 256, 512)
 _ALWAYS_PROBED_ROWS = 64  # tiles up to the size of a speculative step are always probed
 _MAX_PROBE_MULTIPLY_ADDS = 2**31  # in one tile that is larger; bounds load time
 # Values that are compared per size. The sums are float32: another order of summation changes nearly
-# every sum, but once rounded to 16 bits only 1 in 20,000 to 30,000 (measured with AMX).
+# every sum, but once rounded to 16 bits only 1 in 15,000 to 30,000 (measured with AMX).
 _PROBED_VALUES = {torch.float32: 2**12, torch.bfloat16: 2**19, torch.float16: 2**19}
 _MAX_PROBED_ROWS = 4096  # so that a narrow product takes 0.2 s; it is probed with fewer values
 
